@@ -1,0 +1,49 @@
+# make demo, make test, make lint, make bench: the developer's whole manual.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    verify 5,000 generated claims on a local cluster"
+	@echo "make test    set up and run the tests"
+	@echo "make lint    format, lint, types, import layers"
+	@echo "make bench   run the benchmarks and print their tables"
+
+demo: $(READY)
+	$(BIN)/dask-pcm demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	@for file in benchmarks/[a-z]*.py; do \
+	  name=$$(basename $$file .py); \
+	  $(BIN)/python -m benchmarks.$$name --json benchmarks/$$name.json || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV)
+
+$(READY): pyproject.toml constraints.txt
+	@command -v git >/dev/null || { echo "git is missing: install it (apt-get install git)."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) is missing: install Python 3.11 or newer, or say make PYTHON=/path/to/python."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; say make PYTHON=/path/to/python."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv: install it (apt-get install python3-venv)."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and by its exact version: a CPU build is taken where one is offered.
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@

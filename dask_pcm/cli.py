@@ -1,0 +1,213 @@
+"""The command ``dask-pcm``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from distributed import Client, LocalCluster
+
+from dask_pcm.errors import PCMError
+from dask_pcm.ledger import Report, Run, write_parquet
+from dask_pcm.version import __version__
+
+EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_INTERRUPTED = 3, 1, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Batch inference on GPUs that come and go."""
+
+
+@main.command()
+@click.argument("input", metavar="INPUT")
+@click.argument("output", metavar="OUTPUT")
+@click.option("--model", required=True, help="Folder, Hugging Face hub id, or 'demo'.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--prompt", required=True, help="Text with columns in braces, or @FILE.")
+@click.option(
+    "--choices", required=True, multiple=True, help="A,B,C (repeatable), or @FILE, one a line."
+)
+@click.option("--truncate", metavar="FIELD", help="Field to cut where a row is too long.")
+@click.option("--keep", multiple=True, metavar="COLUMNS", help="Columns to keep, A,B (repeatable).")
+@click.option("--workers", type=click.IntRange(1), help="Workers of a local cluster.")
+@click.option("--scheduler", metavar="ADDRESS", help="A cluster that runs already.")
+@click.option("--overwrite", is_flag=True, help="Drop what another run left in OUTPUT.")
+@click.option(
+    "--max-failed-rows",
+    default="1%",
+    show_default=True,
+    metavar="NUMBER|SHARE",
+    help="Rows that may fail: a number, or a share such as 0.05 or 5%.",
+)
+@click.option("--report", metavar="FILE", help="Where to write the report, as JSON.")
+def run(
+    input: str,
+    output: str,
+    model: str,
+    revision: str | None,
+    prompt: str,
+    choices: tuple[str, ...],
+    truncate: str | None,
+    keep: tuple[str, ...],
+    workers: int | None,
+    scheduler: str | None,
+    overwrite: bool,
+    max_failed_rows: str,
+    report: str | None,
+) -> None:
+    """Have a model choose an answer for every row of INPUT, a Parquet file or folder."""
+    from dask_pcm.inference import classify
+    from dask_pcm.pieces import read_parquet
+
+    if workers and scheduler:
+        raise click.UsageError("Give --workers or --scheduler, not both.")
+    limit = parse_limit(max_failed_rows)
+    with _reported_errors(output):
+        verdicts = classify(
+            read_parquet(input),
+            _model(model, revision),
+            prompt=_text(prompt),
+            choices=_list(choices),
+            truncate=truncate,
+            keep=_list(keep) or None,
+        )
+        with _client(workers, scheduler) as client:
+            done = write_parquet(verdicts, output, overwrite=overwrite, client=client)
+    if report:
+        _write_report(report, done.report)
+    _summarise(done)
+    if done.report.rows_failed > limit(done.report.rows):
+        click.echo(
+            f"{done.report.rows_failed:,} of {done.report.rows:,} rows failed, more than"
+            f" --max-failed-rows {max_failed_rows} allows.",
+            err=True,
+        )
+        sys.exit(EXIT_FAILED_ROWS)
+
+
+@main.command()
+@click.option("--rows", default=5_000, show_default=True, type=click.IntRange(0))
+@click.option("--output", metavar="DIR", help="Where to leave the verdicts.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(1))
+def demo(rows: int, output: str | None, workers: int) -> None:
+    """Verify generated claims with the model shipped in the package."""
+    from dask_pcm.factcheck import demo as factcheck
+    from dask_pcm.pieces import read_parquet
+
+    with tempfile.TemporaryDirectory(prefix="dask-pcm-demo-") as scratch:
+        target = Path(output) if output else Path(scratch, "verdicts")
+        claims = Path(scratch, "claims")
+        with _reported_errors(str(target)):
+            factcheck.write_claims(claims, rows)
+            with _client(workers, None) as client:
+                verdicts = factcheck.verify(read_parquet(str(claims)))
+                done = write_parquet(verdicts, target, overwrite=True, client=client)
+        _summarise(done)
+        if rows:
+            click.echo(f"accuracy        {factcheck.accuracy(target):.1%}")
+
+
+def parse_limit(text: str):  # type: ignore[no-untyped-def]
+    """A number of rows ("20"), or a share of them ("0.01", "1%"), as a function of all rows."""
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+        elif "." in text:
+            share = float(text)
+        else:
+            number = int(text)
+            if number < 0:
+                raise ValueError
+            return lambda n_rows: number
+        if not 0 <= share <= 1:
+            raise ValueError
+    except ValueError:
+        raise click.BadParameter(
+            f"--max-failed-rows takes a number of rows or a share (0.01, 1%); found {text!r}."
+        ) from None
+    return lambda n_rows: share * n_rows
+
+
+def _text(value: str) -> str:
+    """A text, or the content of a file given as @FILE, its last line end left out."""
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise click.BadParameter(f"Cannot read {value[1:]!r}: {error}.") from error
+
+
+def _list(values: tuple[str, ...]) -> list[str]:
+    """Comma-separated texts, repeated options and @FILEs as one list."""
+    items: list[str] = []
+    for value in values:
+        separator = "\n" if value.startswith("@") else ","
+        items += [item.strip() for item in _text(value).split(separator)]
+    return items
+
+
+def _model(model: str, revision: str | None):  # type: ignore[no-untyped-def]
+    from dask_pcm.factcheck import demo_model
+    from dask_pcm.inference import LLM
+
+    return demo_model() if model == "demo" else LLM(model, revision=revision)
+
+
+@contextmanager
+def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
+    if scheduler:
+        with Client(scheduler) as client:
+            yield client
+        return
+    with (
+        LocalCluster(
+            n_workers=workers or 2, threads_per_worker=1, dashboard_address=None
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def _reported_errors(output: str) -> Iterator[None]:
+    """Errors of ours as one message, without a traceback; Ctrl-C says how to go on."""
+    try:
+        yield
+    except PCMError as error:
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        click.echo(f"Error: {error}{notes}", err=True)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        click.echo(
+            f"Interrupted. What was committed stays in {output}; run the same command to go on.",
+            err=True,
+        )
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _write_report(path: str, report: Report) -> None:
+    Path(path).write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def _summarise(done: Run) -> None:
+    report = done.report
+    lines = {
+        "output": done.path,
+        "rows": f"{report.rows:,} ({report.rows_failed:,} failed, {report.rows_resumed:,} resumed)",
+        "rows/s": f"{report.rows_per_s:,.0f}",
+        "context loads": f"{report.context_loads} on {report.workers} workers",
+        "seconds": f"{report.total_s:.1f} in all, {report.load_s:.1f} loading,"
+        f" {report.infer_s:.1f} inferring (summed over workers)",
+    }
+    for name, value in lines.items():
+        click.echo(f"{name:15} {value}")
+    for error in report.errors:
+        click.echo(f"a failed row    {error}")

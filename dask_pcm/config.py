@@ -1,0 +1,63 @@
+"""The toolkit's settings: Dask configuration under ``pcm``, read into one dataclass.
+
+Each key of ``pcm.yaml`` can be set as any Dask setting can: in a YAML file, by an environment
+variable (``DASK_PCM__WORKER__LANES=3``) or with ``dask.config.set({"pcm.worker.lanes": 3})``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import dask.config
+import yaml
+from dask.utils import parse_timedelta
+
+with (Path(__file__).parent / "pcm.yaml").open(encoding="utf-8") as _file:
+    _DEFAULTS = yaml.safe_load(_file)
+dask.config.update_defaults(_DEFAULTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One reading of the settings; see ``pcm.yaml`` for what each means."""
+
+    pipeline_s: float
+    tick_s: float
+    n_load_attempts: int
+    n_lanes: int
+    n_threads: int | None
+    unit_s: float
+    max_unit_rows: int
+    ready_s: float
+    batch_tokens: int
+    batch_rows: int
+
+    @classmethod
+    def read(cls) -> Config:
+        """Read the settings as they are now in this process."""
+
+        def get(key: str) -> object:
+            return dask.config.get(f"pcm.{key}")
+
+        def seconds(key: str) -> float:
+            return float(parse_timedelta(get(key), default="s"))
+
+        def count(key: str) -> int:
+            value = int(str(get(key)))
+            if value < 1:
+                raise ValueError(f"pcm.{key} must be at least 1; found {value}.")
+            return value
+
+        return cls(
+            pipeline_s=seconds("gate.pipeline"),
+            tick_s=seconds("gate.tick"),
+            n_load_attempts=count("gate.load-attempts"),
+            n_lanes=count("worker.lanes"),
+            n_threads=None if get("worker.threads") is None else count("worker.threads"),
+            unit_s=seconds("run.unit-seconds"),
+            max_unit_rows=count("run.max-unit-rows"),
+            ready_s=seconds("run.ready-seconds"),
+            batch_tokens=count("inference.batch-tokens"),
+            batch_rows=count("inference.batch-rows"),
+        )

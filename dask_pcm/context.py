@@ -1,0 +1,226 @@
+"""``Context``: the recipe of live, reusable state; ``ContextRef``: what a graph carries of it."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle
+from dask.utils import funcname, parse_bytes
+
+from dask_pcm.digest import digest
+from dask_pcm.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A pickled value that passes through the scheduler unopened.
+
+    The scheduler deserialises every graph. What is sealed stays bytes there, so neither the
+    user's modules nor torch need to be importable on it. Two sealed values are the same if their
+    `digest` is, whatever their bytes.
+    """
+
+    digest: str
+    payload: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, value: Any, what: str, identity: Any = None) -> Sealed:
+        """Seal `value`; `what` names it in errors, `identity` stands for it in the digest."""
+        try:
+            payload = cloudpickle.dumps(value)
+        except Exception as error:
+            raise RecipeError(
+                f"{what} cannot be pickled, so no worker could receive it: {error}. Create open"
+                " files, locks, connections and models inside the function instead of outside it."
+            ) from error
+        return cls(digest(value if identity is None else identity), payload)
+
+    def open(self) -> Any:
+        """Unpickle; once a process for equal bytes.
+
+        Raises
+        ------
+        RecipeError
+            Where a module that the value needs is missing in this process.
+        """
+        return _unpickle(self.payload)
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return ("dask_pcm.Sealed", self.digest)
+
+
+@functools.lru_cache(maxsize=256)
+def _unpickle(payload: bytes) -> Any:
+    try:
+        return pickle.loads(payload)
+    except ImportError as error:
+        raise RecipeError(
+            f"A function or an argument lives in a module that this worker cannot import"
+            f" ({error}). Define it in the notebook, install the module on the workers, send it"
+            " with client.upload_file(...), or call cloudpickle.register_pickle_by_value(module)."
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRef:
+    """What a task says of the context that it needs: numbers for the gate, bytes for the worker.
+
+    Attributes
+    ----------
+    digest
+        Identity of the recipe.
+    name
+        For people.
+    device_memory_bytes
+        Declared size on the device; None if it was not declared.
+    is_exclusive
+        Whether one task at a time may hold the live object.
+    recipe
+        The sealed ``Recipe``.
+    """
+
+    digest: str
+    name: str
+    device_memory_bytes: int | None
+    is_exclusive: bool
+    recipe: bytes = field(repr=False)
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return ("dask_pcm.ContextRef", self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What builds a context, as a worker sees it."""
+
+    load: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    offload: Callable[[Any], Any] | None = None
+    restore: Callable[[Any], Any] | None = None
+    close: Callable[[Any], None] | None = None
+
+    def build(self) -> Any:
+        """Call the loader."""
+        return self.load(*self.args, **self.kwargs)
+
+
+class Context:
+    """The recipe of something expensive that every worker builds once and keeps.
+
+    Parameters
+    ----------
+    load
+        Called on a worker as ``load(*args, **kwargs)``; returns anything: a torch module, an
+        engine, an index.
+    *args, **kwargs
+        Given to `load`; part of the recipe's identity.
+    device_memory
+        Bytes that the live object takes on its device, as a number or as text ("4 GiB").
+    name
+        How it is called in messages; the loader's name if left out.
+    exclusive
+        Whether only one task at a time may use the live object (the default). Pass False for
+        objects that are safe to share between threads.
+    files
+        Local paths or URLs that `load` reads; part of the identity.
+    offload, restore, close
+        Hooks that take the live object: to move it off the device, back on it, and to end it.
+
+    Raises
+    ------
+    RecipeError
+        Where the recipe cannot be pickled or identified; here, not when a task runs.
+
+    Examples
+    --------
+    >>> def load(path):
+    ...     return {"weights": path}
+    >>> llm = Context(load, "models/smollm2", device_memory="4 GiB")
+    >>> llm.name, llm.device_memory_bytes
+    ('load', 4294967296)
+    >>> llm == Context(load, "models/smollm2", name="another name")
+    True
+    """
+
+    __slots__ = ("ref",)
+    ref: ContextRef
+
+    def __init__(
+        self,
+        load: Callable[..., Any],
+        *args: Any,
+        device_memory: int | str | None = None,
+        name: str | None = None,
+        exclusive: bool = True,
+        files: Sequence[str] = (),
+        offload: Callable[[Any], Any] | None = None,
+        restore: Callable[[Any], Any] | None = None,
+        close: Callable[[Any], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not callable(load):
+            raise RecipeError(
+                f"Context needs a function that loads, as its first argument; found {load!r:.80}."
+                " Write Context(load, *arguments), not Context(load(*arguments))."
+            )
+        name = name or funcname(load)
+        recipe = Recipe(load, args, kwargs, offload, restore, close)
+        identity = (load, args, kwargs, tuple(map(str, files)), offload, restore, close)
+        sealed = Sealed.of(recipe, f"The recipe of context {name!r}", identity)
+        memory = None if device_memory is None else _bytes(device_memory)
+        ref = ContextRef(sealed.digest, name, memory, bool(exclusive), sealed.payload)
+        object.__setattr__(self, "ref", ref)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the recipe: equal across processes, kernels and clients."""
+        return self.ref.digest
+
+    @property
+    def name(self) -> str:
+        return self.ref.name
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        return self.ref.device_memory_bytes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen; make a new one to change {name}.")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Context) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (type(self), self._state())
+
+    def _state(self) -> dict[str, Any]:
+        slots = (name for cls in type(self).__mro__ for name in getattr(cls, "__slots__", ()))
+        return {name: getattr(self, name) for name in slots}
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return ("dask_pcm.Context", self.digest)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} {self.digest[:8]}>"
+
+
+def _revive(cls: type[Context], state: dict[str, Any]) -> Context:
+    context = cls.__new__(cls)
+    for name, value in state.items():
+        object.__setattr__(context, name, value)
+    return context
+
+
+def _bytes(size: int | str) -> int:
+    n_bytes = int(parse_bytes(size))
+    if n_bytes < 0:
+        raise RecipeError(f"device_memory must not be negative; found {size!r}.")
+    return n_bytes

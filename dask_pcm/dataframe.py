@@ -1,0 +1,188 @@
+"""``map_partitions`` with contexts, as an expression of an ordinary Dask DataFrame."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import pandas as pd
+from dask._task_spec import Task, TaskRef
+from dask.dataframe.dask_expr._collection import new_collection
+from dask.dataframe.dask_expr._expr import Blockwise, Expr, Fused, Projection
+from dask.dataframe.dask_expr.io.io import BlockwiseIO
+from dask.dataframe.utils import make_meta
+from dask.utils import funcname
+
+from dask_pcm.context import Context, ContextRef, Sealed
+from dask_pcm.errors import RecipeError, SchemaError
+from dask_pcm.mapping import Call, infer, row_wise_meta
+
+
+class ContextMap(Expr):
+    """A map over partitions that holds contexts: one task a partition.
+
+    Not blockwise to Dask: what stands above it is never fused into it, so its tasks keep their
+    prefix and need its contexts alone. The reads and projections right below it are folded in,
+    so that a partition is read where it is inferred.
+    """
+
+    _parameters = ["frame", "call", "refs", "meta", "label", "is_row_wise"]
+    _preserves_partitioning_information = True
+
+    @functools.cached_property
+    def _meta(self) -> pd.DataFrame:
+        return self.operand("meta")
+
+    def _divisions(self) -> tuple[Any, ...]:
+        return tuple(self.frame.divisions)
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"{self.operand('label')}-{self.deterministic_token}"
+
+    @property
+    def _is_length_preserving(self) -> bool:
+        return bool(self.operand("is_row_wise"))
+
+    def _own_task(self, name: Any, index: int) -> Task:
+        below = TaskRef((self.frame._name, index))
+        return Task(name, infer, below, self.operand("call"), self.operand("refs"))
+
+    def _layer(self) -> dict[Any, Task]:
+        folded = list(_foldable(self.frame))
+        layer = {}
+        for index in range(self.frame.npartitions):
+            name = (self._name, index)
+            own = self._own_task(name, index)
+            below = (expr._task((expr._name, index), index) for expr in reversed(folded))
+            layer[name] = Task.fuse(*below, own, key=name) if folded else own
+        return layer
+
+
+def _foldable(expr: Expr) -> Iterator[Expr]:
+    """Reads and projections down from `expr`; nothing that would be dear to compute twice."""
+    npartitions = expr.npartitions
+    while _is_cheap(expr) and expr.npartitions == npartitions:
+        yield expr
+        below = expr.dependencies()
+        if len(below) != 1:
+            return
+        (expr,) = below
+
+
+def _is_cheap(expr: Expr) -> bool:
+    if isinstance(expr, Fused):
+        return all(_is_cheap(part) for part in expr.exprs)
+    is_private = isinstance(expr, (Projection, BlockwiseIO)) and isinstance(expr, Blockwise)
+    return is_private and len(expr.dependencies()) <= 1
+
+
+def map_partitions(
+    func: Callable[..., Any],
+    ddf: dd.DataFrame,
+    *args: Any,
+    context: Context | Mapping[str, Context],
+    meta: Any,
+    batch_rows: int | None = None,
+    required_columns: Sequence[str] | None = None,
+    enforce_metadata: bool = True,
+    **kwargs: Any,
+) -> dd.DataFrame:
+    """Apply a function that needs live contexts to every partition.
+
+    Parameters
+    ----------
+    func
+        Called on a worker as ``func(frame, live, *args, **kwargs)``, where `frame` is a pandas
+        DataFrame and `live` what the context's loader returned. With several contexts they come
+        as keywords instead.
+    ddf
+        Any Dask DataFrame; read by ``dask_pcm.read_parquet`` its pieces make runs resumable to
+        the row range.
+    context
+        One ``Context``, or a dict of them by keyword.
+    meta
+        What comes out: a dict of column to dtype, an empty frame, or anything else that Dask
+        takes as `meta`.
+    batch_rows
+        Call `func` on so many rows at a time; it must return one row for each, in order. A row
+        that makes it raise gets nulls and its reason in the column ``error``, which is added if
+        `meta` lacks it; columns that cannot be null (integers, booleans) become pandas' nullable
+        types. Without it, `func` gets the partition and may filter or expand.
+    required_columns
+        Columns that `func` reads; the others are not even read from disk.
+    enforce_metadata
+        Hold columns and types of each result against `meta`.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        An ordinary, lazy Dask DataFrame with the index and divisions of `ddf`.
+
+    Raises
+    ------
+    RecipeError, SchemaError
+        At once, where the function cannot be pickled or the arguments do not fit the frame.
+    """
+    if not isinstance(ddf, dd.DataFrame):
+        raise SchemaError(
+            f"map_partitions maps over a Dask DataFrame; found {type(ddf).__name__}. Wrap pandas"
+            " data with dask.dataframe.from_pandas(frame, npartitions=...)."
+        )
+    if batch_rows is not None and batch_rows < 1:
+        raise SchemaError(f"batch_rows must be at least 1; found {batch_rows}.")
+    if any(dask.is_dask_collection(value) for value in (*args, *kwargs.values())):
+        raise SchemaError(
+            "map_partitions maps over one Dask DataFrame; join the others to it first, or compute"
+            " them and pass the result."
+        )
+    names, refs = _contexts(context)
+    if required_columns is not None:
+        ddf = ddf[check_columns(ddf, required_columns, "required_columns")]
+    out = _meta(meta, ddf)
+    if batch_rows is not None:
+        out = row_wise_meta(out, ddf._meta)
+    call = Call(func, names, args, kwargs, batch_rows, out, enforce_metadata)
+    sealed = Sealed.of(call, f"The function {funcname(func)!r}, or an argument of it,")
+    label = f"pcm_{funcname(func).replace('-', '_')}"
+    return new_collection(ContextMap(ddf.expr, sealed, refs, out, label, batch_rows is not None))
+
+
+def check_columns(ddf: dd.DataFrame, names: Sequence[str], what: str) -> list[str]:
+    """Return `names` as a list; raise SchemaError where one is no column."""
+    if missing := [name for name in names if name not in ddf.columns]:
+        raise SchemaError(
+            f"{what} names {', '.join(map(repr, missing))}, which the frame does not have; its"
+            f" columns are {', '.join(map(repr, ddf.columns))}."
+        )
+    return list(names)
+
+
+def _contexts(
+    context: Context | Mapping[str, Context],
+) -> tuple[tuple[str, ...] | None, tuple[ContextRef, ...]]:
+    if isinstance(context, Context):
+        return None, (context.ref,)
+    if not isinstance(context, Mapping) or not context:
+        raise RecipeError(
+            f"context= takes a dask_pcm.Context or a dict of them; found {context!r:.80}."
+        )
+    for name, value in context.items():
+        if not isinstance(value, Context):
+            raise RecipeError(f"context[{name!r}] is no dask_pcm.Context but {value!r:.80}.")
+    return tuple(context), tuple(value.ref for value in context.values())
+
+
+def _meta(meta: Any, ddf: dd.DataFrame) -> pd.DataFrame:
+    out = make_meta(meta, index=ddf._meta.index, parent_meta=ddf._meta)
+    if not isinstance(out, pd.DataFrame):
+        raise SchemaError(
+            f"meta must describe a DataFrame, for instance {{'id': 'i8', 'verdict': 'str'}}; found"
+            f" {meta!r:.80}."
+        )
+    if repeated := sorted({str(name) for name in out.columns[out.columns.duplicated()]}):
+        raise SchemaError(f"meta names columns more than once: {', '.join(repeated)}.")
+    return out

@@ -1,0 +1,47 @@
+"""The exceptions of dask_pcm. Each message names the thing, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class PCMError(Exception):
+    """Base of every error that dask_pcm raises on purpose."""
+
+
+class RecipeError(PCMError, TypeError):
+    """A context's recipe, or a function to be mapped, cannot be identified or pickled."""
+
+
+class LoadError(PCMError, RuntimeError):
+    """A context could not be built; the message holds the loader's own traceback."""
+
+
+class RowCountError(PCMError, ValueError):
+    """A function called on n rows at a time did not return one row for each."""
+
+
+class SchemaError(PCMError, ValueError):
+    """Columns are missing, repeated, clash with ours, or differ from what was declared."""
+
+
+class PromptError(PCMError, ValueError):
+    """A prompt or a list of choices cannot be used with the frame at hand."""
+
+
+class ModelError(PCMError, ValueError):
+    """A model folder is missing, incomplete or corrupt, or a hub id cannot be resolved."""
+
+
+class InputError(PCMError, ValueError):
+    """An input dataset is missing, unreadable or not Parquet."""
+
+
+class OutputError(PCMError, RuntimeError):
+    """An output directory cannot be used: unwritable, foreign, or another job's."""
+
+
+class FencedError(PCMError, RuntimeError):
+    """A unit belongs to a run that a newer run has replaced; its result was dropped."""
+
+
+class InstallError(PCMError, RuntimeError):
+    """The plugins cannot be installed, or versions differ between client and cluster."""

@@ -1,0 +1,202 @@
+"""``classify``: verbs of a language model on a Dask DataFrame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dask.dataframe as dd
+import pandas as pd
+
+from dask_pcm.config import Config
+from dask_pcm.dataframe import check_columns, map_partitions
+from dask_pcm.errors import PromptError, SchemaError
+from dask_pcm.inference.llm import LLM
+from dask_pcm.inference.plain import PlainModel
+from dask_pcm.inference.prompts import (
+    Scoring,
+    Template,
+    check_choices,
+    cut_to_fit,
+    plan_scoring,
+    separator,
+)
+
+ANSWER, PROBABILITY, ERROR = "answer", "answer_probability", "error"
+
+
+def classify(
+    ddf: dd.DataFrame,
+    llm: LLM,
+    *,
+    prompt: str,
+    choices: Sequence[str],
+    truncate: str | None = None,
+    keep: Sequence[str] | None = None,
+    batch_rows: int | None = None,
+) -> dd.DataFrame:
+    """Have a model choose an answer for every row.
+
+    A choice scores the sum of the log-probabilities of its tokens after the prompt, prompt and
+    choice tokenised together (with a space between, unless the prompt ends with white space).
+    Where one choice begins another, the end of the answer is scored as well.
+
+    Parameters
+    ----------
+    ddf
+        Any Dask DataFrame.
+    llm
+        The model.
+    prompt
+        Text with columns in braces: ``"Claim: {claim}\\nAnswer:"``.
+    choices
+        The answers to choose from, at least two.
+    truncate
+        A field of the prompt that may be cut at its end, by whole words, where a row is longer
+        than the model takes. Without it such a row gets an error with both numbers.
+    keep
+        Columns of the input to keep; all by default.
+    batch_rows
+        Rows whose lengths are sorted together; ``pcm.inference.batch-rows`` by default.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        The kept columns; ``answer``; ``answer_probability``, the softmax over the choices'
+        scores (ties go to the first listed); and ``error``, null where there is an answer.
+
+    Raises
+    ------
+    PromptError, SchemaError
+        At once, where prompt, choices and columns do not go together.
+    """
+    if not isinstance(llm, LLM):
+        raise PromptError(f"classify needs a dask_pcm.LLM; found {type(llm).__name__}.")
+    template = Template(prompt)
+    fields = check_columns(ddf, template.fields, "The prompt")
+    if truncate is not None and truncate not in fields:
+        raise PromptError(
+            f"truncate={truncate!r} is no field of the prompt; its fields are {', '.join(fields)}."
+        )
+    if repeated := sorted({str(name) for name in ddf.columns[ddf.columns.duplicated()]}):
+        raise SchemaError(f"The frame has columns more than once: {', '.join(repeated)}.")
+    kept = list(ddf.columns) if keep is None else check_columns(ddf, keep, "keep")
+    if taken := [name for name in (ANSWER, PROBABILITY, ERROR) if name in kept]:
+        raise SchemaError(
+            f"The input already has {', '.join(map(repr, taken))}, which classify adds. Rename it,"
+            " or choose the columns to keep with keep=[...]."
+        )
+    config = Config.read()
+    func = Classify(template, check_choices(choices), truncate, tuple(kept), config.batch_tokens)
+    needed = list(dict.fromkeys([*kept, *fields]))
+    added = {
+        ANSWER: pd.Series([], dtype="str"),
+        PROBABILITY: pd.Series([], dtype="f8"),
+        ERROR: pd.Series([], dtype="str"),
+    }
+    meta = ddf._meta[kept].assign(**{k: v.set_axis(ddf._meta.index[:0]) for k, v in added.items()})
+    return map_partitions(
+        func,
+        ddf,
+        context=llm,
+        meta=meta,
+        batch_rows=batch_rows or config.batch_rows,
+        required_columns=needed,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Classify:
+    """What runs on a worker for each batch of rows."""
+
+    template: Template
+    choices: tuple[str, ...]
+    truncate: str | None
+    kept: tuple[str, ...]
+    batch_tokens: int
+
+    __name__ = "classify"
+
+    def about(self) -> dict[str, Any]:
+        """What tells this job from another, for the ledger."""
+        return {
+            "prompt": self.template.text,
+            "choices": list(self.choices),
+            "truncate": self.truncate,
+            "columns": list(self.kept),
+        }
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        # How many tokens go into one forward changes no answer.
+        return ("dask_pcm.classify", *self.about().values())
+
+    def __call__(self, frame: pd.DataFrame, model: PlainModel) -> pd.DataFrame:
+        fields = self.template.fields
+        rows = frame[list(fields)].to_dict("records")
+        errors: list[str | None] = [_null_fields(row) for row in rows]
+        planned = self._plan(model, [row for row, e in zip(rows, errors, strict=True) if not e])
+        plans = iter(planned)
+        scorings: list[Scoring] = []
+        for index, error in enumerate(errors):
+            if error is None:
+                scoring, errors[index] = next(plans)
+                if scoring is not None:
+                    scorings.append(scoring)
+        scores = iter(model.score(scorings, self.batch_tokens))
+        answers = [
+            self._answer(next(scores)) if error is None else (None, None) for error in errors
+        ]
+        out = frame[list(self.kept)].copy()
+        out[ANSWER] = pd.array([answer for answer, _ in answers], dtype="str")
+        out[PROBABILITY] = pd.array([p for _, p in answers], dtype="Float64").to_numpy(
+            "f8", na_value=math.nan
+        )
+        out[ERROR] = pd.array(errors, dtype="str")
+        return out
+
+    def _plan(
+        self, model: PlainModel, rows: list[dict[str, Any]]
+    ) -> list[tuple[Scoring | None, str | None]]:
+        return [
+            self._fit(model, row, scoring)
+            for row, scoring in zip(rows, self._scorings(model, rows), strict=True)
+        ]
+
+    def _scorings(self, model: PlainModel, rows: Sequence[dict[str, Any]]) -> list[Scoring]:
+        prompts = [self.template.fill(row) for row in rows]
+        texts = [
+            prompt + separator(prompt) + choice for prompt in prompts for choice in self.choices
+        ]
+        tokens = model.tokenize(texts) if texts else []
+        n = len(self.choices)
+        return [plan_scoring(tokens[i * n : i * n + n], model.eos) for i in range(len(rows))]
+
+    def _fit(
+        self, model: PlainModel, row: dict[str, Any], scoring: Scoring
+    ) -> tuple[Scoring | None, str | None]:
+        limit = model.max_tokens
+        if limit is None or scoring.n_tokens <= limit:
+            return scoring, None
+        if self.truncate is not None:
+            cut = cut_to_fit(
+                row, self.truncate, limit, lambda r: self._scorings(model, [r])[0].n_tokens
+            )
+            if cut is not None:
+                return self._scorings(model, [cut])[0], None
+        return None, f"The row has {scoring.n_tokens} tokens; the model takes {limit}."
+
+    def _answer(self, scores: list[float]) -> tuple[str, float]:
+        best = max(range(len(scores)), key=lambda i: (scores[i], -i))
+        total = sum(math.exp(score - scores[best]) for score in scores)
+        return self.choices[best], 1.0 / total
+
+
+def _null_fields(row: dict[str, Any]) -> str | None:
+    nulls = [name for name, value in row.items() if _is_null(value)]
+    return f"Null in prompt field {', '.join(map(repr, nulls))}." if nulls else None
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))

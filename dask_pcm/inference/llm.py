@@ -1,0 +1,202 @@
+"""``LLM``: a language model as a context, resolved on the client."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dask_pcm.context import Context
+from dask_pcm.errors import ModelError
+from dask_pcm.inference.plain import load_model
+
+_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_WEIGHTS = ("*.safetensors", "*.bin")
+_BLOCK_BYTES = 1 << 22
+
+
+class LLM(Context):
+    """A context whose live object can score answers.
+
+    Parameters
+    ----------
+    model
+        A folder with a transformers model, or the id of one on the Hugging Face hub. An id is
+        resolved here, on the client, to a commit; workers read the files and never ask a hub.
+    revision
+        Branch, tag or commit of a hub model.
+    dtype
+        Of the weights: "auto" (as stored), or "float32", "bfloat16", "float16".
+    device
+        "auto" takes the worker's accelerator if it has one, else its CPU.
+    name, device_memory
+        As for ``Context``.
+
+    Raises
+    ------
+    ModelError
+        Where the folder is missing, incomplete or corrupt, or the id cannot be resolved.
+
+    Notes
+    -----
+    The identity is the commit of a hub model, and the content of the files of a folder: the
+    same files elsewhere are the same context. Tokens for private hub models are used on the
+    client alone and go nowhere else.
+    """
+
+    __slots__ = ("commit", "path")
+    path: str
+    commit: str
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        name: str | None = None,
+        device_memory: int | str | None = None,
+    ) -> None:
+        path, commit = _resolve(os.fspath(model), revision)
+        _check_folder(path)
+        name = name or Path(os.fspath(model)).name
+        memory = _weight_bytes(path) if device_memory is None else device_memory
+        super().__init__(
+            load_model,
+            _ModelFolder(str(path), commit),
+            dtype=dtype,
+            device=device,
+            name=name,
+            device_memory=memory,
+        )
+        object.__setattr__(self, "path", str(path))
+        object.__setattr__(self, "commit", commit)
+
+
+class _ModelFolder(str):
+    """A path that counts by the content it names."""
+
+    commit: str
+
+    def __new__(cls, path: str, commit: str) -> _ModelFolder:
+        folder = super().__new__(cls, path)
+        folder.commit = commit
+        return folder
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return ("dask_pcm.model", self.commit)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ModelFolder, (str(self), self.commit)
+
+
+def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
+    """The folder of a model, and the commit or digest that identifies it."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ModelError(
+                f"{model!r} is a folder and has no revisions; found revision={revision!r}."
+            )
+        return path.resolve(), _digest_of_files(path.resolve())
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ModelError(
+            f"There is no model folder {model!r}. Give a folder with config.json, tokenizer and"
+            " weights, or a hub id such as 'HuggingFaceTB/SmolLM2-1.7B-Instruct'."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(_PATTERNS)))
+    except Exception as error:
+        raise ModelError(
+            f"{model!r} is no folder here, and could not be resolved on the hub either"
+            f" ({type(error).__name__}: {error})."
+        ) from error
+    return folder, folder.name  # snapshots are named by their commit
+
+
+def _check_folder(path: Path) -> None:
+    config = path / "config.json"
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{str(path)!r} is no model folder: it has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{str(config)!r} cannot be read: {error}.") from error
+    if not isinstance(found, dict) or "model_type" not in found:
+        raise ModelError(f"{str(config)!r} names no model_type.")
+    if not any(path.glob("tokenizer*")) and not any(path.glob("*.model")):
+        raise ModelError(f"{str(path)!r} has no tokenizer files (tokenizer.json or *.model).")
+    _check_weights(path)
+
+
+def _check_weights(path: Path) -> None:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if missing := [shard for shard in shards if not (path / shard).exists()]:
+            raise ModelError(f"{str(path)!r} lacks {missing[0]!r}, which its index names.")
+    files = [file for pattern in _WEIGHTS for file in path.glob(pattern)]
+    if not files:
+        raise ModelError(f"{str(path)!r} has no weights ({', '.join(_WEIGHTS)}).")
+    for file in path.glob("*.safetensors"):
+        if problem := _safetensors_problem(file):
+            raise ModelError(f"{str(file)!r} is corrupt: {problem}. Copy or download it again.")
+
+
+def _safetensors_problem(file: Path) -> str | None:
+    """What is wrong with a safetensors file, from its header and size; the format is
+
+    eight bytes of header length, a JSON header with ``data_offsets``, then the data.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        n_header = int.from_bytes(stream.read(8), "little")
+        if size < 8 or n_header > size - 8:
+            return f"its header should have {n_header} bytes, the file has {size}"
+        try:
+            header = json.loads(stream.read(n_header))
+            ends = [e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "its header is not readable"
+    expected = 8 + n_header + max(ends, default=0)
+    return None if size == expected else f"it should have {expected} bytes and has {size}"
+
+
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for pattern in _WEIGHTS for file in path.glob(pattern))
+
+
+def _digest_of_files(path: Path) -> str:
+    """Digest of a model folder's files by name and content."""
+    files = sorted(
+        file
+        for pattern in (*_PATTERNS, "*.bin", "*.py")
+        for file in path.rglob(pattern)
+        if file.is_file() and not any(part.startswith(".") for part in file.parts[-2:])
+    )
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_digest_of_file, files))
+    names = [str(file.relative_to(path)) for file in files]
+    pairs = sorted(set(zip(names, digests, strict=True)))
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:40]
+
+
+def _digest_of_file(file: Path) -> str:
+    status = file.stat()
+    return _digest_of_version(str(file), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of_version(path: str, size: int, modified_ns: int) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            sha.update(block)
+    return sha.hexdigest()

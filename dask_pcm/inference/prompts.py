@@ -1,0 +1,220 @@
+"""Prompts and choices, without torch: templates, joint tokenisation, what a model must run."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dask_pcm.errors import PromptError
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A prompt with fields in braces, such as ``Claim: {claim}\\nAnswer:``.
+
+    Literal braces are doubled, as in ``str.format``.
+    """
+
+    text: str
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the fields, each once.
+
+        Raises
+        ------
+        PromptError
+            Where there is none, or one is not a plain name.
+
+        Examples
+        --------
+        >>> Template("{claim} and {evidence}").fields
+        ('claim', 'evidence')
+        """
+        names = []
+        try:
+            for _, name, form, conversion in string.Formatter().parse(self.text):
+                if name is None:
+                    continue
+                if not name or form or conversion:
+                    raise PromptError(
+                        f"The prompt's field {{{name}}} must be the plain name of a column, such as"
+                        " {claim}; write {{ and }} for literal braces."
+                    )
+                names.append(name)
+        except ValueError as error:
+            raise PromptError(
+                f"The prompt cannot be parsed: {error}. Write {{{{ and }}}} for literal braces."
+            ) from error
+        if not names:
+            raise PromptError(
+                f"The prompt has no field, so every row would get the same answer: {self.text!r}."
+                " Name columns in braces, such as {claim}."
+            )
+        return tuple(dict.fromkeys(names))
+
+    def fill(self, row: Mapping[str, Any]) -> str:
+        """The prompt of one row."""
+        parts = []
+        for literal, name, _, _ in string.Formatter().parse(self.text):
+            parts += [literal, "" if name is None else str(row[name])]
+        return "".join(parts)
+
+
+def check_choices(choices: Sequence[str]) -> tuple[str, ...]:
+    """Return the choices; raise PromptError where they cannot be told apart.
+
+    >>> check_choices(["yes", "no"])
+    ('yes', 'no')
+    """
+    if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
+        raise PromptError(f"choices must be a list of texts; found {choices!r:.80}.")
+    stripped = [choice.strip() for choice in choices]
+    if len(choices) < 2:
+        raise PromptError(f"choices needs at least two texts; found {list(choices)}.")
+    if "" in stripped:
+        raise PromptError(f"choices holds an empty text: {list(choices)}.")
+    if repeated := sorted({choice for choice in stripped if stripped.count(choice) > 1}):
+        raise PromptError(f"choices repeats {', '.join(map(repr, repeated))}.")
+    return tuple(choices)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What must be run to score the choices of one row.
+
+    Attributes
+    ----------
+    shared
+        Tokens that the row has in common for all choices: the prompt, as far as its tokens do
+        not depend on what follows.
+    endings
+        For each choice its tokens after `shared`.
+    runs
+        The fewest sequences after `shared` that show every choice's log-probabilities: each
+        choice without its last token is the beginning of one of them.
+    """
+
+    shared: Tokens
+    endings: tuple[Tokens, ...]
+    runs: tuple[Tokens, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the longest sequence to run."""
+        return len(self.shared) + max(map(len, self.runs))
+
+
+def separator(prompt: str) -> str:
+    """What stands between a prompt and its answer: a space, unless the prompt ends with one."""
+    return "" if not prompt or prompt[-1].isspace() else " "
+
+
+def plan_scoring(sequences: Sequence[Sequence[int]], eos: int | None) -> Scoring:
+    """Split tokenised prompt-and-choice texts into what they share and how they end.
+
+    Parameters
+    ----------
+    sequences
+        Token ids of prompt and choice together, one for each choice.
+    eos
+        Token that ends an answer. Appended to all where one choice begins with another: the
+        longer of the two could never win otherwise.
+
+    Examples
+    --------
+    >>> scoring = plan_scoring([[1, 2, 7], [1, 2, 8], [1, 2, 9, 4, 5]], eos=0)
+    >>> scoring.shared, scoring.endings, scoring.runs
+    ((1, 2), ((7,), (8,), (9, 4, 5)), ((9, 4),))
+    """
+    tokens = [tuple(sequence) for sequence in sequences]
+    if eos is not None and _has_prefix(tokens):
+        tokens = [(*sequence, eos) for sequence in tokens]
+    n_shared = _n_shared(tokens)
+    # A choice needs a token of its own, and the model needs one before it to predict from.
+    n_shared = max(1, min(n_shared, min(map(len, tokens)) - 1))
+    endings = tuple(sequence[n_shared:] for sequence in tokens)
+    starts = {ending[:-1] for ending in endings}
+    runs = tuple(
+        start
+        for start in sorted(starts)
+        if not any(other != start and other[: len(start)] == start for other in starts)
+    )
+    return Scoring(tokens[0][:n_shared], endings, runs)
+
+
+def _has_prefix(sequences: Sequence[Tokens]) -> bool:
+    """Whether one of the sequences begins another."""
+    ordered = sorted(sequences)
+    return any(b[: len(a)] == a for a, b in zip(ordered, ordered[1:], strict=False))
+
+
+def _n_shared(sequences: Sequence[Tokens]) -> int:
+    low, high = min(sequences), max(sequences)
+    n = 0
+    while n < min(len(low), len(high)) and low[n] == high[n]:
+        n += 1
+    return n
+
+
+def cut_to_fit(
+    row: Mapping[str, Any],
+    field: str,
+    n_max: int,
+    count: Callable[[Mapping[str, Any]], int],
+) -> dict[str, Any] | None:
+    """Shorten one field until the row fits, cutting whole words off its end.
+
+    Parameters
+    ----------
+    row
+        Fields of the prompt.
+    field
+        The one to cut.
+    n_max
+        Tokens that the model takes.
+    count
+        Tokens that a row needs, prompt and longest answer together.
+
+    Returns
+    -------
+    dict or None
+        The row with the longest beginning of the field that fits; None if not even an empty
+        field does.
+    """
+    words = str(row[field]).split(" ")
+    low, high = 0, len(words)  # the most words that fit lie in [low, high)
+    if count({**row, field: ""}) > n_max:
+        return None
+    while low + 1 < high:
+        middle = (low + high) // 2
+        fits = count({**row, field: " ".join(words[:middle])}) <= n_max
+        low, high = (middle, high) if fits else (low, middle)
+    return {**row, field: " ".join(words[:low])}
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group sequences of like length, longest first, capped by tokens after padding.
+
+    Returns
+    -------
+    list of list of int
+        Positions in `lengths`; each group's longest times its size is at most `max_tokens`,
+        unless it holds a single sequence.
+
+    Examples
+    --------
+    >>> batches_by_length([3, 9, 4, 8], max_tokens=18)
+    [[1, 3], [2, 0]]
+    """
+    groups: list[list[int]] = []
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(position)
+        else:
+            groups.append([position])
+    return groups

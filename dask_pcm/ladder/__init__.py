@@ -1,0 +1,1 @@
+"""What is resident in a worker, and on which tier."""

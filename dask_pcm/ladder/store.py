@@ -1,0 +1,206 @@
+"""What is resident in this process: one load for each digest, acquire and release.
+
+The store knows nothing of Dask. Threads of any kind may call it.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask_pcm.context import ContextRef, Recipe, Sealed
+from dask_pcm.errors import LoadError
+
+logger = logging.getLogger(__name__)
+
+
+class Tier(enum.Enum):
+    """Where a context stands."""
+
+    ABSENT = "absent"
+    LOADING = "loading"
+    DEVICE = "device"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A residency changed: what a worker reports to the scheduler."""
+
+    digest: str
+    tier: Tier
+    seconds: float = 0.0
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Residency:
+    """A context in this process."""
+
+    ref: ContextRef
+    tier: Tier = Tier.ABSENT
+    value: Any = None
+    error: str | None = None
+    n_loads: int = 0
+    n_holders: int = 0
+    #: Held for as long as one task uses an exclusive context.
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Store:
+    """Contexts of this process by digest.
+
+    Parameters
+    ----------
+    on_change
+        Called after every change, from the thread that made it and without the store's lock.
+    """
+
+    def __init__(self, on_change: Callable[[Change], None] | None = None) -> None:
+        self._on_change = on_change or (lambda change: None)
+        self._residencies: dict[str, Residency] = {}
+        # Guards every field of every residency but `turn`; notified when a load ends.
+        self._changed = threading.Condition()
+
+    def tier(self, digest: str) -> Tier:
+        """Where the context stands now."""
+        with self._changed:
+            residency = self._residencies.get(digest)
+            return residency.tier if residency else Tier.ABSENT
+
+    def n_loads(self, digest: str) -> int:
+        """How often the context was built in this process."""
+        with self._changed:
+            residency = self._residencies.get(digest)
+            return residency.n_loads if residency else 0
+
+    def load(self, ref: ContextRef, again: bool = True) -> Any:
+        """Build the context unless it is here, and return the live object.
+
+        Whoever comes while another thread builds waits for that one build. After a failure the
+        next call tries again, or raises the same error if `again` is False.
+
+        Raises
+        ------
+        LoadError
+            With the loader's traceback in its message.
+        """
+        with self._changed:
+            residency = self._residencies.setdefault(ref.digest, Residency(ref))
+            waited = residency.tier is Tier.LOADING
+            self._changed.wait_for(lambda: residency.tier is not Tier.LOADING)
+            if residency.tier is Tier.DEVICE:
+                return residency.value
+            if residency.tier is Tier.FAILED and (waited or not again):
+                raise LoadError(residency.error)
+            residency.tier = Tier.LOADING
+        self._on_change(Change(ref.digest, Tier.LOADING))
+        return self._build(residency)
+
+    def _build(self, residency: Residency) -> Any:
+        ref, start = residency.ref, time.monotonic()
+        value, error = None, None
+        try:
+            recipe: Recipe = Sealed(ref.digest, ref.recipe).open()
+            value = recipe.build()
+        except BaseException as cause:  # also SystemExit: a library that exits is a failed load
+            error = _explain(ref, cause)
+            logger.warning("%s", error)
+        seconds = time.monotonic() - start
+        with self._changed:
+            residency.tier = Tier.FAILED if error else Tier.DEVICE
+            residency.value, residency.error = value, error
+            residency.n_loads += not error
+            self._changed.notify_all()
+        self._on_change(Change(ref.digest, residency.tier, seconds, error))
+        if error:
+            raise LoadError(error)
+        return value
+
+    @contextmanager
+    def acquire(self, refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
+        """Hold the live objects of `refs`, in their order; build what is missing.
+
+        An exclusive context has one holder at a time. Several are taken in the order of their
+        digests, so that two tasks never wait for each other. What a task raises while it holds
+        a context says nothing about the context: it stays.
+        """
+        with ExitStack() as stack:
+            held = {}
+            for ref in sorted(refs, key=lambda ref: ref.digest):
+                if ref.digest not in held:
+                    held[ref.digest] = stack.enter_context(self._hold(ref))
+            yield [held[ref.digest] for ref in refs]
+
+    @contextmanager
+    def _hold(self, ref: ContextRef) -> Iterator[Any]:
+        while True:
+            value = self.load(ref, again=False)
+            with self._changed:
+                residency = self._residencies.get(ref.digest)
+                # Between load() and here another thread may have evicted it: build it again.
+                if residency and residency.tier is Tier.DEVICE and residency.value is value:
+                    residency.n_holders += 1
+                    break
+        try:
+            if ref.is_exclusive:
+                with residency.turn:
+                    yield value
+            else:
+                yield value
+        finally:
+            with self._changed:
+                residency.n_holders -= 1
+                self._changed.notify_all()
+
+    def evict(self, digest: str) -> bool:
+        """Drop a context that nobody holds; False if it is held or not here."""
+        with self._changed:
+            residency = self._residencies.get(digest)
+            if residency is None or residency.n_holders or residency.tier is Tier.LOADING:
+                return False
+            del self._residencies[digest]
+        _close(residency)
+        self._on_change(Change(digest, Tier.ABSENT))
+        return True
+
+    def close(self) -> None:
+        """Drop whatever nobody holds."""
+        with self._changed:
+            digests = list(self._residencies)
+        for digest in digests:
+            self.evict(digest)
+
+    def validate(self) -> None:
+        """Raise AssertionError where the state contradicts itself."""
+        with self._changed:
+            for digest, residency in self._residencies.items():
+                assert residency.ref.digest == digest
+                assert residency.n_holders >= 0, digest
+                assert (residency.tier is Tier.FAILED) == (residency.error is not None), digest
+                assert not residency.n_holders or residency.tier is Tier.DEVICE, digest
+                assert residency.tier is Tier.DEVICE or residency.value is None, digest
+
+
+def _explain(ref: ContextRef, cause: BaseException) -> str:
+    text = "".join(traceback.format_exception(cause)).rstrip()
+    return f"Context {ref.name!r} could not be loaded:\n\n{text}"
+
+
+def _close(residency: Residency) -> None:
+    if residency.tier is not Tier.DEVICE:
+        return
+    close = Sealed(residency.ref.digest, residency.ref.recipe).open().close
+    if close is None:
+        return
+    try:
+        close(residency.value)
+    except Exception:
+        logger.warning("close hook of context %r failed", residency.ref.name, exc_info=True)

@@ -1,0 +1,252 @@
+"""A frame as units of work: which rows each has, and the graph that computes them."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+import dask
+import dask.dataframe as dd
+import pandas as pd
+from dask._expr import optimize_until
+from dask._task_spec import Task
+from dask.dataframe.dask_expr._collection import new_collection
+from dask.dataframe.dask_expr._expr import Blockwise, Elemwise, Expr, Filter
+from distributed import Client, Future, futures_of
+
+from dask_pcm.context import ContextRef
+from dask_pcm.dataframe import ContextMap
+from dask_pcm.errors import InputError
+from dask_pcm.ledger.commit import partition_name, range_name
+from dask_pcm.pieces import PieceReader, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is dispatched and committed.
+
+    Attributes
+    ----------
+    name
+        File name of its part.
+    partition
+        Partition of the frame whose graph computes it.
+    spans
+        Rows to read instead of that partition's own; None for the partition as it is.
+    n_rows
+        Rows of input; None where nobody has counted them.
+    """
+
+    name: str
+    partition: int
+    spans: tuple[Span, ...] | None
+    n_rows: int | None
+
+
+class Plan:
+    """The graph of a frame by partition, made on demand.
+
+    Attributes
+    ----------
+    refs
+        Contexts that a unit needs.
+    spans
+        Rows of each partition, where our own reader is at the bottom.
+    is_splittable
+        Whether any rows of a piece may be computed apart from the others.
+    batch_rows
+        Rows of one call; 1 where the function takes partitions.
+    """
+
+    def __init__(self, ddf: dd.DataFrame) -> None:
+        with dask.config.set({"optimization.tune.active": False}):  # it regroups partitions
+            top = optimize_until(ddf.expr, "simplified-physical")
+        self._top = top
+        self._nodes = {expr._name: expr for expr in top.walk() if _is_own(expr)}
+        self._inputs: dict[Any, Future] = {}
+        self._below = {
+            below._name: below
+            for node in self._nodes.values()
+            for below in node.dependencies()
+            if below._name not in self._nodes
+        }
+        maps = [expr for expr in self._nodes.values() if isinstance(expr, ContextMap)]
+        refs = {ref.digest: ref for expr in maps for ref in expr.operand("refs")}
+        self.refs: tuple[ContextRef, ...] = tuple(refs[digest] for digest in sorted(refs))
+        self.label = maps[0].operand("label") if maps else "pcm_write"
+        self.batch_rows = max([expr.operand("call").open().batch_rows or 1 for expr in maps] or [1])
+        self._leaf = self._find_leaf()
+        self.reader: PieceReader | None = None if self._leaf is None else self._leaf.operand("func")
+        self.spans = self._find_spans()
+        self.is_splittable = self._leaf is not None and all(
+            expr is self._leaf or _is_row_wise(expr) for expr in self._nodes.values()
+        )
+        self.n_partitions = top.npartitions
+        if self.n_partitions != ddf.npartitions:
+            raise InputError(
+                f"Dask's optimiser would turn the {ddf.npartitions} partitions of this frame into"
+                f" {self.n_partitions}, so none of them could be told again. Call .persist() on the"
+                " frame below map_partitions, or read it with pcm.read_parquet."
+            )
+        self.meta: pd.DataFrame = ddf._meta
+
+    def graph(self, unit: Unit) -> tuple[bytes, list[Any], list[Future]]:
+        """Pickled tasks that compute a unit, the keys they take from outside, and those inputs.
+
+        The pickle holds ``(tasks by key, key of the result)``.
+        """
+        leaf = self._leaf
+        if unit.spans is not None and leaf is not None:
+            own = leaf.substitute_parameters({"iterables": [[unit.spans]], "_partitions": None})
+        result = (self._top._name, unit.partition)
+        tasks: dict[Any, Task] = {}
+        outside: list[Any] = []
+        todo = [result]
+        while todo:
+            key = todo.pop()
+            expr = self._nodes.get(key[0])
+            if expr is None:
+                outside.append(key)
+                continue
+            if expr is leaf and unit.spans is not None:
+                tasks[key] = own._filtered_task(key, 0)
+            elif isinstance(expr, ContextMap):
+                tasks[key] = expr._own_task(key, key[1])
+            else:
+                tasks[key] = expr._task(key, key[1])
+            todo += [k for k in tasks[key].dependencies if k not in tasks and k not in outside]
+        pickled = cloudpickle.dumps((tasks, result))
+        return pickled, outside, [self._inputs[key] for key in outside]
+
+    def start_below(self, client: Client) -> None:
+        """Have Dask compute what is not blockwise (joins, shuffles); units take it from there."""
+        for name, below in self._below.items():
+            persisted = client.persist(new_collection(below))
+            futures = {future.key: future for future in futures_of(persisted)}
+            for index, key in enumerate(persisted.expr.operand("keys")):
+                self._inputs[name, index] = futures[key]
+
+    def _find_leaf(self) -> Expr | None:
+        leaves = [expr for expr in self._nodes.values() if not expr.dependencies()]
+        if len(leaves) != 1 or self._below or "func" not in type(leaves[0])._parameters:
+            return None
+        return leaves[0] if isinstance(leaves[0].operand("func"), PieceReader) else None
+
+    def _find_spans(self) -> list[Span] | None:
+        if self._leaf is None:
+            return None
+        spans = self._leaf.operand("iterables")[0]
+        return [spans[index] for index in self._leaf._partitions]
+
+
+def _is_own(expr: Expr) -> bool:
+    return isinstance(expr, (Blockwise, ContextMap))
+
+
+def _is_row_wise(expr: Expr) -> bool:
+    if isinstance(expr, ContextMap):
+        return bool(expr.operand("is_row_wise"))
+    return isinstance(expr, (Elemwise, Filter))
+
+
+class Cutter:
+    """Cuts what is still to be done into units, in input order.
+
+    Parameters
+    ----------
+    plan
+        The frame.
+    done
+        Row ranges, or partitions, that have been committed.
+    """
+
+    def __init__(
+        self, plan: Plan, done_ranges: Sequence[tuple[int, int]], done_partitions: set[int]
+    ) -> None:
+        self._plan = plan
+        self._todo: list[tuple[int, Span | None]] = []  # (partition, rows), last first
+        if plan.spans is None:
+            self._todo = [
+                (index, None) for index in range(plan.n_partitions) if index not in done_partitions
+            ]
+        else:
+            gaps = _Ranges(done_ranges)
+            for index, span in enumerate(plan.spans):
+                missing = gaps.missing(span)
+                if missing and not plan.is_splittable:
+                    missing = [span]
+                self._todo += [(index, rest) for rest in missing]
+        self._todo.reverse()
+
+    @property
+    def n_rows(self) -> int:
+        """Rows left to be cut; partitions where rows are not known."""
+        return sum(1 if span is None else span.n_rows for _, span in self._todo)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._todo
+
+    def cut(self, n_rows: int) -> Unit:
+        """Take the next unit: up to `n_rows` rows of a piece, or one partition.
+
+        A piece is not cut so that less than a batch is left of it, and pieces smaller than a
+        batch are put together up to one.
+        """
+        partition, span = self._todo.pop()
+        if span is None:
+            return Unit(partition_name(partition), partition, None, None)
+        if not self._plan.is_splittable:
+            name = range_name(span.offset, span.offset + span.n_rows)
+            return Unit(name, partition, (span,), span.n_rows)
+        taken = [self._take(partition, span, n_rows)]
+        while sum(s.n_rows for s in taken) < self._plan.batch_rows and self._todo:
+            partition_after, after = self._todo[-1]
+            end = taken[-1].offset + taken[-1].n_rows
+            if after is None or after.offset != end:
+                break
+            self._todo.pop()
+            room = self._plan.batch_rows - sum(s.n_rows for s in taken)
+            taken.append(self._take(partition_after, after, room))
+        end = taken[-1].offset + taken[-1].n_rows
+        total = sum(s.n_rows for s in taken)
+        return Unit(range_name(taken[0].offset, end), partition, tuple(taken), total)
+
+    def _take(self, partition: int, span: Span, n_rows: int) -> Span:
+        batch = self._plan.batch_rows
+        n_rows = max(1, n_rows)
+        if n_rows > batch:
+            n_rows -= n_rows % batch  # whole batches
+        if span.n_rows - n_rows < batch and n_rows >= batch:
+            # Less than a batch would be left: take it along if the rest fits in one more.
+            n_rows = span.n_rows if span.n_rows - n_rows < batch // 2 else n_rows
+        if n_rows >= span.n_rows:
+            return span
+        self._todo.append((partition, span.cut(n_rows, span.n_rows)))
+        return span.cut(0, n_rows)
+
+
+class _Ranges:
+    """Row ranges that are done; they do not overlap."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._ranges = sorted(pair for pair in ranges if pair[0] < pair[1])
+        self._starts = [start for start, _ in self._ranges]
+
+    def missing(self, span: Span) -> list[Span]:
+        return list(self._missing(span))
+
+    def _missing(self, span: Span) -> Iterator[Span]:
+        at, end = span.offset, span.offset + span.n_rows
+        index = max(0, bisect.bisect_right(self._starts, at) - 1)
+        for start, stop in self._ranges[index:]:
+            if start >= end:
+                break
+            if start > at:
+                yield span.cut(at - span.offset, start - span.offset)
+            at = max(at, stop)
+        if at < end:
+            yield span.cut(at - span.offset, end - span.offset)

@@ -1,0 +1,121 @@
+"""How a run is going: a bar on a terminal and in a notebook, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_S = 10.0
+
+
+class Meter(Protocol):
+    """Shows rows done; `note` says how the cluster stands."""
+
+    def __enter__(self) -> Meter: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def show(self, n_done: int, note: str) -> None: ...
+
+
+def meter(n_total: int, n_before: int, unit: str, is_shown: bool) -> Meter:
+    """The meter that fits where we are writing to (standard error)."""
+    console = Console(stderr=True)
+    if not is_shown:
+        return _Silence()
+    if console.is_terminal or console.is_jupyter:
+        return _Bar(console, n_total, n_before, unit)
+    return _Lines(console, n_total, n_before, unit)
+
+
+class _Silence:
+    def __enter__(self) -> _Silence:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def show(self, n_done: int, note: str) -> None: ...
+
+
+class _Bar:
+    def __init__(self, console: Console, n_total: int, n_before: int, unit: str) -> None:
+        self._progress = Progress(
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task(
+            "run", total=n_total, completed=n_before, rate="", note=""
+        )
+        self._pace = _Pace(n_before)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._progress.stop()
+
+    def show(self, n_done: int, note: str) -> None:
+        rate = f"{self._pace.rate(n_done):,.0f}/s"
+        self._progress.update(self._task, completed=n_done, rate=rate, note=note)
+
+
+class _Lines:
+    def __init__(self, console: Console, n_total: int, n_before: int, unit: str) -> None:
+        self._console = console
+        self._n_total = n_total
+        self._unit = unit
+        self._pace = _Pace(n_before)
+        self._next = 0.0
+        self._shown = -1
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def show(self, n_done: int, note: str) -> None:
+        now = time.monotonic()
+        if n_done == self._shown or (now < self._next and n_done < self._n_total):
+            return
+        self._shown = n_done
+        self._next = now + LINE_EVERY_S
+        rate = self._pace.rate(n_done)
+        left_s = (self._n_total - n_done) / rate if rate else float("nan")
+        eta = f"ETA {left_s:.0f} s, " if left_s == left_s and n_done < self._n_total else ""
+        text = f"{n_done:,}/{self._n_total:,} {self._unit}, {rate:,.0f}/s, {eta}{note}"
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+class _Pace:
+    """Rows a second since the start, rows of earlier runs left out."""
+
+    def __init__(self, n_before: int) -> None:
+        self._n_before = n_before
+        self._start = time.monotonic()
+
+    def rate(self, n_done: int) -> float:
+        return (n_done - self._n_before) / max(1e-3, time.monotonic() - self._start)

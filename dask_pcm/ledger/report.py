@@ -1,0 +1,78 @@
+"""What came out of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Report:
+    """Figures of a run; rows and units of earlier runs of the same job are counted in `rows`,
+    `rows_failed` and the fields ending in ``_resumed``, and nowhere else.
+
+    Attributes
+    ----------
+    rows, rows_failed
+        Rows of the whole output, and those among them with an error.
+    rows_recomputed
+        Rows that were started now although they had been started before.
+    units, units_resumed, rows_resumed
+        Units committed now; units and rows found committed.
+    context_loads, load_s
+        Times a context was built, on any worker, and the seconds that took in all.
+    workers
+        The most workers seen at once.
+    total_s, infer_s
+        Wall time, and the seconds that contexts were held, summed over workers.
+    rows_per_s
+        Rows computed now over wall time.
+    errors
+        A sample of the rows' errors.
+    """
+
+    rows: int = 0
+    rows_failed: int = 0
+    rows_recomputed: int = 0
+    units: int = 0
+    units_resumed: int = 0
+    rows_resumed: int = 0
+    context_loads: int = 0
+    workers: int = 0
+    total_s: float = 0.0
+    load_s: float = 0.0
+    infer_s: float = 0.0
+    rows_per_s: float = 0.0
+    errors: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rows_recomputed(starts: Iterable[Mapping[str, Any]], run: str) -> int:
+    """Rows that `run` started and that had been started before, by it or by another run.
+
+    Units of different runs need not be alike, so ranges are compared, not names.
+    """
+    from dask_pcm.ledger.commit import parse_name
+
+    mine, others, n_mine = [], [], 0
+    for start in starts:
+        place = parse_name(start["unit"])
+        if isinstance(place, int):
+            place = (place, place + 1)
+        if place is None:
+            continue
+        (mine if start["run"] == run else others).append(place)
+        n_mine += (place[1] - place[0]) if start["run"] == run else 0
+    return n_mine - (_covered(mine + others) - _covered(others))
+
+
+def _covered(ranges: list[tuple[int, int]]) -> int:
+    """Length of the union."""
+    total, end = 0, 0
+    for start, stop in sorted(ranges):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total

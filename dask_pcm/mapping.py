@@ -1,0 +1,176 @@
+"""What a task does with a partition: call the user's function on live contexts, and check it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from dask_pcm.context import ContextRef, Sealed
+from dask_pcm.errors import PCMError, RowCountError, SchemaError
+from dask_pcm.plugins.worker import hold
+
+ERROR = "error"
+_MAX_ERROR_CHARS = 2_000
+_NULLABLE_KINDS = "iub"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The user's function and how it is to be called.
+
+    Attributes
+    ----------
+    func
+        Called as ``func(frame, context, *args, **kwargs)``, or with contexts as keywords.
+    names
+        Keywords of the contexts, in the order of the refs; None for one positional context.
+    batch_rows
+        Rows of one call; None to give the partition as it is.
+    meta
+        An empty frame of what comes out.
+    is_enforced
+        Whether columns and types are held against `meta`.
+    """
+
+    func: Callable[..., Any]
+    names: tuple[str, ...] | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    batch_rows: int | None
+    meta: pd.DataFrame
+    is_enforced: bool
+
+    def on(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> pd.DataFrame:
+        """Apply the function to a whole partition."""
+        if self.batch_rows is None:
+            return self._enforced(self._call(frame, contexts))
+        starts = range(0, len(frame), self.batch_rows)
+        parts = [
+            self._batch(frame.iloc[start : start + self.batch_rows], contexts) for start in starts
+        ]
+        return parts[0] if len(parts) == 1 else pd.concat(parts)
+
+    def _call(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Any:
+        if self.names is None:
+            return self.func(frame, *contexts, *self.args, **self.kwargs)
+        named = dict(zip(self.names, contexts, strict=True))
+        return self.func(frame, *self.args, **self.kwargs, **named)
+
+    def _batch(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> pd.DataFrame:
+        """One call; where it raises, halves are tried, down to the rows that are at fault."""
+        try:
+            result = self._call(frame, contexts)
+        except PCMError:
+            raise
+        except Exception as error:
+            if len(frame) == 1:
+                return self._failed(frame, error)
+            half = len(frame) // 2
+            halves = (frame.iloc[:half], frame.iloc[half:])
+            return pd.concat([self._batch(rows, contexts) for rows in halves])
+        return self._enforced(self._one_for_each(frame, result))
+
+    def _one_for_each(self, frame: pd.DataFrame, result: Any) -> pd.DataFrame:
+        name = _name(self.func)
+        if not isinstance(result, pd.DataFrame):
+            raise RowCountError(
+                f"{name} returned {type(result).__name__}; a DataFrame with a row for each of the"
+                f" {len(frame)} rows that it got was expected."
+            )
+        if len(result) != len(frame):
+            raise RowCountError(
+                f"{name} got {len(frame)} rows and returned {len(result)}. With batch_rows it must"
+                " return one row for each, in order; leave batch_rows out to filter or expand."
+            )
+        if not result.index.equals(frame.index):
+            if not result.index.equals(pd.RangeIndex(len(result))):
+                raise RowCountError(
+                    f"{name} returned rows with another index than it got, so their order cannot be"
+                    " told. Keep the index, or reset it if the rows are in order."
+                )
+            result = result.set_axis(frame.index)
+        return result if ERROR in result.columns else result.assign(**{ERROR: _no_error(result)})
+
+    def _failed(self, frame: pd.DataFrame, error: Exception) -> pd.DataFrame:
+        """The row that cannot be inferred: its own columns, nulls for the rest, and the reason."""
+        text = f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]
+        row = {
+            name: frame[name] if _is_passed(name, dtype, frame) else pd.Series([None], frame.index)
+            for name, dtype in self.meta.dtypes.items()
+        }
+        row[ERROR] = pd.Series([text], frame.index)
+        return self._cast(pd.DataFrame(row, index=frame.index))
+
+    def _enforced(self, result: Any) -> Any:
+        if not self.is_enforced:
+            return result
+        if not isinstance(result, pd.DataFrame):
+            raise SchemaError(
+                f"{_name(self.func)} returned {type(result).__name__}; meta says a DataFrame with"
+                f" columns {list(self.meta.columns)}."
+            )
+        missing = [name for name in self.meta.columns if name not in result.columns]
+        extra = [name for name in result.columns if name not in self.meta.columns]
+        if missing or extra:
+            found = f"missing: {missing}" if missing else f"not declared: {extra}"
+            raise SchemaError(
+                f"{_name(self.func)} returned columns {list(result.columns)}, but meta says"
+                f" {list(self.meta.columns)} ({found})."
+            )
+        return self._cast(result[list(self.meta.columns)])
+
+    def _cast(self, frame: pd.DataFrame) -> pd.DataFrame:
+        different = {
+            name: dtype for name, dtype in self.meta.dtypes.items() if frame[name].dtype != dtype
+        }
+        try:
+            return frame.astype(different) if different else frame
+        except (TypeError, ValueError) as error:
+            found = {name: str(frame[name].dtype) for name in different}
+            raise SchemaError(
+                f"{_name(self.func)} returned types {found}, which do not convert to those of meta,"
+                f" { {name: str(dtype) for name, dtype in different.items()} }: {error}"
+            ) from error
+
+
+def infer(frame: pd.DataFrame, call: Sealed, refs: tuple[ContextRef, ...]) -> pd.DataFrame:
+    """The task: hold the contexts and call; an empty partition needs neither."""
+    opened: Call = call.open()
+    if not len(frame):
+        return opened.meta
+    with hold(refs) as contexts:
+        return opened.on(frame, contexts)
+
+
+def row_wise_meta(meta: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
+    """`meta` with an ``error`` column, and with types that can be null where a row may fail."""
+    changed = {
+        name: pd.array([], dtype=dtype).astype(_nullable(dtype)).dtype
+        for name, dtype in meta.dtypes.items()
+        if getattr(dtype, "kind", "") in _NULLABLE_KINDS and not _is_passed(name, dtype, given)
+    }
+    meta = meta.astype(changed)
+    return meta if ERROR in meta.columns else meta.assign(**{ERROR: _no_error(meta)})
+
+
+def _is_passed(name: Any, dtype: Any, given: pd.DataFrame) -> bool:
+    """Whether a column of the output stands in the input as well: a failed row keeps it."""
+    return name in given.columns and bool(given[name].dtype == dtype)
+
+
+def _nullable(dtype: Any) -> str:
+    name = str(dtype)
+    if name == "bool":
+        return "boolean"
+    return name.replace("uint", "UInt").replace("int", "Int") if name.islower() else name
+
+
+def _no_error(frame: pd.DataFrame) -> pd.Series:
+    return pd.Series([None] * len(frame), index=frame.index, dtype="str")
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__qualname__", None) or type(func).__qualname__

@@ -1,0 +1,122 @@
+"""``install(client)``: the plugins, scheduler side first."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import dask
+import distributed
+from distributed import Client, default_client
+
+from dask_pcm.config import Config
+from dask_pcm.errors import InstallError
+from dask_pcm.plugins.memory import AllowancePlugin
+from dask_pcm.plugins.scheduler import GATE, GatePlugin
+from dask_pcm.plugins.worker import ContextPlugin
+from dask_pcm.version import __version__
+
+
+def install(client: Client | None = None) -> None:
+    """Install the toolkit on a cluster; doing it again changes nothing, and nothing restarts.
+
+    Parameters
+    ----------
+    client
+        A client of the cluster; the one made last if left out.
+
+    Raises
+    ------
+    InstallError
+        Where there is no client, the package is missing on the scheduler or the workers, or its
+        version or that of Python, dask or distributed differs from the client's.
+
+    Notes
+    -----
+    Blocking; for synchronous clients. The scheduler's side goes first: the workers' sides say
+    hello to it as soon as they are set up. Workers that join later get theirs by themselves.
+    """
+    client = client or current_client()
+    _check_versions(client)
+    config = Config.read()
+    client.register_plugin(GatePlugin(config))
+    client.register_plugin(AllowancePlugin())
+    client.register_plugin(ContextPlugin(config))
+
+
+def current_client() -> Client:
+    """The client made last.
+
+    Raises
+    ------
+    InstallError
+        Where there is none.
+    """
+    try:
+        return default_client()
+    except ValueError:
+        raise InstallError(
+            "There is no Dask client yet. Make one first: client = Client(cluster)."
+        ) from None
+
+
+def is_installed(client: Client) -> bool:
+    """Whether the gate is on this client's scheduler."""
+
+    def has_gate(dask_scheduler: Any = None) -> bool:
+        return GATE in dask_scheduler.plugins
+
+    return bool(client.run_on_scheduler(has_gate))
+
+
+def versions() -> dict[str, str]:
+    """Versions that must agree between client, scheduler and workers."""
+    return {
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "dask": dask.__version__,
+        "distributed": distributed.__version__,
+        "dask_pcm": __version__,
+    }
+
+
+def _versions_there() -> dict[str, str]:
+    # Pickled by value below, so that it answers where dask_pcm is missing too.
+    import sys
+
+    import dask
+    import distributed
+
+    found = {
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "dask": dask.__version__,
+        "distributed": distributed.__version__,
+    }
+    try:
+        from dask_pcm.version import __version__
+
+        found["dask_pcm"] = __version__
+    except ImportError:
+        found["dask_pcm"] = "missing"
+    return found
+
+
+def _check_versions(client: Client) -> None:
+    ask = _by_value(_versions_there)
+    found = {"the scheduler": client.run_on_scheduler(ask), **client.run(ask)}
+    mine = versions()
+    for where, theirs in found.items():
+        for package, version in mine.items():
+            if theirs.get(package) != version:
+                raise InstallError(
+                    f"{package} is {theirs.get(package)} on {where} and {version} on the client."
+                    " Install the same versions everywhere, for instance from one environment."
+                )
+
+
+def _by_value(func: Any) -> Any:
+    """A copy of `func` that is pickled with its code, not by the name of our module."""
+    import types
+
+    copy = types.FunctionType(func.__code__, {"__builtins__": __builtins__}, func.__name__)
+    copy.__module__ = "__main__"
+    return copy

@@ -1,0 +1,409 @@
+"""The gate's door in the scheduler: hooks become events, actions become transitions and messages.
+
+Tasks that need a context are restricted to a worker that does not exist (`PARKED`), so that the
+scheduler parks them in its state ``no-worker``: there they can be neither stolen nor scheduled
+by anybody else. To dispatch one, it is restricted to the worker that the policy chose and sent
+on to ``processing``. Users' own restrictions are kept aside and respected.
+
+Everything here runs on the scheduler's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from distributed import Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.metrics import monotonic
+from distributed.protocol.pickle import dumps
+from distributed.scheduler import TaskState, WorkerState
+from tornado.ioloop import PeriodicCallback
+
+from dask_pcm.config import Config
+from dask_pcm.context import ContextRef
+from dask_pcm.errors import LoadError
+from dask_pcm.plugins.walk import find_refs
+from dask_pcm.scheduling.events import (
+    Assign,
+    Event,
+    Fail,
+    Group,
+    ResidencyReported,
+    RunClosed,
+    RunReported,
+    Standing,
+    Warm,
+    Work,
+    WorkEnded,
+    WorkerJoined,
+    WorkerLeft,
+    WorkerPaused,
+    WorkParked,
+    WorkWithdrawn,
+)
+from dask_pcm.scheduling.policy import decide
+from dask_pcm.scheduling.state import GateState
+
+logger = logging.getLogger(__name__)
+
+GATE = "pcm-gate"
+#: The address of no worker.
+PARKED = "pcm://parked"
+#: The executor, added by the worker plugin, in which context tasks run.
+LANES = "pcm"
+_STANDINGS = {
+    "loading": Standing.LOADING,
+    "device": Standing.WARM,
+    "absent": Standing.COLD,
+    "failed": Standing.FAILED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user restricted a task to, before the gate restricted it to nobody."""
+
+    contexts: tuple[str, ...]
+    workers: set[str] | None
+    hosts: set[str] | None
+    is_loose: bool
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker whose plugin has said hello."""
+
+    epoch: str
+    cores: tuple[int, ...]
+    host: str
+
+
+@dataclass(slots=True)
+class Loads:
+    """Loads of one context, cluster-wide, since the gate started."""
+
+    n: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class RunInfo:
+    client: str
+    contexts: tuple[str, ...] = field(default_factory=tuple)
+
+
+class GatePlugin(SchedulerPlugin):
+    """Parks tasks that need a context and dispatches them as the policy decides."""
+
+    name = GATE
+    idempotent = True  # a second registration must not replace the one that knows what is parked
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config.read()
+
+    async def start(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.state = GateState()
+        self.asked: dict[Any, Asked] = {}
+        self.refs: dict[str, ContextRef] = {}
+        self.members: dict[str, Member] = {}
+        self.loads: dict[str, Loads] = {}
+        self.runs: dict[str, RunInfo] = {}
+        self._loop = asyncio.get_running_loop()
+        self._is_woken = False
+        self._stimuli = count()
+        scheduler.stream_handlers["pcm-hello"] = self.on_hello
+        scheduler.stream_handlers["pcm-residency"] = self.on_residency
+        scheduler.handlers["pcm_run"] = self.on_run
+        self._shield_from_timeouts()
+        self._ticker = PeriodicCallback(self._tick, self.config.tick_s * 1000)
+        self._ticker.start()
+
+    async def close(self) -> None:
+        self._ticker.stop()
+
+    # -- what Dask says ---------------------------------------------------------------------
+
+    def update_graph(self, scheduler: Scheduler, *, tasks: list[Any], **kwargs: Any) -> None:
+        """Restrict new context tasks to nobody; runs before their first transition."""
+        for key in tasks:
+            ts = scheduler.tasks.get(key)
+            if ts is None or key in self.asked or ts.actor:
+                continue
+            refs = find_refs(ts.run_spec)
+            if not refs:
+                continue
+            self.refs.update((ref.digest, ref) for ref in refs)
+            contexts = tuple(ref.digest for ref in refs)
+            self.asked[key] = Asked(
+                contexts, ts.worker_restrictions, ts.host_restrictions, ts.loose_restrictions
+            )
+            ts.annotations = {**(ts.annotations or {}), "executor": LANES}
+            _restrict(ts, {PARKED})
+
+    def transition(
+        self, key: Any, start: str, finish: str, *args: Any, stimulus_id: str, **kwargs: Any
+    ) -> None:
+        asked = self.asked.get(key)
+        if asked is None:
+            return
+        if start == "processing":
+            self._apply(WorkEnded(key, is_finished=finish == "memory"))
+            if (ts := self.scheduler.tasks.get(key)) is not None:
+                # On every way out, memory included: a result that is lost is computed again,
+                # and that goes through the gate as well.
+                _restrict(ts, {PARKED})
+        if finish == "no-worker":
+            self._apply(WorkParked(self._work(self.scheduler.tasks[key], asked)))
+        elif start == "no-worker" and finish != "processing":
+            self._apply(WorkWithdrawn(key))
+        if finish == "forgotten":
+            del self.asked[key]
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
+        if self.members.pop(worker, None) is not None:
+            self._apply(WorkerLeft(worker))
+
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        for run in [run for run, info in self.runs.items() if info.client == client]:
+            self._close_run(run)
+
+    def restart(self, scheduler: Scheduler) -> None:
+        for run in list(self.runs):
+            self._close_run(run)
+
+    def valid_workers_downscaling(
+        self, scheduler: Scheduler, workers: list[WorkerState]
+    ) -> list[WorkerState]:
+        """Keep workers that load, and those that are warm for work that waits."""
+        wanted = {c for group in self.state.groups() for c in group.contexts}
+
+        def is_needed(ws: WorkerState) -> bool:
+            view = self.state.workers.get(ws.address)
+            if view is None:
+                return False
+            standings = view.standings.items()
+            return any(
+                at is Standing.LOADING or (at is Standing.WARM and context in wanted)
+                for context, at in standings
+            )
+
+        return [ws for ws in workers if not is_needed(ws)]
+
+    # -- what workers and clients say -------------------------------------------------------
+
+    def on_hello(
+        self, worker: str, epoch: str, n_lanes: int, cores: Iterable[int], **kwargs: Any
+    ) -> None:
+        """A worker's plugin is ready."""
+        if (ws := self.scheduler.workers.get(worker)) is None:
+            return
+        self.members[worker] = Member(epoch, tuple(cores), ws.host)
+        self._apply(WorkerJoined(worker, n_lanes))
+        self._regroup()
+
+    def on_residency(
+        self,
+        worker: str,
+        epoch: str,
+        digest: str,
+        tier: str,
+        seconds: float,
+        error: str | None,
+        **kwargs: Any,
+    ) -> None:
+        """A context moved on a worker; said by an earlier life of the worker, it is ignored."""
+        member = self.members.get(worker)
+        if member is None or member.epoch != epoch:
+            return
+        standing = _STANDINGS[tier]
+        if standing is Standing.WARM and seconds:
+            loads = self.loads.setdefault(digest, Loads())
+            loads.n, loads.seconds = loads.n + 1, loads.seconds + seconds
+        self._apply(ResidencyReported(worker, digest, standing, seconds, error))
+
+    async def on_run(
+        self, run: str, client: str, refs: bytes, kind: str, n_rows: float, n_units: int
+    ) -> dict[str, Any]:
+        """A client reports what a run will still submit, and learns how its contexts stand.
+
+        `n_units` of 0 closes the run.
+        """
+        asked: tuple[ContextRef, ...] = pickle.loads(refs)
+        contexts = tuple(ref.digest for ref in asked)
+        self.refs.update((ref.digest, ref) for ref in asked)
+        if n_units:
+            self.runs[run] = RunInfo(client, contexts)
+            self._apply(RunReported(run, Group(contexts, kind), n_rows, n_units))
+        else:
+            self._close_run(run)
+        loads = [self.loads.get(context, Loads()) for context in contexts]
+        views = self.state.workers.values()
+        return {
+            "n_workers": len(self.state.workers),
+            "n_warm": sum(view.holds(contexts) for view in views),
+            "n_loads": sum(load.n for load in loads),
+            "load_s": sum(load.seconds for load in loads),
+        }
+
+    # -- what the policy says ---------------------------------------------------------------
+
+    def _wake(self) -> None:
+        # Never inside a transition hook: the scheduler is in the middle of one.
+        if not self._is_woken:
+            self._is_woken = True
+            self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._is_woken = False
+        actions = decide(
+            self.state, monotonic(), self.config.pipeline_s, self.config.n_load_attempts
+        )
+        assigns = [action for action in actions if isinstance(action, Assign)]
+        if assigns:
+            self._send(assigns)
+        for action in actions:
+            if isinstance(action, Warm):
+                self._warm(action)
+            elif isinstance(action, Fail):
+                self._fail(action)
+
+    def _send(self, assigns: list[Assign]) -> None:
+        recommendations: dict[Any, str] = {}
+        for assign in assigns:
+            ts = self.scheduler.tasks.get(assign.key)
+            if ts is None or ts.state != "no-worker":
+                self._apply(WorkWithdrawn(assign.key))
+                continue
+            _restrict(ts, {assign.worker})
+            recommendations[assign.key] = "processing"
+        self.scheduler.transitions(recommendations, f"pcm-dispatch-{next(self._stimuli)}")
+        for key in recommendations:
+            ts = self.scheduler.tasks.get(key)
+            if ts is not None and ts.state == "no-worker":
+                # The worker was paused or left in between: look again at the next tick.
+                _restrict(ts, {PARKED})
+                self._sync_pauses()
+                self._apply(WorkParked(self._work(ts, self.asked[key])))
+
+    def _warm(self, warm: Warm) -> None:
+        member = self.members[warm.worker]
+        message = {
+            "op": "pcm-load",
+            "epoch": member.epoch,
+            "ref": pickle.dumps(self.refs[warm.context]),
+            "n_threads": self._n_threads(member),
+        }
+        logger.debug("warming %s for %s", warm.worker, warm.context)
+        self.scheduler.worker_send(warm.worker, message)
+
+    def _fail(self, fail: Fail) -> None:
+        ts = self.scheduler.tasks.get(fail.key)
+        if ts is None or ts.state != "no-worker":
+            return
+        stimulus_id = f"pcm-load-failed-{next(self._stimuli)}"
+        recommendations = self.scheduler.transition(
+            ts.key,
+            "erred",
+            stimulus_id,
+            exception=dumps(LoadError(fail.error)),
+            exception_text=fail.error,
+            cause=ts.key,
+        )
+        self.scheduler.transitions(recommendations, stimulus_id)
+
+    # -- helpers ----------------------------------------------------------------------------
+
+    def _apply(self, event: Event) -> None:
+        self.state.apply(event, monotonic())
+        self._wake()
+
+    def _tick(self) -> None:
+        self._sync_pauses()
+        if self.state.waiting or self.runs:
+            self._wake()
+
+    def _sync_pauses(self) -> None:
+        for address, view in self.state.workers.items():
+            is_paused = self.scheduler.workers.get(address) not in self.scheduler.running
+            if is_paused != view.is_paused:
+                self._apply(WorkerPaused(address, is_paused))
+
+    def _close_run(self, run: str) -> None:
+        if self.runs.pop(run, None) is not None:
+            self._apply(RunClosed(run))
+
+    def _work(self, ts: TaskState, asked: Asked) -> Work:
+        n_rows = float((ts.annotations or {}).get("pcm_rows") or 1.0)
+        group = Group(asked.contexts, ts.prefix.name, self._allowed(ts, asked))
+        return Work(ts.key, group, tuple(ts.priority or ()), n_rows)
+
+    def _allowed(self, ts: TaskState, asked: Asked) -> frozenset[str] | None:
+        """Workers that the user's restrictions and resources leave; None for all."""
+        if not (asked.workers or asked.hosts or ts.resource_restrictions):
+            return None
+        with _asked_restrictions(ts, asked):
+            valid = self.scheduler.valid_workers(ts)
+        if valid is None or (not valid and asked.is_loose):
+            return None
+        return frozenset(ws.address for ws in valid)
+
+    def _regroup(self) -> None:
+        """Another worker may be among those that restricted work asks for."""
+        for work in list(self.state.waiting.values()):
+            asked = self.asked[work.key]
+            if asked.workers or asked.hosts or work.group.allowed is not None:
+                self._apply(WorkParked(self._work(self.scheduler.tasks[work.key], asked)))
+
+    def _n_threads(self, member: Member) -> int:
+        """A worker's share of the cores that it and its neighbours may run on."""
+        neighbours = [
+            m for m in self.members.values() if (m.host, m.cores) == (member.host, member.cores)
+        ]
+        return self.config.n_threads or max(1, len(member.cores) // len(neighbours))
+
+    def _shield_from_timeouts(self) -> None:
+        """Keep ``no-workers-timeout`` from failing what the gate has parked.
+
+        Dask's own check runs on the tasks that are not ours, in their order.
+        """
+        callback = self.scheduler.periodic_callbacks.get("no-workers-timeout")
+        if callback is None:
+            return
+        check = self.scheduler._check_no_workers
+
+        def shielded() -> None:
+            everything = self.scheduler.unrunnable
+            others = {ts: since for ts, since in everything.items() if ts.key not in self.asked}
+            self.scheduler.unrunnable = others
+            try:
+                check()
+            finally:
+                self.scheduler.unrunnable = {
+                    ts: since
+                    for ts, since in everything.items()
+                    if ts.key in self.asked or ts in others
+                }
+
+        callback.callback = shielded
+
+
+def _restrict(ts: TaskState, workers: set[str]) -> None:
+    ts.worker_restrictions, ts.host_restrictions, ts.loose_restrictions = workers, None, False
+
+
+@contextmanager
+def _asked_restrictions(ts: TaskState, asked: Asked) -> Iterator[None]:
+    mine = (ts.worker_restrictions, ts.host_restrictions)
+    ts.worker_restrictions, ts.host_restrictions = asked.workers, asked.hosts
+    try:
+        yield
+    finally:
+        ts.worker_restrictions, ts.host_restrictions = mine

@@ -1,0 +1,51 @@
+"""Which contexts a task needs: found by walking its arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from dask._task_spec import DataNode, GraphNode, Task
+
+from dask_pcm.context import Context, ContextRef
+
+#: Objects looked at in one task. Beyond it the task counts as seen to its end: a list of a
+#: million elements must not hold up the scheduler's event loop.
+MAX_VISITS = 2_000
+
+
+def find_refs(run_spec: Any) -> tuple[ContextRef, ...]:
+    """Return the refs that a task's specification carries, each digest once, in digest order.
+
+    A bare ``DataNode`` is data, not a task that uses it: nothing is found in one.
+    """
+    if not isinstance(run_spec, GraphNode) or isinstance(run_spec, DataNode):
+        return ()
+    found: dict[str, ContextRef] = {}
+    todo: list[Any] = [run_spec]
+    for _ in range(MAX_VISITS):
+        if not todo:
+            break
+        item = todo.pop()
+        if isinstance(item, ContextRef):
+            found[item.digest] = item
+        elif isinstance(item, Context):
+            found[item.digest] = item.ref
+        elif not isinstance(item, (str, bytes, int, float)):
+            todo.extend(_inside(item))
+    return tuple(found[digest] for digest in sorted(found))
+
+
+def _inside(item: Any) -> Iterable[Any]:
+    if isinstance(item, Task):
+        return (item.func, *item.args, *item.kwargs.values())
+    if isinstance(item, functools.partial):
+        return (item.func, *item.args, *item.keywords.values())
+    if isinstance(item, DataNode):
+        return (item.value,)
+    if isinstance(item, dict):
+        return item.values() if len(item) <= MAX_VISITS else ()
+    if isinstance(item, (list, tuple, set, frozenset)):
+        return item if len(item) <= MAX_VISITS else ()
+    return ()

@@ -1,0 +1,179 @@
+"""The ladder's door in a worker: messages become loads, changes become reports.
+
+``ContextPlugin.setup`` and the message handlers run on the worker's event loop; contexts are
+built on a thread of their own and used on the lanes, so that neither holds up a heartbeat.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pickle
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor as LoaderExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from distributed import Worker, get_worker
+from distributed.comm import CommClosedError
+from distributed.diagnostics.plugin import WorkerPlugin
+from distributed.threadpoolexecutor import ThreadPoolExecutor
+
+from dask_pcm.config import Config
+from dask_pcm.context import ContextRef
+from dask_pcm.errors import LoadError
+from dask_pcm.ladder.store import Change, Store, Tier
+from dask_pcm.plugins.memory import MemoryAllowance, keep_freed_memory
+from dask_pcm.plugins.scheduler import LANES
+
+logger = logging.getLogger(__name__)
+
+CONTEXTS = "pcm-contexts"
+
+
+class ContextPlugin(WorkerPlugin):
+    """Keeps the contexts of one worker, and two lanes to use them in."""
+
+    name = CONTEXTS
+    idempotent = True  # a second registration must not tear down what is warm
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config.read()
+
+    def setup(self, worker: Worker) -> None:
+        self.worker = worker
+        self.epoch = uuid.uuid4().hex
+        self.n_threads = 1
+        self.store = Store(self._report)
+        self.memory = MemoryAllowance(worker)
+        self._loader = LoaderExecutor(1, thread_name_prefix="pcm-load")
+        self._lane = threading.local()
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        keep_freed_memory()
+        self._open_lanes()
+        worker.stream_handlers["pcm-load"] = self.on_load
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        worker.batched_stream.send(
+            {
+                "op": "pcm-hello",
+                "epoch": self.epoch,
+                "n_lanes": self.config.n_lanes,
+                "cores": cores or list(range(os.cpu_count() or 1)),
+            }
+        )
+
+    def teardown(self, worker: Worker) -> None:
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def _open_lanes(self) -> None:
+        """Context tasks get threads of their own, on top of those that the worker has.
+
+        The worker may execute that many more tasks at once; plain tasks still share the threads
+        of the default executor, so they never run beside more of their kind than before.
+        """
+        lanes = ThreadPoolExecutor(self.config.n_lanes, thread_name_prefix="pcm-lane")
+        self.worker.executors[LANES] = lanes
+        self.worker.state.nthreads += self.config.n_lanes
+
+    def on_load(self, epoch: str, ref: bytes, n_threads: int, **kwargs: Any) -> None:
+        """The scheduler wants a context here."""
+        if epoch != self.epoch:
+            return
+        self.n_threads = n_threads
+        self._loader.submit(self._load, pickle.loads(ref))
+
+    def _load(self, ref: ContextRef) -> None:
+        if self.store.tier(ref.digest) is Tier.DEVICE:
+            self._report(Change(ref.digest, Tier.DEVICE))
+            return
+        self._set_threads()
+        with suppress(LoadError), self.memory.growing(ref.digest):  # the failure was reported
+            self.store.load(ref)
+
+    def _report(self, change: Change) -> None:
+        message = {
+            "op": "pcm-residency",
+            "epoch": self.epoch,
+            "digest": change.digest,
+            "tier": change.tier.value,
+            "seconds": change.seconds,
+            "error": change.error,
+        }
+        self.worker.loop.add_callback(self._send, message)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with suppress(CommClosedError):  # the scheduler is gone, and this worker will be soon
+            self.worker.batched_stream.send(message)
+
+    @contextmanager
+    def acquire(self, refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
+        """Hold the live objects of `refs` on a lane's thread."""
+        with self.store.acquire(refs) as values:
+            self._set_threads()
+            yield values
+
+    def _set_threads(self) -> None:
+        """Give torch the cores of this worker; its setting is the calling thread's own."""
+        os.environ["OMP_NUM_THREADS"] = str(self.n_threads)  # for what is not yet imported
+        torch = sys.modules.get("torch")
+        if torch is None or getattr(self._lane, "n_threads", None) == self.n_threads:
+            return
+        if hasattr(torch, "set_num_threads"):  # not while another thread still imports it
+            torch.set_num_threads(self.n_threads)
+            self._lane.n_threads = self.n_threads
+
+
+class Spent(threading.local):
+    """Seconds that the task on this thread has held contexts for."""
+
+    infer_s = 0.0
+
+
+spent = Spent()
+
+
+@contextmanager
+def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
+    """Hold the live objects of `refs`, wherever this runs.
+
+    On a worker with our plugin they are warm: the gate saw to that. Elsewhere (another Dask
+    scheduler, a worker without the plugin) they are loaded once in this process and kept.
+    """
+    source = _plugin() or _store_of_process()
+    with source.acquire(refs) as values:
+        start = time.perf_counter()
+        try:
+            yield values
+        finally:
+            spent.infer_s += time.perf_counter() - start
+
+
+def _plugin() -> ContextPlugin | None:
+    try:
+        worker = get_worker()
+    except ValueError:
+        return None
+    plugin: ContextPlugin | None = worker.plugins.get(CONTEXTS)
+    if plugin is None:
+        _warn_not_installed()
+    return plugin
+
+
+@functools.cache
+def _warn_not_installed() -> None:
+    warnings.warn(
+        "dask_pcm is not installed on this cluster: contexts are loaded in the middle of tasks,"
+        " wherever Dask places them. Call dask_pcm.install(client) first.",
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def _store_of_process() -> Store:
+    return Store()

@@ -1,0 +1,153 @@
+"""What happened, and what to do about it: the words between the gate's policy and its drivers.
+
+The scheduler plugin and the simulator turn their worlds into these events, hand them to
+``GateState.apply`` and carry out the actions that ``policy.decide`` returns.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+class Standing(enum.Enum):
+    """How a context stands on a worker, as far as the gate needs to know."""
+
+    LOADING = "loading"
+    WARM = "warm"
+    COLD = "cold"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Work that is alike to the policy.
+
+    Attributes
+    ----------
+    contexts
+        Digests that a worker must hold.
+    kind
+        What costs alike: the task's key prefix.
+    allowed
+        Workers that the user's restrictions leave; None for all.
+    """
+
+    contexts: tuple[str, ...]
+    kind: str
+    allowed: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One piece of work, dispatched as a whole; lower `priority` goes first."""
+
+    key: object
+    group: Group
+    priority: tuple[float, ...]
+    n_rows: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJoined:
+    worker: str
+    n_lanes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLeft:
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPaused:
+    worker: str
+    is_paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkParked:
+    """Work is ready to run, and waits."""
+
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class WorkEnded:
+    """Work left its worker: finished, failed, or to be parked again."""
+
+    key: object
+    is_finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkWithdrawn:
+    """Nobody wants this work any more."""
+
+    key: object
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyReported:
+    worker: str
+    context: str
+    standing: Standing
+    seconds: float = 0.0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunReported:
+    """A run has `n_rows` more to submit in this group, `n_units` at most at a time apart."""
+
+    run: str
+    group: Group
+    n_rows: float
+    n_units: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunClosed:
+    run: str
+
+
+Event: TypeAlias = (
+    WorkerJoined
+    | WorkerLeft
+    | WorkerPaused
+    | WorkParked
+    | WorkEnded
+    | WorkWithdrawn
+    | ResidencyReported
+    | RunReported
+    | RunClosed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Send this work to this worker."""
+
+    key: object
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """Have this worker load this context."""
+
+    worker: str
+    context: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """End this work: its context cannot be loaded."""
+
+    key: object
+    context: str
+    error: str
+
+
+Action: TypeAlias = Assign | Warm | Fail

@@ -1,0 +1,177 @@
+"""Earliest finish wins: give work to a warm worker, or warm one where that pays."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+
+from dask_pcm.scheduling.events import Action, Assign, Fail, Group, Standing, Warm
+from dask_pcm.scheduling.state import GateState, WorkerView
+
+
+def drain_s(n_rows: float, offers: Sequence[tuple[float, float]]) -> float:
+    """Seconds until `n_rows` can be done by workers that each work from some moment on.
+
+    Parameters
+    ----------
+    n_rows
+        Rows to be done.
+    offers
+        For each worker the seconds until it is ready, and its seconds a row.
+
+    Returns
+    -------
+    float
+        The smallest T with sum(max(0, T - ready) / seconds_per_row) = n_rows: water poured over
+        steps. Infinity without offers.
+
+    Examples
+    --------
+    >>> drain_s(10, [(0.0, 1.0), (4.0, 1.0)])
+    7.0
+    """
+    rate = level = 0.0  # rows a second of all that are ready; rows they would have done by time 0
+    finish = float("inf")
+    for ready_s, row_s in sorted(offers):
+        if ready_s >= finish:
+            break
+        speed = 1.0 / max(row_s, 1e-9)
+        rate, level = rate + speed, level + speed * ready_s
+        finish = (n_rows + level) / rate
+    return finish
+
+
+def place(
+    state: GateState, group: Group, now: float, pipeline_s: float, n_load_attempts: int
+) -> Iterator[Action]:
+    """Decide for one group; each action is applied to `state` as it is yielded."""
+    views = state.candidates(group)
+    for action in _warm(state, group, views, now):
+        state.apply(action, now)
+        yield action
+    yield from _assign(state, group, views, now, pipeline_s)
+    for action in list(_give_up(state, group, views, n_load_attempts)):
+        state.apply(action, now)
+        yield action
+
+
+def _assign(
+    state: GateState, group: Group, views: Sequence[WorkerView], now: float, pipeline_s: float
+) -> Iterator[Action]:
+    """Hand out waiting work, each piece to the warm worker that is free first."""
+    if state.peek(group) is None:
+        return
+    latest_s = drain_s(state.rows_ahead(group), _offers(state, group, views, now))
+    free = [
+        (backlog_s, view.address)
+        for view in views
+        if view.holds(group.contexts)
+        and _has_room(view, backlog_s := state.backlog_s(view, now), pipeline_s)
+    ]
+    heapq.heapify(free)
+    while free and (work := state.peek(group)) is not None:
+        backlog_s, address = heapq.heappop(free)
+        view = state.workers[address]
+        row_s = state.row_s(group, view, now)
+        unit_s = (row_s or 0.0) * work.n_rows
+        # A slow worker leaves the last pieces to those who will be done with them sooner.
+        if backlog_s + unit_s > max(
+            latest_s * 1.001, _soonest(state, group, views, work.n_rows, now)
+        ):
+            continue
+        action = Assign(work.key, address)
+        state.apply(action, now)
+        yield action
+        backlog_s += unit_s
+        if _has_room(view, backlog_s if row_s is not None else pipeline_s, pipeline_s):
+            heapq.heappush(free, (backlog_s, address))
+
+
+def _has_room(view: WorkerView, backlog_s: float, pipeline_s: float) -> bool:
+    """Whether a worker takes more: each lane has something to do, and the next is at hand."""
+    if len(view.running) < view.n_lanes:
+        return True
+    return 0.0 < backlog_s < pipeline_s
+
+
+def _soonest(
+    state: GateState, group: Group, views: Sequence[WorkerView], n_rows: float, now: float
+) -> float:
+    """Seconds until the earliest finisher among warm workers would be done with `n_rows`."""
+    return min(
+        state.backlog_s(view, now) + (state.row_s(group, view, now) or 0.0) * n_rows
+        for view in views
+        if view.holds(group.contexts)
+    )
+
+
+def _offers(
+    state: GateState, group: Group, views: Sequence[WorkerView], now: float
+) -> list[tuple[float, float]]:
+    """(seconds until ready, seconds a row) of every worker that is warm or will be."""
+    offers = []
+    for view in views:
+        if view.missing(group.contexts):
+            continue
+        ready_s = state.backlog_s(view, now)
+        for context in group.contexts:
+            since = view.loading_since.get(context)
+            if since is not None:
+                ready_s += max(0.0, state.cost.load_s((context,)) - (now - since))
+        offers.append((ready_s, state.row_s(group, view, now) or 0.0))
+    return offers
+
+
+def _warm(
+    state: GateState, group: Group, views: Sequence[WorkerView], now: float
+) -> Iterator[Action]:
+    """Warm cold workers for as long as each would be ready before the work has drained."""
+    n_rows = state.rows_ahead(group)
+    cold = [view for view in views if _can_load(view, group)]
+    if not n_rows or not cold:
+        return
+    row_s = [s for view in views if (s := state.row_s(group, view, now)) is not None]
+    offers = _offers(state, group, views, now)
+    if not row_s:
+        # Nothing is known yet: a worker for each piece of work, unless some are under way already.
+        n_wanted = 0 if offers else state.works_ahead(group)
+        chosen = sorted(cold, key=lambda view: (len(view.running), len(view.standings)))[:n_wanted]
+        yield from (Warm(view.address, c) for view in chosen for c in view.missing(group.contexts))
+        return
+    mean_s = sum(row_s) / len(row_s)
+    work = state.peek(group)
+    unit_s = mean_s * (work.n_rows if work else 1.0)
+
+    def ready_s(view: WorkerView) -> float:
+        load_s = state.cost.load_s(view.missing(group.contexts))
+        return state.backlog_s(view, now) + load_s
+
+    for view in sorted(cold, key=ready_s):
+        own_row_s = state.row_s(group, view, now) or mean_s
+        if ready_s(view) + unit_s >= drain_s(n_rows, offers):
+            break
+        offers.append((ready_s(view), own_row_s))
+        yield from (Warm(view.address, context) for context in view.missing(group.contexts))
+
+
+def _can_load(view: WorkerView, group: Group) -> bool:
+    has_failed = any(view.standings.get(c) is Standing.FAILED for c in group.contexts)
+    return bool(view.missing(group.contexts)) and not has_failed
+
+
+def _give_up(
+    state: GateState, group: Group, views: Sequence[WorkerView], n_load_attempts: int
+) -> Iterator[Action]:
+    """Fail the work whose context failed to load wherever it was tried."""
+    for context in group.contexts:
+        standings = [view.standings.get(context) for view in views]
+        n_failed = standings.count(Standing.FAILED)
+        if Standing.WARM in standings or Standing.LOADING in standings or not n_failed:
+            continue
+        if n_failed >= min(n_load_attempts, len(views)):
+            keys = [key for key, work in state.waiting.items() if work.group == group]
+            yield from (Fail(key, context, state.errors[context]) for key in keys)
+            # Whoever submits such work again finds it tried again.
+            for view in views:
+                view.standings.pop(context, None)
+            return

@@ -1,0 +1,251 @@
+"""The gate's picture of the world: workers, residencies, waiting and running work."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dask_pcm.scheduling.cost import CostModel
+from dask_pcm.scheduling.events import (
+    Action,
+    Assign,
+    Event,
+    Fail,
+    Group,
+    ResidencyReported,
+    RunClosed,
+    RunReported,
+    Standing,
+    Warm,
+    Work,
+    WorkEnded,
+    WorkerJoined,
+    WorkerLeft,
+    WorkerPaused,
+    WorkParked,
+    WorkWithdrawn,
+)
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """A worker as the gate sees it."""
+
+    address: str
+    n_lanes: int
+    is_paused: bool = False
+    standings: dict[str, Standing] = field(default_factory=dict)
+    running: dict[object, Work] = field(default_factory=dict)
+    #: Rows on their way or in work, by group.
+    n_rows: dict[Group, float] = field(default_factory=dict)
+    #: When what is running now began to be worked on: the last finish, or the first assignment.
+    busy_since: float = 0.0
+    #: Rows finished since `busy_since`, by group; turned into costs by ``GateState.settle``.
+    finished: dict[Group, float] = field(default_factory=dict)
+    #: When each load that is under way was asked for.
+    loading_since: dict[str, float] = field(default_factory=dict)
+
+    def holds(self, contexts: tuple[str, ...]) -> bool:
+        return all(self.standings.get(context) is Standing.WARM for context in contexts)
+
+    def missing(self, contexts: tuple[str, ...]) -> tuple[str, ...]:
+        """Of `contexts`, those neither warm nor loading."""
+        on_its_way = (Standing.WARM, Standing.LOADING)
+        return tuple(c for c in contexts if self.standings.get(c) not in on_its_way)
+
+
+@dataclass(slots=True)
+class Expected:
+    """What a run will still submit."""
+
+    group: Group
+    n_rows: float
+    n_units: int
+
+
+@dataclass(slots=True)
+class GateState:
+    """Apply events and actions; ask; validate. No I/O, no clock."""
+
+    cost: CostModel = field(default_factory=CostModel)
+    workers: dict[str, WorkerView] = field(default_factory=dict)
+    #: Heaps of (priority, order of arrival, key); keys that are no longer in `waiting` are stale.
+    queues: dict[Group, list[tuple[tuple[float, ...], int, object]]] = field(default_factory=dict)
+    waiting: dict[object, Work] = field(default_factory=dict)
+    n_waiting_rows: dict[Group, float] = field(default_factory=dict)
+    placed: dict[object, str] = field(default_factory=dict)
+    runs: dict[str, Expected] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    _order: Iterator[int] = field(default_factory=itertools.count)
+
+    def apply(self, happening: Event | Action, now: float) -> None:
+        """Take in an event, or an action that was carried out, at `now` seconds."""
+        match happening:
+            case WorkerJoined(worker, n_lanes):
+                self._lose(worker)
+                self.workers[worker] = WorkerView(worker, n_lanes)
+            case WorkerLeft(worker):
+                self._lose(worker)
+            case WorkerPaused(worker, is_paused):
+                if worker in self.workers:
+                    self.workers[worker].is_paused = is_paused
+            case WorkParked(work):
+                self._park(work)
+            case WorkEnded(key, is_finished):
+                self._end(key, is_finished)
+            case WorkWithdrawn(key) | Fail(key):
+                self._end(key, is_finished=False)
+                self._unpark(key)
+            case ResidencyReported():
+                self._report(happening)
+            case RunReported(run, group, n_rows, n_units):
+                self.runs[run] = Expected(group, n_rows, n_units)
+            case RunClosed(run):
+                self.runs.pop(run, None)
+            case Assign(key, worker):
+                self._place(key, worker, now)
+            case Warm(worker, context):
+                self.workers[worker].standings[context] = Standing.LOADING
+                self.workers[worker].loading_since[context] = now
+
+    def groups(self) -> list[Group]:
+        """Groups with work waiting or expected; the most urgent waiting work first."""
+        urgent = []
+        for group in list(self.queues):
+            work = self.peek(group)
+            if work is None:
+                del self.queues[group]
+            else:
+                urgent.append((work.priority, next(self._order), group))
+        expected = (run.group for run in self.runs.values() if run.n_rows > 0)
+        return list(dict.fromkeys([group for *_, group in sorted(urgent)] + list(expected)))
+
+    def peek(self, group: Group) -> Work | None:
+        """The next work of `group`, left where it is."""
+        queue = self.queues.get(group, [])
+        while queue:
+            work = self.waiting.get(queue[0][2])
+            if work is not None and work.group == group:
+                return work
+            heapq.heappop(queue)
+        return None
+
+    def rows_ahead(self, group: Group) -> float:
+        """Rows of `group` that wait or that a run will submit."""
+        expected = sum(run.n_rows for run in self.runs.values() if run.group == group)
+        return self.n_waiting_rows.get(group, 0.0) + expected
+
+    def works_ahead(self, group: Group) -> int:
+        """Pieces of work of `group` that wait or that a run could submit now."""
+        waiting = len(self.queues.get(group, ()))
+        return waiting + sum(run.n_units for run in self.runs.values() if run.group == group)
+
+    def candidates(self, group: Group) -> list[WorkerView]:
+        """Workers that may take work of `group`, warm or not."""
+        addresses = self.workers if group.allowed is None else group.allowed & self.workers.keys()
+        views = [self.workers[address] for address in addresses]
+        return [view for view in views if not view.is_paused]
+
+    def backlog_s(self, view: WorkerView, now: float) -> float:
+        """Estimated seconds until `view` has done what it was given."""
+        if not view.running:
+            return 0.0
+        elapsed = now - view.busy_since
+        seconds = sum(
+            n_rows * (self.row_s(group, view, now) or 0.0) for group, n_rows in view.n_rows.items()
+        )
+        return max(0.0, seconds - elapsed)
+
+    def row_s(self, group: Group, view: WorkerView, now: float) -> float | None:
+        """Learned seconds a row; before that, at least what the first rows have taken so far."""
+        learned = self.cost.row_s(group, view.address)
+        if learned is not None:
+            return learned
+        running = view.n_rows.get(group)
+        return (now - view.busy_since) / running if running else None
+
+    def settle(self, now: float) -> None:
+        """Turn what finished since the last call into costs.
+
+        A worker is one server: while it has work, the time between two finishes is what the
+        second took, whichever lane it ran in. Finishes that arrive together share the time.
+        """
+        for view in self.workers.values():
+            if not view.finished:
+                continue
+            seconds, n_rows = now - view.busy_since, sum(view.finished.values())
+            for group, done in view.finished.items():
+                self.cost.observe_rows(group, view.address, seconds * done / n_rows, done)
+            view.finished.clear()
+            view.busy_since = now
+
+    def validate(self) -> None:
+        """Raise AssertionError where the picture contradicts itself."""
+        assert not self.waiting.keys() & self.placed.keys()
+        running = {key: view.address for view in self.workers.values() for key in view.running}
+        assert running == self.placed, (running, self.placed)
+        for group in self.queues:
+            rows = sum(work.n_rows for work in self.waiting.values() if work.group == group)
+            assert abs(rows - self.n_waiting_rows.get(group, 0.0)) < 1e-6, group
+        queued = {key for queue in self.queues.values() for *_, key in queue}
+        assert self.waiting.keys() <= queued
+        for view in self.workers.values():
+            assert view.n_rows.keys() == {work.group for work in view.running.values()}
+
+    def _park(self, work: Work) -> None:
+        self._end(work.key, is_finished=False)
+        self._unpark(work.key)
+        self.waiting[work.key] = work
+        entry = (work.priority, next(self._order), work.key)
+        heapq.heappush(self.queues.setdefault(work.group, []), entry)
+        self.n_waiting_rows[work.group] = self.n_waiting_rows.get(work.group, 0.0) + work.n_rows
+
+    def _unpark(self, key: object) -> Work | None:
+        work = self.waiting.pop(key, None)
+        if work is not None:
+            self.n_waiting_rows[work.group] -= work.n_rows
+            if not self.n_waiting_rows[work.group]:
+                del self.n_waiting_rows[work.group]
+        return work
+
+    def _place(self, key: object, worker: str, now: float) -> None:
+        view, work = self.workers[worker], self._unpark(key)
+        assert work is not None
+        if not view.running:
+            view.busy_since = now
+        view.running[key] = work
+        view.n_rows[work.group] = view.n_rows.get(work.group, 0.0) + work.n_rows
+        self.placed[key] = worker
+
+    def _end(self, key: object, is_finished: bool) -> None:
+        worker = self.placed.pop(key, None)
+        if worker is None:
+            return
+        view = self.workers[worker]
+        work = view.running.pop(key)
+        view.n_rows = {}
+        for other in view.running.values():
+            view.n_rows[other.group] = view.n_rows.get(other.group, 0.0) + other.n_rows
+        if is_finished:
+            view.finished[work.group] = view.finished.get(work.group, 0.0) + work.n_rows
+
+    def _lose(self, worker: str) -> None:
+        view = self.workers.pop(worker, None)
+        if view is not None:
+            self.cost.forget_worker(worker)
+            for key in view.running:
+                del self.placed[key]
+
+    def _report(self, report: ResidencyReported) -> None:
+        view = self.workers.get(report.worker)
+        if view is None:
+            return
+        view.standings[report.context] = report.standing
+        if report.standing is not Standing.LOADING:
+            view.loading_since.pop(report.context, None)
+        if report.standing is Standing.WARM and report.seconds:
+            self.cost.observe_load(report.context, report.seconds)
+        if report.standing is Standing.FAILED:
+            self.errors[report.context] = report.error or "no reason was given"
