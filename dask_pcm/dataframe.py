@@ -29,7 +29,7 @@ class ContextMap(Expr):
     so that a partition is read where it is inferred.
     """
 
-    _parameters = ["frame", "call", "refs", "meta", "label", "is_row_wise"]
+    _parameters = ["frame", "call", "refs", "meta", "label", "is_row_wise"]  # noqa: RUF012 Dask's
     _preserves_partitioning_information = True
 
     @functools.cached_property

@@ -33,7 +33,9 @@ from dask_pcm.errors import RecipeError
 
 #: Attributes of a class that say where it was written, or that every class has.
 _INCIDENTAL = frozenset(
-    ["__module__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__static_attributes__", "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__abstractmethods__", "_abc_impl", "__dataclass_fields__", "__match_args__"]
+    "__module__ __doc__ __dict__ __weakref__ __firstlineno__ __static_attributes__ "
+    "__annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
+    "__abstractmethods__ _abc_impl __dataclass_fields__ __match_args__".split()
 )
 _INSTALLED_FOLDERS = tuple(
     {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
@@ -76,10 +78,9 @@ class _Walk:
         return sha.hexdigest()[:32]
 
     def _tokens(self, value: Any) -> Iterator[bytes]:
-        if value is None or isinstance(value, (bool, int, float, complex, str)):
-            if type(value) in (bool, int, float, complex, str, type(None)):
-                yield f"{type(value).__name__}={value!r}".encode()
-                return
+        if type(value) in (bool, int, float, complex, str, type(None)):
+            yield f"{type(value).__name__}={value!r}".encode()
+            return
         if type(value) is bytes:
             yield b"bytes"
             yield value

@@ -19,10 +19,14 @@ LABELS = ("SUPPORTED", "REFUTED", "NOT ENOUGH INFO")
 PROMPT = "Evidence : {evidence} Claim : {claim} Answer :"
 
 FIRST_NAMES = tuple(
-    ["Ada", "Alvar", "Bela", "Boris", "Carla", "Chen", "Dana", "Dmitri", "Elena", "Emil", "Fatima", "Felix", "Greta", "Hugo", "Ines", "Ivan", "Jana", "Karl", "Lena", "Liu", "Marta", "Milo", "Nadia", "Omar", "Petra", "Quinn", "Rosa", "Sven", "Tara", "Ugo", "Vera", "Walt", "Xenia", "Yara", "Zeno", "Amir"]
+    "Ada Alvar Bela Boris Carla Chen Dana Dmitri Elena Emil Fatima Felix Greta Hugo Ines "
+    "Ivan Jana Karl Lena Liu Marta Milo Nadia Omar Petra Quinn Rosa Sven Tara Ugo Vera "
+    "Walt Xenia Yara Zeno Amir".split()
 )
 LAST_NAMES = tuple(
-    ["Abbott", "Berg", "Castro", "Dumas", "Ekman", "Fischer", "Garcia", "Huber", "Ito", "Jensen", "Kovacs", "Lopez", "Meyer", "Novak", "Okafor", "Petrov", "Qureshi", "Rossi", "Silva", "Tanaka", "Ueda", "Vogel", "Weber", "Xu", "Young", "Zhang", "Adler", "Brandt", "Conti", "Duarte", "Endo", "Farkas", "Gomez", "Hansen", "Ivanov", "Jain"]
+    "Abbott Berg Castro Dumas Ekman Fischer Garcia Huber Ito Jensen Kovacs Lopez Meyer "
+    "Novak Okafor Petrov Qureshi Rossi Silva Tanaka Ueda Vogel Weber Xu Young Zhang Adler "
+    "Brandt Conti Duarte Endo Farkas Gomez Hansen Ivanov Jain".split()
 )
 
 
@@ -36,7 +40,8 @@ class Relation(NamedTuple):
 RELATIONS = (
     Relation(
         tuple(
-            ["Paris", "London", "Tokyo", "Lima", "Cairo", "Oslo", "Rome", "Delhi", "Quito", "Dakar", "Seoul", "Kyiv", "Boston", "Madrid", "Vienna", "Lagos"]
+            "Paris London Tokyo Lima Cairo Oslo Rome Delhi Quito Dakar Seoul Kyiv Boston Madrid "
+            "Vienna Lagos".split()
         ),
         (
             "{who} was born in {what} .",
@@ -46,7 +51,8 @@ RELATIONS = (
     ),
     Relation(
         tuple(
-            ["painter", "physicist", "singer", "engineer", "novelist", "chemist", "pilot", "lawyer", "surgeon", "farmer", "architect", "dancer", "banker", "teacher", "sculptor", "actor"]
+            "painter physicist singer engineer novelist chemist pilot lawyer surgeon farmer "
+            "architect dancer banker teacher sculptor actor".split()
         ),
         (
             "{who} worked as a {what} .",
@@ -59,7 +65,7 @@ RELATIONS = (
         ("{who} died in {what} .", "{who} passed away in {what} .", "in {what} {who} died ."),
     ),
     Relation(
-        tuple(["Nobel", "Turing", "Pulitzer", "Fields", "Oscar", "Grammy", "Booker", "Abel", "Wolf", "Kyoto"]),
+        tuple("Nobel Turing Pulitzer Fields Oscar Grammy Booker Abel Wolf Kyoto".split()),
         (
             "{who} won the {what} prize .",
             "{who} received the {what} award .",
@@ -67,7 +73,7 @@ RELATIONS = (
         ),
     ),
     Relation(
-        tuple(["tennis", "chess", "golf", "rugby", "judo", "fencing", "rowing", "skiing", "boxing", "cricket"]),
+        tuple("tennis chess golf rugby judo fencing rowing skiing boxing cricket".split()),
         (
             "{who} played {what} .",
             "{who} was known for playing {what} .",
@@ -75,7 +81,7 @@ RELATIONS = (
         ),
     ),
     Relation(
-        tuple(["Arsenal", "Benfica", "Ajax", "Celtic", "Lyon", "Porto", "Roma", "Sevilla", "Napoli", "Monaco"]),
+        tuple("Arsenal Benfica Ajax Celtic Lyon Porto Roma Sevilla Napoli Monaco".split()),
         (
             "{who} supported {what} .",
             "{who} was a fan of {what} .",

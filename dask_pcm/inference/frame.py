@@ -134,7 +134,7 @@ class Classify:
 
     def __call__(self, frame: pd.DataFrame, model: PlainModel) -> pd.DataFrame:
         fields = self.template.fields
-        rows = frame[list(fields)].to_dict("records")
+        rows: list[dict[str, Any]] = frame[list(fields)].to_dict("records")  # type: ignore[assignment]
         errors: list[str | None] = [_null_fields(row) for row in rows]
         planned = self._plan(model, [row for row, e in zip(rows, errors, strict=True) if not e])
         plans = iter(planned)
@@ -181,7 +181,7 @@ class Classify:
             return scoring, None
         if self.truncate is not None:
             cut = cut_to_fit(
-                row, self.truncate, limit, lambda r: self._scorings(model, [r])[0].n_tokens
+                row, self.truncate, limit, lambda r: self._scorings(model, [dict(r)])[0].n_tokens
             )
             if cut is not None:
                 return self._scorings(model, [cut])[0], None

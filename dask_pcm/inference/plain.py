@@ -124,7 +124,7 @@ class PlainModel:
         n_last: int,
         wanted: Sequence[tuple[int, int, int]],
     ) -> list[float]:
-        """One forward: log-probability of each wanted (sequence, position among the last, token)."""
+        """One forward; log P of each wanted (sequence, position among the last, token)."""
         import torch
 
         n_tokens = max(map(len, sequences))

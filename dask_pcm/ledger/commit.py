@@ -206,8 +206,8 @@ class Output:
             yield
         except FileNotFoundError as error:
             raise FencedError(
-                f"Run {self.run[:8]} of {self.path!r} was replaced by a newer one, or its folder was"
-                " removed; what it was about to write was dropped."
+                f"Run {self.run[:8]} of {self.path!r} was replaced by a newer one, or its folder"
+                " was removed; what it was about to write was dropped."
             ) from error
 
 

@@ -57,7 +57,9 @@ def rows_recomputed(starts: Iterable[Mapping[str, Any]], run: str) -> int:
     """
     from dask_pcm.ledger.commit import parse_name
 
-    mine, others, n_mine = [], [], 0
+    mine: list[tuple[int, int]] = []
+    others: list[tuple[int, int]] = []
+    n_mine = 0
     for start in starts:
         place = parse_name(start["unit"])
         if isinstance(place, int):

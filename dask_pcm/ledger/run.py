@@ -227,8 +227,8 @@ class _Driver:
             note = self._output.read_note(name)
         except (OSError, ValueError) as error:
             raise OutputError(
-                f"The part {name!r} in {self._output.path!r} cannot be read ({error}). Remove it, and"
-                " its rows are computed again."
+                f"The part {name!r} in {self._output.path!r} cannot be read ({error}). Remove it,"
+                " and its rows are computed again."
             ) from error
         if "rows" not in note:
             raise OutputError(
@@ -317,8 +317,8 @@ class _Driver:
         unit, _ = self._units[future.key]
         if future.status == "cancelled" or future.status == "lost":
             raise PCMError(
-                f"The cluster dropped {unit.name} of {self._output.path!r} ({future.status}): it was"
-                " restarted, or is gone. What was committed stays; run the same again to go on."
+                f"The cluster dropped {unit.name} of {self._output.path!r} ({future.status}): it"
+                " was restarted, or is gone. What was committed stays; run the same again to go on."
             )
         error: BaseException = future.exception()
         error.add_note(

@@ -46,11 +46,10 @@ class Layout:
         for field in own:
             is_passed = (
                 given is not None
-                and types is not None
                 and field.name in given.columns
                 and given[field.name].dtype == meta[field.name].dtype
             )
-            if is_passed:
+            if is_passed and types is not None:
                 fields.append(pa.field(field.name, types.field(field.name).type))
             elif not pa.types.is_null(field.type):
                 fields.append(pa.field(field.name, field.type))

@@ -66,7 +66,7 @@ class MemoryAllowance:
     def _raise(self, n_bytes: int) -> None:
         self._worker.memory_manager.memory_limit = self._limit + n_bytes
         if self._worker.nanny:
-            loop = self._worker.loop.asyncio_loop  # type: ignore[attr-defined]
+            loop = self._worker.loop.asyncio_loop
             told = asyncio.run_coroutine_threadsafe(self._tell_nanny(n_bytes), loop)
             told.result(_TIMEOUT_S)
 

@@ -49,7 +49,7 @@ class CostModel:
         return sum(seconds or 0.0 for seconds in known)
 
     def row_s(self, group: Group, worker: str) -> float | None:
-        """Seconds a row of `group` takes on `worker`; the group's own mean where it is new there."""
+        """Seconds a row of `group` takes on `worker`; where it is new there, the group's mean."""
         for rate in (self.rows_on.get((group, worker)), self.rows.get(group)):
             if rate is not None and rate.value is not None:
                 return rate.value

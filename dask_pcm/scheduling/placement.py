@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 
-from dask_pcm.scheduling.events import Action, Assign, Fail, Group, Standing, Warm
+from dask_pcm.scheduling.events import Action, Assign, Fail, Group, Standing, Warm, Work
 from dask_pcm.scheduling.state import GateState, WorkerView
 
 
@@ -46,13 +46,13 @@ def place(
 ) -> Iterator[Action]:
     """Decide for one group; each action is applied to `state` as it is yielded."""
     views = state.candidates(group)
-    for action in _warm(state, group, views, now):
-        state.apply(action, now)
-        yield action
-    yield from _assign(state, group, views, now, pipeline_s)
     for action in list(_give_up(state, group, views, n_load_attempts)):
         state.apply(action, now)
         yield action
+    for action in list(_warm(state, group, views, now)):
+        state.apply(action, now)
+        yield action
+    yield from _assign(state, group, views, now, pipeline_s)
 
 
 def _assign(
@@ -74,10 +74,9 @@ def _assign(
         view = state.workers[address]
         row_s = state.row_s(group, view, now)
         unit_s = (row_s or 0.0) * work.n_rows
+        finish_s = backlog_s + unit_s
         # A slow worker leaves the last pieces to those who will be done with them sooner.
-        if backlog_s + unit_s > max(
-            latest_s * 1.001, _soonest(state, group, views, work.n_rows, now)
-        ):
+        if finish_s > latest_s * 1.001 and finish_s > _soonest(state, group, views, work, now):
             continue
         action = Assign(work.key, address)
         state.apply(action, now)
@@ -95,11 +94,11 @@ def _has_room(view: WorkerView, backlog_s: float, pipeline_s: float) -> bool:
 
 
 def _soonest(
-    state: GateState, group: Group, views: Sequence[WorkerView], n_rows: float, now: float
+    state: GateState, group: Group, views: Sequence[WorkerView], work: Work, now: float
 ) -> float:
-    """Seconds until the earliest finisher among warm workers would be done with `n_rows`."""
+    """Seconds until the earliest finisher among warm workers would be done with `work`."""
     return min(
-        state.backlog_s(view, now) + (state.row_s(group, view, now) or 0.0) * n_rows
+        state.backlog_s(view, now) + (state.row_s(group, view, now) or 0.0) * work.n_rows
         for view in views
         if view.holds(group.contexts)
     )
@@ -171,7 +170,7 @@ def _give_up(
         if n_failed >= min(n_load_attempts, len(views)):
             keys = [key for key, work in state.waiting.items() if work.group == group]
             yield from (Fail(key, context, state.errors[context]) for key in keys)
-            # Whoever submits such work again finds it tried again.
-            for view in views:
-                view.standings.pop(context, None)
+            if keys:  # they know now; whoever submits such work again finds it tried again
+                for view in views:
+                    view.standings.pop(context, None)
             return

@@ -1,0 +1,83 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client, LocalCluster
+
+import dask_pcm as pcm
+from dask_pcm.plugins.scheduler import GATE
+
+
+class SwallowedErrors(logging.Handler):
+    """Dask logs what a plugin's hook raises and goes on: here it fails the test."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if "Plugin call failed" in text or "plugin" in text.lower() or "dask_pcm" in record.name:
+            self.records.append(text)
+
+
+@pytest.fixture(autouse=True)
+def no_swallowed_errors() -> Iterator[SwallowedErrors]:
+    handler = SwallowedErrors()
+    logger = logging.getLogger("distributed")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+    assert not handler.records, "\n".join(handler.records)
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[LocalCluster]:
+    """Two worker processes that live as long as the tests: for whatever harms none of them."""
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="4GiB"
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(shared_cluster: LocalCluster) -> Iterator[Client]:
+    """A client of the shared cluster, with the toolkit; checks the gate's state afterwards."""
+    with Client(shared_cluster) as client:
+        pcm.install(client)
+        yield client
+        shared_cluster.scheduler.plugins[GATE].state.validate()
+
+
+@pytest.fixture
+def own_client() -> Iterator[Client]:
+    """A cluster of two worker processes for this test alone."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def claims(tmp_path: Path) -> Callable[..., str]:
+    """Write Parquet files of rows with ids from 0 on; return the folder."""
+
+    def write(n_files: int = 4, n_rows: int = 50, **options: Any) -> str:
+        folder = tmp_path / "claims"
+        folder.mkdir()
+        for number in range(n_files):
+            ids = np.arange(number * n_rows, (number + 1) * n_rows)
+            frame = pd.DataFrame({"id": ids, "claim": [f"claim {i}" for i in ids]})
+            frame.to_parquet(folder / f"part-{number}.parquet", index=False, **options)
+        return str(folder)
+
+    return write

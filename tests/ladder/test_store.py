@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dask_pcm import Context
+from dask_pcm.errors import LoadError
+from dask_pcm.ladder.store import Store, Tier
+
+# Loaders are pickled into their recipe, so what they share with a test stands in this module,
+# which they find again by its name.
+LOADED: list[str] = []
+CLOSED: list[str] = []
+GO = threading.Event()
+STARTED = threading.Semaphore(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    LOADED.clear()
+    CLOSED.clear()
+    GO.clear()
+
+
+@pytest.fixture
+def changes():
+    return []
+
+
+@pytest.fixture
+def store(changes):
+    store = Store(changes.append)
+    yield store
+    store.validate()
+
+
+def load(name):
+    import tests.ladder.test_store as shared
+
+    shared.LOADED.append(name)
+    return [name]
+
+
+def slow_load(name):
+    import tests.ladder.test_store as shared
+
+    shared.STARTED.release()
+    assert shared.GO.wait(10)
+    return shared.load(name)
+
+
+def failing_load(message):
+    import tests.ladder.test_store as shared
+
+    shared.LOADED.append(message)
+    raise RuntimeError(message)
+
+
+def close(value):
+    import tests.ladder.test_store as shared
+
+    shared.CLOSED.append(value[0])
+
+
+def test_one_load_however_many_ask(store):
+    ref = Context(slow_load, "a").ref
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(store.load, ref) for _ in range(8)]
+        assert STARTED.acquire(timeout=10)
+        GO.set()
+        values = [future.result(10) for future in asked]
+    assert LOADED == ["a"]
+    assert all(value is values[0] for value in values)
+    assert store.n_loads(ref.digest) == 1
+
+
+def test_reports_each_step(store, changes):
+    ref = Context(load, "a").ref
+    store.load(ref)
+    store.load(ref)
+    assert [change.tier for change in changes] == [Tier.LOADING, Tier.DEVICE]
+    assert changes[1].seconds > 0
+
+
+def test_a_failure_has_the_users_traceback_is_reported_once_and_can_be_tried_again(
+    store, changes
+):
+    ref = Context(failing_load, "no such weights").ref
+    with pytest.raises(LoadError, match="(?s)failing_load.*RuntimeError: no such weights"):
+        store.load(ref)
+    with pytest.raises(LoadError, match="no such weights"), store.acquire([ref]):
+        pass
+    assert LOADED == ["no such weights"]
+    assert [change.tier for change in changes] == [Tier.LOADING, Tier.FAILED]
+    with pytest.raises(LoadError):
+        store.load(ref)
+    assert len(LOADED) == 2
+
+
+def test_an_exclusive_context_has_one_holder(store):
+    ref = Context(load, "a").ref
+    entered, leave = threading.Semaphore(0), threading.Event()
+
+    def hold():
+        with store.acquire([ref]):
+            entered.release()
+            assert leave.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        held = [pool.submit(hold) for _ in range(2)]
+        assert entered.acquire(timeout=10)
+        assert not entered.acquire(timeout=0.2)
+        leave.set()
+        for future in held:
+            future.result(10)
+
+
+def test_a_shared_context_has_many(store):
+    ref = Context(load, "a", exclusive=False).ref
+    both = threading.Barrier(2, timeout=10)
+
+    def hold():
+        with store.acquire([ref]):
+            both.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(hold) for _ in range(2)]:
+            future.result(10)
+
+
+def test_two_that_want_the_same_pair_never_wait_for_each_other(store):
+    a, b = Context(load, "a").ref, Context(load, "b").ref
+
+    def hold(refs):
+        for _ in range(200):
+            with store.acquire(refs) as values:
+                assert [value[0] for value in values] == [
+                    "a" if ref.digest == a.digest else "b" for ref in refs
+                ]
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(hold, [a, b]), pool.submit(hold, [b, a])]:
+            future.result(30)
+
+
+def test_a_users_exception_never_costs_the_context(store):
+    ref = Context(load, "a").ref
+    with pytest.raises(ZeroDivisionError), store.acquire([ref]):
+        _ = 1 / 0
+    with store.acquire([ref]) as (value,):
+        assert value == ["a"]
+    assert LOADED == ["a"]
+
+
+def test_what_is_held_is_not_evicted(store, changes):
+    ref = Context(load, "a", close=close).ref
+    with store.acquire([ref]):
+        assert not store.evict(ref.digest)
+    assert store.evict(ref.digest)
+    assert CLOSED == ["a"]
+    assert store.tier(ref.digest) is Tier.ABSENT
+    assert changes[-1].tier is Tier.ABSENT
+    store.load(ref)
+    assert LOADED == ["a", "a"]
+
+
+def test_a_loader_that_exits_is_a_failed_load(store):
+    with pytest.raises(LoadError, match="SystemExit"):
+        store.load(Context(exit, 3, name="exits").ref)

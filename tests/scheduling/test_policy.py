@@ -1,0 +1,359 @@
+"""The gate's decisions, played without a cluster: time is a number."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from dask_pcm.scheduling.events import (
+    Assign,
+    Fail,
+    Group,
+    ResidencyReported,
+    RunClosed,
+    RunReported,
+    Standing,
+    Warm,
+    Work,
+    WorkEnded,
+    WorkerJoined,
+    WorkerLeft,
+    WorkerPaused,
+    WorkParked,
+    WorkWithdrawn,
+)
+from dask_pcm.scheduling.placement import drain_s
+from dask_pcm.scheduling.policy import decide
+from dask_pcm.scheduling.state import GateState
+
+A, B = Group(("a",), "infer"), Group(("b",), "infer")
+
+
+class World:
+    """A gate whose events are written in one line each."""
+
+    def __init__(self, *workers, n_lanes=2):
+        self.state = GateState()
+        self.now = 0.0
+        for worker in workers:
+            self.tell(WorkerJoined(worker, n_lanes))
+
+    def tell(self, *events):
+        for event in events:
+            self.state.apply(event, self.now)
+
+    def park(self, n, group=A, start=0, n_rows=1.0, priority=(0,)):
+        for i in range(start, start + n):
+            self.tell(WorkParked(Work(f"{group.contexts[0]}{i}", group, priority, n_rows)))
+
+    def warm(self, worker, context="a", seconds=0.0):
+        self.tell(ResidencyReported(worker, context, Standing.WARM, seconds))
+
+    def decide(self, **options):
+        actions = decide(self.state, self.now, **options)
+        self.state.validate()
+        return actions
+
+    def learn(self, group, worker, row_s):
+        self.state.cost.observe_rows(group, worker, row_s * 100, 100)
+
+
+def warmed(actions):
+    return {action.worker for action in actions if isinstance(action, Warm)}
+
+
+def assigned(actions):
+    return [(action.key, action.worker) for action in actions if isinstance(action, Assign)]
+
+
+def test_first_work_warms_a_worker_for_each_piece():
+    world = World("w0", "w1", "w2")
+    world.park(2)
+    actions = world.decide()
+    assert len(warmed(actions)) == 2
+    assert not assigned(actions)
+    assert world.decide() == []
+
+
+def test_nothing_runs_where_its_context_is_not_warm():
+    world = World("w0", "w1")
+    world.park(4)
+    world.decide()
+    world.warm("w1")
+    assert {worker for _, worker in assigned(world.decide())} == {"w1"}
+
+
+def test_each_lane_gets_work_before_anything_is_known():
+    world = World("w0", n_lanes=2)
+    world.park(5)
+    world.decide()
+    world.warm("w0")
+    assert len(assigned(world.decide())) == 2
+
+
+def test_the_pipeline_counts_seconds_and_not_tasks():
+    world = World("w0")
+    world.warm("w0")
+    world.learn(A, "w0", 0.001)
+    world.park(500)
+    n_short = len(assigned(world.decide(pipeline_s=0.05)))
+    assert 45 <= n_short <= 55
+
+    world = World("w0")
+    world.warm("w0")
+    world.learn(A, "w0", 10.0)
+    world.park(500)
+    assert len(assigned(world.decide(pipeline_s=0.05))) == 2
+
+
+def test_a_cold_worker_is_left_alone_where_warming_does_not_pay():
+    world = World("w0", "w1", "w2", "w3")
+    world.warm("w0", seconds=2.0)
+    world.warm("w1")
+    world.learn(A, "w0", 0.1)
+    world.learn(A, "w1", 0.1)
+    world.park(38)  # 1.9 s of work for two, and a load takes 2 s
+    assert not warmed(world.decide())
+
+
+def test_more_workers_are_warmed_where_it_pays():
+    world = World("w0", "w1", "w2", "w3")
+    world.warm("w0", seconds=2.0)
+    world.warm("w1")
+    world.learn(A, "w0", 0.1)
+    world.learn(A, "w1", 0.1)
+    world.park(160)
+    assert warmed(world.decide()) == {"w2", "w3"}
+
+
+def test_a_load_under_way_counts_with_what_is_left_of_it():
+    world = World("w0", "w1")
+    world.warm("w0", seconds=10.0)
+    world.learn(A, "w0", 1.0)
+    world.park(30)
+    assert warmed(world.decide()) == {"w1"}
+    world.now = 5.0
+    assert not warmed(world.decide())
+
+
+def test_what_a_run_will_submit_counts_as_work():
+    world = World("w0", "w1")
+    world.tell(RunReported("run", A, 1000.0, 2))
+    assert warmed(world.decide()) == {"w0", "w1"}
+    world.tell(RunClosed("run"))
+    assert world.state.groups() == []
+
+
+def test_a_first_unit_that_takes_long_is_not_waited_for_for_ever():
+    world = World("w0", "w1")
+    world.warm("w0", seconds=1.0)
+    world.park(10)
+    world.decide()
+    assert not warmed(world.decide())
+    world.now = 30.0  # the first is still at it: a row takes at least 15 s
+    assert warmed(world.decide()) == {"w1"}
+
+
+def test_a_slow_worker_leaves_the_last_piece_to_a_fast_one():
+    world = World("fast", "slow", n_lanes=1)
+    for worker, row_s in (("fast", 1.0), ("slow", 10.0)):
+        world.warm(worker)
+        world.learn(A, worker, row_s)
+    world.park(3)
+    assert assigned(world.decide()) == [("a0", "fast")]
+    world.park(40, start=3)
+    assert ("a1", "slow") in assigned(world.decide())
+
+
+def test_the_urgent_goes_first_whatever_its_context():
+    world = World("w0", n_lanes=1)
+    world.warm("w0", "a")
+    world.warm("w0", "b")
+    world.park(2, A, priority=(5,))
+    world.park(2, B, priority=(1,))
+    assert assigned(world.decide()) == [("b0", "w0")]
+
+
+def test_work_that_needs_two_contexts_goes_where_both_are():
+    both = Group(("a", "b"), "infer")
+    world = World("w0", "w1")
+    world.warm("w0", "a")
+    world.warm("w1", "a")
+    world.warm("w1", "b")
+    world.tell(WorkParked(Work("k", both, (0,))))
+    assert assigned(world.decide()) == [("k", "w1")]
+
+
+def test_restricted_work_stays_where_it_may():
+    world = World("w0", "w1")
+    only = Group(("a",), "infer", frozenset({"w1", "gone"}))
+    world.warm("w0")
+    world.tell(WorkParked(Work("k", only, (0,))))
+    actions = world.decide()
+    assert warmed(actions) == {"w1"}
+    assert not assigned(actions)
+
+
+def test_a_paused_worker_gets_nothing():
+    world = World("w0")
+    world.warm("w0")
+    world.tell(WorkerPaused("w0", True))
+    world.park(1)
+    assert world.decide() == []
+    world.tell(WorkerPaused("w0", False))
+    assert assigned(world.decide()) == [("a0", "w0")]
+
+
+def test_a_failed_load_is_tried_elsewhere_and_then_given_up_with_its_error():
+    world = World("w0", "w1", "w2", "w3")
+    world.park(1)
+    for attempt in range(3):
+        (worker,) = warmed(world.decide(n_load_attempts=3))
+        error = f"no weights ({attempt})"
+        world.tell(ResidencyReported(worker, "a", Standing.FAILED, 0.1, error))
+    (fail,) = world.decide(n_load_attempts=3)
+    assert fail == Fail("a0", "a", "no weights (2)")
+    assert not world.state.waiting
+    world.park(1)  # asked for again, it is tried again
+    assert len(warmed(world.decide(n_load_attempts=3))) == 1
+
+
+def test_a_failed_load_does_no_harm_where_another_worker_is_warm():
+    world = World("w0", "w1")
+    world.warm("w0")
+    world.tell(ResidencyReported("w1", "a", Standing.FAILED, 0.1, "no memory"))
+    world.park(3)
+    assert {worker for _, worker in assigned(world.decide())} == {"w0"}
+
+
+def test_learns_row_times_from_finishes_that_arrive_together():
+    world = World("w0")
+    world.warm("w0")
+    world.park(100)
+    world.decide()
+    for round_number in range(1, 20):
+        world.now = round_number * 0.4
+        done = list(world.state.placed)
+        world.tell(*(WorkEnded(key, is_finished=True) for key in done))
+        n_done = len(done)
+        world.decide()
+        if not world.state.waiting:
+            break
+    assert n_done
+    learned = world.state.cost.row_s(A, "w0")
+    assert learned == pytest.approx(0.4 / 2, rel=0.5)
+
+
+def test_a_lost_worker_gives_its_work_back():
+    world = World("w0", "w1")
+    world.warm("w0")
+    world.park(1)
+    world.decide()
+    world.tell(WorkerLeft("w0"))
+    world.park(1)  # Dask parks it again
+    assert warmed(world.decide()) == {"w1"}
+
+
+def test_drain_is_exact():
+    assert drain_s(10, [(0, 1), (4, 1)]) == 7
+    assert drain_s(2, [(0, 1), (4, 1)]) == 2
+    assert drain_s(0, [(3, 1)]) == 3
+    assert drain_s(5, []) == float("inf")
+
+
+WORKERS, CONTEXTS = ["w0", "w1", "w2"], ["a", "b"]
+GROUPS = [Group((c,), "k") for c in CONTEXTS] + [
+    Group(("a", "b"), "k"),
+    Group(("a",), "k", frozenset({"w1"})),
+]
+
+
+class Gate(RuleBasedStateMachine):
+    """Whatever happens in whatever order: nothing is lost, doubled, or run where it is cold."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = GateState()
+        self.now = 0.0
+        self.wanted: set[str] = set()
+        self.n = 0
+
+    @rule(group=st.sampled_from(GROUPS), n_rows=st.floats(0.5, 1000), n=st.integers(1, 5))
+    def submit(self, group, n_rows, n):
+        for _ in range(n):
+            self.n += 1
+            key = f"k{self.n}"
+            self.wanted.add(key)
+            self.state.apply(WorkParked(Work(key, group, (self.n % 3,), n_rows)), self.now)
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def join(self, worker):
+        self._lose(worker)
+        self.state.apply(WorkerJoined(worker, 2), self.now)
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def lose(self, worker):
+        self._lose(worker)
+
+    def _lose(self, worker):
+        view = self.state.workers.get(worker)
+        works = list(view.running.values()) if view else []
+        self.state.apply(WorkerLeft(worker), self.now)
+        for work in works:  # Dask parks again what ran there
+            self.state.apply(WorkParked(work), self.now)
+
+    @rule(
+        worker=st.sampled_from(WORKERS),
+        context=st.sampled_from(CONTEXTS),
+        standing=st.sampled_from(list(Standing)),
+    )
+    def report(self, worker, context, standing):  # also doubled, late and unasked
+        report = ResidencyReported(worker, context, standing, 1.5, "failed")
+        self.state.apply(report, self.now)
+
+    @rule(worker=st.sampled_from(WORKERS), is_paused=st.booleans())
+    def pause(self, worker, is_paused):
+        self.state.apply(WorkerPaused(worker, is_paused), self.now)
+
+    @precondition(lambda self: self.state.placed)
+    @rule(data=st.data(), is_finished=st.booleans())
+    def end(self, data, is_finished):
+        key = data.draw(st.sampled_from(sorted(self.state.placed)))
+        work = self.state.workers[self.state.placed[key]].running[key]
+        self.state.apply(WorkEnded(key, is_finished), self.now)
+        self.state.apply(WorkEnded(key, is_finished), self.now)  # said twice
+        if is_finished:
+            self.wanted.discard(key)
+        else:
+            self.state.apply(WorkParked(work), self.now)
+
+    @precondition(lambda self: self.wanted)
+    @rule(data=st.data())
+    def withdraw(self, data):
+        key = data.draw(st.sampled_from(sorted(self.wanted)))
+        self.wanted.discard(key)
+        self.state.apply(WorkWithdrawn(key), self.now)
+
+    @rule(seconds=st.floats(0.001, 10))
+    def think(self, seconds):
+        self.now += seconds
+        for action in decide(self.state, self.now):
+            if isinstance(action, Assign):
+                view = self.state.workers[action.worker]
+                work = view.running[action.key]
+                assert view.holds(work.group.contexts)
+                assert not view.is_paused
+                assert work.group.allowed is None or action.worker in work.group.allowed
+            elif isinstance(action, Fail):
+                self.wanted.discard(action.key)
+
+    @invariant()
+    def nothing_is_lost_or_doubled(self):
+        self.state.validate()
+        assert self.state.waiting.keys() | self.state.placed.keys() == self.wanted
+
+
+Gate.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestGate = Gate.TestCase

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dask_pcm.digest import digest
+from dask_pcm.errors import RecipeError
+
+SCALE = 3
+
+
+def scaled(x):
+    return x * SCALE
+
+
+SOURCE = '''
+import os
+TABLE = {"b": 1, "a": 2}
+class Box:
+    factor = 2
+    def __init__(self, x): self.x = x
+    def get(self): return self.x * Box.factor
+def helper(x): return x in {"c", "a", "b"}
+def load(path, n=3, *, tags=frozenset({"x", "y"})):
+    def inner(x):
+        try:
+            return helper(x) and TABLE[x] > n
+        except KeyError:
+            return os.path.join(path, str(x))
+    return inner, Box(4)
+'''
+
+KERNEL = """
+import sys
+source, pad, filename = open(sys.argv[1]).read(), int(sys.argv[2]), sys.argv[3]
+import __main__
+exec(compile("\\n" * pad + source, filename, "exec"), __main__.__dict__)
+from dask_pcm.digest import digest
+import numpy as np
+print(digest(load, load("p"), Box(3), np.arange(3)))
+"""
+
+
+def in_kernel(tmp_path: Path, source: str, pad: int, filename: str) -> str:
+    """The digest that a fresh process finds, as two notebook kernels would."""
+    file = tmp_path / "cell.py"
+    file.write_text(source)
+    command = [sys.executable, "-c", KERNEL, str(file), str(pad), filename]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_equal_across_kernels_files_and_lines(tmp_path):
+    first = in_kernel(tmp_path, SOURCE, 0, "ipykernel_1/111.py")
+    assert len(first) == 32
+    assert first == in_kernel(tmp_path, SOURCE, 17, "ipykernel_2/222.py")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("factor = 2", "factor = 5"),
+        ('"a": 2', '"a": 9'),
+        ("n=3", "n=4"),
+        ('{"c", "a", "b"}', '{"c", "a"}'),
+        ("> n", ">= n"),
+        ("except KeyError", "except ValueError"),
+        ('"x", "y"', '"x"'),
+    ],
+)
+def test_every_part_of_a_function_counts(tmp_path, old, new):
+    assert old in SOURCE
+    changed = in_kernel(tmp_path, SOURCE.replace(old, new, 1), 0, "a.py")
+    assert changed != in_kernel(tmp_path, SOURCE, 0, "a.py")
+
+
+def test_closures_and_globals_count(monkeypatch):
+    def make(n):
+        return lambda x: x + n
+
+    assert digest(make(1)) == digest(make(1)) != digest(make(2))
+    before = digest(scaled)
+    monkeypatch.setitem(globals(), "SCALE", 4)
+    assert digest(scaled) != before
+
+
+def test_a_users_module_counts_by_its_code_and_not_its_lines(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "my_model_code.py"
+
+    def load():
+        import my_model_code
+
+        return my_model_code.build()
+
+    module.write_text("def build():\n    return 1\n")
+    first = digest(load)
+    module.write_text("\n\n# a comment\ndef build():\n    return 1\n")
+    assert digest(load) == first
+    module.write_text("def build():\n    return 2\n")
+    assert digest(load) != first
+
+
+def test_kinds_of_values():
+    values = [
+        0,
+        False,
+        0.0,
+        "0",
+        b"0",
+        None,
+        [],
+        (),
+        {},
+        set(),
+        [0],
+        (0,),
+        Path("0"),
+        np.zeros(1),
+        np.zeros(2),
+        pd.DataFrame({"a": [1]}),
+        pd.DataFrame({"a": [2]}),
+        functools.partial(scaled, 1),
+        functools.partial(scaled, 2),
+        len,
+        "".join,
+        pd.DataFrame,
+        np.dtype("f4"),
+    ]
+    found = [digest(value) for value in values]
+    assert len(set(found)) == len(values)
+    assert found[-4:] == [digest(value) for value in values[-4:]]
+
+
+def test_order_of_dicts_and_sets_does_not_count():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"x", "y", "z"}) == digest({"z", "y", "x"})
+    assert digest([1, 2]) != digest([2, 1])
+
+
+def test_objects_that_contain_themselves():
+    def loop():
+        loop_list = [1]
+        loop_list.append(loop_list)
+        return loop_list
+
+    assert digest(loop()) == digest(loop())
+
+    def recursive(n):
+        return n and recursive(n - 1)
+
+    assert len(digest(recursive)) == 32
+
+
+def test_what_cannot_be_identified_says_so():
+    with pytest.raises(RecipeError, match=r"lock.*neither walked nor pickled"):
+        digest(threading.Lock())
