@@ -277,7 +277,7 @@ class GatePlugin(SchedulerPlugin):
 
     def _send(self, assigns: list[Assign]) -> None:
         recommendations: dict[Any, str] = {}
-        for assign in assigns:
+        for assign in reversed(assigns):  # Dask takes the last recommendation first
             ts = self.scheduler.tasks.get(assign.key)
             if ts is None or ts.state != "no-worker":
                 self._apply(WorkWithdrawn(assign.key))

@@ -1,0 +1,456 @@
+"""The scheduler plugin under what Dask and its users do, scheduler validation on."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+
+import dask
+import pytest
+from distributed import Client, Event, Nanny, Reschedule, wait
+from distributed.core import Status
+from distributed.utils_test import inc
+
+from dask_pcm import Context
+from dask_pcm.errors import LoadError
+from dask_pcm.plugins.scheduler import GATE, PARKED, GatePlugin
+from dask_pcm.plugins.walk import find_refs
+from dask_pcm.plugins.worker import CONTEXTS, hold
+from tests.plugins.gated import gated, install, poll
+
+
+def load(name="a"):
+    return [name]
+
+
+A, B = Context(load, "a"), Context(load, "b")
+
+#: What tasks did, in order. Tasks are pickled; they find this list again by its module's name.
+DONE: list[object] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_done():
+    DONE.clear()
+
+
+def noted(i, ctx=None):
+    DONE.append(i)
+    return i
+
+
+def work(i, ctx=None, seconds=0.0):
+    with hold([ctx.ref]) as (value,):
+        time.sleep(seconds)
+        return i, value[0]
+
+
+def numbers(i, ctx=None):
+    return i
+
+
+def is_warm(worker, context=A):
+    return worker.plugins[CONTEXTS].store.n_loads(context.digest)
+
+
+async def where(c, futures):
+    return {address for found in (await c.who_has(futures)).values() for address in found}
+
+
+@gated()
+async def test_loads_once_a_worker_and_runs_where_it_is_warm(c, s, gate, a, b):
+    futures = c.map(work, range(20), ctx=A)
+    assert await c.gather(futures) == [(i, "a") for i in range(20)]
+    assert [is_warm(a), is_warm(b)] == [1, 1]
+    assert sum(loads.n for loads in gate.loads.values()) == 2
+    more = c.map(work, range(20, 40), ctx=A)
+    await wait(more)
+    assert [is_warm(a), is_warm(b)] == [1, 1]
+
+
+@gated()
+async def test_a_second_client_finds_it_warm(c, s, gate, a, b):
+    await wait(c.map(work, range(8), ctx=A))
+    async with Client(s.address, asynchronous=True) as other:
+        await other.gather(other.map(work, range(8), ctx=Context(load, "a", name="mine")))
+    assert [is_warm(a), is_warm(b)] == [1, 1]
+
+
+@gated()
+async def test_two_contexts_in_one_graph(c, s, gate, a, b):
+    first = c.map(work, range(6), ctx=A, key="first")
+    second = c.map(work, range(6), ctx=B, key="second")
+    assert {name for _, name in await c.gather(first)} == {"a"}
+    assert {name for _, name in await c.gather(second)} == {"b"}
+
+
+@gated()
+async def test_tasks_run_on_the_lanes_and_plain_ones_on_their_own_threads(c, s, gate, a, b):
+    def thread(ctx=None):
+        return threading.current_thread().name
+
+    assert "pcm-lane" in await c.submit(thread, ctx=A)
+    assert "Default" in await c.submit(thread)
+
+
+def busy(i):
+    DONE.append(i)
+    time.sleep(0.01)
+    DONE.append(i)
+
+
+@gated(1)
+async def test_plain_tasks_keep_to_their_threads(c, s, gate, a):
+    """The worker may do more at once, but plain tasks of a one-thread worker stay one by one."""
+    await wait(c.map(busy, range(12)))
+    assert DONE == [step for i in DONE[::2] for step in (i, i)]
+
+
+@gated(1)
+async def test_one_lane_reads_while_the_other_infers(c, s, gate, a):
+    inferring, read = Event("inferring"), Event("read")
+
+    def unit(i, ctx=None):
+        if i == 1:
+            Event("read").set()
+        with hold([ctx.ref]):
+            if i == 0:
+                Event("inferring").set()
+                assert Event("read").wait(10)
+        return i
+
+    futures = c.map(unit, range(2), ctx=A)
+    assert await c.gather(futures) == [0, 1]
+    assert await inferring.is_set() and await read.is_set()
+
+
+@gated(is_held=True)
+async def test_cancel_while_parked(c, s, gate, a, b):
+    futures = c.map(numbers, range(5), ctx=A)
+    await poll(lambda: len(s.unrunnable) == 5, 5)
+    await c.cancel(futures)
+    await poll(lambda: not s.tasks, 5)
+    assert not gate.asked and not s.unrunnable and not gate.state.waiting
+
+
+@gated(is_held=True)
+async def test_disconnect_while_parked(c, s, gate, a, b):
+    async with Client(s.address, asynchronous=True) as other:
+        other.map(numbers, range(5), ctx=A)
+        futures = other.map(numbers, range(5), ctx=A)
+        await poll(lambda: len(s.unrunnable) == 5, 5)
+        del futures
+    await poll(lambda: not s.tasks, 5)
+    assert not gate.asked and not gate.state.waiting
+
+
+@gated(is_held=True, Worker=Nanny, timeout=60)
+async def test_restart_while_parked(c, s, gate, a, b):
+    futures = c.map(numbers, range(5), ctx=A)
+    await poll(lambda: len(s.unrunnable) == 5, 5)
+    await c.restart()
+    del futures
+    assert not s.tasks and not gate.asked and not s.unrunnable
+    gate.release()
+    assert await c.gather(c.map(numbers, range(5), ctx=A)) == list(range(5))
+
+
+@gated(is_held=True)
+async def test_a_lost_dependency_of_parked_work(c, s, gate, a, b):
+    x = c.submit(inc, 1, key="dep", workers=[a.address], allow_other_workers=True)
+    await wait(x)
+    y = c.submit(numbers, x, ctx=A, key="parked")
+    await poll(lambda: len(s.unrunnable) == 1, 5)
+    await a.close(executor_wait=False)
+    await poll(lambda: s.tasks["dep"].state == "memory", 5)
+    await poll(lambda: s.tasks["parked"].state == "no-worker", 5)
+    gate.release()
+    assert await y == 2
+
+
+@gated()
+async def test_a_lost_result_goes_through_the_gate_again(c, s, gate, a, b):
+    futures = c.map(numbers, range(6), ctx=A, key="x")
+    await wait(futures)
+    assert all(s.tasks[f.key].worker_restrictions == {PARKED} for f in futures)
+    n_before = len(s.transition_log)
+    await a.close(executor_wait=False)
+    assert await c.gather(futures) == list(range(6))
+    again = [(x[1], x[2]) for x in list(s.transition_log)[n_before:]]
+    assert ("released", "waiting") in again
+    assert again.count(("no-worker", "processing")) == again.count(("waiting", "no-worker"))
+
+
+@gated()
+async def test_retire_with_work_parked(c, s, gate, a, b):
+    futures = c.map(work, range(20), ctx=A, seconds=0.03)
+    await poll(lambda: any(f.status == "finished" for f in futures), 10)
+    await c.retire_workers([a.address])
+    assert await c.gather(futures) == [(i, "a") for i in range(20)]
+
+
+def flaky(kind, ctx=None):
+    DONE.append(kind)
+    if DONE.count(kind) == 1:
+        raise {"error": ValueError, "again": Reschedule}[kind]
+    return kind
+
+
+@gated()
+async def test_retries_park_again(c, s, gate, a, b):
+    future = c.submit(flaky, "error", ctx=A, retries=2)
+    assert await future == "error"
+    steps = [(x[1], x[2]) for x in s.story(future.key)]
+    assert steps.count(("no-worker", "processing")) == 2
+
+
+@gated()
+async def test_client_retry_and_reschedule(c, s, gate, a, b):
+    failed = c.submit(flaky, "error", ctx=A)
+    await wait(failed)
+    assert failed.status == "error"
+    assert s.tasks[failed.key].worker_restrictions == {PARKED}
+    await failed.retry()
+    assert await failed == "error"
+    assert await c.submit(flaky, "again", ctx=A) == "again"
+
+
+@gated(3)
+async def test_users_workers_hosts_and_loose_restrictions(c, s, gate, a, b, d):
+    only = c.map(numbers, range(10), ctx=A, key="w", workers=[b.address])
+    await wait(only)
+    assert await where(c, only) == {b.address}
+    assert s.workers[b.address] and not is_warm(a)
+    host = c.map(numbers, range(10), ctx=A, key="h", workers=["127.0.0.1"])
+    await wait(host)
+    loose = c.map(
+        numbers, range(4), ctx=A, key="l", workers=["tcp://127.0.0.1:1"], allow_other_workers=True
+    )
+    await wait(loose)
+    assert {f.status for f in loose} == {"finished"}
+
+
+@gated(1, is_held=True)
+async def test_a_host_restriction_does_not_bypass_the_gate(c, s, gate, a):
+    futures = c.map(numbers, range(4), ctx=A, workers=["127.0.0.1"])
+    loose = c.map(
+        numbers, range(4), ctx=A, key="l", workers=[a.address], allow_other_workers=True
+    )
+    await poll(lambda: len(gate.state.waiting) == 8, 5)
+    assert {f.status for f in futures + loose} == {"pending"}
+    gate.release()
+    await wait(futures + loose)
+
+
+@gated([("127.0.0.1", 1, {"resources": {"GPU": 1}}), ("127.0.0.1", 1)])
+async def test_resources(c, s, gate, a, b):
+    futures = c.map(numbers, range(6), ctx=A, resources={"GPU": 1})
+    await wait(futures)
+    assert await where(c, futures) == {a.address}
+
+
+@gated(1)
+async def test_restricted_work_finds_a_worker_that_joins_later(c, s, gate, a):
+    from distributed import Worker
+
+    future = c.submit(numbers, 1, ctx=A, resources={"GPU": 1})
+    await poll(lambda: len(gate.state.waiting) == 1, 5)
+    async with Worker(s.address, resources={"GPU": 1}) as late:
+        assert await future == 1
+        assert await where(c, [future]) == {late.address}
+
+
+@gated(1, is_held=True)
+async def test_priorities(c, s, gate, a):
+    low = c.map(noted, range(4), ctx=A, key="low")
+    await poll(lambda: len(gate.state.waiting) == 4, 5)
+    high = c.map(noted, range(4, 8), ctx=A, key="high", priority=10)
+    await poll(lambda: len(gate.state.waiting) == 8, 5)
+    gate.release()
+    await wait(low + high)
+    assert set(DONE[:4]) == {4, 5, 6, 7}
+
+
+@gated()
+async def test_release_while_processing(c, s, gate, a, b):
+    futures = c.map(work, range(12), ctx=A, seconds=0.05)
+    await poll(lambda: bool(gate.state.placed), 10)
+    for future in futures:
+        future.release()
+    del futures, future
+    await poll(lambda: not s.tasks, 10)
+    assert not gate.state.placed and not gate.asked
+    assert await c.submit(numbers, 1, ctx=A) == 1
+
+
+@gated()
+async def test_actors_are_left_alone(c, s, gate, a, b):
+    class Counter:
+        def __init__(self, ctx=None):
+            self.n = 0
+
+        def add(self):
+            self.n += 1
+            return self.n
+
+    actor = await c.submit(Counter, ctx=A, actor=True)
+    assert await actor.add() == 1
+
+
+@gated(is_held=True, config={"distributed.scheduler.no-workers-timeout": "200ms"})
+async def test_parked_work_does_not_time_out_and_the_unsatisfiable_does(c, s, gate, a, b):
+    parked = c.map(numbers, range(3), ctx=A)
+    plain = c.submit(inc, 1, resources={"NOPE": 1})
+    await wait(plain, timeout=10)
+    assert plain.status == "error"
+    assert {f.status for f in parked} == {"pending"}
+    gate.release()
+    assert await c.gather(parked) == [0, 1, 2]
+
+
+@gated(is_held=True)
+async def test_parked_work_keeps_the_scheduler_from_going_idle(c, s, gate, a, b):
+    s.idle_timeout = 0.2
+    futures = c.map(numbers, range(3), ctx=A)
+    await poll(lambda: len(s.unrunnable) == 3, 5)
+    assert s.check_idle() is None
+    gate.release()
+    await wait(futures)
+
+
+@gated()
+async def test_registering_twice_keeps_the_gate_and_the_contexts(c, s, gate, a, b):
+    await wait(c.map(work, range(6), ctx=A))
+    await install(c)
+    assert s.plugins[GATE] is gate
+    await wait(c.map(work, range(6, 12), ctx=A))
+    assert [is_warm(a), is_warm(b)] == [1, 1]
+
+
+@gated()
+async def test_a_load_that_fails_ends_the_tasks_with_the_users_traceback(c, s, gate, a, b):
+    def broken():
+        raise OSError("weights are gone")
+
+    futures = c.map(numbers, range(3), ctx=Context(broken))
+    with pytest.raises(LoadError, match="(?s)in broken.*OSError: weights are gone"):
+        await c.gather(futures)
+    assert await c.submit(numbers, 1, ctx=A) == 1
+
+
+def fails_at_first():
+    DONE.append("tried")
+    if len(DONE) == 1:
+        raise OSError("no memory on this one")
+    return ["second"]
+
+
+@gated()
+async def test_a_load_that_fails_on_one_worker_is_tried_on_another(c, s, gate, a, b):
+    future = c.submit(work, 1, ctx=Context(fails_at_first))
+    assert await future == (1, "second")
+    assert DONE == ["tried", "tried"]
+
+
+@gated()
+async def test_a_task_that_raises_costs_no_context(c, s, gate, a, b):
+    def fails(ctx=None):
+        with hold([ctx.ref]):
+            raise ZeroDivisionError
+
+    futures = c.map(lambda i, ctx: fails(ctx), range(4), ctx=A)
+    await wait(futures)
+    assert {f.status for f in futures} == {"error"}
+    await wait(c.map(work, range(4), ctx=A))
+    assert is_warm(a) + is_warm(b) <= 2 and max(is_warm(a), is_warm(b)) == 1
+
+
+@gated(config={"distributed.worker.memory.pause": False})
+async def test_a_paused_worker_gets_nothing_new(c, s, gate, a, b):
+    await wait(c.map(work, range(8), ctx=A, seconds=0.01))
+    a.status = Status.paused
+    await poll(lambda: gate.state.workers[a.address].is_paused, 5)
+    futures = c.map(work, range(8, 16), ctx=A)
+    await wait(futures, timeout=10)
+    assert await where(c, futures) == {b.address}
+    a.status = Status.running
+    await poll(lambda: not gate.state.workers[a.address].is_paused, 5)
+
+
+@gated()
+async def test_what_an_earlier_life_of_a_worker_says_is_ignored(c, s, gate, a, b):
+    before = dict(gate.state.workers[a.address].standings)
+    gate.on_residency(
+        worker=a.address, epoch="before", digest=A.digest, tier="device", seconds=1, error=None
+    )
+    assert gate.state.workers[a.address].standings == before
+
+
+@gated()
+async def test_loading_and_wanted_workers_are_not_scaled_down(c, s, gate, a, b):
+    def slow_load():
+        time.sleep(0.5)
+
+    futures = c.map(numbers, range(4), ctx=Context(slow_load))
+    await poll(lambda: any(view.loading_since for view in gate.state.workers.values()), 5)
+    loading = [w for w, view in gate.state.workers.items() if view.loading_since]
+    kept = gate.valid_workers_downscaling(s, list(s.workers.values()))
+    assert not {ws.address for ws in kept} & set(loading)
+    await wait(futures)
+    assert len(gate.valid_workers_downscaling(s, list(s.workers.values()))) == 2
+
+
+@gated()
+async def test_uninstalled_workers_get_no_context_work(c, s, gate, a, b):
+    from distributed import Worker
+
+    await wait(c.map(work, range(4), ctx=A))
+    s.worker_plugins.pop(CONTEXTS)
+    async with Worker(s.address) as plain:
+        futures = c.map(work, range(4, 10), ctx=A)
+        await wait(futures)
+        assert plain.address not in await where(c, futures)
+
+
+def test_the_walk_finds_refs_and_is_bounded():
+    from dask._task_spec import DataNode, Task, TaskRef
+
+    ref = A.ref
+
+    def found(*args, **kwargs):
+        return [x.digest for x in find_refs(Task("k", numbers, *args, **kwargs))]
+
+    assert found(1, ctx=A) == found(ref) == found([1, {"x": (ref,)}]) == [A.digest]
+    assert [x.digest for x in find_refs(Task("k", functools.partial(numbers, ctx=A)))] == [
+        A.digest
+    ]
+    assert found(A, B) == sorted([A.digest, B.digest])
+    assert found(1, TaskRef("x")) == []
+    assert find_refs(DataNode("k", ref)) == ()
+    start = time.perf_counter()
+    assert found(list(range(10**6))) == []
+    assert time.perf_counter() - start < 0.1
+
+
+@gated()
+async def test_delayed_with_a_context(c, s, gate, a, b):
+    value = dask.delayed(work)(1, dask.delayed(A))
+    with dask.config.set(scheduler=None):
+        assert await c.compute(value) == (1, "a")
+
+
+@gated(1)
+async def test_work_between_ticks_does_not_wait_for_them(c, s, gate, a):
+    await wait(c.submit(work, 0, ctx=A))
+    gate._ticker.stop()
+    start = time.monotonic()
+    assert await asyncio.wait_for(c.submit(work, 1, ctx=A), 5)
+    assert time.monotonic() - start < 2
+
+
+def test_the_plugin_pickles():
+    import pickle
+
+    assert pickle.loads(pickle.dumps(GatePlugin())).name == GATE
