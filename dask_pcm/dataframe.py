@@ -11,7 +11,13 @@ import dask.dataframe as dd
 import pandas as pd
 from dask._task_spec import Task, TaskRef
 from dask.dataframe.dask_expr._collection import new_collection
-from dask.dataframe.dask_expr._expr import Blockwise, Expr, Fused, Projection
+from dask.dataframe.dask_expr._expr import (
+    ArrowStringConversion,
+    Blockwise,
+    Expr,
+    Fused,
+    Projection,
+)
 from dask.dataframe.dask_expr.io.io import BlockwiseIO
 from dask.dataframe.utils import make_meta
 from dask.utils import funcname
@@ -76,8 +82,8 @@ def _foldable(expr: Expr) -> Iterator[Expr]:
 def _is_cheap(expr: Expr) -> bool:
     if isinstance(expr, Fused):
         return all(_is_cheap(part) for part in expr.exprs)
-    is_private = isinstance(expr, (Projection, BlockwiseIO)) and isinstance(expr, Blockwise)
-    return is_private and len(expr.dependencies()) <= 1
+    is_cheap = isinstance(expr, (Projection, ArrowStringConversion, BlockwiseIO))
+    return is_cheap and isinstance(expr, Blockwise) and len(expr.dependencies()) <= 1
 
 
 def map_partitions(

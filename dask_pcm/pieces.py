@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+import dask
 import dask.dataframe as dd
 import fsspec
 import pandas as pd
@@ -178,7 +179,11 @@ def read_parquet(
     divisions = None
     if not reader.has_own_index and spans[-1].stop:
         divisions = (*(span.offset for span in spans), spans[-1].offset + spans[-1].n_rows - 1)
-    return dd.from_map(reader, spans, meta=reader.meta(), divisions=divisions, label="read-pieces")
+    # Dask would turn every object column into text: lists, bytes and decimals among them.
+    with dask.config.set({"dataframe.convert-string": False}):
+        return dd.from_map(
+            reader, spans, meta=reader.meta(), divisions=divisions, label="read-pieces"
+        )
 
 
 def list_files(path: str) -> list[File]:
