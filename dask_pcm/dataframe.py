@@ -152,7 +152,10 @@ def map_partitions(
     if batch_rows is not None:
         out = row_wise_meta(out, ddf._meta)
     call = Call(func, names, args, kwargs, batch_rows, out, enforce_metadata)
-    sealed = Sealed.of(call, f"The function {funcname(func)!r}, or an argument of it,")
+    # How many rows are called at a time changes no answer, so it does not tell jobs apart.
+    identity = (func, names, args, kwargs, out.dtypes.to_dict(), batch_rows is not None)
+    what = f"The function {funcname(func)!r}, or an argument of it,"
+    sealed = Sealed.of(call, what, identity)
     label = f"pcm_{funcname(func).replace('-', '_')}"
     return new_collection(ContextMap(ddf.expr, sealed, refs, out, label, batch_rows is not None))
 

@@ -124,7 +124,9 @@ class Call:
 
     def _cast(self, frame: pd.DataFrame) -> pd.DataFrame:
         different = {
-            name: dtype for name, dtype in self.meta.dtypes.items() if frame[name].dtype != dtype
+            name: _plain(dtype)
+            for name, dtype in self.meta.dtypes.items()
+            if _plain(frame[name].dtype) != _plain(dtype)
         }
         try:
             return frame.astype(different) if different else frame
@@ -156,9 +158,14 @@ def row_wise_meta(meta: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
     return meta if ERROR in meta.columns else meta.assign(**{ERROR: _no_error(meta)})
 
 
+def _plain(dtype: Any) -> Any:
+    """A dtype without its categories: they differ from partition to partition."""
+    return "category" if isinstance(dtype, pd.CategoricalDtype) else dtype
+
+
 def _is_passed(name: Any, dtype: Any, given: pd.DataFrame) -> bool:
     """Whether a column of the output stands in the input as well: a failed row keeps it."""
-    return name in given.columns and bool(given[name].dtype == dtype)
+    return name in given.columns and bool(_plain(given[name].dtype) == _plain(dtype))
 
 
 def _nullable(dtype: Any) -> str:

@@ -20,6 +20,7 @@ import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from dask.dataframe.utils import clear_known_categories
 from dask.utils import natural_sort_key
 
 from dask_pcm.digest import digest
@@ -129,7 +130,7 @@ class PieceReader:
         """An empty frame with the columns and types of every piece."""
         names = [*self.columns, *_index_columns(self.schema)]
         table = self.schema.empty_table().select(list(dict.fromkeys(names)))
-        frame = self.to_pandas(table)[list(self.columns)]
+        frame = clear_known_categories(self.to_pandas(table)[list(self.columns)])
         return frame if self.has_own_index else frame.set_axis(pd.RangeIndex(0))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def _read(output: Output) -> dict[str, Any] | None:
     path = output.home / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise OutputError(
