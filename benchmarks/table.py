@@ -48,12 +48,16 @@ class Rows:
         row = Row.of(measure, round(value, 4), bar)
         self._rows.append(row)
         verdict = {True: "ok", False: "MISSED", None: ""}[row.ok]
-        self._console.print(f"{measure}: {value:.4g} {bar and f'({bar})'} {verdict}", soft_wrap=True)
+        self._console.print(
+            f"{measure}: {value:.4g} {bar and f'({bar})'} {verdict}", soft_wrap=True
+        )
 
     def write(self, path: str | None) -> None:
         table = RichTable("measure", "value", "bar", "ok")
         for row in self._rows:
-            table.add_row(row.measure, f"{row.value:.4g}", row.bar, {None: ""}.get(row.ok, str(row.ok)))
+            table.add_row(
+                row.measure, f"{row.value:.4g}", row.bar, {None: ""}.get(row.ok, str(row.ok))
+            )
         self._console.print(table)
         if path:
             text = json.dumps([asdict(row) for row in self._rows], indent=1)

@@ -22,10 +22,10 @@ META = {"id": "i8", "answer": "f8"}
 N_TOKENS = 48
 
 
-def write_input(folder: Path) -> None:
+def write_input(folder: Path, n_files: int = N_FILES) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for number in range(N_FILES):
+    for number in range(n_files):
         ids = np.arange(number * ROWS_PER_FILE, (number + 1) * ROWS_PER_FILE)
         claims = ["".join(map(chr, rng.integers(97, 123, N_TOKENS))) for _ in ids]
         table = pa.table({"id": ids, "claim": claims})

@@ -169,7 +169,7 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
         return
     with (
         LocalCluster(
-            n_workers=workers or 2, threads_per_worker=1, dashboard_address=None
+            n_workers=workers or 2, threads_per_worker=1, dashboard_address=":0"
         ) as cluster,
         Client(cluster) as client,
     ):

@@ -26,7 +26,7 @@ class SwallowedErrors(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         is_swallowed = record.exc_info is not None and "/dask_pcm/" in text
-        if is_swallowed or "Plugin failed" in text or "plugin pcm" in text and "failed" in text:
+        if is_swallowed or "Plugin failed" in text or ("plugin pcm" in text and "failed" in text):
             self.records.append(text)
 
 
@@ -49,7 +49,7 @@ def no_swallowed_errors() -> Iterator[SwallowedErrors]:
 def shared_cluster() -> Iterator[LocalCluster]:
     """Two worker processes that live as long as the tests: for whatever harms none of them."""
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="4GiB"
+        n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit="4GiB"
     ) as cluster:
         yield cluster
 
@@ -67,7 +67,7 @@ def client(shared_cluster: LocalCluster) -> Iterator[Client]:
 def own_client() -> Iterator[Client]:
     """A cluster of two worker processes for this test alone."""
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         yield client

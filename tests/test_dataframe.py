@@ -156,9 +156,7 @@ class TestByRows:
         assert found.verdict.value_counts().to_dict() == {"32": 128, "18": 72}
         assert found.error.isna().all()
 
-    def test_a_row_that_raises_has_its_reason_and_its_neighbours_their_answers(
-        self, client, frame
-    ):
+    def test_a_row_that_raises_has_its_reason_and_its_neighbours_their_answers(self, client, frame):
         verdicts = pcm.map_partitions(
             verify_all_but_7, frame, context=LLM, meta=META, batch_rows=32
         )
@@ -236,9 +234,7 @@ def test_an_empty_partition_needs_no_context(client, frame):
 class TestRefusedAtOnce:
     def test_a_column_that_is_not_there(self, frame):
         with pytest.raises(SchemaError, match=r"'evidence', which the frame does not have.*'id'"):
-            pcm.map_partitions(
-                verify, frame, context=LLM, meta=META, required_columns=["evidence"]
-            )
+            pcm.map_partitions(verify, frame, context=LLM, meta=META, required_columns=["evidence"])
 
     def test_contexts_that_are_none(self, frame):
         with pytest.raises(RecipeError, match=r"takes a dask_pcm\.Context or a dict"):

@@ -20,7 +20,7 @@ def scaled(x):
     return x * SCALE
 
 
-SOURCE = '''
+SOURCE = """
 import os
 TABLE = {"b": 1, "a": 2}
 class Box:
@@ -35,7 +35,7 @@ def load(path, n=3, *, tags=frozenset({"x", "y"})):
         except KeyError:
             return os.path.join(path, str(x))
     return inner, Box(4)
-'''
+"""
 
 KERNEL = """
 import sys

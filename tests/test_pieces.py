@@ -65,7 +65,9 @@ TYPES = pa.table(
         "byte": pa.array([1, 2, 3], pa.int8()),
         "real": pa.array([1.5, None, 2.5]),
         "text": ["a", None, "c"],
-        "when": pa.array([dt.datetime(2026, 1, 1), None, dt.datetime(1700, 1, 1)], pa.timestamp("us")),
+        "when": pa.array(
+            [dt.datetime(2026, 1, 1), None, dt.datetime(1700, 1, 1)], pa.timestamp("us")
+        ),
         "zoned": pa.array([0, None, 5], pa.timestamp("ns", "Europe/Prague")),
         "day": pa.array([dt.date(2026, 1, 1), None, dt.date(1700, 1, 1)]),
         "price": pa.array([decimal.Decimal("1.20"), None, decimal.Decimal("3.40")]),

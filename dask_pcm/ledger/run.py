@@ -155,6 +155,7 @@ class _Driver:
         self._units: dict[str, tuple[Unit, Future]] = {}  # outstanding, by key
         self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._seconds = self._rows = 0.0  # of inference and reading, over units that ended
+        self._facts: dict[str, str] = {}
         self._n_keys = 0
         self._n_outstanding_rows = 0
         self._cutter: Cutter | None = None
@@ -309,6 +310,8 @@ class _Driver:
         report.infer_s += result.infer_s
         report.units += 1
         report.errors = (report.errors + list(result.errors))[:_MAX_ERRORS]
+        if result.facts and not self._facts:
+            self._facts = dict(result.facts)
         if not result.is_resumed:
             self._seconds += result.infer_s or result.total_s
             self._rows += unit.n_rows or 1
@@ -378,4 +381,5 @@ class _Driver:
         return (self._cutter.n_rows if self._cutter else 0) + self._n_outstanding_rows
 
     def _sum_up(self) -> None:
+        manifest.record(self._output, self._facts)
         self._report.rows_recomputed = rows_recomputed(self._output.starts(), self._output.run)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -97,6 +97,8 @@ class UnitResult:
         Whether the part was there already.
     errors
         A few of the errors.
+    facts
+        Where and how the contexts ran: device, dtype.
     """
 
     name: str
@@ -106,6 +108,7 @@ class UnitResult:
     total_s: float = 0.0
     is_resumed: bool = False
     errors: tuple[str, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_unit(
@@ -126,16 +129,22 @@ def run_unit(
         note = output.read_note(unit.name)
         return UnitResult(unit.name, note["rows"], note["failed"], is_resumed=True)
     output.note_start(unit.name, unit.n_rows)
-    spent.infer_s = 0.0
+    spent.begin()
     tasks, result = pickle.loads(graph)
     tasks.update((key, DataNode(key, value)) for key, value in zip(keys, inputs, strict=True))
     frame = execute_graph(tasks, keys=[result])[result]
     failed = failures(frame)
     note = {"run": output.run, "unit": unit.name, "rows": len(frame), "failed": len(failed)}
     output.commit(unit.name, layout.table(frame), note)
-    seconds = time.perf_counter() - start
-    sample = tuple(map(str, failed.head(3)))
-    return UnitResult(unit.name, len(frame), len(failed), spent.infer_s, seconds, errors=sample)
+    return UnitResult(
+        unit.name,
+        len(frame),
+        len(failed),
+        infer_s=spent.infer_s,
+        total_s=time.perf_counter() - start,
+        errors=tuple(map(str, failed.head(3))),
+        facts=dict(spent.facts),
+    )
 
 
 def failures(frame: pd.DataFrame) -> pd.Series:

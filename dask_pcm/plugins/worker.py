@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor as LoaderExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -130,9 +130,23 @@ class ContextPlugin(WorkerPlugin):
 
 
 class Spent(threading.local):
-    """Seconds that the task on this thread has held contexts for."""
+    """What the task on this thread did with contexts.
 
-    infer_s = 0.0
+    Attributes
+    ----------
+    infer_s
+        Seconds that it has held them.
+    facts
+        What they say of themselves in a mapping ``facts``: device, dtype.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A new task begins on this thread."""
+        self.infer_s = 0.0
+        self.facts: dict[str, str] = {}
 
 
 spent = Spent()
@@ -148,6 +162,9 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
     source = _plugin() or _store_of_process()
     with source.acquire(refs) as values:
         start = time.perf_counter()
+        for value in values:
+            if isinstance(facts := getattr(value, "facts", None), Mapping):
+                spent.facts.update(facts)
         try:
             yield values
         finally:

@@ -84,9 +84,7 @@ def test_reports_each_step(store, changes):
     assert changes[1].seconds > 0
 
 
-def test_a_failure_has_the_users_traceback_is_reported_once_and_can_be_tried_again(
-    store, changes
-):
+def test_a_failure_has_the_users_traceback_is_reported_once_and_can_be_tried_again(store, changes):
     ref = Context(failing_load, "no such weights").ref
     with pytest.raises(LoadError, match="(?s)failing_load.*RuntimeError: no such weights"):
         store.load(ref)

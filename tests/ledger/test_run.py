@@ -231,7 +231,9 @@ class TestTypes:
 
     def test_an_index_of_the_users_is_kept(self, client, tmp_path, out):
         index = pd.Index([f"k{i}" for i in range(10)], name="key")
-        pd.DataFrame({"id": range(10), "claim": "c"}, index=index).to_parquet(tmp_path / "i.parquet")
+        pd.DataFrame({"id": range(10), "claim": "c"}, index=index).to_parquet(
+            tmp_path / "i.parquet"
+        )
         frame = pcm.read_parquet(str(tmp_path / "i.parquet"))
         write(pcm.map_partitions(verify, frame, context=LLM, meta=META, batch_rows=4), out)
         found = pd.read_parquet(out)

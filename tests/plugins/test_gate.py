@@ -105,7 +105,7 @@ def busy(i):
 async def test_plain_tasks_keep_to_their_threads(c, s, gate, a):
     """The worker may do more at once, but plain tasks of a one-thread worker stay one by one."""
     await wait(c.map(busy, range(12)))
-    assert DONE == [step for i in DONE[::2] for step in (i, i)]
+    assert [step for i in DONE[::2] for step in (i, i)] == DONE
 
 
 @gated(1)
@@ -235,9 +235,7 @@ async def test_users_workers_hosts_and_loose_restrictions(c, s, gate, a, b, d):
 @gated(1, is_held=True)
 async def test_a_host_restriction_does_not_bypass_the_gate(c, s, gate, a):
     futures = c.map(numbers, range(4), ctx=A, workers=["127.0.0.1"])
-    loose = c.map(
-        numbers, range(4), ctx=A, key="l", workers=[a.address], allow_other_workers=True
-    )
+    loose = c.map(numbers, range(4), ctx=A, key="l", workers=[a.address], allow_other_workers=True)
     await poll(lambda: len(gate.state.waiting) == 8, 5)
     assert {f.status for f in futures + loose} == {"pending"}
     gate.release()
@@ -423,9 +421,7 @@ def test_the_walk_finds_refs_and_is_bounded():
         return [x.digest for x in find_refs(Task("k", numbers, *args, **kwargs))]
 
     assert found(1, ctx=A) == found(ref) == found([1, {"x": (ref,)}]) == [A.digest]
-    assert [x.digest for x in find_refs(Task("k", functools.partial(numbers, ctx=A)))] == [
-        A.digest
-    ]
+    assert [x.digest for x in find_refs(Task("k", functools.partial(numbers, ctx=A)))] == [A.digest]
     assert found(A, B) == sorted([A.digest, B.digest])
     assert found(1, TaskRef("x")) == []
     assert find_refs(DataNode("k", ref)) == ()

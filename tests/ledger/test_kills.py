@@ -1,0 +1,101 @@
+"""Real processes, killed with real signals: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+N_FILES, ROWS_PER_FILE = 20, 50
+N_ROWS = N_FILES * ROWS_PER_FILE
+
+
+@pytest.fixture
+def job(claims, tmp_path):
+    folder = claims(n_files=N_FILES, n_rows=ROWS_PER_FILE)
+    log, out = tmp_path / "log", tmp_path / "out"
+
+    def start():
+        command = [sys.executable, "-m", "tests.ledger.driver", folder, str(log), str(out)]
+        return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+    start.log, start.out = log, out
+    return start
+
+
+def batches(log):
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [(int(pid), [int(i) for i in rows.split(",")]) for pid, rows in map(str.split, lines)]
+
+
+def wait_for(log, n_batches, driver):
+    deadline = time.monotonic() + 60
+    while len(batches(log)) < n_batches:
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def finish(driver):
+    _, said = driver.communicate(timeout=100)
+    assert driver.returncode == 0, said
+
+
+def check(job, n_twice_at_most):
+    found = pd.read_parquet(job.out)
+    assert found.id.tolist() == list(range(N_ROWS))
+    assert (found.twice == found.id * 2).all()
+    computed = Counter(i for _, rows in batches(job.log) for i in rows)
+    assert set(computed) == set(range(N_ROWS))
+    assert computed.total() - N_ROWS <= n_twice_at_most
+    assert not list(Path(job.out, "_pcm").glob("run-*"))
+
+
+def test_a_worker_that_is_killed_costs_what_it_had_in_hand(job):
+    driver = job()
+    wait_for(job.log, 30, driver)
+    busiest = Counter(pid for pid, _ in batches(job.log)).most_common(1)[0][0]
+    os.kill(busiest, signal.SIGKILL)
+    finish(driver)
+    check(job, n_twice_at_most=2 * ROWS_PER_FILE)
+
+
+def test_killed_as_a_whole_the_same_run_goes_on(job):
+    driver = job()
+    wait_for(job.log, 50, driver)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    finish(job())
+    check(job, n_twice_at_most=4 * ROWS_PER_FILE)
+
+
+def test_workers_end_when_their_driver_dies_and_its_output_goes_on(job):
+    driver = job()
+    wait_for(job.log, 30, driver)
+    workers = [p for p in psutil.Process(driver.pid).children(recursive=True)]
+    assert workers
+    os.kill(driver.pid, signal.SIGKILL)  # the driver alone
+    driver.communicate()
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    finish(job())
+    check(job, n_twice_at_most=4 * ROWS_PER_FILE)
+
+
+def test_a_second_driver_takes_over_from_one_that_still_works(job):
+    """Whatever the first still computes is shut out; the rows are there once."""
+    first = job()
+    wait_for(job.log, 30, first)
+    second = job()
+    _, said = first.communicate(timeout=100)
+    finish(second)
+    found = pd.read_parquet(job.out)
+    assert found.id.tolist() == list(range(N_ROWS))
+    assert first.returncode == 0 or "replaced by a newer one" in said

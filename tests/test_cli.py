@@ -1,0 +1,180 @@
+"""The command as a user runs it: real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from dask_pcm.cli import main, parse_limit
+from dask_pcm.factcheck import PROMPT, generate
+
+DATA = Path(__file__).parents[1] / "data"
+CHOICES = "SUPPORTED,REFUTED,NOT ENOUGH INFO"
+
+
+def command(*args):
+    return [str(Path(sys.executable).with_name("dask-pcm")), *map(str, args)]
+
+
+def run_args(source, out, *more):
+    basic = ["--model", "demo", "--prompt", PROMPT, "--choices", CHOICES]
+    return ["run", str(source), str(out), *basic, *map(str, more)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "claims"
+    folder.mkdir()
+    claims = generate(400, seed=9)
+    for i in range(4):
+        claims.iloc[i * 100 : i * 100 + 100].to_parquet(folder / f"{i}.parquet", index=False)
+    return folder
+
+
+@pytest.fixture
+def invoke(shared_cluster):
+    """Run on the cluster that is up already, in this process."""
+
+    def run(*args):
+        where = ["--scheduler", shared_cluster.scheduler_address]
+        return CliRunner().invoke(main, [*map(str, args), *where])
+
+    return run
+
+
+def test_the_demo(tmp_path):
+    out = tmp_path / "verdicts"
+    done = subprocess.run(
+        command("demo", "--rows", 1200, "--output", out),
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("rows", "rows/s", "context loads   2 on 2", "loading", "inferring", "accuracy"):
+        assert word in done.stdout
+    accuracy = float(done.stdout.split("accuracy")[1].strip().rstrip("%"))
+    assert accuracy >= 95
+    assert "1,200/1,200 rows" in done.stderr
+    found = pd.read_parquet(out)
+    assert found.id.tolist() == list(range(1200))
+    assert {"label", "answer"} <= set(found.columns)
+
+
+def test_real_claims_through_the_command(invoke, tmp_path):
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    args = run_args(
+        DATA / "fever-sample.parquet", out, "--report", report, "--truncate", "evidence"
+    )
+    done = invoke(*args)
+    assert done.exit_code == 0, done.output
+    found = pd.read_parquet(out)
+    sample = pd.read_parquet(DATA / "fever-sample.parquet")
+    assert found.id.tolist() == sample.id.tolist()
+    assert (found.answer.notna() ^ found.error.notna()).all()
+    written = json.loads(report.read_text())
+    assert written["rows"] == 500
+    assert written["rows_failed"] == found.error.notna().sum()
+    again = invoke(*args)
+    assert again.exit_code == 0
+    assert json.loads(report.read_text())["rows_resumed"] == 500
+
+
+def test_rows_that_are_too_long_decide_the_exit_code(invoke, source, tmp_path):
+    claims = pd.read_parquet(source / "0.parquet")
+    claims.loc[:9, "evidence"] = "tennis " * 600
+    claims.to_parquet(source / "0.parquet", index=False)
+    done = invoke(*run_args(source, tmp_path / "out"))
+    assert done.exit_code == 3
+    assert "10 of 400 rows failed, more than --max-failed-rows 1% allows" in done.output
+    assert len(pd.read_parquet(tmp_path / "out")) == 400
+    assert invoke(*run_args(source, tmp_path / "out", "--max-failed-rows", "10")).exit_code == 0
+    cut = run_args(source, tmp_path / "cut", "--truncate", "evidence")
+    assert invoke(*cut).exit_code == 0
+
+
+def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_path):
+    (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
+    (tmp_path / "choices.txt").write_text("SUPPORTED\nREFUTED\n")
+    args = ["run", source, tmp_path / "out", "--model", "demo"]
+    args += ["--prompt", f"@{tmp_path}/prompt.txt", "--choices", f"@{tmp_path}/choices.txt"]
+    args += ["--choices", "NOT ENOUGH INFO", "--keep", "id,label", "--keep", "claim"]
+    done = invoke(*args)
+    assert done.exit_code == 0, done.output
+    found = pd.read_parquet(tmp_path / "out")
+    assert found.columns.tolist()[:4] == ["id", "label", "claim", "answer"]
+    assert set(found.answer) == {"SUPPORTED", "REFUTED", "NOT ENOUGH INFO"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: "nowhere"}, "There is no input at 'nowhere'"),
+        ({"--prompt": "{claim} {proof}"}, "The prompt names 'proof'"),
+        ({"--prompt": "no field"}, "has no field"),
+        ({"--choices": "a,a"}, "choices repeats 'a'"),
+        ({"--choices": "a,,b"}, "choices holds an empty text"),
+        ({"--model": "./nowhere"}, "no model folder './nowhere'"),
+        ({"--prompt": "@nowhere.txt"}, "Cannot read 'nowhere.txt'"),
+        ({"--max-failed-rows": "120%"}, "takes a number of rows or a share"),
+        ({"--keep": "x"}, "keep names 'x'"),
+        ({"--truncate": "label"}, "no field of the prompt"),
+    ],
+)
+def test_bad_input_is_one_message_and_no_output(source, tmp_path, change, message):
+    out = tmp_path / "out"
+    args = run_args(source, out)
+    for where, value in change.items():
+        if isinstance(where, int):
+            args[where] = value
+        elif where in args:
+            args[args.index(where) + 1] = value
+        else:
+            args += [where, value]
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code in (1, 2)
+    assert message in done.output
+    assert "Traceback" not in done.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "of_1000"), [("1%", 10), ("0.05", 50), ("7", 7), ("0", 0), ("100%", 1000), ("0.0", 0)]
+)
+def test_limits_of_failed_rows(text, of_1000):
+    assert parse_limit(text)(1000) == of_1000
+
+
+def test_ctrl_c_leaves_a_resumable_output_and_says_so(tmp_path):
+    """SIGINT to the process group, as a terminal sends it; then the same command finishes."""
+    generate(20_000, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    args = command(*run_args(tmp_path / "claims.parquet", out, "--report", report))
+    with subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True) as first:
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("part-*.parquet"))) < 4:
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.05)
+        os.killpg(first.pid, signal.SIGINT)
+        _, said = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "run the same command to go on" in said
+    assert 0 < len(pd.read_parquet(out)) < 20_000
+    assert subprocess.run(args, capture_output=True, timeout=110).returncode == 0
+    assert pd.read_parquet(out).id.tolist() == list(range(20_000))
+    assert json.loads(report.read_text())["rows_resumed"] > 0
+
+
+def test_help_names_the_commands():
+    shown = CliRunner().invoke(main, ["--help"]).output
+    assert "run" in shown and "demo" in shown
+    assert "--max-failed-rows" in CliRunner().invoke(main, ["run", "--help"]).output
