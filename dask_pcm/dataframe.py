@@ -35,7 +35,7 @@ class ContextMap(Expr):
     so that a partition is read where it is inferred.
     """
 
-    _parameters = ["frame", "call", "refs", "meta", "label", "is_row_wise"]  # noqa: RUF012 Dask's
+    _parameters = ["frame", "call", "refs", "meta", "label", "batch_rows"]  # noqa: RUF012 Dask's
     _preserves_partitioning_information = True
 
     @functools.cached_property
@@ -51,7 +51,7 @@ class ContextMap(Expr):
 
     @property
     def _is_length_preserving(self) -> bool:
-        return bool(self.operand("is_row_wise"))
+        return self.operand("batch_rows") is not None
 
     def _own_task(self, name: Any, index: int) -> Task:
         below = TaskRef((self.frame._name, index))
@@ -152,12 +152,13 @@ def map_partitions(
     if batch_rows is not None:
         out = row_wise_meta(out, ddf._meta)
     call = Call(func, names, args, kwargs, batch_rows, out, enforce_metadata)
-    # How many rows are called at a time changes no answer, so it does not tell jobs apart.
-    identity = (func, names, args, kwargs, out.dtypes.to_dict(), batch_rows is not None)
+    # How many rows are called at a time changes no answer: it tells no jobs apart, only tasks.
+    is_row_wise = batch_rows is not None
+    identity = (func, names, args, kwargs, out.dtypes.to_dict(), is_row_wise, enforce_metadata)
     what = f"The function {funcname(func)!r}, or an argument of it,"
     sealed = Sealed.of(call, what, identity)
     label = f"pcm_{funcname(func).replace('-', '_')}"
-    return new_collection(ContextMap(ddf.expr, sealed, refs, out, label, batch_rows is not None))
+    return new_collection(ContextMap(ddf.expr, sealed, refs, out, label, batch_rows))
 
 
 def check_columns(ddf: dd.DataFrame, names: Sequence[str], what: str) -> list[str]:

@@ -193,9 +193,9 @@ class _Walk:
             reduced = value.__reduce_ex__(4)
         except Exception as error:
             raise RecipeError(
-                f"Cannot identify {type(value).__qualname__} object {value!r:.80}: it can be neither"
-                f" walked nor pickled ({error}). Build it inside the loader instead, or give its"
-                " class a __dask_tokenize__ method that returns what makes it up."
+                f"Cannot identify {type(value).__qualname__} object {value!r:.80}: it can be"
+                f" neither walked nor pickled ({error}). Build it inside the loader instead, or"
+                " give its class a __dask_tokenize__ method that returns what makes it up."
             ) from error
         yield b"object"
         if isinstance(reduced, str):

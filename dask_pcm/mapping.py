@@ -51,7 +51,10 @@ class Call:
         parts = [
             self._batch(frame.iloc[start : start + self.batch_rows], contexts) for start in starts
         ]
-        return parts[0] if len(parts) == 1 else pd.concat(parts)
+        result = parts[0] if len(parts) == 1 else pd.concat(parts)
+        if ERROR not in result.columns:
+            result = result.assign(**{ERROR: _no_error(result)})
+        return self._enforced(result)
 
     def _call(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Any:
         if self.names is None:
@@ -71,7 +74,7 @@ class Call:
             half = len(frame) // 2
             halves = (frame.iloc[:half], frame.iloc[half:])
             return pd.concat([self._batch(rows, contexts) for rows in halves])
-        return self._enforced(self._one_for_each(frame, result))
+        return self._one_for_each(frame, result)
 
     def _one_for_each(self, frame: pd.DataFrame, result: Any) -> pd.DataFrame:
         name = _name(self.func)
@@ -92,7 +95,9 @@ class Call:
                     " told. Keep the index, or reset it if the rows are in order."
                 )
             result = result.set_axis(frame.index)
-        return result if ERROR in result.columns else result.assign(**{ERROR: _no_error(result)})
+        if self.is_enforced:
+            self._check_columns(result)
+        return result
 
     def _failed(self, frame: pd.DataFrame, error: Exception) -> pd.DataFrame:
         """The row that cannot be inferred: its own columns, nulls for the rest, and the reason."""
@@ -112,15 +117,22 @@ class Call:
                 f"{_name(self.func)} returned {type(result).__name__}; meta says a DataFrame with"
                 f" columns {list(self.meta.columns)}."
             )
-        missing = [name for name in self.meta.columns if name not in result.columns]
+        self._check_columns(result)
+        return self._cast(result[list(self.meta.columns)])
+
+    def _check_columns(self, result: pd.DataFrame) -> None:
+        if result.columns.equals(self.meta.columns):
+            return
+        optional = {ERROR} if self.batch_rows is not None else set()
+        found = {*result.columns, *optional}
+        missing = [name for name in self.meta.columns if name not in found]
         extra = [name for name in result.columns if name not in self.meta.columns]
         if missing or extra:
-            found = f"missing: {missing}" if missing else f"not declared: {extra}"
+            difference = f"missing: {missing}" if missing else f"not declared: {extra}"
             raise SchemaError(
                 f"{_name(self.func)} returned columns {list(result.columns)}, but meta says"
-                f" {list(self.meta.columns)} ({found})."
+                f" {list(self.meta.columns)} ({difference})."
             )
-        return self._cast(result[list(self.meta.columns)])
 
     def _cast(self, frame: pd.DataFrame) -> pd.DataFrame:
         different = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import dask.dataframe as dd
@@ -51,30 +52,33 @@ def test_whole_partitions(client, frame):
 def tasks_of(client, shared_cluster):
     """Prefixes of the tasks that a computation ran, with how many of each."""
 
-    def count(compute):
-        log = shared_cluster.scheduler.transition_log
-        n_before = len(log)
-        compute()
-        keys = {x[0] for x in list(log)[n_before:] if x[2] == "memory"}
-        return Counter(key_split(key) for key in keys)
+    def count(frame):
+        scheduler = shared_cluster.scheduler
+        deadline = time.monotonic() + 10
+        while scheduler.tasks:  # results that are still there would not be computed again
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        persisted = frame.persist()
+        wait(persisted)
+        return Counter(key_split(key) for key in list(scheduler.tasks))
 
     return count
 
 
 def test_one_task_a_partition_that_reads_and_infers(tasks_of, frame):
     verdicts = pcm.map_partitions(verify, frame, context=LLM, meta=META)
-    assert tasks_of(lambda: wait(verdicts.persist())) == {"pcm_verify": 4}
-    assert tasks_of(lambda: wait(verdicts.optimize().persist())) == {"pcm_verify": 4}
+    assert tasks_of(verdicts) == {"pcm_verify": 4}
+    assert tasks_of(verdicts.optimize()) == {"pcm_verify": 4}
     pruned = pcm.map_partitions(
         lambda f, m: f.assign(verdict=m), frame[["id"]], context=LLM, meta=META
     )
-    assert tasks_of(lambda: wait(pruned.persist())).total() == 4
+    assert tasks_of(pruned).total() == 4
 
 
 def test_what_stands_above_is_not_fused_into_it(tasks_of, frame):
     verdicts = pcm.map_partitions(verify, frame, context=LLM, meta=META)
     filtered = verdicts[verdicts.id > 5].assign(x=1).optimize()
-    found = tasks_of(lambda: wait(filtered.persist()))
+    found = tasks_of(filtered)
     assert found["pcm_verify"] == 4
     assert found.total() == 8
 

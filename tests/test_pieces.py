@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_pieces_cover_every_row_once(groups, rows_per_piece):
     ends = [0, *_cuts(groups, rows_per_piece)]
     assert ends == sorted(set(ends))
     assert ends[-1] == sum(groups)
-    assert all(b - a <= rows_per_piece for a, b in zip(ends, ends[1:], strict=False))
+    assert all(b - a <= rows_per_piece for a, b in itertools.pairwise(ends))
 
 
 def test_only_the_columns_asked_for_are_read(claims):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def plan_scoring(sequences: Sequence[Sequence[int]], eos: int | None) -> Scoring
 def _has_prefix(sequences: Sequence[Tokens]) -> bool:
     """Whether one of the sequences begins another."""
     ordered = sorted(sequences)
-    return any(b[: len(a)] == a for a, b in zip(ordered, ordered[1:], strict=False))
+    return any(b[: len(a)] == a for a, b in itertools.pairwise(ordered))
 
 
 def _n_shared(sequences: Sequence[Tokens]) -> int:

@@ -77,7 +77,7 @@ class Plan:
         refs = {ref.digest: ref for expr in maps for ref in expr.operand("refs")}
         self.refs: tuple[ContextRef, ...] = tuple(refs[digest] for digest in sorted(refs))
         self.label = maps[0].operand("label") if maps else "pcm_write"
-        self.batch_rows = max([expr.operand("call").open().batch_rows or 1 for expr in maps] or [1])
+        self.batch_rows = max([expr.operand("batch_rows") or 1 for expr in maps] or [1])
         self._leaf = self._find_leaf()
         self.reader: PieceReader | None = None if self._leaf is None else self._leaf.operand("func")
         self.spans = self._find_spans()
@@ -148,7 +148,7 @@ def _is_own(expr: Expr) -> bool:
 
 def _is_row_wise(expr: Expr) -> bool:
     if isinstance(expr, ContextMap):
-        return bool(expr.operand("is_row_wise"))
+        return expr.operand("batch_rows") is not None
     return isinstance(expr, (Elemwise, Filter))
 
 

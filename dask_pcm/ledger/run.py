@@ -26,7 +26,7 @@ from dask_pcm.ledger.plan import Cutter, Plan, Unit
 from dask_pcm.ledger.progress import Meter, meter
 from dask_pcm.ledger.report import Report, rows_recomputed
 from dask_pcm.ledger.unit import Layout, UnitResult, run_unit
-from dask_pcm.plugins.install import current_client, install
+from dask_pcm.plugins.install import current_client, install, is_installed
 from dask_pcm.scheduling.units import unit_rows
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,8 @@ def write_parquet(
     is_resumed = manifest.check(output, mine, overwrite)
     output.open()
     try:
-        install(client)
+        if not is_installed(client):
+            install(client)
         driver = _Driver(client, plan, output, Config.read())
         driver.warm()
         output.fence()

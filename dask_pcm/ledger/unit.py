@@ -43,16 +43,16 @@ class Layout:
         """
         own = pa.Schema.from_pandas(meta, preserve_index=False)
         fields = []
-        for field in own:
+        for name, kind in zip(own.names, own.types, strict=True):
             is_passed = (
                 given is not None
-                and field.name in given.columns
-                and given[field.name].dtype == meta[field.name].dtype
+                and name in given.columns
+                and given[name].dtype == meta[name].dtype
             )
             if is_passed and types is not None:
-                fields.append(pa.field(field.name, types.field(field.name).type))
-            elif not pa.types.is_null(field.type):
-                fields.append(pa.field(field.name, field.type))
+                fields.append(pa.field(name, types.field(name).type))
+            elif not pa.types.is_null(kind):
+                fields.append(pa.field(name, kind))
         is_plain = meta.index.name is None and pd.api.types.is_integer_dtype(meta.index.dtype)
         return cls(pa.schema(fields), not is_plain)
 

@@ -86,7 +86,7 @@ def test_reports_each_step(store, changes):
 
 def test_a_failure_has_the_users_traceback_is_reported_once_and_can_be_tried_again(store, changes):
     ref = Context(failing_load, "no such weights").ref
-    with pytest.raises(LoadError, match="(?s)failing_load.*RuntimeError: no such weights"):
+    with pytest.raises(LoadError, match=r"(?s)failing_load.*RuntimeError: no such weights"):
         store.load(ref)
     with pytest.raises(LoadError, match="no such weights"), store.acquire([ref]):
         pass

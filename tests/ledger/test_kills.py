@@ -79,11 +79,11 @@ def test_killed_as_a_whole_the_same_run_goes_on(job):
 def test_workers_end_when_their_driver_dies_and_its_output_goes_on(job):
     driver = job()
     wait_for(job.log, 30, driver)
-    workers = [p for p in psutil.Process(driver.pid).children(recursive=True)]
+    workers = list(psutil.Process(driver.pid).children(recursive=True))
     assert workers
     os.kill(driver.pid, signal.SIGKILL)  # the driver alone
     driver.communicate()
-    gone, alive = psutil.wait_procs(workers, timeout=20)
+    _gone, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
     finish(job())
     check(job, n_twice_at_most=4 * ROWS_PER_FILE)

@@ -295,7 +295,7 @@ def test_a_load_that_fails_ends_the_run_with_the_users_traceback(client, job, ou
     def broken():
         raise OSError("weights are gone")
 
-    with pytest.raises(LoadError, match="(?s)in broken.*weights are gone") as caught:
+    with pytest.raises(LoadError, match=r"(?s)in broken.*weights are gone") as caught:
         write(job(context=pcm.Context(broken)), out)
     assert any("run the same again" in note for note in caught.value.__notes__)
 

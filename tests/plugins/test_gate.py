@@ -333,7 +333,7 @@ async def test_a_load_that_fails_ends_the_tasks_with_the_users_traceback(c, s, g
         raise OSError("weights are gone")
 
     futures = c.map(numbers, range(3), ctx=Context(broken))
-    with pytest.raises(LoadError, match="(?s)in broken.*OSError: weights are gone"):
+    with pytest.raises(LoadError, match=r"(?s)in broken.*OSError: weights are gone"):
         await c.gather(futures)
     assert await c.submit(numbers, 1, ctx=A) == 1
 
