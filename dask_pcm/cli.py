@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,11 @@ import click
 from distributed import Client, LocalCluster
 
 from dask_pcm.errors import PCMError
+from dask_pcm.factcheck import demo as factcheck
+from dask_pcm.factcheck import demo_model
+from dask_pcm.inference import LLM, classify
 from dask_pcm.ledger import Report, Run, write_parquet
+from dask_pcm.pieces import read_parquet
 from dask_pcm.version import __version__
 
 EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_INTERRUPTED = 3, 1, 130
@@ -63,9 +67,6 @@ def run(
     report: str | None,
 ) -> None:
     """Have a model choose an answer for every row of INPUT, a Parquet file or folder."""
-    from dask_pcm.inference import classify
-    from dask_pcm.pieces import read_parquet
-
     if workers and scheduler:
         raise click.UsageError("Give --workers or --scheduler, not both.")
     limit = parse_limit(max_failed_rows)
@@ -98,9 +99,6 @@ def run(
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1))
 def demo(rows: int, output: str | None, workers: int) -> None:
     """Verify generated claims with the model shipped in the package."""
-    from dask_pcm.factcheck import demo as factcheck
-    from dask_pcm.pieces import read_parquet
-
     with tempfile.TemporaryDirectory(prefix="dask-pcm-demo-") as scratch:
         target = Path(output) if output else Path(scratch, "verdicts")
         claims = Path(scratch, "claims")
@@ -109,12 +107,12 @@ def demo(rows: int, output: str | None, workers: int) -> None:
             with _client(workers, None) as client:
                 verdicts = factcheck.verify(read_parquet(str(claims)))
                 done = write_parquet(verdicts, target, overwrite=True, client=client)
-        _summarise(done)
+        _summarise(done, is_kept=output is not None)
         if rows:
             click.echo(f"accuracy        {factcheck.accuracy(target):.1%}")
 
 
-def parse_limit(text: str):  # type: ignore[no-untyped-def]
+def parse_limit(text: str) -> Callable[[int], float]:
     """A number of rows ("20"), or a share of them ("0.01", "1%"), as a function of all rows."""
     try:
         if text.endswith("%"):
@@ -154,10 +152,7 @@ def _list(values: tuple[str, ...]) -> list[str]:
     return items
 
 
-def _model(model: str, revision: str | None):  # type: ignore[no-untyped-def]
-    from dask_pcm.factcheck import demo_model
-    from dask_pcm.inference import LLM
-
+def _model(model: str, revision: str | None) -> LLM:
     return demo_model() if model == "demo" else LLM(model, revision=revision)
 
 
@@ -197,10 +192,10 @@ def _write_report(path: str, report: Report) -> None:
     Path(path).write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
 
 
-def _summarise(done: Run) -> None:
+def _summarise(done: Run, is_kept: bool = True) -> None:
     report = done.report
     lines = {
-        "output": done.path,
+        "output": done.path if is_kept else "not kept; --output DIR keeps it",
         "rows": f"{report.rows:,} ({report.rows_failed:,} failed, {report.rows_resumed:,} resumed)",
         "rows/s": f"{report.rows_per_s:,.0f}",
         "context loads": f"{report.context_loads} on {report.workers} workers",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -68,6 +70,24 @@ def test_the_demo(tmp_path):
     found = pd.read_parquet(out)
     assert found.id.tolist() == list(range(1200))
     assert {"label", "answer"} <= set(found.columns)
+
+
+def test_a_terminal_shows_a_bar(tmp_path):
+    """On a pseudo-terminal: rows, rate, ETA, warm workers and loads in one line."""
+    master, slave = pty.openpty()
+    args = command("demo", "--rows", 600, "--workers", 1)
+    environment = {**os.environ, "COLUMNS": "160", "TERM": "xterm"}
+    with subprocess.Popen(args, stderr=slave, stdout=subprocess.DEVNULL, env=environment) as demo:
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal is gone when the process is
+            while chunk := os.read(master, 4096):
+                shown += chunk
+    os.close(master)
+    assert demo.returncode == 0
+    text = shown.decode()
+    for part in ("600/600 rows", "100%", "/s", "ETA", "1/1 workers warm", "1 loads", "━"):
+        assert part in text
 
 
 def test_real_claims_through_the_command(invoke, tmp_path):
