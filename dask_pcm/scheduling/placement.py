@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 
 from dask_pcm.scheduling.events import Action, Assign, Fail, Group, Standing, Warm, Work
-from dask_pcm.scheduling.state import GateState, WorkerView
+from dask_pcm.scheduling.state import GateState, WorkerView, still_s
 
 
 def drain_s(n_rows: float, offers: Sequence[tuple[float, float]]) -> float:
@@ -63,34 +63,31 @@ def _assign(
         return
     latest_s = drain_s(state.rows_ahead(group), _offers(state, group, views, now))
     free = [
-        (backlog_s, view.address)
+        (state.backlog_s(view, now), view.address)
         for view in views
-        if view.holds(group.contexts)
-        and _has_room(view, backlog_s := state.backlog_s(view, now), pipeline_s)
+        if view.holds(group.contexts) and _has_room(state, view, pipeline_s)
     ]
     heapq.heapify(free)
     while free and (work := state.peek(group)) is not None:
         backlog_s, address = heapq.heappop(free)
         view = state.workers[address]
-        row_s = state.row_s(group, view, now)
-        unit_s = (row_s or 0.0) * work.n_rows
-        finish_s = backlog_s + unit_s
+        finish_s = backlog_s + (state.row_s(group, view, now) or 0.0) * work.n_rows
         # A slow worker leaves the last pieces to those who will be done with them sooner.
         if finish_s > latest_s * 1.001 and finish_s > _soonest(state, group, views, work, now):
             continue
         action = Assign(work.key, address)
         state.apply(action, now)
         yield action
-        backlog_s += unit_s
-        if _has_room(view, backlog_s if row_s is not None else pipeline_s, pipeline_s):
-            heapq.heappush(free, (backlog_s, address))
+        if _has_room(state, view, pipeline_s):
+            heapq.heappush(free, (finish_s, address))
 
 
-def _has_room(view: WorkerView, backlog_s: float, pipeline_s: float) -> bool:
-    """Whether a worker takes more: each lane has something to do, and the next is at hand."""
+def _has_room(state: GateState, view: WorkerView, pipeline_s: float) -> bool:
+    """Whether a worker takes more: a lane is free, or what it has would hardly last."""
     if len(view.running) < view.n_lanes:
         return True
-    return 0.0 < backlog_s < pipeline_s
+    given_s = state.given_s(view)
+    return given_s is not None and given_s < pipeline_s
 
 
 def _soonest(
@@ -116,7 +113,7 @@ def _offers(
         for context in group.contexts:
             since = view.loading_since.get(context)
             if since is not None:
-                ready_s += max(0.0, state.cost.load_s((context,)) - (now - since))
+                ready_s += still_s(state.cost.load_s((context,)), now - since)
         offers.append((ready_s, state.row_s(group, view, now) or 0.0))
     return offers
 
@@ -132,8 +129,10 @@ def _warm(
     row_s = [s for view in views if (s := state.row_s(group, view, now)) is not None]
     offers = _offers(state, group, views, now)
     if not row_s:
-        # Nothing is known yet: a worker for each piece of work, unless some are under way already.
-        n_wanted = 0 if offers else state.works_ahead(group)
+        # Nothing is known yet: a worker for each piece of work. Where one is warm, it will soon
+        # show what a row takes.
+        is_warm = any(view.holds(group.contexts) for view in views)
+        n_wanted = 0 if is_warm else max(0, state.works_ahead(group) - len(offers))
         chosen = sorted(cold, key=lambda view: (len(view.running), len(view.standings)))[:n_wanted]
         yield from (Warm(view.address, c) for view in chosen for c in view.missing(group.contexts))
         return

@@ -148,15 +148,24 @@ class GateState:
         views = [self.workers[address] for address in addresses]
         return [view for view in views if not view.is_paused]
 
+    def given_s(self, view: WorkerView) -> float | None:
+        """Learned seconds of all that `view` was given and has not ended; None if not known."""
+        total = 0.0
+        for group, n_rows in view.n_rows.items():
+            row_s = self.cost.row_s(group, view.address)
+            if row_s is None:
+                return None
+            total += n_rows * row_s
+        return total
+
     def backlog_s(self, view: WorkerView, now: float) -> float:
         """Estimated seconds until `view` has done what it was given."""
         if not view.running:
             return 0.0
-        elapsed = now - view.busy_since
         seconds = sum(
             n_rows * (self.row_s(group, view, now) or 0.0) for group, n_rows in view.n_rows.items()
         )
-        return max(0.0, seconds - elapsed)
+        return still_s(seconds, now - view.busy_since)
 
     def row_s(self, group: Group, view: WorkerView, now: float) -> float | None:
         """Learned seconds a row; before that, at least what the first rows have taken so far."""
@@ -206,7 +215,7 @@ class GateState:
         work = self.waiting.pop(key, None)
         if work is not None:
             self.n_waiting_rows[work.group] -= work.n_rows
-            if not self.n_waiting_rows[work.group]:
+            if self.n_waiting_rows[work.group] < 1e-6:  # the last one; floats need not cancel
                 del self.n_waiting_rows[work.group]
         return work
 
@@ -249,3 +258,14 @@ class GateState:
             self.cost.observe_load(report.context, report.seconds)
         if report.standing is Standing.FAILED:
             self.errors[report.context] = report.error or "no reason was given"
+
+
+def still_s(expected_s: float, elapsed_s: float) -> float:
+    """Seconds that something is still expected to take; overdue, as long again as it is overdue.
+
+    So that nobody waits for ever for what hangs, thinking that it must end any moment.
+
+    >>> still_s(5.0, 2.0), still_s(5.0, 15.0)
+    (3.0, 10.0)
+    """
+    return abs(expected_s - elapsed_s)

@@ -77,6 +77,28 @@ def test_first_work_warms_a_worker_for_each_piece():
     assert world.decide() == []
 
 
+def test_more_work_warms_more_workers_while_the_first_still_load():
+    world = World("w0", "w1", "w2")
+    world.park(1)
+    assert len(warmed(world.decide())) == 1
+    world.park(1, start=1)
+    assert len(warmed(world.decide())) == 1
+    assert world.decide() == []
+
+
+def test_a_worker_that_hangs_is_not_waited_for():
+    world = World("fast", "slow", n_lanes=1)
+    for worker, row_s in (("fast", 1.0), ("slow", 10.0)):
+        world.warm(worker)
+        world.learn(A, worker, row_s)
+    world.park(2)
+    assert assigned(world.decide()) == [("a0", "fast")]
+    world.now = 5.0  # four seconds overdue: the slow one might still be later
+    assert assigned(world.decide()) == []
+    world.now = 12.0
+    assert assigned(world.decide()) == [("a1", "slow")]
+
+
 def test_nothing_runs_where_its_context_is_not_warm():
     world = World("w0", "w1")
     world.park(4)
