@@ -1,9 +1,7 @@
 """The gate's door in the scheduler: hooks become events, actions become transitions and messages.
 
-Tasks that need a context are restricted to a worker that does not exist (`PARKED`), so that the
-scheduler parks them in its state ``no-worker``: there they can be neither stolen nor scheduled
-by anybody else. To dispatch one, it is restricted to the worker that the policy chose and sent
-on to ``processing``. Users' own restrictions are kept aside and respected.
+Tasks that need a context are parked (see ``parking.py``). To dispatch one, it is restricted to the
+worker that the policy chose and sent on to ``processing``.
 
 Everything here runs on the scheduler's event loop.
 """
@@ -13,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -29,6 +26,7 @@ from tornado.ioloop import PeriodicCallback
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import LoadError
+from dask_pcm.plugins import parking
 from dask_pcm.plugins.walk import find_refs
 from dask_pcm.scheduling.events import (
     Assign,
@@ -54,8 +52,6 @@ from dask_pcm.scheduling.state import GateState
 logger = logging.getLogger(__name__)
 
 GATE = "pcm-gate"
-#: The address of no worker.
-PARKED = "pcm://parked"
 #: The executor, added by the worker plugin, in which context tasks run.
 LANES = "pcm"
 _STANDINGS = {
@@ -64,16 +60,6 @@ _STANDINGS = {
     "absent": Standing.COLD,
     "failed": Standing.FAILED,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the user restricted a task to, before the gate restricted it to nobody."""
-
-    contexts: tuple[str, ...]
-    workers: set[str] | None
-    hosts: set[str] | None
-    is_loose: bool
 
 
 @dataclass(slots=True)
@@ -111,7 +97,7 @@ class GatePlugin(SchedulerPlugin):
     async def start(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.state = GateState()
-        self.asked: dict[Any, Asked] = {}
+        self.asked: dict[Any, parking.Asked] = {}
         self.refs: dict[str, ContextRef] = {}
         self.members: dict[str, Member] = {}
         self.loads: dict[str, Loads] = {}
@@ -122,7 +108,7 @@ class GatePlugin(SchedulerPlugin):
         scheduler.stream_handlers["pcm-hello"] = self.on_hello
         scheduler.stream_handlers["pcm-residency"] = self.on_residency
         scheduler.handlers["pcm_run"] = self.on_run
-        self._shield_from_timeouts()
+        parking.shield_from_timeouts(scheduler, self.asked)
         self._ticker = PeriodicCallback(self._tick, self.config.tick_s * 1000)
         self._ticker.start()
 
@@ -142,11 +128,9 @@ class GatePlugin(SchedulerPlugin):
                 continue
             self.refs.update((ref.digest, ref) for ref in refs)
             contexts = tuple(ref.digest for ref in refs)
-            self.asked[key] = Asked(
-                contexts, ts.worker_restrictions, ts.host_restrictions, ts.loose_restrictions
-            )
+            self.asked[key] = parking.Asked.of(ts, contexts)
             ts.annotations = {**(ts.annotations or {}), "executor": LANES}
-            _restrict(ts, {PARKED})
+            parking.park(ts)
 
     def transition(
         self, key: Any, start: str, finish: str, *args: Any, stimulus_id: str, **kwargs: Any
@@ -159,7 +143,7 @@ class GatePlugin(SchedulerPlugin):
             if (ts := self.scheduler.tasks.get(key)) is not None:
                 # On every way out, memory included: a result that is lost is computed again,
                 # and that goes through the gate as well.
-                _restrict(ts, {PARKED})
+                parking.park(ts)
         if finish == "no-worker":
             self._apply(WorkParked(self._work(self.scheduler.tasks[key], asked)))
         elif start == "no-worker" and finish != "processing":
@@ -282,14 +266,14 @@ class GatePlugin(SchedulerPlugin):
             if ts is None or ts.state != "no-worker":
                 self._apply(WorkWithdrawn(assign.key))
                 continue
-            _restrict(ts, {assign.worker})
+            parking.restrict(ts, {assign.worker})
             recommendations[assign.key] = "processing"
         self.scheduler.transitions(recommendations, f"pcm-dispatch-{next(self._stimuli)}")
         for key in recommendations:
             ts = self.scheduler.tasks.get(key)
             if ts is not None and ts.state == "no-worker":
                 # The worker was paused or left in between: look again at the next tick.
-                _restrict(ts, {PARKED})
+                parking.park(ts)
                 self._sync_pauses()
                 self._apply(WorkParked(self._work(ts, self.asked[key])))
 
@@ -340,20 +324,11 @@ class GatePlugin(SchedulerPlugin):
         if self.runs.pop(run, None) is not None:
             self._apply(RunClosed(run))
 
-    def _work(self, ts: TaskState, asked: Asked) -> Work:
+    def _work(self, ts: TaskState, asked: parking.Asked) -> Work:
         n_rows = float((ts.annotations or {}).get("pcm_rows") or 1.0)
-        group = Group(asked.contexts, ts.prefix.name, self._allowed(ts, asked))
+        allowed = parking.allowed(self.scheduler, ts, asked)
+        group = Group(asked.contexts, ts.prefix.name, allowed)
         return Work(ts.key, group, tuple(ts.priority or ()), n_rows)
-
-    def _allowed(self, ts: TaskState, asked: Asked) -> frozenset[str] | None:
-        """Workers that the user's restrictions and resources leave; None for all."""
-        if not (asked.workers or asked.hosts or ts.resource_restrictions):
-            return None
-        with _asked_restrictions(ts, asked):
-            valid = self.scheduler.valid_workers(ts)
-        if valid is None or (not valid and asked.is_loose):
-            return None
-        return frozenset(ws.address for ws in valid)
 
     def _regroup(self) -> None:
         """Another worker may be among those that restricted work asks for."""
@@ -368,42 +343,3 @@ class GatePlugin(SchedulerPlugin):
             m for m in self.members.values() if (m.host, m.cores) == (member.host, member.cores)
         ]
         return self.config.n_threads or max(1, len(member.cores) // len(neighbours))
-
-    def _shield_from_timeouts(self) -> None:
-        """Keep ``no-workers-timeout`` from failing what the gate has parked.
-
-        Dask's own check runs on the tasks that are not ours, in their order.
-        """
-        callback = self.scheduler.periodic_callbacks.get("no-workers-timeout")
-        if callback is None:
-            return
-        check = self.scheduler._check_no_workers
-
-        def shielded() -> None:
-            everything = self.scheduler.unrunnable
-            others = {ts: since for ts, since in everything.items() if ts.key not in self.asked}
-            self.scheduler.unrunnable = others
-            try:
-                check()
-            finally:
-                self.scheduler.unrunnable = {
-                    ts: since
-                    for ts, since in everything.items()
-                    if ts.key in self.asked or ts in others
-                }
-
-        callback.callback = shielded
-
-
-def _restrict(ts: TaskState, workers: set[str]) -> None:
-    ts.worker_restrictions, ts.host_restrictions, ts.loose_restrictions = workers, None, False
-
-
-@contextmanager
-def _asked_restrictions(ts: TaskState, asked: Asked) -> Iterator[None]:
-    mine = (ts.worker_restrictions, ts.host_restrictions)
-    ts.worker_restrictions, ts.host_restrictions = asked.workers, asked.hosts
-    try:
-        yield
-    finally:
-        ts.worker_restrictions, ts.host_restrictions = mine

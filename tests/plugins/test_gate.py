@@ -15,7 +15,8 @@ from distributed.utils_test import inc
 
 from dask_pcm import Context
 from dask_pcm.errors import LoadError
-from dask_pcm.plugins.scheduler import GATE, PARKED, GatePlugin
+from dask_pcm.plugins.parking import PARKED
+from dask_pcm.plugins.scheduler import GATE, GatePlugin
 from dask_pcm.plugins.walk import find_refs
 from dask_pcm.plugins.worker import CONTEXTS, hold
 from tests.plugins.gated import gated, install, poll
