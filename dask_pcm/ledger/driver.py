@@ -59,6 +59,10 @@ class Driver:
         """Have workers load now, while the output is still looked through."""
         self._tell(float(self._plan.n_partitions), self._plan.n_partitions)
 
+    def close(self) -> None:
+        """Nothing more will come: the gate need not keep workers for it."""
+        self._tell(0.0, 0)
+
     def drive(self, is_shown: bool) -> Report:
         """Run every unit that is not there yet.
 
@@ -70,11 +74,10 @@ class Driver:
         self._take_stock()
         assert self._cutter is not None
         self._plan.start_below(self._client)
-        is_counted = self._plan.spans is not None
-        before = self._report.rows_resumed if is_counted else self._report.units_resumed
-        n_total = before + self._cutter.n_rows
+        n_total, before = self._plan.n_rows, self._plan.n_rows - self._cutter.n_rows
         self._n_done = before
-        with meter(n_total, before, "rows" if is_counted else "parts", is_shown) as shown:
+        counted = "parts" if self._plan.spans is None else "rows"
+        with meter(n_total, before, counted, is_shown) as shown:
             try:
                 while not (self._cutter.is_empty and not self._units):
                     self._feed()
@@ -83,8 +86,6 @@ class Driver:
             except BaseException as error:
                 self._cancel(error)
                 raise
-            finally:
-                self._tell(0.0, 0)
             self._look(shown, is_last=True)
         self._sum_up()
         return self._report
@@ -238,7 +239,8 @@ class Driver:
 
     def _tell(self, n_rows: float, n_units: int) -> None:
         """Report to the gate what is still to come, and learn how the contexts stand."""
-        with contextlib.suppress(OSError):  # a scheduler that is gone shows in the futures
+        # A scheduler that is gone shows in the futures; one without the gate has nothing to tell.
+        with contextlib.suppress(OSError, AttributeError):
             self._status = self._client.sync(
                 self._client.scheduler.pcm_run,
                 run=self._output.run,

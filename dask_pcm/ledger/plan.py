@@ -59,6 +59,8 @@ class Plan:
         Whether any rows of a piece may be computed apart from the others.
     batch_rows
         Rows of one call; 1 where the function takes partitions.
+    n_rows
+        Rows of the input; partitions where rows are not known.
     """
 
     def __init__(self, ddf: dd.DataFrame) -> None:
@@ -85,6 +87,8 @@ class Plan:
             expr is self._leaf or _is_row_wise(expr) for expr in self._nodes.values()
         )
         self.n_partitions = top.npartitions
+        counts = [1] * top.npartitions if self.spans is None else [s.n_rows for s in self.spans]
+        self.n_rows = sum(counts)
         if self.n_partitions != ddf.npartitions:
             raise InputError(
                 f"Dask's optimiser would turn the {ddf.npartitions} partitions of this frame into"

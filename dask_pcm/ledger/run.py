@@ -92,10 +92,10 @@ def write_parquet(
     mine = manifest.identity(ddf.expr, plan.is_splittable)
     is_resumed = manifest.check(output, mine, overwrite)
     output.open()
+    driver = Driver(client, plan, output, Config.read())
     try:
         if not is_installed(client):
             install(client)
-        driver = Driver(client, plan, output, Config.read())
         driver.warm()
         output.fence()
         if not is_resumed:
@@ -105,6 +105,7 @@ def write_parquet(
         report.rows_per_s = (report.rows - report.rows_resumed) / report.total_s
         output.write_json("report.json", report.as_dict())
     finally:
+        driver.close()
         output.close()
     return Run(output.path, report)
 
