@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCHMARKS := main_job
 
-.PHONY: demo test lint bench docs clean
+.PHONY: help demo test lint bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,8 +27,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	@for file in benchmarks/[a-z]*.py; do \
-	  name=$$(basename $$file .py); \
+	@for name in $(BENCHMARKS); do \
 	  $(BIN)/python -m benchmarks.$$name --json benchmarks/$$name.json || exit 1; \
 	done
 
