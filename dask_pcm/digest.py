@@ -29,6 +29,8 @@ from types import (
 )
 from typing import Any
 
+import cloudpickle
+
 from dask_pcm.errors import RecipeError
 
 #: Attributes of a class that say where it was written, or that every class has.
@@ -37,6 +39,8 @@ _INCIDENTAL = frozenset(
     "__annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
     "__abstractmethods__ _abc_impl __dataclass_fields__ __match_args__".split()
 )
+#: Instructions that look a name up among the globals; the others stand in class bodies.
+_GLOBAL_LOADS = frozenset("LOAD_GLOBAL LOAD_NAME LOAD_CLASSDEREF LOAD_FROM_DICT_OR_GLOBALS".split())
 _INSTALLED_FOLDERS = tuple(
     {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
     | {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
@@ -69,6 +73,7 @@ class _Walk:
     def __init__(self) -> None:
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # ids stay unique while we hold the objects
+        self._is_strict = True
 
     def digest(self, value: Any) -> str:
         sha = hashlib.sha256()
@@ -89,8 +94,13 @@ class _Walk:
             yield f"again={self._seen[id(value)]}".encode()
             return
         self._seen[id(value)] = len(self._seen)
-        self._alive.append(value)
         yield from self._compound(value)
+        if isinstance(value, (FunctionType, type)):
+            self._alive.append(value)
+        else:
+            # Met again, data is walked again: whether two equal values are one object depends on
+            # how the code was compiled. Only what contains itself is a back-reference.
+            del self._seen[id(value)]
 
     def _compound(self, value: Any) -> Iterator[bytes]:
         match value:
@@ -119,6 +129,9 @@ class _Walk:
             case functools.partial():
                 yield b"partial"
                 yield from self._tokens([value.func, value.args, value.keywords])
+            case functools.cached_property():
+                yield b"cached_property"
+                yield from self._tokens(value.func)
             case _:
                 yield from self._object(value)
 
@@ -140,9 +153,14 @@ class _Walk:
             yield from self._cell(cell)
         for name, value in _referenced(func):
             yield f"global={name}".encode()
-            yield from self._tokens(value)
-        if wrapped := getattr(func, "__wrapped__", None):
-            yield from self._tokens(wrapped)
+            yield from self._global(value)
+        yield from self._tokens(dict(vars(func)))  # attributes; __wrapped__ among them
+
+    def _global(self, value: Any) -> Iterator[bytes]:
+        """A module's locks, loggers and open files are no part of what its functions do."""
+        was_strict, self._is_strict = self._is_strict, False
+        yield from self._tokens(value)
+        self._is_strict = was_strict
 
     def _cell(self, cell: Any) -> Iterator[bytes]:
         try:
@@ -164,8 +182,8 @@ class _Walk:
 
     def _module(self, name: str) -> Iterator[bytes]:
         yield f"module={name}".encode()
-        if not _is_installed(name) and (source := _source(name)):
-            yield ast.dump(ast.parse(source)).encode()
+        for user_module, source in sorted(_user_modules(name).items()):
+            yield f"{user_module}={source}".encode()
 
     def _class(self, cls: type) -> Iterator[bytes]:
         yield f"class={cls.__qualname__}".encode()
@@ -189,9 +207,20 @@ class _Walk:
         if isinstance(value, BuiltinFunctionType):
             yield f"builtin={value.__module__}:{value.__qualname__}".encode()
             return
+        if type(value).__module__ == "torch" and type(value).__name__ == "Tensor":
+            yield from self._tensor(value)
+            return
+        if not isinstance(value, type) and callable(wrapped := getattr(value, "__wrapped__", None)):
+            yield type(value).__qualname__.encode()  # such as a function with a cache
+            yield from self._tokens(wrapped)
+            return
+        reduce = cloudpickle.CloudPickler.dispatch_table.get(type(value))
         try:
-            reduced = value.__reduce_ex__(4)
+            reduced = reduce(value) if reduce else value.__reduce_ex__(4)
         except Exception as error:
+            if not self._is_strict:
+                yield f"opaque={type(value).__qualname__}".encode()
+                return
             raise RecipeError(
                 f"Cannot identify {type(value).__qualname__} object {value!r:.80}: it can be"
                 f" neither walked nor pickled ({error}). Build it inside the loader instead, or"
@@ -205,6 +234,12 @@ class _Walk:
             items = [list(part) if isinstance(part, Iterator) else part for part in rest]
             yield from self._tokens([build, args, *items])
 
+    def _tensor(self, tensor: Any) -> Iterator[bytes]:
+        import torch  # it is imported: somebody made a tensor
+
+        yield f"tensor={tensor.dtype} {tuple(tensor.shape)}".encode()
+        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
 
 def _referenced(func: FunctionType) -> Iterator[tuple[str, Any]]:
     """Globals that `func` and the functions inside it refer to, by name, builtins left out."""
@@ -213,7 +248,7 @@ def _referenced(func: FunctionType) -> Iterator[tuple[str, Any]]:
     while todo:
         code = todo.pop()
         todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        names |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        names |= {i.argval for i in dis.get_instructions(code) if i.opname in _GLOBAL_LOADS}
     for name in sorted(names):
         if name in func.__globals__:
             yield name, func.__globals__[name]
@@ -222,9 +257,16 @@ def _referenced(func: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _imported(code: CodeType) -> list[str]:
-    """Modules that a function imports in its body."""
-    names = (i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME")
-    return sorted({name for name in names if name})
+    """Modules that a function imports in its body; what it takes from them may be one as well."""
+    names: set[str] = set()
+    module = ""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            module = instruction.argval
+            names.add(module)
+        elif instruction.opname == "IMPORT_FROM":
+            names.add(f"{module}.{instruction.argval}")
+    return sorted(name for name in names if not _is_installed(name) and _origin(name))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -245,11 +287,42 @@ def _is_installed(module: str | None) -> bool:
     return any(path.is_relative_to(folder) for folder in _INSTALLED_FOLDERS)
 
 
-def _source(module: str) -> str | None:
+def _user_modules(name: str) -> dict[str, str]:
+    """Digests of a user's module and of the users' modules that it imports, and so on."""
+    found: dict[str, str] = {}
+    todo = [name]
+    while todo:
+        module = todo.pop()
+        if module in found or _is_installed(module) or (path := _origin(module)) is None:
+            continue
+        status = path.stat()
+        found[module], imports = _parsed(str(path), status.st_mtime_ns, status.st_size)
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        todo += (f"{package}{name}" if name.startswith(".") else name for name in imports)
+    return found
+
+
+def _origin(module: str) -> Path | None:
+    """The source file of a module; None if there is no such module, or no source of it."""
     try:
         spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None or not spec.has_location:
-            return None
-        return Path(spec.origin).read_text(encoding="utf-8")
-    except (ImportError, ValueError, AttributeError, OSError, UnicodeDecodeError):
+    except Exception:  # finding a submodule imports its package, which may raise anything
         return None
+    is_source = spec is not None and spec.has_location and str(spec.origin).endswith(".py")
+    return Path(str(spec.origin)) if spec is not None and is_source else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(path: str, modified_ns: int, size: int) -> tuple[str, tuple[str, ...]]:
+    """Digest of a source file without its comments and lines, and the modules it may import."""
+    tree = ast.parse(Path(path).read_bytes())
+    imports: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports += (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level <= 1:
+            start = "." * node.level + (node.module or "")
+            joint = "" if start in ("", ".") else "."
+            imports += [start, *(f"{start}{joint}{alias.name}" for alias in node.names)]
+    dump = ast.dump(tree).encode()
+    return hashlib.sha256(dump).hexdigest()[:32], tuple(name for name in imports if name != ".")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import re
 import subprocess
 import sys
 import threading
@@ -107,6 +109,69 @@ def test_a_users_module_counts_by_its_code_and_not_its_lines(tmp_path, monkeypat
     assert digest(load) != first
 
 
+LOADERS = """
+import mypkg
+import mypkg.sub
+def load(): return mypkg.sub.f()
+def load2():
+    from mypkg import sub
+    return sub.f()
+def load3():
+    from mypkg.sub import f
+    return f()
+def load4():
+    import helper
+    return helper.g()
+"""
+
+
+def test_a_users_packages_count_through_what_they_import(tmp_path):
+    def digests(value):
+        root = tmp_path / str(value)
+        (root / "mypkg").mkdir(parents=True)
+        (root / "mypkg" / "__init__.py").write_text("from . import sub\n")
+        (root / "mypkg" / "sub.py").write_text(f"def f(): return {value}\n")
+        (root / "helper.py").write_text("import other\ndef g(): return other.k()\n")
+        (root / "other.py").write_text(f"def k(): return {value}\n")
+        (root / "loaders.py").write_text(LOADERS)
+        code = f"import sys; sys.path.insert(0, {str(root)!r}); import loaders as x;"
+        code += "from dask_pcm.digest import digest as d;"
+        code += "print(d(x.load), d(x.load2), d(x.load3), d(x.load4))"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        return run.stdout.split()
+
+    first, second = digests(1), digests(2)
+    assert len(first) == 4
+    assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def cells(*sources):
+    """A namespace, as a kernel builds it cell by cell."""
+    namespace = {"__name__": "__main__"}
+    for number, source in enumerate(sources):
+        exec(compile(source, f"cell-{number}", "exec"), namespace)
+    return namespace["load"]
+
+
+def test_one_cell_or_two_is_the_same():
+    helper = "def g(x):\n    y = ('a', 'b', 'c')\n    return x in y, y\n"
+    load = "def load(x):\n    y = ('a', 'b', 'c')\n    return g(x), y\n"
+    assert digest(cells(helper + load)) == digest(cells(helper, load))
+    x = [1, 2]
+    assert digest([x, x]) == digest([[1, 2], [1, 2]])
+
+
+def test_what_wraps_a_function_shows_it():
+    cached = "import functools\n@functools.cache\ndef load():\n    return {}\n"
+    assert digest(cells(cached.format(1))) == digest(cells(cached.format(1)))
+    assert digest(cells(cached.format(1))) != digest(cells(cached.format(2)))
+
+
+def test_globals_of_a_class_inside_a_function_count():
+    load = "def load():\n    class A:\n        x = CONST\n    return A\n"
+    assert digest(cells("CONST = 1", load)) != digest(cells("CONST = 2", load))
+
+
 def test_kinds_of_values():
     values = [
         0,
@@ -156,6 +221,38 @@ def test_objects_that_contain_themselves():
         return n and recursive(n - 1)
 
     assert len(digest(recursive)) == 32
+
+
+LOCK, LOG = threading.Lock(), logging.getLogger("a.user")
+
+
+def guarded():
+    with LOCK:
+        LOG.info("loading")
+
+
+def test_locks_and_loggers_of_a_module_do_not_count():
+    assert digest(guarded) == digest(guarded)
+
+
+def test_attributes_of_a_function_count():
+    def make(version):
+        def load():
+            return 1
+
+        load.version = version
+        return load
+
+    assert digest(make(1)) == digest(make(1)) != digest(make(2))
+
+
+def test_tensors_and_patterns_count_by_what_they_hold():
+    import torch
+
+    assert digest(torch.ones(3)) == digest(torch.ones(3)) != digest(torch.zeros(3))
+    assert digest(torch.ones(3, dtype=torch.bfloat16)) != digest(torch.ones(3))
+    assert digest(re.compile("a+")) == digest(re.compile("a+")) != digest(re.compile("b+"))
+    assert digest(np.sin) != digest(np.cos)
 
 
 def test_what_cannot_be_identified_says_so():
