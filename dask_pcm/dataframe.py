@@ -138,8 +138,8 @@ def map_partitions(
             f"map_partitions maps over a Dask DataFrame; found {type(ddf).__name__}. Wrap pandas"
             " data with dask.dataframe.from_pandas(frame, npartitions=...)."
         )
-    if batch_rows is not None and batch_rows < 1:
-        raise SchemaError(f"batch_rows must be at least 1; found {batch_rows}.")
+    if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
+        raise SchemaError(f"batch_rows must be a whole number, at least 1; found {batch_rows!r}.")
     if any(dask.is_dask_collection(value) for value in (*args, *kwargs.values())):
         raise SchemaError(
             "map_partitions maps over one Dask DataFrame; join the others to it first, or compute"

@@ -51,12 +51,21 @@ class Call:
         parts = [
             self._batch(frame.iloc[start : start + self.batch_rows], contexts) for start in starts
         ]
+        if any(not part.dtypes.equals(parts[0].dtypes) for part in parts[1:]):
+            # Put together as they are, whole numbers and nulls would become rounded floats.
+            parts = [self._enforced(self._with_error(part)) for part in parts]
         result = parts[0] if len(parts) == 1 else pd.concat(parts)
+        return self._enforced(self._with_error(result))
+
+    def _with_error(self, result: pd.DataFrame) -> pd.DataFrame:
         if ERROR not in result.columns:
             result = result.assign(**{ERROR: _no_error(result)})
-        return self._enforced(result)
+        return result
 
     def _call(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Any:
+        # What the function does to its frame stays its own (pandas copies on write): rows may be
+        # given to it again, and a persisted partition is everybody's.
+        frame = frame.copy(deep=False)
         if self.names is None:
             return self.func(frame, *contexts, *self.args, **self.kwargs)
         named = dict(zip(self.names, contexts, strict=True))
@@ -101,7 +110,7 @@ class Call:
 
     def _failed(self, frame: pd.DataFrame, error: Exception) -> pd.DataFrame:
         """The row that cannot be inferred: its own columns, nulls for the rest, and the reason."""
-        text = f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]
+        text = _reason(error)
         row = {
             name: frame[name] if _is_passed(name, dtype, frame) else pd.Series([None], frame.index)
             for name, dtype in self.meta.dtypes.items()
@@ -123,6 +132,10 @@ class Call:
     def _check_columns(self, result: pd.DataFrame) -> None:
         if result.columns.equals(self.meta.columns):
             return
+        if repeated := sorted({str(c) for c in result.columns[result.columns.duplicated()]}):
+            raise SchemaError(
+                f"{_name(self.func)} returned columns more than once: {', '.join(repeated)}."
+            )
         optional = {ERROR} if self.batch_rows is not None else set()
         found = {*result.columns, *optional}
         missing = [name for name in self.meta.columns if name not in found]
@@ -154,7 +167,7 @@ def infer(frame: pd.DataFrame, call: Sealed, refs: tuple[ContextRef, ...]) -> pd
     """The task: hold the contexts and call; an empty partition needs neither."""
     opened: Call = call.open()
     if not len(frame):
-        return opened.meta
+        return opened.meta.copy()
     with hold(refs) as contexts:
         return opened.on(frame, contexts)
 
@@ -185,6 +198,16 @@ def _nullable(dtype: Any) -> str:
     if name == "bool":
         return "boolean"
     return name.replace("uint", "UInt").replace("int", "Int") if name.islower() else name
+
+
+def _reason(error: Exception) -> str:
+    """The text of an error, whatever it holds."""
+    try:
+        text = str(error)
+    except Exception as broken:
+        text = f"(its text cannot be had: {type(broken).__name__})"
+    text = f"{type(error).__name__}: {text}"[:_MAX_ERROR_CHARS]
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _no_error(frame: pd.DataFrame) -> pd.Series:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -44,10 +45,12 @@ class Span:
     """Rows `start` to `stop` of a file; `piece` numbers the piece, `offset` counts rows before.
 
     `start` and `stop` count within the file, `offset` within the whole input (of `start`).
+    `version` says when the file was written, as it was found.
     """
 
     piece: int
     path: str
+    version: str
     start: int
     stop: int
     offset: int
@@ -99,18 +102,22 @@ class PieceReader:
         self.has_own_index = bool(_index_columns(self.schema))
         self.token = digest([file.fingerprint for file in files], self.columns, str(self.schema))
 
-    def __call__(
-        self, spans: Span | tuple[Span, ...], columns: Sequence[str] | None = None
-    ) -> pd.DataFrame:
-        """Return the rows of `spans`, one below the other."""
-        names = list(self.columns if columns is None else columns)
+    def __call__(self, spans: Span | tuple[Span, ...], columns: Sequence[str]) -> pd.DataFrame:
+        """Return the rows of `spans`, one below the other.
+
+        Raises
+        ------
+        InputError
+            Where a file has changed since it was listed.
+        """
+        names = list(columns)
         spans = (spans,) if isinstance(spans, Span) else spans
         frames = [self._read(span, names) for span in spans]
         return frames[0] if len(frames) == 1 else pd.concat(frames)
 
     def _read(self, span: Span, names: list[str]) -> pd.DataFrame:
         wanted = tuple(dict.fromkeys([*names, *_index_columns(self.schema)]))
-        table = _read_rows(span.path, span.start, span.stop, wanted)
+        table = _read_rows(span, wanted)
         frame = self.to_pandas(table)[names]
         if not self.has_own_index:
             frame.index = pd.RangeIndex(span.offset, span.offset + span.n_rows)
@@ -176,7 +183,9 @@ def read_parquet(
     names = _check_columns(files[0], columns)
     _check_schemas(files)
     reader = PieceReader(files, names)
-    spans = list(_pieces(files, rows_per_piece)) or [Span(0, files[0].path, 0, 0, 0)]
+    spans = list(_pieces(files, rows_per_piece)) or [
+        Span(0, files[0].path, files[0].modified, 0, 0, 0)
+    ]
     divisions = None
     if not reader.has_own_index and spans[-1].stop:
         divisions = (*(span.offset for span in spans), spans[-1].offset + spans[-1].n_rows - 1)
@@ -223,7 +232,6 @@ def _describe(url: str) -> File:
     try:
         fs, path = fsspec.core.url_to_fs(url)
         info = fs.info(path)
-        modified = info.get("mtime", info.get("LastModified", info.get("ETag", "")))
         with fs.open(path, "rb") as file:
             footer = _footer(file, info["size"], url)
             file.seek(0)
@@ -232,11 +240,10 @@ def _describe(url: str) -> File:
     except (OSError, pa.ArrowInvalid, EOFError) as error:
         raise InputError(f"Cannot read {url!r} as Parquet: {error}") from error
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    stamp = modified.isoformat() if isinstance(modified, datetime) else repr(modified)
     return File(
         path=url,
         size_bytes=info["size"],
-        modified=stamp,
+        modified=_version(info),
         footer=hashlib.sha256(footer).hexdigest()[:32],
         n_rows=metadata.num_rows,
         row_groups=tuple(group.num_rows for group in groups),
@@ -285,7 +292,7 @@ def _pieces(files: Sequence[File], rows_per_piece: int) -> Iterator[Span]:
     for file in files:
         start = 0
         for stop in _cuts(file.row_groups, rows_per_piece):
-            yield Span(piece, file.path, start, stop, offset)
+            yield Span(piece, file.path, file.modified, start, stop, offset)
             piece, offset, start = piece + 1, offset + stop - start, stop
 
 
@@ -343,30 +350,51 @@ def _is_extension(series: pd.Series) -> bool:
     return isinstance(series.dtype, pd.api.extensions.ExtensionDtype)
 
 
-def _read_rows(path: str, start: int, stop: int, columns: tuple[str, ...]) -> pa.Table:
-    """Read rows `start` to `stop` of a file."""
-    if start == stop:
-        with fsspec.open(path, "rb") as file:
-            return pq.ParquetFile(file).schema_arrow.empty_table().select(list(columns))
+def _version(info: Mapping[str, Any]) -> str:
+    """When a file was written, or another sign that it is still the same."""
+    sign = info.get("mtime", info.get("LastModified", info.get("ETag", "")))
+    return sign.isoformat() if isinstance(sign, datetime) else repr(sign)
+
+
+def _read_rows(span: Span, columns: tuple[str, ...]) -> pa.Table:
+    if span.start == span.stop:
+        with _open(span.path, span.version) as file:
+            return file.schema_arrow.empty_table().select(list(columns))
     tables, first = [], 0
-    for group, n_rows in enumerate(_row_groups(path)):
+    for group, n_rows in enumerate(_row_groups(span.path, span.version)):
         last = first + n_rows
-        if last > start and first < stop:
-            table = _read_row_group(path, group, columns)
-            tables.append(table.slice(max(0, start - first), min(stop, last) - max(start, first)))
+        if last > span.start and first < span.stop:
+            table = _read_row_group(span.path, span.version, group, columns)
+            start, stop = max(span.start, first), min(span.stop, last)
+            tables.append(table.slice(start - first, stop - start))
         first = last
     return pa.concat_tables(tables)
 
 
+@contextmanager
+def _open(path: str, version: str) -> Iterator[pq.ParquetFile]:
+    try:
+        fs, name = fsspec.core.url_to_fs(path)
+        if _version(fs.info(name)) != version:
+            raise InputError(
+                f"{path!r} has changed since it was listed. Write it before the run begins, and"
+                " call pcm.read_parquet again."
+            )
+        with fs.open(name, "rb") as file:
+            yield pq.ParquetFile(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"Cannot read {path!r}: {error}") from error
+
+
 @functools.lru_cache(maxsize=1024)
-def _row_groups(path: str) -> tuple[int, ...]:
-    with fsspec.open(path, "rb") as file:
-        metadata = pq.read_metadata(file)
-    return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+def _row_groups(path: str, version: str) -> tuple[int, ...]:
+    with _open(path, version) as file:
+        metadata = file.metadata
+        return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
 
 
 @functools.lru_cache(maxsize=2)
-def _read_row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+def _read_row_group(path: str, version: str, group: int, columns: tuple[str, ...]) -> pa.Table:
     # The last two stay at hand: several units are cut from one row group.
-    with fsspec.open(path, "rb") as file:
-        return pq.ParquetFile(file).read_row_group(group, columns=list(columns))
+    with _open(path, version) as file:
+        return file.read_row_group(group, columns=list(columns))

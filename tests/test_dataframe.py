@@ -203,6 +203,50 @@ class TestByRows:
         with pytest.raises(RowCountError, match=message):
             verdicts.compute()
 
+    def test_a_function_may_change_its_frame(self, client, frame):
+        def changing(f, m):
+            claim = f.pop("claim")
+            f["id"] += 1000
+            if (f["id"] == 1007).any():
+                raise ValueError("seven")
+            return pd.DataFrame({"id": f["id"], "verdict": claim})
+
+        found = pcm.map_partitions(changing, frame, context=LLM, meta=META, batch_rows=10).compute()
+        assert found.error.dropna().to_dict() == {7: "ValueError: seven"}
+        assert found.id.drop(7).tolist() == [i + 1000 for i in range(200) if i != 7]
+        assert found.verdict[3] == "claim 3"
+
+    def test_whole_numbers_stay_whole_beside_nulls(self, client, frame):
+        def large(f, m):
+            value = pd.Series(2**60 + 1, index=f.index)
+            if (f["id"] == 7).any():
+                value = value.astype("float64")
+                value[7] = float("nan")
+                value[value.notna()] = 0.0
+            return pd.DataFrame({"id": f["id"], "large": value})
+
+        meta = {"id": "i8", "large": "i8"}
+        found = pcm.map_partitions(large, frame, context=LLM, meta=meta, batch_rows=5).compute()
+        assert found.large[0] == 2**60 + 1 and found.large.isna().sum() == 1
+
+    def test_errors_whose_text_is_odd(self, client, frame):
+        class NoTextError(Exception):
+            def __str__(self):
+                raise RuntimeError
+
+        def odd(f, m):
+            if (f["id"] == 3).any():
+                raise ValueError("\udcff")
+            if (f["id"] == 4).any():
+                raise NoTextError
+            return verify(f, m)
+
+        found = pcm.map_partitions(odd, frame, context=LLM, meta=META, batch_rows=5).compute()
+        assert found.error.dropna().to_dict() == {
+            3: "ValueError: \\udcff",
+            4: "NoTextError: (its text cannot be had: RuntimeError)",
+        }
+
     def test_the_length_needs_no_inference(self, client, frame):
         def never(f, m):
             raise AssertionError
@@ -225,6 +269,16 @@ def test_meta_is_enforced(client, frame):
 
     found = pcm.map_partitions(convertible, frame, context=LLM, meta=META).compute()
     assert found.columns.tolist() == ["id", "verdict"] and str(found.id.dtype) == "int64"
+
+
+def test_columns_that_stand_twice(client, frame):
+    def twice(f, m):
+        return pd.concat([verify(f, m), f[["id"]]], axis=1)
+
+    for batch_rows in (None, 10):
+        verdicts = pcm.map_partitions(twice, frame, context=LLM, meta=META, batch_rows=batch_rows)
+        with pytest.raises(SchemaError, match="columns more than once: id"):
+            verdicts.compute()
 
 
 def test_an_empty_partition_needs_no_context(client, frame):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import InputError, SchemaError
-from dask_pcm.pieces import _cuts
+from dask_pcm.pieces import _cuts, _read_row_group, _row_groups
 
 
 def test_many_small_files_are_a_piece_each(claims):
@@ -132,6 +133,28 @@ def test_an_empty_dataset_has_one_empty_partition(tmp_path):
     frame = pcm.read_parquet(str(tmp_path))
     assert frame.npartitions == 1
     assert len(frame.compute(scheduler="sync")) == 0
+
+
+def test_no_column_at_all_keeps_the_rows(claims):
+    frame = pcm.read_parquet(claims())[[]]
+    assert frame.compute(scheduler="sync").shape == (200, 0)
+
+
+def test_a_file_that_was_written_again_is_read_again_and_an_old_frame_says_so(tmp_path):
+    file = tmp_path / "a.parquet"
+    pd.DataFrame({"a": [1, 2, 3]}).to_parquet(file)
+    old = pcm.read_parquet(str(file))
+    assert old.compute(scheduler="sync").a.tolist() == [1, 2, 3]
+    pd.DataFrame({"a": [7, 8]}).to_parquet(file)
+    os.utime(file, ns=(1, 1))
+    assert pcm.read_parquet(str(file)).compute(scheduler="sync").a.tolist() == [7, 8]
+    _read_row_group.cache_clear()
+    _row_groups.cache_clear()
+    with pytest.raises(InputError, match=r"a\.parquet' has changed since it was listed"):
+        old.compute(scheduler="sync")
+    file.unlink()
+    with pytest.raises(InputError, match=r"Cannot read '.*a\.parquet'"):
+        old.compute(scheduler="sync")
 
 
 class TestBadInput:

@@ -153,23 +153,28 @@ def _warm(
 
 
 def _can_load(view: WorkerView, group: Group) -> bool:
-    has_failed = any(view.standings.get(c) is Standing.FAILED for c in group.contexts)
-    return bool(view.missing(group.contexts)) and not has_failed
+    return bool(view.missing(group.contexts)) and _failed_context(view, group) is None
 
 
 def _give_up(
     state: GateState, group: Group, views: Sequence[WorkerView], n_load_attempts: int
 ) -> Iterator[Action]:
-    """Fail the work whose context failed to load wherever it was tried."""
-    for context in group.contexts:
-        standings = [view.standings.get(context) for view in views]
-        n_failed = standings.count(Standing.FAILED)
-        if Standing.WARM in standings or Standing.LOADING in standings or not n_failed:
-            continue
-        if n_failed >= min(n_load_attempts, len(views)):
-            keys = [key for key, work in state.waiting.items() if work.group == group]
-            yield from (Fail(key, context, state.errors[context]) for key in keys)
-            if keys:  # they know now; whoever submits such work again finds it tried again
-                for view in views:
-                    view.standings.pop(context, None)
-            return
+    """Fail the work whose contexts could not be had together wherever that was tried."""
+    failed = {view.address: _failed_context(view, group) for view in views}
+    attempts = [context for context in failed.values() if context is not None]
+    is_hopeful = any(
+        failed[view.address] is None and not view.missing(group.contexts) for view in views
+    )
+    if is_hopeful or not attempts or len(attempts) < min(n_load_attempts, len(views)):
+        return
+    keys = [key for key, work in state.waiting.items() if work.group == group]
+    yield from (Fail(key, attempts[-1], state.errors[attempts[-1]]) for key in keys)
+    if keys:  # they know now; whoever submits such work again finds it tried again
+        for view in views:
+            if (context := failed[view.address]) is not None:
+                view.standings.pop(context, None)
+
+
+def _failed_context(view: WorkerView, group: Group) -> str | None:
+    failed = (c for c in group.contexts if view.standings.get(c) is Standing.FAILED)
+    return next(failed, None)

@@ -99,7 +99,7 @@ class FakePlan:
         self.batch_rows = batch_rows
         self.spans, offset = [], 0
         for piece, n_rows in enumerate(sizes):
-            self.spans.append(Span(piece, f"f{piece}", 0, n_rows, offset))
+            self.spans.append(Span(piece, f"f{piece}", "", 0, n_rows, offset))
             offset += n_rows
         self.n_rows = offset
         self.n_partitions = len(sizes)

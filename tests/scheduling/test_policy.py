@@ -242,6 +242,18 @@ def test_a_failed_load_is_tried_elsewhere_and_then_given_up_with_its_error():
     assert len(warmed(world.decide(n_load_attempts=3))) == 1
 
 
+def test_two_contexts_that_no_worker_can_have_together_are_given_up():
+    both = Group(("a", "b"), "infer")
+    world = World("w0", "w1")
+    world.tell(WorkParked(Work("k", both, (0,))), WorkParked(Work("l", both, (1,))))
+    world.decide()
+    for worker, good, bad in (("w0", "a", "b"), ("w1", "b", "a")):
+        world.warm(worker, good)
+        world.tell(ResidencyReported(worker, bad, Standing.FAILED, 0.1, f"no {bad}"))
+    actions = world.decide()
+    assert {action.key for action in actions if isinstance(action, Fail)} == {"k", "l"}
+
+
 def test_a_failed_load_does_no_harm_where_another_worker_is_warm():
     world = World("w0", "w1")
     world.warm("w0")
