@@ -68,7 +68,10 @@ class MemoryAllowance:
         if self._worker.nanny:
             loop = self._worker.loop.asyncio_loop
             told = asyncio.run_coroutine_threadsafe(self._tell_nanny(n_bytes), loop)
-            told.result(_TIMEOUT_S)
+            try:
+                told.result(_TIMEOUT_S)
+            except TimeoutError:  # a nanny that is held up kills nobody meanwhile
+                logger.warning("The nanny of %s did not answer in time", self._worker)
 
     async def _tell_nanny(self, n_bytes: int) -> None:
         try:

@@ -154,6 +154,7 @@ class GatePlugin(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
         if self.members.pop(worker, None) is not None:
             self._apply(WorkerLeft(worker))
+            self._regroup()
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         for run in [run for run, info in self.runs.items() if info.client == client]:
@@ -331,7 +332,7 @@ class GatePlugin(SchedulerPlugin):
         return Work(ts.key, group, tuple(ts.priority or ()), n_rows)
 
     def _regroup(self) -> None:
-        """Another worker may be among those that restricted work asks for."""
+        """Restricted work may find other workers now than when it was parked."""
         for work in list(self.state.waiting.values()):
             asked = self.asked[work.key]
             if asked.workers or asked.hosts or work.group.allowed is not None:

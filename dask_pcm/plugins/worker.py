@@ -92,9 +92,16 @@ class ContextPlugin(WorkerPlugin):
         if self.store.tier(ref.digest) is Tier.DEVICE:
             self._report(Change(ref.digest, Tier.DEVICE))
             return
-        self._set_threads()
-        with suppress(LoadError), self.memory.growing(ref.digest):  # the failure was reported
-            self.store.load(ref)
+        try:
+            self._set_threads()
+            with self.memory.growing(ref.digest):
+                self.store.load(ref)
+        except LoadError:
+            pass  # the store has reported it
+        except Exception as error:
+            # Not the loader's fault, but the gate waits for an answer all the same.
+            logger.exception("Context %r could not be loaded", ref.name)
+            self._report(Change(ref.digest, Tier.FAILED, error=f"{type(error).__name__}: {error}"))
 
     def _report(self, change: Change) -> None:
         message = {

@@ -233,6 +233,27 @@ async def test_users_workers_hosts_and_loose_restrictions(c, s, gate, a, b, d):
     assert {f.status for f in loose} == {"finished"}
 
 
+@gated()
+async def test_a_loose_restriction_outlives_its_worker(c, s, gate, a, b):
+    futures = c.map(
+        work, range(6), ctx=A, seconds=0.1, workers=[a.address], allow_other_workers=True
+    )
+    await poll(lambda: any(f.status == "finished" for f in futures), 10)
+    await a.close()
+    assert await asyncio.wait_for(c.gather(futures), 20) == [(i, "a") for i in range(6)]
+
+
+@gated()
+async def test_whatever_goes_wrong_around_a_load_is_answered(c, s, gate, a, b):
+    def broken(digest):
+        raise OSError("not the loader's fault")
+
+    for worker in (a, b):
+        worker.plugins[CONTEXTS].memory.growing = broken
+    with pytest.raises(LoadError, match="not the loader's fault"):
+        await asyncio.wait_for(c.submit(numbers, 1, ctx=Context(load, "elsewhere")), 20)
+
+
 @gated(1, is_held=True)
 async def test_a_host_restriction_does_not_bypass_the_gate(c, s, gate, a):
     futures = c.map(numbers, range(4), ctx=A, workers=["127.0.0.1"])
