@@ -66,10 +66,13 @@ class Call:
         # What the function does to its frame stays its own (pandas copies on write): rows may be
         # given to it again, and a persisted partition is everybody's.
         frame = frame.copy(deep=False)
-        if self.names is None:
-            return self.func(frame, *contexts, *self.args, **self.kwargs)
-        named = dict(zip(self.names, contexts, strict=True))
-        return self.func(frame, *self.args, **self.kwargs, **named)
+        try:
+            if self.names is None:
+                return self.func(frame, *contexts, *self.args, **self.kwargs)
+            named = dict(zip(self.names, contexts, strict=True))
+            return self.func(frame, *self.args, **self.kwargs, **named)
+        except SystemExit as error:  # it would take the worker with it
+            raise RuntimeError(f"{_name(self.func)} called sys.exit({error.code!r})") from error
 
     def _batch(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> pd.DataFrame:
         """One call; where it raises, halves are tried, down to the rows that are at fault."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -92,9 +93,12 @@ class PieceReader:
         Arrow schema of every file, in the order of the first.
     files
         By path; for the ledger, not pickled with tasks.
+    root
+        What the user named: a file, a folder or a pattern.
     """
 
-    def __init__(self, files: Sequence[File], columns: Sequence[str]) -> None:
+    def __init__(self, root: str, files: Sequence[File], columns: Sequence[str]) -> None:
+        self.root = root
         self.files = {file.path: file for file in files}
         self.schema = files[0].schema
         self.columns = tuple(columns)
@@ -148,7 +152,9 @@ class PieceReader:
 
 
 def read_parquet(
-    path: str, rows_per_piece: int = ROWS_PER_PIECE, columns: Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    rows_per_piece: int = ROWS_PER_PIECE,
+    columns: Sequence[str] | None = None,
 ) -> dd.DataFrame:
     """Read a Parquet file or folder as an ordinary Dask DataFrame whose partitions are pieces.
 
@@ -177,12 +183,13 @@ def read_parquet(
     SchemaError
         Where a column is asked for that is not there, or a name stands twice.
     """
+    path = os.fspath(path)
     if rows_per_piece < 1:
         raise InputError(f"rows_per_piece must be at least 1; found {rows_per_piece}.")
     files = list_files(path)
     names = _check_columns(files[0], columns)
     _check_schemas(files)
-    reader = PieceReader(files, names)
+    reader = PieceReader(path, files, names)
     spans = list(_pieces(files, rows_per_piece)) or [
         Span(0, files[0].path, files[0].modified, 0, 0, 0)
     ]
@@ -198,8 +205,10 @@ def read_parquet(
 
 def list_files(path: str) -> list[File]:
     """Find the Parquet files of an input and read their footers, in natural order of names."""
-    path = str(path)
-    fs, root = fsspec.core.url_to_fs(path)
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"Cannot open the input {path!r}: {error}") from error
     if "*" in root:
         found = fs.glob(root)
     elif fs.isdir(root):
@@ -278,6 +287,8 @@ def _with_nulls(schema: pa.Schema, metadata: pq.FileMetaData) -> frozenset[str]:
     names = {field.name for field in schema if field.type in _NULLABLE}
     found = set()
     for group in range(metadata.num_row_groups):
+        if not metadata.row_group(group).num_rows:
+            continue
         for index in range(metadata.num_columns):
             column = metadata.row_group(group).column(index)
             statistics = column.statistics

@@ -14,6 +14,8 @@ another size in another run fit between. Everything else lies under ``OUTPUT/_pc
     A line for each unit that was started, by process.
 ``report.json``
     The report of the last run.
+``lock``
+    Held while a run looks whether it may begin, and takes over.
 
 Where the filesystem has no hard links, a part is renamed to its name unless that is there. Two
 attempts at one unit can then both write, one after the other; what stands there is always one
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -81,7 +84,13 @@ class Output:
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> Output:
-        return cls(os.path.abspath(os.fspath(path)), uuid.uuid4().hex)
+        text = os.fspath(path).removeprefix("file://")
+        if "://" in text:
+            raise OutputError(
+                f"{text!r} is a URL; outputs go to a folder on a filesystem that driver and workers"
+                " share."
+            )
+        return cls(os.path.abspath(os.path.expanduser(text)), uuid.uuid4().hex)
 
     @property
     def home(self) -> Path:
@@ -118,6 +127,52 @@ class Output:
                     folder.rename(self.home / f"old-{uuid.uuid4().hex}")
         for folder in self.home.glob("old-*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def taking_over(self) -> Iterator[None]:
+        """Of several runs that begin at once, one at a time looks and takes over.
+
+        Where the filesystem has no locks they may come at once; then the last one fences the
+        others off, and `set_aside` of those finds it out.
+        """
+        with (self.home / "lock").open("w") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def set_aside(self) -> None:
+        """Move what another job left out of the way; it is there until `drop_aside`.
+
+        Raises
+        ------
+        FencedError
+            Where a newer run has taken over: then all of this is that run's to decide.
+        """
+        aside = self.temporary / "aside"
+        with self._fenced():
+            aside.mkdir()
+            for path in [*self._job_files(), *(Path(self.path, name) for name in self.parts())]:
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(aside / path.name)
+
+    def drop_aside(self) -> None:
+        """There is something new now: what another job left may go."""
+        shutil.rmtree(self.temporary / "aside", ignore_errors=True)
+
+    def put_back(self) -> None:
+        """Nothing new came of it: what was set aside stands again where it stood."""
+        aside = self.temporary / "aside"
+        if not aside.is_dir():
+            return
+        for path in [*self._job_files(), *(Path(self.path, name) for name in self.parts())]:
+            path.unlink(missing_ok=True)
+        for path in aside.iterdir():
+            home = self.home if path.suffix == ".json" else Path(self.path)
+            path.rename((self.home / "started" if path.suffix == ".jsonl" else home) / path.name)
+
+    def _job_files(self) -> list[Path]:
+        found = [self.home / "manifest.json", self.home / "report.json"]
+        return [p for p in [*found, *(self.home / "started").glob("*.jsonl")] if p.exists()]
 
     def close(self) -> None:
         """Remove the temporary files; whatever of this run still works cannot commit any more."""
@@ -176,6 +231,7 @@ class Output:
         file_name = f"{self.run}.{socket.gethostname()}.{os.getpid()}.jsonl"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         with self._fenced():
+            os.stat(self.temporary)  # a run that was replaced notes nothing any more
             descriptor = os.open(self.home / "started" / file_name, flags, 0o666)
         try:
             os.write(descriptor, line.encode())

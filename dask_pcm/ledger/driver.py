@@ -40,9 +40,9 @@ class Driver:
         self._plan = plan
         self._output = output
         self._config = config
-        given = plan.reader.meta() if plan.reader else None
-        self._layout = Layout.of(plan.meta, given, plan.reader.schema if plan.reader else None)
+        self._layout = Layout.of(plan.meta, plan.reader)
         self._report = Report()
+        self.has_committed = False
         self._units: dict[str, tuple[Unit, Future]] = {}  # outstanding, by key
         self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._seconds = self._rows = 0.0  # of inference and reading, over units that ended
@@ -57,7 +57,8 @@ class Driver:
 
     def warm(self) -> None:
         """Have workers load now, while the output is still looked through."""
-        self._tell(float(self._plan.n_partitions), self._plan.n_partitions)
+        if self._plan.n_rows:
+            self._tell(float(self._plan.n_partitions), self._plan.n_partitions)
 
     def close(self) -> None:
         """Nothing more will come: the gate need not keep workers for it."""
@@ -73,7 +74,8 @@ class Driver:
         """
         self._take_stock()
         assert self._cutter is not None
-        self._plan.start_below(self._client)
+        if not self._cutter.is_empty:
+            self._plan.start_below(self._client)
         n_total, before = self._plan.n_rows, self._plan.n_rows - self._cutter.n_rows
         self._n_done = before
         counted = "parts" if self._plan.spans is None else "rows"
@@ -109,9 +111,9 @@ class Driver:
                 self._report.rows_failed += note["failed"]
         self._report.rows = self._report.rows_resumed
         self._cutter = Cutter(self._plan, ranges, partitions)
-        # Without rows: from now on the folder can be read, with the right columns, at any moment.
-        empty = self._layout.table(self._plan.meta)
-        if not names and len(self._layout.schema) == len(self._plan.meta.columns):
+        if not names:
+            # Without rows: from now on the folder can be read, with the right columns.
+            empty = self._layout.table(self._plan.meta)
             note = {"run": self._output.run, "unit": range_name(0, 0), "rows": 0, "failed": 0}
             self._output.commit(range_name(0, 0), empty, note)
 
@@ -185,6 +187,9 @@ class Driver:
             self._n_outstanding_rows -= unit.n_rows or 1
             self._n_done += unit.n_rows or 1
             self._count(unit, result)
+            if not self.has_committed:
+                self.has_committed = True
+                self._output.drop_aside()
             future.release()
 
     def _ended(self) -> Iterator[Future]:
@@ -275,4 +280,9 @@ class Driver:
 
     def _sum_up(self) -> None:
         manifest.record(self._output, self._facts)
-        self._report.rows_recomputed = rows_recomputed(self._output.starts(), self._output.run)
+        self._report.rows_recomputed = rows_recomputed(
+            self._output.starts(), self._output.run, self._rows_of
+        )
+
+    def _rows_of(self, name: str) -> int:
+        return int(self._note(name)["rows"]) if self._output.has(name) else 0

@@ -34,19 +34,13 @@ def identity(expr: Expr, is_splittable: bool) -> dict[str, Any]:
     for part in maps:
         about = getattr(part.operand("call").open().func, "about", None)
         found.update(about() if about else {})
-    if (reader := find_reader(expr)) is not None:
-        found["input"] = {file.path: file.fingerprint for file in reader.files.values()}
+    readers = [reader for part in _walk(expr) if (reader := _reader_of(part)) is not None]
+    if readers:
+        files = [file for reader in readers for file in reader.files.values()]
+        found["input"] = {file.path: file.fingerprint for file in files}
         if not is_splittable:
             found["pieces"] = digest([list(op) for op in _spans(expr)])
     return found
-
-
-def find_reader(expr: Expr) -> PieceReader | None:
-    """The reader of our own pieces at the bottom of a frame."""
-    for part in _walk(expr):
-        if isinstance(reader := _reader_of(part), PieceReader):
-            return reader
-    return None
 
 
 def check(output: Output, mine: Mapping[str, Any], overwrite: bool) -> bool:
@@ -158,8 +152,9 @@ def _walk(expr: Expr) -> Iterator[Expr]:
             todo += part.dependencies()
 
 
-def _reader_of(expr: Expr) -> Any:
-    return expr.operand("func") if "func" in type(expr)._parameters else None
+def _reader_of(expr: Expr) -> PieceReader | None:
+    func = expr.operand("func") if "func" in type(expr)._parameters else None
+    return func if isinstance(func, PieceReader) else None
 
 
 def _shape(expr: Expr) -> Any:
@@ -167,15 +162,17 @@ def _shape(expr: Expr) -> Any:
     if isinstance(expr, ContextMap):
         refs = [ref.digest for ref in expr.operand("refs")]
         return ["ContextMap", expr.operand("call").digest, refs, _shape(expr.frame)]
-    if isinstance(reader := _reader_of(expr), PieceReader):
-        return ["read", list(reader.columns), str(reader.schema), _partitions(expr)]
+    if (reader := _reader_of(expr)) is not None:
+        return ["read", reader.token, _partitions(expr)]
+    if "layer" in type(expr)._parameters:  # persisted: known by its keys, not by its futures
+        return ["graph", list(map(str, expr.operand("keys")))]
     operands = [_shape(op) if isinstance(op, Expr) else op for op in expr.operands]
     return [type(expr).__name__, operands]
 
 
 def _spans(expr: Expr) -> Iterator[list[tuple[int, int]]]:
     for part in _walk(expr):
-        if isinstance(_reader_of(part), PieceReader):
+        if _reader_of(part) is not None:
             yield [(span.offset, span.n_rows) for span in part.operand("iterables")[0]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from distributed import Client, Future, futures_of
 
 from dask_pcm.context import ContextRef
 from dask_pcm.dataframe import ContextMap
-from dask_pcm.errors import InputError
+from dask_pcm.errors import InputError, SchemaError
 from dask_pcm.ledger.commit import partition_name, range_name
 from dask_pcm.pieces import PieceReader, Span
 
@@ -67,14 +68,18 @@ class Plan:
         with dask.config.set({"optimization.tune.active": False}):  # it regroups partitions
             top = optimize_until(ddf.expr, "simplified-physical")
         self._top = top
-        self._nodes = {expr._name: expr for expr in top.walk() if _is_own(expr)}
+        #: What a unit computes itself, and what Dask computes for it (joins, shuffles); by name.
+        self._nodes: dict[str, Expr] = {}
+        self._below: dict[str, Expr] = {}
+        todo = [top]
+        while todo:
+            expr = todo.pop()
+            if isinstance(expr, (Blockwise, ContextMap)):
+                self._nodes[expr._name] = expr
+                todo += (e for e in expr.dependencies() if e._name not in self._nodes)
+            else:
+                self._below[expr._name] = expr
         self._inputs: dict[Any, Future] = {}
-        self._below = {
-            below._name: below
-            for node in self._nodes.values()
-            for below in node.dependencies()
-            if below._name not in self._nodes
-        }
         maps = [expr for expr in self._nodes.values() if isinstance(expr, ContextMap)]
         refs = {ref.digest: ref for expr in maps for ref in expr.operand("refs")}
         self.refs: tuple[ContextRef, ...] = tuple(refs[digest] for digest in sorted(refs))
@@ -96,6 +101,13 @@ class Plan:
                 " frame below map_partitions, or read it with pcm.read_parquet."
             )
         self.meta: pd.DataFrame = ddf._meta
+        self.input_paths = list(_input_paths(ddf.expr))
+        names = [*ddf.columns, *([] if ddf.index.name is None else [ddf.index.name])]
+        if other := [name for name in names if not isinstance(name, str)]:
+            raise SchemaError(
+                f"Parquet columns are named by texts; found {other[:3]}. Rename them, for instance"
+                " with frame.rename(columns=str)."
+            )
 
     def graph(self, unit: Unit) -> tuple[bytes, list[Any], list[Future]]:
         """Pickled tasks that compute a unit, the keys they take from outside, and those inputs.
@@ -126,9 +138,11 @@ class Plan:
         return pickled, outside, [self._inputs[key] for key in outside]
 
     def start_below(self, client: Client) -> None:
-        """Have Dask compute what is not blockwise (joins, shuffles); units take it from there."""
-        for name, below in self._below.items():
-            persisted = client.persist(new_collection(below))
+        """Have Dask compute what is not blockwise; units take it from there."""
+        if not self._below:
+            return
+        collections = [new_collection(below) for below in self._below.values()]
+        for name, persisted in zip(self._below, client.persist(collections), strict=True):
             futures = {future.key: future for future in futures_of(persisted)}
             for index, key in enumerate(persisted.expr.operand("keys")):
                 self._inputs[name, index] = futures[key]
@@ -143,11 +157,25 @@ class Plan:
         if self._leaf is None:
             return None
         spans = self._leaf.operand("iterables")[0]
-        return [spans[index] for index in self._leaf._partitions]
+        picked = list(self._leaf._partitions)
+        if len(set(picked)) < len(picked):
+            raise InputError(
+                f"The frame picks partitions more than once ({picked[:8]}), so that their rows"
+                " would stand in the output once. Pick each once."
+            )
+        return [spans[index] for index in picked]
 
 
-def _is_own(expr: Expr) -> bool:
-    return isinstance(expr, (Blockwise, ContextMap))
+def _input_paths(expr: Expr) -> Iterator[str]:
+    """Files and folders that a frame reads."""
+    for part in expr.walk():
+        parameters = type(part)._parameters
+        if "func" in parameters and isinstance(reader := part.operand("func"), PieceReader):
+            yield from (reader.root, *reader.files)
+        if "path" in parameters:
+            paths = part.operand("path")
+            paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+            yield from map(os.fspath, paths or ())
 
 
 def _is_row_wise(expr: Expr) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from dask_pcm.ledger.commit import parse_name
 
 
 @dataclass(slots=True)
@@ -50,25 +53,32 @@ class Report:
         return asdict(self)
 
 
-def rows_recomputed(starts: Iterable[Mapping[str, Any]], run: str) -> int:
+def rows_recomputed(
+    starts: Iterable[Mapping[str, Any]], run: str, rows_of: Callable[[str], int]
+) -> int:
     """Rows that `run` started and that had been started before, by it or by another run.
 
-    Units of different runs need not be alike, so ranges are compared, not names.
+    Units of different runs need not be alike, so ranges are compared, not names. Units that are
+    whole partitions, whose rows nobody had counted, have the rows of their part (`rows_of`).
     """
-    from dask_pcm.ledger.commit import parse_name
-
     mine: list[tuple[int, int]] = []
     others: list[tuple[int, int]] = []
-    n_mine = 0
+    partitions: Counter[str] = Counter()
+    restarted: Counter[str] = Counter()
     for start in starts:
-        place = parse_name(start["unit"])
-        if isinstance(place, int):
-            place = (place, place + 1)
-        if place is None:
-            continue
-        (mine if start["run"] == run else others).append(place)
-        n_mine += (place[1] - place[0]) if start["run"] == run else 0
-    return n_mine - (_covered(mine + others) - _covered(others))
+        name, is_mine = start["unit"], start["run"] == run
+        place = parse_name(name)
+        if isinstance(place, tuple):
+            (mine if is_mine else others).append(place)
+        elif place is not None:
+            partitions[name] += 1
+            restarted[name] += is_mine
+    n_mine = sum(stop - start for start, stop in mine)
+    n_rows = n_mine - (_covered(mine + others) - _covered(others))
+    for name, n_mine in restarted.items():
+        n_again = n_mine if partitions[name] > n_mine else n_mine - 1
+        n_rows += max(0, n_again) * (rows_of(name) if n_again > 0 else 0)
+    return n_rows
 
 
 def _covered(ranges: list[tuple[int, int]]) -> int:

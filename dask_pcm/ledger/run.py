@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import dask.dataframe as dd
 from distributed import Client
@@ -63,7 +63,8 @@ def write_parquet(
     path
         Output folder, on a filesystem that driver and workers share.
     overwrite
-        Begin anew: drop what another run left, and shut out whatever of it still runs.
+        Begin anew: drop what another run left, and shut out whatever of it still runs. What it
+        left is dropped when the first new part is there; if none comes, it stays.
     progress
         Whether to show how it goes.
     client
@@ -96,32 +97,39 @@ def write_parquet(
     try:
         if not is_installed(client):
             install(client)
-        driver.warm()
-        output.fence()
         if not is_resumed:
-            _begin_anew(output, plan, mine)
+            driver.warm()
+        with output.taking_over():
+            # Again: another run may have begun in the meantime.
+            is_resumed = manifest.check(output, mine, overwrite)
+            output.fence()
+            if not is_resumed:
+                output.set_aside()
+                manifest.write(output, mine, {ref.name: ref.digest for ref in plan.refs})
         report = driver.drive(progress)
+        output.drop_aside()
         report.total_s = time.monotonic() - start
         report.rows_per_s = (report.rows - report.rows_resumed) / report.total_s
         output.write_json("report.json", report.as_dict())
+    except BaseException:
+        if not driver.has_committed:
+            output.put_back()
+        raise
     finally:
         driver.close()
         output.close()
     return Run(output.path, report)
 
 
-def _begin_anew(output: Output, plan: Plan, mine: dict[str, Any]) -> None:
-    """Drop parts of another job, then say whose this is, in that order."""
-    for path in (output.home / manifest.MANIFEST, *(output.home / "started").iterdir()):
-        path.unlink(missing_ok=True)
-    for name in output.parts():
-        os.unlink(os.path.join(output.path, name))
-    manifest.write(output, mine, {ref.name: ref.digest for ref in plan.refs})
-
-
 def _check_apart(output: Output, plan: Plan) -> None:
-    for path in plan.reader.files if plan.reader else ():
-        if path.startswith("file://") and os.path.realpath(path[7:]).startswith(
-            os.path.realpath(output.path) + os.sep
-        ):
-            raise OutputError(f"The output folder {output.path!r} holds the input {path!r}.")
+    """Refuse an output that would be read as input, or the other way round."""
+    mine = Path(os.path.realpath(output.path))
+    for path in plan.input_paths:
+        if "://" in path and not path.startswith("file://"):
+            continue
+        given = Path(os.path.realpath(path.removeprefix("file://")))
+        if given == mine or mine in given.parents or (given.is_dir() and given in mine.parents):
+            raise OutputError(
+                f"The output folder {output.path!r} and the input {path!r} lie in each other. Give"
+                " a folder beside the input."
+            )

@@ -150,4 +150,11 @@ class Fail:
     error: str
 
 
-Action: TypeAlias = Assign | Warm | Fail
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Nothing to do, but to know: this context is not loaded again until somebody asks anew."""
+
+    context: str
+
+
+Action: TypeAlias = Assign | Warm | Fail | GivenUp

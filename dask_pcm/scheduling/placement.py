@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 
-from dask_pcm.scheduling.events import Action, Assign, Fail, Group, Standing, Warm, Work
+from dask_pcm.scheduling.events import Action, Assign, Fail, GivenUp, Group, Standing, Warm, Work
 from dask_pcm.scheduling.state import GateState, WorkerView, still_s
 
 
@@ -124,6 +124,8 @@ def _warm(
     """Warm cold workers for as long as each would be ready before the work has drained."""
     n_rows = state.rows_ahead(group)
     cold = [view for view in views if _can_load(view, group)]
+    if not cold and not _is_hopeful(views, group) and not state.given_up & set(group.contexts):
+        cold = list(views)  # every worker has failed to load: that need not be for good
     if not n_rows or not cold:
         return
     row_s = [s for view in views if (s := state.row_s(group, view, now)) is not None]
@@ -133,6 +135,8 @@ def _warm(
         # show what a row takes.
         is_warm = any(view.holds(group.contexts) for view in views)
         n_wanted = 0 if is_warm else max(0, state.works_ahead(group) - len(offers))
+        if all(_failed_context(view, group) is not None for view in cold):
+            n_wanted = min(n_wanted, 1)  # once more, but not all at once
         chosen = sorted(cold, key=lambda view: (len(view.running), len(view.standings)))[:n_wanted]
         yield from (Warm(view.address, c) for view in chosen for c in view.missing(group.contexts))
         return
@@ -159,20 +163,22 @@ def _can_load(view: WorkerView, group: Group) -> bool:
 def _give_up(
     state: GateState, group: Group, views: Sequence[WorkerView], n_load_attempts: int
 ) -> Iterator[Action]:
-    """Fail the work whose contexts could not be had together wherever that was tried."""
-    failed = {view.address: _failed_context(view, group) for view in views}
-    attempts = [context for context in failed.values() if context is not None]
-    is_hopeful = any(
-        failed[view.address] is None and not view.missing(group.contexts) for view in views
-    )
-    if is_hopeful or not attempts or len(attempts) < min(n_load_attempts, len(views)):
+    """Fail the work whose contexts could not be had together, however often it was tried."""
+    failed = [context for view in views if (context := _failed_context(view, group)) is not None]
+    if not failed or _is_hopeful(views, group):
         return
-    keys = [key for key, work in state.waiting.items() if work.group == group]
-    yield from (Fail(key, attempts[-1], state.errors[attempts[-1]]) for key in keys)
-    if keys:  # they know now; whoever submits such work again finds it tried again
-        for view in views:
-            if (context := failed[view.address]) is not None:
-                view.standings.pop(context, None)
+    worst = max(failed, key=lambda context: state.n_failures.get(context, 0))
+    if worst in state.given_up or state.n_failures.get(worst, 0) >= n_load_attempts:
+        keys = [key for key, work in state.waiting.items() if work.group == group]
+        yield from (Fail(key, worst, state.errors[worst]) for key in keys)
+        yield GivenUp(worst)
+
+
+def _is_hopeful(views: Sequence[WorkerView], group: Group) -> bool:
+    """Whether some worker holds all contexts of a group, or is about to."""
+    return any(
+        _failed_context(view, group) is None and not view.missing(group.contexts) for view in views
+    )
 
 
 def _failed_context(view: WorkerView, group: Group) -> str | None:

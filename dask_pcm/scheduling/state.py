@@ -13,6 +13,7 @@ from dask_pcm.scheduling.events import (
     Assign,
     Event,
     Fail,
+    GivenUp,
     Group,
     ResidencyReported,
     RunClosed,
@@ -77,7 +78,11 @@ class GateState:
     n_waiting_rows: dict[Group, float] = field(default_factory=dict)
     placed: dict[object, str] = field(default_factory=dict)
     runs: dict[str, Expected] = field(default_factory=dict)
+    #: The last error of each context that failed to load, how often it has failed since it last
+    #: loaded, and which contexts were given up.
     errors: dict[str, str] = field(default_factory=dict)
+    n_failures: dict[str, int] = field(default_factory=dict)
+    given_up: set[str] = field(default_factory=set)
     _order: Iterator[int] = field(default_factory=itertools.count)
 
     def apply(self, happening: Event | Action, now: float) -> None:
@@ -88,6 +93,8 @@ class GateState:
                 self.workers[worker] = WorkerView(worker, n_lanes)
             case WorkerLeft(worker):
                 self._lose(worker)
+            case GivenUp(context):
+                self.given_up.add(context)
             case WorkerPaused(worker, is_paused):
                 if worker in self.workers:
                     self.workers[worker].is_paused = is_paused
@@ -101,6 +108,8 @@ class GateState:
             case ResidencyReported():
                 self._report(happening)
             case RunReported(run, group, n_rows, n_units):
+                if run not in self.runs:
+                    self._forgive(group)
                 self.runs[run] = Expected(group, n_rows, n_units)
             case RunClosed(run):
                 self.runs.pop(run, None)
@@ -203,7 +212,19 @@ class GateState:
         for view in self.workers.values():
             assert view.n_rows.keys() == {work.group for work in view.running.values()}
 
+    def _forgive(self, group: Group) -> None:
+        """Somebody asks anew for contexts that were given up: they are tried again."""
+        for context in self.given_up.intersection(group.contexts):
+            self.given_up.discard(context)
+            self.n_failures.pop(context, None)
+            for view in self.workers.values():
+                if view.standings.get(context) is Standing.FAILED:
+                    del view.standings[context]
+
     def _park(self, work: Work) -> None:
+        expected = {context for run in self.runs.values() for context in run.group.contexts}
+        if not expected.intersection(work.group.contexts):
+            self._forgive(work.group)
         self._end(work.key, is_finished=False)
         self._unpark(work.key)
         self.waiting[work.key] = work
@@ -254,9 +275,12 @@ class GateState:
         view.standings[report.context] = report.standing
         if report.standing is not Standing.LOADING:
             view.loading_since.pop(report.context, None)
-        if report.standing is Standing.WARM and report.seconds:
-            self.cost.observe_load(report.context, report.seconds)
+        if report.standing is Standing.WARM:
+            self.n_failures.pop(report.context, None)
+            if report.seconds:
+                self.cost.observe_load(report.context, report.seconds)
         if report.standing is Standing.FAILED:
+            self.n_failures[report.context] = self.n_failures.get(report.context, 0) + 1
             self.errors[report.context] = report.error or "no reason was given"
 
 

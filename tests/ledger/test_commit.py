@@ -130,12 +130,17 @@ def test_rows_recomputed_compares_ranges_and_not_names(output):
     def starts(*rows):
         return [{"run": run, "unit": range_name(a, b), "rows": b - a} for run, a, b in rows]
 
-    assert rows_recomputed(starts(("now", 0, 10), ("now", 10, 20)), "now") == 0
-    assert rows_recomputed(starts(("now", 0, 10), ("now", 0, 10)), "now") == 10
-    assert rows_recomputed(starts(("before", 0, 15), ("now", 10, 20)), "now") == 5
-    assert rows_recomputed(starts(("before", 0, 9), ("before", 0, 9), ("now", 9, 20)), "now") == 0
-    again = [{"run": run, "unit": partition_name(3), "rows": None} for run in ("before", "now")]
-    assert rows_recomputed(again, "now") == 1
+    def again(*rows):
+        return rows_recomputed(starts(*rows), "now", lambda name: 7)
+
+    assert again(("now", 0, 10), ("now", 10, 20)) == 0
+    assert again(("now", 0, 10), ("now", 0, 10)) == 10
+    assert again(("before", 0, 15), ("now", 10, 20)) == 5
+    assert again(("before", 0, 9), ("before", 0, 9), ("now", 9, 20)) == 0
+    whole = [{"run": run, "unit": partition_name(3), "rows": None} for run in ("before", "now")]
+    assert rows_recomputed(whole, "now", lambda name: 7) == 7
+    assert rows_recomputed(whole[1:], "now", lambda name: 7) == 0
+    assert rows_recomputed(whole[1:] * 2, "now", lambda name: 7) == 7
 
 
 def test_starts_are_noted_line_by_line(output):

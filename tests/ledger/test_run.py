@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dask.dataframe as dd
@@ -83,6 +84,7 @@ def test_every_row_once_in_order_readable_by_all(client, job, out):
     everything = [p.name for p in Path(out, "_pcm").rglob("*")]
     assert not [name for name in everything if name.endswith(".parquet")]
     assert {p.name for p in Path(out, "_pcm").iterdir()} == {
+        "lock",
         "manifest.json",
         "report.json",
         "started",
@@ -177,6 +179,66 @@ class TestAnotherJob:
         assert set(pd.read_parquet(out).verdict) == {"other"}
         assert run.report.rows_recomputed == 0
 
+    def test_what_is_overwritten_stays_until_something_new_is_there(self, client, job, out):
+        write(job(), out)
+        before = {p.name: p.read_bytes() for p in Path(out).glob("*.parquet")}
+
+        def broken():
+            raise OSError("weights are gone")
+
+        with pytest.raises(LoadError):
+            write(job(context=pcm.Context(broken)), out, overwrite=True)
+        assert {p.name: p.read_bytes() for p in Path(out).glob("*.parquet")} == before
+        assert write(job(), out).report.units == 0
+
+    def test_what_is_read_is_not_overwritten(self, client, job, out):
+        write(job(), out)
+        before = sorted(p.name for p in Path(out).glob("*.parquet"))
+        for frame in (dd.read_parquet(out), pcm.read_parquet(out).merge(dd.read_parquet(out))):
+            again = pcm.map_partitions(other, frame, context=LLM, meta=META)
+            with pytest.raises(OutputError, match="lie in each other"):
+                write(again, out, overwrite=True)
+        with pytest.raises(OutputError, match="lie in each other"):
+            write(job(), Path(job.folder, "verdicts"))
+        assert sorted(p.name for p in Path(out).glob("*.parquet")) == before
+
+    def test_two_runs_that_begin_at_once_never_destroy_each_other(self, client, job, out):
+        """Two jobs, one fresh output, two threads: one finishes, the other is refused or fenced."""
+        start = threading.Barrier(2, timeout=30)
+
+        def one(func):
+            frame = job(func)
+            start.wait()
+            try:
+                return write(frame, out).report.rows
+            except pcm.PCMError as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            results = [
+                future.result(60) for future in [pool.submit(one, f) for f in (verify, other)]
+            ]
+        assert [r for r in results if r == 200] == [200]
+        found = pd.read_parquet(out)
+        assert found.id.tolist() == list(range(200))
+
+    def test_a_second_input_that_changed(self, client, job, out, tmp_path):
+        side = tmp_path / "side.parquet"
+        pd.DataFrame({"id": range(200), "claim": "old"}).to_parquet(side)
+
+        def joined():
+            both = pcm.read_parquet(job.folder)[["id"]].merge(pcm.read_parquet(side), on="id")
+            return pcm.map_partitions(verify, both, context=LLM, meta=META)
+
+        write(joined(), out)
+        assert write(joined(), out).report.units == 0
+        pd.DataFrame({"id": range(200), "claim": "new"}).to_parquet(side)
+        self.refused(joined(), out, r"side\.parquet' has changed")
+
+    def test_urls_are_refused(self, client, job):
+        with pytest.raises(OutputError, match="'s3://bucket/out' is a URL"):
+            write(job(), "s3://bucket/out")
+
     def test_a_folder_with_other_files_is_never_touched(self, client, job, tmp_path):
         folder = tmp_path / "mine"
         folder.mkdir()
@@ -239,6 +301,62 @@ class TestTypes:
         found = pd.read_parquet(out)
         assert found.index.name == "key" and found.index.tolist() == index.tolist()
 
+    def test_lists_that_a_function_makes_are_declared(self, client, job, out):
+        def tagged(frame, model):
+            tags = [["a"] * int(i % 3) if i % 5 else None for i in frame["id"]]
+            return pd.DataFrame({"id": frame["id"], "tags": tags}, index=frame.index)
+
+        def make(kind):
+            frame = pcm.read_parquet(job.folder)
+            meta = {"id": "i8", "tags": kind}
+            return pcm.map_partitions(tagged, frame, context=LLM, meta=meta, batch_rows=1)
+
+        with pytest.raises(SchemaError, match=r"'tags' has dtype object.*ArrowDtype"):
+            write(make("object"), out)
+        assert not list(Path(out).glob("*.parquet"))
+        write(make(pd.ArrowDtype(pa.list_(pa.string()))), out)
+        assert pq.read_table(out)["tags"].to_pylist()[:5] == [None, ["a"], ["a", "a"], [], ["a"]]
+
+    def test_a_column_that_changes_its_meaning_loses_nothing_silently(self, client, tmp_path, out):
+        import datetime as dt
+
+        pq.write_table(pa.table({"day": [dt.date(2026, 1, 1)] * 4}), tmp_path / "d.parquet")
+        frame = pcm.read_parquet(tmp_path / "d.parquet")
+
+        def later(f, m):
+            return f.assign(day=[dt.datetime(2026, 1, 1, 13, 30)] * len(f))
+
+        verdicts = pcm.map_partitions(later, frame, context=LLM, meta=frame._meta, batch_rows=2)
+        with pytest.raises(SchemaError, match=r"'day' is date32.*another name"):
+            write(verdicts, out)
+
+    def test_many_categories(self, client, tmp_path, out):
+        names = pd.Categorical([f"c{i}" for i in range(1000)])
+        frame = dd.from_pandas(pd.DataFrame({"id": range(1000), "name": names}), npartitions=2)
+        verdicts = pcm.map_partitions(lambda f, m: f, frame, context=LLM, meta=frame._meta)
+        write(verdicts, out)
+        assert pd.read_parquet(out).name.astype(str).tolist() == [f"c{i}" for i in range(1000)]
+
+    def test_an_unnamed_index_of_numbers_is_kept_and_our_row_numbers_are_not(
+        self, client, job, out
+    ):
+        pandas = pd.DataFrame({"id": range(3), "claim": "c"}, index=[70, 50, 60])
+        frame = dd.from_pandas(pandas, npartitions=1, sort=False)
+        write(pcm.map_partitions(verify, frame, context=LLM, meta=META), out)
+        assert pd.read_parquet(out).index.tolist() == [70, 50, 60]
+        write(job(), out, overwrite=True)
+        assert pq.read_schema(sorted(Path(out).glob("*.parquet"))[1]).names == [
+            "id",
+            "verdict",
+            "error",
+        ]
+
+    def test_names_that_are_no_texts(self, client, out):
+        frame = dd.from_pandas(pd.DataFrame({0: [1, 2]}), npartitions=1)
+        verdicts = pcm.map_partitions(lambda f, m: f, frame, context=LLM, meta={0: "i8"})
+        with pytest.raises(SchemaError, match=r"named by texts; found \[0\]"):
+            write(verdicts, out)
+
     def test_an_empty_dataset_gives_an_empty_output(self, client, tmp_path, out):
         empty = pa.table({"id": pa.array([], pa.int64()), "claim": pa.array([], pa.string())})
         pq.write_table(empty, tmp_path / "e.parquet")
@@ -277,6 +395,55 @@ def test_a_frame_with_a_join_below_and_a_filter_above(client, job, out):
     run = write(verdicts[verdicts.id >= 50], out)
     assert run.report.rows == 150
     assert sorted(pd.read_parquet(out).id) == list(range(50, 200))
+
+
+def test_whatever_dask_makes_of_a_frame_can_be_written(client, job, tmp_path):
+    """Persisted, joined, put together, repartitioned: above the map, and below."""
+    claims = pcm.read_parquet(job.folder)
+    verdicts = pcm.map_partitions(verify, claims, context=LLM, meta=META)
+    frames = {
+        "persisted": verdicts.persist(),
+        "joined": verdicts.merge(claims, on="id"),
+        "repartitioned": verdicts.repartition(npartitions=2),
+        "persisted below": pcm.map_partitions(verify, claims.persist(), context=LLM, meta=META),
+    }
+    for name, frame in frames.items():
+        write(frame, tmp_path / name)
+        assert sorted(pd.read_parquet(tmp_path / name).id) == list(range(200)), name
+        assert write(frame, tmp_path / name).report.units == 0, name
+    both = dd.concat([verdicts, verdicts])
+    write(both, tmp_path / "both")
+    assert len(pd.read_parquet(tmp_path / "both")) == 400
+
+
+def test_a_finished_job_computes_nothing_below_it_either(client, job, out, tmp_path):
+    log = str(tmp_path / "log")
+    context = pcm.Context(load, log)
+    below = pcm.map_partitions(
+        counted, pcm.read_parquet(job.folder), context=context, meta=META, batch_rows=8
+    )
+    joined = below.merge(below[["id"]], on="id")[["id"]]
+    write(joined, out)
+    n_computed = len(rows_in(log))
+    write(joined, out)
+    assert len(rows_in(log)) == n_computed
+
+
+def test_partitions_picked_twice_are_refused(client, job, out):
+    frame = pcm.read_parquet(job.folder).partitions[[0, 0]]
+    verdicts = pcm.map_partitions(verify, frame, context=LLM, meta=META, batch_rows=8)
+    with pytest.raises(pcm.PCMError, match="picks partitions more than once"):
+        write(verdicts, out)
+
+
+def test_a_function_that_exits_ends_no_worker(client, job, out):
+    def leaves(frame, model):
+        if (frame["id"] == 7).any():
+            raise SystemExit(3)
+        return verify(frame, model)
+
+    (error,) = write(job(leaves), out).report.errors
+    assert error.startswith("RuntimeError") and error.endswith("called sys.exit(3)")
 
 
 def test_the_manifest_names_the_job_and_no_secret(client, job, out):
@@ -339,8 +506,6 @@ def test_readable_while_it_is_written(client, job, out, tmp_path):
                 assert not found.id.duplicated().any()
                 seen.append(len(found))
         return seen
-
-    from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(look)

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dask_pcm.scheduling.events import (
     Assign,
     Fail,
+    GivenUp,
     Group,
     ResidencyReported,
     RunClosed,
@@ -228,29 +229,73 @@ def test_a_paused_worker_gets_nothing():
     assert assigned(world.decide()) == [("a0", "w0")]
 
 
+def fail_loads(world, n, **options):
+    """Every load that is asked for fails, `n` times; the workers that were asked."""
+    asked = []
+    for attempt in range(n):
+        (worker,) = warmed(world.decide(**options))
+        asked.append(worker)
+        report = ResidencyReported(worker, "a", Standing.FAILED, 0.1, f"no weights ({attempt})")
+        world.tell(report)
+    return asked
+
+
 def test_a_failed_load_is_tried_elsewhere_and_then_given_up_with_its_error():
     world = World("w0", "w1", "w2", "w3")
     world.park(1)
-    for attempt in range(3):
-        (worker,) = warmed(world.decide(n_load_attempts=3))
-        error = f"no weights ({attempt})"
-        world.tell(ResidencyReported(worker, "a", Standing.FAILED, 0.1, error))
-    (fail,) = world.decide(n_load_attempts=3)
-    assert fail == Fail("a0", "a", "no weights (2)")
+    assert len(set(fail_loads(world, 3))) == 3
+    assert world.decide() == [Fail("a0", "a", "no weights (2)"), GivenUp("a")]
     assert not world.state.waiting
+    assert world.decide() == []
     world.park(1)  # asked for again, it is tried again
-    assert len(warmed(world.decide(n_load_attempts=3))) == 1
+    assert len(warmed(world.decide())) == 1
+
+
+def test_a_worker_alone_is_asked_again_before_it_is_given_up():
+    world = World("w0")
+    world.park(1)
+    assert fail_loads(world, 3) == ["w0"] * 3
+    assert Fail("a0", "a", "no weights (2)") in world.decide()
+
+
+def test_one_old_failure_does_not_end_the_work_when_the_others_leave():
+    world = World("w0", "w1")
+    world.park(4)
+    world.decide()
+    world.tell(ResidencyReported("w0", "a", Standing.FAILED, 0.1, "busy"))
+    world.warm("w1")
+    assert assigned(world.decide())
+    world.tell(WorkerLeft("w1"))
+    actions = world.decide()
+    assert warmed(actions) == {"w0"} and not any(isinstance(a, Fail) for a in actions)
+
+
+def test_while_a_run_is_open_what_was_given_up_is_not_loaded_again():
+    world = World("w0")
+    world.tell(RunReported("run", A, 100.0, 1))
+    world.park(1)
+    fail_loads(world, 3)
+    assert Fail("a0", "a", "no weights (2)") in world.decide()
+    world.park(2, start=1)  # the run's driver has not noticed yet
+    assert {a.key for a in world.decide() if isinstance(a, Fail)} == {"a1", "a2"}
+    world.tell(RunReported("run", A, 90.0, 1))
+    assert world.decide() in ([], [GivenUp("a")])
+    world.tell(RunClosed("run"), RunReported("next", A, 90.0, 1))
+    assert len(warmed(world.decide())) == 1
 
 
 def test_two_contexts_that_no_worker_can_have_together_are_given_up():
     both = Group(("a", "b"), "infer")
     world = World("w0", "w1")
     world.tell(WorkParked(Work("k", both, (0,))), WorkParked(Work("l", both, (1,))))
-    world.decide()
-    for worker, good, bad in (("w0", "a", "b"), ("w1", "b", "a")):
-        world.warm(worker, good)
-        world.tell(ResidencyReported(worker, bad, Standing.FAILED, 0.1, f"no {bad}"))
-    actions = world.decide()
+    actions = []
+    for _ in range(8):
+        for worker in warmed(actions := world.decide()) or ("w0", "w1"):
+            good, bad = ("a", "b") if worker == "w0" else ("b", "a")
+            world.warm(worker, good)
+            world.tell(ResidencyReported(worker, bad, Standing.FAILED, 0.1, f"no {bad}"))
+        if not world.state.waiting:
+            break
     assert {action.key for action in actions if isinstance(action, Fail)} == {"k", "l"}
 
 
