@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from pathlib import Path
 import click
 from distributed import Client, LocalCluster
 
-from dask_pcm.errors import PCMError
+from dask_pcm.errors import InstallError, PCMError
 from dask_pcm.factcheck import demo as factcheck
 from dask_pcm.factcheck import demo_model
 from dask_pcm.inference import LLM, classify
@@ -70,6 +72,8 @@ def run(
     if workers and scheduler:
         raise click.UsageError("Give --workers or --scheduler, not both.")
     limit = parse_limit(max_failed_rows)
+    if report and not os.access(Path(report).absolute().parent, os.W_OK):
+        raise click.BadParameter(f"The report cannot be written to {report!r}.")
     with _reported_errors(output):
         verdicts = classify(
             read_parquet(input),
@@ -84,6 +88,7 @@ def run(
     if report:
         _write_report(report, done.report)
     _summarise(done)
+    # A function may filter rows, classify never does: each has an answer or an error.
     if done.report.rows_failed > limit(done.report.rows):
         click.echo(
             f"{done.report.rows_failed:,} of {done.report.rows:,} rows failed, more than"
@@ -97,7 +102,8 @@ def run(
 @click.option("--rows", default=5_000, show_default=True, type=click.IntRange(0))
 @click.option("--output", metavar="DIR", help="Where to leave the verdicts.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1))
-def demo(rows: int, output: str | None, workers: int) -> None:
+@click.option("--overwrite", is_flag=True, help="Drop what another run left in DIR.")
+def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
     """Verify generated claims with the model shipped in the package."""
     with tempfile.TemporaryDirectory(prefix="dask-pcm-demo-") as scratch:
         target = Path(output) if output else Path(scratch, "verdicts")
@@ -106,7 +112,7 @@ def demo(rows: int, output: str | None, workers: int) -> None:
             factcheck.write_claims(claims, rows)
             with _client(workers, None) as client:
                 verdicts = factcheck.verify(read_parquet(str(claims)))
-                done = write_parquet(verdicts, target, overwrite=True, client=client)
+                done = write_parquet(verdicts, target, overwrite=overwrite, client=client)
         _summarise(done, is_kept=output is not None)
         if rows:
             click.echo(f"accuracy        {factcheck.accuracy(target):.1%}")
@@ -139,8 +145,8 @@ def _text(value: str) -> str:
         return value
     try:
         return Path(value[1:]).read_text(encoding="utf-8").removesuffix("\n")
-    except OSError as error:
-        raise click.BadParameter(f"Cannot read {value[1:]!r}: {error}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"Cannot read {value[1:]!r} as text: {error}.") from error
 
 
 def _list(values: tuple[str, ...]) -> list[str]:
@@ -148,7 +154,8 @@ def _list(values: tuple[str, ...]) -> list[str]:
     items: list[str] = []
     for value in values:
         separator = "\n" if value.startswith("@") else ","
-        items += [item.strip() for item in _text(value).split(separator)]
+        found = [item.strip() for item in _text(value).split(separator)]
+        items += [item for item in found if item or separator == ","]  # blank lines say nothing
     return items
 
 
@@ -159,7 +166,11 @@ def _model(model: str, revision: str | None) -> LLM:
 @contextmanager
 def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     if scheduler:
-        with Client(scheduler) as client:
+        try:
+            client = Client(scheduler)
+        except (OSError, ValueError) as error:
+            raise InstallError(f"No scheduler answers at {scheduler!r}: {error}.") from error
+        with client:
             yield client
         return
     with (
@@ -168,7 +179,13 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
         ) as cluster,
         Client(cluster) as client,
     ):
+        client.run(_ignore_interrupts)
         yield client
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C is the driver's to handle: it cancels, and its workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

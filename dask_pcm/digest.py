@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import dis
 import functools
 import hashlib
@@ -74,6 +75,9 @@ class _Walk:
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # ids stay unique while we hold the objects
         self._is_strict = True
+        # Digests of data without functions of the user's or back-references inside, by id.
+        self._plain: dict[int, bytes] = {}
+        self._n_references = 0
 
     def digest(self, value: Any) -> str:
         sha = hashlib.sha256()
@@ -90,17 +94,29 @@ class _Walk:
             yield b"bytes"
             yield value
             return
+        if id(value) in self._plain:
+            yield self._plain[id(value)]
+            return
         if id(value) in self._seen:
+            self._n_references += 1
             yield f"again={self._seen[id(value)]}".encode()
             return
         self._seen[id(value)] = len(self._seen)
-        yield from self._compound(value)
+        n_before = self._n_references
+        tokens = list(self._compound(value))
         if isinstance(value, (FunctionType, type)):
             self._alive.append(value)
+            self._n_references += 1  # where it is met again it is a back-reference
         else:
-            # Met again, data is walked again: whether two equal values are one object depends on
-            # how the code was compiled. Only what contains itself is a back-reference.
+            # Met again, data is the same again: whether two equal values are one object depends
+            # on how the code was compiled. Only what contains itself is a back-reference.
             del self._seen[id(value)]
+        if self._n_references == n_before:
+            self._alive.append(value)
+            self._plain[id(value)] = hashlib.sha256(b"|".join(tokens)).digest()
+            yield self._plain[id(value)]
+        else:
+            yield from tokens
 
     def _compound(self, value: Any) -> Iterator[bytes]:
         match value:
@@ -298,7 +314,9 @@ def _user_modules(name: str) -> dict[str, str]:
         status = path.stat()
         found[module], imports = _parsed(str(path), status.st_mtime_ns, status.st_size)
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        todo += (f"{package}{name}" if name.startswith(".") else name for name in imports)
+        for imported in imports:
+            with contextlib.suppress(ImportError):  # a relative import beyond the top
+                todo.append(importlib.util.resolve_name(imported, package))
     return found
 
 
@@ -320,9 +338,10 @@ def _parsed(path: str, modified_ns: int, size: int) -> tuple[str, tuple[str, ...
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imports += (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level <= 1:
+        elif isinstance(node, ast.ImportFrom):
             start = "." * node.level + (node.module or "")
-            joint = "" if start in ("", ".") else "."
+            joint = "" if start.endswith(".") else "."
             imports += [start, *(f"{start}{joint}{alias.name}" for alias in node.names)]
     dump = ast.dump(tree).encode()
-    return hashlib.sha256(dump).hexdigest()[:32], tuple(name for name in imports if name != ".")
+    named = tuple(name for name in imports if name.strip("."))
+    return hashlib.sha256(dump).hexdigest()[:32], named

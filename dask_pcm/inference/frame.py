@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from dask_pcm.inference.llm import LLM
 from dask_pcm.inference.plain import PlainModel
 from dask_pcm.inference.prompts import (
     Scoring,
+    ScoringError,
     Template,
     check_choices,
     cut_to_fit,
@@ -74,6 +75,13 @@ def classify(
     """
     if not isinstance(llm, LLM):
         raise PromptError(f"classify needs a dask_pcm.LLM; found {type(llm).__name__}.")
+    if not isinstance(ddf, dd.DataFrame):
+        raise SchemaError(
+            f"classify works on a Dask DataFrame; found {type(ddf).__name__}. Wrap pandas data with"
+            " dask.dataframe.from_pandas(frame, npartitions=...)."
+        )
+    if not isinstance(prompt, str):
+        raise PromptError(f"The prompt must be a text with columns in braces; found {prompt!r}.")
     template = Template(prompt)
     fields = check_columns(ddf, template.fields, "The prompt")
     if truncate is not None and truncate not in fields:
@@ -83,6 +91,8 @@ def classify(
     if repeated := sorted({str(name) for name in ddf.columns[ddf.columns.duplicated()]}):
         raise SchemaError(f"The frame has columns more than once: {', '.join(repeated)}.")
     kept = list(ddf.columns) if keep is None else check_columns(ddf, keep, "keep")
+    if repeated := sorted({name for name in kept if kept.count(name) > 1}):
+        raise SchemaError(f"keep names columns more than once: {', '.join(repeated)}.")
     if taken := [name for name in (ANSWER, PROBABILITY, ERROR) if name in kept]:
         raise SchemaError(
             f"The input already has {', '.join(map(repr, taken))}, which classify adds. Rename it,"
@@ -102,7 +112,7 @@ def classify(
         ddf,
         context=llm,
         meta=meta,
-        batch_rows=batch_rows or config.batch_rows,
+        batch_rows=config.batch_rows if batch_rows is None else batch_rows,
         required_columns=needed,
     )
 
@@ -135,62 +145,64 @@ class Classify:
     def __call__(self, frame: pd.DataFrame, model: PlainModel) -> pd.DataFrame:
         fields = self.template.fields
         rows: list[dict[str, Any]] = frame[list(fields)].to_dict("records")  # type: ignore[assignment]
-        errors: list[str | None] = [_null_fields(row) for row in rows]
-        planned = self._plan(model, [row for row, e in zip(rows, errors, strict=True) if not e])
-        plans = iter(planned)
-        scorings: list[Scoring] = []
-        for index, error in enumerate(errors):
-            if error is None:
-                scoring, errors[index] = next(plans)
-                if scoring is not None:
-                    scorings.append(scoring)
+        planned = self._plan(model, rows)
+        scorings = [scoring for scoring in planned if isinstance(scoring, Scoring)]
         scores = iter(model.score(scorings, self.batch_tokens))
         answers = [
-            self._answer(next(scores)) if error is None else (None, None) for error in errors
+            self._answer(next(scores)) if isinstance(plan, Scoring) else (None, math.nan, plan)
+            for plan in planned
         ]
         out = frame[list(self.kept)].copy()
-        out[ANSWER] = pd.array([answer for answer, _ in answers], dtype="str")
-        out[PROBABILITY] = pd.array([p for _, p in answers], dtype="Float64").to_numpy(
-            "f8", na_value=math.nan
-        )
-        out[ERROR] = pd.array(errors, dtype="str")
+        out[ANSWER] = pd.array([answer for answer, _, _ in answers], dtype="str")
+        out[PROBABILITY] = [probability for _, probability, _ in answers]
+        out[ERROR] = pd.array([error for _, _, error in answers], dtype="str")
         return out
 
-    def _plan(
-        self, model: PlainModel, rows: list[dict[str, Any]]
-    ) -> list[tuple[Scoring | None, str | None]]:
-        return [
-            self._fit(model, row, scoring)
-            for row, scoring in zip(rows, self._scorings(model, rows), strict=True)
-        ]
+    def _plan(self, model: PlainModel, rows: list[dict[str, Any]]) -> list[Scoring | str]:
+        """What is to be run for each row, or why it cannot be answered."""
+        errors = [_null_fields(row) for row in rows]
+        good = [row for row, error in zip(rows, errors, strict=True) if error is None]
+        plans = iter(zip(good, self._scorings(model, good), strict=True))
+        return [self._fit(model, *next(plans)) if error is None else error for error in errors]
 
-    def _scorings(self, model: PlainModel, rows: Sequence[dict[str, Any]]) -> list[Scoring]:
+    def _scorings(
+        self, model: PlainModel, rows: Sequence[Mapping[str, Any]]
+    ) -> list[Scoring | str]:
         prompts = [self.template.fill(row) for row in rows]
         texts = [
             prompt + separator(prompt) + choice for prompt in prompts for choice in self.choices
         ]
         tokens = model.tokenize(texts) if texts else []
         n = len(self.choices)
-        return [plan_scoring(tokens[i * n : i * n + n], model.eos) for i in range(len(rows))]
+        found: list[Scoring | str] = []
+        for i in range(len(rows)):
+            try:
+                found.append(plan_scoring(tokens[i * n : i * n + n], model.eos))
+            except ScoringError as error:
+                found.append(str(error))
+        return found
 
-    def _fit(
-        self, model: PlainModel, row: dict[str, Any], scoring: Scoring
-    ) -> tuple[Scoring | None, str | None]:
+    def _fit(self, model: PlainModel, row: dict[str, Any], scoring: Scoring | str) -> Scoring | str:
         limit = model.max_tokens
-        if limit is None or scoring.n_tokens <= limit:
-            return scoring, None
-        if self.truncate is not None:
-            cut = cut_to_fit(
-                row, self.truncate, limit, lambda r: self._scorings(model, [dict(r)])[0].n_tokens
-            )
-            if cut is not None:
-                return self._scorings(model, [cut])[0], None
-        return None, f"The row has {scoring.n_tokens} tokens; the model takes {limit}."
+        if isinstance(scoring, str) or limit is None or scoring.n_tokens <= limit:
+            return scoring
 
-    def _answer(self, scores: list[float]) -> tuple[str, float]:
+        def count(cut: Mapping[str, Any]) -> int:
+            (found,) = self._scorings(model, [cut])
+            return found.n_tokens if isinstance(found, Scoring) else limit + 1
+
+        if self.truncate is not None:
+            cut = cut_to_fit(row, self.truncate, limit, count)
+            if cut is not None:
+                return self._scorings(model, [cut])[0]
+        return f"The row has {scoring.n_tokens} tokens; the model takes {limit}."
+
+    def _answer(self, scores: list[float]) -> tuple[str | None, float, str | None]:
+        if not all(map(math.isfinite, scores)):
+            return None, math.nan, f"The model's scores are no numbers: {scores}."
         best = max(range(len(scores)), key=lambda i: (scores[i], -i))
         total = sum(math.exp(score - scores[best]) for score in scores)
-        return self.choices[best], 1.0 / total
+        return self.choices[best], 1.0 / total, None
 
 
 def _null_fields(row: dict[str, Any]) -> str | None:

@@ -15,7 +15,8 @@ from dask_pcm.errors import ModelError
 from dask_pcm.inference.plain import load_model
 
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_WEIGHTS = ("*.safetensors", "*.bin")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _BLOCK_BYTES = 1 << 22
 
 
@@ -62,6 +63,10 @@ class LLM(Context):
         name: str | None = None,
         device_memory: int | str | None = None,
     ) -> None:
+        if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+            raise ModelError(f"LLM needs a model folder or a hub id; found {model!r}.")
+        if dtype not in _DTYPES:
+            raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}; found {dtype!r}.")
         path, commit = _resolve(os.fspath(model), revision)
         _check_folder(path)
         name = name or Path(os.fspath(model)).name
@@ -107,7 +112,8 @@ def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(
             f"There is no model folder {model!r}. Give a folder with config.json, tokenizer and"
-            " weights, or a hub id such as 'HuggingFaceTB/SmolLM2-1.7B-Instruct'."
+            " weights, or a hub id with its owner, such as 'HuggingFaceTB/SmolLM2-1.7B-Instruct' or"
+            " 'openai-community/gpt2'."
         )
     from huggingface_hub import snapshot_download
 
@@ -131,15 +137,47 @@ def _check_folder(path: Path) -> None:
         raise ModelError(f"{str(config)!r} cannot be read: {error}.") from error
     if not isinstance(found, dict) or "model_type" not in found:
         raise ModelError(f"{str(config)!r} names no model_type.")
-    if not any(path.glob("tokenizer*")) and not any(path.glob("*.model")):
-        raise ModelError(f"{str(path)!r} has no tokenizer files (tokenizer.json or *.model).")
+    _check_architecture(config, found["model_type"])
+    _check_tokenizer(path)
     _check_weights(path)
+
+
+def _check_architecture(config: Path, model_type: str) -> None:
+    """Without torch: whether transformers has a causal model of this type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{str(config)!r} says model_type {model_type!r}, of which transformers has here"
+            " no causal language model."
+        )
+
+
+def _check_tokenizer(path: Path) -> None:
+    file = path / "tokenizer.json"
+    if file.exists():
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises Exception itself
+            raise ModelError(f"{str(file)!r} is corrupt: {error}.") from error
+    elif not any(path.glob("*.model")) and not any(path.glob("vocab*")):
+        raise ModelError(
+            f"{str(path)!r} has no tokenizer files (tokenizer.json, *.model or vocab.*)."
+        )
 
 
 def _check_weights(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{str(index)!r} is corrupt: {type(error).__name__}: {error}."
+            ) from error
         if missing := [shard for shard in shards if not (path / shard).exists()]:
             raise ModelError(f"{str(path)!r} lacks {missing[0]!r}, which its index names.")
     files = [file for pattern in _WEIGHTS for file in path.glob(pattern)]

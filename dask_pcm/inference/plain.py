@@ -57,11 +57,11 @@ class PlainModel:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        limits = [
-            getattr(model.config, "max_position_embeddings", None),
-            getattr(tokenizer, "model_max_length", None),
-        ]
-        known = [limit for limit in limits if limit and limit < _NO_LIMIT]
+        config = model.config.get_text_config()
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        limits = [getattr(config, name, None) for name in names]
+        limits.append(getattr(tokenizer, "model_max_length", None))
+        known = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
         self.max_tokens: int | None = min(known) if known else None
         forward = inspect.signature(model.forward).parameters
         self._has_positions = "position_ids" in forward
@@ -80,7 +80,9 @@ class PlainModel:
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with the model's own beginning but no ending."""
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=True)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
         eos = self.eos
         # Some tokenizers append an end of text: an answer could not follow it.
         return [row[:-1] if len(row) > 1 and row[-1] == eos else row for row in ids]

@@ -47,6 +47,8 @@ class Template:
                         " {claim}; write {{ and }} for literal braces."
                     )
                 names.append(name)
+        except PromptError:
+            raise
         except ValueError as error:
             raise PromptError(
                 f"The prompt cannot be parsed: {error}. Write {{{{ and }}}} for literal braces."
@@ -72,7 +74,8 @@ def check_choices(choices: Sequence[str]) -> tuple[str, ...]:
     >>> check_choices(["yes", "no"])
     ('yes', 'no')
     """
-    if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
+    is_list = isinstance(choices, (list, tuple))  # the order decides ties
+    if not is_list or not all(isinstance(choice, str) for choice in choices):
         raise PromptError(f"choices must be a list of texts; found {choices!r:.80}.")
     stripped = [choice.strip() for choice in choices]
     if len(choices) < 2:
@@ -82,6 +85,10 @@ def check_choices(choices: Sequence[str]) -> tuple[str, ...]:
     if repeated := sorted({choice for choice in stripped if stripped.count(choice) > 1}):
         raise PromptError(f"choices repeats {', '.join(map(repr, repeated))}.")
     return tuple(choices)
+
+
+class ScoringError(Exception):
+    """A row whose choices cannot be scored; its text is the row's error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,11 @@ def plan_scoring(sequences: Sequence[Sequence[int]], eos: int | None) -> Scoring
         Token that ends an answer. Appended to all where one choice begins with another: the
         longer of the two could never win otherwise.
 
+    Raises
+    ------
+    ScoringError
+        Where the model cannot tell the choices apart, or has nothing to predict them from.
+
     Examples
     --------
     >>> scoring = plan_scoring([[1, 2, 7], [1, 2, 8], [1, 2, 9, 4, 5]], eos=0)
@@ -133,11 +145,17 @@ def plan_scoring(sequences: Sequence[Sequence[int]], eos: int | None) -> Scoring
     ((1, 2), ((7,), (8,), (9, 4, 5)), ((9, 4),))
     """
     tokens = [tuple(sequence) for sequence in sequences]
-    if eos is not None and _has_prefix(tokens):
+    if len(set(tokens)) < len(tokens):
+        raise ScoringError("Some choices are the same tokens to this model: it has no other words.")
+    if _has_prefix(tokens):
+        if eos is None:
+            raise ScoringError(
+                "One choice begins with another, and this model has no token that ends an answer."
+            )
         tokens = [(*sequence, eos) for sequence in tokens]
     n_shared = _n_shared(tokens)
-    # A choice needs a token of its own, and the model needs one before it to predict from.
-    n_shared = max(1, min(n_shared, min(map(len, tokens)) - 1))
+    if not n_shared:
+        raise ScoringError("Nothing stands before the answer to predict it from.")
     endings = tuple(sequence[n_shared:] for sequence in tokens)
     starts = {ending[:-1] for ending in endings}
     runs = tuple(
@@ -168,7 +186,7 @@ def cut_to_fit(
     n_max: int,
     count: Callable[[Mapping[str, Any]], int],
 ) -> dict[str, Any] | None:
-    """Shorten one field until the row fits, cutting whole words off its end.
+    """Shorten one field until the row fits, cutting its end: between words where there are any.
 
     Parameters
     ----------
@@ -184,18 +202,20 @@ def cut_to_fit(
     Returns
     -------
     dict or None
-        The row with the longest beginning of the field that fits; None if not even an empty
-        field does.
+        The row with the longest beginning of the field that fits; None if nothing of it does.
     """
-    words = str(row[field]).split(" ")
-    low, high = 0, len(words)  # the most words that fit lie in [low, high)
-    if count({**row, field: ""}) > n_max:
-        return None
+    text = str(row[field])
+    low, high = 0, len(text)  # the most characters that fit lie in [low, high)
     while low + 1 < high:
         middle = (low + high) // 2
-        fits = count({**row, field: " ".join(words[:middle])}) <= n_max
+        fits = count({**row, field: text[:middle]}) <= n_max
         low, high = (middle, high) if fits else (low, middle)
-    return {**row, field: " ".join(words[:low])}
+    cut = text[:low]
+    is_inside_word = bool(cut) and not (text[low].isspace() or cut[-1].isspace())
+    if is_inside_word and len(words := cut.rsplit(maxsplit=1)) > 1:
+        cut = cut[: len(cut) - len(words[-1])]  # not in the middle of a word
+    cut = cut.rstrip()
+    return {**row, field: cut} if cut and count({**row, field: cut}) <= n_max else None
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

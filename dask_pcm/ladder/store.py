@@ -101,6 +101,7 @@ class Store:
             if residency.tier is Tier.FAILED and (waited or not again):
                 raise LoadError(residency.error)
             residency.tier = Tier.LOADING
+            residency.ref = ref  # the same recipe, but perhaps pickled so that it can be opened
         self._on_change(Change(ref.digest, Tier.LOADING))
         return self._build(residency)
 
@@ -125,8 +126,10 @@ class Store:
         return value
 
     @contextmanager
-    def acquire(self, refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
+    def acquire(self, refs: Sequence[ContextRef], again: bool = True) -> Iterator[list[Any]]:
         """Hold the live objects of `refs`, in their order; build what is missing.
+
+        What failed to load before is tried again, or raises the same error if `again` is False.
 
         An exclusive context has one holder at a time. Several are taken in the order of their
         digests, so that two tasks never wait for each other. What a task raises while it holds
@@ -136,13 +139,13 @@ class Store:
             held = {}
             for ref in sorted(refs, key=lambda ref: ref.digest):
                 if ref.digest not in held:
-                    held[ref.digest] = stack.enter_context(self._hold(ref))
+                    held[ref.digest] = stack.enter_context(self._hold(ref, again))
             yield [held[ref.digest] for ref in refs]
 
     @contextmanager
-    def _hold(self, ref: ContextRef) -> Iterator[Any]:
+    def _hold(self, ref: ContextRef, again: bool) -> Iterator[Any]:
         while True:
-            value = self.load(ref, again=False)
+            value = self.load(ref, again)
             with self._changed:
                 residency = self._residencies.get(ref.digest)
                 # Between load() and here another thread may have evicted it: build it again.

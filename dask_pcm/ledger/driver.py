@@ -236,10 +236,8 @@ class Driver:
             self._next_status = now + _STATUS_EVERY_S
         if now >= self._next_status - _STATUS_EVERY_S or is_last:
             status = self._status
-            note = (
-                f"{status.get('n_warm', 0)}/{status.get('n_workers', 0)} workers warm,"
-                f" {self._report.context_loads} loads"
-            )
+            n_warm, n_workers = status.get("n_warm", 0), status.get("n_workers", 0)
+            note = f"{n_warm}/{n_workers} warm, {self._report.context_loads} loads"
             shown.show(self._n_done, note)
 
     def _tell(self, n_rows: float, n_units: int) -> None:

@@ -12,7 +12,6 @@ from rich.progress import (
     Progress,
     TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -55,14 +54,14 @@ class _Silence:
 
 class _Bar:
     def __init__(self, console: Console, n_total: int, n_before: int, unit: str) -> None:
+        # Fits a terminal of 80 columns, so that nothing is cut in the middle.
         self._progress = Progress(
-            BarColumn(),
+            BarColumn(bar_width=10),
             TaskProgressColumn(),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
             TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}"),
             console=console,
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 from distributed import Nanny, Worker
+from distributed.core import Status
 from distributed.diagnostics.plugin import NannyPlugin
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,9 @@ class MemoryAllowance:
     async def _tell_nanny(self, n_bytes: int) -> None:
         try:
             await self._worker.rpc(self._worker.nanny).pcm_allow_memory(n_bytes=n_bytes)
-        except Exception:
-            logger.warning("The nanny of %s keeps its memory limit", self._worker, exc_info=True)
+        except Exception as error:
+            if self._worker.status is Status.running:  # else it is on its way out, and so are we
+                logger.warning("The nanny of %s keeps its memory limit: %s", self._worker, error)
 
 
 class AllowancePlugin(NannyPlugin):

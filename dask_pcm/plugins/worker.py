@@ -16,12 +16,12 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor as LoaderExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from distributed import Worker, get_worker
 from distributed.comm import CommClosedError
+from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
@@ -52,7 +52,8 @@ class ContextPlugin(WorkerPlugin):
         self.n_threads = 1
         self.store = Store(self._report)
         self.memory = MemoryAllowance(worker)
-        self._loader = LoaderExecutor(1, thread_name_prefix="pcm-load")
+        # Dask's executor: a worker that ends does not wait for its threads.
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")
         self._lane = threading.local()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         keep_freed_memory()
@@ -69,7 +70,7 @@ class ContextPlugin(WorkerPlugin):
         )
 
     def teardown(self, worker: Worker) -> None:
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        self._loader.shutdown(wait=False)
 
     def _open_lanes(self) -> None:
         """Context tasks get threads of their own, on top of those that the worker has.
@@ -99,6 +100,8 @@ class ContextPlugin(WorkerPlugin):
         except LoadError:
             pass  # the store has reported it
         except Exception as error:
+            if self.worker.status in (Status.closing, Status.closed):
+                return
             # Not the loader's fault, but the gate waits for an answer all the same.
             logger.exception("Context %r could not be loaded", ref.name)
             self._report(Change(ref.digest, Tier.FAILED, error=f"{type(error).__name__}: {error}"))
@@ -121,7 +124,7 @@ class ContextPlugin(WorkerPlugin):
     @contextmanager
     def acquire(self, refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
         """Hold the live objects of `refs` on a lane's thread."""
-        with self.store.acquire(refs) as values:
+        with self.store.acquire(refs, again=False) as values:  # when to try again, the gate knows
             self._set_threads()
             yield values
 

@@ -62,10 +62,30 @@ def test_batches_and_order_change_no_answer(model):
 
 def test_the_probability_is_the_softmax_of_the_scores():
     call = Classify(Template("{x}"), ("a", "b", "c"), None, (), 1)
-    answer, probability = call._answer([-1.0, -2.0, -800.0])
-    assert answer == "a"
+    answer, probability, error = call._answer([-1.0, -2.0, -800.0])
+    assert answer == "a" and error is None
     assert probability == pytest.approx(math.exp(-1) / (math.exp(-1) + math.exp(-2)))
     assert call._answer([-5.0, -3.0, -3.0])[0] == "b"  # a tie goes to the first listed
+
+
+def test_scores_that_are_no_numbers_are_the_rows_error(model, monkeypatch):
+    monkeypatch.setattr(model, "score", lambda scorings, n: [[math.nan] * 3 for _ in scorings])
+    found = Classify(Template(PROMPT), LABELS, None, ("id",), 512)(generate(3), model)
+    assert found.answer.isna().all() and found.answer_probability.isna().all()
+    assert found.error.str.startswith("The model's scores are no numbers").all()
+
+
+def test_choices_that_the_model_cannot_tell_apart_are_the_rows_error(model):
+    found = Classify(Template(PROMPT), ("oui", "non"), None, ("id",), 512)(generate(3), model)
+    assert found.error.str.startswith("Some choices are the same tokens").all()
+
+
+def test_an_empty_prompt_is_the_rows_error(model):
+    frame = generate(3).assign(claim=["", "Ada", ""])
+    found = Classify(Template("{claim}"), ("REFUTED", "SUPPORTED"), None, ("id",), 512)(
+        frame, model
+    )
+    assert found.error.notna().tolist() == [True, False, True]
 
 
 def test_kept_columns_and_the_index(client, llm):

@@ -81,7 +81,7 @@ class TestRefusedAtOnce:
         [
             ("config.json", "no config.json"),
             ("model.safetensors", "has no weights"),
-            ("tokenizer*", "no tokenizer files"),
+            ("tokenizer.json", "no tokenizer files"),
         ],
     )
     def test_files_that_are_missing(self, folder, name, message):
@@ -106,6 +106,37 @@ class TestRefusedAtOnce:
         (folder / "config.json").write_text("{}")
         with pytest.raises(ModelError, match="names no model_type"):
             LLM(folder)
+
+    @pytest.mark.parametrize("text", ["garbage", "{}"])
+    def test_a_tokenizer_or_an_index_that_is_corrupt(self, folder, text):
+        index = folder / "model.safetensors.index.json"
+        index.write_text(text)
+        with pytest.raises(ModelError, match=r"index\.json' is corrupt"):
+            LLM(folder)
+        index.unlink()
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(ModelError, match=r"tokenizer\.json' is corrupt"):
+            LLM(folder)
+
+    @pytest.mark.parametrize("kind", ["bert-of-mars", "vit"])
+    def test_an_architecture_that_is_no_causal_model(self, folder, kind):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+        with pytest.raises(ModelError, match=rf"model_type '{kind}', of which"):
+            LLM(folder)
+
+    def test_weights_that_are_no_weights(self, folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "training_args.bin").write_bytes(b"x")
+        with pytest.raises(ModelError, match="has no weights"):
+            LLM(folder)
+
+    def test_arguments_that_make_no_sense(self, folder):
+        with pytest.raises(ModelError, match="dtype must be one of"):
+            LLM(folder, dtype="float33")
+        for nothing in ("", None):
+            with pytest.raises(ModelError, match="needs a model folder"):
+                LLM(nothing)
 
     def test_a_shard_that_is_missing(self, folder):
         index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}

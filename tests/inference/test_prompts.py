@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from dask_pcm.errors import PromptError
 from dask_pcm.inference.prompts import (
+    ScoringError,
     Template,
     batches_by_length,
     check_choices,
@@ -45,6 +46,8 @@ def test_fields_are_filled_by_name_alone():
     ("choices", "message"),
     [
         ("yes", "list of texts"),
+        (None, "list of texts"),
+        ({"yes", "no"}, "list of texts"),
         ([1, 2], "list of texts"),
         (["yes"], "at least two"),
         ([], "at least two"),
@@ -116,7 +119,29 @@ def test_cutting_keeps_as_many_words_as_fit():
     def count(row):
         return len((row["claim"] + " " + row["evidence"]).split())
 
-    row = {"claim": "a b", "evidence": "c d e f g"}
-    assert cut_to_fit(row, "evidence", 5, count) == {"claim": "a b", "evidence": "c d e"}
-    assert cut_to_fit(row, "evidence", 2, count) == {"claim": "a b", "evidence": ""}
+    row = {"claim": "a b", "evidence": "cc dd ee ff gg"}
+    assert cut_to_fit(row, "evidence", 5, count) == {"claim": "a b", "evidence": "cc dd ee"}
+    assert cut_to_fit(row, "evidence", 3, count) == {"claim": "a b", "evidence": "cc"}
+    assert cut_to_fit(row, "evidence", 2, count) is None
     assert cut_to_fit(row, "evidence", 1, count) is None
+
+
+def test_text_without_words_is_cut_between_characters():
+    def count(row):
+        return len(row["x"])
+
+    assert cut_to_fit({"x": "字" * 50}, "x", 20, count) == {"x": "字" * 20}
+    assert cut_to_fit({"x": "one\ntwo\nthree"}, "x", 9, count) == {"x": "one\ntwo"}
+
+
+@pytest.mark.parametrize(
+    ("sequences", "eos", "message"),
+    [
+        ([[1, 2], [1, 2]], 0, "same tokens"),
+        ([[1, 2], [1, 2, 3]], None, "no token that ends"),
+        ([[1, 2], [3, 4]], 0, "Nothing stands before"),
+    ],
+)
+def test_what_cannot_be_scored_says_why(sequences, eos, message):
+    with pytest.raises(ScoringError, match=message):
+        plan_scoring(sequences, eos)
