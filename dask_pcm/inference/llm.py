@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from dask_pcm.inference.plain import load_model
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: How classes of models that continue a text are called.
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _BLOCK_BYTES = 1 << 22
 
 
@@ -137,20 +140,32 @@ def _check_folder(path: Path) -> None:
         raise ModelError(f"{str(config)!r} cannot be read: {error}.") from error
     if not isinstance(found, dict) or "model_type" not in found:
         raise ModelError(f"{str(config)!r} names no model_type.")
-    _check_architecture(config, found["model_type"])
+    _check_architecture(config, found)
     _check_tokenizer(path)
     _check_weights(path)
 
 
-def _check_architecture(config: Path, model_type: str) -> None:
-    """Without torch: whether transformers has a causal model of this type."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+def _check_architecture(config: Path, found: dict[str, Any]) -> None:
+    """Whether transformers knows the type of model, and it is a causal one."""
+    kind, architectures = str(found["model_type"]), found.get("architectures") or []
+    if not _is_known(kind):
         raise ModelError(
-            f"{str(config)!r} says model_type {model_type!r}, of which transformers has here"
-            " no causal language model."
+            f"{str(config)!r} says model_type {kind!r}, which transformers does not know here."
         )
+    if architectures and not any(str(name).endswith(_CAUSAL) for name in architectures):
+        raise ModelError(f"{str(config)!r} is of {architectures[0]}, which is no causal model.")
+
+
+def _is_known(model_type: str) -> bool:
+    # Most types have a folder of their name; to ask transformers itself is to import torch.
+    spec = importlib.util.find_spec("transformers")
+    if spec is not None and spec.origin is not None:
+        folder = Path(spec.origin).parent / "models" / model_type.replace("-", "_")
+        if folder.is_dir():
+            return True
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def _check_tokenizer(path: Path) -> None:

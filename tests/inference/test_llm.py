@@ -118,11 +118,17 @@ class TestRefusedAtOnce:
         with pytest.raises(ModelError, match=r"tokenizer\.json' is corrupt"):
             LLM(folder)
 
-    @pytest.mark.parametrize("kind", ["bert-of-mars", "vit"])
-    def test_an_architecture_that_is_no_causal_model(self, folder, kind):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"model_type": "llama-of-mars"}, "'llama-of-mars', which transformers does not know"),
+            ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM, which is no causal model"),
+        ],
+    )
+    def test_an_architecture_that_is_no_causal_model(self, folder, change, message):
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
-        with pytest.raises(ModelError, match=rf"model_type '{kind}', of which"):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ModelError, match=message):
             LLM(folder)
 
     def test_weights_that_are_no_weights(self, folder):
