@@ -45,9 +45,12 @@ def no_swallowed_errors() -> Iterator[SwallowedErrors]:
     assert not handler.records, "\n".join(handler.records)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_cluster() -> Iterator[LocalCluster]:
-    """Two worker processes that live as long as the tests: for whatever harms none of them."""
+    """Two worker processes for the tests of a module: for whatever harms none of them.
+
+    Not for the whole session: Dask's own cluster tests look for processes that were left behind.
+    """
     with LocalCluster(
         n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit="4GiB"
     ) as cluster:
