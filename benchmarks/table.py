@@ -45,7 +45,7 @@ class Rows:
         self._console = Console()
 
     def add(self, measure: str, value: float, bar: str = "") -> None:
-        row = Row.of(measure, round(value, 4), bar)
+        row = Row.of(measure, round(float(value), 4), bar)  # numpy's numbers are no JSON
         self._rows.append(row)
         verdict = {True: "ok", False: "MISSED", None: ""}[row.ok]
         self._console.print(

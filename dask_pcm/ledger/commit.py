@@ -160,15 +160,26 @@ class Output:
         shutil.rmtree(self.temporary / "aside", ignore_errors=True)
 
     def put_back(self) -> None:
-        """Nothing new came of it: what was set aside stands again where it stood."""
-        aside = self.temporary / "aside"
-        if not aside.is_dir():
+        """Nothing new came of it: what was set aside stands again where it stood.
+
+        Ends this run. Where a unit has committed after all, the new job stays instead.
+        """
+        aside = self.home / f"old-{uuid.uuid4().hex}"
+        try:
+            (self.temporary / "aside").rename(aside)
+        except FileNotFoundError:
             return
-        for path in [*self._job_files(), *(Path(self.path, name) for name in self.parts())]:
-            path.unlink(missing_ok=True)
-        for path in aside.iterdir():
-            home = self.home if path.suffix == ".json" else Path(self.path)
-            path.rename((self.home / "started" if path.suffix == ".jsonl" else home) / path.name)
+        self.close()  # first: from here on no unit of this run can commit
+        has_new = any(parse_name(name) != (0, 0) for name in self.parts())
+        if not has_new and any(aside.iterdir()):
+            for path in [*self._job_files(), *(Path(self.path, name) for name in self.parts())]:
+                path.unlink(missing_ok=True)
+            for path in aside.iterdir():
+                kept = self.home if path.suffix == ".json" else Path(self.path)
+                path.rename(
+                    (self.home / "started" if path.suffix == ".jsonl" else kept) / path.name
+                )
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _job_files(self) -> list[Path]:
         found = [self.home / "manifest.json", self.home / "report.json"]

@@ -120,6 +120,34 @@ def test_closing_removes_what_dead_attempts_left(output):
     ) == ["run-third", "started"]
 
 
+def test_what_was_set_aside_is_put_back_unless_something_new_is_there(output):
+    output.commit(NAME, TABLE, {"rows": 2})
+    output.write_json("manifest.json", {"job": "old"})
+    for has_new in (False, True):
+        newer = Output(output.path, f"newer-{has_new}")
+        newer.open()
+        newer.set_aside()
+        assert newer.parts() == [] and not (newer.home / "manifest.json").exists()
+        newer.write_json("manifest.json", {"job": "new"})
+        newer.commit(range_name(0, 0), TABLE.slice(0, 0), {"rows": 0})
+        if has_new:
+            newer.commit(range_name(5, 7), TABLE, {"rows": 2})
+        newer.put_back()
+        with pytest.raises(FencedError):
+            newer.commit(range_name(7, 9), TABLE, {"rows": 2})
+        kept = '"new"' if has_new else '"old"'
+        assert kept in (newer.home / "manifest.json").read_text()
+        new_parts = [range_name(0, 0), range_name(5, 7)]
+        assert newer.parts() == (new_parts if has_new else [NAME])
+
+
+def test_a_run_that_set_nothing_aside_keeps_what_it_has(output):
+    output.set_aside()
+    output.write_json("manifest.json", {"job": "first"})
+    output.put_back()
+    assert (output.home / "manifest.json").exists()
+
+
 def test_an_unwritable_output_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="Cannot write to the output folder"):
