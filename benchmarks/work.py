@@ -88,7 +88,8 @@ KINDS = {"wait": (load_wait, infer_wait), "llama": (load_llama, infer_llama)}
 def read_log(path: Path) -> pd.DataFrame:
     """Events as a frame: pid, at (wall), cpu (of the process), rows."""
     events = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = path.read_text() if path.exists() else ""
+    for line in text[: text.rfind("\n") + 1].splitlines():  # the last may still be written
         pid, at, cpu, rows = line.split(" ")
         events.append((int(pid), float(at), float(cpu), [int(row) for row in rows.split(",")]))
     return pd.DataFrame(events, columns=["pid", "at", "cpu", "rows"])
