@@ -161,6 +161,13 @@ def test_one_cell_or_two_is_the_same():
     assert digest([x, x]) == digest([[1, 2], [1, 2]])
 
 
+def test_data_that_is_shared_many_times_is_walked_once():
+    shared = [1]
+    for _ in range(60):  # walked anew at each place it would take 2**60 steps
+        shared = [shared, shared]
+    assert len(digest(shared)) == 32
+
+
 def test_what_wraps_a_function_shows_it():
     cached = "import functools\n@functools.cache\ndef load():\n    return {}\n"
     assert digest(cells(cached.format(1))) == digest(cells(cached.format(1)))

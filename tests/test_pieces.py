@@ -189,6 +189,17 @@ class TestBadInput:
         with pytest.raises(InputError, match=r"part-1\.parquet"):
             pcm.read_parquet(folder)
 
+    def test_a_file_that_is_damaged_inside_its_data_is_named(self, tmp_path):
+        path = tmp_path / "damaged.parquet"
+        pd.DataFrame({"x": range(1000)}).to_parquet(path, index=False)
+        frame = pcm.read_parquet(path)
+        status, whole = path.stat(), bytearray(path.read_bytes())
+        whole[4:600] = b"\xff" * 596
+        path.write_bytes(whole)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with pytest.raises(InputError, match=r"Cannot read '.*damaged\.parquet'"):
+            frame.compute(scheduler="sync")
+
     def test_schemas_that_differ(self, claims):
         folder = claims()
         pd.DataFrame({"id": ["x"], "claim": ["y"]}).to_parquet(f"{folder}/z.parquet", index=False)
