@@ -4,6 +4,7 @@ The model is loaded once a worker and kept, work goes where it is warm, and noth
 ever done again. Importing this imports neither torch nor transformers.
 """
 
+import dask_pcm.accessor as _accessor  # registers ddf.pcm with Dask  # noqa: F401
 import dask_pcm.config as _config  # registers the defaults with Dask  # noqa: F401
 from dask_pcm.context import Context
 from dask_pcm.dataframe import map_partitions
@@ -11,7 +12,7 @@ from dask_pcm.errors import PCMError
 from dask_pcm.inference import LLM, classify
 from dask_pcm.ledger import Report, Run, write_parquet
 from dask_pcm.pieces import read_parquet
-from dask_pcm.plugins import install
+from dask_pcm.plugins import acquire, install, uninstall
 from dask_pcm.version import __version__
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "Report",
     "Run",
     "__version__",
+    "acquire",
     "classify",
     "install",
     "map_partitions",
     "read_parquet",
+    "uninstall",
     "write_parquet",
 ]

@@ -6,8 +6,9 @@ variable (``DASK_PCM__WORKER__LANES=3``) or with ``dask.config.set({"pcm.worker.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import dask.config
 import yaml
@@ -32,6 +33,9 @@ class Config:
     ready_s: float
     batch_tokens: int
     batch_rows: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
     @classmethod
     def read(cls) -> Config:

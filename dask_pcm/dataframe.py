@@ -14,9 +14,14 @@ from dask.dataframe.dask_expr._collection import new_collection
 from dask.dataframe.dask_expr._expr import (
     ArrowStringConversion,
     Blockwise,
+    BlockwiseHead,
+    BlockwiseTail,
     Expr,
     Fused,
+    Head,
+    Partitions,
     Projection,
+    Tail,
 )
 from dask.dataframe.dask_expr.io.io import BlockwiseIO
 from dask.dataframe.utils import make_meta
@@ -53,6 +58,14 @@ class ContextMap(Expr):
     def _is_length_preserving(self) -> bool:
         return self.operand("batch_rows") is not None
 
+    def _simplify_up(self, parent: Expr, dependents: Any) -> Expr | None:
+        """Pick partitions before they are inferred and, by rows, the first and last rows too."""
+        is_picked = isinstance(parent, Partitions)
+        if is_picked or (self._is_length_preserving and isinstance(parent, (Head, Tail))):
+            picked = type(parent)(self.frame, *parent.operands[1:])
+            return type(self)(picked, *self.operands[1:])
+        return None
+
     def _own_task(self, name: Any, index: int) -> Task:
         below = TaskRef((self.frame._name, index))
         return Task(name, infer, below, self.operand("call"), self.operand("refs"))
@@ -69,7 +82,7 @@ class ContextMap(Expr):
 
 
 def _foldable(expr: Expr) -> Iterator[Expr]:
-    """Reads and projections down from `expr`; nothing that would be dear to compute twice."""
+    """Reads, projections and heads below `expr`: nothing that is dear to compute twice."""
     npartitions = expr.npartitions
     while _is_cheap(expr) and expr.npartitions == npartitions:
         yield expr
@@ -82,7 +95,8 @@ def _foldable(expr: Expr) -> Iterator[Expr]:
 def _is_cheap(expr: Expr) -> bool:
     if isinstance(expr, Fused):
         return all(_is_cheap(part) for part in expr.exprs)
-    is_cheap = isinstance(expr, (Projection, ArrowStringConversion, BlockwiseIO))
+    cheap = (Projection, ArrowStringConversion, BlockwiseIO, BlockwiseHead, BlockwiseTail)
+    is_cheap = isinstance(expr, cheap)
     return is_cheap and isinstance(expr, Blockwise) and len(expr.dependencies()) <= 1
 
 
@@ -111,8 +125,8 @@ def map_partitions(
     context
         One ``Context``, or a dict of them by keyword.
     meta
-        What comes out: a dict of column to dtype, an empty frame, or anything else that Dask
-        takes as `meta`.
+        What comes out: a dict of column to dtype, an empty frame, a function that makes one of
+        the empty input, or anything else that Dask takes as `meta`.
     batch_rows
         Call `func` on so many rows at a time; it must return one row for each, in order. A row
         that makes it raise gets nulls and its reason in the column ``error``, which is added if
@@ -187,6 +201,7 @@ def _contexts(
 
 
 def _meta(meta: Any, ddf: dd.DataFrame) -> pd.DataFrame:
+    meta = meta(ddf._meta.copy()) if callable(meta) else meta
     out = make_meta(meta, index=ddf._meta.index, parent_meta=ddf._meta)
     if not isinstance(out, pd.DataFrame):
         raise SchemaError(

@@ -10,7 +10,7 @@ import pandas as pd
 
 from dask_pcm.context import ContextRef, Sealed
 from dask_pcm.errors import PCMError, RowCountError, SchemaError
-from dask_pcm.plugins.worker import hold
+from dask_pcm.plugins.hold import hold
 
 ERROR = "error"
 _MAX_ERROR_CHARS = 2_000

@@ -73,6 +73,8 @@ def test_one_task_a_partition_that_reads_and_infers(tasks_of, frame):
         lambda f, m: f.assign(verdict=m), frame[["id"]], context=LLM, meta=META
     )
     assert tasks_of(pruned).total() == 4
+    by_rows = pcm.map_partitions(verify, frame, context=LLM, meta=META, batch_rows=8)
+    assert tasks_of(by_rows.head(5, compute=False)) == {"pcm_verify": 1}
 
 
 def test_what_stands_above_is_not_fused_into_it(tasks_of, frame):

@@ -19,7 +19,7 @@ from dask_pcm.ledger.commit import Output
 from dask_pcm.ledger.plan import Unit
 from dask_pcm.mapping import ERROR
 from dask_pcm.pieces import PieceReader
-from dask_pcm.plugins.worker import spent
+from dask_pcm.plugins.hold import spent
 
 
 @dataclass(frozen=True, slots=True)

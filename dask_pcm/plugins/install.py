@@ -13,7 +13,8 @@ from dask_pcm.config import Config
 from dask_pcm.errors import InstallError
 from dask_pcm.plugins.memory import AllowancePlugin
 from dask_pcm.plugins.scheduler import GATE, GatePlugin
-from dask_pcm.plugins.worker import ContextPlugin
+from dask_pcm.plugins.travel import by_value
+from dask_pcm.plugins.worker import CONTEXTS, ContextPlugin
 from dask_pcm.version import __version__
 
 
@@ -42,6 +43,31 @@ def install(client: Client | None = None) -> None:
     client.register_plugin(GatePlugin(config))
     client.register_plugin(AllowancePlugin())
     client.register_plugin(ContextPlugin(config))
+
+
+def uninstall(client: Client | None = None) -> None:
+    """Take the toolkit off a cluster; nothing restarts and no work is lost.
+
+    What waits at the gate goes on as plain Dask tasks: each builds its context where it runs. The
+    contexts on workers are closed as soon as nobody holds them. Where the toolkit is not installed
+    nothing happens.
+
+    Parameters
+    ----------
+    client
+        A client of the cluster; the one made last if left out.
+    """
+    client = client or current_client()
+
+    def leave(dask_scheduler: Any = None) -> bool:
+        gate = dask_scheduler.plugins.get(GATE)
+        if gate is not None:
+            gate.uninstall()
+        return gate is not None
+
+    if client.run_on_scheduler(leave):
+        client.unregister_worker_plugin(CONTEXTS)
+        client.unregister_worker_plugin(AllowancePlugin.name, nanny=True)
 
 
 def current_client() -> Client:
@@ -101,7 +127,7 @@ def _versions_there() -> dict[str, str]:
 
 
 def _check_versions(client: Client) -> None:
-    ask = _by_value(_versions_there)
+    ask = by_value(_versions_there)
     found = {"the scheduler": client.run_on_scheduler(ask), **client.run(ask)}
     mine = versions()
     for where, theirs in found.items():
@@ -111,12 +137,3 @@ def _check_versions(client: Client) -> None:
                     f"{package} is {theirs.get(package)} on {where} and {version} on the client."
                     " Install the same versions everywhere, for instance from one environment."
                 )
-
-
-def _by_value(func: Any) -> Any:
-    """A copy of `func` that is pickled with its code, not by the name of our module."""
-    import types
-
-    copy = types.FunctionType(func.__code__, {"__builtins__": __builtins__}, func.__name__)
-    copy.__module__ = "__main__"
-    return copy

@@ -14,6 +14,8 @@ from distributed import Nanny, Worker
 from distributed.core import Status
 from distributed.diagnostics.plugin import NannyPlugin
 
+from dask_pcm.plugins.travel import Travels
+
 logger = logging.getLogger(__name__)
 
 # Parameters of mallopt(3).
@@ -64,6 +66,14 @@ class MemoryAllowance:
             self._taken[digest] = max(0, psutil.Process().memory_info().rss - before)
             self._raise(sum(self._taken.values()))
 
+    def forget(self) -> None:
+        """Nothing is held any more; on the event loop."""
+        self._taken.clear()
+        if self._limit:
+            self._worker.memory_manager.memory_limit = self._limit
+            if self._worker.nanny:
+                self._worker.loop.add_callback(self._tell_nanny, 0)
+
     def _raise(self, n_bytes: int) -> None:
         self._worker.memory_manager.memory_limit = self._limit + n_bytes
         if self._worker.nanny:
@@ -82,7 +92,7 @@ class MemoryAllowance:
                 logger.warning("The nanny of %s keeps its memory limit: %s", self._worker, error)
 
 
-class AllowancePlugin(NannyPlugin):
+class AllowancePlugin(Travels, NannyPlugin):
     """The nanny's side of ``MemoryAllowance``."""
 
     name = "pcm-allowance"

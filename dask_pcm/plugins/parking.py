@@ -7,7 +7,7 @@ had restricted it to is kept aside, and holds when it is dispatched.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +60,20 @@ def allowed(scheduler: Scheduler, ts: TaskState, asked: Asked) -> frozenset[str]
     return frozenset(ws.address for ws in valid)
 
 
-def shield_from_timeouts(scheduler: Scheduler, ours: Container[Any]) -> None:
-    """Keep ``no-workers-timeout`` from failing what the gate has parked.
+def unpark(ts: TaskState, asked: Asked) -> None:
+    """Give a task back to Dask as the user had restricted it."""
+    ts.worker_restrictions, ts.host_restrictions = asked.workers, asked.hosts
+    ts.loose_restrictions = asked.is_loose
+
+
+def shield_from_timeouts(scheduler: Scheduler, ours: Container[Any]) -> Callable[[], None]:
+    """Keep ``no-workers-timeout`` from failing what the gate has parked; return what undoes it.
 
     Dask's own check still runs, on the tasks that are not `ours`, in their order.
     """
     callback = scheduler.periodic_callbacks.get("no-workers-timeout")
     if callback is None:
-        return
+        return lambda: None
     check = scheduler._check_no_workers
 
     def shielded() -> None:
@@ -81,4 +87,8 @@ def shield_from_timeouts(scheduler: Scheduler, ours: Container[Any]) -> None:
                 ts: since for ts, since in everything.items() if ts.key in ours or ts in others
             }
 
+    def unshield() -> None:
+        callback.callback = check
+
     callback.callback = shielded
+    return unshield

@@ -107,13 +107,52 @@ class GatePlugin(SchedulerPlugin):
         self._stimuli = count()
         scheduler.stream_handlers["pcm-hello"] = self.on_hello
         scheduler.stream_handlers["pcm-residency"] = self.on_residency
+        scheduler.stream_handlers["pcm-returned"] = self.on_returned
         scheduler.handlers["pcm_run"] = self.on_run
-        parking.shield_from_timeouts(scheduler, self.asked)
+        self._unshield = parking.shield_from_timeouts(scheduler, self.asked)
         self._ticker = PeriodicCallback(self._tick, self.config.tick_s * 1000)
         self._ticker.start()
+        self._take_in()
 
     async def close(self) -> None:
         self._ticker.stop()
+
+    def uninstall(self) -> None:
+        """Leave the scheduler; what is parked goes on as plain Dask tasks."""
+        self._ticker.stop()
+        self._unshield()
+        self.scheduler.remove_plugin(GATE)
+        self.scheduler.handlers.pop("pcm_run")
+        # Workers may still have something to say: the handlers of streams stay, and find nobody.
+        self.members.clear()
+        for key, asked in self.asked.items():
+            if (ts := self.scheduler.tasks.get(key)) is not None:
+                parking.unpark(ts, asked)
+                kept = {k: v for k, v in (ts.annotations or {}).items() if k != "executor"}
+                ts.annotations = kept or None
+        parked = [key for key in self.asked if self._state_of(key) == "no-worker"]
+        self.asked.clear()
+        self.state = GateState()
+        stimulus_id = f"pcm-uninstall-{next(self._stimuli)}"
+        self.scheduler.transitions(dict.fromkeys(reversed(parked), "released"), stimulus_id)
+
+    def _take_in(self) -> None:
+        """Take charge of context tasks that were there before the gate."""
+        self.update_graph(self.scheduler, tasks=list(self.scheduler.tasks))
+        for key, asked in self.asked.items():
+            if self._state_of(key) == "no-worker":
+                self._apply(WorkParked(self._work(self.scheduler.tasks[key], asked)))
+        queued = [key for key in self.asked if self._state_of(key) == "queued"]
+        # Released, they come to wait again, and find no worker.
+        recommendations = dict.fromkeys(reversed(queued), "released")
+        self.scheduler.transitions(recommendations, f"pcm-install-{next(self._stimuli)}")
+        for key in queued:
+            if self._state_of(key) == "no-worker":  # the plugin's hook is not called yet
+                self._apply(WorkParked(self._work(self.scheduler.tasks[key], self.asked[key])))
+
+    def _state_of(self, key: Any) -> str | None:
+        ts = self.scheduler.tasks.get(key)
+        return None if ts is None else ts.state
 
     # -- what Dask says ---------------------------------------------------------------------
 
@@ -123,7 +162,7 @@ class GatePlugin(SchedulerPlugin):
             ts = scheduler.tasks.get(key)
             if ts is None or key in self.asked or ts.actor:
                 continue
-            refs = find_refs(ts.run_spec)
+            refs = find_refs(ts.run_spec, [d.run_spec for d in ts.dependencies])
             if not refs:
                 continue
             self.refs.update((ref.digest, ref) for ref in refs)
@@ -213,6 +252,14 @@ class GatePlugin(SchedulerPlugin):
             loads = self.loads.setdefault(digest, Loads())
             loads.n, loads.seconds = loads.n + 1, loads.seconds + seconds
         self._apply(ResidencyReported(worker, digest, standing, seconds, error))
+
+    def on_returned(self, worker: str, epoch: str, keys: list[Any], **kwargs: Any) -> None:
+        """A worker has not begun these tasks, and does not have them any more."""
+        member = self.members.get(worker)
+        if member is None or member.epoch != epoch:
+            return
+        recommendations = {key: "released" for key in keys if self.state.placed.get(key) == worker}
+        self.scheduler.transitions(recommendations, f"pcm-returned-{next(self._stimuli)}")
 
     async def on_run(
         self, run: str, client: str, refs: bytes, kind: str, n_rows: float, n_units: int
@@ -311,6 +358,7 @@ class GatePlugin(SchedulerPlugin):
         self._wake()
 
     def _tick(self) -> None:
+        self._be_last()
         self._sync_pauses()
         if self.state.waiting or self.runs:
             self._wake()
@@ -320,6 +368,19 @@ class GatePlugin(SchedulerPlugin):
             is_paused = self.scheduler.workers.get(address) not in self.scheduler.running
             if is_paused != view.is_paused:
                 self._apply(WorkerPaused(address, is_paused))
+                if is_paused and view.running:
+                    self._call_back(address, list(view.running))
+
+    def _call_back(self, worker: str, keys: list[Any]) -> None:
+        """Ask for what a worker has not begun; freed from here, it might run twice."""
+        message = {"op": "pcm-return", "epoch": self.members[worker].epoch, "keys": keys}
+        self.scheduler.worker_send(worker, message)
+
+    def _be_last(self) -> None:
+        """Be called after plugins that restrict tasks: what they want then holds at dispatch."""
+        plugins = self.scheduler.plugins
+        if next(reversed(plugins)) != GATE and GATE in plugins:
+            plugins[GATE] = plugins.pop(GATE)
 
     def _close_run(self, run: str) -> None:
         if self.runs.pop(run, None) is not None:

@@ -15,15 +15,16 @@ from dask_pcm.context import Context, ContextRef
 MAX_VISITS = 2_000
 
 
-def find_refs(run_spec: Any) -> tuple[ContextRef, ...]:
+def find_refs(run_spec: Any, inputs: Iterable[Any] = ()) -> tuple[ContextRef, ...]:
     """Return the refs that a task's specification carries, each digest once, in digest order.
 
-    A bare ``DataNode`` is data, not a task that uses it: nothing is found in one.
+    A bare ``DataNode`` is data, not a task that uses it: nothing is found in one. But it is looked
+    into where it is among the `inputs` of a task, as in ``delayed(func)(delayed(context))``.
     """
     if not isinstance(run_spec, GraphNode) or isinstance(run_spec, DataNode):
         return ()
     found: dict[str, ContextRef] = {}
-    todo: list[Any] = [run_spec]
+    todo: list[Any] = [run_spec, *(node for node in inputs if isinstance(node, DataNode))]
     for _ in range(MAX_VISITS):
         if not todo:
             break

@@ -6,7 +6,6 @@ built on a thread of their own and used on the lanes, so that neither holds up a
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import pickle
@@ -14,16 +13,16 @@ import sys
 import threading
 import time
 import uuid
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from distributed import Worker, get_worker
+from distributed import Worker, warn
 from distributed.comm import CommClosedError
 from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.threadpoolexecutor import ThreadPoolExecutor
+from distributed.worker_state_machine import FreeKeysEvent
 
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
@@ -31,13 +30,15 @@ from dask_pcm.errors import LoadError
 from dask_pcm.ladder.store import Change, Store, Tier
 from dask_pcm.plugins.memory import MemoryAllowance, keep_freed_memory
 from dask_pcm.plugins.scheduler import LANES
+from dask_pcm.plugins.travel import Travels
 
 logger = logging.getLogger(__name__)
 
 CONTEXTS = "pcm-contexts"
+_UNBEGUN = frozenset({"waiting", "ready", "constrained"})
 
 
-class ContextPlugin(WorkerPlugin):
+class ContextPlugin(Travels, WorkerPlugin):
     """Keeps the contexts of one worker, and two lanes to use them in."""
 
     name = CONTEXTS
@@ -50,6 +51,8 @@ class ContextPlugin(WorkerPlugin):
         self.worker = worker
         self.epoch = uuid.uuid4().hex
         self.n_threads = 1
+        #: Contexts that the gate has asked for; what a task wants besides was hidden from it.
+        self._wanted: set[str] = set()
         self.store = Store(self._report)
         self.memory = MemoryAllowance(worker)
         # Dask's executor: a worker that ends does not wait for its threads.
@@ -59,6 +62,7 @@ class ContextPlugin(WorkerPlugin):
         keep_freed_memory()
         self._open_lanes()
         worker.stream_handlers["pcm-load"] = self.on_load
+        worker.stream_handlers["pcm-return"] = self.on_return
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         worker.batched_stream.send(
             {
@@ -70,6 +74,11 @@ class ContextPlugin(WorkerPlugin):
         )
 
     def teardown(self, worker: Worker) -> None:
+        self.epoch = ""  # whatever the scheduler still says is of no account
+        if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
+            worker.state.nthreads -= self.config.n_lanes  # the lanes end with what is on them
+            self._loader.submit(self.store.close)
+            self.memory.forget()
         self._loader.shutdown(wait=False)
 
     def _open_lanes(self) -> None:
@@ -86,8 +95,21 @@ class ContextPlugin(WorkerPlugin):
         """The scheduler wants a context here."""
         if epoch != self.epoch:
             return
+        wanted: ContextRef = pickle.loads(ref)
         self.n_threads = n_threads
-        self._loader.submit(self._load, pickle.loads(ref))
+        self._wanted.add(wanted.digest)
+        self._loader.submit(self._load, wanted)
+
+    def on_return(self, epoch: str, keys: Sequence[Any], **kwargs: Any) -> None:
+        """The scheduler wants back what has not begun; it is told what that was."""
+        if epoch != self.epoch:
+            return
+        tasks = ((key, self.worker.state.tasks.get(key)) for key in keys)
+        unbegun = [key for key, ts in tasks if ts is not None and ts.state in _UNBEGUN]
+        stimulus_id = f"pcm-return-{time.time()}"
+        self.worker.handle_stimulus(FreeKeysEvent(keys=unbegun, stimulus_id=stimulus_id))
+        message = {"op": "pcm-returned", "epoch": self.epoch, "keys": unbegun}
+        self.worker.batched_stream.send(message)
 
     def _load(self, ref: ContextRef) -> None:
         if self.store.tier(ref.digest) is Tier.DEVICE:
@@ -123,10 +145,23 @@ class ContextPlugin(WorkerPlugin):
 
     @contextmanager
     def acquire(self, refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
-        """Hold the live objects of `refs` on a lane's thread."""
+        """Hold the live objects of `refs`, on the thread of a task."""
+        for ref in refs:
+            if ref.digest not in self._wanted and self.store.tier(ref.digest) is not Tier.DEVICE:
+                self._load_in_place(ref)
         with self.store.acquire(refs, again=False) as values:  # when to try again, the gate knows
             self._set_threads()
             yield values
+
+    def _load_in_place(self, ref: ContextRef) -> None:
+        warn(
+            f"Context {ref.name!r} is loaded in the middle of a task: the gate could not see that"
+            " the task needs it, because it is hidden in a closure, a callable object, a scattered"
+            " value or a very long list. Hand it over as an argument of the task, for instance"
+            " client.map(func, items, model=context)."
+        )
+        with self.memory.growing(ref.digest):
+            self.store.load(ref)
 
     def _set_threads(self) -> None:
         """Give torch the cores of this worker; its setting is the calling thread's own."""
@@ -137,70 +172,3 @@ class ContextPlugin(WorkerPlugin):
         if hasattr(torch, "set_num_threads"):  # not while another thread still imports it
             torch.set_num_threads(self.n_threads)
             self._lane.n_threads = self.n_threads
-
-
-class Spent(threading.local):
-    """What the task on this thread did with contexts.
-
-    Attributes
-    ----------
-    infer_s
-        Seconds that it has held them.
-    facts
-        What they say of themselves in a mapping ``facts``: device, dtype.
-    """
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """A new task begins on this thread."""
-        self.infer_s = 0.0
-        self.facts: dict[str, str] = {}
-
-
-spent = Spent()
-
-
-@contextmanager
-def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
-    """Hold the live objects of `refs`, wherever this runs.
-
-    On a worker with our plugin they are warm: the gate saw to that. Elsewhere (another Dask
-    scheduler, a worker without the plugin) they are loaded once in this process and kept.
-    """
-    source = _plugin() or _store_of_process()
-    with source.acquire(refs) as values:
-        start = time.perf_counter()
-        for value in values:
-            if isinstance(facts := getattr(value, "facts", None), Mapping):
-                spent.facts.update(facts)
-        try:
-            yield values
-        finally:
-            spent.infer_s += time.perf_counter() - start
-
-
-def _plugin() -> ContextPlugin | None:
-    try:
-        worker = get_worker()
-    except ValueError:
-        return None
-    plugin: ContextPlugin | None = worker.plugins.get(CONTEXTS)
-    if plugin is None:
-        _warn_not_installed()
-    return plugin
-
-
-@functools.cache
-def _warn_not_installed() -> None:
-    warnings.warn(
-        "dask_pcm is not installed on this cluster: contexts are loaded in the middle of tasks,"
-        " wherever Dask places them. Call dask_pcm.install(client) first.",
-        stacklevel=2,
-    )
-
-
-@functools.cache
-def _store_of_process() -> Store:
-    return Store()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import threading
 import time
@@ -15,10 +16,11 @@ from distributed.utils_test import inc
 
 from dask_pcm import Context
 from dask_pcm.errors import LoadError
+from dask_pcm.plugins.hold import hold
 from dask_pcm.plugins.parking import PARKED
 from dask_pcm.plugins.scheduler import GATE, GatePlugin
 from dask_pcm.plugins.walk import find_refs
-from dask_pcm.plugins.worker import CONTEXTS, hold
+from dask_pcm.plugins.worker import CONTEXTS
 from tests.plugins.gated import gated, install, poll
 
 
@@ -397,6 +399,29 @@ async def test_a_paused_worker_gets_nothing_new(c, s, gate, a, b):
     assert await where(c, futures) == {b.address}
     a.status = Status.running
     await poll(lambda: not gate.state.workers[a.address].is_paused, 5)
+
+
+def begun(i, ctx=None):
+    DONE.append(i)
+    Event("go").wait(20)
+    return i
+
+
+@gated(config={"distributed.worker.memory.pause": False})
+async def test_what_a_paused_worker_has_not_begun_goes_elsewhere(c, s, gate, a, b):
+    gate.config = dataclasses.replace(gate.config, pipeline_s=60.0)
+    await wait(c.map(noted, range(-40, 0), ctx=A, key="warm"))  # so short that many are sent ahead
+    DONE.clear()
+    futures = c.map(begun, range(12), ctx=A, key="noted", workers=[a.address, b.address])
+    n_begun = 2 * gate.config.n_lanes
+    await poll(lambda: len(DONE) == n_begun, 10)
+    sent = [key for key, where in gate.state.placed.items() if where == a.address]
+    a.status = Status.paused
+    await poll(lambda: len(gate.state.workers[a.address].running) <= gate.config.n_lanes, 10)
+    assert len(DONE) == n_begun and len(sent) > gate.config.n_lanes
+    await Event("go").set()
+    assert await asyncio.wait_for(c.gather(futures), 20) == list(range(12))
+    assert sorted(DONE) == list(range(12))  # nothing twice
 
 
 @gated()

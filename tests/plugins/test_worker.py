@@ -14,7 +14,8 @@ from distributed import Client, LocalCluster, get_worker, wait
 import dask_pcm as pcm
 from dask_pcm.errors import InstallError
 from dask_pcm.ladder.store import Store
-from dask_pcm.plugins.worker import CONTEXTS, hold
+from dask_pcm.plugins.hold import hold
+from dask_pcm.plugins.worker import CONTEXTS
 
 # By its name: the package re-exports the function under the same one.
 install_module = importlib.import_module("dask_pcm.plugins.install")

@@ -1,0 +1,123 @@
+"""What a task calls to get at live objects, wherever it runs."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from distributed import get_worker, warn
+
+from dask_pcm.context import Context, ContextRef
+from dask_pcm.errors import RecipeError
+from dask_pcm.ladder.store import Store
+from dask_pcm.plugins.worker import CONTEXTS, ContextPlugin
+
+
+@contextmanager
+def acquire(*contexts: Context) -> Iterator[Any]:
+    """Inside a task of your own, hold the live object of a context.
+
+    Hand the context over as an argument of the task: the gate then sees it, and sends the task to
+    a worker that holds it. Hidden in a closure, a callable object or a scattered value it is not
+    seen; the object is then built where the task happens to run, with a warning.
+
+    Parameters
+    ----------
+    *contexts
+        One ``Context``, or several: then a list of their objects is handed out.
+
+    Yields
+    ------
+    object
+        What the loader returned. An exclusive context has one holder at a time in a worker; until
+        the block ends it is not evicted. Outside a cluster it is built in this process and kept.
+
+    Raises
+    ------
+    LoadError
+        Where the context cannot be built.
+
+    Examples
+    --------
+    >>> def length(text, model):
+    ...     with acquire(model) as live:
+    ...         return live(text)
+    >>> length("claim", Context(lambda: len))  # in a notebook: client.map(length, texts, model=...)
+    5
+    """
+    for context in contexts:
+        if not isinstance(context, Context):
+            raise RecipeError(f"acquire takes a dask_pcm.Context; found {context!r:.80}.")
+    with hold([context.ref for context in contexts]) as values:
+        yield values[0] if len(values) == 1 else values
+
+
+class Spent(threading.local):
+    """What the task on this thread did with contexts.
+
+    Attributes
+    ----------
+    infer_s
+        Seconds that it has held them.
+    facts
+        What they say of themselves in a mapping ``facts``: device, dtype.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A new task begins on this thread."""
+        self.infer_s = 0.0
+        self.facts: dict[str, str] = {}
+
+
+spent = Spent()
+
+
+@contextmanager
+def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
+    """Hold the live objects of `refs`, wherever this runs.
+
+    On a worker with our plugin they are warm: the gate saw to that. Elsewhere (another Dask
+    scheduler, a worker without the plugin) they are loaded once in this process and kept.
+    """
+    source = _plugin() or _store_of_process()
+    with source.acquire(refs) as values:
+        start = time.perf_counter()
+        for value in values:
+            if isinstance(facts := getattr(value, "facts", None), Mapping):
+                spent.facts.update(facts)
+        try:
+            yield values
+        finally:
+            spent.infer_s += time.perf_counter() - start
+
+
+def _plugin() -> ContextPlugin | None:
+    try:
+        worker = get_worker()
+    except ValueError:
+        return None
+    plugin = worker.plugins.get(CONTEXTS)
+    if isinstance(plugin, ContextPlugin):
+        return plugin
+    _warn_not_installed()
+    return None
+
+
+@functools.cache
+def _warn_not_installed() -> None:
+    warn(
+        "dask_pcm is not installed on this cluster: contexts are loaded in the middle of tasks,"
+        " wherever Dask places them. Call dask_pcm.install(client) first.",
+    )
+
+
+@functools.cache
+def _store_of_process() -> Store:
+    return Store()

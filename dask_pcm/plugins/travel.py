@@ -1,0 +1,73 @@
+"""How plugins reach workers and nannies that may have another version of us, or none.
+
+Dask sends every plugin to every worker that joins, and a worker that cannot unpickle one does not
+start. So a plugin travels as a function pickled by value: where the package is missing or old, a
+plugin that does nothing but say so is made of it. Plain Dask work goes on there; the gate, to which
+such a worker never says hello, gives it no work that needs a context.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from dask_pcm.version import __version__
+
+
+class Travels:
+    """A plugin that can be unpickled anywhere; made anew there from its `config`."""
+
+    config: Any = None
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        kind = type(self)
+        settings = None if self.config is None else self.config.as_dict()
+        return by_value(_arrive), (kind.__module__, kind.__qualname__, __version__, settings)
+
+
+def by_value(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of `func` that is pickled with its code, not by the name of our module."""
+    globals_ = {"__builtins__": __builtins__}
+    copy = types.FunctionType(func.__code__, globals_, func.__name__, func.__defaults__)
+    copy.__module__ = "__main__"
+    return copy
+
+
+def _arrive(module: str, name: str, version: str, settings: dict[str, Any] | None) -> Any:
+    # Runs where dask_pcm may be missing: whatever it needs is imported or defined here.
+    import importlib
+    import logging
+    import pickle
+
+    from distributed import NannyPlugin, WorkerPlugin
+
+    try:
+        found = importlib.import_module("dask_pcm.version").__version__
+    except ImportError:
+        found = None
+    if found == version:
+        kind = getattr(importlib.import_module(module), name)
+        if settings is None:
+            return kind()
+        config = importlib.import_module("dask_pcm.config").Config
+        return kind(config(**settings))
+    says = "is missing" if found is None else f"is {found}"
+    base: Any = NannyPlugin if "Allowance" in name else WorkerPlugin
+
+    class Absent(base):
+        idempotent = True
+
+        def setup(self, worker: Any = None, nanny: Any = None) -> None:
+            where = worker or nanny
+            text = (
+                f"dask_pcm {says} on {where.address} and {version} on the scheduler: this worker"
+                " gets plain tasks, but none that needs a context. Install the same version there."
+            )
+            logging.getLogger("distributed.worker").warning(text)
+            if worker is not None:  # seen in the notebook, too
+                message = {"message": pickle.dumps(text), "category": pickle.dumps(UserWarning)}
+                worker.log_event("warn", message)
+
+    Absent.name = "pcm-absent"
+    return Absent()

@@ -1,0 +1,185 @@
+"""A Context handed to plain Dask: where the gate sees it, and where it does not."""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+
+import dask
+import dask.array as da
+import dask.bag as db
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+
+import dask_pcm as pcm
+from dask_pcm.errors import LoadError, RecipeError
+from dask_pcm.plugins.worker import CONTEXTS
+
+
+def load(name="live"):
+    return [name]
+
+
+def use(x, model=None):
+    with pcm.acquire(model) as live:
+        return f"{x} {live[0]}"
+
+
+class Holder:
+    """A callable object that carries its context where no walk looks."""
+
+    def __init__(self, context):
+        self.context = context
+
+    def __call__(self, x):
+        return use(x, self.context)
+
+
+@pytest.fixture
+def seen(client, shared_cluster):
+    """Run something; return its value, whether the gate saw the tasks, and what was warned of."""
+
+    def run(make):
+        context = pcm.Context(load, f"live {time.monotonic_ns()}")  # cold everywhere
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            value = make(context)
+            client.run(lambda: None)
+            deadline = time.monotonic() + 2
+            while not caught and not _wanted(client, context) and time.monotonic() < deadline:
+                time.sleep(0.02)
+        texts = [str(w.message) for w in caught if "middle of a task" in str(w.message)]
+        return value, _wanted(client, context), texts
+
+    return run
+
+
+def _wanted(client, context):
+    def wanted(dask_worker):
+        return context.digest in dask_worker.plugins[CONTEXTS]._wanted
+
+    return any(client.run(wanted).values())
+
+
+FRAME = pd.DataFrame({"x": range(4)})
+
+
+def on_frame(frame, model=None):
+    with pcm.acquire(model) as live:
+        return frame.assign(v=live[0])
+
+
+def on_block(block, model=None):
+    with pcm.acquire(model) as live:
+        return block + len(live)
+
+
+FRAME_META = {"x": "i8", "v": "str"}
+SEEN = {
+    "submit": lambda c, ctx: c.submit(use, 1, model=ctx).result(),
+    "submit, by place": lambda c, ctx: c.submit(use, 1, ctx).result(),
+    "map": lambda c, ctx: c.gather(c.map(use, range(3), model=ctx)),
+    "partial": lambda c, ctx: c.submit(functools.partial(use, model=ctx), 1).result(),
+    "in a list in a dict": lambda c, ctx: c.submit(
+        lambda d: use(1, d["m"][0]), {"m": [ctx]}
+    ).result(),
+    "delayed": lambda c, ctx: dask.delayed(use)(1, model=ctx).compute(),
+    "delayed twice": lambda c, ctx: dask.delayed(use)(1, dask.delayed(ctx)).compute(),
+    "map_partitions": lambda c, ctx: (
+        dd.from_pandas(FRAME, npartitions=2)
+        .map_partitions(on_frame, model=ctx, meta=FRAME_META)
+        .compute()
+    ),
+    "map_partitions, optimised and persisted": lambda c, ctx: (
+        dd.from_pandas(FRAME, npartitions=2)
+        .map_partitions(on_frame, ctx, meta=FRAME_META)
+        .optimize()
+        .persist()
+        .compute()
+    ),
+    "map_blocks": lambda c, ctx: (
+        da.ones(4, chunks=2).map_blocks(on_block, model=ctx, dtype="f8").compute().tolist()
+    ),
+    "bag.map": lambda c, ctx: db.from_sequence([1, 2], npartitions=2).map(use, model=ctx).compute(),
+}
+UNSEEN = {
+    "closure": lambda c, ctx: c.submit(lambda x: use(x, ctx), 1).result(),
+    "callable object": lambda c, ctx: c.submit(Holder(ctx), 1).result(),
+    "scattered": lambda c, ctx: c.submit(use, 1, c.scatter(ctx)).result(),
+    "very long list": lambda c, ctx: c.submit(
+        lambda many: use(1, many[0]), [ctx, *range(100_000)]
+    ).result(),
+}
+
+
+@pytest.mark.parametrize("api", SEEN)
+def test_what_the_gate_sees(client, seen, api):
+    value, is_wanted, warned = seen(lambda ctx: SEEN[api](client, ctx))
+    assert is_wanted and not warned
+    assert "live" in str(value) or np.asarray(value).tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize("api", UNSEEN)
+def test_what_it_does_not_see_works_and_says_how_to_be_seen(client, seen, api):
+    value, is_wanted, warned = seen(lambda ctx: UNSEEN[api](client, ctx))
+    assert "live" in str(value)
+    assert not is_wanted
+    (text,) = warned
+    assert "'load' is loaded in the middle of a task" in text and "as an argument" in text
+
+
+def test_a_hidden_context_is_kept_and_warned_of_once_a_worker(client, tmp_path):
+    log = tmp_path / "log"
+
+    def noted(path):
+        with open(path, "a") as file:
+            file.write("load\n")
+        return path
+
+    context = pcm.Context(noted, str(log))
+
+    def hidden(i):
+        with pcm.acquire(context) as live:
+            return live
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        client.gather(client.map(hidden, range(20)))
+        client.run(lambda: None)
+    n_loads = len(log.read_text().splitlines())
+    assert 1 <= n_loads <= 2
+    assert 1 <= sum("middle of a task" in str(w.message) for w in caught) <= 2
+
+
+def test_a_hidden_context_that_fails_is_tried_again(client, tmp_path):
+    path = tmp_path / "weights"
+
+    def read(path):
+        return open(path).read()
+
+    context = pcm.Context(read, str(path))
+
+    def hidden(i):
+        with pcm.acquire(context) as live:
+            return live
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        failed = client.submit(hidden, 1)
+        with pytest.raises(LoadError, match="FileNotFoundError"):
+            failed.result()
+        path.write_text("weights")
+        assert client.gather(client.map(hidden, range(2, 8))) == ["weights"] * 6
+
+
+def test_several_at_once_and_outside_a_cluster():
+    a, b = pcm.Context(load, "a"), pcm.Context(load, "b")
+    with pcm.acquire(a, b) as (first, second):
+        assert (first, second) == (["a"], ["b"])
+    with pcm.acquire(a) as again:
+        assert again is first
+    with pytest.raises(RecipeError, match=r"acquire takes a dask_pcm\.Context; found \['a'\]"):
+        pcm.acquire(first).__enter__()
