@@ -12,7 +12,7 @@ from typing import Any
 
 import dask.config
 import yaml
-from dask.utils import parse_timedelta
+from dask.utils import parse_bytes, parse_timedelta
 
 with (Path(__file__).parent / "pcm.yaml").open(encoding="utf-8") as _file:
     _DEFAULTS = yaml.safe_load(_file)
@@ -30,6 +30,7 @@ class Config:
     n_threads: int | None
     unit_s: float
     max_unit_rows: int
+    unit_bytes: int
     ready_s: float
     batch_tokens: int
     batch_rows: int
@@ -47,6 +48,12 @@ class Config:
         def seconds(key: str) -> float:
             return float(parse_timedelta(get(key), default="s"))
 
+        def size(key: str) -> int:
+            value = int(parse_bytes(get(key)))
+            if value < 1:
+                raise ValueError(f"pcm.{key} must be at least one byte; found {get(key)!r}.")
+            return value
+
         def count(key: str) -> int:
             value = int(str(get(key)))
             if value < 1:
@@ -61,6 +68,7 @@ class Config:
             n_threads=None if get("worker.threads") is None else count("worker.threads"),
             unit_s=seconds("run.unit-seconds"),
             max_unit_rows=count("run.max-unit-rows"),
+            unit_bytes=size("run.unit-bytes"),
             ready_s=seconds("run.ready-seconds"),
             batch_tokens=count("inference.batch-tokens"),
             batch_rows=count("inference.batch-rows"),

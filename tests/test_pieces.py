@@ -14,7 +14,9 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import InputError, SchemaError
-from dask_pcm.pieces import _cuts, _read_row_group, _row_groups
+from dask_pcm.files import RowGroup
+from dask_pcm.pieces import cuts
+from dask_pcm.reading import _group_starts, idle
 
 
 def test_many_small_files_are_a_piece_each(claims):
@@ -38,17 +40,22 @@ def test_a_large_row_group_is_split_into_near_equal_parts(tmp_path):
     file = tmp_path / "big.parquet"
     pd.DataFrame({"id": range(1_001)}).to_parquet(file, index=False)
     frame = pcm.read_parquet(str(file), rows_per_piece=500)
-    assert frame.divisions == (0, 334, 668, 1_000)
+    assert frame.divisions == (0, 333, 667, 1_000)
     assert frame.compute(scheduler="sync").id.tolist() == list(range(1_001))
 
 
 @pytest.mark.parametrize("groups", [[1] * 50, [10, 0, 3, 100, 7], [1_000], [99, 1, 99, 1], []])
 @pytest.mark.parametrize("rows_per_piece", [1, 7, 100, 10_000])
-def test_pieces_cover_every_row_once(groups, rows_per_piece):
-    ends = [0, *_cuts(groups, rows_per_piece)]
+@pytest.mark.parametrize("bytes_per_piece", [1, 40, 10**9])
+def test_pieces_cover_every_row_once(groups, rows_per_piece, bytes_per_piece):
+    found = list(cuts([RowGroup(n, 8 * n) for n in groups], rows_per_piece, bytes_per_piece))
+    ends = [0, *(stop for stop, _ in found)]
     assert ends == sorted(set(ends))
     assert ends[-1] == sum(groups)
-    assert all(b - a <= rows_per_piece for a, b in itertools.pairwise(ends))
+    for (a, b), (_, n_bytes) in zip(itertools.pairwise(ends), found, strict=True):
+        assert b - a <= rows_per_piece
+        assert n_bytes == 8 * (b - a)
+        assert n_bytes <= bytes_per_piece or b - a == 1
 
 
 def test_only_the_columns_asked_for_are_read(claims):
@@ -148,8 +155,8 @@ def test_a_file_that_was_written_again_is_read_again_and_an_old_frame_says_so(tm
     pd.DataFrame({"a": [7, 8]}).to_parquet(file)
     os.utime(file, ns=(1, 1))
     assert pcm.read_parquet(str(file)).compute(scheduler="sync").a.tolist() == [7, 8]
-    _read_row_group.cache_clear()
-    _row_groups.cache_clear()
+    idle.clear()
+    _group_starts.cache_clear()
     with pytest.raises(InputError, match=r"a\.parquet' has changed since it was listed"):
         old.compute(scheduler="sync")
     file.unlink()

@@ -1,0 +1,201 @@
+"""Parquet files as their footers describe them: found, fingerprinted, held against each other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import fsspec
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from dask.utils import natural_sort_key
+
+from dask_pcm.errors import InputError, SchemaError
+
+SUFFIXES = (".parquet", ".parq", ".pq")
+_MAGIC = b"PAR1"
+_TAIL_BYTES = 64 * 1024
+_N_READERS = 16
+#: Pandas types that can hold a null where numpy's cannot.
+NULLABLE = {
+    **{getattr(pa, f"int{n}")(): getattr(pd, f"Int{n}Dtype")() for n in (8, 16, 32, 64)},
+    **{getattr(pa, f"uint{n}")(): getattr(pd, f"UInt{n}Dtype")() for n in (8, 16, 32, 64)},
+    pa.bool_(): pd.BooleanDtype(),
+}
+
+
+class RowGroup(NamedTuple):
+    """Rows, and the bytes of the wanted columns before compression."""
+
+    n_rows: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """An input file as its footer describes it; the fingerprint tells whether it changed."""
+
+    path: str
+    size_bytes: int
+    modified: str
+    footer: str
+    n_rows: int
+    row_groups: tuple[RowGroup, ...]
+    schema: pa.Schema
+    nullable: frozenset[str]
+
+    @property
+    def fingerprint(self) -> dict[str, str | int]:
+        return {"size": self.size_bytes, "modified": self.modified, "footer": self.footer}
+
+
+def list_files(path: str, columns: Sequence[str] | None = None) -> list[File]:
+    """Find the Parquet files of an input and read their footers, in natural order of names.
+
+    Bytes are counted of `columns`; of all if left out.
+    """
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"Cannot open the input {path!r}: {error}") from error
+    if "*" in root:
+        found = fs.glob(root)
+    elif fs.isdir(root):
+        found = fs.find(root)
+    elif fs.exists(root):
+        found = [root]
+    else:
+        raise InputError(f"There is no input at {path!r}.")
+    paths = [name for name in found if len(found) == 1 or _is_data(name, root)]
+    if not paths or (fs.isdir(root) and not _is_data(paths[0], root)):
+        others = f"; it holds {len(found)} other files, such as {found[0]!r}" if found else ""
+        raise InputError(f"There are no Parquet files ({', '.join(SUFFIXES)}) in {path!r}{others}.")
+    if partitioned := [name for name in paths if "=" in name[len(root) :].rpartition("/")[0]]:
+        raise InputError(
+            f"{path!r} is partitioned by folder names ({partitioned[0]!r}), whose columns"
+            " pcm.read_parquet does not read. Read it with dask.dataframe.read_parquet."
+        )
+    paths.sort(key=natural_sort_key)
+    with ThreadPoolExecutor(_N_READERS) as pool:
+        return list(pool.map(lambda name: _describe(fs.unstrip_protocol(name), columns), paths))
+
+
+def _is_data(name: str, root: str) -> bool:
+    below = name[len(root.partition("*")[0]) :] if name != root else name.rpartition("/")[2]
+    is_hidden = any(part.startswith(("_", ".")) for part in below.split("/"))
+    return name.endswith(SUFFIXES) and not is_hidden
+
+
+def _describe(url: str, columns: Sequence[str] | None) -> File:
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        info = fs.info(path)
+        with fs.open(path, "rb") as file:
+            footer = _footer(file, info["size"], url)
+            file.seek(0)
+            metadata = pq.read_metadata(file)
+        schema = metadata.schema.to_arrow_schema()
+    except (OSError, pa.ArrowInvalid, EOFError) as error:
+        raise InputError(f"Cannot read {url!r} as Parquet: {error}") from error
+    return File(
+        path=url,
+        size_bytes=info["size"],
+        modified=version_of(info),
+        footer=hashlib.sha256(footer).hexdigest()[:32],
+        n_rows=metadata.num_rows,
+        row_groups=tuple(_row_groups(metadata, columns)),
+        schema=schema,
+        nullable=_with_nulls(schema, metadata),
+    )
+
+
+def _row_groups(metadata: pq.FileMetaData, columns: Sequence[str] | None) -> Iterator[RowGroup]:
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        n_bytes = group.total_byte_size
+        if columns is not None:
+            chunks = (group.column(i) for i in range(metadata.num_columns))
+            wanted = (c for c in chunks if c.path_in_schema.partition(".")[0] in columns)
+            n_bytes = sum(chunk.total_uncompressed_size for chunk in wanted)
+        yield RowGroup(group.num_rows, n_bytes)
+
+
+def _footer(file: Any, size: int, url: str) -> bytes:
+    """The raw footer: it names every column chunk's sizes, offsets and statistics."""
+    if size < 12:
+        raise InputError(f"{url!r} is not a Parquet file: it has {size} bytes.")
+    head = file.read(4)
+    file.seek(max(0, size - _TAIL_BYTES))
+    tail = file.read()
+    if head != _MAGIC:
+        raise InputError(f"{url!r} is not a Parquet file: it begins with {head!r}, not {_MAGIC!r}.")
+    if tail[-4:] != _MAGIC:
+        raise InputError(
+            f"{url!r} is torn: it begins as a Parquet file but its end is missing. Whoever wrote"
+            " it was interrupted; write it again."
+        )
+    n_bytes = int.from_bytes(tail[-8:-4], "little") + 8
+    if n_bytes > len(tail):
+        file.seek(max(0, size - n_bytes))
+        tail = file.read()
+    return bytes(tail[-n_bytes:])
+
+
+def _with_nulls(schema: pa.Schema, metadata: pq.FileMetaData) -> frozenset[str]:
+    """Integer and boolean columns in which a null stands, or may stand for all we know."""
+    names = {field.name for field in schema if field.type in NULLABLE}
+    found = set()
+    for group in range(metadata.num_row_groups):
+        if not metadata.row_group(group).num_rows:
+            continue
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            statistics = column.statistics
+            is_known = statistics is not None and statistics.has_null_count
+            if column.path_in_schema in names and (not is_known or statistics.null_count):
+                found.add(column.path_in_schema)
+    return frozenset(found)
+
+
+def check_columns(file: File, columns: Sequence[str] | None) -> list[str]:
+    names = file.schema.names
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise SchemaError(f"Columns of {file.path!r} stand more than once: {', '.join(repeated)}.")
+    if columns is None:
+        return [name for name in names if name not in index_columns(file.schema)]
+    if missing := [name for name in columns if name not in names]:
+        raise SchemaError(
+            f"{file.path!r} has no column {', '.join(map(repr, missing))}; it has"
+            f" {', '.join(map(repr, names))}."
+        )
+    return list(columns)
+
+
+def check_schemas(files: Sequence[File]) -> None:
+    first = {field.name: field.type for field in files[0].schema}
+    for file in files[1:]:
+        other = {field.name: field.type for field in file.schema}
+        if other == first:
+            continue
+        name = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))[0]
+        raise InputError(
+            f"The schema of {file.path!r} differs from that of {files[0].path!r}: column {name!r}"
+            f" is {other.get(name, 'missing')} here and {first.get(name, 'missing')} there."
+        )
+
+
+def index_columns(schema: pa.Schema) -> list[str]:
+    """Columns that pandas stored an index in; none for a plain range."""
+    stored = (schema.pandas_metadata or {}).get("index_columns", [])
+    return [name for name in stored if isinstance(name, str) and name in schema.names]
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """When a file was written, or another sign that it is still the same."""
+    sign = info.get("mtime", info.get("LastModified", info.get("ETag", "")))
+    return sign.isoformat() if isinstance(sign, datetime) else repr(sign)

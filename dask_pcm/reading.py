@@ -1,0 +1,181 @@
+"""Rows of a Parquet file as a stream: forward, a few megabytes at a time.
+
+A row group may have ten million rows, or rows of a megabyte; neither fits in a worker's memory. So
+nothing is read by row groups. A cursor goes forward through a file and stops wherever a span ends;
+the next span that begins there or further on takes it up, so that a file that is read in many spans
+is decoded once by each worker, not once for each span.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dask_pcm.errors import InputError
+from dask_pcm.files import version_of
+
+#: What is decoded at a time, and what is read ahead of each column.
+BATCH_BYTES = 8 << 20
+_BUFFER_BYTES = 1 << 20
+_MAX_BATCH_ROWS = 1 << 16
+#: Cursors that wait in a process to be taken up again.
+_MAX_IDLE = 4
+
+
+class Cursor:
+    """A place in a file; yields rows from there on."""
+
+    def __init__(self, path: str, version: str, columns: tuple[str, ...], batch_rows: int) -> None:
+        self.key = (path, version, columns)
+        self.batch_rows = batch_rows
+        self.at = 0
+        self._rest: pa.RecordBatch | None = None
+        self._columns = list(columns)
+        self._source = _open(path)
+        # Without a buffer, or with one for all columns, a whole row group would be in memory.
+        self._file = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+
+    def begin(self, group: int, at: int) -> None:
+        """Go to row `at`, with which row group `group` begins."""
+        groups = range(group, self._file.metadata.num_row_groups)
+        self.at = at
+        self._batches = self._file.iter_batches(
+            self.batch_rows, row_groups=list(groups), columns=self._columns, use_threads=False
+        )
+
+    def read(self, start: int, stop: int) -> Iterator[pa.Table]:
+        """Rows `start` to `stop`, which must not lie before the cursor."""
+        metadata = self._file.schema_arrow.metadata
+        while self.at < stop:
+            batch = self._rest if self._rest is not None else next(self._batches)
+            first, self._rest = self.at, None
+            self.at += len(batch)
+            if self.at > stop:
+                self._rest = batch.slice(stop - first)
+                batch, self.at = batch.slice(0, stop - first), stop
+            if self.at > start:
+                batch = batch.slice(max(0, start - first))
+                yield pa.Table.from_batches([batch]).replace_schema_metadata(metadata)
+
+    def close(self) -> None:
+        self._file.close()
+        self._source.close()
+
+
+class _Idle:
+    """Cursors that may be taken up again; those used last stay longest."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cursors: list[Cursor] = []
+
+    def take(self, key: Any, earliest: int, start: int) -> Cursor | None:
+        """The cursor of a file that stands nearest before row `start`, not before `earliest`."""
+        with self._lock:
+            found = [c for c in self._cursors if c.key == key and earliest <= c.at <= start]
+            if not found:
+                return None
+            nearest = max(found, key=lambda cursor: cursor.at)
+            self._cursors.remove(nearest)
+            return nearest
+
+    def put(self, cursor: Cursor) -> None:
+        with self._lock:
+            self._cursors.append(cursor)
+            dropped = self._cursors[:-_MAX_IDLE]
+            del self._cursors[:-_MAX_IDLE]
+        for old in dropped:
+            old.close()
+
+    def clear(self) -> None:
+        with self._lock:
+            dropped, self._cursors = self._cursors, []
+        for old in dropped:
+            old.close()
+
+
+idle = _Idle()
+
+
+def read_rows(
+    path: str, version: str, columns: tuple[str, ...], start: int, stop: int, row_bytes: float
+) -> Iterator[pa.Table]:
+    """Rows `start` to `stop` of a file, in tables of about ``BATCH_BYTES``; at least one table.
+
+    Parameters
+    ----------
+    version
+        When the file was written, as it was listed.
+    row_bytes
+        Estimated bytes of a row in these columns.
+
+    Raises
+    ------
+    InputError
+        Where the file has changed since it was listed, is gone or cannot be read.
+    """
+    with _named(path):
+        _check_version(path, version)
+        starts = _group_starts(path, version)
+    group = bisect.bisect_right(starts, start) - 1
+    if start >= stop or group < 0:
+        with _named(path), _open(path) as source:
+            yield pq.ParquetFile(source).schema_arrow.empty_table().select(list(columns))
+        return
+    cursor = idle.take((path, version, columns), starts[group], start)
+    with _named(path):
+        if cursor is None:
+            batch_rows = max(1, min(_MAX_BATCH_ROWS, int(BATCH_BYTES / max(1.0, row_bytes))))
+            cursor = Cursor(path, version, columns, batch_rows)
+            cursor.begin(group, starts[group])
+        try:
+            yield from cursor.read(start, stop)
+        except BaseException:
+            cursor.close()
+            raise
+    if cursor.at < starts[-1]:
+        idle.put(cursor)
+    else:
+        cursor.close()
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException, StopIteration, RuntimeError) as error:
+        raise InputError(f"Cannot read {path!r}: {error}") from error
+
+
+def _open(path: str) -> Any:
+    fs, name = fsspec.core.url_to_fs(path)
+    is_local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+    return pa.OSFile(name, "rb") if is_local else fs.open(name, "rb")
+
+
+def _check_version(path: str, version: str) -> None:
+    fs, name = fsspec.core.url_to_fs(path)
+    if version_of(fs.info(name)) != version:
+        raise InputError(
+            f"{path!r} has changed since it was listed. Write it before the run begins, and call"
+            " pcm.read_parquet again."
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _group_starts(path: str, version: str) -> tuple[int, ...]:
+    """First rows of the row groups, and the number of rows in all."""
+    with _open(path) as source:
+        metadata = pq.ParquetFile(source).metadata
+    counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return tuple(itertools.accumulate(counts, initial=0))
