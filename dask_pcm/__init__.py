@@ -10,7 +10,7 @@ from dask_pcm.context import Context
 from dask_pcm.dataframe import map_partitions
 from dask_pcm.errors import PCMError
 from dask_pcm.inference import LLM, classify
-from dask_pcm.ledger import Report, Run, write_parquet
+from dask_pcm.ledger import Progress, Report, Run, Sample, attach, write_parquet
 from dask_pcm.pieces import read_parquet
 from dask_pcm.plugins import acquire, install, uninstall
 from dask_pcm.version import __version__
@@ -19,10 +19,13 @@ __all__ = [
     "LLM",
     "Context",
     "PCMError",
+    "Progress",
     "Report",
     "Run",
+    "Sample",
     "__version__",
     "acquire",
+    "attach",
     "classify",
     "install",
     "map_partitions",

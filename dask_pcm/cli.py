@@ -7,18 +7,20 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import pandas as pd
 from distributed import Client, LocalCluster
 
-from dask_pcm.errors import InstallError, PCMError
+from dask_pcm.errors import CancelledError, FailedRowsError, InstallError, PCMError
 from dask_pcm.factcheck import demo as factcheck
 from dask_pcm.factcheck import demo_model
 from dask_pcm.inference import LLM, classify
-from dask_pcm.ledger import Report, Run, write_parquet
+from dask_pcm.ledger import Report, Run, Sample, attach, write_parquet
+from dask_pcm.ledger.limit import Limit, LimitError
 from dask_pcm.pieces import read_parquet
 from dask_pcm.version import __version__
 
@@ -45,12 +47,19 @@ def main() -> None:
 @click.option("--workers", type=click.IntRange(1), help="Workers of a local cluster.")
 @click.option("--scheduler", metavar="ADDRESS", help="A cluster that runs already.")
 @click.option("--overwrite", is_flag=True, help="Drop what another run left in OUTPUT.")
+@click.option("--extend", is_flag=True, help="Take in input files added since OUTPUT was begun.")
+@click.option("--retry-failed", is_flag=True, help="Compute rows with an error again.")
+@click.option("--take-over", is_flag=True, help="Shut out a run that is at work on OUTPUT.")
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Answer N rows; write nothing.")
+@click.option(
+    "--lock-folder", metavar="DIR", help="Shared folder, for stores without conditional put."
+)
 @click.option(
     "--max-failed-rows",
     default="1%",
     show_default=True,
     metavar="NUMBER|SHARE",
-    help="Rows that may fail: a number, or a share such as 0.05 or 5%.",
+    help="End when more have failed: a number, or a share such as 0.05 or 5%.",
 )
 @click.option("--report", metavar="FILE", help="Where to write the report, as JSON.")
 def run(
@@ -65,13 +74,21 @@ def run(
     workers: int | None,
     scheduler: str | None,
     overwrite: bool,
+    extend: bool,
+    retry_failed: bool,
+    take_over: bool,
+    sample: int | None,
+    lock_folder: str | None,
     max_failed_rows: str,
     report: str | None,
 ) -> None:
     """Have a model choose an answer for every row of INPUT, a Parquet file or folder."""
     if workers and scheduler:
         raise click.UsageError("Give --workers or --scheduler, not both.")
-    limit = parse_limit(max_failed_rows)
+    try:
+        limit = Limit.of(max_failed_rows)
+    except LimitError as error:
+        raise click.BadParameter(str(error), param_hint="--max-failed-rows") from error
     if report and not os.access(Path(report).absolute().parent, os.W_OK):
         raise click.BadParameter(f"The report cannot be written to {report!r}.")
     with _reported_errors(output):
@@ -84,18 +101,60 @@ def run(
             keep=_list(keep) or None,
         )
         with _client(workers, scheduler) as client:
-            done = write_parquet(verdicts, output, overwrite=overwrite, client=client)
+            options = {"overwrite": overwrite, "extend": extend, "client": client}
+            if sample:
+                _show_sample(write_parquet(verdicts, output, sample=sample, **options))
+                return
+            try:
+                done = write_parquet(
+                    verdicts,
+                    output,
+                    retry_failed=retry_failed,
+                    take_over=take_over,
+                    lock_folder=lock_folder,
+                    max_failed_rows=limit,
+                    **options,
+                )
+            except FailedRowsError:
+                if report:
+                    _write_report(report, attach(output).report)
+                raise
     if report:
         _write_report(report, done.report)
     _summarise(done)
-    # A function may filter rows, classify never does: each has an answer or an error.
-    if done.report.rows_failed > limit(done.report.rows):
-        click.echo(
-            f"{done.report.rows_failed:,} of {done.report.rows:,} rows failed, more than"
-            f" --max-failed-rows {max_failed_rows} allows.",
-            err=True,
-        )
-        sys.exit(EXIT_FAILED_ROWS)
+
+
+@main.command("status")
+@click.argument("output", metavar="OUTPUT")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def show_status(output: str, as_json: bool) -> None:
+    """Show how the run of OUTPUT stands, from anywhere that sees it."""
+    with _reported_errors(output):
+        run = attach(output)
+        progress, report, driver = run.progress, run.report, run.driver
+    if as_json:
+        found = {"path": run.path, "driver": driver, "eta_s": progress.eta_s}
+        click.echo(json.dumps({**found, **progress.as_dict(), "report": report.as_dict()}))
+        return
+    lines = {"output": run.path, "status": str(progress), "driven by": driver or "nobody"}
+    if report.error:
+        lines["ended by"] = report.error
+    for name, value in lines.items():
+        click.echo(f"{name:15} {value}")
+    for error in report.errors:
+        click.echo(f"a failed row    {error}")
+
+
+def _ask(name: str, what: str) -> None:
+    @main.command(name, help=f"{what} the run of OUTPUT, from anywhere that sees it.")
+    @click.argument("output", metavar="OUTPUT")
+    def ask(output: str) -> None:
+        with _reported_errors(output):
+            getattr(attach(output), name)()
+
+
+for _name, _what in {"pause": "Pause", "resume": "Go on with", "cancel": "End"}.items():
+    _ask(_name, _what)
 
 
 @main.command()
@@ -116,27 +175,6 @@ def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
         _summarise(done, is_kept=output is not None)
         if rows:
             click.echo(f"accuracy        {factcheck.accuracy(target):.1%}")
-
-
-def parse_limit(text: str) -> Callable[[int], float]:
-    """A number of rows ("20"), or a share of them ("0.01", "1%"), as a function of all rows."""
-    try:
-        if text.endswith("%"):
-            share = float(text[:-1]) / 100
-        elif "." in text:
-            share = float(text)
-        else:
-            number = int(text)
-            if number < 0:
-                raise ValueError
-            return lambda n_rows: number
-        if not 0 <= share <= 1:
-            raise ValueError
-    except ValueError:
-        raise click.BadParameter(
-            f"--max-failed-rows takes a number of rows or a share (0.01, 1%); found {text!r}."
-        ) from None
-    return lambda n_rows: share * n_rows
 
 
 def _text(value: str) -> str:
@@ -193,6 +231,10 @@ def _reported_errors(output: str) -> Iterator[None]:
     """Errors of ours as one message, without a traceback; Ctrl-C says how to go on."""
     try:
         yield
+    except (CancelledError, FailedRowsError) as error:
+        click.echo(f"{error}", err=True)
+        is_failed = isinstance(error, FailedRowsError)
+        sys.exit(EXIT_FAILED_ROWS if is_failed else EXIT_INTERRUPTED)
     except PCMError as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         click.echo(f"Error: {error}{notes}", err=True)
@@ -203,6 +245,14 @@ def _reported_errors(output: str) -> Iterator[None]:
             err=True,
         )
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _show_sample(sample: Sample) -> None:
+    with pd.option_context("display.max_rows", 40, "display.width", 100):
+        click.echo(sample.frame.to_string(index=False, max_rows=40, max_colwidth=40))
+    click.echo(str(sample))
+    for error in sample.errors:
+        click.echo(f"a failed row    {error}")
 
 
 def _write_report(path: str, report: Report) -> None:
@@ -216,6 +266,7 @@ def _summarise(done: Run, is_kept: bool = True) -> None:
         "rows": f"{report.rows:,} ({report.rows_failed:,} failed, {report.rows_resumed:,} resumed)",
         "rows/s": f"{report.rows_per_s:,.0f}",
         "context loads": f"{report.context_loads} on {report.workers} workers",
+        "committed by": report.committed_by,
         "seconds": f"{report.total_s:.1f} in all, {report.load_s:.1f} loading,"
         f" {report.infer_s:.1f} inferring (summed over workers)",
     }

@@ -81,6 +81,8 @@ class ContextRef:
         Whether one task at a time may hold the live object.
     recipe
         The sealed ``Recipe``.
+    about
+        What people want to know of it, in pairs: a model's name and commit.
     """
 
     digest: str
@@ -88,6 +90,7 @@ class ContextRef:
     device_memory_bytes: int | None
     is_exclusive: bool
     recipe: bytes = field(repr=False)
+    about: tuple[tuple[str, str], ...] = ()
 
     def __dask_tokenize__(self) -> tuple[str, str]:
         return ("dask_pcm.ContextRef", self.digest)

@@ -166,9 +166,10 @@ def map_partitions(
     if batch_rows is not None:
         out = row_wise_meta(out, ddf._meta)
     call = Call(func, names, args, kwargs, batch_rows, out, enforce_metadata)
-    # How many rows are called at a time changes no answer: it tells no jobs apart, only tasks.
+    # How many rows are called at a time changes no answer: it tells no jobs apart, only tasks. So
+    # with types: which numbers can be null changes with the files that there are.
     is_row_wise = batch_rows is not None
-    identity = (func, names, args, kwargs, out.dtypes.to_dict(), is_row_wise, enforce_metadata)
+    identity = (func, names, args, kwargs, list(out.columns), is_row_wise, enforce_metadata)
     what = f"The function {funcname(func)!r}, or an argument of it,"
     sealed = Sealed.of(call, what, identity)
     label = f"pcm_{funcname(func).replace('-', '_')}"

@@ -39,6 +39,18 @@ class OutputError(PCMError, RuntimeError):
     """An output directory cannot be used: unwritable, foreign, or another job's."""
 
 
+class BusyError(OutputError):
+    """Another run is at work on an output; the message says whose."""
+
+
+class FailedRowsError(PCMError, RuntimeError):
+    """More rows failed than were allowed; the message holds some of their errors."""
+
+
+class CancelledError(PCMError, RuntimeError):
+    """A run was cancelled; what it has committed stays."""
+
+
 class FencedError(PCMError, RuntimeError):
     """A unit belongs to a run that a newer run has replaced; its result was dropped."""
 

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from dask_pcm.cli import main, parse_limit
+from dask_pcm.cli import main
 from dask_pcm.factcheck import PROMPT, generate
 
 DATA = Path(__file__).parents[1] / "data"
@@ -122,13 +122,78 @@ def test_rows_that_are_too_long_decide_the_exit_code(invoke, source, tmp_path):
     claims = pd.read_parquet(source / "0.parquet")
     claims.loc[:9, "evidence"] = "tennis " * 600
     claims.to_parquet(source / "0.parquet", index=False)
-    done = invoke(*run_args(source, tmp_path / "out"))
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    done = invoke(*run_args(source, out, "--report", report))
     assert done.exit_code == 3
-    assert "10 of 400 rows failed, more than --max-failed-rows 1% allows" in done.output
-    assert len(pd.read_parquet(tmp_path / "out")) == 400
-    assert invoke(*run_args(source, tmp_path / "out", "--max-failed-rows", "10")).exit_code == 0
+    assert "10 rows failed, more than max_failed_rows=0.01 allows of 400" in done.output
+    assert "tokens" in done.output and "--retry-failed" in done.output  # some of the errors
+    assert json.loads(report.read_text())["state"] == "failed"
+    shown = invoke_here("status", out)
+    assert "failed: " in shown.output and "ended by        FailedRowsError" in shown.output
+    assert invoke(*run_args(source, out)).exit_code == 3  # at once: they have failed already
+    allowed = run_args(source, out, "--max-failed-rows", "10", "--report", report)
+    assert invoke(*allowed).exit_code == 0
+    assert len(pd.read_parquet(out)) == 400
+    assert json.loads(report.read_text())["rows_failed"] == 10
+    assert invoke(*allowed, "--retry-failed").exit_code == 0
+    found = json.loads(report.read_text())
+    assert (found["rows_retried"], found["rows_failed"], found["rows"]) == (10, 10, 400)
     cut = run_args(source, tmp_path / "cut", "--truncate", "evidence")
     assert invoke(*cut).exit_code == 0
+
+
+def invoke_here(*args):
+    return CliRunner().invoke(main, [*map(str, args)])
+
+
+def test_extend_and_sample(invoke, source, tmp_path):
+    out = tmp_path / "out"
+    sampled = invoke(*run_args(source, out, "--sample", "7"))
+    assert sampled.exit_code == 0, sampled.output
+    assert "7 of 400 rows" in sampled.output and "device-hours" in sampled.output
+    assert not out.exists()
+    assert invoke(*run_args(source, out)).exit_code == 0
+    generate(50, seed=10).assign(id=range(1000, 1050)).to_parquet(source / "0-new.parquet")
+    refused = invoke(*run_args(source, out))
+    assert refused.exit_code == 1 and "--extend" in refused.output
+    assert invoke(*run_args(source, out, "--extend")).exit_code == 0
+    assert sorted(pd.read_parquet(out).id) == [*range(400), *range(1000, 1050)]
+
+
+def test_status_pause_resume_and_cancel_from_another_process(tmp_path):
+    """A run in a process of its own, looked at and ended from here."""
+    generate(20_000, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
+    out = tmp_path / "out"
+    args = command(*run_args(tmp_path / "claims.parquet", out))
+
+    def until(state):
+        deadline = time.monotonic() + 60
+        while True:
+            shown = invoke_here("status", "--json", out)
+            if shown.exit_code == 0 and (found := json.loads(shown.output))["state"] == state:
+                return found
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.1)
+
+    missing = invoke_here("status", out)
+    assert missing.exit_code == 1 and "no output of dask_pcm" in missing.output
+    with subprocess.Popen(args, stderr=subprocess.PIPE, text=True) as running:
+        found = until("running")
+        assert str(running.pid) in found["driver"] and found["total"] == 20_000
+        assert invoke_here("pause", out).exit_code == 0
+        until("paused")
+        assert "paused" in invoke_here("status", out).output
+        assert invoke_here("resume", out).exit_code == 0
+        until("running")
+        assert invoke_here("cancel", out).exit_code == 0
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "was cancelled" in said and "Traceback" not in said
+    assert json.loads(invoke_here("status", "--json", out).output)["state"] == "cancelled"
+    nobody = invoke_here("pause", out)
+    assert nobody.exit_code == 1 and "Nobody is at work" in nobody.output
+    n_done = len(pd.read_parquet(out))
+    assert 0 <= n_done < 20_000
 
 
 def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_path):
@@ -177,13 +242,6 @@ def test_bad_input_is_one_message_and_no_output(source, tmp_path, change, messag
     assert message in done.output
     assert "Traceback" not in done.output
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "of_1000"), [("1%", 10), ("0.05", 50), ("7", 7), ("0", 0), ("100%", 1000), ("0.0", 0)]
-)
-def test_limits_of_failed_rows(text, of_1000):
-    assert parse_limit(text)(1000) == of_1000
 
 
 def test_ctrl_c_leaves_a_resumable_output_and_says_so(tmp_path):

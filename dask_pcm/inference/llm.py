@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ class LLM(Context):
             name=name,
             device_memory=memory,
         )
+        about = (("model", os.fspath(model)), ("commit", commit))
+        object.__setattr__(self, "ref", replace(self.ref, about=about))
         object.__setattr__(self, "path", str(path))
         object.__setattr__(self, "commit", commit)
 

@@ -7,8 +7,8 @@ import logging
 import pickle
 import queue
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dask
@@ -16,44 +16,80 @@ from dask.utils import key_split
 from distributed import Client, Future
 
 from dask_pcm.config import Config
-from dask_pcm.errors import OutputError, PCMError
-from dask_pcm.ledger import manifest
-from dask_pcm.ledger.commit import Output, parse_name, range_name
-from dask_pcm.ledger.plan import Cutter, Plan, Unit
+from dask_pcm.errors import CancelledError, FailedRowsError, FencedError, PCMError
+from dask_pcm.ledger import status
+from dask_pcm.ledger.cut import Cutter
+from dask_pcm.ledger.limit import Limit
+from dask_pcm.ledger.output import CANCEL, PAUSE
+from dask_pcm.ledger.parts import parse_name, range_name
+from dask_pcm.ledger.plan import Plan, Unit
 from dask_pcm.ledger.progress import Meter, meter
 from dask_pcm.ledger.report import Report, rows_recomputed
-from dask_pcm.ledger.unit import Layout, UnitResult, run_unit
+from dask_pcm.ledger.stock import Counts, is_first, take_stock
+from dask_pcm.ledger.unit import Job, UnitResult, run_unit
+from dask_pcm.mapping import ERROR
 from dask_pcm.scheduling.units import unit_rows
 
 logger = logging.getLogger(__name__)
 
-_STATUS_EVERY_S = 0.25
+_WAIT_S = 0.25
 _MAX_WAITING = 1_000  # units at the gate for each worker, however short they are
 _MAX_ERRORS = 5
 
 
 class Driver:
-    """Feeds units through a window and gathers their results."""
+    """Feeds units through a window and gathers their results.
 
-    def __init__(self, client: Client, plan: Plan, output: Output, config: Config) -> None:
+    One thread drives; `report` and `progress` may be read from any.
+    """
+
+    def __init__(
+        self, client: Client, plan: Plan, job: Job, config: Config, limit: Limit, retries: bool
+    ) -> None:
         self._client = client
         self._plan = plan
-        self._output = output
+        self._job = job
+        self._output = job.output
         self._config = config
-        self._layout = Layout.of(plan.meta, plan.reader)
-        self._report = Report()
+        self._limit = limit
+        self._retries = retries
+        self.report = Report()
         self.has_committed = False
+        self._is_paused = False
+        self._cutter = Cutter(plan, [(0, plan.n_rows)], frozenset(range(plan.n_partitions)))
+        self._stock: dict[str, Counts] = {}
         self._units: dict[str, tuple[Unit, Future]] = {}  # outstanding, by key
         self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._seconds = self._rows = 0.0  # of inference and reading, over units that ended
-        self._facts: dict[str, str] = {}
-        self._n_keys = 0
-        self._n_outstanding_rows = 0
-        self._cutter: Cutter | None = None
+        self._ran_on: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._n_keys = self._n_outstanding_rows = self._n_done = self._n_before = 0
+        self._n_failed_now = self._n_done_now = 0
         self._status: dict[str, Any] = {}
         self._loads_before: tuple[int, float] | None = None
-        self._next_status = 0.0
+        self._next_look = self._next_beat = 0.0
+        self._begun = time.monotonic()
         self._kind = key_split(self._key(0))
+
+    @property
+    def progress(self) -> status.Progress:
+        """How the run stands."""
+        is_counted = self._plan.spans is not None
+        seconds = max(1e-3, time.monotonic() - self._begun)
+        state = self.report.state
+        if state == status.RUNNING and self._is_paused:
+            state = status.PAUSED
+        return status.Progress(
+            state,
+            self._n_done,
+            self._plan.n_rows,
+            "rows" if is_counted else "parts",
+            self.report.rows_failed,
+            (self._n_done - self._n_before) / seconds,
+            self._status.get("n_warm", 0),
+            self._status.get("n_workers", 0),
+            self.report.context_loads,
+        )
 
     def warm(self) -> None:
         """Have workers load now, while the output is still looked through."""
@@ -64,76 +100,70 @@ class Driver:
         """Nothing more will come: the gate need not keep workers for it."""
         self._tell(0.0, 0)
 
-    def drive(self, is_shown: bool) -> Report:
+    def drive(self, is_shown: bool) -> None:
         """Run every unit that is not there yet.
 
         Raises
         ------
         Exception
-            What a unit raised, with a note where; KeyboardInterrupt when the user stops it.
+            What a unit raised, with a note where; CancelledError or FailedRowsError where the run
+            was ended; KeyboardInterrupt when the user stops it.
         """
         self._take_stock()
-        assert self._cutter is not None
         if not self._cutter.is_empty:
             self._plan.start_below(self._client)
-        n_total, before = self._plan.n_rows, self._plan.n_rows - self._cutter.n_rows
-        self._n_done = before
-        counted = "parts" if self._plan.spans is None else "rows"
-        with meter(n_total, before, counted, is_shown) as shown:
+        self._begun = time.monotonic()
+        counted = self.progress.counted
+        with meter(self._plan.n_rows, self._n_before, counted, is_shown) as shown:
             try:
                 while not (self._cutter.is_empty and not self._units):
+                    self._check_limit()
                     self._feed()
                     self._gather()
                     self._look(shown)
+                self._check_limit()
             except BaseException as error:
                 self._cancel(error)
                 raise
             self._look(shown, is_last=True)
         self._sum_up()
-        return self._report
 
     def _take_stock(self) -> None:
         """Count what earlier runs committed, and cut the rest."""
-        names = self._output.parts()
-        with ThreadPoolExecutor(16) as pool:
-            notes = list(pool.map(self._note, names))
-        ranges: list[tuple[int, int]] = []
-        partitions: set[int] = set()
-        for name, note in zip(names, notes, strict=True):
-            place = parse_name(name)
-            if isinstance(place, int):
-                partitions.add(place)
-            elif place is not None and place[0] < place[1]:
-                ranges.append(place)
-            if note["rows"] or note["unit"] != range_name(0, 0):
-                self._report.units_resumed += 1
-                self._report.rows_resumed += note["rows"]
-                self._report.rows_failed += note["failed"]
-        self._report.rows = self._report.rows_resumed
-        self._cutter = Cutter(self._plan, ranges, partitions)
-        if not names:
+        self._stock = take_stock(self._output)
+        places = {name: parse_name(name) for name in self._stock}
+        ranges = [p for p in places.values() if isinstance(p, tuple) and p[0] < p[1]]
+        partitions = frozenset(p for p in places.values() if isinstance(p, int))
+        self._cutter = Cutter(self._plan, ranges, partitions, self._config.unit_bytes)
+        report = self.report
+        for name, counts in self._stock.items():
+            report.rows_resumed += counts.n_rows
+            report.rows_failed += counts.n_failed
+            report.units_resumed += not is_first(name)
+        report.rows = report.rows_resumed
+        report.committed_by = self._output.how
+        if not self._stock:
             # Without rows: from now on the folder can be read, with the right columns.
-            empty = self._layout.table(self._plan.meta)
+            empty = self._job.layout.table(self._plan.meta)
             note = {"run": self._output.run, "unit": range_name(0, 0), "rows": 0, "failed": 0}
-            self._output.commit(range_name(0, 0), empty, note)
+            self._output.commit(range_name(0, 0), [empty], {**note, **self._job.provenance})
+        if self._retries:
+            self._retry(places)
+        self._n_done = self._n_before = self._plan.n_rows - self._cutter.n_rows
 
-    def _note(self, name: str) -> dict[str, Any]:
-        try:
-            note = self._output.read_note(name)
-        except (OSError, ValueError) as error:
-            raise OutputError(
-                f"The part {name!r} in {self._output.path!r} cannot be read ({error}). Remove it,"
-                " and its rows are computed again."
-            ) from error
-        if "rows" not in note:
-            raise OutputError(
-                f"{name!r} in {self._output.path!r} was not written by dask_pcm. Move it away."
-            )
-        return note
+    def _retry(self, places: Mapping[str, Any]) -> None:
+        for name, counts in self._stock.items():
+            if not counts.n_failed:
+                continue
+            errors = self._output.read_table(name, [ERROR])[ERROR]
+            failed = [row for row, error in enumerate(errors.is_valid().to_pylist()) if error]
+            self._cutter.again(places[name], failed)
+            self.report.rows_failed -= counts.n_failed
 
     def _feed(self) -> None:
         """Keep every worker's lanes filled and a little more at hand."""
-        assert self._cutter is not None
+        if self._is_paused:
+            return
         n_workers = max(1, self._status.get("n_workers", 1))
         n_wanted = n_workers * (self._config.n_lanes + 1)
         row_s = self._seconds / self._rows if self._rows else None
@@ -159,8 +189,7 @@ class Driver:
             future = self._client.submit(
                 run_unit,
                 unit,
-                self._output,
-                self._layout,
+                self._job,
                 graph,
                 self._plan.refs,
                 keys,
@@ -194,24 +223,54 @@ class Driver:
 
     def _ended(self) -> Iterator[Future]:
         try:
-            yield self._finished.get(timeout=_STATUS_EVERY_S)
+            yield self._finished.get(timeout=_WAIT_S)
             while True:
                 yield self._finished.get_nowait()
         except queue.Empty:
             return
 
     def _count(self, unit: Unit, result: UnitResult) -> None:
-        report = self._report
-        report.rows += result.n_rows
+        report = self.report
         report.rows_failed += result.n_failed
         report.infer_s += result.infer_s
         report.units += 1
-        report.errors = (report.errors + list(result.errors))[:_MAX_ERRORS]
-        if result.facts and not self._facts:
-            self._facts = dict(result.facts)
+        self._n_failed_now += result.n_failed
+        self._n_done_now += result.n_rows
+        if unit.again is None:
+            report.rows += result.n_rows
+        elif not unit.again:
+            report.rows += result.n_rows - self._stock[unit.name].n_rows
+        report.rows_retried += 0 if unit.again is None else result.n_rows
+        self._stock[unit.name] = Counts(result.n_rows, result.n_failed)
+        self._errors.update(result.errors)
+        report.errors = [text for text, _ in self._errors.most_common(_MAX_ERRORS)]
         if not result.is_resumed:
             self._seconds += result.infer_s or result.total_s
             self._rows += unit.n_rows or 1
+        if result.facts:
+            self._ran_on["/".join(result.facts.values())] += result.n_rows
+            report.ran_on = dict(self._ran_on)
+
+    def _check_limit(self) -> None:
+        """End a run that cannot come to what was wanted of it."""
+        report, is_counted = self.report, self._plan.spans is not None
+        n_rows = self._plan.n_rows if is_counted else report.rows
+        is_over = not self._limit.allows(report.rows_failed, n_rows)
+        if not is_counted and not (self._cutter.is_empty and not self._units):
+            is_over = is_over and self._limit.number is not None  # a share of what, is not known
+        if is_over:
+            why = f"more than max_failed_rows={self._limit} allows of {n_rows:,}"
+        elif self._limit.is_hopeless(self._n_failed_now, self._n_done_now):
+            why = "and not one succeeded"
+        else:
+            return
+        sample = "".join(f"\n  {text}" for text in report.errors) or "\n  (in an earlier run)"
+        n_left = self._plan.n_rows - self._n_done
+        raise FailedRowsError(
+            f"{report.rows_failed:,} rows failed, {why}; {n_left:,} {self.progress.counted} are"
+            f" still to be done in {self._output.path!r}. Some of the errors:{sample}\nMend the"
+            " cause and run again with retry_failed=True (--retry-failed), or allow more."
+        )
 
     def _raise(self, future: Future) -> None:
         unit, _ = self._units[future.key]
@@ -228,17 +287,35 @@ class Driver:
         raise error
 
     def _look(self, shown: Meter, is_last: bool = False) -> None:
+        """See what is wanted of the run, and say how it stands."""
         now = time.monotonic()
-        assert self._cutter is not None
-        if now >= self._next_status:
-            n_rows, n_outstanding = self._cutter.n_rows, max(1, len(self._units))
-            self._tell(float(n_rows), n_outstanding)
-            self._next_status = now + _STATUS_EVERY_S
-        if now >= self._next_status - _STATUS_EVERY_S or is_last:
-            status = self._status
-            n_warm, n_workers = status.get("n_warm", 0), status.get("n_workers", 0)
-            note = f"{n_warm}/{n_workers} warm, {self._report.context_loads} loads"
-            shown.show(self._n_done, note)
+        if now >= self._next_look or is_last:
+            self._next_look = now + self._output.look_every_s
+            self._heed(self._output.wishes())
+            # While it is paused, the gate need not keep workers for it.
+            n_rows = 0 if self._is_paused else self._cutter.n_rows
+            n_units = 0 if self._is_paused else max(1, len(self._units))
+            self._tell(float(n_rows), n_units)
+            progress = self.progress
+            note = f"{progress.n_warm}/{progress.n_workers} warm, {progress.n_loads} loads"
+            shown.show(self._n_done, "paused" if self._is_paused else note)
+            if now >= self._next_beat or is_last:
+                self._next_beat = now + self._output.beat_every_s
+                self.beat()
+
+    def beat(self) -> None:
+        """Say how the run stands, for other processes."""
+        self._output.write_json(f"{self._output.place}/status.json", self.progress.as_dict())
+
+    def _heed(self, wishes: frozenset[str]) -> None:
+        if CANCEL in wishes:
+            raise CancelledError(
+                f"The run of {self._output.path!r} was cancelled. What was committed stays; run the"
+                " same again to go on."
+            )
+        if self._is_paused != (PAUSE in wishes):
+            self._is_paused = PAUSE in wishes
+            self._next_beat = 0.0
 
     def _tell(self, n_rows: float, n_units: int) -> None:
         """Report to the gate what is still to come, and learn how the contexts stand."""
@@ -256,9 +333,9 @@ class Driver:
             n_loads, load_s = self._status["n_loads"], self._status["load_s"]
             if self._loads_before is None:
                 self._loads_before = (n_loads, load_s)
-            self._report.context_loads = n_loads - self._loads_before[0]
-            self._report.load_s = load_s - self._loads_before[1]
-            self._report.workers = max(self._report.workers, self._status["n_workers"])
+            self.report.context_loads = n_loads - self._loads_before[0]
+            self.report.load_s = load_s - self._loads_before[1]
+            self.report.workers = max(self.report.workers, self._status["n_workers"])
 
     def _cancel(self, error: BaseException) -> None:
         """Take back what has not run; what runs on is shut out when the output is closed."""
@@ -269,18 +346,19 @@ class Driver:
             logger.warning(
                 "Interrupted: %s of %s rows are in %s. Run the same again to go on.",
                 f"{self._n_done:,}",
-                f"{self._n_done + self._n_left():,}",
+                f"{self._plan.n_rows:,}",
                 self._output.path,
             )
 
-    def _n_left(self) -> int:
-        return (self._cutter.n_rows if self._cutter else 0) + self._n_outstanding_rows
-
     def _sum_up(self) -> None:
-        manifest.record(self._output, self._facts)
-        self._report.rows_recomputed = rows_recomputed(
-            self._output.starts(), self._output.run, self._rows_of
-        )
+        output = self._output
+        if output.may_get_late_parts:
+            for name in output.parts().keys() - self._stock.keys() - {range_name(0, 0)}:
+                logger.warning("Removing %s: it arrived from a run that was shut out", name)
+                output.remove(name)
+        self.report.rows_recomputed = rows_recomputed(output.lines(), output.run, self._rows_of)
 
     def _rows_of(self, name: str) -> int:
-        return int(self._note(name)["rows"]) if self._output.has(name) else 0
+        with contextlib.suppress(FileNotFoundError, FencedError):
+            return int(self._output.read_note(name)["rows"])
+        return 0

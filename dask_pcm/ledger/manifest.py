@@ -4,47 +4,114 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 from dask.dataframe.dask_expr._expr import Expr
 
 from dask_pcm.dataframe import ContextMap
 from dask_pcm.digest import digest
 from dask_pcm.errors import OutputError
-from dask_pcm.ledger.commit import Output
-from dask_pcm.pieces import PieceReader
+from dask_pcm.ledger.output import MANIFEST, Output
+from dask_pcm.pieces import PieceReader, Span
 from dask_pcm.plugins.install import versions
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+#: Format of the ledger's files; another one is not read.
+FORMAT = 2
+#: Raised with every change in the package that makes the same job give other answers. Only then is
+#: what another version began not resumed.
+ANSWERS = 1
 _MAX_SHOWN_CHARS = 80
+#: Components that say nothing to people.
+_DIGESTS = ("function", "frame")
+#: Components that parts do not repeat.
+UNTOLD = ("input", "contexts", *_DIGESTS)
 
 
-def identity(expr: Expr, is_splittable: bool) -> dict[str, Any]:
-    """What makes up a job, component by component, so that a difference can be named.
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What stands in an output of its job.
 
-    Where pieces may be split (`is_splittable`), how the input was cut does not count.
+    Attributes
+    ----------
+    identity
+        What tells the job from another, component by component. The files of ``input`` stand in
+        the order in which their rows are counted.
+    recorded
+        What is worth knowing besides: versions, contexts by name, rows in all.
+    """
+
+    identity: dict[str, Any]
+    recorded: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, output: Output) -> None:
+        value = {"format": FORMAT, "identity": self.identity, "recorded": self.recorded}
+        output.write_json(MANIFEST, value)
+
+    @classmethod
+    def read(cls, output: Output) -> Manifest | None:
+        """The manifest of an output; None if it has none.
+
+        Raises
+        ------
+        OutputError
+            Where it cannot be read, or is of another format.
+        """
+        found = output.read_json(MANIFEST)
+        if found is None:
+            return None
+        if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
+            raise OutputError(
+                f"{MANIFEST!r} in {output.path!r} is no manifest of dask_pcm. Give another folder."
+            )
+        if found.get("format") != FORMAT:
+            writer = (
+                found.get("recorded", {}).get("versions", {}).get("dask_pcm", "another version")
+            )
+            raise OutputError(
+                f"The output {output.path!r} has format {found.get('format')}, written by dask_pcm"
+                f" {writer}; this version reads and writes format {FORMAT}. Give another folder,"
+                " overwrite it, or go on with that version."
+            )
+        return cls(found["identity"], found.get("recorded", {}))
+
+    @property
+    def token(self) -> str:
+        """Digest of the job, its input files left out: what a part carries."""
+        return digest({k: v for k, v in self.identity.items() if k != "input"})
+
+
+def identify(expr: Expr, is_splittable: bool) -> Manifest:
+    """The manifest of a job.
+
+    Where pieces may be split (`is_splittable`), how the input was cut does not count. The answers'
+    types count as they are stored: whether a column of whole numbers can be null changes with
+    every file that is added.
     """
     maps = [part for part in _walk(expr) if isinstance(part, ContextMap)]
-    found: dict[str, Any] = {
+    identity: dict[str, Any] = {
+        "answers": ANSWERS,
         "contexts": [ref.digest for part in maps for ref in part.operand("refs")],
         "function": [part.operand("call").digest for part in maps],
         "frame": digest(_shape(expr)),
     }
     for part in maps:
         about = getattr(part.operand("call").open().func, "about", None)
-        found.update(about() if about else {})
+        identity.update(about() if about else {})
     readers = [reader for part in _walk(expr) if (reader := _reader_of(part)) is not None]
     if readers:
         files = [file for reader in readers for file in reader.files.values()]
-        found["input"] = {file.path: file.fingerprint for file in files}
+        identity["input"] = {file.path: dict(file.fingerprint) for file in files}
         if not is_splittable:
-            found["pieces"] = digest([list(op) for op in _spans(expr)])
-    return found
+            for path, pieces in _pieces(expr).items():
+                identity["input"][path]["pieces"] = digest(pieces)
+    named = {ref.name: ref.digest for part in maps for ref in part.operand("refs")}
+    return Manifest(json.loads(json.dumps(identity)), {"versions": versions(), "contexts": named})
 
 
-def check(output: Output, mine: Mapping[str, Any], overwrite: bool) -> bool:
-    """Hold a job against the output's manifest; True if there is work of it to resume.
+def check(output: Output, mine: Manifest, overwrite: bool, extend: bool) -> Manifest | None:
+    """Hold a job against the output's manifest; the one to go on with, or None to begin anew.
 
     Raises
     ------
@@ -53,87 +120,65 @@ def check(output: Output, mine: Mapping[str, Any], overwrite: bool) -> bool:
     """
     if strangers := output.strangers():
         raise OutputError(
-            f"The output folder {output.path!r} holds files that are not ours, such as"
-            f" {strangers[0]!r}. Give another folder, or move them away."
+            f"The output {output.path!r} holds files that are not ours, such as {strangers[0]!r}."
+            " Give another folder, or move them away."
         )
-    manifest = _read(output)
     if overwrite:
-        return False
-    if manifest is None:
+        return None
+    theirs = Manifest.read(output)
+    if theirs is None:
         if output.parts():
             raise OutputError(
-                f"The output folder {output.path!r} holds parts but no manifest says of which job."
-                " Give another folder, or overwrite it (overwrite=True, --overwrite)."
+                f"The output {output.path!r} holds parts but no manifest says of which job. Give"
+                " another folder, or overwrite it (overwrite=True, --overwrite)."
             )
-        return False
-    if manifest.get("format") != FORMAT:
+        return None
+    if differences := list(_differences(theirs.identity, mine.identity, extend)):
         raise OutputError(
-            f"The output folder {output.path!r} has format {manifest.get('format')}; this version"
-            f" writes format {FORMAT}. Give another folder, or overwrite it."
-        )
-    if differences := list(_differences(manifest["identity"], mine)):
-        raise OutputError(
-            f"The output folder {output.path!r} holds the output of another job:"
+            f"The output {output.path!r} holds the output of another job:"
             f" {'; '.join(differences)}. Give another folder, or overwrite it (overwrite=True,"
             " --overwrite)."
         )
-    return True
+    if extend:
+        files = {**theirs.identity.get("input", {}), **mine.identity.get("input", {})}
+        return Manifest({**theirs.identity, "input": files}, theirs.recorded)
+    return theirs
 
 
-def write(output: Output, mine: Mapping[str, Any], contexts: Mapping[str, str]) -> None:
-    """Write the manifest of a new job."""
-    recorded = {"versions": versions(), "contexts": dict(contexts)}
-    value = {"format": FORMAT, "identity": mine, "recorded": recorded}
-    output.write_json(MANIFEST, value)
-
-
-def record(output: Output, facts: Mapping[str, Any]) -> None:
-    """Add what was found out while running: device, dtype."""
-    manifest = _read(output)
-    if manifest is not None and facts:
-        manifest["recorded"].update(facts)
-        output.write_json(MANIFEST, manifest)
-
-
-def _read(output: Output) -> dict[str, Any] | None:
-    path = output.home / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"The manifest {str(path)!r} cannot be read ({error}). Give another output folder, or"
-            " remove this one."
-        ) from error
-    if not isinstance(manifest, dict) or "identity" not in manifest:
-        raise OutputError(f"{str(path)!r} is not a manifest of dask_pcm.")
-    return manifest
-
-
-def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[str]:
-    mine = json.loads(json.dumps(mine))
+def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], extend: bool) -> Iterator[str]:
     names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
     # Digests say little: they are named only where nothing readable differs.
-    readable = [name for name in names if name not in ("function", "frame", "pieces")] or names
+    readable = [name for name in names if name not in _DIGESTS] or names
     for name in readable:
         if name == "input":
-            yield _different_input(theirs.get(name) or {}, mine.get(name) or {})
-        elif name in ("contexts", "function", "frame", "pieces"):
+            yield from _different_input(theirs.get(name) or {}, mine.get(name) or {}, extend)
+        elif name == "answers":
+            yield "this version of dask_pcm gives other answers than the one that began it"
+        elif name == "contexts" or name in _DIGESTS:
             yield f"its {name.removesuffix('s')} is another"
         else:
             yield f"its {name} is {_shown(theirs.get(name))}, not {_shown(mine.get(name))}"
 
 
-def _different_input(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    for path in {**theirs, **mine}:
-        if path not in mine:
-            return f"its input has {path!r}, which is not in this one"
-        if path not in theirs:
-            return f"its input lacks {path!r}"
+def _different_input(
+    theirs: Mapping[str, Any], mine: Mapping[str, Any], extend: bool
+) -> Iterator[str]:
+    """The first file that is gone, changed or new; new ones are welcome if it is to be extended."""
+    if gone := [path for path in theirs if path not in mine]:
+        yield f"its input has {gone[0]!r}, which is not in this one"
+        return
+    for path in theirs:
         if theirs[path] != mine[path]:
-            return f"its input file {path!r} has changed since"
-    return "its input files are in another order"
+            only_pieces = {**theirs[path], "pieces": ""} == {**mine[path], "pieces": ""}
+            how = "is cut into other pieces now" if only_pieces else "has changed since"
+            yield f"its input file {path!r} {how}"
+            return
+    new = [path for path in mine if path not in theirs]
+    if new and not extend:
+        yield (
+            f"its input lacks {new[0]!r} (extend=True or --extend takes in new files:"
+            f" {len(new):,} of them)"
+        )
 
 
 def _shown(value: Any) -> str:
@@ -158,27 +203,33 @@ def _reader_of(expr: Expr) -> PieceReader | None:
 
 
 def _shape(expr: Expr) -> Any:
-    """An expression as nested lists of what it does, without how its input was cut."""
+    """An expression as nested lists of what it does, without its files or how they were cut."""
     if isinstance(expr, ContextMap):
         refs = [ref.digest for ref in expr.operand("refs")]
-        return ["ContextMap", expr.operand("call").digest, refs, _shape(expr.frame)]
+        types = str(pa.Schema.from_pandas(expr._meta, preserve_index=False).remove_metadata())
+        return ["ContextMap", expr.operand("call").digest, types, refs, _shape(expr.frame)]
     if (reader := _reader_of(expr)) is not None:
-        return ["read", reader.token, _partitions(expr)]
+        types = str(reader.schema.remove_metadata())
+        return ["read", list(reader.columns), types, _picked(expr)]
     if "layer" in type(expr)._parameters:  # persisted: known by its keys, not by its futures
         return ["graph", list(map(str, expr.operand("keys")))]
     operands = [_shape(op) if isinstance(op, Expr) else op for op in expr.operands]
     return [type(expr).__name__, operands]
 
 
-def _spans(expr: Expr) -> Iterator[list[tuple[int, int]]]:
+def _pieces(expr: Expr) -> dict[str, list[tuple[int, int]]]:
+    """Rows of each piece, by file."""
+    found: dict[str, list[tuple[int, int]]] = {}
     for part in _walk(expr):
         if _reader_of(part) is not None:
-            yield [(span.offset, span.n_rows) for span in part.operand("iterables")[0]]
+            for span in part.operand("iterables")[0]:
+                found.setdefault(span.path, []).append((span.start, span.stop))
+    return found
 
 
-def _partitions(expr: Expr) -> Any:
-    """Row ranges that were picked from a read; None for all."""
+def _picked(expr: Expr) -> Any:
+    """Rows that were picked from a read; None for all."""
     if not expr._filtered:
         return None
-    spans = expr.operand("iterables")[0]
-    return [(spans[i].offset, spans[i].offset + spans[i].n_rows) for i in expr._partitions]
+    spans: list[Span] = [expr.operand("iterables")[0][index] for index in expr._partitions]
+    return [(span.path, span.start, span.stop) for span in spans]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cloudpickle
@@ -21,7 +20,6 @@ from distributed import Client, Future, futures_of
 from dask_pcm.context import ContextRef
 from dask_pcm.dataframe import ContextMap
 from dask_pcm.errors import InputError, SchemaError
-from dask_pcm.ledger.commit import partition_name, range_name
 from dask_pcm.pieces import PieceReader, Span
 
 
@@ -39,12 +37,16 @@ class Unit:
         Rows to read instead of that partition's own; None for the partition as it is.
     n_rows
         Rows of input; None where nobody has counted them.
+    again
+        Of a part that is there, the rows to be computed again, counted within it; empty for all of
+        them. None for a unit that is computed for the first time.
     """
 
     name: str
     partition: int
     spans: tuple[Span, ...] | None
     n_rows: int | None
+    again: tuple[int, ...] | None = None
 
 
 class Plan:
@@ -58,6 +60,8 @@ class Plan:
         Rows of each partition, where our own reader is at the bottom.
     is_splittable
         Whether any rows of a piece may be computed apart from the others.
+    keeps_rows
+        Whether, besides, there is a row of output for each row of input.
     batch_rows
         Rows of one call; 1 where the function takes partitions.
     n_rows
@@ -91,6 +95,9 @@ class Plan:
         self.is_splittable = self._leaf is not None and all(
             expr is self._leaf or _is_row_wise(expr) for expr in self._nodes.values()
         )
+        self.keeps_rows = self.is_splittable and not any(
+            isinstance(expr, Filter) for expr in self._nodes.values()
+        )
         self.n_partitions = top.npartitions
         counts = [1] * top.npartitions if self.spans is None else [s.n_rows for s in self.spans]
         self.n_rows = sum(counts)
@@ -103,11 +110,26 @@ class Plan:
         self.meta: pd.DataFrame = ddf._meta
         self.input_paths = list(_input_paths(ddf.expr))
         names = [*ddf.columns, *([] if ddf.index.name is None else [ddf.index.name])]
+        if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
+            raise SchemaError(
+                f"Columns (or the index) of the frame have the same name: {', '.join(repeated)}."
+                " Rename them: in a Parquet file each name stands once."
+            )
         if other := [name for name in names if not isinstance(name, str)]:
             raise SchemaError(
                 f"Parquet columns are named by texts; found {other[:3]}. Rename them, for instance"
                 " with frame.rename(columns=str)."
             )
+
+    def arrange(self, paths: Sequence[str]) -> None:
+        """Count the rows of the input in another order of its files."""
+        if self.spans is None or self.reader is None:
+            return
+        first, n_rows = {}, 0
+        for path in paths:
+            first[path] = n_rows
+            n_rows += self.reader.files[path].n_rows
+        self.spans = [replace(s, offset=first[s.path] + s.start) for s in self.spans]
 
     def graph(self, unit: Unit) -> tuple[bytes, list[Any], list[Future]]:
         """Pickled tasks that compute a unit, the keys they take from outside, and those inputs.
@@ -182,103 +204,3 @@ def _is_row_wise(expr: Expr) -> bool:
     if isinstance(expr, ContextMap):
         return expr.operand("batch_rows") is not None
     return isinstance(expr, (Elemwise, Filter))
-
-
-class Cutter:
-    """Cuts what is still to be done into units, in input order.
-
-    Parameters
-    ----------
-    plan
-        The frame.
-    done
-        Row ranges, or partitions, that have been committed.
-    """
-
-    def __init__(
-        self, plan: Plan, done_ranges: Sequence[tuple[int, int]], done_partitions: set[int]
-    ) -> None:
-        self._plan = plan
-        self._todo: list[tuple[int, Span | None]] = []  # (partition, rows), last first
-        if plan.spans is None:
-            self._todo = [
-                (index, None) for index in range(plan.n_partitions) if index not in done_partitions
-            ]
-        else:
-            gaps = _Ranges(done_ranges)
-            for index, span in enumerate(plan.spans):
-                missing = gaps.missing(span)
-                if missing and not plan.is_splittable:
-                    missing = [span]
-                self._todo += [(index, rest) for rest in missing]
-        self._todo.reverse()
-
-    @property
-    def n_rows(self) -> int:
-        """Rows left to be cut; partitions where rows are not known."""
-        return sum(1 if span is None else span.n_rows for _, span in self._todo)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._todo
-
-    def cut(self, n_rows: int) -> Unit:
-        """Take the next unit: up to `n_rows` rows of a piece, or one partition.
-
-        A piece is not cut so that less than a batch is left of it, and pieces smaller than a
-        batch are put together up to one.
-        """
-        partition, span = self._todo.pop()
-        if span is None:
-            return Unit(partition_name(partition), partition, None, None)
-        if not self._plan.is_splittable:
-            name = range_name(span.offset, span.offset + span.n_rows)
-            return Unit(name, partition, (span,), span.n_rows)
-        taken = [self._take(partition, span, n_rows)]
-        while sum(s.n_rows for s in taken) < self._plan.batch_rows and self._todo:
-            partition_after, after = self._todo[-1]
-            end = taken[-1].offset + taken[-1].n_rows
-            if after is None or after.offset != end:
-                break
-            self._todo.pop()
-            room = self._plan.batch_rows - sum(s.n_rows for s in taken)
-            taken.append(self._take(partition_after, after, room))
-        end = taken[-1].offset + taken[-1].n_rows
-        total = sum(s.n_rows for s in taken)
-        return Unit(range_name(taken[0].offset, end), partition, tuple(taken), total)
-
-    def _take(self, partition: int, span: Span, n_rows: int) -> Span:
-        batch = self._plan.batch_rows
-        n_rows = max(1, n_rows)
-        if n_rows > batch:
-            n_rows -= n_rows % batch  # whole batches
-        if span.n_rows - n_rows < batch and n_rows >= batch:
-            # Less than a batch would be left: take it along if the rest fits in one more.
-            n_rows = span.n_rows if span.n_rows - n_rows < batch // 2 else n_rows
-        if n_rows >= span.n_rows:
-            return span
-        self._todo.append((partition, span.cut(n_rows, span.n_rows)))
-        return span.cut(0, n_rows)
-
-
-class _Ranges:
-    """Row ranges that are done; they do not overlap."""
-
-    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
-        self._ranges = sorted(pair for pair in ranges if pair[0] < pair[1])
-        self._starts = [start for start, _ in self._ranges]
-
-    def missing(self, span: Span) -> list[Span]:
-        return list(self._missing(span))
-
-    def _missing(self, span: Span) -> Iterator[Span]:
-        at, end = span.offset, span.offset + span.n_rows
-        index = max(0, bisect.bisect_right(self._starts, at) - 1)
-        for start, stop in self._ranges[index:]:
-            if start >= end:
-                break
-            if start > at:
-                yield span.cut(at - span.offset, start - span.offset)
-            at = max(at, stop)
-        if at < end:
-            yield span.cut(at - span.offset, end - span.offset)

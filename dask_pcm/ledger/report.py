@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from dask_pcm.ledger.commit import parse_name
+from dask_pcm.ledger.parts import parse_name
 
 
 @dataclass(slots=True)
@@ -17,10 +17,14 @@ class Report:
 
     Attributes
     ----------
+    state, error
+        How the run ended: ``finished``, ``failed`` or ``cancelled``, and why; or ``running``.
     rows, rows_failed
         Rows of the whole output, and those among them with an error.
     rows_recomputed
         Rows that were started now although they had been started before.
+    rows_retried
+        Rows that had failed and were computed again (``retry_failed``).
     units, units_resumed, rows_resumed
         Units committed now; units and rows found committed.
     context_loads, load_s
@@ -31,13 +35,20 @@ class Report:
         Wall time, and the seconds that contexts were held, summed over workers.
     rows_per_s
         Rows computed now over wall time.
+    ran_on
+        Devices and types of numbers that rows were computed with, each with how many.
+    committed_by
+        How the first writer of a part wins in this output.
     errors
         A sample of the rows' errors.
     """
 
+    state: str = "running"
+    error: str | None = None
     rows: int = 0
     rows_failed: int = 0
     rows_recomputed: int = 0
+    rows_retried: int = 0
     units: int = 0
     units_resumed: int = 0
     rows_resumed: int = 0
@@ -47,14 +58,22 @@ class Report:
     load_s: float = 0.0
     infer_s: float = 0.0
     rows_per_s: float = 0.0
+    ran_on: dict[str, int] = field(default_factory=dict)
+    committed_by: str = ""
     errors: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Report:
+        """From a report file, whatever version of it."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in found.items() if name in names})
+
 
 def rows_recomputed(
-    starts: Iterable[Mapping[str, Any]], run: str, rows_of: Callable[[str], int]
+    lines: Iterable[Mapping[str, Any]], run: str, rows_of: Callable[[str], int]
 ) -> int:
     """Rows that `run` started and that had been started before, by it or by another run.
 
@@ -65,8 +84,10 @@ def rows_recomputed(
     others: list[tuple[int, int]] = []
     partitions: Counter[str] = Counter()
     restarted: Counter[str] = Counter()
-    for start in starts:
-        name, is_mine = start["unit"], start["run"] == run
+    for line in lines:
+        if "start" not in line:
+            continue
+        name, is_mine = line["start"], line["run"] == run
         place = parse_name(name)
         if isinstance(place, tuple):
             (mine if is_mine else others).append(place)

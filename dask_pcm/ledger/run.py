@@ -1,41 +1,193 @@
-"""``write_parquet``: one run of a job, from its manifest to its report."""
+"""``Run``: a handle on a run, in the process that drives it and in any other."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
+import uuid
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-import dask.dataframe as dd
-from distributed import Client
-
-from dask_pcm.config import Config
-from dask_pcm.errors import OutputError, SchemaError
-from dask_pcm.ledger import manifest
-from dask_pcm.ledger.commit import Output
-from dask_pcm.ledger.driver import Driver
-from dask_pcm.ledger.plan import Plan
+from dask_pcm.errors import CancelledError, OutputError, PCMError
+from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.manifest import Manifest
+from dask_pcm.ledger.objects import Objects
+from dask_pcm.ledger.output import CANCEL, HOME, PAUSE, REPORT, Output, Owner, local_path
+from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.report import Report
-from dask_pcm.plugins.install import current_client, install, is_installed
+from dask_pcm.ledger.status import (
+    CANCELLED,
+    FINISHED,
+    INTERRUPTED,
+    PAUSED,
+    RUNNING,
+    Progress,
+)
+
+_POLL_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A finished run.
+class Drives(Protocol):
+    """What a run asks of the driver in its own process."""
 
-    Attributes
-    ----------
-    path
-        The output folder.
-    report
-        What came out; see ``Report``.
-    """
-
-    path: str
     report: Report
 
+    @property
+    def progress(self) -> Progress: ...
+
+
+class Run:
+    """A run of a job: what ``write_parquet`` returns, and ``attach`` finds.
+
+    All of it may be called from any thread, and works in the process that drives the run as in
+    any other that sees the output.
+    """
+
+    def __init__(self, output: Output, driver: Drives | None = None) -> None:
+        self._output = output
+        self._driver = driver
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def path(self) -> str:
+        """The output."""
+        return self._output.path
+
+    @property
+    def status(self) -> str:
+        """``running``, ``paused``, ``finished``, ``failed``, ``cancelled`` or ``interrupted``."""
+        return self.progress.state
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is; see ``Progress``."""
+        if self._driver is not None:
+            return self._driver.progress
+        owner = self._owner()
+        if owner is None:
+            return self._of_ended()
+        found = self._output.read_json(f"{HOME}/run-{owner.run}/status.json") or {}
+        if owner.is_alive:
+            return Progress.of({"state": RUNNING, **found})
+        return self._counted(found, INTERRUPTED)
+
+    @property
+    def report(self) -> Report:
+        """What came out of it so far; see ``Report``."""
+        if self._driver is not None:
+            return self._driver.report
+        found = None if self._owner() else self._output.read_json(REPORT)
+        if found is not None:
+            return Report.of(found)
+        progress = self.progress
+        is_counted = progress.counted == "rows"
+        rows = progress.done if is_counted else 0
+        return Report(state=progress.state, rows=rows, rows_failed=progress.failed)
+
+    @property
+    def driver(self) -> str:
+        """Who drives it: run, process, user and host; empty if nobody does."""
+        owner = self._owner()
+        return str(owner) if owner is not None and owner.is_alive else ""
+
+    def pause(self) -> None:
+        """Begin no more units, until ``resume``; those that are begun are finished."""
+        self._wish(PAUSE)
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        if (output := self._at_work()) is not None:
+            output.remove(f"{output.place}/{PAUSE}")
+
+    def cancel(self) -> None:
+        """End it: what is committed stays, and the same job can be resumed."""
+        self._wish(CANCEL)
+
+    def wait(self, timeout: float | None = None) -> Report:
+        """Wait until it has ended, and return its report.
+
+        Parameters
+        ----------
+        timeout
+            Seconds to wait at most; for ever if left out.
+
+        Raises
+        ------
+        TimeoutError
+            Where it has not ended by then; it goes on.
+        PCMError
+            Why it failed, or that it was cancelled or its driver died; in the process that drives
+            it, whatever error ended it.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                raise TimeoutError(f"The run of {self.path!r} goes on: {self.progress}")
+        elif self._driver is None:
+            while (progress := self.progress).state in (RUNNING, PAUSED):
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(f"The run of {self.path!r} goes on: {progress}")
+                time.sleep(_POLL_S)
+            self._raise_for(progress)
+        if self._error is not None:
+            raise self._error
+        return self.report
+
+    def _raise_for(self, progress: Progress) -> None:
+        if progress.state == FINISHED:
+            return
+        if progress.state == INTERRUPTED:
+            raise PCMError(
+                f"Whoever drove the run of {self.path!r} is gone ({progress}). Run the same again"
+                " to go on."
+            )
+        kind = CancelledError if progress.state == CANCELLED else PCMError
+        raise kind(self.report.error or f"The run of {self.path!r} {progress.state}.")
+
+    def _owner(self) -> Owner | None:
+        """Who drives the output, or drove it and died."""
+        owners = self._output.others()
+        if self._driver is not None and self._output.exists(f"{self._output.place}/driver.json"):
+            says = self._output.read_json(f"{self._output.place}/driver.json") or {}
+            owners.append(Owner(self._output.run, says, True))
+        return max(owners, key=lambda owner: owner.is_alive, default=None)
+
+    def _at_work(self) -> Output | None:
+        """The output as the run at work sees it."""
+        owner = self._owner()
+        if owner is None or not owner.is_alive:
+            return None
+        return self._output.as_run(owner.run)
+
+    def _wish(self, what: str) -> None:
+        output = self._at_work()
+        if output is None:
+            raise OutputError(f"Nobody is at work on {self.path!r} ({self.progress}).")
+        output.write(f"{output.place}/{what}", b"")
+
+    def _of_ended(self) -> Progress:
+        report = self._output.read_json(REPORT)
+        if report is None:
+            return self._counted({}, INTERRUPTED)
+        counts = {"failed": report.get("rows_failed", 0), "per_s": report.get("rows_per_s", 0.0)}
+        return self._counted(counts, report.get("state", FINISHED))
+
+    def _counted(self, found: Mapping[str, Any], state: str) -> Progress:
+        """From the names of the parts, whatever became of the run."""
+        manifest = Manifest.read(self._output)
+        recorded = manifest.recorded if manifest is not None else {}
+        places = [parse_name(name) for name in self._output.parts()]
+        done = sum(place[1] - place[0] for place in places if isinstance(place, tuple))
+        done += sum(isinstance(place, int) for place in places)
+        counts = {"total": recorded.get("total", done), "counted": recorded.get("counted", "rows")}
+        return Progress.of({**counts, **found}, state=state, done=done)
+
     def __repr__(self) -> str:
+        if self.status != FINISHED:
+            return f"<Run {self.path!r}: {self.progress}>"
         r = self.report
         return (
             f"<Run {self.path!r}: {r.rows:,} rows, {r.rows_failed:,} failed,"
@@ -43,93 +195,35 @@ class Run:
         )
 
 
-def write_parquet(
-    ddf: dd.DataFrame,
-    path: str | os.PathLike[str],
-    overwrite: bool = False,
-    progress: bool = True,
-    client: Client | None = None,
-) -> Run:
-    """Compute a frame into a folder of Parquet files, each row exactly once, whatever dies.
-
-    Blocks until all is done. Interrupted or killed, the same call goes on where it was: what was
-    committed is never computed again.
+def attach(path: str | os.PathLike[str]) -> Run:
+    """Look at a run from any process that sees its output, whether it is at work or has ended.
 
     Parameters
     ----------
-    ddf
-        Any Dask DataFrame. Over ``dask_pcm.read_parquet`` and functions by rows (``batch_rows``),
-        a unit of work is any range of rows; otherwise it is a partition.
     path
-        Output folder, on a filesystem that driver and workers share.
-    overwrite
-        Begin anew: drop what another run left, and shut out whatever of it still runs. What it
-        left is dropped when the first new part is there; if none comes, it stays.
-    progress
-        Whether to show how it goes.
-    client
-        A client of the cluster; the one made last if left out. The toolkit is installed on it.
+        The output folder, or its URL.
 
     Returns
     -------
     Run
-        With its report.
+        With which it can be waited for, paused and cancelled, too.
 
     Raises
     ------
     OutputError
-        Where the output is another job's, holds other files or cannot be written; nothing there
-        was changed then.
-    LoadError
-        Where a context cannot be loaded; what was committed stays.
+        Where there is no output of ours.
     """
-    if not isinstance(ddf, dd.DataFrame):
-        raise SchemaError(f"write_parquet writes a Dask DataFrame; found {type(ddf).__name__}.")
-    client = client or current_client()
-    start = time.monotonic()
-    plan = Plan(ddf)
-    output = Output.at(path)
-    _check_apart(output, plan)
-    mine = manifest.identity(ddf.expr, plan.is_splittable)
-    is_resumed = manifest.check(output, mine, overwrite)
-    output.open()
-    driver = Driver(client, plan, output, Config.read())
-    try:
-        if not is_installed(client):
-            install(client)
-        if not is_resumed:
-            driver.warm()
-        with output.taking_over():
-            # Again: another run may have begun in the meantime.
-            is_resumed = manifest.check(output, mine, overwrite)
-            output.fence()
-            if not is_resumed:
-                output.set_aside()
-                manifest.write(output, mine, {ref.name: ref.digest for ref in plan.refs})
-        report = driver.drive(progress)
-        output.drop_aside()
-        report.total_s = time.monotonic() - start
-        report.rows_per_s = (report.rows - report.rows_resumed) / report.total_s
-        output.write_json("report.json", report.as_dict())
-    except BaseException:
-        if not driver.has_committed:
-            output.put_back()
-        raise
-    finally:
-        driver.close()
-        output.close()
-    return Run(output.path, report)
+    output = output_to_look_at(path)
+    if Manifest.read(output) is None and not output.others():
+        raise OutputError(
+            f"There is no output of dask_pcm at {output.path!r}: it has no manifest. Give the"
+            " folder that was given to write_parquet or dask-pcm run."
+        )
+    return Run(output)
 
 
-def _check_apart(output: Output, plan: Plan) -> None:
-    """Refuse an output that would be read as input, or the other way round."""
-    mine = Path(os.path.realpath(output.path))
-    for path in plan.input_paths:
-        if "://" in path and not path.startswith("file://"):
-            continue
-        given = Path(os.path.realpath(path.removeprefix("file://")))
-        if given == mine or mine in given.parents or (given.is_dir() and given in mine.parents):
-            raise OutputError(
-                f"The output folder {output.path!r} and the input {path!r} lie in each other. Give"
-                " a folder beside the input."
-            )
+def output_to_look_at(path: str | os.PathLike[str]) -> Output:
+    """An output that is only read."""
+    local = local_path(path)
+    run = uuid.uuid4().hex
+    return Folder(local, run) if local is not None else Objects(os.fspath(path).rstrip("/"), run)

@@ -1,4 +1,6 @@
-"""A run in a process of its own, for tests that kill: ``python -m tests.ledger.driver IN LOG OUT``.
+"""A run in a process of its own, for tests that kill.
+
+``python -m tests.ledger.driver INPUT LOG OUTPUT [OPTION...]``
 
 Its cluster has two worker processes; each batch notes its rows in the log before it is computed.
 """
@@ -30,7 +32,7 @@ def compute(frame, log):
     return pd.DataFrame({"id": frame["id"], "twice": frame["id"] * 2})
 
 
-def main(folder, log, out):
+def main(folder, log, out, *options):
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
@@ -42,7 +44,8 @@ def main(folder, log, out):
             meta={"id": "i8", "twice": "i8"},
             batch_rows=BATCH_ROWS,
         )
-        pcm.write_parquet(verdicts, out, client=client, progress=False)
+        given = dict.fromkeys(options, True)
+        pcm.write_parquet(verdicts, out, client=client, progress=False, **given)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import pandas as pd
 import psutil
 import pytest
 
+import dask_pcm as pcm
+
 N_FILES, ROWS_PER_FILE = 20, 50
 N_ROWS = N_FILES * ROWS_PER_FILE
 
@@ -23,8 +25,9 @@ def job(claims, tmp_path):
     folder = claims(n_files=N_FILES, n_rows=ROWS_PER_FILE)
     log, out = tmp_path / "log", tmp_path / "out"
 
-    def start():
-        command = [sys.executable, "-m", "tests.ledger.driver", folder, str(log), str(out)]
+    def start(*options):
+        driver = [sys.executable, "-m", "tests.ledger.driver"]
+        command = [*driver, folder, str(log), str(out), *options]
         return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
     start.log, start.out = log, out
@@ -90,13 +93,36 @@ def test_workers_end_when_their_driver_dies_and_its_output_goes_on(job):
     check(job, n_twice_at_most=4 * ROWS_PER_FILE)
 
 
-def test_a_second_driver_takes_over_from_one_that_still_works(job):
-    """Whatever the first still computes is shut out; the rows are there once."""
-    first = job()
-    wait_for(job.log, 30, first)
+def paused(job):
+    """A driver that is at work and waits; and a handle on its run."""
+    driver = job()
+    wait_for(job.log, 10, driver)
+    run = pcm.attach(job.out)
+    run.pause()
+    deadline = time.monotonic() + 30
+    while run.status != "paused":
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    return driver, run
+
+
+def test_a_second_driver_is_told_who_is_at_work(job):
+    first, run = paused(job)
     second = job()
+    _, said = second.communicate(timeout=100)
+    assert second.returncode == 1
+    assert "BusyError: Another run is at work" in said and f"process {first.pid} of" in said
+    run.resume()
+    assert run.wait(60).state == "finished"
+    finish(first)
+    check(job, n_twice_at_most=0)
+
+
+def test_a_second_driver_may_take_over_from_one_that_still_works(job):
+    """Whatever the first still computes is shut out; the rows are there once."""
+    first, _ = paused(job)
+    second = job("take_over")
     _, said = first.communicate(timeout=100)
     finish(second)
-    found = pd.read_parquet(job.out)
-    assert found.id.tolist() == list(range(N_ROWS))
-    assert first.returncode == 0 or "replaced by a newer one" in said
+    assert first.returncode == 1 and "replaced by a newer one" in said
+    check(job, n_twice_at_most=4 * ROWS_PER_FILE)

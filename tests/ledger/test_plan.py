@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import dask.dataframe as dd
 import pandas as pd
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dask_pcm as pcm
-from dask_pcm.ledger.plan import Cutter, Plan
+from dask_pcm.ledger.cut import Cutter
+from dask_pcm.ledger.plan import Plan
 from dask_pcm.pieces import Span
 
 
@@ -38,7 +40,7 @@ def compute(plan, unit):
 
 
 def cut_all(plan, n_rows, done=(), partitions=()):
-    cutter = Cutter(plan, list(done), set(partitions))
+    cutter = Cutter(plan, list(done), frozenset(partitions))
     units = []
     while not cutter.is_empty:
         units.append(cutter.cut(n_rows))
@@ -67,7 +69,7 @@ def test_functions_of_partitions_are_never_given_less(claims):
 
 def test_partitions_that_were_picked_keep_their_rows(claims):
     plan = Plan(mapped(pcm.read_parquet(claims()).partitions[2:], batch_rows=8))
-    units = cut_all(plan, 1000)
+    units = cut_all(plan, 100)
     assert [unit.name for unit in units] == [
         "part-000000000100-000000000150.parquet",
         "part-000000000150-000000000200.parquet",
@@ -132,8 +134,21 @@ def test_cutting_covers_exactly_what_is_missing(sizes, batch_rows, wants, data):
 
 
 def test_small_pieces_are_put_together_up_to_a_batch():
-    units = cut_all(FakePlan([10] * 10, 32), 1000)
+    units = cut_all(FakePlan([10] * 10, 32), 32)
     assert [unit.n_rows for unit in units] == [32, 32, 32, 4]
+
+
+def test_very_small_pieces_are_put_together_up_to_a_unit_and_its_bytes():
+    sizes = [unit.n_rows for unit in cut_all(FakePlan([10] * 30, 32), 100)]
+    assert sizes == [100, 100, 100]
+    assert [unit.n_rows for unit in cut_all(FakePlan([20] * 10, 4), 100)] == [20] * 10
+    wide = FakePlan([10] * 30, 4)
+    wide.spans = [replace(span, n_bytes=1_000) for span in wide.spans]
+    cutter = Cutter(wide, max_bytes=3_500)
+    sizes = []
+    while not cutter.is_empty:
+        sizes.append(cutter.cut(100).n_rows)
+    assert sizes == [30] * 10
 
 
 def test_no_crumb_is_left_of_a_piece():

@@ -1,0 +1,183 @@
+"""What is still to be done, cut into units."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+
+from dask_pcm.ledger.parts import partition_name, range_name
+from dask_pcm.ledger.plan import Plan, Unit
+from dask_pcm.pieces import Span
+
+#: Pieces of which so many fit in a unit are put together; larger ones are units of their own.
+_SMALL = 8
+
+
+class Cutter:
+    """Cuts what is still to be done into units, in input order.
+
+    Parameters
+    ----------
+    plan
+        The frame.
+    done_ranges, done_partitions
+        Row ranges, or partitions, that have been committed.
+    max_bytes
+        No unit of several pieces has more input.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        done_ranges: Sequence[tuple[int, int]] = (),
+        done_partitions: frozenset[int] = frozenset(),
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        self._plan = plan
+        self._max_bytes = max_bytes
+        self._again: list[Unit] = []
+        self._order: list[int] | None = None  # of the plan's spans, by offset
+        self._todo: list[tuple[int, Span | None]] = []  # (partition, rows), last first
+        self._done = _Ranges(done_ranges)
+        if plan.spans is None:
+            self._todo = [
+                (index, None) for index in range(plan.n_partitions) if index not in done_partitions
+            ]
+        else:
+            for index, span in enumerate(plan.spans):
+                missing = self._done.missing(span)
+                if missing and not plan.is_splittable:
+                    missing = [span]
+                self._todo += [(index, rest) for rest in missing]
+        self._todo.reverse()
+        #: Rows left to be cut; partitions where rows are not known.
+        self.n_rows = sum(1 if span is None else span.n_rows for _, span in self._todo)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._todo and not self._again
+
+    def again(self, place: tuple[int, int] | int, failed: Sequence[int]) -> int:
+        """Have the failed rows of a part computed again; return how many rows that makes.
+
+        Parameters
+        ----------
+        place
+            The part's row range, or its partition.
+        failed
+            Which of its rows failed. Where a part's rows are not those of its input (functions
+            of partitions, filters), the part is computed again as a whole.
+        """
+        if isinstance(place, int):
+            unit = Unit(partition_name(place), place, None, None, again=())
+        else:
+            partition, spans = self._spans_of(place)
+            again: tuple[int, ...] = ()
+            if self._plan.keeps_rows:
+                again = tuple(failed)
+                spans = [_row(spans, place[0] + number) for number in failed]
+            n_rows = sum(span.n_rows for span in spans)
+            unit = Unit(range_name(*place), partition, tuple(spans), n_rows, again=again)
+        self._again.append(unit)
+        self.n_rows += unit.n_rows or 1
+        return unit.n_rows or 1
+
+    def _spans_of(self, place: tuple[int, int]) -> tuple[int, list[Span]]:
+        """The rows of a part as spans, and a partition that has some of them."""
+        spans = self._plan.spans or []
+        if self._order is None:
+            self._order = sorted(range(len(spans)), key=lambda index: spans[index].offset)
+        start, stop = place
+        first = bisect.bisect_right(self._order, start, key=lambda index: spans[index].offset) - 1
+        found = []
+        for index in self._order[first:]:
+            span = spans[index]
+            if span.offset >= stop:
+                break
+            inside = max(start - span.offset, 0), min(stop - span.offset, span.n_rows)
+            if inside[0] < inside[1]:
+                found.append(span.cut(*inside))
+        return self._order[first], found
+
+    def cut(self, n_rows: int) -> Unit:
+        """Take the next unit: up to `n_rows` rows of a piece or of several small ones, or one
+        partition.
+
+        A piece is not cut so that less than a batch is left of it.
+        """
+        if self._again:
+            unit = self._again.pop()
+            self.n_rows -= unit.n_rows or 1
+            return unit
+        partition, span = self._todo.pop()
+        if span is None:
+            self.n_rows -= 1
+            return Unit(partition_name(partition), partition, None, None)
+        if self._plan.is_splittable:
+            spans = self._several(partition, span, max(1, n_rows))
+        else:
+            spans = [span]
+        total = sum(s.n_rows for s in spans)
+        self.n_rows -= total
+        end = spans[-1].offset + spans[-1].n_rows
+        return Unit(range_name(spans[0].offset, end), partition, tuple(spans), total)
+
+    def _several(self, partition: int, span: Span, n_rows: int) -> list[Span]:
+        """Rows of a piece, and of those after it up to a batch, or while they are small."""
+        batch = self._plan.batch_rows
+        taken = [self._take(partition, span, n_rows)]
+        total, n_bytes = taken[0].n_rows, taken[0].n_bytes
+        while self._todo and (room := max(n_rows, batch) - total) > 0:
+            partition_after, after = self._todo[-1]
+            end = taken[-1].offset + taken[-1].n_rows
+            if after is None or after.offset != end or n_bytes + after.n_bytes > self._max_bytes:
+                break
+            is_small = after.n_rows * _SMALL <= n_rows and after.n_rows <= room
+            if total >= batch and not is_small:
+                break
+            self._todo.pop()
+            taken.append(self._take(partition_after, after, room))
+            total, n_bytes = total + taken[-1].n_rows, n_bytes + taken[-1].n_bytes
+        return taken
+
+    def _take(self, partition: int, span: Span, n_rows: int) -> Span:
+        batch = self._plan.batch_rows
+        if n_rows > batch:
+            n_rows -= n_rows % batch  # whole batches
+        if span.n_rows - n_rows < batch and n_rows >= batch:
+            # Less than a batch would be left: take it along if the rest fits in one more.
+            n_rows = span.n_rows if span.n_rows - n_rows < batch // 2 else n_rows
+        if n_rows >= span.n_rows:
+            return span
+        self._todo.append((partition, span.cut(n_rows, span.n_rows)))
+        return span.cut(0, n_rows)
+
+
+def _row(spans: Sequence[Span], number: int) -> Span:
+    """Row `number` of the input as a span of its own."""
+    starts = [span.offset for span in spans]
+    span = spans[bisect.bisect_right(starts, number) - 1]
+    return span.cut(number - span.offset, number - span.offset + 1)
+
+
+class _Ranges:
+    """Row ranges that are done; they do not overlap."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._ranges = sorted(pair for pair in ranges if pair[0] < pair[1])
+        self._starts = [start for start, _ in self._ranges]
+
+    def missing(self, span: Span) -> list[Span]:
+        return list(self._missing(span))
+
+    def _missing(self, span: Span) -> Iterator[Span]:
+        at, end = span.offset, span.offset + span.n_rows
+        index = max(0, bisect.bisect_right(self._starts, at) - 1)
+        for start, stop in self._ranges[index:]:
+            if start >= end:
+                break
+            if start > at:
+                yield span.cut(at - span.offset, start - span.offset)
+            at = max(at, stop)
+        if at < end:
+            yield span.cut(at - span.offset, end - span.offset)

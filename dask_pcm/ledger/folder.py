@@ -1,0 +1,288 @@
+"""An output in a folder of a filesystem that driver and workers share.
+
+A part is written below the run's folder, synced, and then linked to its name: ``link(2)`` refuses
+to replace a file. Whoever shuts a run out renames its folder, and every later link of it fails.
+
+Where the filesystem has no hard links, a part is renamed to its name unless that is there. Two
+attempts at one unit can then both write, one after the other; what stands there is always one
+whole part of that unit.
+
+A run at work holds a lock on a file in its folder, which the kernel gives back when its process
+ends, however it ends. Where there are no locks, a run counts as at work for as long as its
+``status.json`` is written, by the filesystem's own clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dask_pcm.errors import FencedError, OutputError
+from dask_pcm.ledger.output import HOME, LOG, Entry, Output, Owner
+from dask_pcm.ledger.parts import Written, digest_of, note_of, write_part
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_FOLDER = (FileNotFoundError, NotADirectoryError)
+#: Without locks: a run whose status is older than this is not at work.
+SILENT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Folder(Output):
+    """An output in a folder."""
+
+    @property
+    def how(self) -> str:
+        return "hard links" if self._has_links() else "renaming (there are no hard links here)"
+
+    # -- files ------------------------------------------------------------------------------
+
+    def _at(self, name: str) -> Path:
+        return Path(self.path, name)
+
+    def entries(self, folder: str = "") -> dict[str, Entry]:
+        found = {}
+        with contextlib.suppress(*_NO_FOLDER), os.scandir(self._at(folder)) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                    status = entry.stat()
+                    name = f"{entry.name}/" if entry.is_dir() else entry.name
+                    found[name] = Entry(status.st_size, str(status.st_mtime_ns))
+        return dict(sorted(found.items()))
+
+    def read(self, name: str) -> bytes:
+        return self._at(name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        temporary = self._temporary(os.path.basename(name))
+        with self._fenced(temporary), temporary.open("xb") as file:
+            file.write(data)
+            _sync(file)
+        with self._fenced(temporary):
+            temporary.replace(self._at(name))
+        _sync_folder(self._at(name).parent)
+
+    def exists(self, name: str) -> bool:
+        return self._at(name).exists()
+
+    def move(self, name: str, target: str) -> None:
+        self._at(target).parent.mkdir(parents=True, exist_ok=True)
+        self._at(name).rename(self._at(target))
+
+    def remove(self, name: str) -> None:
+        path = self._at(name)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    # -- runs -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def taking_over(self) -> Iterator[None]:
+        try:
+            self._at(LOG).mkdir(parents=True, exist_ok=True)
+            lock = self._at(f"{HOME}/lock").open("w")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with lock:
+            with contextlib.suppress(OSError):  # without locks the last one shuts the others out
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def open(self, says: Mapping[str, Any]) -> Iterator[None]:
+        try:
+            self._at(self.place).mkdir(parents=True, exist_ok=True)
+            lock = self._at(f"{self.place}/alive").open("w")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with lock:
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                self.write_json(f"{self.place}/driver.json", dict(says))
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    # By another name first: nothing may be written while it is being removed.
+                    self.remove(self.shut_out(self.run))
+
+    def others(self) -> list[Owner]:
+        found = []
+        for name in self.entries(HOME):
+            if name.startswith("run-") and name != f"run-{self.run}/":
+                run = name[len("run-") : -1]
+                says = self.read_json(f"{HOME}/{name}driver.json") or {}
+                found.append(Owner(run, says, self._is_alive(f"{HOME}/{name[:-1]}")))
+        return found
+
+    def _is_alive(self, place: str) -> bool:
+        try:
+            with self._at(f"{place}/alive").open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except _NO_FOLDER:
+            return False
+        except OSError:  # no locks here
+            return self._is_fresh(f"{place}/status.json")
+        return False
+
+    def _is_fresh(self, name: str) -> bool:
+        probe = self._at(f"{HOME}/clock")
+        try:
+            probe.write_bytes(b"now")
+            age_s = probe.stat().st_mtime - self._at(name).stat().st_mtime
+        except OSError:
+            return False
+        return age_s < SILENT_S
+
+    def shut_out(self, run: str) -> str:
+        renamed = f"{HOME}/old-{uuid.uuid4().hex}"
+        with contextlib.suppress(*_NO_FOLDER):
+            self._at(f"{HOME}/run-{run}").rename(self._at(renamed))
+        return renamed
+
+    # -- parts ------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        name: str,
+        tables: Iterable[pa.Table],
+        note: Mapping[str, Any],
+        replaces: bool = False,
+    ) -> bool:
+        temporary = self._temporary(name)
+        try:
+            with self._fenced(temporary), temporary.open("xb") as file:
+                written = write_part(file, tables, note)
+                _sync(file)
+                status = os.fstat(file.fileno())
+            with self._fenced(temporary):
+                if replaces:
+                    temporary.replace(self._at(name))
+                elif not _link(temporary, self._at(name)):
+                    return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(self.path)
+        self._log_commit(name, written, str(status.st_mtime_ns), note)
+        return True
+
+    def _log_commit(self, name: str, written: Written, stamp: str, note: Mapping[str, Any]) -> None:
+        counts = {"rows": note["rows"], "failed": note["failed"]}
+        file = {"bytes": written.n_bytes, "digest": written.digest, "stamp": stamp}
+        # It is committed: a run that was replaced since then may still say so.
+        with contextlib.suppress(FencedError):
+            self.log({"run": self.run, "commit": name, **counts, **file})
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        with pq.ParquetFile(self._at(name)) as file:
+            return file.read(columns)
+
+    def read_note(self, name: str) -> dict[str, Any]:
+        return note_of(pq.read_schema(self._at(name)))
+
+    def digest(self, name: str) -> str:
+        with self._at(name).open("rb") as file:
+            return digest_of(file)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        name = f"{self.run}.{socket.gethostname()}.{os.getpid()}.jsonl"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with self._fenced():
+            os.stat(self._at(self.place))  # a run that was replaced notes nothing any more
+            descriptor = os.open(self._at(f"{LOG}/{name}"), flags, 0o666)
+        try:
+            with self._fenced():
+                os.write(descriptor, (json.dumps(line) + "\n").encode())  # one line, one write
+        finally:
+            os.close(descriptor)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        for name in self.entries(LOG):
+            for line in self.read(f"{LOG}/{name}").splitlines():
+                with contextlib.suppress(ValueError):  # torn by a lost node
+                    yield json.loads(line)
+
+    # -- helpers ----------------------------------------------------------------------------
+
+    def _temporary(self, name: str) -> Path:
+        own = f"{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
+        return self._at(f"{self.place}/{own}")
+
+    @contextlib.contextmanager
+    def _fenced(self, temporary: Path | None = None) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FencedError(
+                f"Run {self.run[:8]} of {self.path!r} was replaced by a newer one, or its folder"
+                " was removed; what it was about to write was dropped."
+            ) from error
+        except OSError as error:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            if error.errno in _NO_ROOM:
+                raise OutputError(
+                    f"There is no room left for the output {self.path!r}: {error}. Make room, and"
+                    " run the same again to go on."
+                ) from error
+            raise
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(f"Cannot write to the output folder {self.path!r}: {error}.")
+
+    def _has_links(self) -> bool:
+        source, target = self._temporary("probe"), self._temporary("probe")
+        try:
+            source.write_bytes(b"")
+            os.link(source, target)
+        except OSError as error:
+            return error.errno not in _NO_LINKS
+        finally:
+            source.unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
+        return True
+
+
+def _link(temporary: Path, final: Path) -> bool:
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if final.exists():
+            return False
+        temporary.replace(final)
+    return True
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(path: str | os.PathLike[str]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,312 @@
+"""An output in an object store, by any fsspec URL.
+
+A part is put under its name only if there is none yet: by a conditional put, where the store has
+it. Where it has not, whoever creates a lock file for the unit, in a folder that all workers share,
+may put the part; a lock whose holder did not put anything for a while is taken over.
+
+Nothing can be renamed in one step here. A run is shut out by removing its ``driver.json``, which
+every unit looks for right before it puts its part. A part that was on its way at that moment may
+still arrive; the run at work finds it before it ends, and removes it (see ``Driver``).
+
+A run counts as at work for as long as its ``status.json`` is written, by the store's own clock.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dask_pcm.errors import FencedError, OutputError
+from dask_pcm.ledger.output import HOME, LOG, Entry, Output, Owner
+from dask_pcm.ledger.parts import digest_of, note_of, write_part
+
+#: Protocols whose fsspec implementation puts conditionally; whether the store does is tried out.
+_CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl"})
+#: A run whose status is older is not at work; a lock whose holder puts nothing is taken over.
+SILENT_S = 30.0
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Objects(Output):
+    """An output in an object store.
+
+    Attributes
+    ----------
+    locks
+        Folder for lock files, on a filesystem that driver and workers share; None where the store
+        puts conditionally.
+    """
+
+    look_every_s: ClassVar[float] = 2.0
+    beat_every_s: ClassVar[float] = 5.0
+    may_get_late_parts: ClassVar[bool] = True
+    locks: str | None = None
+
+    @classmethod
+    def at(cls, url: str, locks: str | None) -> Objects:
+        """Find out whether the store puts conditionally, unless lock files are to be used.
+
+        Raises
+        ------
+        OutputError
+            Where it does not, and no folder for lock files is given; or it cannot be reached.
+        """
+        output = cls(url.rstrip("/"), uuid.uuid4().hex, locks and os.path.abspath(locks))
+        if output.locks:
+            Path(output.locks).mkdir(parents=True, exist_ok=True)
+            return output
+        try:
+            is_conditional = output._puts_conditionally()
+        except Exception as error:  # each store has its own
+            raise OutputError(
+                f"Cannot write to the output {url!r}: {type(error).__name__}: {error}."
+            ) from error
+        if not is_conditional:
+            raise OutputError(
+                f"The store of {url!r} cannot put an object only if there is none yet, so two"
+                " workers could write one part. Give a folder for lock files that driver and"
+                " workers share: lock_folder=..., --lock-folder."
+            )
+        return output
+
+    @property
+    def how(self) -> str:
+        return f"lock files in {self.locks}" if self.locks else "conditional put"
+
+    def _puts_conditionally(self) -> bool:
+        protocol = self.path.partition("://")[0]
+        if protocol not in _CONDITIONAL:
+            return False
+        probe = f"{HOME}/probe-{self.run}"
+        try:
+            return self._create(probe, b"1") and not self._create(probe, b"2")
+        finally:
+            self.remove(probe)
+
+    # -- files ------------------------------------------------------------------------------
+
+    @property
+    def _fs(self) -> Any:
+        fs, _ = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
+        return fs
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}/{name}" if name else self.path
+
+    def entries(self, folder: str = "") -> dict[str, Entry]:
+        fs = self._fs
+        root = fs._strip_protocol(self._at(folder)).rstrip("/")
+        found = {}
+        with contextlib.suppress(FileNotFoundError):
+            for info in fs.ls(root, detail=True, refresh=True):
+                name = info["name"].rstrip("/")[len(root) + 1 :]
+                if name and info["type"] == "directory":
+                    found[f"{name}/"] = Entry(0, "")
+                elif name:
+                    found[name] = Entry(info["size"], _stamp(info))
+        return dict(sorted(found.items()))
+
+    def read(self, name: str) -> bytes:
+        content: bytes = self._fs.cat_file(self._at(name))
+        return content
+
+    def write(self, name: str, data: bytes) -> None:
+        if name != f"{self.place}/driver.json":
+            self._check_fence()
+        self._fs.pipe_file(self._at(name), data)
+
+    def exists(self, name: str) -> bool:
+        fs = self._fs
+        fs.invalidate_cache()
+        return bool(fs.exists(self._at(name)))
+
+    def move(self, name: str, target: str) -> None:
+        self._fs.mv(self._at(name), self._at(target))
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._at(name), recursive=True)
+
+    def _create(self, name: str, data: bytes) -> bool:
+        try:
+            self._fs.pipe_file(self._at(name), data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
+                return False
+            raise
+        return True
+
+    # -- runs -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def taking_over(self) -> Iterator[None]:
+        if self.locks:
+            name = hashlib.sha256(self.path.encode()).hexdigest()[:16]
+            with Path(self.locks, f"{name}.lock").open("w") as file:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+            return
+        lock = f"{HOME}/lock"
+        while not self._create(lock, self.run.encode()):
+            if self._age_s(lock) > SILENT_S:
+                self.remove(lock)
+            time.sleep(_POLL_S)
+        try:
+            yield
+        finally:
+            self.remove(lock)
+
+    @contextlib.contextmanager
+    def open(self, says: Mapping[str, Any]) -> Iterator[None]:
+        self.write_json(f"{self.place}/driver.json", dict(says))
+        self.write_json(f"{self.place}/status.json", {})
+        try:
+            yield
+        finally:
+            self.remove(self.shut_out(self.run))
+
+    def others(self) -> list[Owner]:
+        found = []
+        for name in self.entries(HOME):
+            if name.startswith("run-") and name != f"run-{self.run}/":
+                says = self.read_json(f"{HOME}/{name}driver.json")
+                is_alive = says is not None and self._age_s(f"{HOME}/{name}status.json") < SILENT_S
+                found.append(Owner(name[len("run-") : -1], says or {}, is_alive))
+        return found
+
+    def shut_out(self, run: str) -> str:
+        self.remove(f"{HOME}/run-{run}/driver.json")
+        return f"{HOME}/run-{run}"
+
+    def _check_fence(self) -> None:
+        if not self.exists(f"{self.place}/driver.json"):
+            raise FencedError(
+                f"Run {self.run[:8]} of {self.path!r} was replaced by a newer one; what it was"
+                " about to write was dropped."
+            )
+
+    def _age_s(self, name: str) -> float:
+        """Seconds since an object was written, by the store's clock; infinity if there is none."""
+        probe = f"{HOME}/clock-{self.run}"
+        self._fs.pipe_file(self._at(probe), b"now")
+        try:
+            now, then = (self._modified(each) for each in (probe, name))
+        except FileNotFoundError:
+            return float("inf")
+        finally:
+            self.remove(probe)
+        return (now - then).total_seconds()
+
+    def _modified(self, name: str) -> datetime:
+        fs = self._fs
+        fs.invalidate_cache()
+        when: datetime = fs.modified(self._at(name))
+        return when
+
+    # -- parts ------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        name: str,
+        tables: Iterable[pa.Table],
+        note: Mapping[str, Any],
+        replaces: bool = False,
+    ) -> bool:
+        buffer = io.BytesIO()
+        written = write_part(buffer, tables, note)
+        data = buffer.getvalue()
+        self._check_fence()
+        if replaces:
+            self._fs.pipe_file(self._at(name), data)
+        elif self.locks:
+            if not self._put_locked(name, data):
+                return False
+        elif not self._create(name, data):
+            return False
+        counts = {"rows": note["rows"], "failed": note["failed"]}
+        info = self._fs.info(self._at(name), refresh=True)
+        file = {"bytes": written.n_bytes, "digest": written.digest, "stamp": _stamp(info)}
+        with contextlib.suppress(FencedError):
+            self.log({"run": self.run, "commit": name, **counts, **file})
+        return True
+
+    def _put_locked(self, name: str, data: bytes) -> bool:
+        """Put a part under a lock file; False if it is there, or comes while we wait for it."""
+        lock = Path(str(self.locks), f"{self.run}.{name}.lock")
+        while not self.exists(name):
+            try:
+                descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            except FileExistsError:
+                _break_lock(lock)
+                time.sleep(_POLL_S)
+                continue
+            try:
+                if self.exists(name):  # put by whoever held the lock before us
+                    return False
+                self._fs.pipe_file(self._at(name), data)
+                return True
+            finally:
+                os.close(descriptor)
+                lock.unlink(missing_ok=True)
+        return False
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        with self._fs.open(self._at(name), "rb") as file:
+            return pq.ParquetFile(file).read(columns)
+
+    def read_note(self, name: str) -> dict[str, Any]:
+        with self._fs.open(self._at(name), "rb") as file:
+            return note_of(pq.ParquetFile(file).schema_arrow)
+
+    def digest(self, name: str) -> str:
+        with self._fs.open(self._at(name), "rb") as file:
+            return digest_of(file)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        # Nothing can be appended to, and reading many small objects is slow: names hold the lines.
+        self._check_fence()
+        text = base64.urlsafe_b64encode(json.dumps(line).encode()).decode()
+        self._fs.pipe_file(self._at(f"{LOG}/{uuid.uuid4().hex[:12]}.{text}"), b"-")
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        for name in self.entries(LOG):
+            with contextlib.suppress(ValueError):
+                yield json.loads(base64.urlsafe_b64decode(name.partition(".")[2]))
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+    """A sign that changes when an object is written again."""
+    for key in ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "created"):
+        if info.get(key):
+            return str(info[key])
+    return ""
+
+
+def _break_lock(lock: Path) -> None:
+    """Remove a lock whose holder puts nothing; by the clock of the filesystem that it is on."""
+    probe = lock.with_suffix(f".{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        probe.write_bytes(b"now")
+        if probe.stat().st_mtime - lock.stat().st_mtime > SILENT_S:
+            lock.rename(probe)  # of several who see it, one
+    probe.unlink(missing_ok=True)

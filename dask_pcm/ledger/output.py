@@ -1,0 +1,285 @@
+"""The output as one run sees it: its parts, and the ledger's own files under ``_pcm/``.
+
+``OUTPUT/part-<first row>-<end row>.parquet`` holds the rows of the input from the first to the
+one before the end, counted over the whole input, so that names sort in input order and units of
+another size in another run fit between. Under ``OUTPUT/_pcm/`` lie:
+
+``manifest.json``
+    Which job this is; see ``manifest.py``.
+``run-<id>/``
+    What belongs to the run at work: who drives it (``driver.json``), how it stands
+    (``status.json``), what is asked of it (``pause``, ``cancel``), what an overwriting run has set
+    aside (``aside/``), and its temporary files. Whoever takes over removes it first, and from then
+    on the old run can commit nothing: it is fenced off.
+``log/``
+    A line for each unit that was started and for each part that was committed.
+``report.json``
+    The report of the last run.
+``lock``
+    Held while a run looks whether it may begin, and takes over.
+
+``folder.py`` keeps all this in a folder of a filesystem, ``objects.py`` in an object store.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+import pyarrow as pa
+
+from dask_pcm.errors import OutputError
+from dask_pcm.ledger.parts import parse_name
+
+HOME = "_pcm"
+MANIFEST, REPORT, LOG = f"{HOME}/manifest.json", f"{HOME}/report.json", f"{HOME}/log"
+PAUSE, CANCEL = "pause", "cancel"
+_ASIDE = "aside"
+
+
+class Entry(NamedTuple):
+    """A file as a listing shows it; `stamp` changes with every write."""
+
+    n_bytes: int
+    stamp: str
+
+
+class Owner(NamedTuple):
+    """Who drives a run."""
+
+    run: str
+    says: dict[str, Any]
+    is_alive: bool
+
+    def __str__(self) -> str:
+        about = self.says
+        who = f"process {about.get('pid')} of {about.get('user')} on {about.get('host')}"
+        return f"run {self.run[:8]} ({who}, begun {about.get('begun')})"
+
+
+@dataclass(frozen=True, slots=True)
+class Output(abc.ABC):
+    """An output; travels to the workers. Names are relative to it.
+
+    Attributes
+    ----------
+    path
+        Where it is: an absolute path that driver and workers see, or a URL.
+    run
+        Identity of the run, new for each.
+    """
+
+    path: str
+    run: str
+
+    #: How often a run looks at what is asked of it, and says how it stands.
+    look_every_s: ClassVar[float] = 0.25
+    beat_every_s: ClassVar[float] = 2.0
+    #: Whether a part of a run that was shut out may still arrive.
+    may_get_late_parts: ClassVar[bool] = False
+
+    @property
+    @abc.abstractmethod
+    def how(self) -> str:
+        """How the first writer of a part wins, in words."""
+
+    # -- files ------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def entries(self, folder: str = "") -> dict[str, Entry]:
+        """Names in a folder, sorted, folders with a slash at their end; none if there is none."""
+
+    @abc.abstractmethod
+    def read(self, name: str) -> bytes:
+        """Content of a file; FileNotFoundError if there is none."""
+
+    @abc.abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Replace a file in one step; FencedError where the run was replaced."""
+
+    @abc.abstractmethod
+    def exists(self, name: str) -> bool: ...
+
+    @abc.abstractmethod
+    def move(self, name: str, target: str) -> None: ...
+
+    @abc.abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file, or a folder with all that is in it; nothing if there is none."""
+
+    # -- runs -------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def taking_over(self) -> AbstractContextManager[None]:
+        """Of several runs that begin at once, one at a time looks and takes over."""
+
+    @abc.abstractmethod
+    def open(self, says: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Be at work, as `says` tells others; on leaving, nothing of this run can commit."""
+
+    @abc.abstractmethod
+    def others(self) -> list[Owner]:
+        """Other runs that are at work, or were and left their things."""
+
+    @abc.abstractmethod
+    def shut_out(self, run: str) -> str:
+        """Take a run's folder from it, so that it can commit nothing more; return its new name."""
+
+    # -- parts ------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def commit(
+        self,
+        name: str,
+        tables: Iterable[pa.Table],
+        note: Mapping[str, Any],
+        replaces: bool = False,
+    ) -> bool:
+        """Write a part; False where another attempt was first (and is not to be replaced).
+
+        Raises
+        ------
+        FencedError
+            Where a newer run has taken over this output.
+        OutputError
+            Where there is no room left.
+        """
+
+    @abc.abstractmethod
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table: ...
+
+    @abc.abstractmethod
+    def read_note(self, name: str) -> dict[str, Any]:
+        """What ``commit`` noted in a part."""
+
+    @abc.abstractmethod
+    def digest(self, name: str) -> str:
+        """Digest of a part's bytes as they are now."""
+
+    @abc.abstractmethod
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Note something for good; FencedError where the run was replaced."""
+
+    @abc.abstractmethod
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Everything that was ever noted here, in no order."""
+
+    def as_run(self, run: str) -> Self:
+        """The same output as another run sees it."""
+        return dataclasses.replace(self, run=run)
+
+    # -- what follows from these --------------------------------------------------------------
+
+    @property
+    def place(self) -> str:
+        """The folder of this run."""
+        return f"{HOME}/run-{self.run}"
+
+    def parts(self) -> dict[str, Entry]:
+        """The parts, in input order."""
+        return {k: v for k, v in self.entries().items() if parse_name(k) is not None}
+
+    def strangers(self) -> list[str]:
+        """Names of files that are not ours."""
+        return [k for k in self.entries() if k != f"{HOME}/" and parse_name(k) is None]
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(value, indent=1).encode())
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file; None if there is none.
+
+        Raises
+        ------
+        OutputError
+            Where it cannot be read.
+        """
+        try:
+            return json.loads(self.read(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{name!r} in {self.path!r} is damaged ({error}). Give another output folder, or"
+                " remove this one."
+            ) from error
+
+    def note_start(self, unit: str, n_rows: int | None) -> None:
+        """Note that a unit begins."""
+        self.log({"run": self.run, "start": unit, "rows": n_rows})
+
+    def wishes(self) -> frozenset[str]:
+        """What is asked of this run: to pause, to cancel."""
+        return frozenset(self.entries(self.place)) & {PAUSE, CANCEL}
+
+    def fence(self) -> None:
+        """Shut out every other run: none of them can commit once this returns.
+
+        What a run had set aside, and came to nothing, is put back.
+        """
+        for owner in self.others():
+            self._restore(self.shut_out(owner.run))
+        for name in self.entries(HOME):
+            if name.startswith("old-"):  # whoever was to remove it did not live to do it
+                self._restore(f"{HOME}/{name[:-1]}")
+
+    def set_aside(self) -> None:
+        """Move what another job left out of the way; it is there until `drop_aside`."""
+        for name in [*self._job_files(), *self.parts()]:
+            with contextlib.suppress(FileNotFoundError):
+                self.move(name, f"{self.place}/{_ASIDE}/{name}")
+
+    def drop_aside(self) -> None:
+        """There is something new now: what another job left may go."""
+        self.remove(f"{self.place}/{_ASIDE}")
+
+    def put_back(self) -> None:
+        """Nothing new came of this run: what it set aside stands again where it stood.
+
+        Ends this run. Where a unit has committed after all, the new job stays instead.
+        """
+        with self.taking_over():
+            if next(_walk(self, f"{self.place}/{_ASIDE}"), None):
+                self._restore(self.shut_out(self.run))  # first: from now on none of it commits
+
+    def _restore(self, place: str) -> None:
+        """Put back what a run that was shut out had set aside, and remove the rest of it.
+
+        A new manifest says that all was set aside, a new part that something came of it.
+        """
+        aside = f"{place}/{_ASIDE}"
+        kept = list(_walk(self, aside))
+        is_begun = self.exists(MANIFEST)
+        has_come = is_begun and any(parse_name(name) != (0, 0) for name in self.parts())
+        if kept and not has_come:
+            for name in [*self._job_files(), *self.parts()] if is_begun else []:
+                self.remove(name)
+            for name in kept:
+                self.move(f"{aside}/{name}", name)
+        self.remove(place)
+
+    def _job_files(self) -> list[str]:
+        logs = [f"{LOG}/{name}" for name in _walk(self, LOG)]
+        return [*(name for name in (MANIFEST, REPORT) if self.exists(name)), *logs]
+
+
+def _walk(output: Output, folder: str) -> Iterator[str]:
+    """Names of all files below a folder, relative to it."""
+    for name in output.entries(folder):
+        if name.endswith("/"):
+            yield from (f"{name}{below}" for below in _walk(output, f"{folder}/{name[:-1]}"))
+        else:
+            yield name
+
+
+def local_path(path: str | os.PathLike[str]) -> str | None:
+    """A path of the filesystem, absolute; None if it is a URL of something else."""
+    text = os.fspath(path).removeprefix("file://")
+    return None if "://" in text else os.path.abspath(os.path.expanduser(text))

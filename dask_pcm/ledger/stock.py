@@ -1,0 +1,89 @@
+"""What an output has: its parts, held against what the ledger noted when they were committed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from dask_pcm.errors import OutputError
+from dask_pcm.ledger.output import Entry, Output
+from dask_pcm.ledger.parts import parse_name, range_name
+
+logger = logging.getLogger(__name__)
+
+_N_READERS = 16
+
+
+class Counts(NamedTuple):
+    """Rows of a part, and those with an error."""
+
+    n_rows: int
+    n_failed: int
+
+
+def take_stock(output: Output) -> dict[str, Counts]:
+    """Count the rows of every part.
+
+    A part whose size and time are as they were noted is taken at its word, one of another time is
+    read through, and one that nobody noted (its worker was killed right after it committed) has
+    its own note.
+
+    Raises
+    ------
+    OutputError
+        Where a part was changed since it was committed, or was not written by us.
+    """
+    noted: dict[str, list[Mapping[str, Any]]] = {}
+    for line in output.lines():
+        if "commit" in line:
+            noted.setdefault(line["commit"], []).append(line)
+    parts = output.parts()
+    missing = [name for name in noted if name not in parts and parse_name(name) != (0, 0)]
+    if missing:
+        logger.warning(
+            "%s parts of %s that were committed are gone, such as %s: their rows are computed"
+            " again.",
+            f"{len(missing):,}",
+            output.path,
+            sorted(missing)[0],
+        )
+
+    def count(item: tuple[str, Entry]) -> Counts:
+        name, entry = item
+        return _count(output, name, entry, noted.get(name, []))
+
+    with ThreadPoolExecutor(_N_READERS) as pool:
+        return dict(zip(parts, pool.map(count, parts.items()), strict=True))
+
+
+def is_first(name: str) -> bool:
+    """Whether a part is the empty one, which makes an output readable from the beginning."""
+    return name == range_name(0, 0)
+
+
+def _count(output: Output, name: str, entry: Entry, noted: list[Mapping[str, Any]]) -> Counts:
+    for line in noted:
+        if (line["bytes"], line["stamp"]) == (entry.n_bytes, entry.stamp):
+            return Counts(line["rows"], line["failed"])
+    if noted:
+        digest = output.digest(name)
+        for line in noted:
+            if line["digest"] == digest:  # a copy of the output: the same bytes at another time
+                return Counts(line["rows"], line["failed"])
+        raise OutputError(
+            f"The part {name!r} in {output.path!r} was changed since it was committed"
+            f" ({noted[-1]['bytes']:,} bytes then, {entry.n_bytes:,} now). Remove it, and its rows"
+            " are computed again; or give another folder."
+        )
+    try:
+        note = output.read_note(name)
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"The part {name!r} in {output.path!r} cannot be read ({error}). Remove it, and its"
+            " rows are computed again."
+        ) from error
+    if "rows" not in note:
+        raise OutputError(f"{name!r} in {output.path!r} was not written by dask_pcm. Move it away.")
+    return Counts(note["rows"], note["failed"])

@@ -1,0 +1,345 @@
+"""``write_parquet``: one run of a job, from its manifest to its report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import dask.dataframe as dd
+from distributed import Client
+
+from dask_pcm.config import Config
+from dask_pcm.errors import BusyError, CancelledError, InputError, OutputError, SchemaError
+from dask_pcm.ledger import manifest, status
+from dask_pcm.ledger.driver import Driver
+from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.layout import Layout
+from dask_pcm.ledger.limit import Limit
+from dask_pcm.ledger.manifest import Manifest
+from dask_pcm.ledger.objects import Objects
+from dask_pcm.ledger.output import MANIFEST, REPORT, Output, local_path
+from dask_pcm.ledger.plan import Plan
+from dask_pcm.ledger.run import Run, output_to_look_at
+from dask_pcm.ledger.sample import Sample, draw
+from dask_pcm.ledger.unit import Job
+from dask_pcm.plugins.install import current_client, install, is_installed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a run is asked to do, besides its job."""
+
+    overwrite: bool
+    extend: bool
+    retry_failed: bool
+    take_over: bool
+    limit: Limit
+
+
+@overload
+def write_parquet(
+    ddf: dd.DataFrame,
+    path: str | os.PathLike[str],
+    *,
+    sample: int,
+    overwrite: bool = False,
+    extend: bool = False,
+    client: Client | None = None,
+) -> Sample: ...
+
+
+@overload
+def write_parquet(
+    ddf: dd.DataFrame,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    extend: bool = False,
+    retry_failed: bool = False,
+    max_failed_rows: float | str | Limit | None = None,
+    take_over: bool = False,
+    sample: None = None,
+    wait: bool = True,
+    progress: bool | None = None,
+    lock_folder: str | os.PathLike[str] | None = None,
+    client: Client | None = None,
+) -> Run: ...
+
+
+def write_parquet(
+    ddf: dd.DataFrame,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    extend: bool = False,
+    retry_failed: bool = False,
+    max_failed_rows: float | str | Limit | None = None,
+    take_over: bool = False,
+    sample: int | None = None,
+    wait: bool = True,
+    progress: bool | None = None,
+    lock_folder: str | os.PathLike[str] | None = None,
+    client: Client | None = None,
+) -> Run | Sample:
+    """Compute a frame into a folder of Parquet files, each row exactly once, whatever dies.
+
+    Interrupted or killed, the same call goes on where it was: what was committed is never computed
+    again. One run at a time is at work on an output; another is told whose it is.
+
+    Parameters
+    ----------
+    ddf
+        Any Dask DataFrame. Over ``dask_pcm.read_parquet`` and functions by rows (``batch_rows``),
+        a unit of work is any range of rows; otherwise it is a partition.
+    path
+        Output folder, on a filesystem that driver and workers share; or a folder of an object
+        store by its fsspec URL.
+    overwrite
+        Begin anew: drop what another run left, and shut out whatever of it still runs. What it
+        left is dropped when the first new part is there; if none comes, it stays.
+    extend
+        Take in input files that were added since the output was begun.
+    retry_failed
+        Compute rows with an error again, and those only. Where the rows of a part are not those of
+        its input (functions of partitions, filters), the part is computed again as a whole.
+    max_failed_rows
+        End the run, with some of the errors, as soon as more rows have failed: a number (20), or a
+        share of all rows (0.01, "1%"). Without it, any number may. A run of which the first
+        thousand rows all fail is ended as well, unless there is no limit.
+    take_over
+        Shut out another run that is at work on the output, and go on where it was.
+    sample
+        Answer so many rows drawn at random from the whole, always the same ones, and estimate what
+        the rest would take. Nothing is written anywhere.
+    wait
+        Return when all is done; otherwise at once, while a thread drives the run.
+    progress
+        Whether to show how it goes; by default if `wait`.
+    lock_folder
+        For object stores that cannot put an object only if there is none: a folder for lock files
+        on a filesystem that driver and workers share.
+    client
+        A client of the cluster; the one made last if left out. The toolkit is installed on it.
+
+    Returns
+    -------
+    Run
+        With which it can be waited for, looked at, paused and cancelled; and with its report.
+    Sample
+        Where a `sample` was asked for: its rows, rows/s and the device-hours of the rest.
+
+    Raises
+    ------
+    BusyError
+        Where another run is at work on the output.
+    OutputError
+        Where the output is another job's, holds other files or cannot be written; nothing there
+        was changed then.
+    LoadError, FailedRowsError
+        Where a context cannot be loaded, or too many rows fail; what was committed stays.
+    CancelledError
+        Where somebody cancelled the run while we waited.
+    """
+    client, plan = _prepare(ddf, client)
+    options = Options(overwrite, extend, retry_failed, take_over, Limit.of(max_failed_rows))
+    if extend and plan.spans is None:
+        raise InputError(
+            "extend=True takes in new files of pcm.read_parquet, with nothing but functions of"
+            " partitions and rows above it; it cannot tell which partitions of this frame are new."
+        )
+    mine = manifest.identify(ddf.expr, plan.is_splittable)
+    if sample is not None:
+        return _draw(client, plan, output_to_look_at(path), mine, options, sample)
+    output = output_at(path, lock_folder)
+    _check_apart(output, plan)
+    session = _Session(client, plan, output, options)
+    session.begin(mine)
+    run = Run(output, session.driver)
+    if wait:
+        session.drive(is_shown=progress is not False)
+        return run
+
+    def drive() -> None:
+        try:
+            session.drive(is_shown=bool(progress))
+        except BaseException as error:
+            run._error = error
+            if not isinstance(error, CancelledError):
+                logger.error("The run of %s ended: %s", output.path, error)
+
+    run._thread = threading.Thread(target=drive, name=f"pcm-run-{output.run[:8]}", daemon=True)
+    run._thread.start()
+    return run
+
+
+def _prepare(ddf: dd.DataFrame, client: Client | None) -> tuple[Client, Plan]:
+    if not isinstance(ddf, dd.DataFrame):
+        raise SchemaError(f"write_parquet writes a Dask DataFrame; found {type(ddf).__name__}.")
+    return client or current_client(), Plan(ddf)
+
+
+def _draw(
+    client: Client, plan: Plan, output: Output, mine: Manifest, options: Options, n_rows: int
+) -> Sample:
+    found = manifest.check(output, mine, options.overwrite, options.extend)
+    n_done = Run(output).progress.done if found is not None else 0
+    if not is_installed(client):
+        install(client)
+    return draw(client, plan, n_rows, n_done)
+
+
+def output_at(
+    path: str | os.PathLike[str], lock_folder: str | os.PathLike[str] | None = None
+) -> Output:
+    """An output at a path or a URL, as a new run sees it.
+
+    Raises
+    ------
+    OutputError
+        Where the store at a URL cannot be used.
+    """
+    local = local_path(path)
+    if local is not None:
+        return Folder(local, uuid.uuid4().hex)
+    return Objects.at(os.fspath(path), None if lock_folder is None else os.fspath(lock_folder))
+
+
+class _Session:
+    """A run's time at its output, from taking over to leaving."""
+
+    driver: Driver
+
+    def __init__(self, client: Client, plan: Plan, output: Output, options: Options) -> None:
+        self._client = client
+        self._plan = plan
+        self._output = output
+        self._options = options
+        self._start = time.monotonic()
+        self._stack = contextlib.ExitStack()
+
+    def begin(self, mine: Manifest) -> None:
+        """Take over the output, unless it is another job's or another run is at work on it."""
+        self._check(mine)
+        if not is_installed(self._client):
+            install(self._client)
+        layout = Layout.of(self._plan.meta, self._plan.reader)
+        job = Job(self._output, layout, self._provenance(mine))
+        options = self._options
+        self.driver = Driver(
+            self._client, self._plan, job, Config.read(), options.limit, options.retry_failed
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.driver.close)
+            if not self._output.exists(MANIFEST):
+                self.driver.warm()
+            with self._output.taking_over():
+                self._check(mine)  # again: another run may have begun in the meantime
+                self._output.fence()
+                found = self._check(mine)  # what a run had set aside is back
+                stack.enter_context(self._output.open(status.whoami()))
+                if found is None:
+                    stack.push(self._put_back)
+                    self._output.set_aside()
+                self._write_manifest(found, mine)
+                self.driver.beat()
+            self._stack = stack.pop_all()
+
+    def _check(self, mine: Manifest) -> Manifest | None:
+        options, output = self._options, self._output
+        busy = [owner for owner in output.others() if owner.is_alive]
+        if busy and not (options.overwrite or options.take_over):
+            raise BusyError(
+                f"Another run is at work on {output.path!r}: {busy[0]}. Wait for it with"
+                f" pcm.attach({output.path!r}).wait(), look with dask-pcm status, or shut it out"
+                " with take_over=True (--take-over)."
+            )
+        return manifest.check(output, mine, options.overwrite, options.extend)
+
+    def _write_manifest(self, found: Manifest | None, mine: Manifest) -> None:
+        """Write it if the job is new, or has new input; count rows in the order that it says."""
+        plan = self._plan
+        used = mine if found is None else found
+        plan.arrange(list(used.identity.get("input", {})))
+        counted = "parts" if plan.spans is None else "rows"
+        recorded = {
+            **used.recorded,
+            "total": plan.n_rows,
+            "counted": counted,
+            "committed_by": self._output.how,
+        }
+        if found is None or recorded != used.recorded or self._options.extend:
+            Manifest(used.identity, recorded).write(self._output)
+
+    def _provenance(self, mine: Manifest) -> dict[str, object]:
+        about = {k: v for k, v in mine.identity.items() if k not in manifest.UNTOLD}
+        models = {ref.name: dict(ref.about) for ref in self._plan.refs if ref.about}
+        return {
+            "format": manifest.FORMAT,
+            "job": mine.token,
+            "contexts": mine.recorded["contexts"],
+            "versions": mine.recorded["versions"],
+            **({"models": models} if models else {}),
+            **about,
+        }
+
+    def drive(self, is_shown: bool) -> None:
+        """Do the work, and leave."""
+        report = self.driver.report
+        with self._stack:
+            try:
+                self.driver.drive(is_shown)
+                self._output.drop_aside()
+            except BaseException as error:
+                is_meant = isinstance(error, (CancelledError, KeyboardInterrupt))
+                report.state = status.CANCELLED if is_meant else status.FAILED
+                report.error = f"{type(error).__name__}: {error}"
+                with contextlib.suppress(Exception):  # the first error is the one to be told
+                    self._conclude()
+                raise
+            report.state = status.FINISHED
+            self._conclude()
+
+    def _conclude(self) -> None:
+        report = self.driver.report
+        report.total_s = time.monotonic() - self._start
+        n_rows = report.rows - report.rows_resumed + report.rows_retried
+        report.rows_per_s = n_rows / report.total_s
+        self._output.write_json(REPORT, report.as_dict())
+
+    def _put_back(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and not self.driver.has_committed:
+            self._output.put_back()
+
+
+def _check_apart(output: Output, plan: Plan) -> None:
+    """Refuse an output that would be read as input, or the other way round."""
+    if "://" in output.path:
+        mine = output.path
+        inside = [p for p in plan.input_paths if f"{p}/".startswith(f"{mine}/")]
+        inside += [p for p in plan.input_paths if f"{mine}/".startswith(f"{p}/")]
+        if inside:
+            raise _inside(mine, inside[0])
+        return
+    place = Path(os.path.realpath(output.path))
+    for path in plan.input_paths:
+        if "://" in path and not path.startswith("file://"):
+            continue
+        given = Path(os.path.realpath(path.removeprefix("file://")))
+        if given == place or place in given.parents or (given.is_dir() and given in place.parents):
+            raise _inside(output.path, path)
+
+
+def _inside(output: str, given: str) -> OutputError:
+    return OutputError(
+        f"The output {output!r} and the input {given!r} lie in each other. Give a folder beside the"
+        " input."
+    )

@@ -1,0 +1,420 @@
+"""What every output must do, in a folder and in an object store."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import time
+import uuid
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dask_pcm.errors import FencedError, OutputError
+from dask_pcm.ledger import folder, objects
+from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.objects import Objects
+from dask_pcm.ledger.output import LOG, MANIFEST, Output
+from dask_pcm.ledger.parts import parse_name, partition_name, range_name
+from dask_pcm.ledger.report import rows_recomputed
+from dask_pcm.ledger.stock import Counts, take_stock
+
+TABLE = pa.table({"x": [1, 2]})
+OTHER = pa.table({"x": [9]})
+NAME = range_name(0, 2)
+NOTE = {"rows": 2, "failed": 0}
+
+
+@pytest.fixture(params=["folder", "conditional put", "lock files"])
+def output(request, tmp_path):
+    """An output at which a run is at work."""
+    if request.param == "folder":
+        made = Folder(str(tmp_path / "out"), "first")
+    else:
+        bucket = request.getfixturevalue("bucket")
+        locks = str(tmp_path / "locks") if request.param == "lock files" else None
+        made = Objects.at(f"{bucket}/out", locks).as_run("first")
+    with at_work(made):
+        yield made
+
+
+@contextlib.contextmanager
+def at_work(output: Output, **says):
+    with contextlib.ExitStack() as stack:
+        with output.taking_over():
+            stack.enter_context(output.open({"host": "here", **says}))
+        yield output
+
+
+def values(output, name=NAME):
+    return output.read_table(name)["x"].to_pylist()
+
+
+def test_names_sort_in_input_order_and_parse():
+    ranges = [(0, 32), (32, 1_000), (1_000, 10**9), (10**9, 10**12)]
+    names = [range_name(*pair) for pair in ranges]
+    assert sorted(names) == names
+    assert [parse_name(name) for name in names] == ranges
+    assert parse_name(partition_name(7)) == 7
+    assert parse_name("part-1.parquet") is None
+
+
+class TestParts:
+    def test_a_part_is_written_once(self, output):
+        assert output.commit(NAME, [TABLE], NOTE)
+        assert not output.commit(NAME, [OTHER], {"rows": 1, "failed": 0})
+        assert values(output) == [1, 2]
+        assert output.read_note(NAME) == NOTE
+        assert list(output.parts()) == [NAME]
+
+    def test_a_part_is_replaced_as_a_whole(self, output):
+        output.commit(NAME, [TABLE], NOTE)
+        assert output.commit(NAME, [OTHER], {"rows": 1, "failed": 1}, replaces=True)
+        assert values(output) == [9]
+        assert take_stock(output) == {NAME: Counts(1, 1)}
+
+    def test_of_many_writers_one_is_first(self, output):
+        spawn = multiprocessing.get_context("spawn")
+        ready, results = spawn.Event(), spawn.Queue()
+        writers = [
+            spawn.Process(target=_commit, args=(output, i, ready, results)) for i in range(4)
+        ]
+        for writer in writers:
+            writer.start()
+        for _ in writers:
+            assert results.get(timeout=60) == "here"
+        ready.set()
+        won = [results.get(timeout=30) for _ in writers]
+        for writer in writers:
+            writer.join(30)
+        assert [kept for _, kept in won].count(True) == 1
+        assert values(output) == [i for i, kept in won if kept]
+
+    def test_several_tables_are_row_groups_of_one_part(self, output):
+        output.commit(NAME, iter([TABLE, TABLE]), {"rows": 4, "failed": 0})
+        assert values(output) == [1, 2, 1, 2]
+
+    def test_strangers_are_seen(self, output):
+        output.write("thesis.txt", b"years of work")
+        assert output.strangers() == ["thesis.txt"]
+
+
+def _commit(output, value, ready, results):
+    results.put("here")
+    ready.wait()
+    table = pa.table({"x": [value]})
+    results.put((value, output.commit(NAME, [table], {"rows": 1, "failed": 0})))
+
+
+class TestFence:
+    def test_a_run_that_was_replaced_can_write_nothing(self, output):
+        newer = output.as_run("newer")
+        with at_work(newer):
+            newer.fence()
+            with pytest.raises(FencedError, match="replaced by a newer one"):
+                output.commit(NAME, [TABLE], NOTE)
+            with pytest.raises(FencedError):
+                output.write_json(MANIFEST, {})
+            with pytest.raises(FencedError):
+                output.note_start(NAME, 2)
+            assert not newer.parts() and newer.read_json(MANIFEST) is None
+            assert newer.commit(NAME, [TABLE], NOTE)
+
+    def test_a_run_that_has_ended_can_write_nothing(self, output):
+        ended = output.as_run("ended")
+        with at_work(ended):
+            assert ended.commit(NAME, [TABLE], NOTE)
+        with pytest.raises(FencedError):
+            ended.commit(range_name(2, 4), [TABLE], NOTE)
+        assert list(output.parts()) == [NAME]
+
+    def test_who_is_at_work_is_known_to_others(self, output):
+        assert output.others() == []
+        with at_work(output.as_run("second"), pid=7):
+            (seen,) = output.others()
+            assert (seen.run, seen.is_alive, seen.says["pid"]) == ("second", True, 7)
+        assert output.others() == []
+
+    def test_wishes(self, output):
+        assert output.wishes() == frozenset()
+        asking = output.as_run("asking").as_run(output.run)
+        asking.write(f"{asking.place}/pause", b"")
+        assert output.wishes() == {"pause"}
+        asking.remove(f"{asking.place}/pause")
+        assert output.wishes() == frozenset()
+
+
+class TestSettingAside:
+    @pytest.mark.parametrize("has_new", [False, True])
+    def test_it_is_put_back_unless_something_new_is_there(self, output, has_new):
+        self.leave_old(output)
+        newer = output.as_run("newer")
+        with at_work(newer):
+            newer.set_aside()
+            assert not newer.parts() and not newer.exists(MANIFEST)
+            self.begin_new(newer)
+            if has_new:
+                newer.commit(range_name(5, 7), [TABLE], NOTE)
+            newer.put_back()
+            with pytest.raises(FencedError):
+                newer.commit(range_name(7, 9), [TABLE], NOTE)
+        self.check(output, has_new)
+
+    @pytest.mark.parametrize("step", ["while it is moved", "before the manifest", "after it"])
+    def test_killed_before_anything_new_it_is_put_back_by_the_next(self, output, step):
+        self.leave_old(output)
+        killed = output.as_run("killed")
+        with at_work(killed) as newer:
+            if step == "while it is moved":
+                newer.move(MANIFEST, f"{newer.place}/aside/{MANIFEST}")
+            else:
+                newer.set_aside()
+            if step == "after it":
+                self.begin_new(newer)
+            output.as_run("next").fence()
+        self.check(output, has_new=False)
+
+    def leave_old(self, output):
+        output.commit(NAME, [TABLE], NOTE)
+        output.write_json(MANIFEST, {"job": "old"})
+
+    def begin_new(self, newer):
+        newer.write_json(MANIFEST, {"job": "new"})
+        newer.commit(range_name(0, 0), [TABLE.slice(0, 0)], {"rows": 0, "failed": 0})
+
+    def check(self, output, has_new):
+        assert output.read_json(MANIFEST) == {"job": "new" if has_new else "old"}
+        expected = [range_name(0, 0), range_name(5, 7)] if has_new else [NAME]
+        assert list(output.parts()) == expected
+        assert {line["commit"] for line in output.lines()} == set(expected)
+
+    def test_a_run_that_set_nothing_aside_keeps_what_it_has(self, output):
+        output.set_aside()
+        output.write_json(MANIFEST, {"job": "first"})
+        output.put_back()
+        assert output.exists(MANIFEST)
+
+    def test_dropped_it_is_gone(self, output):
+        self.leave_old(output)
+        output.set_aside()
+        output.drop_aside()
+        output.put_back()
+        assert not output.parts()
+
+
+class TestStock:
+    def test_what_was_committed_is_counted(self, output):
+        output.commit(NAME, [TABLE], {"rows": 2, "failed": 1})
+        output.commit(range_name(2, 3), [OTHER], {"rows": 1, "failed": 0})
+        assert take_stock(output) == {NAME: Counts(2, 1), range_name(2, 3): Counts(1, 0)}
+
+    def test_a_part_that_nobody_noted_has_its_own_note(self, output):
+        output.commit(NAME, [TABLE], {"rows": 2, "failed": 1})
+        output.remove(LOG)
+        assert take_stock(output) == {NAME: Counts(2, 1)}
+
+    def test_a_part_that_is_gone_is_told_of(self, output, caplog):
+        output.commit(NAME, [TABLE], NOTE)
+        output.remove(NAME)
+        assert take_stock(output) == {}
+        assert f"committed are gone, such as {NAME}" in caplog.text
+
+    def test_a_part_that_was_edited_is_refused(self, output):
+        """Also where the note was kept and the size is the same."""
+        output.commit(NAME, [TABLE], NOTE)
+        read = output.read_table(NAME)
+        edited = read.set_column(0, "x", pa.array([1, 3]))
+        sink = pa.BufferOutputStream()
+        pq.write_table(edited.replace_schema_metadata(read.schema.metadata), sink)
+        output.write(NAME, sink.getvalue().to_pybytes())
+        with pytest.raises(OutputError, match=rf"The part '{NAME}' in .* was changed since"):
+            take_stock(output)
+
+    def test_a_part_of_somebody_elses_is_refused(self, output):
+        sink = pa.BufferOutputStream()
+        pq.write_table(TABLE, sink)
+        output.write(NAME, sink.getvalue().to_pybytes())
+        with pytest.raises(OutputError, match="was not written by dask_pcm"):
+            take_stock(output)
+
+    def test_a_torn_part_is_named(self, output):
+        output.write(NAME, b"PAR1 torn")
+        with pytest.raises(OutputError, match=rf"part '{NAME}' .* cannot be read"):
+            take_stock(output)
+
+
+def test_a_copy_of_an_output_is_the_same_output(tmp_path):
+    import shutil
+
+    first = Folder(str(tmp_path / "first"), "run")
+    with at_work(first):
+        first.commit(NAME, [TABLE], NOTE)
+    shutil.copytree(first.path, tmp_path / "copy", copy_function=shutil.copy)  # at another time
+    os.utime(tmp_path / "copy" / NAME, ns=(1, 1))
+    assert take_stock(Folder(str(tmp_path / "copy"), "run")) == {NAME: Counts(2, 0)}
+
+
+class TestFolder:
+    @pytest.fixture
+    def output(self, tmp_path):
+        with at_work(Folder(str(tmp_path / "out"), "first")) as output:
+            yield output
+
+    def test_a_run_that_is_replaced_between_write_and_link(self, output, monkeypatch):
+        def fence_first(temporary, final):
+            output.as_run("newer").fence()
+            return link(temporary, final)
+
+        link = folder._link
+        monkeypatch.setattr(folder, "_link", fence_first)
+        with pytest.raises(FencedError):
+            output.commit(NAME, [TABLE], NOTE)
+        assert not output.parts()
+
+    @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
+    def test_without_hard_links_a_part_is_still_whole_and_kept(self, output, monkeypatch, code):
+        assert output.how == "hard links"
+
+        def no_links(source, target):
+            raise OSError(code, "no links here")
+
+        monkeypatch.setattr(os, "link", no_links)
+        assert output.commit(NAME, [TABLE], NOTE)
+        assert not output.commit(NAME, [OTHER], NOTE)
+        assert values(output) == [1, 2]
+        assert "no hard links" in output.how
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+    def test_a_full_disk_leaves_nothing_behind(self, output, monkeypatch, code):
+        def full(*args):
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            with pytest.raises(OutputError, match=r"no room left .*\. Make room, and run the same"):
+                output.commit(NAME, [TABLE], NOTE)
+        assert not output.parts()
+        assert {p.name for p in Path(output.path, output.place).iterdir()} == {
+            "alive",
+            "driver.json",
+        }
+        assert output.commit(NAME, [TABLE], NOTE)
+
+    def test_what_dead_attempts_left_is_removed(self, tmp_path, output):
+        Path(output.path, output.place, "part.half").write_text("torn")
+        newer = output.as_run("newer")
+        with at_work(newer):
+            newer.fence()
+            assert {p.name for p in Path(output.path, "_pcm").iterdir()} == {
+                "lock",
+                "log",
+                "run-newer",
+            }
+        assert {p.name for p in Path(output.path, "_pcm").iterdir()} == {"lock", "log"}
+
+    def test_a_run_whose_process_died_is_not_at_work(self, output):
+        place = Path(output.path, "_pcm", "run-dead")
+        place.mkdir()
+        (place / "alive").write_text("")
+        (place / "driver.json").write_text('{"pid": 1}')
+        (seen,) = output.others()
+        assert not seen.is_alive
+
+    def test_without_locks_a_silent_run_is_not_at_work(self, output, monkeypatch):
+        def no_locks(*args):
+            raise OSError(errno.ENOLCK, "no locks here")
+
+        with at_work(output.as_run("second")) as second:
+            monkeypatch.setattr(folder.fcntl, "flock", no_locks)
+            assert [owner.is_alive for owner in output.others()] == [False]
+            second.write_json(f"{second.place}/status.json", {})
+            assert [owner.is_alive for owner in output.others()] == [True]
+            old = time.time() - 2 * folder.SILENT_S
+            os.utime(Path(output.path, second.place, "status.json"), (old, old))
+            assert [owner.is_alive for owner in output.others()] == [False]
+
+    def test_an_unwritable_output_says_so(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with (
+            pytest.raises(OutputError, match="Cannot write to the output folder"),
+            at_work(Folder(str(tmp_path / "file"), "run")),
+        ):
+            pass
+
+    def test_starts_are_noted_line_by_line(self, output):
+        output.note_start(NAME, 2)
+        output.note_start(NAME, 2)
+        with next(Path(output.path, LOG).iterdir()).open("a") as file:
+            file.write('{"run": "torn')
+        assert list(output.lines()) == [{"run": output.run, "start": NAME, "rows": 2}] * 2
+
+
+class TestObjects:
+    def test_which_way_is_used_is_said(self, bucket, tmp_path):
+        assert Objects.at(f"{bucket}/out", None).how == "conditional put"
+        with_locks = Objects.at(f"{bucket}/out", str(tmp_path / "locks"))
+        assert with_locks.how == f"lock files in {tmp_path / 'locks'}"
+
+    def test_a_store_without_conditional_put_needs_a_folder_for_locks(self, bucket, monkeypatch):
+        monkeypatch.setattr(objects.Objects, "_create", lambda self, name, data: True)
+        with pytest.raises(OutputError, match=r"only if there is none yet.*lock_folder"):
+            Objects.at(f"{bucket}/out", None)
+        with pytest.raises(OutputError, match="lock_folder"):
+            Objects.at("memory://out", None)
+
+    def test_a_store_that_cannot_be_reached(self):
+        with pytest.raises(OutputError, match=r"Cannot write to the output 's3://no-such-bucket"):
+            Objects.at(f"s3://no-such-bucket-{uuid.uuid4().hex}/out", None)
+
+    def test_a_run_that_says_nothing_is_not_at_work(self, bucket, monkeypatch):
+        output = Objects.at(f"{bucket}/out", None)
+        with at_work(output.as_run("second")):
+            assert [owner.is_alive for owner in output.others()] == [True]
+            monkeypatch.setattr(objects, "SILENT_S", -1.0)
+            assert [owner.is_alive for owner in output.others()] == [False]
+
+    def test_a_lock_whose_holder_died_is_taken_over(self, bucket, tmp_path, monkeypatch):
+        output = Objects.at(f"{bucket}/out", str(tmp_path))
+        with at_work(output):
+            lock = tmp_path / f"{output.run}.{NAME}.lock"
+            lock.write_text("")
+            os.utime(lock, (1, 1))
+            assert output.commit(NAME, [TABLE], NOTE)
+        assert not list(tmp_path.glob("*part*"))
+
+    def test_large_parts_are_put_conditionally_too(self, bucket):
+        output = Objects.at(f"{bucket}/out", None)
+        big = pa.table({"x": [os.urandom(1 << 20) for _ in range(110)]})
+        with at_work(output):
+            assert output.commit(NAME, [big], {"rows": 110, "failed": 0})
+            assert not output.commit(NAME, [big], {"rows": 110, "failed": 0})
+
+
+def test_rows_recomputed_compares_ranges_and_not_names():
+    def starts(*rows):
+        return [{"run": run, "start": range_name(a, b), "rows": b - a} for run, a, b in rows]
+
+    def again(*rows):
+        return rows_recomputed(starts(*rows), "now", lambda name: 7)
+
+    assert again(("now", 0, 10), ("now", 10, 20)) == 0
+    assert again(("now", 0, 10), ("now", 0, 10)) == 10
+    assert again(("before", 0, 15), ("now", 10, 20)) == 5
+    assert again(("before", 0, 9), ("before", 0, 9), ("now", 9, 20)) == 0
+    whole = [{"run": run, "start": partition_name(3), "rows": None} for run in ("before", "now")]
+    assert rows_recomputed(whole, "now", lambda name: 7) == 7
+    assert rows_recomputed(whole[1:], "now", lambda name: 7) == 0
+    assert rows_recomputed(whole[1:] * 2, "now", lambda name: 7) == 7
+    assert rows_recomputed([{"run": "now", "commit": NAME}], "now", lambda name: 7) == 0
+
+
+def test_json_that_is_torn_is_named(tmp_path):
+    with at_work(Folder(str(tmp_path), "run")) as output:
+        output.write(MANIFEST, json.dumps({"a": 1}).encode()[:4])
+        with pytest.raises(OutputError, match=r"'_pcm/manifest\.json' in .* is damaged"):
+            output.read_json(MANIFEST)
