@@ -29,7 +29,7 @@ from dask.utils import funcname
 
 from dask_pcm.context import Context, ContextRef, Sealed
 from dask_pcm.errors import RecipeError, SchemaError
-from dask_pcm.mapping import Call, infer, row_wise_meta
+from dask_pcm.mapping import ERROR, Call, infer, row_wise_meta
 
 
 class ContextMap(Expr):
@@ -164,6 +164,7 @@ def map_partitions(
         ddf = ddf[check_columns(ddf, required_columns, "required_columns")]
     out = _meta(meta, ddf)
     if batch_rows is not None:
+        _check_error_column(out, ddf)
         out = row_wise_meta(out, ddf._meta)
     call = Call(func, names, args, kwargs, batch_rows, out, enforce_metadata)
     # How many rows are called at a time changes no answer: it tells no jobs apart, only tasks. So
@@ -184,6 +185,22 @@ def check_columns(ddf: dd.DataFrame, names: Sequence[str], what: str) -> list[st
             f" columns are {', '.join(map(repr, ddf.columns))}."
         )
     return list(names)
+
+
+def _check_error_column(out: pd.DataFrame, ddf: dd.DataFrame) -> None:
+    """Refuse a column of the user's data where the reasons of failed rows go.
+
+    One that an earlier map by rows has made is welcome: its reasons stay where no new ones come.
+    """
+    if ERROR not in out.columns or ERROR not in ddf.columns:
+        return
+    maps = (expr for expr in ddf.expr.walk() if isinstance(expr, ContextMap))
+    if not any(ERROR in expr._meta.columns for expr in maps):
+        raise SchemaError(
+            f"The input already has a column {ERROR!r}, where the reasons of failed rows go. Rename"
+            f" it, for instance with ddf.rename(columns={{{ERROR!r}: 'their_error'}}), or leave it"
+            " out of meta."
+        )
 
 
 def _contexts(

@@ -13,6 +13,7 @@ from typing import Any
 
 import dask
 import dask.dataframe as dd
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from dask.dataframe.utils import clear_known_categories
@@ -30,7 +31,7 @@ from dask_pcm.files import (
     index_columns,
     list_files,
 )
-from dask_pcm.reading import read_rows
+from dask_pcm.reading import BATCH_BYTES, read_rows
 
 ROWS_PER_PIECE = 10_000
 
@@ -99,21 +100,31 @@ class PieceReader:
         """
         names = list(columns)
         spans = (spans,) if isinstance(spans, Span) else spans
-        frames = [self._read(span, names) for span in spans]
-        return frames[0] if len(frames) == 1 else pd.concat(frames)
-
-    def _read(self, span: Span, names: list[str]) -> pd.DataFrame:
-        wanted = tuple(dict.fromkeys([*names, *index_columns(self.schema)]))
-        rows = (span.start, span.stop, span.row_bytes)
-        tables: Any = read_rows(span.path, span.version, wanted, *rows)
-        if any(pa.types.is_dictionary(self.schema.field(name).type) for name in wanted):
-            tables = [pa.concat_tables(tables)]  # categories differ from table to table
-        # Table by table, so that only a little is there twice.
-        frames = [self.to_pandas(table)[names] for table in tables]
+        # A little at a time, so that only a little is there twice; but many small files at once.
+        frames = [self.to_pandas(table)[names] for table in self._tables(spans, names)]
         frame = frames[0] if len(frames) == 1 else pd.concat(frames)
         if not self.has_own_index:
-            frame.index = pd.RangeIndex(span.offset, span.offset + span.n_rows)
+            frame.index = _row_numbers(spans)
         return frame
+
+    def _tables(self, spans: Sequence[Span], names: Sequence[str]) -> Iterator[pa.Table]:
+        """The rows of `spans` in tables of some megabytes, at least one."""
+        wanted = tuple(dict.fromkeys([*names, *index_columns(self.schema)]))
+        fields = [self.schema.field(name).with_nullable(True) for name in wanted]
+        schema = pa.schema(fields, self.schema.metadata)
+        # Categories differ from table to table, so columns of them are converted in one piece.
+        is_whole = any(pa.types.is_dictionary(field.type) for field in fields)
+        found: list[pa.Table] = []
+        n_bytes = 0
+        for span in spans:
+            rows = (span.start, span.stop, span.row_bytes)
+            for table in read_rows(span.path, span.version, wanted, *rows):
+                if found and not is_whole and n_bytes + table.nbytes > BATCH_BYTES:
+                    yield pa.concat_tables(found)
+                    found, n_bytes = [], 0
+                found.append(table.cast(schema))
+                n_bytes += table.nbytes
+        yield pa.concat_tables(found)
 
     def to_pandas(self, table: pa.Table) -> pd.DataFrame:
         """Convert; integers and booleans that can be null get types that can say so."""
@@ -231,6 +242,13 @@ def cuts(groups: Sequence[RowGroup], max_rows: int, max_bytes: int) -> Iterator[
             end, n_bytes = end + group.n_rows, n_bytes + group.n_bytes
     if end > start:
         yield end, n_bytes
+
+
+def _row_numbers(spans: Sequence[Span]) -> pd.Index:
+    first, end = spans[0].offset, spans[-1].offset + spans[-1].n_rows
+    if end - first == sum(span.n_rows for span in spans):
+        return pd.RangeIndex(first, end)
+    return pd.Index(np.concatenate([np.arange(s.offset, s.offset + s.n_rows) for s in spans]))
 
 
 def _is_extension(series: pd.Series) -> bool:

@@ -9,7 +9,6 @@ is decoded once by each worker, not once for each span.
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
 import threading
 from collections.abc import Iterator
@@ -29,6 +28,8 @@ _BUFFER_BYTES = 1 << 20
 _MAX_BATCH_ROWS = 1 << 16
 #: Cursors that wait in a process to be taken up again.
 _MAX_IDLE = 4
+#: Files whose row groups are remembered.
+_MAX_KNOWN = 1024
 
 
 class Cursor:
@@ -37,13 +38,20 @@ class Cursor:
     def __init__(self, path: str, version: str, columns: tuple[str, ...], batch_rows: int) -> None:
         self.key = (path, version, columns)
         self.batch_rows = batch_rows
-        self.at = 0
+        #: The row that comes next; before `begin`, none.
+        self.at = -1
         self._rest: pa.RecordBatch | None = None
         self._columns = list(columns)
         self._source = _open(path)
         # Without a buffer, or with one for all columns, a whole row group would be in memory.
         self._file = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         self._batches: Iterator[pa.RecordBatch] = iter(())
+
+    def starts(self) -> tuple[int, ...]:
+        """First rows of the row groups, and the number of rows in all."""
+        metadata = self._file.metadata
+        counts = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        return tuple(itertools.accumulate(counts, initial=0))
 
     def begin(self, group: int, at: int) -> None:
         """Go to row `at`, with which row group `group` begins."""
@@ -67,6 +75,10 @@ class Cursor:
                 batch = batch.slice(max(0, start - first))
                 yield pa.Table.from_batches([batch]).replace_schema_metadata(metadata)
 
+    def nothing(self) -> pa.Table:
+        """No rows of these columns."""
+        return self._file.schema_arrow.empty_table().select(self._columns)
+
     def close(self) -> None:
         self._file.close()
         self._source.close()
@@ -78,6 +90,17 @@ class _Idle:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._cursors: list[Cursor] = []
+        self._starts: dict[tuple[str, str], tuple[int, ...]] = {}
+
+    def starts(self, path: str, version: str) -> tuple[int, ...] | None:
+        """First rows of a file's row groups, if it has been read before."""
+        return self._starts.get((path, version))
+
+    def note_starts(self, path: str, version: str, starts: tuple[int, ...]) -> None:
+        with self._lock:
+            self._starts[path, version] = starts
+            if len(self._starts) > _MAX_KNOWN:
+                del self._starts[next(iter(self._starts))]
 
     def take(self, key: Any, earliest: int, start: int) -> Cursor | None:
         """The cursor of a file that stands nearest before row `start`, not before `earliest`."""
@@ -100,6 +123,7 @@ class _Idle:
     def clear(self) -> None:
         with self._lock:
             dropped, self._cursors = self._cursors, []
+            self._starts.clear()
         for old in dropped:
             old.close()
 
@@ -126,17 +150,22 @@ def read_rows(
     """
     with _named(path):
         _check_version(path, version)
-        starts = _group_starts(path, version)
-    group = bisect.bisect_right(starts, start) - 1
-    if start >= stop or group < 0:
-        with _named(path), _open(path) as source:
-            yield pq.ParquetFile(source).schema_arrow.empty_table().select(list(columns))
-        return
-    cursor = idle.take((path, version, columns), starts[group], start)
-    with _named(path):
+        starts, cursor = idle.starts(path, version), None
+        if starts is None:
+            cursor = _cursor(path, version, columns, row_bytes)
+            starts = cursor.starts()
+            idle.note_starts(path, version, starts)
+        group = bisect.bisect_right(starts, start) - 1
+        if start >= stop or group < 0:
+            cursor = cursor or _cursor(path, version, columns, row_bytes)
+            yield cursor.nothing()
+            cursor.close()
+            return
         if cursor is None:
-            batch_rows = max(1, min(_MAX_BATCH_ROWS, int(BATCH_BYTES / max(1.0, row_bytes))))
-            cursor = Cursor(path, version, columns, batch_rows)
+            cursor = idle.take((path, version, columns), starts[group], start)
+        if cursor is None:
+            cursor = _cursor(path, version, columns, row_bytes)
+        if cursor.at < starts[group]:
             cursor.begin(group, starts[group])
         try:
             yield from cursor.read(start, stop)
@@ -147,6 +176,11 @@ def read_rows(
         idle.put(cursor)
     else:
         cursor.close()
+
+
+def _cursor(path: str, version: str, columns: tuple[str, ...], row_bytes: float) -> Cursor:
+    batch_rows = max(1, min(_MAX_BATCH_ROWS, int(BATCH_BYTES / max(1.0, row_bytes))))
+    return Cursor(path, version, columns, batch_rows)
 
 
 @contextmanager
@@ -170,12 +204,3 @@ def _check_version(path: str, version: str) -> None:
             f"{path!r} has changed since it was listed. Write it before the run begins, and call"
             " pcm.read_parquet again."
         )
-
-
-@functools.lru_cache(maxsize=1024)
-def _group_starts(path: str, version: str) -> tuple[int, ...]:
-    """First rows of the row groups, and the number of rows in all."""
-    with _open(path) as source:
-        metadata = pq.ParquetFile(source).metadata
-    counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    return tuple(itertools.accumulate(counts, initial=0))
