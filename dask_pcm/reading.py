@@ -23,7 +23,7 @@ from dask_pcm.errors import InputError
 from dask_pcm.files import version_of
 
 #: What is decoded at a time, and what is read ahead of each column.
-BATCH_BYTES = 8 << 20
+BATCH_BYTES = 2 << 20
 _BUFFER_BYTES = 1 << 20
 _MAX_BATCH_ROWS = 1 << 16
 #: Cursors that wait in a process to be taken up again.

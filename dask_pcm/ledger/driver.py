@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import pickle
 import queue
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.25
 _MAX_WAITING = 1_000  # units at the gate for each worker, however short they are
+_MAX_AT_ONCE = 100  # units in one graph: the scheduler's loop is not to stall
 _MAX_ERRORS = 5
 
 
@@ -168,9 +170,12 @@ class Driver:
         n_wanted = n_workers * (self._config.n_lanes + 1)
         row_s = self._seconds / self._rows if self._rows else None
         enough_s = n_workers * self._config.ready_s
-        while not self._cutter.is_empty and len(self._units) < n_workers * _MAX_WAITING:
+        units: list[Unit] = []
+        while not self._cutter.is_empty:
+            n_units = len(self._units) + len(units)
             ready_s = (row_s or enough_s) * self._n_outstanding_rows
-            if len(self._units) >= n_wanted and ready_s >= enough_s:
+            is_enough = n_units >= n_wanted and ready_s >= enough_s
+            if is_enough or n_units >= n_workers * _MAX_WAITING or len(units) >= _MAX_AT_ONCE:
                 break
             n_rows = unit_rows(
                 self._cutter.n_rows,
@@ -180,26 +185,32 @@ class Driver:
                 self._config.unit_s,
                 self._config.max_unit_rows,
             )
-            self._submit(self._cutter.cut(n_rows))
+            unit = self._cutter.cut(n_rows)
+            units.append(unit)
+            self._n_outstanding_rows += unit.n_rows or 1
+        for _, alike in itertools.groupby(units, key=lambda unit: unit.n_rows or 1):
+            self._submit(list(alike))
 
-    def _submit(self, unit: Unit) -> None:
-        self._n_keys += 1
-        graph, keys, inputs = self._plan.graph(unit)
-        with dask.annotate(pcm_rows=unit.n_rows or 1):
-            future = self._client.submit(
+    def _submit(self, units: list[Unit]) -> None:
+        """Hand over units of as many rows each."""
+        first = self._n_keys + 1
+        self._n_keys += len(units)
+        graphs, keys, inputs = zip(*map(self._plan.graph, units), strict=True)
+        with dask.annotate(pcm_rows=units[0].n_rows or 1):
+            futures = self._client.map(
                 run_unit,
-                unit,
-                self._job,
-                graph,
-                self._plan.refs,
+                units,
+                graphs,
                 keys,
                 inputs,
-                key=self._key(self._n_keys),
+                job=self._job,
+                refs=self._plan.refs,
+                key=[self._key(number) for number in range(first, self._n_keys + 1)],
                 pure=False,
             )
-        self._units[future.key] = (unit, future)
-        self._n_outstanding_rows += unit.n_rows or 1
-        future.add_done_callback(self._finished.put)
+        for unit, future in zip(units, futures, strict=True):
+            self._units[future.key] = (unit, future)
+            future.add_done_callback(self._finished.put)
 
     def _key(self, number: int) -> str:
         return f"{self._plan.label}_unit-{self._output.run}-{number}"

@@ -39,7 +39,8 @@ class Manifest:
         What tells the job from another, component by component. The files of ``input`` stand in
         the order in which their rows are counted.
     recorded
-        What is worth knowing besides: versions, contexts by name, rows in all.
+        What is worth knowing besides: versions, contexts by name, commits of models, rows in
+        all, how parts are committed, what rows ran on.
     """
 
     identity: dict[str, Any]
@@ -106,8 +107,13 @@ def identify(expr: Expr, is_splittable: bool) -> Manifest:
         if not is_splittable:
             for path, pieces in _pieces(expr).items():
                 identity["input"][path]["pieces"] = digest(pieces)
-    named = {ref.name: ref.digest for part in maps for ref in part.operand("refs")}
-    return Manifest(json.loads(json.dumps(identity)), {"versions": versions(), "contexts": named})
+    refs = [ref for part in maps for ref in part.operand("refs")]
+    recorded = {
+        "versions": versions(),
+        "contexts": {ref.name: ref.digest for ref in refs},
+        "models": {ref.name: dict(ref.about) for ref in refs if ref.about},
+    }
+    return Manifest(json.loads(json.dumps(identity)), recorded)
 
 
 def check(output: Output, mine: Manifest, overwrite: bool, extend: bool) -> Manifest | None:

@@ -12,7 +12,7 @@ import dask
 import dask.dataframe as dd
 import pandas as pd
 from dask._expr import optimize_until
-from dask._task_spec import Task
+from dask._task_spec import Task, TaskRef
 from dask.dataframe.dask_expr._collection import new_collection
 from dask.dataframe.dask_expr._expr import Blockwise, Elemwise, Expr, Filter
 from distributed import Client, Future, futures_of
@@ -21,6 +21,9 @@ from dask_pcm.context import ContextRef
 from dask_pcm.dataframe import ContextMap
 from dask_pcm.errors import InputError, SchemaError
 from dask_pcm.pieces import PieceReader, Span
+
+#: The key of the rows to read, in the graph of a unit.
+SPANS = "pcm-spans"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Plan:
             else:
                 self._below[expr._name] = expr
         self._inputs: dict[Any, Future] = {}
+        self._any: tuple[bytes, list[Any], list[Future]] | None = None
         maps = [expr for expr in self._nodes.values() if isinstance(expr, ContextMap)]
         refs = {ref.digest: ref for expr in maps for ref in expr.operand("refs")}
         self.refs: tuple[ContextRef, ...] = tuple(refs[digest] for digest in sorted(refs))
@@ -134,12 +138,21 @@ class Plan:
     def graph(self, unit: Unit) -> tuple[bytes, list[Any], list[Future]]:
         """Pickled tasks that compute a unit, the keys they take from outside, and those inputs.
 
-        The pickle holds ``(tasks by key, key of the result)``.
+        The pickle holds ``(tasks by key, key of the result)``. The rows to read are no part of it:
+        they are the key ``SPANS``. So where rows can be computed apart, one graph computes any.
         """
+        if not self.is_splittable:
+            return self._graph(unit.partition)
+        if self._any is None:
+            self._any = self._graph(0)
+        return self._any
+
+    def _graph(self, partition: int) -> tuple[bytes, list[Any], list[Future]]:
         leaf = self._leaf
-        if unit.spans is not None and leaf is not None:
-            own = leaf.substitute_parameters({"iterables": [[unit.spans]], "_partitions": None})
-        result = (self._top._name, unit.partition)
+        if leaf is not None:
+            given = {"iterables": [[TaskRef(SPANS)]], "_partitions": None}
+            own = leaf.substitute_parameters(given)
+        result = (self._top._name, partition)
         tasks: dict[Any, Task] = {}
         outside: list[Any] = []
         todo = [result]
@@ -149,13 +162,14 @@ class Plan:
             if expr is None:
                 outside.append(key)
                 continue
-            if expr is leaf and unit.spans is not None:
+            if expr is leaf:
                 tasks[key] = own._filtered_task(key, 0)
             elif isinstance(expr, ContextMap):
                 tasks[key] = expr._own_task(key, key[1])
             else:
                 tasks[key] = expr._task(key, key[1])
-            todo += [k for k in tasks[key].dependencies if k not in tasks and k not in outside]
+            seen = {*tasks, *outside, SPANS}
+            todo += [k for k in tasks[key].dependencies if k not in seen]
         pickled = cloudpickle.dumps((tasks, result))
         return pickled, outside, [self._inputs[key] for key in outside]
 

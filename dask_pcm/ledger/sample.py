@@ -82,11 +82,10 @@ def draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
         raise SchemaError(f"A sample has at least 1 row; found {n_rows}.")
     start = time.monotonic()
     units = list(_units(plan, n_rows, len(client.nthreads())))
+    keys = [f"{plan.label}_sample-{start}-{number}" for number in range(len(units))]
     futures = [
-        client.submit(
-            _answer, plan.graph(unit)[0], plan.refs, key=f"{plan.label}_sample-{start}-{number}"
-        )
-        for number, unit in enumerate(units)
+        client.submit(_answer, unit, plan.graph(unit)[0], plan.refs, key=key)
+        for unit, key in zip(units, keys, strict=True)
     ]
     found = client.gather(futures)
     frame = pd.concat([rows for rows, _ in found]) if found else plan.meta
@@ -124,7 +123,7 @@ def _units(plan: Plan, n_rows: int, n_workers: int) -> list[Unit]:
     return [Unit(name, 0, tuple(share), len(share)) for share in shares]
 
 
-def _answer(graph: bytes, refs: Sequence[ContextRef]) -> tuple[pd.DataFrame, float]:
+def _answer(unit: Unit, graph: bytes, refs: Sequence[ContextRef]) -> tuple[pd.DataFrame, float]:
     spent.begin()
-    frame = compute(graph, (), ())
+    frame = compute(unit, graph)
     return frame, spent.infer_s

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from dask._task_spec import DataNode, execute_graph
 from dask_pcm.context import ContextRef
 from dask_pcm.ledger.layout import Layout
 from dask_pcm.ledger.output import Output
-from dask_pcm.ledger.plan import Unit
+from dask_pcm.ledger.plan import SPANS, Unit
 from dask_pcm.mapping import ERROR
 from dask_pcm.plugins.hold import spent
 
@@ -70,11 +71,11 @@ class UnitResult:
 
 def run_unit(
     unit: Unit,
-    job: Job,
     graph: bytes,
-    refs: tuple[ContextRef, ...],
     keys: Sequence[Any],
     inputs: Sequence[Any],
+    job: Job,
+    refs: tuple[ContextRef, ...],
 ) -> UnitResult:
     """The task of a unit; `refs` tell the gate what it needs.
 
@@ -87,7 +88,7 @@ def run_unit(
     if unit.again is None:
         output.note_start(unit.name, unit.n_rows)
     spent.begin()
-    frame = compute(graph, keys, inputs)
+    frame = compute(unit, graph, keys, inputs)
     failed = failures(frame)
     counts = {"rows": len(frame), "failed": len(failed)}
     tables = job.layout.tables(frame)
@@ -108,12 +109,20 @@ def run_unit(
     )
 
 
-def compute(graph: bytes, keys: Sequence[Any], inputs: Sequence[Any]) -> pd.DataFrame:
+def compute(
+    unit: Unit, graph: bytes, keys: Sequence[Any] = (), inputs: Sequence[Any] = ()
+) -> pd.DataFrame:
     """The rows of a unit, from its pickled graph and what it takes from outside."""
-    tasks, result = pickle.loads(graph)
-    tasks.update((key, DataNode(key, value)) for key, value in zip(keys, inputs, strict=True))
+    tasks, result = _opened(graph)
+    given = {SPANS: unit.spans, **dict(zip(keys, inputs, strict=True))}
+    tasks = {**tasks, **{key: DataNode(key, value) for key, value in given.items()}}
     frame: pd.DataFrame = execute_graph(tasks, keys=[result])[result]
     return frame
+
+
+@lru_cache(maxsize=16)
+def _opened(graph: bytes) -> Any:
+    return pickle.loads(graph)  # the same for every unit of a run by rows
 
 
 def failures(frame: pd.DataFrame) -> pd.Series:

@@ -281,15 +281,7 @@ class _Session:
 
     def _provenance(self, mine: Manifest) -> dict[str, object]:
         about = {k: v for k, v in mine.identity.items() if k not in manifest.UNTOLD}
-        models = {ref.name: dict(ref.about) for ref in self._plan.refs if ref.about}
-        return {
-            "format": manifest.FORMAT,
-            "job": mine.token,
-            "contexts": mine.recorded["contexts"],
-            "versions": mine.recorded["versions"],
-            **({"models": models} if models else {}),
-            **about,
-        }
+        return {"format": manifest.FORMAT, "job": mine.token, **mine.recorded, **about}
 
     def drive(self, is_shown: bool) -> None:
         """Do the work, and leave."""
@@ -314,6 +306,10 @@ class _Session:
         n_rows = report.rows - report.rows_resumed + report.rows_retried
         report.rows_per_s = n_rows / report.total_s
         self._output.write_json(REPORT, report.as_dict())
+        found = Manifest.read(self._output)
+        if found is not None and report.ran_on:
+            ran_on = sorted({*found.recorded.get("ran_on", []), *report.ran_on})
+            Manifest(found.identity, {**found.recorded, "ran_on": ran_on}).write(self._output)
 
     def _put_back(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and not self.driver.has_committed:

@@ -107,6 +107,7 @@ class GatePlugin(SchedulerPlugin):
         self._stimuli = count()
         scheduler.stream_handlers["pcm-hello"] = self.on_hello
         scheduler.stream_handlers["pcm-residency"] = self.on_residency
+        scheduler.stream_handlers["long-running"] = self.on_long_running
         scheduler.stream_handlers["pcm-returned"] = self.on_returned
         scheduler.handlers["pcm_run"] = self.on_run
         self._unshield = parking.shield_from_timeouts(scheduler, self.asked)
@@ -123,6 +124,7 @@ class GatePlugin(SchedulerPlugin):
         self._unshield()
         self.scheduler.remove_plugin(GATE)
         self.scheduler.handlers.pop("pcm_run")
+        self.scheduler.stream_handlers["long-running"] = self.scheduler.handle_long_running
         # Workers may still have something to say: the handlers of streams stay, and find nobody.
         self.members.clear()
         for key, asked in self.asked.items():
@@ -319,11 +321,30 @@ class GatePlugin(SchedulerPlugin):
         self.scheduler.transitions(recommendations, f"pcm-dispatch-{next(self._stimuli)}")
         for key in recommendations:
             ts = self.scheduler.tasks.get(key)
-            if ts is not None and ts.state == "no-worker":
+            if ts is not None and ts.state == "processing":
+                self._set_apart(ts)
+            elif ts is not None and ts.state == "no-worker":
                 # The worker was paused or left in between: look again at the next tick.
                 parking.park(ts)
                 self._sync_pauses()
                 self._apply(WorkParked(self._work(ts, self.asked[key])))
+
+    def _set_apart(self, ts: TaskState) -> None:
+        """Have a dispatched task take no place among plain ones.
+
+        It runs on a lane, not on one of the worker's threads, as a task does that has seceded. Were
+        it counted, a worker with context work in hand would get no plain task.
+        """
+        ws = ts.processing_on
+        if ws is not None and ts not in ws.long_running:
+            ws.add_to_long_running(ts)
+            self.scheduler.check_idle_saturated(ws)
+
+    def on_long_running(self, key: Any, **message: Any) -> None:
+        """A task says that it secedes; one on a lane has been set apart already."""
+        ts = self.scheduler.tasks.get(key)
+        if ts is None or ts.processing_on is None or ts not in ts.processing_on.long_running:
+            self.scheduler.handle_long_running(key=key, **message)
 
     def _warm(self, warm: Warm) -> None:
         member = self.members[warm.worker]

@@ -176,7 +176,8 @@ def test_the_job_is_named_in_the_manifest(client, llm, tmp_path):
     identity = json.loads(Path(out, "_pcm", "manifest.json").read_text())["identity"]
     assert identity["prompt"] == PROMPT and identity["choices"] == list(LABELS)
     recorded = json.loads(Path(out, "_pcm", "manifest.json").read_text())["recorded"]
-    assert recorded["device"] == "cpu" and recorded["dtype"] == "torch.float32"
+    assert recorded["ran_on"] == ["cpu/torch.float32"]
+    assert recorded["models"][llm.name]["commit"] == llm.commit
     with pytest.raises(pcm.PCMError, match=r"its prompt is 'Evidence.*, not 'Claim"):
         other = classify(frame, llm, prompt="Claim : {claim} Answer :", batch_rows=8)
         pcm.write_parquet(other, out, progress=False)

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace
 
 import dask.dataframe as dd
 import pandas as pd
 import pytest
-from dask._task_spec import execute_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dask_pcm as pcm
+from dask_pcm.ledger import unit as unit_module
 from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.plan import Plan
 from dask_pcm.pieces import Span
@@ -35,8 +34,7 @@ def mapped(frame, **options):
 def compute(plan, unit):
     pickled, keys, inputs = plan.graph(unit)
     assert not keys and not inputs
-    tasks, result = pickle.loads(pickled)
-    return execute_graph(tasks, keys=[result])[result]
+    return unit_module.compute(unit, pickled)
 
 
 def cut_all(plan, n_rows, done=(), partitions=()):
