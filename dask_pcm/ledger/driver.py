@@ -20,6 +20,7 @@ from dask_pcm.config import Config
 from dask_pcm.errors import CancelledError, FailedRowsError, FencedError, PCMError
 from dask_pcm.ledger import status
 from dask_pcm.ledger.cut import Cutter
+from dask_pcm.ledger.heart import Heart
 from dask_pcm.ledger.limit import Limit
 from dask_pcm.ledger.output import CANCEL, PAUSE
 from dask_pcm.ledger.parts import parse_name, range_name
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 _WAIT_S = 0.25
 _MAX_WAITING = 1_000  # units at the gate for each worker, however short they are
 _MAX_AT_ONCE = 100  # units in one graph: the scheduler's loop is not to stall
-_MAX_ERRORS = 5
+_MAX_ERRORS, _MAX_KINDS = 5, 1_000  # told; told apart
 
 
 class Driver:
@@ -69,7 +70,8 @@ class Driver:
         self._n_failed_now = self._n_done_now = 0
         self._status: dict[str, Any] = {}
         self._loads_before: tuple[int, float] | None = None
-        self._next_look = self._next_beat = 0.0
+        self._next_look = 0.0
+        self._heart = Heart(job.output, lambda: self.progress)
         self._begun = time.monotonic()
         self._kind = key_split(self._key(0))
 
@@ -101,6 +103,12 @@ class Driver:
     def close(self) -> None:
         """Nothing more will come: the gate need not keep workers for it."""
         self._tell(0.0, 0)
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """Say from time to time how the run stands, for other processes."""
+        with self._heart:
+            yield
 
     def drive(self, is_shown: bool) -> None:
         """Run every unit that is not there yet.
@@ -252,8 +260,10 @@ class Driver:
         elif not unit.again:
             report.rows += result.n_rows - self._stock[unit.name].n_rows
         report.rows_retried += 0 if unit.again is None else result.n_rows
-        self._stock[unit.name] = Counts(result.n_rows, result.n_failed)
-        self._errors.update(result.errors)
+        if self._output.may_get_late_parts:
+            self._stock[unit.name] = Counts(result.n_rows, result.n_failed)
+        if len(self._errors) < _MAX_KINDS:
+            self._errors.update(result.errors)
         report.errors = [text for text, _ in self._errors.most_common(_MAX_ERRORS)]
         if not result.is_resumed:
             self._seconds += result.infer_s or result.total_s
@@ -302,6 +312,7 @@ class Driver:
         now = time.monotonic()
         if now >= self._next_look or is_last:
             self._next_look = now + self._output.look_every_s
+            self._heart.check()
             self._heed(self._output.wishes())
             # While it is paused, the gate need not keep workers for it.
             n_rows = 0 if self._is_paused else self._cutter.n_rows
@@ -310,13 +321,6 @@ class Driver:
             progress = self.progress
             note = f"{progress.n_warm}/{progress.n_workers} warm, {progress.n_loads} loads"
             shown.show(self._n_done, "paused" if self._is_paused else note)
-            if now >= self._next_beat or is_last:
-                self._next_beat = now + self._output.beat_every_s
-                self.beat()
-
-    def beat(self) -> None:
-        """Say how the run stands, for other processes."""
-        self._output.write_json(f"{self._output.place}/status.json", self.progress.as_dict())
 
     def _heed(self, wishes: frozenset[str]) -> None:
         if CANCEL in wishes:
@@ -326,7 +330,7 @@ class Driver:
             )
         if self._is_paused != (PAUSE in wishes):
             self._is_paused = PAUSE in wishes
-            self._next_beat = 0.0
+            self._heart.beat()
 
     def _tell(self, n_rows: float, n_units: int) -> None:
         """Report to the gate what is still to come, and learn how the contexts stand."""

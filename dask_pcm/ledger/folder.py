@@ -8,8 +8,8 @@ attempts at one unit can then both write, one after the other; what stands there
 whole part of that unit.
 
 A run at work holds a lock on a file in its folder, which the kernel gives back when its process
-ends, however it ends. Where there are no locks, a run counts as at work for as long as its
-``status.json`` is written, by the filesystem's own clock.
+ends, however it ends. On another host, or where there are no locks, it also counts as at work for
+as long as its ``status.json`` is written, by the filesystem's own clock.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from dask_pcm.ledger.parts import Written, digest_of, note_of, write_part
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_FOLDER = (FileNotFoundError, NotADirectoryError)
-#: Without locks: a run whose status is older than this is not at work.
-SILENT_S = 30.0
+#: Of a run on another host, or without locks: with an older status it is not at work.
+SILENT_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +128,11 @@ class Folder(Output):
             if name.startswith("run-") and name != f"run-{self.run}/":
                 run = name[len("run-") : -1]
                 says = self.read_json(f"{HOME}/{name}driver.json") or {}
-                found.append(Owner(run, says, self._is_alive(f"{HOME}/{name[:-1]}")))
+                is_alive = self._is_alive(f"{HOME}/{name[:-1]}", says.get("host"))
+                found.append(Owner(run, says, is_alive))
         return found
 
-    def _is_alive(self, place: str) -> bool:
+    def _is_alive(self, place: str, host: str | None) -> bool:
         try:
             with self._at(f"{place}/alive").open("r") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -140,8 +141,9 @@ class Folder(Output):
         except _NO_FOLDER:
             return False
         except OSError:  # no locks here
-            return self._is_fresh(f"{place}/status.json")
-        return False
+            host = None
+        # On some shared filesystems a lock holds on its own host only.
+        return host != socket.gethostname() and self._is_fresh(f"{place}/status.json")
 
     def _is_fresh(self, name: str) -> bool:
         probe = self._at(f"{HOME}/clock")

@@ -250,7 +250,7 @@ class _Session:
                     stack.push(self._put_back)
                     self._output.set_aside()
                 self._write_manifest(found, mine)
-                self.driver.beat()
+                stack.enter_context(self.driver.alive())
             self._stack = stack.pop_all()
 
     def _check(self, mine: Manifest) -> Manifest | None:

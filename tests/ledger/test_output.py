@@ -325,6 +325,18 @@ class TestFolder:
         (seen,) = output.others()
         assert not seen.is_alive
 
+    def test_of_a_run_on_another_host_the_status_counts_too(self, output):
+        place = Path(output.path, "_pcm", "run-there")
+        place.mkdir()
+        (place / "alive").write_text("")  # whose lock does not reach us
+        (place / "driver.json").write_text('{"host": "there"}')
+        assert [owner.is_alive for owner in output.others()] == [False]
+        (place / "status.json").write_text("{}")
+        assert [owner.is_alive for owner in output.others()] == [True]
+        old = time.time() - 2 * folder.SILENT_S
+        os.utime(place / "status.json", (old, old))
+        assert [owner.is_alive for owner in output.others()] == [False]
+
     def test_without_locks_a_silent_run_is_not_at_work(self, output, monkeypatch):
         def no_locks(*args):
             raise OSError(errno.ENOLCK, "no locks here")
