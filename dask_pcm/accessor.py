@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,24 +15,38 @@ from dask_pcm.inference import LLM, classify
 from dask_pcm.ledger import write_parquet
 
 
+def _like(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Show the text and the options of `func`, whose frame is the accessor's."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(method).parameters["self"]
+        theirs = inspect.signature(func).parameters.values()
+        shown = [own, *(parameter for parameter in theirs if parameter.name != "ddf")]
+        method.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        method.__doc__ = func.__doc__
+        return method
+
+    return decorate
+
+
 @register_dataframe_accessor("pcm")
 class Accessor:
     """The toolkit's verbs on a frame: ``ddf.pcm.classify(llm, ...).pcm.write_parquet(path)``.
 
-    Each is the function of the same name with the frame as its first argument.
+    Each is the function of the same name with the frame as its `ddf`.
     """
 
     def __init__(self, ddf: dd.DataFrame) -> None:
         self._ddf = ddf
 
+    @_like(map_partitions)
     def map_partitions(self, func: Callable[..., Any], *args: Any, **options: Any) -> dd.DataFrame:
-        """See ``dask_pcm.map_partitions``."""
         return map_partitions(func, self._ddf, *args, **options)
 
+    @_like(classify)
     def classify(self, llm: LLM, **options: Any) -> dd.DataFrame:
-        """See ``dask_pcm.classify``."""
         return classify(self._ddf, llm, **options)
 
-    def write_parquet(self, path: str, **options: Any) -> Any:
-        """See ``dask_pcm.write_parquet``."""
+    @_like(write_parquet)
+    def write_parquet(self, path: str | os.PathLike[str], **options: Any) -> Any:
         return write_parquet(self._ddf, path, **options)

@@ -233,6 +233,15 @@ class TestAccessor:
         verdicts = claims_frame.pcm.map_partitions(noted, context=LLM, meta=META, batch_rows=32)
         assert verdicts.head(2).verdict.tolist() == ["model", "model"]
 
+    def test_notebooks_see_texts_and_options(self, claims_frame):
+        import inspect
+
+        for name in ("map_partitions", "classify", "write_parquet"):
+            method, function = getattr(claims_frame.pcm, name), getattr(pcm, name)
+            assert method.__doc__ == function.__doc__
+            options = {"ddf", *inspect.signature(method).parameters}
+            assert options == set(inspect.signature(function).parameters)
+
     def test_classify_and_write(self, client, tmp_path):
         from dask_pcm.factcheck import demo_model
 
