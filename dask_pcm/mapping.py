@@ -10,7 +10,7 @@ import pandas as pd
 
 from dask_pcm.context import ContextRef, Sealed
 from dask_pcm.errors import PCMError, RowCountError, SchemaError
-from dask_pcm.plugins.hold import hold
+from dask_pcm.plugins.hold import hold, spent
 
 ERROR = "error"
 _MAX_ERROR_CHARS = 2_000
@@ -169,10 +169,15 @@ class Call:
 def infer(frame: pd.DataFrame, call: Sealed, refs: tuple[ContextRef, ...]) -> pd.DataFrame:
     """The task: hold the contexts and call; an empty partition needs neither."""
     opened: Call = call.open()
+    if opened.batch_rows is not None:
+        spent.is_by_rows, spent.errors = True, []
     if not len(frame):
         return opened.meta.copy()
     with hold(refs) as contexts:
-        return opened.on(frame, contexts)
+        result = opened.on(frame, contexts)
+    if opened.batch_rows is not None and ERROR in result.columns:
+        spent.errors = result[ERROR].dropna().tolist()
+    return result
 
 
 def row_wise_meta(meta: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:

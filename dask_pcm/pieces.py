@@ -31,7 +31,7 @@ from dask_pcm.files import (
     index_columns,
     list_files,
 )
-from dask_pcm.reading import BATCH_BYTES, read_rows
+from dask_pcm.reading import BATCH_BYTES, note_inflation, read_rows
 
 ROWS_PER_PIECE = 10_000
 
@@ -118,12 +118,15 @@ class PieceReader:
         n_bytes = 0
         for span in spans:
             rows = (span.start, span.stop, span.row_bytes)
+            n_decoded = 0
             for table in read_rows(span.path, span.version, wanted, *rows):
                 if found and not is_whole and n_bytes + table.nbytes > BATCH_BYTES:
                     yield pa.concat_tables(found)
                     found, n_bytes = [], 0
                 found.append(table.cast(schema))
                 n_bytes += table.nbytes
+                n_decoded += table.nbytes
+            note_inflation(span.path, n_decoded, span.n_bytes)
         yield pa.concat_tables(found)
 
     def to_pandas(self, table: pa.Table) -> pd.DataFrame:

@@ -25,7 +25,8 @@ from dask_pcm.files import version_of
 #: What is decoded at a time, and what is read ahead of each column.
 BATCH_BYTES = 2 << 20
 _BUFFER_BYTES = 1 << 20
-_MAX_BATCH_ROWS = 1 << 16
+#: A text that is stored once for all rows takes its room in each of them once it is decoded.
+_MAX_BATCH_ROWS = 256
 #: Cursors that wait in a process to be taken up again.
 _MAX_IDLE = 4
 #: Files whose row groups are remembered.
@@ -129,6 +130,19 @@ class _Idle:
 
 
 idle = _Idle()
+#: Bytes of decoded rows over what was expected of them, by file, as last seen in this process.
+_inflation: dict[str, float] = {}
+
+
+def inflation(path: str) -> float:
+    """How much more the rows of a file take in memory than was estimated from its footer."""
+    return _inflation.get(path, 1.0)
+
+
+def note_inflation(path: str, n_bytes: int, expected: float) -> None:
+    if len(_inflation) > _MAX_KNOWN:
+        _inflation.clear()
+    _inflation[path] = max(1.0, n_bytes / max(1.0, expected))
 
 
 def read_rows(

@@ -73,9 +73,9 @@ class Cutter:
         else:
             partition, spans = self._spans_of(place)
             again: tuple[int, ...] = ()
-            if self._plan.keeps_rows:
+            if self._plan.keeps_rows and failed:
                 again = tuple(failed)
-                spans = [_row(spans, place[0] + number) for number in failed]
+                spans = list(_rows(spans, [place[0] + number for number in failed]))
             n_rows = sum(span.n_rows for span in spans)
             unit = Unit(range_name(*place), partition, tuple(spans), n_rows, again=again)
         self._again.append(unit)
@@ -153,11 +153,18 @@ class Cutter:
         return span.cut(0, n_rows)
 
 
-def _row(spans: Sequence[Span], number: int) -> Span:
-    """Row `number` of the input as a span of its own."""
-    starts = [span.offset for span in spans]
-    span = spans[bisect.bisect_right(starts, number) - 1]
-    return span.cut(number - span.offset, number - span.offset + 1)
+def _rows(spans: Sequence[Span], numbers: Sequence[int]) -> Iterator[Span]:
+    """Rows of the input by their sorted numbers; neighbours are one span."""
+    at = 0
+    for span in spans:
+        first, end = span.offset, span.offset + span.n_rows
+        while at < len(numbers) and numbers[at] < end:
+            start = numbers[at]
+            stop = start + 1
+            at += 1
+            while at < len(numbers) and numbers[at] == stop < end:
+                stop, at = stop + 1, at + 1
+            yield span.cut(start - first, stop - first)
 
 
 class _Ranges:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dask
+import numpy as np
 from dask.utils import key_split
 from distributed import Client, Future
 
@@ -56,7 +57,7 @@ class Driver:
         self._config = config
         self._limit = limit
         self._retries = retries
-        self.report = Report()
+        self.report = Report(run=job.output.run)
         self.has_committed = False
         self._is_paused = False
         self._cutter = Cutter(plan, [(0, plan.n_rows)], frozenset(range(plan.n_partitions)))
@@ -67,7 +68,7 @@ class Driver:
         self._ran_on: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self._n_keys = self._n_outstanding_rows = self._n_done = self._n_before = 0
-        self._n_failed_now = self._n_done_now = 0
+        self._n_failed_now = self._n_done_now = self._n_to_retry = 0
         self._status: dict[str, Any] = {}
         self._loads_before: tuple[int, float] | None = None
         self._next_look = 0.0
@@ -155,8 +156,9 @@ class Driver:
         if not self._stock:
             # Without rows: from now on the folder can be read, with the right columns.
             empty = self._job.layout.table(self._plan.meta)
-            note = {"run": self._output.run, "unit": range_name(0, 0), "rows": 0, "failed": 0}
-            self._output.commit(range_name(0, 0), [empty], {**note, **self._job.provenance})
+            counts = {"unit": range_name(0, 0), "rows": 0, "failed": 0}
+            note = {**self._job.provenance, "run": self._output.run, **counts}
+            self._output.commit(range_name(0, 0), [empty], lambda: note)
         if self._retries:
             self._retry(places)
         self._n_done = self._n_before = self._plan.n_rows - self._cutter.n_rows
@@ -165,10 +167,12 @@ class Driver:
         for name, counts in self._stock.items():
             if not counts.n_failed:
                 continue
-            errors = self._output.read_table(name, [ERROR])[ERROR]
-            failed = [row for row, error in enumerate(errors.is_valid().to_pylist()) if error]
+            failed: list[int] = []
+            if ERROR in self._plan.meta.columns:
+                errors = self._output.read_table(name, [ERROR])[ERROR]
+                failed = np.flatnonzero(errors.is_valid().to_numpy()).tolist()
             self._cutter.again(places[name], failed)
-            self.report.rows_failed -= counts.n_failed
+            self._n_to_retry += counts.n_failed
 
     def _feed(self) -> None:
         """Keep every worker's lanes filled and a little more at hand."""
@@ -251,6 +255,10 @@ class Driver:
     def _count(self, unit: Unit, result: UnitResult) -> None:
         report = self.report
         report.rows_failed += result.n_failed
+        if unit.again is not None:  # those that had failed before
+            report.rows_failed -= self._stock[unit.name].n_failed
+            self._n_to_retry -= self._stock[unit.name].n_failed
+            report.rows_retried += unit.n_rows or result.n_rows
         report.infer_s += result.infer_s
         report.units += 1
         self._n_failed_now += result.n_failed
@@ -259,7 +267,6 @@ class Driver:
             report.rows += result.n_rows
         elif not unit.again:
             report.rows += result.n_rows - self._stock[unit.name].n_rows
-        report.rows_retried += 0 if unit.again is None else result.n_rows
         if self._output.may_get_late_parts:
             self._stock[unit.name] = Counts(result.n_rows, result.n_failed)
         if len(self._errors) < _MAX_KINDS:
@@ -276,7 +283,7 @@ class Driver:
         """End a run that cannot come to what was wanted of it."""
         report, is_counted = self.report, self._plan.spans is not None
         n_rows = self._plan.n_rows if is_counted else report.rows
-        is_over = not self._limit.allows(report.rows_failed, n_rows)
+        is_over = not self._limit.allows(report.rows_failed - self._n_to_retry, n_rows)
         if not is_counted and not (self._cutter.is_empty and not self._units):
             is_over = is_over and self._limit.number is not None  # a share of what, is not known
         if is_over:
@@ -313,7 +320,8 @@ class Driver:
         if now >= self._next_look or is_last:
             self._next_look = now + self._output.look_every_s
             self._heart.check()
-            self._heed(self._output.wishes())
+            if not is_last:  # what is done cannot be cancelled
+                self._heed(self._output.wishes())
             # While it is paused, the gate need not keep workers for it.
             n_rows = 0 if self._is_paused else self._cutter.n_rows
             n_units = 0 if self._is_paused else max(1, len(self._units))
@@ -336,7 +344,7 @@ class Driver:
         """Report to the gate what is still to come, and learn how the contexts stand."""
         # A scheduler that is gone shows in the futures; one without the gate has nothing to tell.
         with contextlib.suppress(OSError, AttributeError):
-            self._status = self._client.sync(
+            answer = self._client.sync(
                 self._client.scheduler.pcm_run,
                 run=self._output.run,
                 client=self._client.id,
@@ -345,6 +353,9 @@ class Driver:
                 n_rows=n_rows,
                 n_units=n_units,
             )
+            if not isinstance(answer, dict):  # the gate has left
+                return
+            self._status = answer
             n_loads, load_s = self._status["n_loads"], self._status["load_s"]
             if self._loads_before is None:
                 self._loads_before = (n_loads, load_s)

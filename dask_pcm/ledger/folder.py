@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger.output import HOME, LOG, Entry, Output, Owner
-from dask_pcm.ledger.parts import Written, digest_of, note_of, write_part
+from dask_pcm.ledger.parts import Note, commit_line, digest_of, note_of, write_part
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -106,16 +106,18 @@ class Folder(Output):
 
     @contextlib.contextmanager
     def open(self, says: Mapping[str, Any]) -> Iterator[None]:
+        begun = self._at(f"{HOME}/new-{self.run}")
         try:
-            self._at(self.place).mkdir(parents=True, exist_ok=True)
-            lock = self._at(f"{self.place}/alive").open("w")
+            begun.mkdir(parents=True)
+            (begun / "driver.json").write_text(json.dumps(says))
+            lock = (begun / "alive").open("w")
         except OSError as error:
             raise self._unwritable(error) from error
         with lock:
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            begun.rename(self._at(self.place))  # seen by others from now on, and with its lock
             try:
-                self.write_json(f"{self.place}/driver.json", dict(says))
                 yield
             finally:
                 with contextlib.suppress(OSError):
@@ -127,7 +129,7 @@ class Folder(Output):
         for name in self.entries(HOME):
             if name.startswith("run-") and name != f"run-{self.run}/":
                 run = name[len("run-") : -1]
-                says = self.read_json(f"{HOME}/{name}driver.json") or {}
+                says = self.read_driver(run) or {}
                 is_alive = self._is_alive(f"{HOME}/{name[:-1]}", says.get("host"))
                 found.append(Owner(run, says, is_alive))
         return found
@@ -166,15 +168,17 @@ class Folder(Output):
         self,
         name: str,
         tables: Iterable[pa.Table],
-        note: Mapping[str, Any],
+        note: Note,
         replaces: bool = False,
     ) -> bool:
         temporary = self._temporary(name)
         try:
             with self._fenced(temporary), temporary.open("xb") as file:
-                written = write_part(file, tables, note)
+                written, counts = write_part(file, tables, note)
                 _sync(file)
-                status = os.fstat(file.fileno())
+                stamp = str(os.fstat(file.fileno()).st_mtime_ns)
+            # Before it is there: were it replaced and not noted, it would seem to be edited.
+            self.log(commit_line(self.run, name, written, counts, stamp))
             with self._fenced(temporary):
                 if replaces:
                     temporary.replace(self._at(name))
@@ -183,22 +187,14 @@ class Folder(Output):
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(self.path)
-        self._log_commit(name, written, str(status.st_mtime_ns), note)
         return True
-
-    def _log_commit(self, name: str, written: Written, stamp: str, note: Mapping[str, Any]) -> None:
-        counts = {"rows": note["rows"], "failed": note["failed"]}
-        file = {"bytes": written.n_bytes, "digest": written.digest, "stamp": stamp}
-        # It is committed: a run that was replaced since then may still say so.
-        with contextlib.suppress(FencedError):
-            self.log({"run": self.run, "commit": name, **counts, **file})
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with pq.ParquetFile(self._at(name)) as file:
             return file.read(columns)
 
     def read_note(self, name: str) -> dict[str, Any]:
-        return note_of(pq.read_schema(self._at(name)))
+        return note_of(pq.read_metadata(self._at(name)))
 
     def digest(self, name: str) -> str:
         with self._at(name).open("rb") as file:

@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,7 +35,7 @@ import pyarrow.parquet as pq
 
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger.output import HOME, LOG, Entry, Output, Owner
-from dask_pcm.ledger.parts import digest_of, note_of, write_part
+from dask_pcm.ledger.parts import Note, commit_line, digest_of, note_of, write_part
 
 #: Protocols whose fsspec implementation puts conditionally; whether the store does is tried out.
 _CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl"})
@@ -166,15 +167,27 @@ class Objects(Output):
                     fcntl.flock(file, fcntl.LOCK_EX)
                 yield
             return
-        lock = f"{HOME}/lock"
-        while not self._create(lock, self.run.encode()):
+        lock, mine = f"{HOME}/lock", self.run.encode()
+        while not self._create(lock, mine):
             if self._age_s(lock) > SILENT_S:
                 self.remove(lock)
             time.sleep(_POLL_S)
+        is_over = threading.Event()
+
+        def refresh() -> None:
+            while not is_over.wait(SILENT_S / 5):
+                self._fs.pipe_file(self._at(lock), mine)
+
+        refreshing = threading.Thread(target=refresh, name="pcm-lock", daemon=True)
+        refreshing.start()
         try:
             yield
         finally:
-            self.remove(lock)
+            is_over.set()
+            refreshing.join()
+            with contextlib.suppress(FileNotFoundError):
+                if self.read(lock) == mine:
+                    self.remove(lock)
 
     @contextlib.contextmanager
     def open(self, says: Mapping[str, Any]) -> Iterator[None]:
@@ -189,7 +202,7 @@ class Objects(Output):
         found = []
         for name in self.entries(HOME):
             if name.startswith("run-") and name != f"run-{self.run}/":
-                says = self.read_json(f"{HOME}/{name}driver.json")
+                says = self.read_driver(name[len("run-") : -1])
                 is_alive = says is not None and self._age_s(f"{HOME}/{name}status.json") < SILENT_S
                 found.append(Owner(name[len("run-") : -1], says or {}, is_alive))
         return found
@@ -229,13 +242,14 @@ class Objects(Output):
         self,
         name: str,
         tables: Iterable[pa.Table],
-        note: Mapping[str, Any],
+        note: Note,
         replaces: bool = False,
     ) -> bool:
         buffer = io.BytesIO()
-        written = write_part(buffer, tables, note)
+        written, counts = write_part(buffer, tables, note)
         data = buffer.getvalue()
-        self._check_fence()
+        # Before it is there: were it replaced and not noted, it would seem to be edited.
+        self.log(commit_line(self.run, name, written, counts, ""))
         if replaces:
             self._fs.pipe_file(self._at(name), data)
         elif self.locks:
@@ -243,11 +257,9 @@ class Objects(Output):
                 return False
         elif not self._create(name, data):
             return False
-        counts = {"rows": note["rows"], "failed": note["failed"]}
-        info = self._fs.info(self._at(name), refresh=True)
-        file = {"bytes": written.n_bytes, "digest": written.digest, "stamp": _stamp(info)}
-        with contextlib.suppress(FencedError):
-            self.log({"run": self.run, "commit": name, **counts, **file})
+        with contextlib.suppress(FencedError, OSError):  # it only saves reading it through
+            stamp = _stamp(self._fs.info(self._at(name), refresh=True))
+            self.log(commit_line(self.run, name, written, counts, stamp))
         return True
 
     def _put_locked(self, name: str, data: bytes) -> bool:
@@ -276,7 +288,7 @@ class Objects(Output):
 
     def read_note(self, name: str) -> dict[str, Any]:
         with self._fs.open(self._at(name), "rb") as file:
-            return note_of(pq.ParquetFile(file).schema_arrow)
+            return note_of(pq.ParquetFile(file).metadata)
 
     def digest(self, name: str) -> str:
         with self._fs.open(self._at(name), "rb") as file:

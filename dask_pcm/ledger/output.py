@@ -36,7 +36,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import pyarrow as pa
 
 from dask_pcm.errors import OutputError
-from dask_pcm.ledger.parts import parse_name
+from dask_pcm.ledger.parts import Note, parse_name
 
 HOME = "_pcm"
 MANIFEST, REPORT, LOG = f"{HOME}/manifest.json", f"{HOME}/report.json", f"{HOME}/log"
@@ -139,10 +139,12 @@ class Output(abc.ABC):
         self,
         name: str,
         tables: Iterable[pa.Table],
-        note: Mapping[str, Any],
+        note: Note,
         replaces: bool = False,
     ) -> bool:
         """Write a part; False where another attempt was first (and is not to be replaced).
+
+        `note` is called when all `tables` are written.
 
         Raises
         ------
@@ -187,8 +189,9 @@ class Output(abc.ABC):
         return {k: v for k, v in self.entries().items() if parse_name(k) is not None}
 
     def strangers(self) -> list[str]:
-        """Names of files that are not ours."""
-        return [k for k in self.entries() if k != f"{HOME}/" and parse_name(k) is None]
+        """Names of files that are not ours; hidden ones are nobody's business."""
+        names = (name for name in self.entries() if not name.startswith("."))
+        return [name for name in names if name != f"{HOME}/" and parse_name(name) is None]
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=1).encode())
@@ -205,11 +208,21 @@ class Output(abc.ABC):
             return json.loads(self.read(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise OutputError(f"{name!r} in {self.path!r} cannot be read now: {error}.") from error
+        except ValueError as error:
             raise OutputError(
                 f"{name!r} in {self.path!r} is damaged ({error}). Give another output folder, or"
-                " remove this one."
+                " overwrite this one (overwrite=True, --overwrite)."
             ) from error
+
+    def read_driver(self, run: str) -> dict[str, Any] | None:
+        """What a run says of its driver; None if it is gone, empty if it cannot be read."""
+        try:
+            found: dict[str, Any] | None = self.read_json(f"{HOME}/run-{run}/driver.json")
+        except OutputError:
+            return {}
+        return found
 
     def note_start(self, unit: str, n_rows: int | None) -> None:
         """Note that a unit begins."""
@@ -219,19 +232,26 @@ class Output(abc.ABC):
         """What is asked of this run: to pause, to cancel."""
         return frozenset(self.entries(self.place)) & {PAUSE, CANCEL}
 
-    def fence(self) -> None:
+    def fence(self, the_living: bool = True) -> None:
         """Shut out every other run: none of them can commit once this returns.
 
-        What a run had set aside, and came to nothing, is put back.
+        What a run had set aside, and came to nothing, is put back. Unless `the_living` are meant
+        too, only of runs whose driver is gone.
         """
         for owner in self.others():
-            self._restore(self.shut_out(owner.run))
+            if the_living or not owner.is_alive:
+                self._restore(self.shut_out(owner.run))
         for name in self.entries(HOME):
             if name.startswith("old-"):  # whoever was to remove it did not live to do it
                 self._restore(f"{HOME}/{name[:-1]}")
 
     def set_aside(self) -> None:
-        """Move what another job left out of the way; it is there until `drop_aside`."""
+        """Move what another job left out of the way; it is there until `drop_aside`.
+
+        The manifest goes first, and comes back last. So, wherever this or ``_restore`` is killed,
+        a manifest beside things set aside is that of a new job, and without one it is to be put
+        back.
+        """
         for name in [*self._job_files(), *self.parts()]:
             with contextlib.suppress(FileNotFoundError):
                 self.move(name, f"{self.place}/{_ASIDE}/{name}")
@@ -252,17 +272,18 @@ class Output(abc.ABC):
     def _restore(self, place: str) -> None:
         """Put back what a run that was shut out had set aside, and remove the rest of it.
 
-        A new manifest says that all was set aside, a new part that something came of it.
+        Killed at any point, it goes on where it was when it is called again.
         """
         aside = f"{place}/{_ASIDE}"
         kept = list(_walk(self, aside))
-        is_begun = self.exists(MANIFEST)
-        has_come = is_begun and any(parse_name(name) != (0, 0) for name in self.parts())
-        if kept and not has_come:
-            for name in [*self._job_files(), *self.parts()] if is_begun else []:
-                self.remove(name)
-            for name in kept:
-                self.move(f"{aside}/{name}", name)
+        if kept and self.exists(MANIFEST):
+            if any(parse_name(name) != (0, 0) for name in self.parts()):
+                kept = []  # something has come of the new job
+            else:
+                for name in reversed([*self._job_files(), *self.parts()]):
+                    self.remove(name)
+        for name in sorted(kept, key=lambda name: name == MANIFEST):
+            self.move(f"{aside}/{name}", name)
         self.remove(place)
 
     def _job_files(self) -> list[str]:

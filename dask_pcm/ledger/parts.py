@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -41,20 +41,36 @@ class Written(NamedTuple):
     digest: str
 
 
-def write_part(file: BinaryIO, tables: Iterable[pa.Table], note: Mapping[str, Any]) -> Written:
-    """Write tables of one schema, a row group each, with a note in the file's metadata."""
+#: Makes the note of a part when its rows are known; it has at least ``rows`` and ``failed``.
+Note = Callable[[], Mapping[str, Any]]
+
+
+def write_part(
+    file: BinaryIO, tables: Iterable[pa.Table], note: Note
+) -> tuple[Written, Mapping[str, Any]]:
+    """Write tables of one schema, a row group each, with a note in the file's metadata.
+
+    Returns how the file was written, and the note.
+    """
     hashing = _Hashing(file)
-    writer = None
-    for table in tables:
-        if writer is None:
-            metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(note).encode()}
-            schema = table.schema.with_metadata(metadata)
-            writer = pq.ParquetWriter(pa.PythonFile(hashing, "w"), schema)
-        writer.write_table(table.cast(schema))
-    if writer is None:
-        raise ValueError("a part needs at least one table, even if it has no rows")
-    writer.close()
-    return Written(hashing.n_bytes, hashing.hash.hexdigest())
+    tables = iter(tables)
+    first = next(tables)
+    with pq.ParquetWriter(pa.PythonFile(hashing, "w"), first.schema) as writer:
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table.cast(first.schema))
+        found = note()
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(found).encode()})
+    return Written(hashing.n_bytes, hashing.hash.hexdigest()), found
+
+
+def commit_line(
+    run: str, name: str, written: Written, note: Mapping[str, Any], stamp: str
+) -> dict[str, Any]:
+    """What the ledger notes of a part that is about to be committed."""
+    counts = {"rows": note["rows"], "failed": note["failed"]}
+    file = {"bytes": written.n_bytes, "digest": written.digest, "stamp": stamp}
+    return {"run": run, "commit": name, **counts, **file}
 
 
 def digest_of(file: BinaryIO) -> str:
@@ -65,9 +81,9 @@ def digest_of(file: BinaryIO) -> str:
     return sha.hexdigest()
 
 
-def note_of(schema: pa.Schema) -> dict[str, Any]:
+def note_of(metadata: pq.FileMetaData) -> dict[str, Any]:
     """The note in a part's metadata; empty if it has none."""
-    note: dict[str, Any] = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    note: dict[str, Any] = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"{}"))
     return note
 
 

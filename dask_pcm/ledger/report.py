@@ -17,6 +17,8 @@ class Report:
 
     Attributes
     ----------
+    run
+        Identity of the run.
     state, error
         How the run ended: ``finished``, ``failed`` or ``cancelled``, and why; or ``running``.
     rows, rows_failed
@@ -43,6 +45,7 @@ class Report:
         A sample of the rows' errors.
     """
 
+    run: str = ""
     state: str = "running"
     error: str | None = None
     rows: int = 0

@@ -66,7 +66,7 @@ class Run:
         if self._driver is not None:
             return self._driver.progress
         owner = self._owner()
-        if owner is None:
+        if owner is None or (not owner.is_alive and self._has_reported(owner.run)):
             return self._of_ended()
         found = self._output.read_json(f"{HOME}/run-{owner.run}/status.json") or {}
         if owner.is_alive:
@@ -78,7 +78,7 @@ class Run:
         """What came out of it so far; see ``Report``."""
         if self._driver is not None:
             return self._driver.report
-        found = None if self._owner() else self._output.read_json(REPORT)
+        found = None if self.driver else self._output.read_json(REPORT)
         if found is not None:
             return Report.of(found)
         progress = self.progress
@@ -98,8 +98,8 @@ class Run:
 
     def resume(self) -> None:
         """Go on after ``pause``."""
-        if (output := self._at_work()) is not None:
-            output.remove(f"{output.place}/{PAUSE}")
+        output = self._required()
+        output.remove(f"{output.place}/{PAUSE}")
 
     def cancel(self) -> None:
         """End it: what is committed stays, and the same job can be resumed."""
@@ -151,7 +151,7 @@ class Run:
         """Who drives the output, or drove it and died."""
         owners = self._output.others()
         if self._driver is not None and self._output.exists(f"{self._output.place}/driver.json"):
-            says = self._output.read_json(f"{self._output.place}/driver.json") or {}
+            says = self._output.read_driver(self._output.run) or {}
             owners.append(Owner(self._output.run, says, True))
         return max(owners, key=lambda owner: owner.is_alive, default=None)
 
@@ -162,11 +162,22 @@ class Run:
             return None
         return self._output.as_run(owner.run)
 
-    def _wish(self, what: str) -> None:
+    def _required(self) -> Output:
         output = self._at_work()
         if output is None:
-            raise OutputError(f"Nobody is at work on {self.path!r} ({self.progress}).")
+            raise OutputError(
+                f"Nobody is at work on {self.path!r} ({self.progress}). To go on with it, run the"
+                " same job again."
+            )
+        return output
+
+    def _wish(self, what: str) -> None:
+        output = self._required()
         output.write(f"{output.place}/{what}", b"")
+
+    def _has_reported(self, run: str) -> bool:
+        found = self._output.read_json(REPORT)
+        return found is not None and found.get("run") == run
 
     def _of_ended(self) -> Progress:
         report = self._output.read_json(REPORT)

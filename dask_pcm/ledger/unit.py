@@ -5,8 +5,8 @@ from __future__ import annotations
 import pickle
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,12 +18,16 @@ from dask._task_spec import DataNode, execute_graph
 from dask_pcm.context import ContextRef
 from dask_pcm.ledger.layout import Layout
 from dask_pcm.ledger.output import Output
+from dask_pcm.ledger.parts import Note
 from dask_pcm.ledger.plan import SPANS, Unit
 from dask_pcm.mapping import ERROR
+from dask_pcm.pieces import Span
 from dask_pcm.plugins.hold import spent
+from dask_pcm.reading import inflation
 
 #: Libraries whose versions a part names, where they were used.
 _LIBRARIES = ("torch", "transformers")
+_MAX_ERRORS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +38,14 @@ class Job:
     ----------
     provenance
         What a part tells of its origin, besides what is found out while running.
+    max_bytes
+        Of input that is computed at a time, where rows can be computed apart; else 0.
     """
 
     output: Output
     layout: Layout
     provenance: Mapping[str, Any]
+    max_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,25 +95,78 @@ def run_unit(
     if unit.again is None:
         output.note_start(unit.name, unit.n_rows)
     spent.begin()
-    frame = compute(unit, graph, keys, inputs)
-    failed = failures(frame)
-    counts = {"rows": len(frame), "failed": len(failed)}
-    tables = job.layout.tables(frame)
+    count = _Count()
+    frames = count.of(compute(one, graph, keys, inputs) for one in _chunks(unit, job.max_bytes))
+    tables: Iterable[pa.Table] = (t for frame in frames for t in job.layout.tables(frame))
+    note: Note = lambda: {**_origin(job), "unit": unit.name, **count.as_dict()}  # noqa: E731
     if unit.again:
-        merged, n_failed = _merged(output.read_table(unit.name), tables, unit.again)
-        tables, counts = iter([merged]), {"rows": len(merged), "failed": n_failed}
-    origin = {**job.provenance, **spent.facts, "versions": _versions(job.provenance)}
-    note = {"run": output.run, "unit": unit.name, **counts, **origin}
+        old, old_note = output.read_table(unit.name), output.read_note(unit.name)
+        merged = _merged(old, tables, unit.again)
+        retried = [*old_note.get("retried", []), {**_origin(job), **count.as_dict()}]
+        counts = {"rows": len(merged), "failed": len(merged) - merged[ERROR].null_count}
+        tables, note = [merged], lambda: {**old_note, **counts, "retried": retried}
     output.commit(unit.name, tables, note, replaces=unit.again is not None)
     return UnitResult(
         unit.name,
-        len(frame),
-        len(failed),
+        count.n_rows,
+        count.n_failed,
         infer_s=spent.infer_s,
         total_s=time.perf_counter() - start,
-        errors=tuple(map(str, failed.head(3))),
+        errors=tuple(count.errors[:_MAX_ERRORS]),
         facts=dict(spent.facts),
     )
+
+
+def _chunks(unit: Unit, max_bytes: int) -> Iterator[Unit]:
+    """A unit in pieces that fit in memory: rows may take more there than a file's footer tells.
+
+    A text that stands in every row is stored once. So what rows really take is measured as they
+    are read; a unit that is not to be split has no such bound.
+    """
+    if max_bytes <= 0 or not unit.spans:
+        yield unit
+        return
+    rest = list(unit.spans)
+    while rest:
+        taken: list[Span] = []
+        n_bytes = 0.0
+        while rest and n_bytes < max_bytes:
+            span = rest.pop(0)
+            row_bytes = max(1.0, span.row_bytes * inflation(span.path))
+            n_rows = max(1, int((max_bytes - n_bytes) / row_bytes))
+            if n_rows < span.n_rows:
+                rest.insert(0, span.cut(n_rows, span.n_rows))
+                span = span.cut(0, n_rows)
+            taken.append(span)
+            n_bytes += span.n_rows * row_bytes
+        n_taken = sum(span.n_rows for span in taken)
+        yield replace(unit, spans=tuple(taken), n_rows=n_taken)
+
+
+class _Count:
+    """Rows as they pass, and their errors."""
+
+    def __init__(self) -> None:
+        self.n_rows = self.n_failed = 0
+        self.errors: list[str] = []
+
+    def of(self, frames: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for frame in frames:
+            # Where the reasons do not come through, the functions have told of them.
+            failed = list(failures(frame)) if ERROR in frame.columns else spent.errors
+            failed = failed if spent.is_by_rows else []
+            self.n_rows += len(frame)
+            self.n_failed += len(failed)
+            self.errors += map(str, failed[:_MAX_ERRORS])
+            yield frame
+
+    def as_dict(self) -> dict[str, int]:
+        return {"rows": self.n_rows, "failed": self.n_failed}
+
+
+def _origin(job: Job) -> dict[str, Any]:
+    versions = _versions(job.provenance)
+    return {**job.provenance, **spent.facts, "run": job.output.run, "versions": versions}
 
 
 def compute(
@@ -135,18 +195,16 @@ def _there(output: Output, unit: Unit) -> dict[str, Any] | None:
     if not output.exists(unit.name):
         return None
     note = output.read_note(unit.name)
-    return note if unit.again is None or note["run"] == output.run else None
+    runs = {note["run"], *(again["run"] for again in note.get("retried", ()))}
+    return note if unit.again is None or output.run in runs else None
 
 
-def _merged(
-    old: pa.Table, tables: Iterator[pa.Table], again: Sequence[int]
-) -> tuple[pa.Table, int]:
-    """A part with the rows `again` replaced, and how many of all its rows failed."""
+def _merged(old: pa.Table, tables: Iterable[pa.Table], again: Sequence[int]) -> pa.Table:
+    """A part with the rows `again` replaced."""
     new = pa.concat_tables(tables).cast(old.schema)
     order = np.arange(len(old))
     order[list(again)] = len(old) + np.arange(len(new))
-    merged = pa.concat_tables([old, new]).take(order)
-    return merged, len(merged) - merged[ERROR].null_count
+    return pa.concat_tables([old, new]).take(order)
 
 
 def _versions(provenance: Mapping[str, Any]) -> dict[str, str]:

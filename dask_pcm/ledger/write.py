@@ -228,23 +228,27 @@ class _Session:
 
     def begin(self, mine: Manifest) -> None:
         """Take over the output, unless it is another job's or another run is at work on it."""
-        self._check(mine)
+        self._refuse_if_busy()
+        if not self._output.others():  # else: what a dead run left is put in order first
+            self._check(mine)
         if not is_installed(self._client):
             install(self._client)
         layout = Layout.of(self._plan.meta, self._plan.reader)
-        job = Job(self._output, layout, self._provenance(mine))
-        options = self._options
+        config, options = Config.read(), self._options
+        max_bytes = config.unit_bytes if self._plan.is_splittable else 0
+        job = Job(self._output, layout, self._provenance(mine), max_bytes)
         self.driver = Driver(
-            self._client, self._plan, job, Config.read(), options.limit, options.retry_failed
+            self._client, self._plan, job, config, options.limit, options.retry_failed
         )
         with contextlib.ExitStack() as stack:
             stack.callback(self.driver.close)
             if not self._output.exists(MANIFEST):
                 self.driver.warm()
             with self._output.taking_over():
-                self._check(mine)  # again: another run may have begun in the meantime
+                self._output.fence(the_living=False)  # what a dead run had set aside is back
+                self._refuse_if_busy()  # again: another run may have begun in the meantime
+                found = self._check(mine)
                 self._output.fence()
-                found = self._check(mine)  # what a run had set aside is back
                 stack.enter_context(self._output.open(status.whoami()))
                 if found is None:
                     stack.push(self._put_back)
@@ -253,7 +257,7 @@ class _Session:
                 stack.enter_context(self.driver.alive())
             self._stack = stack.pop_all()
 
-    def _check(self, mine: Manifest) -> Manifest | None:
+    def _refuse_if_busy(self) -> None:
         options, output = self._options, self._output
         busy = [owner for owner in output.others() if owner.is_alive]
         if busy and not (options.overwrite or options.take_over):
@@ -262,7 +266,10 @@ class _Session:
                 f" pcm.attach({output.path!r}).wait(), look with dask-pcm status, or shut it out"
                 " with take_over=True (--take-over)."
             )
-        return manifest.check(output, mine, options.overwrite, options.extend)
+
+    def _check(self, mine: Manifest) -> Manifest | None:
+        options = self._options
+        return manifest.check(self._output, mine, options.overwrite, options.extend)
 
     def _write_manifest(self, found: Manifest | None, mine: Manifest) -> None:
         """Write it if the job is new, or has new input; count rows in the order that it says."""

@@ -65,6 +65,8 @@ class Spent(threading.local):
         Seconds that it has held them.
     facts
         What they say of themselves in a mapping ``facts``: device, dtype.
+    is_by_rows, errors
+        Whether a function was called by rows, and the errors that it ended with.
     """
 
     def __init__(self) -> None:
@@ -74,6 +76,8 @@ class Spent(threading.local):
         """A new task begins on this thread."""
         self.infer_s = 0.0
         self.facts: dict[str, str] = {}
+        self.is_by_rows = False
+        self.errors: list[str] = []
 
 
 spent = Spent()

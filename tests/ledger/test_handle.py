@@ -500,7 +500,7 @@ class TestProvenance:
         choices = ["SUPPORTED", "REFUTED"]
         write(pcm.classify(frame, llm, prompt=PROMPT, choices=choices), out)
         part = sorted(Path(out).glob("part-*.parquet"))[-1]
-        note = json.loads(pq.read_schema(part).metadata[b"dask_pcm"])
+        note = json.loads(pq.read_metadata(part).metadata[b"dask_pcm"])
         assert note["format"] == manifest.FORMAT
         assert note["contexts"] == {llm.name: llm.digest}
         assert note["models"][llm.name]["commit"] == llm.commit
@@ -714,6 +714,6 @@ def test_counts_in_a_part_are_those_of_its_rows(client, job, out, noted):
     write(job(noted), out)
     counts = Counter()
     for part in Path(out).glob("*.parquet"):
-        note = json.loads(pq.read_schema(part).metadata[b"dask_pcm"])
+        note = json.loads(pq.read_metadata(part).metadata[b"dask_pcm"])
         counts.update(rows=note["rows"], failed=note["failed"])
     assert counts == {"rows": 200, "failed": 2}

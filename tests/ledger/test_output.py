@@ -66,15 +66,15 @@ def test_names_sort_in_input_order_and_parse():
 
 class TestParts:
     def test_a_part_is_written_once(self, output):
-        assert output.commit(NAME, [TABLE], NOTE)
-        assert not output.commit(NAME, [OTHER], {"rows": 1, "failed": 0})
+        assert output.commit(NAME, [TABLE], lambda: NOTE)
+        assert not output.commit(NAME, [OTHER], lambda: {"rows": 1, "failed": 0})
         assert values(output) == [1, 2]
         assert output.read_note(NAME) == NOTE
         assert list(output.parts()) == [NAME]
 
     def test_a_part_is_replaced_as_a_whole(self, output):
-        output.commit(NAME, [TABLE], NOTE)
-        assert output.commit(NAME, [OTHER], {"rows": 1, "failed": 1}, replaces=True)
+        output.commit(NAME, [TABLE], lambda: NOTE)
+        assert output.commit(NAME, [OTHER], lambda: {"rows": 1, "failed": 1}, replaces=True)
         assert values(output) == [9]
         assert take_stock(output) == {NAME: Counts(1, 1)}
 
@@ -96,7 +96,7 @@ class TestParts:
         assert values(output) == [i for i, kept in won if kept]
 
     def test_several_tables_are_row_groups_of_one_part(self, output):
-        output.commit(NAME, iter([TABLE, TABLE]), {"rows": 4, "failed": 0})
+        output.commit(NAME, iter([TABLE, TABLE]), lambda: {"rows": 4, "failed": 0})
         assert values(output) == [1, 2, 1, 2]
 
     def test_strangers_are_seen(self, output):
@@ -108,7 +108,7 @@ def _commit(output, value, ready, results):
     results.put("here")
     ready.wait()
     table = pa.table({"x": [value]})
-    results.put((value, output.commit(NAME, [table], {"rows": 1, "failed": 0})))
+    results.put((value, output.commit(NAME, [table], lambda: {"rows": 1, "failed": 0})))
 
 
 class TestFence:
@@ -117,20 +117,20 @@ class TestFence:
         with at_work(newer):
             newer.fence()
             with pytest.raises(FencedError, match="replaced by a newer one"):
-                output.commit(NAME, [TABLE], NOTE)
+                output.commit(NAME, [TABLE], lambda: NOTE)
             with pytest.raises(FencedError):
                 output.write_json(MANIFEST, {})
             with pytest.raises(FencedError):
                 output.note_start(NAME, 2)
             assert not newer.parts() and newer.read_json(MANIFEST) is None
-            assert newer.commit(NAME, [TABLE], NOTE)
+            assert newer.commit(NAME, [TABLE], lambda: NOTE)
 
     def test_a_run_that_has_ended_can_write_nothing(self, output):
         ended = output.as_run("ended")
         with at_work(ended):
-            assert ended.commit(NAME, [TABLE], NOTE)
+            assert ended.commit(NAME, [TABLE], lambda: NOTE)
         with pytest.raises(FencedError):
-            ended.commit(range_name(2, 4), [TABLE], NOTE)
+            ended.commit(range_name(2, 4), [TABLE], lambda: NOTE)
         assert list(output.parts()) == [NAME]
 
     def test_who_is_at_work_is_known_to_others(self, output):
@@ -159,10 +159,10 @@ class TestSettingAside:
             assert not newer.parts() and not newer.exists(MANIFEST)
             self.begin_new(newer)
             if has_new:
-                newer.commit(range_name(5, 7), [TABLE], NOTE)
+                newer.commit(range_name(5, 7), [TABLE], lambda: NOTE)
             newer.put_back()
             with pytest.raises(FencedError):
-                newer.commit(range_name(7, 9), [TABLE], NOTE)
+                newer.commit(range_name(7, 9), [TABLE], lambda: NOTE)
         self.check(output, has_new)
 
     @pytest.mark.parametrize("step", ["while it is moved", "before the manifest", "after it"])
@@ -180,12 +180,12 @@ class TestSettingAside:
         self.check(output, has_new=False)
 
     def leave_old(self, output):
-        output.commit(NAME, [TABLE], NOTE)
+        output.commit(NAME, [TABLE], lambda: NOTE)
         output.write_json(MANIFEST, {"job": "old"})
 
     def begin_new(self, newer):
         newer.write_json(MANIFEST, {"job": "new"})
-        newer.commit(range_name(0, 0), [TABLE.slice(0, 0)], {"rows": 0, "failed": 0})
+        newer.commit(range_name(0, 0), [TABLE.slice(0, 0)], lambda: {"rows": 0, "failed": 0})
 
     def check(self, output, has_new):
         assert output.read_json(MANIFEST) == {"job": "new" if has_new else "old"}
@@ -209,24 +209,24 @@ class TestSettingAside:
 
 class TestStock:
     def test_what_was_committed_is_counted(self, output):
-        output.commit(NAME, [TABLE], {"rows": 2, "failed": 1})
-        output.commit(range_name(2, 3), [OTHER], {"rows": 1, "failed": 0})
+        output.commit(NAME, [TABLE], lambda: {"rows": 2, "failed": 1})
+        output.commit(range_name(2, 3), [OTHER], lambda: {"rows": 1, "failed": 0})
         assert take_stock(output) == {NAME: Counts(2, 1), range_name(2, 3): Counts(1, 0)}
 
     def test_a_part_that_nobody_noted_has_its_own_note(self, output):
-        output.commit(NAME, [TABLE], {"rows": 2, "failed": 1})
+        output.commit(NAME, [TABLE], lambda: {"rows": 2, "failed": 1})
         output.remove(LOG)
         assert take_stock(output) == {NAME: Counts(2, 1)}
 
     def test_a_part_that_is_gone_is_told_of(self, output, caplog):
-        output.commit(NAME, [TABLE], NOTE)
+        output.commit(NAME, [TABLE], lambda: NOTE)
         output.remove(NAME)
         assert take_stock(output) == {}
         assert f"committed are gone, such as {NAME}" in caplog.text
 
     def test_a_part_that_was_edited_is_refused(self, output):
         """Also where the note was kept and the size is the same."""
-        output.commit(NAME, [TABLE], NOTE)
+        output.commit(NAME, [TABLE], lambda: NOTE)
         read = output.read_table(NAME)
         edited = read.set_column(0, "x", pa.array([1, 3]))
         sink = pa.BufferOutputStream()
@@ -253,7 +253,7 @@ def test_a_copy_of_an_output_is_the_same_output(tmp_path):
 
     first = Folder(str(tmp_path / "first"), "run")
     with at_work(first):
-        first.commit(NAME, [TABLE], NOTE)
+        first.commit(NAME, [TABLE], lambda: NOTE)
     shutil.copytree(first.path, tmp_path / "copy", copy_function=shutil.copy)  # at another time
     os.utime(tmp_path / "copy" / NAME, ns=(1, 1))
     assert take_stock(Folder(str(tmp_path / "copy"), "run")) == {NAME: Counts(2, 0)}
@@ -273,7 +273,7 @@ class TestFolder:
         link = folder._link
         monkeypatch.setattr(folder, "_link", fence_first)
         with pytest.raises(FencedError):
-            output.commit(NAME, [TABLE], NOTE)
+            output.commit(NAME, [TABLE], lambda: NOTE)
         assert not output.parts()
 
     @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
@@ -284,8 +284,8 @@ class TestFolder:
             raise OSError(code, "no links here")
 
         monkeypatch.setattr(os, "link", no_links)
-        assert output.commit(NAME, [TABLE], NOTE)
-        assert not output.commit(NAME, [OTHER], NOTE)
+        assert output.commit(NAME, [TABLE], lambda: NOTE)
+        assert not output.commit(NAME, [OTHER], lambda: NOTE)
         assert values(output) == [1, 2]
         assert "no hard links" in output.how
 
@@ -297,13 +297,13 @@ class TestFolder:
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", full)
             with pytest.raises(OutputError, match=r"no room left .*\. Make room, and run the same"):
-                output.commit(NAME, [TABLE], NOTE)
+                output.commit(NAME, [TABLE], lambda: NOTE)
         assert not output.parts()
         assert {p.name for p in Path(output.path, output.place).iterdir()} == {
             "alive",
             "driver.json",
         }
-        assert output.commit(NAME, [TABLE], NOTE)
+        assert output.commit(NAME, [TABLE], lambda: NOTE)
 
     def test_what_dead_attempts_left_is_removed(self, tmp_path, output):
         Path(output.path, output.place, "part.half").write_text("torn")
@@ -396,15 +396,15 @@ class TestObjects:
             lock = tmp_path / f"{output.run}.{NAME}.lock"
             lock.write_text("")
             os.utime(lock, (1, 1))
-            assert output.commit(NAME, [TABLE], NOTE)
+            assert output.commit(NAME, [TABLE], lambda: NOTE)
         assert not list(tmp_path.glob("*part*"))
 
     def test_large_parts_are_put_conditionally_too(self, bucket):
         output = Objects.at(f"{bucket}/out", None)
         big = pa.table({"x": [os.urandom(1 << 20) for _ in range(110)]})
         with at_work(output):
-            assert output.commit(NAME, [big], {"rows": 110, "failed": 0})
-            assert not output.commit(NAME, [big], {"rows": 110, "failed": 0})
+            assert output.commit(NAME, [big], lambda: {"rows": 110, "failed": 0})
+            assert not output.commit(NAME, [big], lambda: {"rows": 110, "failed": 0})
 
 
 def test_rows_recomputed_compares_ranges_and_not_names():

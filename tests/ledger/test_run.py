@@ -461,7 +461,9 @@ def test_the_manifest_names_the_job_and_no_secret(client, job, out):
     assert len(manifest["identity"]["input"]) == 4
     assert manifest["recorded"]["versions"]["dask_pcm"] == pcm.__version__
     assert manifest["recorded"]["contexts"] == {"load": LLM.digest}
-    note = json.loads(pq.read_schema(sorted(Path(out).glob("*.parquet"))[1]).metadata[b"dask_pcm"])
+    note = json.loads(
+        pq.read_metadata(sorted(Path(out).glob("*.parquet"))[1]).metadata[b"dask_pcm"]
+    )
     assert note["rows"] > 0 and note["failed"] == 0
 
 
