@@ -11,6 +11,7 @@ import dask.dataframe as dd
 import pandas as pd
 from dask._task_spec import Task, TaskRef
 from dask.dataframe.dask_expr._collection import new_collection
+from dask.dataframe.dask_expr._cumulative import CumulativeAggregations
 from dask.dataframe.dask_expr._expr import (
     ArrowStringConversion,
     Blockwise,
@@ -32,15 +33,21 @@ from dask_pcm.errors import RecipeError, SchemaError
 from dask_pcm.mapping import ERROR, Call, infer, row_wise_meta
 
 
-class ContextMap(Expr):
+class ContextMap(CumulativeAggregations):
     """A map over partitions that holds contexts: one task a partition.
 
     Not blockwise to Dask: what stands above it is never fused into it, so its tasks keep their
     prefix and need its contexts alone. The reads and projections right below it are folded in,
     so that a partition is read where it is inferred.
+
+    It derives from the one kind of expression that Dask takes to be aligned with its input without
+    being blockwise (``are_co_aligned``); nothing else of it is used. Put together with its input,
+    as in ``claims.assign(verdict=verdicts.verdict)``, partitions would be shuffled by their index
+    otherwise, which is wrong where every file counts its rows from 0.
     """
 
     _parameters = ["frame", "call", "refs", "meta", "label", "batch_rows"]  # noqa: RUF012 Dask's
+    _defaults = {}  # noqa: RUF012
     _preserves_partitioning_information = True
 
     @functools.cached_property
@@ -53,6 +60,9 @@ class ContextMap(Expr):
     @functools.cached_property
     def _name(self) -> str:
         return f"{self.operand('label')}-{self.deterministic_token}"
+
+    def _lower(self) -> None:
+        return None
 
     @property
     def _is_length_preserving(self) -> bool:

@@ -136,6 +136,55 @@ class TestTogether:
         assert noted.rows() == 200
 
 
+class TestAlignment:
+    """Put together with its own input, row stands by row, also where each file counts from 0."""
+
+    @pytest.fixture(params=["dask", "ours"])
+    def read(self, request, claims):
+        folder = claims(n_files=8, n_rows=25)
+        return dd.read_parquet(folder) if request.param == "dask" else pcm.read_parquet(folder)
+
+    @pytest.mark.parametrize("batch_rows", [None, 8])
+    def test_with_its_input(self, client, read, batch_rows):
+        def doubled(frame, model):
+            return pd.DataFrame({"twice": frame["id"] * 2}, index=frame.index)
+
+        meta = {"twice": "i8"}
+        options = {"context": LLM, "meta": meta, "batch_rows": batch_rows}
+        result = pcm.map_partitions(doubled, read, **options)
+        other = pcm.map_partitions(doubled, read, **{**options, "context": OTHER})
+        together = read.assign(twice=result.twice, other=other.twice)
+        found = together.compute()
+        assert found.id.tolist() == list(range(200))
+        assert found.twice.tolist() == found.other.tolist() == [2 * i for i in range(200)]
+        assert read[result.twice >= 300].id.compute().tolist() == list(range(150, 200))
+        assert (result.twice - read.id).tail(2).tolist() == [198, 199]
+        assert together.head(3).twice.tolist() == [0, 2, 4]
+        chained = pcm.map_partitions(
+            lambda f, m: f.assign(more=f["twice"] + 1),
+            result,
+            context=OTHER,
+            meta={**result.dtypes.to_dict(), "more": "i8"},
+            batch_rows=batch_rows,
+        )
+        assert read.assign(more=chained.more).more.compute().tolist() == [
+            2 * i + 1 for i in range(200)
+        ]
+
+    def test_written_by_a_run(self, client, read, tmp_path):
+        verdicts = pcm.map_partitions(
+            lambda f, m: pd.DataFrame({"twice": f["id"] * 2}, index=f.index),
+            read,
+            context=LLM,
+            meta={"twice": "i8"},
+            batch_rows=8,
+        )
+        together = read.assign(twice=verdicts.twice, error=verdicts.error)
+        pcm.write_parquet(together, tmp_path / "out", progress=False)
+        found = pd.read_parquet(tmp_path / "out").sort_values("id")
+        assert found.id.tolist() == list(range(200)) and (found.twice == 2 * found.id).all()
+
+
 class TestMeta:
     @pytest.mark.parametrize(
         "meta",
