@@ -47,7 +47,7 @@ class ContextMap(CumulativeAggregations):
     """
 
     _parameters = ["frame", "call", "refs", "meta", "label", "batch_rows"]  # noqa: RUF012 Dask's
-    _defaults = {}  # noqa: RUF012
+    _defaults: dict[str, Any] = {}  # noqa: RUF012
     _preserves_partitioning_information = True
 
     @functools.cached_property

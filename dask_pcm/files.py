@@ -63,6 +63,7 @@ def list_files(path: str, columns: Sequence[str] | None = None) -> list[File]:
         fs, root = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
         raise InputError(f"Cannot open the input {path!r}: {error}") from error
+    fs.invalidate_cache()  # files may have come or changed since it was listed last
     if "*" in root:
         found = fs.glob(root)
     elif fs.isdir(root):
@@ -108,21 +109,30 @@ def _describe(url: str, columns: Sequence[str] | None) -> File:
         modified=version_of(info),
         footer=hashlib.sha256(footer).hexdigest()[:32],
         n_rows=metadata.num_rows,
-        row_groups=tuple(_row_groups(metadata, columns)),
+        row_groups=tuple(_row_groups(metadata, schema, columns)),
         schema=schema,
         nullable=_with_nulls(schema, metadata),
     )
 
 
-def _row_groups(metadata: pq.FileMetaData, columns: Sequence[str] | None) -> Iterator[RowGroup]:
+def _row_groups(
+    metadata: pq.FileMetaData, schema: pa.Schema, columns: Sequence[str] | None
+) -> Iterator[RowGroup]:
+    leaves = [field.name for field in schema for _ in range(_n_leaves(field.type))]
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         n_bytes = group.total_byte_size
-        if columns is not None:
-            chunks = (group.column(i) for i in range(metadata.num_columns))
-            wanted = (c for c in chunks if c.path_in_schema.partition(".")[0] in columns)
-            n_bytes = sum(chunk.total_uncompressed_size for chunk in wanted)
+        if columns is not None and len(leaves) == metadata.num_columns:
+            wanted = (i for i, name in enumerate(leaves) if name in columns)
+            n_bytes = sum(group.column(i).total_uncompressed_size for i in wanted)
         yield RowGroup(group.num_rows, n_bytes)
+
+
+def _n_leaves(kind: pa.DataType) -> int:
+    """Columns that a type takes in a Parquet file."""
+    if pa.types.is_dictionary(kind):
+        return _n_leaves(kind.value_type)
+    return sum(_n_leaves(kind.field(i).type) for i in range(kind.num_fields)) or 1
 
 
 def _footer(file: Any, size: int, url: str) -> bytes:
@@ -176,17 +186,55 @@ def check_columns(file: File, columns: Sequence[str] | None) -> list[str]:
     return list(columns)
 
 
-def check_schemas(files: Sequence[File]) -> None:
-    first = {field.name: field.type for field in files[0].schema}
+def one_schema(files: Sequence[File]) -> pa.Schema:
+    """The schema of all files, in the order of the first.
+
+    A column that has no type in one file (it is empty, or all null, and pandas wrote it) has that
+    of the others.
+
+    Raises
+    ------
+    InputError
+        Where the types of a column differ.
+    """
+    found = {field.name: field for field in files[0].schema}
+    source = dict.fromkeys(found, files[0].path)
     for file in files[1:]:
-        other = {field.name: field.type for field in file.schema}
-        if other == first:
+        if file.schema.equals(files[0].schema):
             continue
-        name = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))[0]
-        raise InputError(
-            f"The schema of {file.path!r} differs from that of {files[0].path!r}: column {name!r}"
-            f" is {other.get(name, 'missing')} here and {first.get(name, 'missing')} there."
-        )
+        other = {field.name: field for field in file.schema}
+        for name in sorted(found.keys() | other.keys()):
+            mine, theirs = found.get(name), other.get(name)
+            if mine is not None and theirs is not None and _is_typed(mine, theirs):
+                found[name], source[name] = theirs, file.path
+            elif mine is None or theirs is None or not _is_alike(mine, theirs):
+                raise InputError(
+                    f"The schema of {file.path!r} differs from that of"
+                    f" {source.get(name, files[0].path)!r}: column {name!r} is"
+                    f" {'missing' if theirs is None else theirs.type} here and"
+                    f" {'missing' if mine is None else mine.type} there."
+                )
+    return pa.schema(list(found.values()), files[0].schema.metadata)
+
+
+def _is_typed(mine: pa.Field, theirs: pa.Field) -> bool:
+    """Whether only the second field says what its values are."""
+    return pa.types.is_null(mine.type) and not pa.types.is_null(theirs.type)
+
+
+def _is_alike(mine: pa.Field, theirs: pa.Field) -> bool:
+    """Whether types are the same, whatever may be null in them."""
+    return bool(pa.types.is_null(theirs.type) or _loose(mine.type) == _loose(theirs.type))
+
+
+def _loose(kind: pa.DataType) -> pa.DataType:
+    """A type in which everything may be null."""
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _loose(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return make(pa.field("item", _loose(kind.value_type)))
+    return kind
 
 
 def index_columns(schema: pa.Schema) -> list[str]:
@@ -197,5 +245,6 @@ def index_columns(schema: pa.Schema) -> list[str]:
 
 def version_of(info: Mapping[str, Any]) -> str:
     """When a file was written, or another sign that it is still the same."""
-    sign = info.get("mtime", info.get("LastModified", info.get("ETag", "")))
+    keys = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified")
+    sign = next((info[key] for key in keys if info.get(key)), "")
     return sign.isoformat() if isinstance(sign, datetime) else repr(sign)

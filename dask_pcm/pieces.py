@@ -27,9 +27,9 @@ from dask_pcm.files import (
     File,
     RowGroup,
     check_columns,
-    check_schemas,
     index_columns,
     list_files,
+    one_schema,
 )
 from dask_pcm.reading import BATCH_BYTES, note_inflation, read_rows
 
@@ -84,9 +84,13 @@ class PieceReader:
     def __init__(self, root: str, files: Sequence[File], columns: Sequence[str]) -> None:
         self.root = root
         self.files = {file.path: file for file in files}
-        self.schema = files[0].schema
+        self.schema = one_schema(files)
         self.columns = tuple(columns)
-        self.nullable = frozenset().union(*(file.nullable for file in files))
+        untyped = (f.name for file in files for f in file.schema if pa.types.is_null(f.type))
+        nullable = frozenset(untyped).union(*(file.nullable for file in files))
+        self.nullable = frozenset(
+            name for name in nullable if self.schema.field(name).type in NULLABLE
+        )
         self.has_own_index = bool(index_columns(self.schema))
         self.token = digest([file.fingerprint for file in files], self.columns, str(self.schema))
 
@@ -197,7 +201,6 @@ def read_parquet(
         raise InputError(f"bytes_per_piece must be at least 1; found {bytes_per_piece}.")
     files = list_files(path, columns)
     names = check_columns(files[0], columns)
-    check_schemas(files)
     reader = PieceReader(path, files, names)
     spans = list(_pieces(files, rows_per_piece, limit)) or [
         Span(0, files[0].path, files[0].modified, 0, 0, 0)

@@ -213,6 +213,7 @@ def _open(path: str) -> Any:
 
 def _check_version(path: str, version: str) -> None:
     fs, name = fsspec.core.url_to_fs(path)
+    fs.invalidate_cache(fs._parent(name))
     if version_of(fs.info(name)) != version:
         raise InputError(
             f"{path!r} has changed since it was listed. Write it before the run begins, and call"

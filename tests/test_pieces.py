@@ -14,7 +14,7 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import InputError, SchemaError
-from dask_pcm.files import RowGroup
+from dask_pcm.files import RowGroup, list_files
 from dask_pcm.pieces import cuts
 from dask_pcm.reading import idle
 
@@ -161,6 +161,60 @@ def test_a_file_that_was_written_again_is_read_again_and_an_old_frame_says_so(tm
     file.unlink()
     with pytest.raises(InputError, match=r"Cannot read '.*a\.parquet'"):
         old.compute(scheduler="sync")
+
+
+@pytest.mark.parametrize("first", ["empty", "full"])
+def test_a_column_without_a_type_in_one_file_has_that_of_the_others(tmp_path, first):
+    names = ["a", "b"] if first == "empty" else ["b", "a"]
+    empty, full = (tmp_path / f"{name}.parquet" for name in names)
+    pq.write_table(pa.table({"x": pa.nulls(1), "n": pa.nulls(1), "s": pa.nulls(1)}), empty)
+    pq.write_table(pa.table({"x": ["t"], "n": [2**60 + 1], "s": [["u"]]}), full)
+    frame = pcm.read_parquet(tmp_path)
+    found = frame.compute(scheduler="sync").sort_values("n")
+    assert found.dtypes.astype(str).to_dict() == frame.dtypes.astype(str).to_dict()
+    assert found.x.tolist()[0] == "t" and str(found.n.dtype) == "Int64"
+    assert found.n.tolist()[0] == 2**60 + 1 and found.n.isna().sum() == 1
+
+
+def test_what_may_be_null_differs_from_file_to_file(tmp_path):
+    for name, may in (("a", True), ("b", False)):
+        item = pa.field("item", pa.string(), nullable=may)
+        schema = pa.schema([pa.field("x", pa.int64(), may), pa.field("l", pa.list_(item))])
+        table = pa.Table.from_pylist([{"x": 1, "l": ["u"]}], schema=schema)
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    assert pcm.read_parquet(tmp_path).compute(scheduler="sync").x.tolist() == [1, 1]
+
+
+def test_bytes_are_those_of_the_wanted_columns_whatever_their_names(tmp_path):
+    path = tmp_path / "a.parquet"
+    blobs = [np.random.bytes(1000) for _ in range(50)]
+    deep = [{"u": 1, "v": [1, 2]}] * 50
+    pq.write_table(pa.table({"deep": deep, "a.b": blobs, "n": range(50)}), path)
+
+    def n_bytes(columns):
+        (file,) = list_files(str(path), columns)
+        return file.row_groups[0].n_bytes
+
+    assert n_bytes(["a.b"]) >= 50_000 > n_bytes(["n"]) > 0
+    assert n_bytes(None) >= n_bytes(["a.b"]) + n_bytes(["deep"]) + n_bytes(["n"])
+
+
+def test_an_object_store_is_listed_anew_each_time(bucket, claims):
+    import s3fs
+
+    folder = claims(n_files=2)
+    fs = s3fs.S3FileSystem()
+    fs.put(folder, f"{bucket}/claims", recursive=True)
+    assert len(pcm.read_parquet(f"{bucket}/claims")) == 100
+    other = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)  # another process
+    other.put(f"{folder}/part-0.parquet", f"{bucket}/claims/part-2.parquet")
+    assert len(pcm.read_parquet(f"{bucket}/claims")) == 150
+    old = pcm.read_parquet(f"{bucket}/claims")
+    pd.DataFrame({"id": [1], "claim": ["x"]}).to_parquet(f"{folder}/new.parquet", index=False)
+    other.put(f"{folder}/new.parquet", f"{bucket}/claims/part-2.parquet")
+    with pytest.raises(InputError, match=r"part-2\.parquet' has changed since it was listed"):
+        old.compute(scheduler="sync")
+    assert len(pcm.read_parquet(f"{bucket}/claims").compute(scheduler="sync")) == 101
 
 
 class TestBadInput:

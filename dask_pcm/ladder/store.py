@@ -50,8 +50,8 @@ class Residency:
     error: str | None = None
     n_loads: int = 0
     n_holders: int = 0
-    #: Held for as long as one task uses an exclusive context.
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    #: Held for as long as one task uses an exclusive context; the same thread may take it again.
+    turn: threading.RLock = field(default_factory=threading.RLock)
 
 
 class Store:

@@ -156,9 +156,10 @@ class Driver:
         if not self._stock:
             # Without rows: from now on the folder can be read, with the right columns.
             empty = self._job.layout.table(self._plan.meta)
-            counts = {"unit": range_name(0, 0), "rows": 0, "failed": 0}
-            note = {**self._job.provenance, "run": self._output.run, **counts}
-            self._output.commit(range_name(0, 0), [empty], lambda: note)
+            name, own = range_name(0, 0), {"run": self._output.run, "rows": 0, "failed": 0}
+            self._output.commit(
+                name, [empty], lambda: {**self._job.provenance, **own, "unit": name}
+            )
         if self._retries:
             self._retry(places)
         self._n_done = self._n_before = self._plan.n_rows - self._cutter.n_rows
@@ -342,6 +343,7 @@ class Driver:
 
     def _tell(self, n_rows: float, n_units: int) -> None:
         """Report to the gate what is still to come, and learn how the contexts stand."""
+        answer: Any
         # A scheduler that is gone shows in the futures; one without the gate has nothing to tell.
         with contextlib.suppress(OSError, AttributeError):
             answer = self._client.sync(

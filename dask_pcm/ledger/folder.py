@@ -148,12 +148,15 @@ class Folder(Output):
         return host != socket.gethostname() and self._is_fresh(f"{place}/status.json")
 
     def _is_fresh(self, name: str) -> bool:
-        probe = self._at(f"{HOME}/clock")
+        probe = self._at(f"{HOME}/clock-{uuid.uuid4().hex}")
         try:
             probe.write_bytes(b"now")
             age_s = probe.stat().st_mtime - self._at(name).stat().st_mtime
         except OSError:
             return False
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
         return age_s < SILENT_S
 
     def shut_out(self, run: str) -> str:

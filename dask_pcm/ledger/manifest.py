@@ -175,8 +175,10 @@ def _different_input(
         return
     for path in theirs:
         if theirs[path] != mine[path]:
-            only_pieces = {**theirs[path], "pieces": ""} == {**mine[path], "pieces": ""}
-            how = "is cut into other pieces now" if only_pieces else "has changed since"
+            what = [k for k in theirs[path] if theirs[path][k] != mine[path].get(k)]
+            how = f"has changed since (its {', '.join(what)})"
+            if what == ["pieces"]:
+                how = "is cut into other pieces now"
             yield f"its input file {path!r} {how}"
             return
     new = [path for path in mine if path not in theirs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -55,7 +55,31 @@ def take_stock(output: Output) -> dict[str, Counts]:
         return _count(output, name, entry, noted.get(name, []))
 
     with ThreadPoolExecutor(_N_READERS) as pool:
-        return dict(zip(parts, pool.map(count, parts.items()), strict=True))
+        found = dict(zip(parts, pool.map(count, parts.items()), strict=True))
+    for name in _overlapping(output, list(found)):
+        del found[name]
+    return found
+
+
+def _overlapping(output: Output, names: list[str]) -> Iterator[str]:
+    """Parts whose rows others have as well; they are removed, where such a thing may come about."""
+    places = [place for name in names if isinstance(place := parse_name(name), tuple)]
+    widest = (0, 0)
+    for place in sorted(place for place in places if place[0] < place[1]):
+        if place[0] >= widest[1]:
+            widest = place
+            continue
+        narrow, wide = sorted((place, widest), key=lambda pair: pair[1] - pair[0])
+        name, other = range_name(*narrow), range_name(*wide)
+        if not output.may_get_late_parts:
+            raise OutputError(
+                f"The parts {name!r} and {other!r} in {output.path!r} have rows in common. Remove"
+                " one of them; what is missing then is computed again."
+            )
+        logger.warning("Removing %s, which has rows in common with %s", name, other)
+        output.remove(name)
+        widest = wide
+        yield name
 
 
 def is_first(name: str) -> bool:

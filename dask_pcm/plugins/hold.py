@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import threading
 import time
@@ -28,7 +29,8 @@ def acquire(*contexts: Context) -> Iterator[Any]:
     Parameters
     ----------
     *contexts
-        One ``Context``, or several: then a list of their objects is handed out.
+        One ``Context``, or several: then a list of their objects is handed out. Take several in
+        one call: two tasks that take them one by one, in other orders, wait for each other.
 
     Yields
     ------
@@ -40,6 +42,8 @@ def acquire(*contexts: Context) -> Iterator[Any]:
     ------
     LoadError
         Where the context cannot be built.
+    RecipeError
+        Where it is called in a coroutine, or with something else than a context.
 
     Examples
     --------
@@ -49,11 +53,24 @@ def acquire(*contexts: Context) -> Iterator[Any]:
     >>> length("claim", Context(lambda: len))  # in a notebook: client.map(length, texts, model=...)
     5
     """
+    if _is_in_loop():
+        raise RecipeError(
+            "acquire would hold up the event loop: a coroutine runs on it, and so does every"
+            " heartbeat. Make the task a plain function, def instead of async def."
+        )
     for context in contexts:
         if not isinstance(context, Context):
             raise RecipeError(f"acquire takes a dask_pcm.Context; found {context!r:.80}.")
     with hold([context.ref for context in contexts]) as values:
         yield values[0] if len(values) == 1 else values
+
+
+def _is_in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Spent(threading.local):

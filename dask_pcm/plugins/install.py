@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -37,12 +38,13 @@ def install(client: Client | None = None) -> None:
     Blocking; for synchronous clients. The scheduler's side goes first: the workers' sides say
     hello to it as soon as they are set up. Workers that join later get theirs by themselves.
     """
-    client = client or current_client()
+    client = _synchronous(client or current_client())
     _check_versions(client)
     config = Config.read()
     client.register_plugin(GatePlugin(config))
     client.register_plugin(AllowancePlugin())
     client.register_plugin(ContextPlugin(config))
+    client.run(_greet)  # a worker that had its side already does not say hello to a new gate
 
 
 def uninstall(client: Client | None = None) -> None:
@@ -57,7 +59,7 @@ def uninstall(client: Client | None = None) -> None:
     client
         A client of the cluster; the one made last if left out.
     """
-    client = client or current_client()
+    client = _synchronous(client or current_client())
 
     def leave(dask_scheduler: Any = None) -> bool:
         gate = dask_scheduler.plugins.get(GATE)
@@ -65,9 +67,11 @@ def uninstall(client: Client | None = None) -> None:
             gate.uninstall()
         return gate is not None
 
-    if client.run_on_scheduler(leave):
-        client.unregister_worker_plugin(CONTEXTS)
-        client.unregister_worker_plugin(AllowancePlugin.name, nanny=True)
+    client.run_on_scheduler(leave)
+    # Also where there was no gate: an earlier attempt may have got no further.
+    for name, is_nannys in ((CONTEXTS, False), (AllowancePlugin.name, True)):
+        with contextlib.suppress(ValueError):  # there is none
+            client.unregister_worker_plugin(name, nanny=is_nannys)
 
 
 def current_client() -> Client:
@@ -84,6 +88,21 @@ def current_client() -> Client:
         raise InstallError(
             "There is no Dask client yet. Make one first: client = Client(cluster)."
         ) from None
+
+
+def _greet(dask_worker: Any = None) -> None:
+    plugin = dask_worker.plugins.get(CONTEXTS)
+    if isinstance(plugin, ContextPlugin):
+        plugin.greet()
+
+
+def _synchronous(client: Client) -> Client:
+    if client.asynchronous:
+        raise InstallError(
+            "This client is asynchronous; the toolkit is installed, and runs are driven, with an"
+            " ordinary one: Client(address), in a thread of its own if need be."
+        )
+    return client
 
 
 def is_installed(client: Client) -> bool:

@@ -123,9 +123,8 @@ class GatePlugin(SchedulerPlugin):
         self._ticker.stop()
         self._unshield()
         self.scheduler.remove_plugin(GATE)
-        self.scheduler.handlers.pop("pcm_run")
         self.scheduler.stream_handlers["long-running"] = self.scheduler.handle_long_running
-        # Workers may still have something to say: the handlers of streams stay, and find nobody.
+        # Workers and runs may still have something to say: handlers stay, and find nobody.
         self.members.clear()
         for key, asked in self.asked.items():
             if (ts := self.scheduler.tasks.get(key)) is not None:
@@ -229,7 +228,8 @@ class GatePlugin(SchedulerPlugin):
         self, worker: str, epoch: str, n_lanes: int, cores: Iterable[int], **kwargs: Any
     ) -> None:
         """A worker's plugin is ready."""
-        if (ws := self.scheduler.workers.get(worker)) is None:
+        ws, known = self.scheduler.workers.get(worker), self.members.get(worker)
+        if ws is None or (known is not None and known.epoch == epoch):
             return
         self.members[worker] = Member(epoch, tuple(cores), ws.host)
         self._apply(WorkerJoined(worker, n_lanes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,11 +25,12 @@ def find_refs(run_spec: Any, inputs: Iterable[Any] = ()) -> tuple[ContextRef, ..
     if not isinstance(run_spec, GraphNode) or isinstance(run_spec, DataNode):
         return ()
     found: dict[str, ContextRef] = {}
-    todo: list[Any] = [run_spec, *(node for node in inputs if isinstance(node, DataNode))]
+    # Near things first: a long list beside a context must not hide it.
+    todo = deque([run_spec, *(node for node in inputs if isinstance(node, DataNode))])
     for _ in range(MAX_VISITS):
         if not todo:
             break
-        item = todo.pop()
+        item = todo.popleft()
         if isinstance(item, ContextRef):
             found[item.digest] = item
         elif isinstance(item, Context):

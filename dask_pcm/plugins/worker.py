@@ -53,6 +53,8 @@ class ContextPlugin(Travels, WorkerPlugin):
         self.n_threads = 1
         #: Contexts that the gate has asked for; what a task wants besides was hidden from it.
         self._wanted: set[str] = set()
+        self._warned: set[str] = set()
+        self._warning = threading.Lock()
         self.store = Store(self._report)
         self.memory = MemoryAllowance(worker)
         # Dask's executor: a worker that ends does not wait for its threads.
@@ -63,8 +65,12 @@ class ContextPlugin(Travels, WorkerPlugin):
         self._open_lanes()
         worker.stream_handlers["pcm-load"] = self.on_load
         worker.stream_handlers["pcm-return"] = self.on_return
+        self.greet()
+
+    def greet(self) -> None:
+        """Say hello to the gate; said again to the same one it changes nothing."""
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        worker.batched_stream.send(
+        self.worker.batched_stream.send(
             {
                 "op": "pcm-hello",
                 "epoch": self.epoch,
@@ -76,9 +82,12 @@ class ContextPlugin(Travels, WorkerPlugin):
     def teardown(self, worker: Worker) -> None:
         self.epoch = ""  # whatever the scheduler still says is of no account
         if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
-            worker.state.nthreads -= self.config.n_lanes  # the lanes end with what is on them
+            worker.state.nthreads -= self.config.n_lanes
             self._loader.submit(self.store.close)
             self.memory.forget()
+            lanes = worker.executors.pop(LANES)
+            worker.executors[LANES] = worker.executors["default"]  # for what is still on its way
+            lanes.shutdown(wait=False)
         self._loader.shutdown(wait=False)
 
     def _open_lanes(self) -> None:
@@ -120,7 +129,7 @@ class ContextPlugin(Travels, WorkerPlugin):
             with self.memory.growing(ref.digest):
                 self.store.load(ref)
         except LoadError:
-            pass  # the store has reported it
+            self._wanted.discard(ref.digest)  # the store has reported it; hidden, it is tried anew
         except Exception as error:
             if self.worker.status in (Status.closing, Status.closed):
                 return
@@ -154,14 +163,21 @@ class ContextPlugin(Travels, WorkerPlugin):
             yield values
 
     def _load_in_place(self, ref: ContextRef) -> None:
+        with self._warning:
+            is_new = ref.digest not in self._warned
+            self._warned.add(ref.digest)
+        if is_new:
+            self._warn(ref)
+        with self.memory.growing(ref.digest):
+            self.store.load(ref)
+
+    def _warn(self, ref: ContextRef) -> None:
         warn(
             f"Context {ref.name!r} is loaded in the middle of a task: the gate could not see that"
             " the task needs it, because it is hidden in a closure, a callable object, a scattered"
             " value or a very long list. Hand it over as an argument of the task, for instance"
             " client.map(func, items, model=context)."
         )
-        with self.memory.growing(ref.digest):
-            self.store.load(ref)
 
     def _set_threads(self) -> None:
         """Give torch the cores of this worker; its setting is the calling thread's own."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,6 +30,9 @@ from dask_pcm.errors import (
     SchemaError,
 )
 from dask_pcm.ledger import manifest
+from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.manifest import Manifest
+from dask_pcm.ledger.output import MANIFEST
 
 META = {"id": "i8", "verdict": "str"}
 
@@ -124,6 +129,10 @@ def found_in(out):
     return pd.read_parquet(out).sort_values("id", ignore_index=True)
 
 
+def note_in(part):
+    return json.loads(pq.read_metadata(part).metadata[b"dask_pcm"])
+
+
 class TestHandle:
     def test_it_returns_at_once_and_is_waited_for(self, client, job, out, gate):
         run = write(job(gate), out, wait=False)
@@ -143,7 +152,6 @@ class TestHandle:
         until(lambda: run.status == "paused")
         gate.open()
         until(lambda: run.progress.done > 0)  # what was begun is finished
-        until(lambda: not client.processing(list(client.nthreads())) or True)
         time.sleep(0.6)
         before = run.progress.done
         time.sleep(0.6)
@@ -160,8 +168,9 @@ class TestHandle:
         gate.open()
         assert pcm.attach(out).status == "cancelled"
         assert write(job(gate), out).report.rows == 200
-        with pytest.raises(OutputError, match="Nobody is at work"):
-            run.pause()
+        for ask in (run.pause, run.resume, run.cancel):
+            with pytest.raises(OutputError, match=r"Nobody is at work.*run the same job again"):
+                ask()
 
     def test_what_fails_is_raised_by_wait_and_told_by_attach(self, client, job, out):
         def short(frame, model):
@@ -265,6 +274,28 @@ class TestTwoDrivers:
             write(job(), out, take_over=True)
         gate.open()
         assert first.wait(30).rows == 200
+
+
+class TestKilledOverwrite:
+    @pytest.mark.parametrize("step", ["amid setting aside", "after the manifest"])
+    def test_the_old_job_goes_on_as_if_nothing_had_been(self, client, job, out, step):
+        """Through the same call, with nothing computed again."""
+        write(job(), out)
+        killed = Folder(out, "killed")
+        with killed.taking_over(), killed.open({"pid": 1}):
+            if step == "amid setting aside":
+                for name in (MANIFEST, *list(killed.parts())[:2]):
+                    killed.move(name, f"{killed.place}/aside/{name}")
+            else:
+                killed.set_aside()
+                Manifest({"another": "job"}).write(killed)
+            left = Path(out, killed.place)
+            shutil.copytree(left, f"{out}-left")  # as a kill leaves it
+        shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(f"{out}-left", left)
+        run = write(job(), out)
+        assert (run.report.units, run.report.rows_resumed) == (0, 200)
+        assert found_in(out).id.tolist() == list(range(200))
 
 
 class TestExtend:
@@ -374,6 +405,25 @@ class TestRetry:
         run = write(job(noted), out, retry_failed=True)
         self.check(out, [])
         assert run.report.rows == 200
+
+    def test_ended_early_it_tells_what_has_failed_so_far(self, client, job, out, noted, gate):
+        noted.fail(self.BAD)
+        write(job(noted), out)
+        run = write(job(noted), out, retry_failed=True, wait=False)
+        run.cancel()
+        with contextlib.suppress(CancelledError):
+            run.wait(30)
+        n_failed = int(pd.read_parquet(out).error.notna().sum())
+        assert run.report.rows_failed == n_failed
+
+    def test_a_part_tells_of_both_its_runs(self, client, job, out, noted):
+        noted.fail([3])
+        first = write(job(noted), out).report.run
+        noted.fail([])
+        second = write(job(noted), out, retry_failed=True).report.run
+        (note,) = (n for n in map(note_in, Path(out).glob("*.parquet")) if "retried" in n)
+        assert note["run"] == first and note["failed"] == 0
+        assert [(again["run"], again["rows"]) for again in note["retried"]] == [(second, 1)]
 
     def test_below_a_filter_the_part_is_computed_again(self, client, job, out, noted):
         keep = lambda v: v.id % 2 == 1  # noqa: E731
@@ -663,6 +713,26 @@ class TestBadInput:
         run = write(verdicts, out)
         assert run.report.rows == 1_500 and run.report.units <= 48
         assert found_in(out).id.tolist() == list(range(1_500))
+
+    def test_a_column_error_of_a_function_of_partitions_is_its_own_business(self, client, job, out):
+        def grade(frame, model):
+            return pd.DataFrame({"id": frame["id"], "error": 0.5})
+
+        read = pcm.read_parquet(job.folder)
+        meta = {"id": "i8", "error": "f8"}
+        run = write(pcm.map_partitions(grade, read, context=LLM, meta=meta), out, max_failed_rows=0)
+        assert (run.report.rows, run.report.rows_failed) == (200, 0)
+
+    def test_failures_count_where_their_reasons_are_left_out(self, client, job, out, noted):
+        noted.fail([3, 77])
+        with pytest.raises(FailedRowsError, match="row 3 is bad"):
+            write(job(noted)[["id", "verdict"]], out, max_failed_rows=1)
+        run = write(job(noted)[["id", "verdict"]], out)
+        assert run.report.rows_failed == 2
+        noted.fail([])
+        run = write(job(noted)[["id", "verdict"]], out, retry_failed=True)
+        assert (run.report.rows, run.report.rows_failed) == (200, 0)
+        assert found_in(out).verdict.notna().all()
 
     def test_a_column_named_like_ours(self, client, tmp_path, out):
         frame = pd.DataFrame({"id": range(4), "error": "mine", "claim": "c"})

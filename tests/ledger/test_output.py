@@ -179,6 +179,55 @@ class TestSettingAside:
             output.as_run("next").fence()
         self.check(output, has_new=False)
 
+    @pytest.mark.parametrize("n_steps", range(14))
+    def test_killed_anywhere_the_next_run_finds_all_of_the_old_job(
+        self, tmp_path, monkeypatch, n_steps
+    ):
+        """While it sets aside, begins, finds that nothing comes of it, and puts back."""
+        output = Folder(str(tmp_path / "out"), "first")
+        with at_work(output):
+            self.leave_old(output)
+            output.commit(range_name(2, 4), [TABLE], lambda: NOTE)
+            output.write_json("_pcm/report.json", {"job": "old"})
+        steps = iter(range(n_steps))
+
+        class KilledError(BaseException):
+            pass
+
+        def counted(step):
+            def run(self, *args):
+                if next(steps, None) is None:
+                    raise KilledError
+                step(self, *args)
+
+            return run
+
+        killed = output.as_run("killed")
+        with (
+            contextlib.suppress(KilledError),
+            monkeypatch.context() as patched,
+            at_work(killed),
+        ):
+            patched.setattr(Folder, "move", counted(Folder.move))
+            patched.setattr(Folder, "remove", counted(Folder.remove))
+            killed.set_aside()
+            self.begin_new(killed)
+            killed.put_back()
+        for place in Path(output.path, "_pcm").glob("old-*"):  # as a kill leaves it
+            if (place / "driver.json").exists():
+                place.rename(Path(output.path, "_pcm", "run-killed"))
+        output.as_run("next").fence(the_living=False)
+        assert output.read_json(MANIFEST) == {"job": "old"}
+        assert list(output.parts()) == [NAME, range_name(2, 4)]
+        assert output.read_json("_pcm/report.json") == {"job": "old"}
+        assert take_stock(output) == {NAME: Counts(2, 0), range_name(2, 4): Counts(2, 0)}
+        assert {p.name for p in Path(output.path, "_pcm").iterdir()} == {
+            "lock",
+            "log",
+            "manifest.json",
+            "report.json",
+        }
+
     def leave_old(self, output):
         output.commit(NAME, [TABLE], lambda: NOTE)
         output.write_json(MANIFEST, {"job": "old"})
@@ -234,6 +283,30 @@ class TestStock:
         output.write(NAME, sink.getvalue().to_pybytes())
         with pytest.raises(OutputError, match=rf"The part '{NAME}' in .* was changed since"):
             take_stock(output)
+
+    def test_a_replaced_part_whose_run_died_right_after_is_ours(self, output, monkeypatch):
+        output.commit(NAME, [TABLE], lambda: NOTE)
+
+        def dies(*args):
+            raise KeyboardInterrupt
+
+        target, name = (
+            (folder, "_sync_folder") if isinstance(output, Folder) else (objects, "_stamp")
+        )
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(target, name, dies)
+            output.commit(NAME, [OTHER], lambda: {"rows": 1, "failed": 0}, replaces=True)
+        assert take_stock(output) == {NAME: Counts(1, 0)}
+
+    def test_parts_with_rows_in_common(self, output):
+        output.commit(range_name(0, 4), [TABLE, TABLE], lambda: {"rows": 4, "failed": 0})
+        output.commit(range_name(3, 5), [TABLE], lambda: NOTE)
+        if isinstance(output, Folder):
+            with pytest.raises(OutputError, match=r"part-0+3-0+5.* have rows in common"):
+                take_stock(output)
+        else:  # one of a run that was shut out may arrive late
+            assert take_stock(output) == {range_name(0, 4): Counts(4, 0)}
+            assert list(output.parts()) == [range_name(0, 4)]
 
     def test_a_part_of_somebody_elses_is_refused(self, output):
         sink = pa.BufferOutputStream()

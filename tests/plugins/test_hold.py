@@ -183,3 +183,34 @@ def test_several_at_once_and_outside_a_cluster():
         assert again is first
     with pytest.raises(RecipeError, match=r"acquire takes a dask_pcm\.Context; found \['a'\]"):
         pcm.acquire(first).__enter__()
+
+
+def test_the_same_task_may_take_it_again(client):
+    def nested(i, model=None):
+        with pcm.acquire(model) as outer, pcm.acquire(model) as inner:
+            return outer is inner
+
+    assert client.gather(client.map(nested, range(4), model=pcm.Context(load, "n"))) == [True] * 4
+
+
+def test_a_coroutine_is_told_that_it_would_hold_up_the_loop(client):
+    async def awaiting(i, model=None):
+        with pcm.acquire(model):
+            return i
+
+    with pytest.raises(RecipeError, match="def instead of async def"):
+        client.submit(awaiting, 1, model=pcm.Context(load, "c")).result(timeout=20)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_long_list_beside_a_context_does_not_hide_it(client, seen, place):
+    def beside(*args):
+        model = args[0] if isinstance(args[0], pcm.Context) else args[1]
+        return use(1, model)
+
+    def make(ctx):
+        args = (ctx, list(range(5_000)))
+        return client.submit(beside, *(args if place == "before" else args[::-1])).result()
+
+    _, is_wanted, warned = seen(make)
+    assert is_wanted and not warned

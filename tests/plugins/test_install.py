@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -97,6 +98,63 @@ def test_uninstall_for_users(own_client):
     assert any("not installed on this cluster" in str(w.message) for w in caught)
     pcm.install(own_client)
     own_client.gather(own_client.map(use, range(8, 12), model=A))
+
+
+def test_uninstall_while_a_run_is_at_work(own_client, claims, tmp_path):
+    """It goes on, each worker with a context of its own."""
+    pcm.install(own_client)
+
+    def slow(frame, model):
+        time.sleep(0.02)
+        return frame[["id"]]
+
+    frame = pcm.read_parquet(claims())
+    made = pcm.map_partitions(slow, frame, context=A, meta={"id": "i8"}, batch_rows=4)
+    run = pcm.write_parquet(made, tmp_path / "out", wait=False)
+    deadline = time.monotonic() + 20
+    while not run.progress.done:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    pcm.uninstall(own_client)
+    assert run.wait(60).rows == 200
+
+
+def test_uninstall_that_got_half_way_is_finished_by_the_next(own_client):
+    def leave(dask_scheduler):
+        dask_scheduler.plugins[GATE].uninstall()
+
+    pcm.install(own_client)
+    own_client.run_on_scheduler(leave)
+    pcm.install(own_client)  # a new gate, to workers that have their side already
+    assert own_client.submit(use, 1, model=A).result(timeout=20) == (1, "a")
+    own_client.run_on_scheduler(leave)
+    pcm.uninstall(own_client)
+
+    def has_plugin(dask_worker):
+        return CONTEXTS in dask_worker.plugins
+
+    assert set(own_client.run(has_plugin).values()) == {False}
+
+
+def test_installing_again_and_again_leaves_no_threads(own_client):
+    def n_threads():
+        return sum("pcm" in thread.name for thread in threading.enumerate())
+
+    for _ in range(3):
+        pcm.install(own_client)
+        assert own_client.submit(use, 1, model=A, pure=False).result(timeout=20) == (1, "a")
+        pcm.uninstall(own_client)
+    deadline = time.monotonic() + 10
+    while any(own_client.run(n_threads).values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])
+async def test_an_asynchronous_client_is_refused(c, s, a):
+    for verb in (pcm.install, pcm.uninstall):
+        with pytest.raises(pcm.PCMError, match="This client is asynchronous"):
+            verb(c)
 
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)] * 2)
