@@ -62,6 +62,7 @@ class Driver:
         self._is_paused = False
         self._cutter = Cutter(plan, [(0, plan.n_rows)], frozenset(range(plan.n_partitions)))
         self._stock: dict[str, Counts] = {}
+        self._held: list[Unit] = []  # taken back while the run is paused
         self._units: dict[str, tuple[Unit, Future]] = {}  # outstanding, by key
         self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._seconds = self._rows = 0.0  # of inference and reading, over units that ended
@@ -127,7 +128,7 @@ class Driver:
         counted = self.progress.counted
         with meter(self._plan.n_rows, self._n_before, counted, is_shown) as shown:
             try:
-                while not (self._cutter.is_empty and not self._units):
+                while not self._is_done:
                     self._check_limit()
                     self._feed()
                     self._gather()
@@ -138,6 +139,10 @@ class Driver:
                 raise
             self._look(shown, is_last=True)
         self._sum_up()
+
+    @property
+    def _is_done(self) -> bool:
+        return self._cutter.is_empty and not self._units and not self._held
 
     def _take_stock(self) -> None:
         """Count what earlier runs committed, and cut the rest."""
@@ -183,7 +188,8 @@ class Driver:
         n_wanted = n_workers * (self._config.n_lanes + 1)
         row_s = self._seconds / self._rows if self._rows else None
         enough_s = n_workers * self._config.ready_s
-        units: list[Unit] = []
+        units, self._held = self._held, []
+        self._n_outstanding_rows += sum(unit.n_rows or 1 for unit in units)
         while not self._cutter.is_empty:
             n_units = len(self._units) + len(units)
             ready_s = (row_s or enough_s) * self._n_outstanding_rows
@@ -285,7 +291,7 @@ class Driver:
         report, is_counted = self.report, self._plan.spans is not None
         n_rows = self._plan.n_rows if is_counted else report.rows
         is_over = not self._limit.allows(report.rows_failed - self._n_to_retry, n_rows)
-        if not is_counted and not (self._cutter.is_empty and not self._units):
+        if not is_counted and not self._is_done:
             is_over = is_over and self._limit.number is not None  # a share of what, is not known
         if is_over:
             why = f"more than max_failed_rows={self._limit} allows of {n_rows:,}"
@@ -339,7 +345,24 @@ class Driver:
             )
         if self._is_paused != (PAUSE in wishes):
             self._is_paused = PAUSE in wishes
+            if self._is_paused:
+                self._hold_back()
             self._heart.beat()
+
+    def _hold_back(self) -> None:
+        """Take back the units that no worker has yet; they are handed over again as they are.
+
+        Cut anew, one that has been begun in this moment would have rows in common with another.
+        """
+        on_workers = {key for keys in self._client.processing().values() for key in keys}
+        taken = [key for key in self._units if key not in on_workers]
+        futures = []
+        for key in taken:
+            unit, future = self._units.pop(key)
+            futures.append(future)
+            self._held.append(unit)
+            self._n_outstanding_rows -= unit.n_rows or 1
+        self._client.cancel(futures, force=True)
 
     def _tell(self, n_rows: float, n_units: int) -> None:
         """Report to the gate what is still to come, and learn how the contexts stand."""

@@ -93,7 +93,7 @@ class Run:
         return str(owner) if owner is not None and owner.is_alive else ""
 
     def pause(self) -> None:
-        """Begin no more units, until ``resume``; those that are begun are finished."""
+        """Begin no more units, until ``resume``; those that workers have are finished."""
         self._wish(PAUSE)
 
     def resume(self) -> None:

@@ -151,11 +151,12 @@ class TestHandle:
         run.pause()
         until(lambda: run.status == "paused")
         gate.open()
-        until(lambda: run.progress.done > 0)  # what was begun is finished
-        time.sleep(0.6)
+        until(lambda: run.progress.done > 0)  # what workers have is finished
+        until(lambda: not any(client.processing().values()))
         before = run.progress.done
+        assert before <= 60  # what was handed over at first; nothing came after it
         time.sleep(0.6)
-        assert run.progress.done == before < 200
+        assert run.progress.done == before
         run.resume()
         assert run.wait(30).rows == 200
 
