@@ -31,7 +31,7 @@ from dask_pcm.files import (
     list_files,
     one_schema,
 )
-from dask_pcm.reading import BATCH_BYTES, note_inflation, read_rows
+from dask_pcm.reading import BATCH_BYTES, inflation, note_inflation, read_rows
 
 ROWS_PER_PIECE = 10_000
 
@@ -121,7 +121,8 @@ class PieceReader:
         found: list[pa.Table] = []
         n_bytes = 0
         for span in spans:
-            rows = (span.start, span.stop, span.row_bytes)
+            row_bytes = span.row_bytes * (inflation(span.path) or 1.0)
+            rows = (span.start, span.stop, row_bytes)
             n_decoded = 0
             for table in read_rows(span.path, span.version, wanted, *rows):
                 if found and not is_whole and n_bytes + table.nbytes > BATCH_BYTES:

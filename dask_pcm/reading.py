@@ -103,10 +103,14 @@ class _Idle:
             if len(self._starts) > _MAX_KNOWN:
                 del self._starts[next(iter(self._starts))]
 
-    def take(self, key: Any, earliest: int, start: int) -> Cursor | None:
-        """The cursor of a file that stands nearest before row `start`, not before `earliest`."""
+    def take(self, key: Any, earliest: int, start: int, batch_rows: int) -> Cursor | None:
+        """The cursor of a file that stands nearest before row `start`, not before `earliest`.
+
+        One that decodes many more than `batch_rows` at a time is left to be forgotten.
+        """
         with self._lock:
             found = [c for c in self._cursors if c.key == key and earliest <= c.at <= start]
+            found = [c for c in found if c.batch_rows <= 2 * batch_rows]
             if not found:
                 return None
             nearest = max(found, key=lambda cursor: cursor.at)
@@ -132,17 +136,21 @@ class _Idle:
 idle = _Idle()
 #: Bytes of decoded rows over what was expected of them, by file, as last seen in this process.
 _inflation: dict[str, float] = {}
+_LAST = ""  # the key of whatever file was read last
 
 
-def inflation(path: str) -> float:
-    """How much more the rows of a file take in memory than was estimated from its footer."""
-    return _inflation.get(path, 1.0)
+def inflation(path: str) -> float | None:
+    """How much more the rows of a file take in memory than was estimated from its footer.
+
+    Of a file that has not been read yet, that of the file read last; None where none has been.
+    """
+    return _inflation.get(path, _inflation.get(_LAST))
 
 
 def note_inflation(path: str, n_bytes: int, expected: float) -> None:
     if len(_inflation) > _MAX_KNOWN:
         _inflation.clear()
-    _inflation[path] = max(1.0, n_bytes / max(1.0, expected))
+    _inflation[path] = _inflation[_LAST] = max(1.0, n_bytes / max(1.0, expected))
 
 
 def read_rows(
@@ -176,7 +184,9 @@ def read_rows(
             cursor.close()
             return
         if cursor is None:
-            cursor = idle.take((path, version, columns), starts[group], start)
+            cursor = idle.take(
+                (path, version, columns), starts[group], start, _batch_rows(row_bytes)
+            )
         if cursor is None:
             cursor = _cursor(path, version, columns, row_bytes)
         if cursor.at < starts[group]:
@@ -193,8 +203,11 @@ def read_rows(
 
 
 def _cursor(path: str, version: str, columns: tuple[str, ...], row_bytes: float) -> Cursor:
-    batch_rows = max(1, min(_MAX_BATCH_ROWS, int(BATCH_BYTES / max(1.0, row_bytes))))
-    return Cursor(path, version, columns, batch_rows)
+    return Cursor(path, version, columns, _batch_rows(row_bytes))
+
+
+def _batch_rows(row_bytes: float) -> int:
+    return max(1, min(_MAX_BATCH_ROWS, int(BATCH_BYTES / max(1.0, row_bytes))))
 
 
 @contextmanager

@@ -28,6 +28,8 @@ from dask_pcm.reading import inflation
 #: Libraries whose versions a part names, where they were used.
 _LIBRARIES = ("torch", "transformers")
 _MAX_ERRORS = 3
+#: So many rows are computed first in a process that has not read any yet.
+_PROBE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +134,18 @@ def _chunks(unit: Unit, max_bytes: int) -> Iterator[Unit]:
         n_bytes = 0.0
         while rest and n_bytes < max_bytes:
             span = rest.pop(0)
-            row_bytes = max(1.0, span.row_bytes * inflation(span.path))
+            known = inflation(span.path)
+            row_bytes = max(1.0, span.row_bytes * (known or 1.0))
             n_rows = max(1, int((max_bytes - n_bytes) / row_bytes))
+            if known is None:
+                n_rows = min(n_rows, _PROBE_ROWS)
             if n_rows < span.n_rows:
                 rest.insert(0, span.cut(n_rows, span.n_rows))
                 span = span.cut(0, n_rows)
             taken.append(span)
             n_bytes += span.n_rows * row_bytes
+            if known is None and rest and rest[0].path == span.path:
+                break
         n_taken = sum(span.n_rows for span in taken)
         yield replace(unit, spans=tuple(taken), n_rows=n_taken)
 
