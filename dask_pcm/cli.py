@@ -15,12 +15,18 @@ import click
 import pandas as pd
 from distributed import Client, LocalCluster
 
-from dask_pcm.errors import CancelledError, FailedRowsError, InstallError, PCMError
+from dask_pcm.errors import (
+    CancelledError,
+    FailedRowsError,
+    InstallError,
+    LimitError,
+    PCMError,
+)
 from dask_pcm.factcheck import demo as factcheck
 from dask_pcm.factcheck import demo_model
 from dask_pcm.inference import LLM, classify
 from dask_pcm.ledger import Report, Run, Sample, attach, write_parquet
-from dask_pcm.ledger.limit import Limit, LimitError
+from dask_pcm.ledger.limit import Limit
 from dask_pcm.pieces import read_parquet
 from dask_pcm.version import __version__
 

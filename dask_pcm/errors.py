@@ -47,6 +47,10 @@ class FailedRowsError(PCMError, RuntimeError):
     """More rows failed than were allowed; the message holds some of their errors."""
 
 
+class LimitError(PCMError, ValueError):
+    """A limit that says neither how many rows nor which share of them."""
+
+
 class CancelledError(PCMError, RuntimeError):
     """A run was cancelled; what it has committed stays."""
 

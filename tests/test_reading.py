@@ -123,6 +123,18 @@ def test_rows_of_a_megabyte_in_one_row_group_take_little_memory(tmp_path):
     assert peak < 100e6, peak  # the row group has 400 MB
 
 
+def test_a_row_group_of_ten_million_rows_is_gone_through_a_little_at_a_time(tmp_path):
+    n_rows = 10_000_000
+    at = write(tmp_path / "long.parquet", n_rows, n_rows)
+    pool = pa.default_memory_pool()
+    before, peak, seen = pool.bytes_allocated(), 0, []
+    for table in read_rows(*at, n_rows - 1_000, n_rows, 8.0):
+        seen += table["x"].to_pylist()
+        peak = max(peak, pool.bytes_allocated() - before)
+    assert seen == list(range(n_rows - 1_000, n_rows))
+    assert peak < 16 << 20  # all of them: 80 MB
+
+
 def test_pieces_of_wide_rows_are_bounded_in_bytes(tmp_path):
     path = tmp_path / "wide.parquet"
     frame = pd.DataFrame({"id": range(64), "blob": [np.random.bytes(10_000) for _ in range(64)]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dask_pcm.errors import PCMError
+from dask_pcm.errors import LimitError
 
 #: So many rows, and nothing but failures, is no bad luck.
 HOPELESS_ROWS = 1_000
@@ -71,7 +71,3 @@ class Limit:
         """Whether there is no reason to think that any row will ever succeed."""
         has_limit = self.number is not None or (self.share is not None and self.share < 1)
         return has_limit and n_failed == n_done >= HOPELESS_ROWS
-
-
-class LimitError(PCMError, ValueError):
-    """A limit that says neither how many rows nor which share of them."""

@@ -242,7 +242,7 @@ class Output(abc.ABC):
             if the_living or not owner.is_alive:
                 self._restore(self.shut_out(owner.run))
         for name in self.entries(HOME):
-            if name.startswith("old-"):  # whoever was to remove it did not live to do it
+            if name.startswith(("old-", "new-")):  # whoever made it did not live to go on
                 self._restore(f"{HOME}/{name[:-1]}")
 
     def set_aside(self) -> None:

@@ -55,8 +55,8 @@ def acquire(*contexts: Context) -> Iterator[Any]:
     """
     if _is_in_loop():
         raise RecipeError(
-            "acquire would hold up the event loop: a coroutine runs on it, and so does every"
-            " heartbeat. Make the task a plain function, def instead of async def."
+            "acquire would hold up the worker's event loop: a coroutine runs on it, and so does"
+            " every heartbeat. Make the task a plain function, def instead of async def."
         )
     for context in contexts:
         if not isinstance(context, Context):
@@ -66,11 +66,11 @@ def acquire(*contexts: Context) -> Iterator[Any]:
 
 
 def _is_in_loop() -> bool:
+    """Whether this runs on a worker's event loop; a notebook's own loop is nobody's business."""
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+        return get_worker().loop.asyncio_loop is asyncio.get_running_loop()
+    except (ValueError, RuntimeError):  # no worker; no loop
         return False
-    return True
 
 
 class Spent(threading.local):

@@ -768,14 +768,11 @@ class TestBadInput:
         pd.DataFrame({"id": range(60), "blob": blobs}).to_parquet(tmp_path / "w.parquet")
         with dask.config.set({"pcm.run.unit-bytes": "1 MB"}):
             frame = pcm.read_parquet(tmp_path / "w.parquet")
-            self.write_wide(frame, blobs, out)
-
-    def write_wide(self, frame, blobs, out):
-        meta = {"id": "i8", "blob": "object"}
-        verdicts = pcm.map_partitions(
-            lambda f, m: f, frame, context=LLM, meta=meta, batch_rows=32, required_columns=None
-        )
-        run = write(verdicts, out)
+            meta = {"id": "i8", "blob": "object"}
+            verdicts = pcm.map_partitions(
+                lambda f, m: f, frame, context=LLM, meta=meta, batch_rows=32
+            )
+            run = write(verdicts, out)
         assert run.report.units >= 12
         assert found_in(out).blob.tolist() == blobs
 

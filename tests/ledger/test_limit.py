@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from dask_pcm.ledger.limit import Limit, LimitError
+from dask_pcm.errors import LimitError
+from dask_pcm.ledger.limit import Limit
 
 
 @pytest.mark.parametrize(

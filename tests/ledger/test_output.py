@@ -380,6 +380,7 @@ class TestFolder:
 
     def test_what_dead_attempts_left_is_removed(self, tmp_path, output):
         Path(output.path, output.place, "part.half").write_text("torn")
+        Path(output.path, "_pcm", "new-dead").mkdir()  # killed as it began
         newer = output.as_run("newer")
         with at_work(newer):
             newer.fence()

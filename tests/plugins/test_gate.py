@@ -257,6 +257,7 @@ async def test_users_workers_hosts_and_loose_restrictions(c, s, gate, a, b, d):
     assert s.workers[b.address] and not is_warm(a)
     host = c.map(numbers, range(10), ctx=A, key="h", workers=["127.0.0.1"])
     await wait(host)
+    assert {f.status for f in host} == {"finished"}
     loose = c.map(
         numbers, range(4), ctx=A, key="l", workers=["tcp://127.0.0.1:1"], allow_other_workers=True
     )

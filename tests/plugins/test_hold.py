@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 import warnings
@@ -214,3 +215,11 @@ def test_a_long_list_beside_a_context_does_not_hide_it(client, seen, place):
 
     _, is_wanted, warned = seen(make)
     assert is_wanted and not warned
+
+
+def test_in_a_notebook_whose_cells_run_in_a_loop():
+    async def cell():
+        with pcm.acquire(pcm.Context(load, "cell")) as live:
+            return live
+
+    assert asyncio.run(cell()) == ["cell"]
