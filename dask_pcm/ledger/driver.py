@@ -59,7 +59,7 @@ class Driver:
         self._retries = retries
         self.report = Report(run=job.output.run)
         self.has_committed = False
-        self._is_paused = False
+        self._paused_since: float | None = None
         self._cutter = Cutter(plan, [(0, plan.n_rows)], frozenset(range(plan.n_partitions)))
         self._stock: dict[str, Counts] = {}
         self._held: list[Unit] = []  # taken back while the run is paused
@@ -81,7 +81,7 @@ class Driver:
     def progress(self) -> status.Progress:
         """How the run stands."""
         is_counted = self._plan.spans is not None
-        seconds = max(1e-3, time.monotonic() - self._begun)
+        seconds = max(1e-3, (self._paused_since or time.monotonic()) - self._begun)
         state = self.report.state
         if state == status.RUNNING and self._is_paused:
             state = status.PAUSED
@@ -122,6 +122,7 @@ class Driver:
             was ended; KeyboardInterrupt when the user stops it.
         """
         self._take_stock()
+        self._heart.beat()
         if not self._cutter.is_empty:
             self._plan.start_below(self._client)
         self._begun = time.monotonic()
@@ -139,6 +140,10 @@ class Driver:
                 raise
             self._look(shown, is_last=True)
         self._sum_up()
+
+    @property
+    def _is_paused(self) -> bool:
+        return self._paused_since is not None
 
     @property
     def _is_done(self) -> bool:
@@ -168,6 +173,7 @@ class Driver:
         if self._retries:
             self._retry(places)
         self._n_done = self._n_before = self._plan.n_rows - self._cutter.n_rows
+        report.state = status.RUNNING
 
     def _retry(self, places: Mapping[str, Any]) -> None:
         for name, counts in self._stock.items():
@@ -344,9 +350,13 @@ class Driver:
                 " same again to go on."
             )
         if self._is_paused != (PAUSE in wishes):
-            self._is_paused = PAUSE in wishes
-            if self._is_paused:
+            now = time.monotonic()
+            if self._paused_since is None:
+                self._paused_since = now
                 self._hold_back()
+            else:
+                self._begun += now - self._paused_since
+                self._paused_since = None
             self._heart.beat()
 
     def _hold_back(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dask_pcm.ledger.parts import parse_name
+from dask_pcm.ledger.status import STARTING
 
 
 @dataclass(slots=True)
@@ -20,7 +21,8 @@ class Report:
     run
         Identity of the run.
     state, error
-        How the run ended: ``finished``, ``failed`` or ``cancelled``, and why; or ``running``.
+        How the run ended: ``finished``, ``failed`` or ``cancelled``, and why; or ``starting`` or
+        ``running``.
     rows, rows_failed
         Rows of the whole output, and those among them with an error.
     rows_recomputed
@@ -46,7 +48,7 @@ class Report:
     """
 
     run: str = ""
-    state: str = "running"
+    state: str = STARTING
     error: str | None = None
     rows: int = 0
     rows_failed: int = 0

@@ -22,6 +22,7 @@ from dask_pcm.ledger.status import (
     INTERRUPTED,
     PAUSED,
     RUNNING,
+    STARTING,
     Progress,
 )
 
@@ -57,7 +58,8 @@ class Run:
 
     @property
     def status(self) -> str:
-        """``running``, ``paused``, ``finished``, ``failed``, ``cancelled`` or ``interrupted``."""
+        """``starting``, ``running``, ``paused``, ``finished``, ``failed``, ``cancelled`` or
+        ``interrupted``."""
         return self.progress.state
 
     @property
@@ -70,7 +72,7 @@ class Run:
             return self._of_ended()
         found = self._output.read_json(f"{HOME}/run-{owner.run}/status.json") or {}
         if owner.is_alive:
-            return Progress.of({"state": RUNNING, **found})
+            return Progress.of(found) if found else self._counted({}, STARTING)
         return self._counted(found, INTERRUPTED)
 
     @property
@@ -127,7 +129,7 @@ class Run:
             if self._thread.is_alive():
                 raise TimeoutError(f"The run of {self.path!r} goes on: {self.progress}")
         elif self._driver is None:
-            while (progress := self.progress).state in (RUNNING, PAUSED):
+            while (progress := self.progress).state in (STARTING, RUNNING, PAUSED):
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(f"The run of {self.path!r} goes on: {progress}")
                 time.sleep(_POLL_S)

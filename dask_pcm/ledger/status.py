@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
+#: While it looks at what is there, it has not counted yet.
+STARTING = "starting"
 RUNNING, PAUSED = "running", "paused"
 FINISHED, FAILED, CANCELLED = "finished", "failed", "cancelled"
 #: Nobody drives it, and it did not end by itself: its driver died.
@@ -23,8 +25,8 @@ class Progress:
     Attributes
     ----------
     state
-        ``running``, ``paused``, ``finished``, ``failed``, ``cancelled``; or ``interrupted``, where
-        the process that drove the run is gone.
+        ``starting``, ``running``, ``paused``, ``finished``, ``failed``, ``cancelled``; or
+        ``interrupted``, where the process that drove the run is gone.
     done, total
         Rows of the whole job that are committed, and all; parts where rows are not known.
     counted

@@ -26,12 +26,13 @@ class Asked:
     workers: set[str] | None
     hosts: set[str] | None
     is_loose: bool
+    annotations: dict[str, Any] | None
 
     @classmethod
     def of(cls, ts: TaskState, contexts: tuple[str, ...]) -> Asked:
         """What is asked of a task that has not been parked before."""
         asked = (ts.worker_restrictions, ts.host_restrictions, ts.loose_restrictions)
-        return cls(contexts, *asked)
+        return cls(contexts, *asked, ts.annotations)
 
 
 def park(ts: TaskState) -> None:
@@ -63,7 +64,7 @@ def allowed(scheduler: Scheduler, ts: TaskState, asked: Asked) -> frozenset[str]
 def unpark(ts: TaskState, asked: Asked) -> None:
     """Give a task back to Dask as the user had restricted it."""
     ts.worker_restrictions, ts.host_restrictions = asked.workers, asked.hosts
-    ts.loose_restrictions = asked.is_loose
+    ts.loose_restrictions, ts.annotations = asked.is_loose, asked.annotations
 
 
 def shield_from_timeouts(scheduler: Scheduler, ours: Container[Any]) -> Callable[[], None]:

@@ -27,6 +27,7 @@ from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import LoadError
 from dask_pcm.plugins import parking
+from dask_pcm.plugins.lanes import LANES
 from dask_pcm.plugins.walk import find_refs
 from dask_pcm.scheduling.events import (
     Assign,
@@ -52,8 +53,6 @@ from dask_pcm.scheduling.state import GateState
 logger = logging.getLogger(__name__)
 
 GATE = "pcm-gate"
-#: The executor, added by the worker plugin, in which context tasks run.
-LANES = "pcm"
 _STANDINGS = {
     "loading": Standing.LOADING,
     "device": Standing.WARM,
@@ -129,8 +128,6 @@ class GatePlugin(SchedulerPlugin):
         for key, asked in self.asked.items():
             if (ts := self.scheduler.tasks.get(key)) is not None:
                 parking.unpark(ts, asked)
-                kept = {k: v for k, v in (ts.annotations or {}).items() if k != "executor"}
-                ts.annotations = kept or None
         parked = [key for key in self.asked if self._state_of(key) == "no-worker"]
         self.asked.clear()
         self.state = GateState()
@@ -340,11 +337,16 @@ class GatePlugin(SchedulerPlugin):
             ws.add_to_long_running(ts)
             self.scheduler.check_idle_saturated(ws)
 
-    def on_long_running(self, key: Any, **message: Any) -> None:
-        """A task says that it secedes; one on a lane has been set apart already."""
+    def on_long_running(self, key: Any, worker: str, **message: Any) -> None:
+        """A task secedes: if it was on a lane, that is free for what the task waits for.
+
+        To Dask it is nothing new there: such a task has been set apart already.
+        """
         ts = self.scheduler.tasks.get(key)
         if ts is None or ts.processing_on is None or ts not in ts.processing_on.long_running:
-            self.scheduler.handle_long_running(key=key, **message)
+            self.scheduler.handle_long_running(key=key, worker=worker, **message)
+        if self.state.placed.get(key) == worker:
+            self._apply(WorkEnded(key, is_finished=False))
 
     def _warm(self, warm: Warm) -> None:
         member = self.members[warm.worker]

@@ -28,8 +28,8 @@ from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import LoadError
 from dask_pcm.ladder.store import Change, Store, Tier
+from dask_pcm.plugins.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.memory import MemoryAllowance, keep_freed_memory
-from dask_pcm.plugins.scheduler import LANES
 from dask_pcm.plugins.travel import Travels
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         self._lane = threading.local()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         keep_freed_memory()
-        self._open_lanes()
+        open_lanes(worker, self.config.n_lanes)
         worker.stream_handlers["pcm-load"] = self.on_load
         worker.stream_handlers["pcm-return"] = self.on_return
         self.greet()
@@ -82,23 +82,10 @@ class ContextPlugin(Travels, WorkerPlugin):
     def teardown(self, worker: Worker) -> None:
         self.epoch = ""  # whatever the scheduler still says is of no account
         if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
-            worker.state.nthreads -= self.config.n_lanes
+            close_lanes(worker, self.config.n_lanes)
             self._loader.submit(self.store.close)
             self.memory.forget()
-            lanes = worker.executors.pop(LANES)
-            worker.executors[LANES] = worker.executors["default"]  # for what is still on its way
-            lanes.shutdown(wait=False)
         self._loader.shutdown(wait=False)
-
-    def _open_lanes(self) -> None:
-        """Context tasks get threads of their own, on top of those that the worker has.
-
-        The worker may execute that many more tasks at once; plain tasks still share the threads
-        of the default executor, so they never run beside more of their kind than before.
-        """
-        lanes = ThreadPoolExecutor(self.config.n_lanes, thread_name_prefix="pcm-lane")
-        self.worker.executors[LANES] = lanes
-        self.worker.state.nthreads += self.config.n_lanes
 
     def on_load(self, epoch: str, ref: bytes, n_threads: int, **kwargs: Any) -> None:
         """The scheduler wants a context here."""

@@ -136,7 +136,8 @@ def note_in(part):
 class TestHandle:
     def test_it_returns_at_once_and_is_waited_for(self, client, job, out, gate):
         run = write(job(gate), out, wait=False)
-        assert run.status == "running" and run.progress.total == 200
+        assert run.status in ("starting", "running") and run.progress.total == 200
+        until(lambda: run.status == "running")
         with pytest.raises(TimeoutError, match=r"goes on: running: 0/200 rows"):
             run.wait(0.1)
         gate.open()
@@ -155,8 +156,9 @@ class TestHandle:
         until(lambda: not any(client.processing().values()))
         before = run.progress.done
         assert before <= 60  # what was handed over at first; nothing came after it
+        per_s = run.progress.per_s
         time.sleep(0.6)
-        assert run.progress.done == before
+        assert run.progress.done == before and run.progress.per_s == per_s
         run.resume()
         assert run.wait(30).rows == 200
 
@@ -213,6 +215,7 @@ def attached(out):
 class TestAttach:
     def test_from_another_process(self, client, job, out, gate):
         run = write(job(gate), out, wait=False)
+        until(lambda: pcm.attach(out).status == "running")
         seen = attached(out)
         assert (seen["status"], seen["total"]) == ("running", 200)
         assert f"process {os.getpid()} of" in seen["driver"]
@@ -686,7 +689,7 @@ class TestBadInput:
         self.touch(out, then)
         with pytest.raises(BusyError):
             write(job(gate), out)
-        assert pcm.attach(out).status == "running"
+        until(lambda: pcm.attach(out).status == "running")
         gate.open()
         assert run.wait(30).rows == 200
         self.touch(out, then)
@@ -694,7 +697,8 @@ class TestBadInput:
 
     def touch(self, out, then):
         for path in Path(out).rglob("*"):
-            os.utime(path, (then, then))
+            with contextlib.suppress(FileNotFoundError):  # a temporary one
+                os.utime(path, (then, then))
 
     def test_paths_with_blanks_percent_and_unicode(self, client, claims, tmp_path):
         folder = tmp_path / "my claims 100% é ☃"

@@ -10,7 +10,7 @@ import time
 
 import dask
 import pytest
-from distributed import Client, Event, Nanny, Reschedule, wait
+from distributed import Client, Event, Nanny, Reschedule, wait, worker_client
 from distributed.core import Status
 from distributed.utils_test import inc
 
@@ -111,21 +111,52 @@ async def test_plain_tasks_keep_to_their_threads(c, s, gate, a):
     assert [step for i in DONE[::2] for step in (i, i)] == DONE
 
 
-def slow(i, ctx=None):
-    time.sleep(0.2)
+def plus(i, ctx=None):
+    return i + 1
+
+
+def until(name, i, ctx=None):
+    assert Event(name).wait(30)
     return i
 
 
 @gated()
 async def test_plain_tasks_do_not_wait_for_context_work(c, s, gate, a, b):
     """However much of it is in a worker's hands."""
-    context_work = c.map(slow, range(200), ctx=A)
-    await poll(lambda: len(gate.state.placed) >= 4, 10)
-    start = time.monotonic()
-    await c.gather(c.map(inc, range(100)))
-    assert time.monotonic() - start < 2  # in the places that context work leaves: 10 s
-    assert not all(future.done() for future in context_work)
+    gate.config = dataclasses.replace(gate.config, pipeline_s=60.0)
+    await c.gather(c.map(plus, range(50), ctx=A, key="x"))  # so short that many are sent ahead
+    blocked = c.map(until, ["go"] * 200, range(200), ctx=A, key="x")
+    await poll(lambda: all(len(w.state.ready) > 4 for w in (a, b)), 10)
+    assert await c.gather(c.map(inc, range(100))) == list(range(1, 101))
     assert all(ws.long_running == ws.processing for ws in s.workers.values())
+    assert not any(future.done() for future in blocked)
+    await Event("go").set()
+    assert await c.gather(blocked) == list(range(200))
+
+
+@gated(1)
+async def test_context_work_does_not_wait_for_plain_tasks(c, s, gate, a):
+    blocked = c.map(until, ["go"] * 20, range(20))
+    constrained = c.map(until, ["go"] * 20, range(20, 40), resources={"slot": 1})
+    await a.set_resources(slot=20)
+    await poll(lambda: len(a.state.executing) == 1 and len(a.state.constrained) >= 19, 10)
+    assert await c.gather(c.map(plus, range(20), ctx=A)) == list(range(1, 21))
+    assert len(a.state.executing) == 1 and not any(f.done() for f in [*blocked, *constrained])
+    await Event("go").set()
+    assert await c.gather(blocked + constrained) == list(range(40))
+
+
+@gated(1)
+async def test_context_tasks_that_wait_for_context_tasks(c, s, gate, a):
+    """Each leaves its lane to what it waits for, however many there are."""
+
+    def outer(i, ctx=None):
+        with worker_client() as client:
+            return sum(client.gather(client.map(plus, [10 * i, 10 * i + 1], ctx=ctx)))
+
+    found = await asyncio.wait_for(c.gather(c.map(outer, range(6), ctx=A)), 30)
+    assert found == [20 * i + 3 for i in range(6)]
+    await poll(lambda: not gate.state.placed, 10)
 
 
 @gated(1)
@@ -447,7 +478,7 @@ async def test_what_a_paused_worker_has_not_begun_goes_elsewhere(c, s, gate, a, 
     await poll(lambda: len(DONE) == n_begun, 10)
     sent = [key for key, where in gate.state.placed.items() if where == a.address]
     a.status = Status.paused
-    n_kept = gate.config.n_lanes + 1  # to the worker, one more than it has lanes has begun
+    n_kept = gate.config.n_lanes
     await poll(lambda: len(gate.state.workers[a.address].running) == n_kept, 10)
     assert len(DONE) == n_begun and len(sent) > n_kept
     await Event("go").set()
