@@ -15,6 +15,10 @@ class LoadError(PCMError, RuntimeError):
     """A context could not be built; the message holds the loader's own traceback."""
 
 
+class DeadlockError(PCMError, RuntimeError):
+    """Tasks would wait for each other's contexts for ever."""
+
+
 class RowCountError(PCMError, ValueError):
     """A function called on n rows at a time did not return one row for each."""
 

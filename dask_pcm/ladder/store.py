@@ -6,19 +6,23 @@ The store knows nothing of Dask. Threads of any kind may call it.
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from dask_pcm.context import ContextRef, Recipe, Sealed
-from dask_pcm.errors import LoadError
+from dask_pcm.errors import DeadlockError, LoadError
 
 logger = logging.getLogger(__name__)
+
+#: A load that failed is not tried again for so many times the seconds that it took.
+_REST = 10.0
 
 
 class Tier(enum.Enum):
@@ -50,8 +54,11 @@ class Residency:
     error: str | None = None
     n_loads: int = 0
     n_holders: int = 0
-    #: Held for as long as one task uses an exclusive context; the same thread may take it again.
-    turn: threading.RLock = field(default_factory=threading.RLock)
+    #: Until when a load that failed is better not tried again, by the monotonic clock.
+    rests_until: float = 0.0
+    #: The thread that uses an exclusive context, and how many times over.
+    user: int | None = None
+    n_uses: int = 0
 
 
 class Store:
@@ -66,7 +73,10 @@ class Store:
     def __init__(self, on_change: Callable[[Change], None] | None = None) -> None:
         self._on_change = on_change or (lambda change: None)
         self._residencies: dict[str, Residency] = {}
-        # Guards every field of every residency but `turn`; notified when a load ends.
+        #: What each thread that waits for its turn waits for.
+        self._awaited: dict[int, Residency] = {}
+        self._is_closed = False
+        # Guards every field of every residency; notified when a load or a turn ends.
         self._changed = threading.Condition()
 
     def tier(self, digest: str) -> Tier:
@@ -80,6 +90,16 @@ class Store:
         with self._changed:
             residency = self._residencies.get(digest)
             return residency.n_loads if residency else 0
+
+    def rests(self, digest: str) -> bool:
+        """Whether the context failed to load so lately that trying again would not be worth it.
+
+        It rests ten times as long as the load took, so that what cannot be loaded costs little.
+        """
+        with self._changed:
+            residency = self._residencies.get(digest)
+            is_failed = residency is not None and residency.tier is Tier.FAILED
+            return is_failed and time.monotonic() < residency.rests_until
 
     def load(self, ref: ContextRef, again: bool = True) -> Any:
         """Build the context unless it is here, and return the live object.
@@ -119,6 +139,7 @@ class Store:
             residency.tier = Tier.FAILED if error else Tier.DEVICE
             residency.value, residency.error = value, error
             residency.n_loads += not error
+            residency.rests_until = time.monotonic() + _REST * seconds
             self._changed.notify_all()
         self._on_change(Change(ref.digest, residency.tier, seconds, error))
         if error:
@@ -134,6 +155,14 @@ class Store:
         An exclusive context has one holder at a time. Several are taken in the order of their
         digests, so that two tasks never wait for each other. What a task raises while it holds
         a context says nothing about the context: it stays.
+
+        Raises
+        ------
+        LoadError
+            Where one cannot be built.
+        DeadlockError
+            Where the thread holds an exclusive context already, and whoever holds this one waits
+            for that.
         """
         with ExitStack() as stack:
             held = {}
@@ -153,15 +182,48 @@ class Store:
                     residency.n_holders += 1
                     break
         try:
-            if ref.is_exclusive:
-                with residency.turn:
-                    yield value
-            else:
+            with self._turn(residency) if ref.is_exclusive else nullcontext():
                 yield value
         finally:
             with self._changed:
                 residency.n_holders -= 1
-                self._changed.notify_all()
+                is_left = self._is_closed and not residency.n_holders
+            if is_left:
+                self.evict(ref.digest)
+
+    @contextmanager
+    def _turn(self, residency: Residency) -> Iterator[None]:
+        """Be the only thread that uses a context; the same thread may take it again."""
+        me = threading.get_ident()
+        with self._changed:
+            if residency.user != me:
+                self._refuse_deadlock(residency, me)
+                self._awaited[me] = residency
+                self._changed.wait_for(lambda: residency.user is None)
+                del self._awaited[me]
+            residency.user = me
+            residency.n_uses += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                residency.n_uses -= 1
+                if not residency.n_uses:
+                    residency.user = None
+                    self._changed.notify_all()
+
+    def _refuse_deadlock(self, wanted: Residency, me: int) -> None:
+        """Follow who waits for what: if that leads back here, nobody would ever go on."""
+        residency: Residency | None = wanted
+        while residency is not None and residency.user is not None:
+            residency = self._awaited.get(residency.user)
+            if residency is not None and residency.user == me:
+                raise DeadlockError(
+                    f"This task holds context {residency.ref.name!r} and wants"
+                    f" {wanted.ref.name!r}; another one on this worker holds that and waits for"
+                    " what this one holds. Take both at once, in every task:"
+                    " with pcm.acquire(first, second) as (one, other)."
+                )
 
     def evict(self, digest: str) -> bool:
         """Drop a context that nobody holds; False if it is held or not here."""
@@ -175,6 +237,11 @@ class Store:
         return True
 
     def close(self) -> None:
+        """Drop everything for good; what is held as soon as it is not."""
+        self._is_closed = True
+        self.clear()
+
+    def clear(self) -> None:
         """Drop whatever nobody holds."""
         with self._changed:
             digests = list(self._residencies)
@@ -190,6 +257,12 @@ class Store:
                 assert (residency.tier is Tier.FAILED) == (residency.error is not None), digest
                 assert not residency.n_holders or residency.tier is Tier.DEVICE, digest
                 assert residency.tier is Tier.DEVICE or residency.value is None, digest
+
+
+@functools.cache
+def of_process() -> Store:
+    """The store of tasks that no worker plugin cares for."""
+    return Store()
 
 
 def _explain(ref: ContextRef, cause: BaseException) -> str:

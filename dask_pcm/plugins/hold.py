@@ -14,7 +14,7 @@ from distributed import get_worker, warn
 
 from dask_pcm.context import Context, ContextRef
 from dask_pcm.errors import RecipeError
-from dask_pcm.ladder.store import Store
+from dask_pcm.ladder.store import of_process
 from dask_pcm.plugins.worker import CONTEXTS, ContextPlugin
 
 
@@ -30,7 +30,7 @@ def acquire(*contexts: Context) -> Iterator[Any]:
     ----------
     *contexts
         One ``Context``, or several: then a list of their objects is handed out. Take several in
-        one call: two tasks that take them one by one, in other orders, wait for each other.
+        one call: tasks that take them one by one, in other orders, wait for each other.
 
     Yields
     ------
@@ -42,6 +42,8 @@ def acquire(*contexts: Context) -> Iterator[Any]:
     ------
     LoadError
         Where the context cannot be built.
+    DeadlockError
+        Where tasks that take several one by one, in other orders, would wait for each other.
     RecipeError
         Where it is called in a coroutine, or with something else than a context.
 
@@ -107,7 +109,7 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
     On a worker with our plugin they are warm: the gate saw to that. Elsewhere (another Dask
     scheduler, a worker without the plugin) they are loaded once in this process and kept.
     """
-    source = _plugin() or _store_of_process()
+    source = _plugin() or of_process()
     with source.acquire(refs) as values:
         start = time.perf_counter()
         for value in values:
@@ -137,8 +139,3 @@ def _warn_not_installed() -> None:
         "dask_pcm is not installed on this cluster: contexts are loaded in the middle of tasks,"
         " wherever Dask places them. Call dask_pcm.install(client) first.",
     )
-
-
-@functools.cache
-def _store_of_process() -> Store:
-    return Store()

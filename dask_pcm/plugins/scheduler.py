@@ -12,7 +12,6 @@ import asyncio
 import logging
 import pickle
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -27,6 +26,7 @@ from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import LoadError
 from dask_pcm.plugins import parking
+from dask_pcm.plugins.books import Loads, Member, Refs, RunInfo
 from dask_pcm.plugins.lanes import LANES
 from dask_pcm.plugins.walk import find_refs
 from dask_pcm.scheduling.events import (
@@ -61,29 +61,6 @@ _STANDINGS = {
 }
 
 
-@dataclass(slots=True)
-class Member:
-    """A worker whose plugin has said hello."""
-
-    epoch: str
-    cores: tuple[int, ...]
-    host: str
-
-
-@dataclass(slots=True)
-class Loads:
-    """Loads of one context, cluster-wide, since the gate started."""
-
-    n: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(slots=True)
-class RunInfo:
-    client: str
-    contexts: tuple[str, ...] = field(default_factory=tuple)
-
-
 class GatePlugin(SchedulerPlugin):
     """Parks tasks that need a context and dispatches them as the policy decides."""
 
@@ -97,7 +74,7 @@ class GatePlugin(SchedulerPlugin):
         self.scheduler = scheduler
         self.state = GateState()
         self.asked: dict[Any, parking.Asked] = {}
-        self.refs: dict[str, ContextRef] = {}
+        self.refs = Refs()
         self.members: dict[str, Member] = {}
         self.loads: dict[str, Loads] = {}
         self.runs: dict[str, RunInfo] = {}
@@ -163,8 +140,7 @@ class GatePlugin(SchedulerPlugin):
             refs = find_refs(ts.run_spec, [d.run_spec for d in ts.dependencies])
             if not refs:
                 continue
-            self.refs.update((ref.digest, ref) for ref in refs)
-            contexts = tuple(ref.digest for ref in refs)
+            contexts = self.refs.add(refs)
             self.asked[key] = parking.Asked.of(ts, contexts)
             ts.annotations = {**(ts.annotations or {}), "executor": LANES}
             parking.park(ts)
@@ -187,6 +163,7 @@ class GatePlugin(SchedulerPlugin):
             self._apply(WorkWithdrawn(key))
         if finish == "forgotten":
             del self.asked[key]
+            self.refs.discard(asked.contexts)
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
         if self.members.pop(worker, None) is not None:
@@ -269,9 +246,9 @@ class GatePlugin(SchedulerPlugin):
         """
         asked: tuple[ContextRef, ...] = pickle.loads(refs)
         contexts = tuple(ref.digest for ref in asked)
-        self.refs.update((ref.digest, ref) for ref in asked)
         if n_units:
-            self.runs[run] = RunInfo(client, contexts)
+            if run not in self.runs:
+                self.runs[run] = RunInfo(client, self.refs.add(asked))
             self._apply(RunReported(run, Group(contexts, kind), n_rows, n_units))
         else:
             self._close_run(run)
@@ -406,8 +383,10 @@ class GatePlugin(SchedulerPlugin):
             plugins[GATE] = plugins.pop(GATE)
 
     def _close_run(self, run: str) -> None:
-        if self.runs.pop(run, None) is not None:
+        info = self.runs.pop(run, None)
+        if info is not None:
             self._apply(RunClosed(run))
+            self.refs.discard(info.contexts)
 
     def _work(self, ts: TaskState, asked: parking.Asked) -> Work:
         n_rows = float((ts.annotations or {}).get("pcm_rows") or 1.0)

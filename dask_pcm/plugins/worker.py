@@ -27,7 +27,7 @@ from distributed.worker_state_machine import FreeKeysEvent
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import LoadError
-from dask_pcm.ladder.store import Change, Store, Tier
+from dask_pcm.ladder.store import Change, Store, Tier, of_process
 from dask_pcm.plugins.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.memory import MemoryAllowance, keep_freed_memory
 from dask_pcm.plugins.travel import Travels
@@ -59,6 +59,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         self.memory = MemoryAllowance(worker)
         # Dask's executor: a worker that ends does not wait for its threads.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")
+        self._loader.submit(of_process().clear)  # what tasks loaded before would be here twice
         self._lane = threading.local()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         keep_freed_memory()
@@ -155,8 +156,12 @@ class ContextPlugin(Travels, WorkerPlugin):
             self._warned.add(ref.digest)
         if is_new:
             self._warn(ref)
-        with self.memory.growing(ref.digest):
-            self.store.load(ref)
+        try:
+            with self.memory.growing(ref.digest):
+                self.store.load(ref, again=not self.store.rests(ref.digest))
+        except LoadError as error:
+            error.add_note("Tasks that come soon after get this error without another try.")
+            raise
 
     def _warn(self, ref: ContextRef) -> None:
         warn(

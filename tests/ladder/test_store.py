@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dask_pcm import Context
+from dask_pcm.context import Recipe
 from dask_pcm.errors import LoadError
 from dask_pcm.ladder.store import Store, Tier
 
@@ -141,6 +142,75 @@ def test_two_that_want_the_same_pair_never_wait_for_each_other(store):
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(hold, [a, b]), pool.submit(hold, [b, a])]:
             future.result(30)
+
+
+def test_one_by_one_in_other_orders_one_is_told_and_the_others_go_on(store):
+    """A ring of three: each holds one and wants the next."""
+    refs = [Context(load, name).ref for name in "abc"]
+    all_hold = threading.Barrier(3)
+
+    def take(number):
+        with store.acquire([refs[number]]) as (first,):
+            all_hold.wait(10)
+            with store.acquire([refs[(number + 1) % 3]]) as (second,):
+                return first[0] + second[0]
+
+    with ThreadPoolExecutor(3) as pool:
+        taken = [pool.submit(take, number) for number in range(3)]
+        errors = [future.exception(10) for future in taken]
+    assert sorted(type(error).__name__ for error in errors if error) == ["DeadlockError"]
+    message = str(next(error for error in errors if error))
+    assert "holds context 'load'" in message and "Take both at once" in message
+    with store.acquire(refs) as values:
+        assert values == [["a"], ["b"], ["c"]]
+
+
+def test_the_same_thread_takes_it_again_and_leaves_it_once(store):
+    ref = Context(load, "a").ref
+    with ThreadPoolExecutor(1) as pool:
+
+        def take():
+            with store.acquire([ref]):
+                return "taken"
+
+        with store.acquire([ref]):
+            with store.acquire([ref]) as (value,):
+                assert value == ["a"]
+            waiting = pool.submit(take)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.1)
+        assert waiting.result(10) == "taken"
+
+
+def test_what_cannot_be_loaded_rests_ten_times_as_long_as_the_load_took(store, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dask_pcm.ladder.store.time.monotonic", lambda: now[0])
+
+    def failing():
+        now[0] += 5.0
+        raise RuntimeError
+
+    ref = Context(failing).ref
+    monkeypatch.setattr("dask_pcm.ladder.store.Sealed.open", lambda sealed: Recipe(failing, (), {}))
+    assert not store.rests(ref.digest)
+    with pytest.raises(LoadError):
+        store.load(ref)
+    now[0] = 54.0
+    assert store.rests(ref.digest)
+    now[0] = 56.0
+    assert not store.rests(ref.digest)
+
+
+def test_closed_it_drops_what_is_held_as_soon_as_it_is_not(store):
+    held, other = Context(load, "a", close=close).ref, Context(load, "b", close=close).ref
+    store.load(other)
+    with store.acquire([held]):
+        store.close()
+        assert CLOSED == ["b"]
+    assert CLOSED == ["b", "a"]
+    with store.acquire([other]):  # a task that was still on its way
+        assert CLOSED == ["b", "a"]
+    assert CLOSED == ["b", "a", "b"]
 
 
 def test_a_users_exception_never_costs_the_context(store):

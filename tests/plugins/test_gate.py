@@ -559,3 +559,19 @@ def test_the_plugin_pickles():
     import pickle
 
     assert pickle.loads(pickle.dumps(GatePlugin())).name == GATE
+
+
+@gated()
+async def test_recipes_are_kept_for_as_long_as_somebody_asks(c, s, gate, a, b):
+    """They may hold much; a scheduler lives for weeks."""
+    for number in range(5):
+        many = c.map(numbers, range(3), ctx=Context(load, f"model {number}"))
+        other = c.submit(numbers, 1, ctx=Context(load, "model 0"))
+        assert await c.gather(many) == [0, 1, 2]
+        assert 1 <= len(gate.refs) <= 2
+        del many
+        await wait(other)
+    del other
+    await poll(lambda: not s.tasks and not len(gate.refs), 5)
+    with dask.annotate(priority=1):
+        assert await c.submit(numbers, 1, ctx=Context(load, "model 0")) == 1

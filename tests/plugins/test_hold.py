@@ -14,9 +14,10 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
+from distributed import Event, Lock, wait
 
 import dask_pcm as pcm
-from dask_pcm.errors import LoadError, RecipeError
+from dask_pcm.errors import DeadlockError, LoadError, RecipeError
 from dask_pcm.plugins.worker import CONTEXTS
 
 
@@ -174,6 +175,51 @@ def test_a_hidden_context_that_fails_is_tried_again(client, tmp_path):
             failed.result()
         path.write_text("weights")
         assert client.gather(client.map(hidden, range(2, 8))) == ["weights"] * 6
+
+
+def test_a_hidden_context_that_fails_after_long_is_not_tried_by_every_task(client, tmp_path):
+    log = tmp_path / "log"
+
+    def failing(path):
+        with open(path, "a") as file:
+            file.write("load\n")
+        time.sleep(1)
+        raise RuntimeError("no weights")
+
+    context = pcm.Context(failing, str(log))
+
+    def hidden(i):
+        with pcm.acquire(context) as live:
+            return live
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        futures = client.map(hidden, range(20))
+        wait(futures)
+    errors = [future.exception() for future in futures]
+    assert all(isinstance(error, LoadError) and "no weights" in str(error) for error in errors)
+    assert "without another try" in errors[0].__notes__[0]
+    assert len(log.read_text().splitlines()) <= 2  # one a worker
+
+
+def test_tasks_that_wait_for_each_others_contexts_are_told(client):
+    a, b = pcm.Context(load, "one"), pcm.Context(load, "other")
+
+    def taking(names, model):
+        first, second = (a, b) if names == "ab" else (b, a)
+        with pcm.acquire(first):
+            if not Lock("only-one").acquire(timeout=0):  # the second to be here
+                Event("both-hold").set()
+            Event("both-hold").wait(10)
+            with pcm.acquire(second):
+                return names
+
+    worker = next(iter(client.scheduler_info()["workers"]))
+    futures = [client.submit(taking, names, [a, b], workers=[worker]) for names in ("ab", "ba")]
+    wait(futures, timeout=30)
+    errors = [future.exception() for future in futures]
+    assert sum(isinstance(error, DeadlockError) for error in errors) == 1
+    assert sum(error is None for error in errors) == 1
 
 
 def test_several_at_once_and_outside_a_cluster():

@@ -11,14 +11,17 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import dask
 import pytest
-from distributed import Client, LocalCluster, Security, Worker, wait
+from distributed import Client, Event, LocalCluster, Security, Worker, wait
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils_test import gen_cluster, inc
 
 import dask_pcm as pcm
+from dask_pcm.ladder.store import of_process
 from dask_pcm.plugins.parking import PARKED
 from dask_pcm.plugins.scheduler import GATE
 from dask_pcm.plugins.worker import CONTEXTS
@@ -56,6 +59,53 @@ async def test_uninstall_with_work_waiting(c, s, gate, a, b):
     assert GATE not in s.plugins and not s.unrunnable
     assert all(s.tasks[f.key].worker_restrictions is None for f in futures)
     assert a.state.nthreads == b.state.nthreads == 1
+
+
+@gated()
+async def test_what_is_in_use_during_uninstall_is_closed_after_it(c, s, gate, a, b):
+    closed = Event("closed")
+
+    def using(i, model):
+        with pcm.acquire(model):
+            Event("using").set()
+            assert Event("go").wait(20)
+        return i
+
+    future = c.submit(using, 1, pcm.Context(load, "in use", close=lambda live: closed.set()))
+    await Event("using").wait(10)
+    gate.uninstall()
+    await c.unregister_worker_plugin(CONTEXTS)
+    assert not await closed.is_set()
+    await Event("go").set()
+    assert await future == 1
+    await asyncio.wait_for(closed.wait(), 10)
+
+
+@gated(is_held=True)
+async def test_annotations_of_the_users_own_are_theirs_again_after_uninstall(c, s, gate, a, b):
+    a.executors["mine"] = b.executors["mine"] = ThreadPoolExecutor(1, thread_name_prefix="mine")
+
+    def thread_of(i, model=None):
+        return threading.current_thread().name.rsplit("_", 1)[0]
+
+    with dask.annotate(executor="mine"):
+        future = c.submit(thread_of, 1, model=A)
+    await poll(lambda: len(gate.state.waiting) == 1, 5)
+    gate.uninstall()
+    await c.unregister_worker_plugin(CONTEXTS)
+    assert await future == "mine"
+
+
+@gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])
+async def test_what_tasks_loaded_before_is_not_kept_twice(c, s, a):
+    before = pcm.Context(load, "before")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert await c.submit(use, 1, model=before) == (1, "before")
+    assert of_process().n_loads(before.digest) == 1
+    await install(c)
+    await poll(lambda: of_process().n_loads(before.digest) == 0, 5)
+    assert await c.submit(use, 2, model=before) == (2, "before")
 
 
 @gated()
