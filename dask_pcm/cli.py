@@ -91,6 +91,8 @@ def run(
     """Have a model choose an answer for every row of INPUT, a Parquet file or folder."""
     if workers and scheduler:
         raise click.UsageError("Give --workers or --scheduler, not both.")
+    if sample and report:
+        raise click.UsageError("A sample writes no report: give --sample or --report, not both.")
     try:
         limit = Limit.of(max_failed_rows)
     except LimitError as error:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import fsspec
@@ -27,6 +30,24 @@ NULLABLE = {
     **{getattr(pa, f"uint{n}")(): getattr(pd, f"UInt{n}Dtype")() for n in (8, 16, 32, 64)},
     pa.bool_(): pd.BooleanDtype(),
 }
+
+
+def path_text(path: str | os.PathLike[str]) -> str:
+    """A path or URL as text.
+
+    Raises
+    ------
+    InputError
+        Where it was a URL before pathlib took one of its slashes.
+    """
+    text = os.fspath(path)
+    if isinstance(path, PurePath) and re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", text):
+        url = text.replace(":/", "://", 1)
+        raise InputError(
+            f"{path!r} would be a local folder: pathlib takes a URL for a path. Give {url!r}, as"
+            " text."
+        )
+    return text
 
 
 class RowGroup(NamedTuple):

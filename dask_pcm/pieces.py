@@ -30,6 +30,7 @@ from dask_pcm.files import (
     index_columns,
     list_files,
     one_schema,
+    path_text,
 )
 from dask_pcm.reading import BATCH_BYTES, inflation, note_inflation, read_rows
 
@@ -194,7 +195,7 @@ def read_parquet(
     SchemaError
         Where a column is asked for that is not there, or a name stands twice.
     """
-    path = os.fspath(path)
+    path = path_text(path)
     if rows_per_piece < 1:
         raise InputError(f"rows_per_piece must be at least 1; found {rows_per_piece}.")
     limit = Config.read().unit_bytes if bytes_per_piece is None else parse_bytes(bytes_per_piece)

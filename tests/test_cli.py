@@ -275,3 +275,26 @@ def test_help_names_the_commands():
     shown = CliRunner().invoke(main, ["--help"]).output
     assert "run" in shown and "demo" in shown
     assert "--max-failed-rows" in CliRunner().invoke(main, ["run", "--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "2", "--scheduler", "tcp://nowhere:1"], "Give --workers or --scheduler"),
+        (["--sample", "3", "--report", "report.json"], "A sample writes no report"),
+    ],
+)
+def test_options_that_exclude_each_other(invoke, source, tmp_path, options, message):
+    done = invoke(
+        "run",
+        source,
+        tmp_path / "out",
+        "--model",
+        "demo",
+        "--prompt",
+        "{claim}",
+        "--choices",
+        "a,b",
+        *options,
+    )
+    assert done.exit_code == 2 and message in done.output

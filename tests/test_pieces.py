@@ -276,3 +276,9 @@ class TestBadInput:
         pd.DataFrame({"x": [1], "y": ["a"]}).to_parquet(tmp_path / "d", partition_cols=["y"])
         with pytest.raises(InputError, match=r"partitioned by folder names.*dask\.dataframe"):
             pcm.read_parquet(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("use", [pcm.read_parquet, pcm.attach])
+def test_a_url_that_went_through_pathlib_is_not_taken_for_a_folder(use):
+    with pytest.raises(InputError, match="Give 's3://bucket/claims', as text"):
+        use(Path("s3://bucket/claims"))

@@ -98,8 +98,9 @@ class Store:
         """
         with self._changed:
             residency = self._residencies.get(digest)
-            is_failed = residency is not None and residency.tier is Tier.FAILED
-            return is_failed and time.monotonic() < residency.rests_until
+            if residency is None or residency.tier is not Tier.FAILED:
+                return False
+            return time.monotonic() < residency.rests_until
 
     def load(self, ref: ContextRef, again: bool = True) -> Any:
         """Build the context unless it is here, and return the live object.

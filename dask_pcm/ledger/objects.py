@@ -167,11 +167,7 @@ class Objects(Output):
                     fcntl.flock(file, fcntl.LOCK_EX)
                 yield
             return
-        lock, mine = f"{HOME}/lock", self.run.encode()
-        while not self._create(lock, mine):
-            if self._age_s(lock) > SILENT_S:
-                self.remove(lock)
-            time.sleep(_POLL_S)
+        lock, mine = self._take_lock(), self.run.encode()
         is_over = threading.Event()
 
         def refresh() -> None:
@@ -185,9 +181,38 @@ class Objects(Output):
         finally:
             is_over.set()
             refreshing.join()
-            with contextlib.suppress(FileNotFoundError):
-                if self.read(lock) == mine:
-                    self.remove(lock)
+            self._fs.pipe_file(self._at(lock), b"")
+
+    def _take_lock(self) -> str:
+        """Be the one that takes over: who creates the next of numbered objects.
+
+        The last one says who holds the lock, until it is emptied or has not been written for a
+        while. It is never removed, only followed: else one of two who find it old at the same
+        moment could remove what the other has just created.
+        """
+        while True:
+            number, last = self._last_lock()
+            lock = f"{HOME}/lock-{number + 1:09d}"
+            if (last is None or self._is_free(last)) and self._create(lock, self.run.encode()):
+                if self._last_lock()[1] == lock:  # else we had looked too long ago
+                    for name in self._locks()[:-1]:
+                        self.remove(f"{HOME}/{name}")
+                    return lock
+                self.remove(lock)
+            time.sleep(_POLL_S)
+
+    def _is_free(self, lock: str) -> bool:
+        try:
+            return not self.read(lock) or self._age_s(lock) > SILENT_S
+        except FileNotFoundError:  # somebody else was first
+            return False
+
+    def _last_lock(self) -> tuple[int, str | None]:
+        names = self._locks()
+        return (int(names[-1].partition("-")[2]), f"{HOME}/{names[-1]}") if names else (0, None)
+
+    def _locks(self) -> list[str]:
+        return [name for name in self.entries(HOME) if name.startswith("lock-")]
 
     @contextlib.contextmanager
     def open(self, says: Mapping[str, Any]) -> Iterator[None]:

@@ -15,7 +15,7 @@ another size in another run fit between. Under ``OUTPUT/_pcm/`` lie:
     A line for each unit that was started and for each part that was committed.
 ``report.json``
     The report of the last run.
-``lock``
+``lock`` (in object stores ``lock-<number>``)
     Held while a run looks whether it may begin, and takes over.
 
 ``folder.py`` keeps all this in a folder of a filesystem, ``objects.py`` in an object store.
@@ -36,6 +36,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import pyarrow as pa
 
 from dask_pcm.errors import OutputError
+from dask_pcm.files import path_text
 from dask_pcm.ledger.parts import Note, parse_name
 
 HOME = "_pcm"
@@ -302,5 +303,5 @@ def _walk(output: Output, folder: str) -> Iterator[str]:
 
 def local_path(path: str | os.PathLike[str]) -> str | None:
     """A path of the filesystem, absolute; None if it is a URL of something else."""
-    text = os.fspath(path).removeprefix("file://")
+    text = path_text(path).removeprefix("file://")
     return None if "://" in text else os.path.abspath(os.path.expanduser(text))

@@ -119,7 +119,8 @@ def write_parquet(
         Shut out another run that is at work on the output, and go on where it was.
     sample
         Answer so many rows drawn at random from the whole, always the same ones, and estimate what
-        the rest would take. Nothing is written anywhere.
+        the rest would take. Nothing is written anywhere; of the other options only `overwrite` and
+        `extend` are of account.
     wait
         Return when all is done; otherwise at once, while a thread drives the run.
     progress

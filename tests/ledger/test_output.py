@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -472,6 +473,27 @@ class TestObjects:
             os.utime(lock, (1, 1))
             assert output.commit(NAME, [TABLE], lambda: NOTE)
         assert not list(tmp_path.glob("*part*"))
+
+    def test_of_many_who_find_a_dead_holders_lock_one_at_a_time_goes_on(self, bucket, monkeypatch):
+        """However they come to stand between looking, creating and removing."""
+        monkeypatch.setattr(objects, "SILENT_S", 2.0)
+        monkeypatch.setattr(objects, "_POLL_S", 0.001)
+        output = Objects.at(f"{bucket}/out", None)
+        output._create("_pcm/lock-000000007", b"dead")
+        inside, seen = [], []
+
+        def take(number):
+            for _ in range(3):
+                with output.as_run(f"run {number}").taking_over():
+                    inside.append(number)
+                    seen.append(len(inside))
+                    time.sleep(0.01)
+                    inside.remove(number)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(take, range(4)))
+        assert seen == [1] * 12
+        assert [name for name in output.entries("_pcm") if "lock" in name] == ["lock-000000019"]
 
     def test_large_parts_are_put_conditionally_too(self, bucket):
         output = Objects.at(f"{bucket}/out", None)
