@@ -122,8 +122,7 @@ class PieceReader:
         found: list[pa.Table] = []
         n_bytes = 0
         for span in spans:
-            row_bytes = span.row_bytes * (inflation(span.path) or 1.0)
-            rows = (span.start, span.stop, row_bytes)
+            rows = (span.start, span.stop, span.row_bytes)
             n_decoded = 0
             for table in read_rows(span.path, span.version, wanted, *rows):
                 if found and not is_whole and n_bytes + table.nbytes > BATCH_BYTES:

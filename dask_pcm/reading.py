@@ -26,7 +26,7 @@ from dask_pcm.files import version_of
 BATCH_BYTES = 2 << 20
 _BUFFER_BYTES = 1 << 20
 #: A text that is stored once for all rows takes its room in each of them once it is decoded.
-_MAX_BATCH_ROWS = 256
+_MAX_BATCH_ROWS, _MAX_PROBE_ROWS = 256, 16
 #: Cursors that wait in a process to be taken up again.
 _MAX_IDLE = 4
 #: Files whose row groups are remembered.
@@ -106,11 +106,11 @@ class _Idle:
     def take(self, key: Any, earliest: int, start: int, batch_rows: int) -> Cursor | None:
         """The cursor of a file that stands nearest before row `start`, not before `earliest`.
 
-        One that decodes many more than `batch_rows` at a time is left to be forgotten.
+        One that decodes many more or fewer than `batch_rows` at a time is left to be forgotten.
         """
         with self._lock:
             found = [c for c in self._cursors if c.key == key and earliest <= c.at <= start]
-            found = [c for c in found if c.batch_rows <= 2 * batch_rows]
+            found = [c for c in found if batch_rows <= 4 * c.batch_rows <= 8 * batch_rows]
             if not found:
                 return None
             nearest = max(found, key=lambda cursor: cursor.at)
@@ -163,7 +163,7 @@ def read_rows(
     version
         When the file was written, as it was listed.
     row_bytes
-        Estimated bytes of a row in these columns.
+        Bytes of a row in these columns, as the footer has it.
 
     Raises
     ------
@@ -173,22 +173,21 @@ def read_rows(
     with _named(path):
         _check_version(path, version)
         starts, cursor = idle.starts(path, version), None
+        batch_rows = _batch_rows(path, row_bytes)
         if starts is None:
-            cursor = _cursor(path, version, columns, row_bytes)
+            cursor = Cursor(path, version, columns, batch_rows)
             starts = cursor.starts()
             idle.note_starts(path, version, starts)
         group = bisect.bisect_right(starts, start) - 1
         if start >= stop or group < 0:
-            cursor = cursor or _cursor(path, version, columns, row_bytes)
+            cursor = cursor or Cursor(path, version, columns, batch_rows)
             yield cursor.nothing()
             cursor.close()
             return
         if cursor is None:
-            cursor = idle.take(
-                (path, version, columns), starts[group], start, _batch_rows(row_bytes)
-            )
+            cursor = idle.take((path, version, columns), starts[group], start, batch_rows)
         if cursor is None:
-            cursor = _cursor(path, version, columns, row_bytes)
+            cursor = Cursor(path, version, columns, batch_rows)
         if cursor.at < starts[group]:
             cursor.begin(group, starts[group])
         try:
@@ -202,12 +201,11 @@ def read_rows(
         cursor.close()
 
 
-def _cursor(path: str, version: str, columns: tuple[str, ...], row_bytes: float) -> Cursor:
-    return Cursor(path, version, columns, _batch_rows(row_bytes))
-
-
-def _batch_rows(row_bytes: float) -> int:
-    return max(1, min(_MAX_BATCH_ROWS, int(BATCH_BYTES / max(1.0, row_bytes))))
+def _batch_rows(path: str, row_bytes: float) -> int:
+    """Rows to decode at a time: few, until it is known what rows of this file really take."""
+    known = _inflation.get(path)
+    most = _MAX_PROBE_ROWS if known is None else _MAX_BATCH_ROWS
+    return max(1, min(most, int(BATCH_BYTES / max(1.0, row_bytes * (known or 1.0)))))
 
 
 @contextmanager

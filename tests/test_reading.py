@@ -157,3 +157,26 @@ def test_types_are_the_same_however_little_is_read_at_a_time(tmp_path, monkeypat
     reading.idle.clear()
     one_by_one = pcm.read_parquet(path).compute(scheduler="sync")
     pd.testing.assert_frame_equal(one_by_one, whole)
+
+
+def test_few_rows_at_a_time_until_it_is_known_what_they_take(tmp_path):
+    """A text of 300 kB that stands in every row is stored once, and tells so only once read."""
+    path = tmp_path / "same.parquet"
+    table = pa.table({"x": pa.array(["x" * 300_000] * 200)})
+    pq.write_table(table, path)
+    (file,) = list_files(str(path))
+    at = (file.path, file.modified, ("x",))
+    footer_bytes = path.stat().st_size / 200
+    sizes = [table.nbytes for table in read_rows(*at, 0, 50, footer_bytes)]
+    assert max(sizes) < 3 * reading.BATCH_BYTES
+    reading.note_inflation(file.path, sum(sizes), 50 * footer_bytes)
+    sizes = [table.nbytes for table in read_rows(*at, 50, 200, footer_bytes)]
+    assert max(sizes) <= 1.1 * reading.BATCH_BYTES
+
+
+def test_once_it_is_known_narrow_rows_are_decoded_many_at_a_time(tmp_path, made):
+    at = write(tmp_path / "a.parquet", 5_000, 5_000)
+    assert rows(at, 0, 40) == list(range(40))
+    reading.note_inflation(at[0], 320, 320)
+    assert rows(at, 40, 5_000) == list(range(40, 5_000))
+    assert [cursor.batch_rows for cursor in made] == [16, 256]

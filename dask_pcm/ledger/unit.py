@@ -29,7 +29,7 @@ from dask_pcm.reading import inflation
 _LIBRARIES = ("torch", "transformers")
 _MAX_ERRORS = 3
 #: So many rows are computed first in a process that has not read any yet.
-_PROBE_ROWS = 256
+_PROBE_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
