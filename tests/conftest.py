@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pandas as pd
 import pytest
@@ -46,15 +48,35 @@ def no_swallowed_errors() -> Iterator[SwallowedErrors]:
     assert not handler.records, "\n".join(handler.records)
 
 
+@contextmanager
+def validated_cluster(**options: Any) -> Iterator[LocalCluster]:
+    """Two worker processes; state machines are validated, and logs looked through at the end."""
+    with (
+        dask.config.set({"distributed.scheduler.validate": True}),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=":0", validate=True, **options
+        ) as cluster,
+    ):
+        yield cluster
+        with Client(cluster) as client:
+            logs = client.get_worker_logs()
+        lines = [text for found in logs.values() for _, text in found]
+        assert not [text for text in lines if "Error" in text and is_swallowed(text)]
+
+
+def is_swallowed(text: str) -> bool:
+    """Whether a worker tells of an error of ours that nobody else is told of."""
+    is_ours = "/dask_pcm/" in text or "AssertionError" in text or "plugin pcm" in text
+    return is_ours and "Compute Failed" not in text
+
+
 @pytest.fixture(scope="module")
 def shared_cluster() -> Iterator[LocalCluster]:
     """Two worker processes for the tests of a module: for whatever harms none of them.
 
     Not for the whole session: Dask's own cluster tests look for processes that were left behind.
     """
-    with LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit="4GiB"
-    ) as cluster:
+    with validated_cluster(memory_limit="4GiB") as cluster:
         yield cluster
 
 
@@ -70,10 +92,7 @@ def client(shared_cluster: LocalCluster) -> Iterator[Client]:
 @pytest.fixture
 def own_client() -> Iterator[Client]:
     """A cluster of two worker processes for this test alone."""
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
+    with validated_cluster() as cluster, Client(cluster) as client:
         yield client
 
 

@@ -281,19 +281,24 @@ async def test_client_retry_and_reschedule(c, s, gate, a, b):
 
 
 @gated(3)
-async def test_users_workers_hosts_and_loose_restrictions(c, s, gate, a, b, d):
+async def test_users_workers_and_loose_restrictions(c, s, gate, a, b, d):
     only = c.map(numbers, range(10), ctx=A, key="w", workers=[b.address])
     await wait(only)
     assert await where(c, only) == {b.address}
     assert s.workers[b.address] and not is_warm(a)
-    host = c.map(numbers, range(10), ctx=A, key="h", workers=["127.0.0.1"])
-    await wait(host)
-    assert {f.status for f in host} == {"finished"}
     loose = c.map(
         numbers, range(4), ctx=A, key="l", workers=["tcp://127.0.0.1:1"], allow_other_workers=True
     )
     await wait(loose)
     assert {f.status for f in loose} == {"finished"}
+
+
+@gated([("127.0.0.1", 1), ("127.0.0.2", 1)])
+async def test_users_hosts(c, s, gate, a, b):
+    futures = c.map(numbers, range(10), ctx=A, workers=["127.0.0.2"])
+    await wait(futures)
+    assert await where(c, futures) == {b.address}
+    assert not is_warm(a)
 
 
 @gated()
@@ -366,6 +371,24 @@ async def test_release_while_processing(c, s, gate, a, b):
     await poll(lambda: not s.tasks, 10)
     assert not gate.state.placed and not gate.asked
     assert await c.submit(numbers, 1, ctx=A) == 1
+
+
+@gated(1, is_held=True)
+async def test_priorities_across_contexts(c, s, gate, a):
+    for context in (A, B):
+        await asyncio.to_thread(a.plugins[CONTEXTS].store.load, context.ref)
+    await poll(lambda: gate.state.workers[a.address].holds((A.digest, B.digest)), 5)
+    low = c.map(noted, range(6), ctx=A, key="low")
+    await poll(lambda: len(gate.state.waiting) == 6, 5)
+    high = c.map(noted, range(10, 14), ctx=B, key="high", priority=10)
+    middle = c.map(noted, range(20, 24), ctx=A, key="middle", priority=5)
+    await poll(lambda: len(gate.state.waiting) == 14, 5)
+    gate.release()
+    await wait(low + high + middle)
+    ranks = [2 if i < 10 else 0 if i < 20 else 1 for i in DONE]
+    # Those on the lanes at the same moment end in any order.
+    before = {at: ranks[: max(0, at + 1 - gate.config.n_lanes)] for at in range(len(ranks))}
+    assert all(max(before[at], default=0) <= rank for at, rank in enumerate(ranks))
 
 
 @gated()
