@@ -32,7 +32,7 @@ from dask_pcm.files import (
     one_schema,
     path_text,
 )
-from dask_pcm.reading import BATCH_BYTES, inflation, note_inflation, read_rows
+from dask_pcm.reading import BATCH_BYTES, note_inflation, read_rows
 
 ROWS_PER_PIECE = 10_000
 
