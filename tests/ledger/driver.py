@@ -3,6 +3,7 @@
 ``python -m tests.ledger.driver INPUT LOG OUTPUT [OPTION...]``
 
 Its cluster has two worker processes; each batch notes its rows in the log before it is computed.
+While there is a file ``LOG.broken``, every tenth row fails.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def compute(frame, log):
     os.write(descriptor, line.encode())
     os.close(descriptor)
     time.sleep(0.02)
+    if os.path.exists(f"{log}.broken") and (frame["id"] % 10 == 3).any():
+        raise ValueError("a broken row")
     return pd.DataFrame({"id": frame["id"], "twice": frame["id"] * 2})
 
 

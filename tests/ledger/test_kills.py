@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
+import pyarrow as pa
 import pytest
 
 import dask_pcm as pcm
@@ -52,13 +53,13 @@ def finish(driver):
     assert driver.returncode == 0, said
 
 
-def check(job, n_twice_at_most):
+def check(job, n_twice_at_most, n_rows=N_ROWS):
     found = pd.read_parquet(job.out)
-    assert found.id.tolist() == list(range(N_ROWS))
+    assert found.id.tolist() == list(range(n_rows))
     assert (found.twice == found.id * 2).all()
     computed = Counter(i for _, rows in batches(job.log) for i in rows)
-    assert set(computed) == set(range(N_ROWS))
-    assert computed.total() - N_ROWS <= n_twice_at_most
+    assert set(computed) == set(range(n_rows))
+    assert computed.total() - n_rows <= n_twice_at_most
     assert not list(Path(job.out, "_pcm").glob("run-*"))
 
 
@@ -91,6 +92,85 @@ def test_workers_end_when_their_driver_dies_and_its_output_goes_on(job):
     assert not alive
     finish(job())
     check(job, n_twice_at_most=4 * ROWS_PER_FILE)
+
+
+def kill_twice_and_finish(job, option, n_batches):
+    """Killed as a whole and the driver alone, each time in the midst of its work."""
+    for kill in (os.killpg, os.kill):
+        driver = job(option)
+        wait_for(job.log, len(batches(job.log)) + n_batches, driver)
+        workers = psutil.Process(driver.pid).children(recursive=True)
+        kill(driver.pid, signal.SIGKILL)
+        driver.communicate()
+        psutil.wait_procs(workers, timeout=20)
+    finish(job(option))
+
+
+def test_killed_while_it_computes_failed_rows_again(job):
+    broken = Path(f"{job.log}.broken")
+    broken.touch()
+    finish(job())
+    failed = pd.read_parquet(job.out).set_index("id")["error"].dropna()
+    assert failed.index.tolist() == list(range(3, N_ROWS, 10))
+    broken.unlink()
+    job.log.unlink()
+    kill_twice_and_finish(job, "retry_failed", n_batches=20)
+    found = pd.read_parquet(job.out)
+    assert found.id.tolist() == list(range(N_ROWS))
+    assert (found.twice == found.id * 2).all() and found.error.isna().all()
+    computed = Counter(i for _, rows in batches(job.log) for i in rows)
+    assert set(computed) == set(failed.index)  # those that had failed, and no others
+    assert computed.total() - len(failed) <= 2 * 4 * ROWS_PER_FILE / 10
+
+
+def test_killed_while_it_takes_in_new_files(job, tmp_path):
+    finish(job())
+    for number in range(N_FILES):
+        ids = range(N_ROWS + number * 50, N_ROWS + number * 50 + 50)
+        frame = pd.DataFrame({"id": ids, "claim": "a claim"})
+        frame.to_parquet(tmp_path / "claims" / f"part-{N_FILES + number}.parquet", index=False)
+    kill_twice_and_finish(job, "extend", n_batches=30)
+    check(job, n_twice_at_most=2 * 4 * ROWS_PER_FILE, n_rows=2 * N_ROWS)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real filesystem of 1 MiB; called, it has so many MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", *options, "tmpfs", place]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = mount("-o", "size=1m")
+    if done.returncode:
+        pytest.skip(f"no filesystem can be mounted here: {done.stderr.strip()}")
+    mount.place, mount.grow = place, lambda: mount("-o", "remount,size=64m")
+    yield mount
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_is_full_in_the_midst_of_a_run(client, claims, small_disk):
+    def wide(frame, live):
+        return pd.DataFrame({"id": frame["id"], "noise": [os.urandom(2_000) for _ in frame["id"]]})
+
+    verdicts = pcm.map_partitions(
+        wide,
+        pcm.read_parquet(claims(n_files=N_FILES, n_rows=ROWS_PER_FILE)),
+        context=pcm.Context(list),
+        meta={"id": "i8", "noise": pd.ArrowDtype(pa.binary())},
+        batch_rows=10,
+    )
+    out = small_disk.place / "out"
+    with pytest.raises(pcm.PCMError, match="no room left for the output"):
+        pcm.write_parquet(verdicts, out, progress=False)
+    n_there = len(pd.read_parquet(out))  # whatever is there is whole
+    assert 0 < n_there < N_ROWS
+    assert small_disk.grow().returncode == 0
+    report = pcm.write_parquet(verdicts, out, progress=False).report
+    assert (report.rows, report.rows_resumed) == (N_ROWS, n_there)
+    assert pd.read_parquet(out).id.tolist() == list(range(N_ROWS))
 
 
 def paused(job):
