@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import pickle
-import queue
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import dask
 import numpy as np
-from dask.utils import key_split
 from distributed import Client, Future
 
 from dask_pcm.config import Config
@@ -29,15 +25,13 @@ from dask_pcm.ledger.plan import Plan, Unit
 from dask_pcm.ledger.progress import Meter, meter
 from dask_pcm.ledger.report import Report, rows_recomputed
 from dask_pcm.ledger.stock import Counts, is_first, take_stock
-from dask_pcm.ledger.unit import Job, UnitResult, run_unit
+from dask_pcm.ledger.unit import Job, UnitResult
+from dask_pcm.ledger.window import Window
 from dask_pcm.mapping import ERROR
-from dask_pcm.scheduling.units import unit_rows
 
 logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.25
-_MAX_WAITING = 1_000  # units at the gate for each worker, however short they are
-_MAX_AT_ONCE = 100  # units in one graph: the scheduler's loop is not to stall
 _MAX_ERRORS, _MAX_KINDS = 5, 1_000  # told; told apart
 
 
@@ -54,28 +48,24 @@ class Driver:
         self._plan = plan
         self._job = job
         self._output = job.output
-        self._config = config
+        self._max_bytes = config.unit_bytes
         self._limit = limit
         self._retries = retries
         self.report = Report(run=job.output.run)
         self.has_committed = False
         self._paused_since: float | None = None
-        self._cutter = Cutter(plan, [(0, plan.n_rows)], frozenset(range(plan.n_partitions)))
+        self._window = Window(client, plan, job, config)
         self._stock: dict[str, Counts] = {}
-        self._held: list[Unit] = []  # taken back while the run is paused
-        self._units: dict[str, tuple[Unit, Future]] = {}  # outstanding, by key
-        self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._seconds = self._rows = 0.0  # of inference and reading, over units that ended
         self._ran_on: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
-        self._n_keys = self._n_outstanding_rows = self._n_done = self._n_before = 0
+        self._n_done = self._n_before = 0
         self._n_failed_now = self._n_done_now = self._n_to_retry = 0
         self._status: dict[str, Any] = {}
         self._loads_before: tuple[int, float] | None = None
         self._next_look = 0.0
         self._heart = Heart(job.output, lambda: self.progress)
         self._begun = time.monotonic()
-        self._kind = key_split(self._key(0))
 
     @property
     def progress(self) -> status.Progress:
@@ -123,15 +113,16 @@ class Driver:
         """
         self._take_stock()
         self._heart.beat()
-        if not self._cutter.is_empty:
+        if not self._window.cutter.is_empty:
             self._plan.start_below(self._client)
         self._begun = time.monotonic()
         counted = self.progress.counted
         with meter(self._plan.n_rows, self._n_before, counted, is_shown) as shown:
             try:
-                while not self._is_done:
+                while not self._window.is_empty:
                     self._check_limit()
-                    self._feed()
+                    if not self._is_paused:
+                        self._feed()
                     self._gather()
                     self._look(shown)
                 self._check_limit()
@@ -145,17 +136,13 @@ class Driver:
     def _is_paused(self) -> bool:
         return self._paused_since is not None
 
-    @property
-    def _is_done(self) -> bool:
-        return self._cutter.is_empty and not self._units and not self._held
-
     def _take_stock(self) -> None:
         """Count what earlier runs committed, and cut the rest."""
         self._stock = take_stock(self._output)
         places = {name: parse_name(name) for name in self._stock}
         ranges = [p for p in places.values() if isinstance(p, tuple) and p[0] < p[1]]
         partitions = frozenset(p for p in places.values() if isinstance(p, int))
-        self._cutter = Cutter(self._plan, ranges, partitions, self._config.unit_bytes)
+        cutter = self._window.cutter = Cutter(self._plan, ranges, partitions, self._max_bytes)
         report = self.report
         for name, counts in self._stock.items():
             report.rows_resumed += counts.n_rows
@@ -172,7 +159,7 @@ class Driver:
             )
         if self._retries:
             self._retry(places)
-        self._n_done = self._n_before = self._plan.n_rows - self._cutter.n_rows
+        self._n_done = self._n_before = self._plan.n_rows - cutter.n_rows
         report.state = status.RUNNING
 
     def _retry(self, places: Mapping[str, Any]) -> None:
@@ -183,87 +170,27 @@ class Driver:
             if ERROR in self._plan.meta.columns:
                 errors = self._output.read_table(name, [ERROR])[ERROR]
                 failed = np.flatnonzero(errors.is_valid().to_numpy()).tolist()
-            self._cutter.again(places[name], failed)
+            self._window.cutter.again(places[name], failed)
             self._n_to_retry += counts.n_failed
 
     def _feed(self) -> None:
-        """Keep every worker's lanes filled and a little more at hand."""
-        if self._is_paused:
-            return
-        n_workers = max(1, self._status.get("n_workers", 1))
-        n_wanted = n_workers * (self._config.n_lanes + 1)
         row_s = self._seconds / self._rows if self._rows else None
-        enough_s = n_workers * self._config.ready_s
-        units, self._held = self._held, []
-        self._n_outstanding_rows += sum(unit.n_rows or 1 for unit in units)
-        while not self._cutter.is_empty:
-            n_units = len(self._units) + len(units)
-            ready_s = (row_s or enough_s) * self._n_outstanding_rows
-            is_enough = n_units >= n_wanted and ready_s >= enough_s
-            if is_enough or n_units >= n_workers * _MAX_WAITING or len(units) >= _MAX_AT_ONCE:
-                break
-            n_rows = unit_rows(
-                self._cutter.n_rows,
-                n_workers,
-                self._plan.batch_rows,
-                row_s,
-                self._config.unit_s,
-                self._config.max_unit_rows,
-            )
-            unit = self._cutter.cut(n_rows)
-            units.append(unit)
-            self._n_outstanding_rows += unit.n_rows or 1
-        for _, alike in itertools.groupby(units, key=lambda unit: unit.n_rows or 1):
-            self._submit(list(alike))
-
-    def _submit(self, units: list[Unit]) -> None:
-        """Hand over units of as many rows each."""
-        first = self._n_keys + 1
-        self._n_keys += len(units)
-        graphs, keys, inputs = zip(*map(self._plan.graph, units), strict=True)
-        with dask.annotate(pcm_rows=units[0].n_rows or 1):
-            futures = self._client.map(
-                run_unit,
-                units,
-                graphs,
-                keys,
-                inputs,
-                job=self._job,
-                refs=self._plan.refs,
-                key=[self._key(number) for number in range(first, self._n_keys + 1)],
-                pure=False,
-            )
-        for unit, future in zip(units, futures, strict=True):
-            self._units[future.key] = (unit, future)
-            future.add_done_callback(self._finished.put)
-
-    def _key(self, number: int) -> str:
-        return f"{self._plan.label}_unit-{self._output.run}-{number}"
+        self._window.feed(max(1, self._status.get("n_workers", 1)), row_s)
 
     def _gather(self) -> None:
         """Take in every unit that has ended; wait a moment if none has."""
-        ended = [future for future in self._ended() if future.key in self._units]
-        for future in ended:
+        ended = self._window.ended(_WAIT_S)
+        for unit, future in ended:
             if future.status != "finished":
-                self._raise(future)
-        results: list[UnitResult] = self._client.gather(ended)
-        for future, result in zip(ended, results, strict=True):
-            unit, _ = self._units.pop(future.key)
-            self._n_outstanding_rows -= unit.n_rows or 1
+                self._raise(unit, future)
+        results: list[UnitResult] = self._client.gather([future for _, future in ended])
+        for (unit, future), result in zip(ended, results, strict=True):
+            self._window.take_out(future)
             self._n_done += unit.n_rows or 1
             self._count(unit, result)
             if not self.has_committed:
                 self.has_committed = True
                 self._output.drop_aside()
-            future.release()
-
-    def _ended(self) -> Iterator[Future]:
-        try:
-            yield self._finished.get(timeout=_WAIT_S)
-            while True:
-                yield self._finished.get_nowait()
-        except queue.Empty:
-            return
 
     def _count(self, unit: Unit, result: UnitResult) -> None:
         report = self.report
@@ -297,7 +224,7 @@ class Driver:
         report, is_counted = self.report, self._plan.spans is not None
         n_rows = self._plan.n_rows if is_counted else report.rows
         is_over = not self._limit.allows(report.rows_failed - self._n_to_retry, n_rows)
-        if not is_counted and not self._is_done:
+        if not is_counted and not self._window.is_empty:
             is_over = is_over and self._limit.number is not None  # a share of what, is not known
         if is_over:
             why = f"more than max_failed_rows={self._limit} allows of {n_rows:,}"
@@ -313,8 +240,7 @@ class Driver:
             " cause and run again with retry_failed=True (--retry-failed), or allow more."
         )
 
-    def _raise(self, future: Future) -> None:
-        unit, _ = self._units[future.key]
+    def _raise(self, unit: Unit, future: Future) -> None:
         if future.status == "cancelled" or future.status == "lost":
             raise PCMError(
                 f"The cluster dropped {unit.name} of {self._output.path!r} ({future.status}): it"
@@ -336,8 +262,8 @@ class Driver:
             if not is_last:  # what is done cannot be cancelled
                 self._heed(self._output.wishes())
             # While it is paused, the gate need not keep workers for it.
-            n_rows = 0 if self._is_paused else self._cutter.n_rows
-            n_units = 0 if self._is_paused else max(1, len(self._units))
+            n_rows = 0 if self._is_paused else self._window.cutter.n_rows
+            n_units = 0 if self._is_paused else max(1, len(self._window))
             self._tell(float(n_rows), n_units)
             progress = self.progress
             note = f"{progress.n_warm}/{progress.n_workers} warm, {progress.n_loads} loads"
@@ -353,26 +279,11 @@ class Driver:
             now = time.monotonic()
             if self._paused_since is None:
                 self._paused_since = now
-                self._hold_back()
+                self._window.hold_back()
             else:
                 self._begun += now - self._paused_since
                 self._paused_since = None
             self._heart.beat()
-
-    def _hold_back(self) -> None:
-        """Take back the units that no worker has yet; they are handed over again as they are.
-
-        Cut anew, one that has been begun in this moment would have rows in common with another.
-        """
-        on_workers = {key for keys in self._client.processing().values() for key in keys}
-        taken = [key for key in self._units if key not in on_workers]
-        futures = []
-        for key in taken:
-            unit, future = self._units.pop(key)
-            futures.append(future)
-            self._held.append(unit)
-            self._n_outstanding_rows -= unit.n_rows or 1
-        self._client.cancel(futures, force=True)
 
     def _tell(self, n_rows: float, n_units: int) -> None:
         """Report to the gate what is still to come, and learn how the contexts stand."""
@@ -384,7 +295,7 @@ class Driver:
                 run=self._output.run,
                 client=self._client.id,
                 refs=pickle.dumps(self._plan.refs),
-                kind=self._kind,
+                kind=self._window.kind,
                 n_rows=n_rows,
                 n_units=n_units,
             )
@@ -400,9 +311,8 @@ class Driver:
 
     def _cancel(self, error: BaseException) -> None:
         """Take back what has not run; what runs on is shut out when the output is closed."""
-        futures = [future for _, future in self._units.values()]
         with contextlib.suppress(Exception):
-            self._client.cancel(futures, force=True)
+            self._window.cancel()
         if isinstance(error, KeyboardInterrupt):
             logger.warning(
                 "Interrupted: %s of %s rows are in %s. Run the same again to go on.",
