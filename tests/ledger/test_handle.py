@@ -152,9 +152,10 @@ class TestHandle:
         run.pause()
         until(lambda: run.status == "paused")
         gate.open()
-        until(lambda: run.progress.done > 0)  # what workers have is finished
+        until(lambda: len(found_in(out)))  # what workers have is finished
         until(lambda: not any(client.processing().values()))
-        before = run.progress.done
+        before = len(found_in(out))
+        until(lambda: run.progress.done == before)
         assert before <= 60  # what was handed over at first; nothing came after it
         per_s = run.progress.per_s
         time.sleep(0.6)
@@ -626,7 +627,8 @@ class TestObjectStore:
         assert write(job("other"), out, overwrite=True, **locks).report.rows == 200
         assert found_in(out).verdict[0] == "otherclaim 0"
         left = [path.rpartition("/")[2] for path in fs.ls(f"{bucket}/verdicts/_pcm")]
-        assert sorted(left) == ["log", "manifest.json", "report.json"]
+        kept = [name for name in left if not name.startswith("lock-")]
+        assert sorted(kept) == ["log", "manifest.json", "report.json"] and len(left) <= 4
 
     def test_an_output_within_its_input_is_refused(self, s3_client, bucket, claims):
         import s3fs
