@@ -24,7 +24,7 @@ from dask.dataframe.dask_expr._expr import (
     Projection,
     Tail,
 )
-from dask.dataframe.dask_expr.io.io import BlockwiseIO
+from dask.dataframe.dask_expr.io.io import BlockwiseIO, FromMap
 from dask.dataframe.utils import make_meta
 from dask.utils import funcname
 
@@ -103,11 +103,20 @@ def _foldable(expr: Expr) -> Iterator[Expr]:
 
 
 def _is_cheap(expr: Expr) -> bool:
+    if isinstance(expr, FromMap) and not _is_reader(expr.operand("func")):
+        return False  # a function of the user's: dear, or another answer each time
     if isinstance(expr, Fused):
         return all(_is_cheap(part) for part in expr.exprs)
     cheap = (Projection, ArrowStringConversion, BlockwiseIO, BlockwiseHead, BlockwiseTail)
     is_cheap = isinstance(expr, cheap)
     return is_cheap and isinstance(expr, Blockwise) and len(expr.dependencies()) <= 1
+
+
+def _is_reader(func: Any) -> bool:
+    """Whether it is ours or Dask's, and so reads files."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    return str(func.__module__).partition(".")[0] in ("dask", "dask_pcm")
 
 
 def map_partitions(

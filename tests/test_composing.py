@@ -6,6 +6,7 @@ import os
 
 import dask
 import dask.dataframe as dd
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -170,6 +171,29 @@ class TestAlignment:
         assert read.assign(more=chained.more).more.compute().tolist() == [
             2 * i + 1 for i in range(200)
         ]
+
+    def test_what_is_read_only_once_is_read_once(self, client):
+        """A read of the user's own that gives something else each time, and is used twice."""
+
+        def draw(i):
+            return pd.DataFrame({"x": np.random.default_rng().integers(0, 10**9, 20)})
+
+        def same(frame, model):
+            return frame.rename(columns={"x": "y"})
+
+        drawn = dd.from_map(draw, range(4), meta={"x": "i8"})
+        result = pcm.map_partitions(same, drawn, context=LLM, meta={"y": "i8"})
+        together = drawn.assign(y=result.y).compute()
+        assert (together.x == together.y).all()
+        first, second = dask.compute(drawn, result)
+        assert first.x.tolist() == second.y.tolist()
+
+    def test_reads_of_files_are_folded_into_the_map(self, client, read, tmp_path):
+        read.compute().to_csv(tmp_path / "a.csv", index=False)
+        for frame in (read, dd.read_csv(tmp_path / "a.csv")):
+            made = pcm.map_partitions(lambda f, m: f[["id"]], frame, context=LLM, meta={"id": "i8"})
+            graph = made.optimize(fuse=False).dask
+            assert not any(graph[key].dependencies for key in made.__dask_keys__())
 
     def test_written_by_a_run(self, client, read, tmp_path):
         verdicts = pcm.map_partitions(

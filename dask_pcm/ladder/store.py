@@ -56,7 +56,7 @@ class Residency:
     n_holders: int = 0
     #: Until when a load that failed is better not tried again, by the monotonic clock.
     rests_until: float = 0.0
-    #: The thread that uses an exclusive context, and how many times over.
+    #: The thread that loads it or, where it is exclusive, uses it; and how many times over.
     user: int | None = None
     n_uses: int = 0
 
@@ -116,12 +116,12 @@ class Store:
         with self._changed:
             residency = self._residencies.setdefault(ref.digest, Residency(ref))
             waited = residency.tier is Tier.LOADING
-            self._changed.wait_for(lambda: residency.tier is not Tier.LOADING)
+            self._await(residency, lambda: residency.tier is not Tier.LOADING)
             if residency.tier is Tier.DEVICE:
                 return residency.value
             if residency.tier is Tier.FAILED and (waited or not again):
                 raise LoadError(residency.error)
-            residency.tier = Tier.LOADING
+            residency.tier, residency.user = Tier.LOADING, threading.get_ident()
             residency.ref = ref  # the same recipe, but perhaps pickled so that it can be opened
         self._on_change(Change(ref.digest, Tier.LOADING))
         return self._build(residency)
@@ -137,7 +137,7 @@ class Store:
             logger.warning("%s", error)
         seconds = time.monotonic() - start
         with self._changed:
-            residency.tier = Tier.FAILED if error else Tier.DEVICE
+            residency.tier, residency.user = Tier.FAILED if error else Tier.DEVICE, None
             residency.value, residency.error = value, error
             residency.n_loads += not error
             residency.rests_until = time.monotonic() + _REST * seconds
@@ -198,10 +198,7 @@ class Store:
         me = threading.get_ident()
         with self._changed:
             if residency.user != me:
-                self._refuse_deadlock(residency, me)
-                self._awaited[me] = residency
-                self._changed.wait_for(lambda: residency.user is None)
-                del self._awaited[me]
+                self._await(residency, lambda: residency.user is None)
             residency.user = me
             residency.n_uses += 1
         try:
@@ -213,16 +210,32 @@ class Store:
                     residency.user = None
                     self._changed.notify_all()
 
+    def _await(self, residency: Residency, is_so: Callable[[], bool]) -> None:
+        """Wait for whoever loads or uses a context; with the store's lock."""
+        if is_so():
+            return
+        me = threading.get_ident()
+        self._refuse_deadlock(residency, me)
+        self._awaited[me] = residency
+        try:
+            self._changed.wait_for(is_so)
+        finally:
+            del self._awaited[me]
+
     def _refuse_deadlock(self, wanted: Residency, me: int) -> None:
         """Follow who waits for what: if that leads back here, nobody would ever go on."""
+        if wanted.user == me:
+            raise DeadlockError(
+                f"The loader of context {wanted.ref.name!r} asks for that context itself."
+            )
         residency: Residency | None = wanted
         while residency is not None and residency.user is not None:
             residency = self._awaited.get(residency.user)
             if residency is not None and residency.user == me:
                 raise DeadlockError(
-                    f"This task holds context {residency.ref.name!r} and wants"
-                    f" {wanted.ref.name!r}; another one on this worker holds that and waits for"
-                    " what this one holds. Take both at once, in every task:"
+                    f"Context {residency.ref.name!r} is held or loaded here, and"
+                    f" {wanted.ref.name!r} is wanted; whoever holds or loads that, on this worker,"
+                    " waits for what is held here. Take both at once, in every task:"
                     " with pcm.acquire(first, second) as (one, other)."
                 )
 

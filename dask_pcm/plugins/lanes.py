@@ -17,6 +17,7 @@ from distributed.worker_state_machine import TaskState, WorkerState
 
 #: The executor in which context tasks run.
 LANES = "pcm"
+_LOOK_S = 0.5
 
 
 def is_on_lane(ts: TaskState) -> bool:
@@ -103,7 +104,10 @@ def open_lanes(worker: Worker, n_lanes: int) -> None:
 
 
 def close_lanes(worker: Worker, n_lanes: int) -> None:
-    """Undo it; what is still on its way runs on the worker's threads."""
+    """Undo it; what is still on its way runs on the worker's threads.
+
+    What is on a lane stays there; one that has seceded comes back to it at its end.
+    """
     state = worker.state
     for name in ("ready", "constrained"):
         heap = _heap()
@@ -113,7 +117,16 @@ def close_lanes(worker: Worker, n_lanes: int) -> None:
     state.nthreads -= n_lanes
     lanes = worker.executors.pop(LANES)
     worker.executors[LANES] = worker.executors["default"]
-    lanes.shutdown(wait=False)
+    on_lanes = {ts for ts in state.all_running_tasks if is_on_lane(ts)}
+    worker.executors[f"{LANES}-{id(lanes)}"] = lanes  # a worker that closes shuts it down
+
+    def end() -> None:
+        if on_lanes & state.all_running_tasks:
+            worker.loop.call_later(_LOOK_S, end)
+        else:
+            lanes.shutdown(wait=False)
+
+    end()
 
 
 def _heap() -> HeapSet[TaskState]:

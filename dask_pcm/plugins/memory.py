@@ -49,6 +49,7 @@ class MemoryAllowance:
         self._worker = worker
         self._limit = worker.memory_manager.memory_limit
         self._taken: dict[str, int] = {}
+        self._is_over = False
         if self._limit and worker.nanny:
             worker.loop.add_callback(self._tell_nanny, 0)  # of an earlier process: begin anew
 
@@ -67,14 +68,14 @@ class MemoryAllowance:
             self._raise(sum(self._taken.values()))
 
     def forget(self) -> None:
-        """Nothing is held any more; on the event loop."""
-        self._taken.clear()
+        """The toolkit leaves, as it does from the nanny, which sees to its own limit."""
+        self._is_over = True
         if self._limit:
             self._worker.memory_manager.memory_limit = self._limit
-            if self._worker.nanny:
-                self._worker.loop.add_callback(self._tell_nanny, 0)
 
     def _raise(self, n_bytes: int) -> None:
+        if self._is_over:
+            return
         self._worker.memory_manager.memory_limit = self._limit + n_bytes
         if self._worker.nanny:
             loop = self._worker.loop.asyncio_loop
@@ -88,7 +89,8 @@ class MemoryAllowance:
         try:
             await self._worker.rpc(self._worker.nanny).pcm_allow_memory(n_bytes=n_bytes)
         except Exception as error:
-            if self._worker.status is Status.running:  # else it is on its way out, and so are we
+            # Else it is on its way out, and so are we.
+            if self._worker.status is Status.running and not self._is_over:
                 logger.warning("The nanny of %s keeps its memory limit: %s", self._worker, error)
 
 
@@ -100,6 +102,7 @@ class AllowancePlugin(Travels, NannyPlugin):
 
     def setup(self, nanny: Nanny) -> None:
         limit = nanny.memory_manager.memory_limit if nanny.memory_manager else None
+        self._limit = limit
 
         def allow(n_bytes: int) -> None:
             if limit:
@@ -109,3 +112,5 @@ class AllowancePlugin(Travels, NannyPlugin):
 
     def teardown(self, nanny: Any) -> None:
         nanny.handlers.pop("pcm_allow_memory", None)
+        if self._limit:
+            nanny.memory_manager.memory_limit = self._limit

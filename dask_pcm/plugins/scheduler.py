@@ -99,8 +99,8 @@ class GatePlugin(SchedulerPlugin):
         self._ticker.stop()
         self._unshield()
         self.scheduler.remove_plugin(GATE)
-        self.scheduler.stream_handlers["long-running"] = self.scheduler.handle_long_running
-        # Workers and runs may still have something to say: handlers stay, and find nobody.
+        # Workers and runs may still have something to say, and what is set apart may secede:
+        # handlers stay, and find nobody.
         self.members.clear()
         for key, asked in self.asked.items():
             if (ts := self.scheduler.tasks.get(key)) is not None:

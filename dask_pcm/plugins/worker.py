@@ -22,6 +22,7 @@ from distributed.comm import CommClosedError
 from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.threadpoolexecutor import ThreadPoolExecutor
+from distributed.worker import _worker_cvar
 from distributed.worker_state_machine import FreeKeysEvent
 
 from dask_pcm.config import Config
@@ -59,7 +60,10 @@ class ContextPlugin(Travels, WorkerPlugin):
         self.memory = MemoryAllowance(worker)
         # Dask's executor: a worker that ends does not wait for its threads.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")
-        self._loader.submit(of_process().clear)  # what tasks loaded before would be here twice
+        # What tasks loaded before would be here twice.
+        before = of_process()
+        of_process.cache_clear()
+        self._loader.submit(before.close)
         self._lane = threading.local()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         keep_freed_memory()
@@ -109,6 +113,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         self.worker.batched_stream.send(message)
 
     def _load(self, ref: ContextRef) -> None:
+        _worker_cvar.set(self.worker)  # a loader may acquire other contexts
         if self.store.tier(ref.digest) is Tier.DEVICE:
             self._report(Change(ref.digest, Tier.DEVICE))
             return

@@ -272,6 +272,11 @@ class GateState:
         view = self.workers.get(report.worker)
         if view is None:
             return
+        is_asked = report.context in view.loading_since
+        if report.standing is Standing.FAILED and not is_asked:
+            # A task has loaded it where the gate does not see: whoever asks here has it tried.
+            view.standings.pop(report.context, None)
+            return
         view.standings[report.context] = report.standing
         if report.standing is not Standing.LOADING:
             view.loading_since.pop(report.context, None)

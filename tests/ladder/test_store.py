@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dask_pcm import Context
-from dask_pcm.context import Recipe
+from dask_pcm.context import ContextRef, Recipe
 from dask_pcm.errors import LoadError
 from dask_pcm.ladder.store import Store, Tier
 
@@ -16,6 +16,8 @@ LOADED: list[str] = []
 CLOSED: list[str] = []
 GO = threading.Event()
 STARTED = threading.Semaphore(0)
+STORES: list[Store] = []
+SELF: list[ContextRef] = []
 
 
 @pytest.fixture(autouse=True)
@@ -160,9 +162,56 @@ def test_one_by_one_in_other_orders_one_is_told_and_the_others_go_on(store):
         errors = [future.exception(10) for future in taken]
     assert sorted(type(error).__name__ for error in errors if error) == ["DeadlockError"]
     message = str(next(error for error in errors if error))
-    assert "holds context 'load'" in message and "Take both at once" in message
+    assert "Context 'load' is held or loaded here" in message and "Take both at once" in message
     with store.acquire(refs) as values:
         assert values == [["a"], ["b"], ["c"]]
+
+
+def load_upper(lower):
+    import tests.ladder.test_store as shared
+
+    shared.STARTED.release()
+    with shared.STORES[0].acquire([lower]) as (live,):
+        return live
+
+
+def test_a_task_and_a_loader_that_wait_for_each_other_are_told(store):
+    """One holds a context and wants another, whose loader wants the one that is held."""
+    STORES[:] = [store]
+    lower = Context(load, "a").ref
+    higher = Context(load_upper, lower).ref
+    is_held = threading.Event()
+
+    def hold_and_want():
+        with store.acquire([lower]):
+            is_held.set()
+            assert STARTED.acquire(timeout=10)
+            with store.acquire([higher]):
+                return "both"
+
+    def want():
+        assert is_held.wait(10)
+        with store.acquire([higher]):
+            return "one"
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = [
+            future.exception(10) for future in (pool.submit(hold_and_want), pool.submit(want))
+        ]
+    assert any("Take both at once" in str(error) for error in errors)
+
+
+def test_a_loader_that_asks_for_its_own_context(store):
+    STORES[:] = [store]
+    SELF[:] = [Context(load_self).ref]
+    with pytest.raises(LoadError, match="asks for that context itself"):
+        store.load(SELF[0])
+
+
+def load_self():
+    import tests.ladder.test_store as shared
+
+    return shared.STORES[0].load(shared.SELF[0])
 
 
 def test_the_same_thread_takes_it_again_and_leaves_it_once(store):

@@ -202,6 +202,62 @@ def test_a_hidden_context_that_fails_after_long_is_not_tried_by_every_task(clien
     assert len(log.read_text().splitlines()) <= 2  # one a worker
 
 
+def test_once_it_is_mended_a_task_that_is_seen_has_it_loaded(client, tmp_path):
+    """However often tasks with a hidden context have failed before."""
+    path = tmp_path / "weights"
+
+    def read(path):
+        return open(path).read()
+
+    context = pcm.Context(read, str(path))
+
+    def hidden(i):
+        with pcm.acquire(context) as live:
+            return live
+
+    def seen(i, model):
+        with pcm.acquire(model) as live:
+            return live
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i in range(8):
+            future = client.submit(hidden, i)
+            wait(future)
+            assert future.status == "error"
+            time.sleep(0.05)
+    path.write_text("weights")
+    assert client.gather(client.map(seen, range(8), model=context)) == ["weights"] * 8
+
+
+def test_a_loader_that_acquires_another_context(client, tmp_path):
+    """In the store of its worker: each is built once there, whoever asks."""
+    log = tmp_path / "log"
+
+    def base(path):
+        with open(path, "a") as file:
+            file.write("base\n")
+        return "base"
+
+    lower = pcm.Context(base, str(log))
+
+    def upper(context):
+        with pcm.acquire(context) as live:
+            return live + " upper"
+
+    higher = pcm.Context(upper, lower)
+
+    def both(i, models):
+        with pcm.acquire(*models) as (low, high):
+            return low, high
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = client.gather(client.map(both, range(8), models=[lower, higher]))
+    assert found == [("base", "base upper")] * 8
+    assert len(log.read_text().splitlines()) <= 2  # one a worker
+
+
 def test_tasks_that_wait_for_each_others_contexts_are_told(client):
     a, b = pcm.Context(load, "one"), pcm.Context(load, "other")
 

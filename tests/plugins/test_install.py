@@ -16,7 +16,16 @@ from pathlib import Path
 
 import dask
 import pytest
-from distributed import Client, Event, LocalCluster, Security, Worker, wait
+from distributed import (
+    Client,
+    Event,
+    LocalCluster,
+    Security,
+    Worker,
+    secede,
+    wait,
+    worker_client,
+)
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils_test import gen_cluster, inc
 
@@ -97,6 +106,28 @@ async def test_annotations_of_the_users_own_are_theirs_again_after_uninstall(c, 
 
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])
+async def test_what_a_task_holds_during_install_goes_when_it_is_let_go(c, s, a):
+    closed = Event("closed")
+
+    def using(i, model):
+        with pcm.acquire(model):
+            Event("using").set()
+            assert Event("go").wait(20)
+        return i
+
+    held = pcm.Context(load, "held", close=lambda live: Event("closed").set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        future = c.submit(using, 1, model=held)
+        await Event("using").wait(10)
+    await install(c)
+    assert not await closed.is_set()
+    await Event("go").set()
+    assert await future == 1
+    await asyncio.wait_for(closed.wait(), 10)
+
+
+@gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])
 async def test_what_tasks_loaded_before_is_not_kept_twice(c, s, a):
     before = pcm.Context(load, "before")
     with warnings.catch_warnings():
@@ -106,6 +137,47 @@ async def test_what_tasks_loaded_before_is_not_kept_twice(c, s, a):
     await install(c)
     await poll(lambda: of_process().n_loads(before.digest) == 0, 5)
     assert await c.submit(use, 2, model=before) == (2, "before")
+
+
+@pytest.mark.parametrize("is_again", [False, True])
+def test_uninstall_while_tasks_secede(own_client, is_again):
+    """Some have before, and come back at their end; others do after it."""
+    pcm.install(own_client)
+
+    def nested(i, model):
+        with worker_client() as client:
+            Event(f"waits-{i}").set()
+            assert Event("go").wait(20)
+            return client.submit(inc, i).result()
+
+    def later(i, model):
+        Event(f"runs-{i}").set()
+        assert Event("go").wait(20)
+        secede()
+        return i
+
+    futures = own_client.map(nested, range(2), model=A)
+    futures += own_client.map(later, range(2), model=A)
+    for name in ("waits-0", "waits-1", "runs-0", "runs-1"):
+        assert Event(name).wait(20)
+    pcm.uninstall(own_client)
+    if is_again:
+        pcm.install(own_client)
+    Event("go").set()
+    assert own_client.gather(futures) == [1, 2, 0, 1]
+    del futures
+
+    def counts(dask_scheduler):
+        return [n for ws in dask_scheduler.workers.values() for n in ws.task_prefix_count.values()]
+
+    def n_lanes():
+        return sum("pcm-lane" in thread.name for thread in threading.enumerate())
+
+    assert not any(own_client.run_on_scheduler(counts))
+    deadline = time.monotonic() + 10
+    while not is_again and any(own_client.run(n_lanes).values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @gated()

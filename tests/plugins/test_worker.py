@@ -6,7 +6,10 @@ import importlib
 import os
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 from distributed import Client, LocalCluster, get_worker, wait
@@ -108,6 +111,36 @@ def test_threads_are_this_workers_share_of_the_cores(own_client):
 def heavy():
     """A context of 300 MB."""
     return bytearray(os.urandom(1 << 20) * 300)
+
+
+def test_uninstalled_while_a_context_loads_limits_are_what_they_were():
+    def slow(path):
+        Path(path).touch()
+        time.sleep(1.5)
+        return bytearray(os.urandom(1 << 20) * 100)
+
+    def limits(dask_worker):
+        return dask_worker.memory_manager.memory_limit
+
+    options = {"n_workers": 1, "threads_per_worker": 1, "memory_limit": "1GiB"}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        LocalCluster(**options, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        pcm.install(client)
+        begun = Path(scratch, "begun")
+        future = client.submit(use, 1, ctx=pcm.Context(slow, str(begun)))
+        while not begun.exists():
+            time.sleep(0.05)
+        pcm.uninstall(client)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it goes on as a plain task
+            future.result(30)
+        time.sleep(0.5)
+        assert list(client.run(limits).values()) == [1 << 30]
+        nannies = [limits(nanny) for nanny in cluster.workers.values()]
+        assert nannies == [1 << 30]
 
 
 def test_weights_neither_pause_nor_kill_a_worker():
