@@ -57,22 +57,23 @@ class Cutter:
     def is_empty(self) -> bool:
         return not self._todo and not self._again
 
-    def again(self, place: tuple[int, int] | int, failed: Sequence[int]) -> int:
-        """Have the failed rows of a part computed again; return how many rows that makes.
+    def again(self, place: tuple[int, int] | int, failed: Sequence[int] | None = None) -> int:
+        """Have a part, or its failed rows, computed again; return how many rows that makes.
 
         Parameters
         ----------
         place
             The part's row range, or its partition.
         failed
-            Which of its rows failed. Where a part's rows are not those of its input (functions
-            of partitions, filters), the part is computed again as a whole.
+            Which of its rows failed; None where the part is gone. Where a part's rows are not
+            those of its input (functions of partitions, filters), the part is computed again as a
+            whole.
         """
+        again: tuple[int, ...] | None = None if failed is None else ()
         if isinstance(place, int):
-            unit = Unit(partition_name(place), place, None, None, again=())
+            unit = Unit(partition_name(place), place, None, None, again=again)
         else:
             partition, spans = self._spans_of(place)
-            again: tuple[int, ...] = ()
             if self._plan.keeps_rows and failed:
                 again = tuple(failed)
                 spans = list(_rows(spans, [place[0] + number for number in failed]))

@@ -8,6 +8,7 @@ import pickle
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,10 @@ from dask_pcm.ledger import status
 from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.heart import Heart
 from dask_pcm.ledger.limit import Limit
-from dask_pcm.ledger.output import CANCEL, PAUSE
+from dask_pcm.ledger.output import CANCEL, PAUSE, Output
 from dask_pcm.ledger.parts import parse_name, range_name
 from dask_pcm.ledger.plan import Plan, Unit
-from dask_pcm.ledger.progress import Meter, meter
+from dask_pcm.ledger.progress import Meter, Stopwatch, meter
 from dask_pcm.ledger.report import Report, rows_recomputed
 from dask_pcm.ledger.stock import Counts, is_first, take_stock
 from dask_pcm.ledger.unit import Job, UnitResult
@@ -53,7 +54,8 @@ class Driver:
         self._retries = retries
         self.report = Report(run=job.output.run)
         self.has_committed = False
-        self._paused_since: float | None = None
+        self._is_paused = False
+        self._clock = Stopwatch()
         self._window = Window(client, plan, job, config)
         self._stock: dict[str, Counts] = {}
         self._seconds = self._rows = 0.0  # of inference and reading, over units that ended
@@ -65,13 +67,16 @@ class Driver:
         self._loads_before: tuple[int, float] | None = None
         self._next_look = 0.0
         self._heart = Heart(job.output, lambda: self.progress)
-        self._begun = time.monotonic()
+
+    def begin(self, output: Output, provenance: Mapping[str, Any]) -> None:
+        """The output is taken over: units commit to it from now on, and tell of their origin."""
+        self._output = output
+        self._job = self._window.job = replace(self._job, output=output, provenance=provenance)
 
     @property
     def progress(self) -> status.Progress:
         """How the run stands."""
         is_counted = self._plan.spans is not None
-        seconds = max(1e-3, (self._paused_since or time.monotonic()) - self._begun)
         state = self.report.state
         if state == status.RUNNING and self._is_paused:
             state = status.PAUSED
@@ -81,7 +86,7 @@ class Driver:
             self._plan.n_rows,
             "rows" if is_counted else "parts",
             self.report.rows_failed,
-            (self._n_done - self._n_before) / seconds,
+            (self._n_done - self._n_before) / max(1e-3, self._clock.seconds),
             self._status.get("n_warm", 0),
             self._status.get("n_workers", 0),
             self.report.context_loads,
@@ -115,11 +120,11 @@ class Driver:
         self._heart.beat()
         if not self._window.cutter.is_empty:
             self._plan.start_below(self._client)
-        self._begun = time.monotonic()
         counted = self.progress.counted
-        with meter(self._plan.n_rows, self._n_before, counted, is_shown) as shown:
+        with self._clock, meter(self._plan.n_rows, self._n_before, counted, is_shown) as shown:
             try:
-                while not self._window.is_empty:
+                self._heed(self._output.wishes())
+                while not (self._window.is_empty and self._is_whole()):
                     self._check_limit()
                     if not self._is_paused:
                         self._feed()
@@ -129,12 +134,10 @@ class Driver:
             except BaseException as error:
                 self._cancel(error)
                 raise
+            finally:
+                self._plan.close()
             self._look(shown, is_last=True)
         self._sum_up()
-
-    @property
-    def _is_paused(self) -> bool:
-        return self._paused_since is not None
 
     def _take_stock(self) -> None:
         """Count what earlier runs committed, and cut the rest."""
@@ -181,7 +184,7 @@ class Driver:
         """Take in every unit that has ended; wait a moment if none has."""
         ended = self._window.ended(_WAIT_S)
         for unit, future in ended:
-            if future.status != "finished":
+            if future.status in ("error", "cancelled"):
                 self._raise(unit, future)
         results: list[UnitResult] = self._client.gather([future for _, future in ended])
         for (unit, future), result in zip(ended, results, strict=True):
@@ -241,10 +244,10 @@ class Driver:
         )
 
     def _raise(self, unit: Unit, future: Future) -> None:
-        if future.status == "cancelled" or future.status == "lost":
+        if future.status == "cancelled":
             raise PCMError(
-                f"The cluster dropped {unit.name} of {self._output.path!r} ({future.status}): it"
-                " was restarted, or is gone. What was committed stays; run the same again to go on."
+                f"The cluster dropped {unit.name} of {self._output.path!r}: it was restarted, or is"
+                " gone. What was committed stays; run the same again to go on."
             )
         error: BaseException = future.exception()
         error.add_note(
@@ -255,6 +258,7 @@ class Driver:
 
     def _look(self, shown: Meter, is_last: bool = False) -> None:
         """See what is wanted of the run, and say how it stands."""
+        self._clock.run(not self._is_paused or len(self._window) > 0)
         now = time.monotonic()
         if now >= self._next_look or is_last:
             self._next_look = now + self._output.look_every_s
@@ -267,7 +271,7 @@ class Driver:
             self._tell(float(n_rows), n_units)
             progress = self.progress
             note = f"{progress.n_warm}/{progress.n_workers} warm, {progress.n_loads} loads"
-            shown.show(self._n_done, "paused" if self._is_paused else note)
+            shown.show(self._n_done, progress.per_s, "paused" if self._is_paused else note)
 
     def _heed(self, wishes: frozenset[str]) -> None:
         if CANCEL in wishes:
@@ -276,13 +280,9 @@ class Driver:
                 " same again to go on."
             )
         if self._is_paused != (PAUSE in wishes):
-            now = time.monotonic()
-            if self._paused_since is None:
-                self._paused_since = now
+            self._is_paused = not self._is_paused
+            if self._is_paused:
                 self._window.hold_back()
-            else:
-                self._begun += now - self._paused_since
-                self._paused_since = None
             self._heart.beat()
 
     def _tell(self, n_rows: float, n_units: int) -> None:
@@ -321,12 +321,28 @@ class Driver:
                 self._output.path,
             )
 
+    def _is_whole(self) -> bool:
+        """Whether all is as units have left it; what a run that was shut out has put since goes.
+
+        Where it had taken the place of ours, that is computed again.
+        """
+        if not self._output.may_get_late_parts:
+            return True
+        output, stock = self._output, take_stock(self._output)
+        for name in stock.keys() - self._stock.keys() - {range_name(0, 0)}:
+            logger.warning("Removing %s: it arrived from a run that was shut out", name)
+            output.remove(name)
+        for name in self._stock.keys() - stock.keys():
+            lost = self._stock.pop(name)
+            self.report.rows -= lost.n_rows
+            self.report.rows_failed -= lost.n_failed
+            place = parse_name(name)
+            assert place is not None
+            self._n_done -= self._window.cutter.again(place)
+        return self._window.is_empty
+
     def _sum_up(self) -> None:
         output = self._output
-        if output.may_get_late_parts:
-            for name in output.parts().keys() - self._stock.keys() - {range_name(0, 0)}:
-                logger.warning("Removing %s: it arrived from a run that was shut out", name)
-                output.remove(name)
         self.report.rows_recomputed = rows_recomputed(output.lines(), output.run, self._rows_of)
 
     def _rows_of(self, name: str) -> int:

@@ -18,12 +18,14 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import itertools
 import json
+import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +38,8 @@ import pyarrow.parquet as pq
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger.output import HOME, LOG, Entry, Output, Owner
 from dask_pcm.ledger.parts import Note, commit_line, digest_of, note_of, write_part
+
+logger = logging.getLogger(__name__)
 
 #: Protocols whose fsspec implementation puts conditionally; whether the store does is tried out.
 _CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl"})
@@ -161,26 +165,16 @@ class Objects(Output):
     @contextlib.contextmanager
     def taking_over(self) -> Iterator[None]:
         if self.locks:
-            name = hashlib.sha256(self.path.encode()).hexdigest()[:16]
-            with Path(self.locks, f"{name}.lock").open("w") as file:
+            with self._lock_of("run").open("w") as file:
                 with contextlib.suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
                 yield
             return
         lock, mine = self._take_lock(), self.run.encode()
-        is_over = threading.Event()
-
-        def refresh() -> None:
-            while not is_over.wait(SILENT_S / 5):
-                self._fs.pipe_file(self._at(lock), mine)
-
-        refreshing = threading.Thread(target=refresh, name="pcm-lock", daemon=True)
-        refreshing.start()
         try:
-            yield
+            with _refreshing(lambda: self._fs.pipe_file(self._at(lock), mine)):
+                yield
         finally:
-            is_over.set()
-            refreshing.join()
             self._fs.pipe_file(self._at(lock), b"")
 
     def _take_lock(self) -> str:
@@ -190,7 +184,11 @@ class Objects(Output):
         while. It is never removed, only followed: else one of two who find it old at the same
         moment could remove what the other has just created.
         """
-        while True:
+        begun = time.monotonic()
+        for attempt in itertools.count():
+            if attempt and time.monotonic() - begun > SILENT_S:
+                begun = time.monotonic()
+                logger.warning("Waiting for another run that takes over %s", self.path)
             number, last = self._last_lock()
             lock = f"{HOME}/lock-{number + 1:09d}"
             if (last is None or self._is_free(last)) and self._create(lock, self.run.encode()):
@@ -200,6 +198,7 @@ class Objects(Output):
                     return lock
                 self.remove(lock)
             time.sleep(_POLL_S)
+        raise AssertionError  # it counts for ever
 
     def _is_free(self, lock: str) -> bool:
         try:
@@ -281,7 +280,9 @@ class Objects(Output):
             if not self._put_locked(name, data):
                 return False
         elif not self._create(name, data):
-            return False
+            if self._is_there(name):
+                return False
+            self._fs.pipe_file(self._at(name), data)
         with contextlib.suppress(FencedError, OSError):  # it only saves reading it through
             stamp = _stamp(self._fs.info(self._at(name), refresh=True))
             self.log(commit_line(self.run, name, written, counts, stamp))
@@ -289,8 +290,8 @@ class Objects(Output):
 
     def _put_locked(self, name: str, data: bytes) -> bool:
         """Put a part under a lock file; False if it is there, or comes while we wait for it."""
-        lock = Path(str(self.locks), f"{self.run}.{name}.lock")
-        while not self.exists(name):
+        lock = self._lock_of(name)
+        while not self._is_there(name):
             try:
                 descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileExistsError:
@@ -298,14 +299,25 @@ class Objects(Output):
                 time.sleep(_POLL_S)
                 continue
             try:
-                if self.exists(name):  # put by whoever held the lock before us
+                if self._is_there(name):  # put by whoever held the lock before us
                     return False
-                self._fs.pipe_file(self._at(name), data)
+                self._check_fence()
+                with _refreshing(lock.touch):
+                    self._fs.pipe_file(self._at(name), data)
                 return True
             finally:
                 os.close(descriptor)
                 lock.unlink(missing_ok=True)
         return False
+
+    def _lock_of(self, name: str) -> Path:
+        """The lock file of something of this output; other runs of it have the same."""
+        place = hashlib.sha256(self.path.encode()).hexdigest()[:16]
+        return Path(str(self.locks), f"{place}.{name}.lock")
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a part is there that did not arrive from a run that was shut out."""
+        return self.exists(name) and self.has_begun(self.read_note(name))
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self._fs.open(self._at(name), "rb") as file:
@@ -337,6 +349,25 @@ def _stamp(info: Mapping[str, Any]) -> str:
         if info.get(key):
             return str(info[key])
     return ""
+
+
+@contextlib.contextmanager
+def _refreshing(touch: Callable[[], Any]) -> Iterator[None]:
+    """Show from time to time that whoever holds a lock is at work."""
+    is_over = threading.Event()
+
+    def refresh() -> None:
+        while not is_over.wait(SILENT_S / 5):
+            with contextlib.suppress(Exception):  # a store that is away for a while
+                touch()
+
+    refreshing = threading.Thread(target=refresh, name="pcm-lock", daemon=True)
+    refreshing.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        refreshing.join()
 
 
 def _break_lock(lock: Path) -> None:

@@ -30,7 +30,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 import pyarrow as pa
@@ -75,10 +75,14 @@ class Output(abc.ABC):
         Where it is: an absolute path that driver and workers see, or a URL.
     run
         Identity of the run, new for each.
+    begun
+        Identity of the output since it was last begun anew; every part and every line carries it,
+        so that those of a run that was shut out then are told from its own.
     """
 
     path: str
     run: str
+    begun: str = field(default="", kw_only=True)
 
     #: How often a run looks at what is asked of it, and says how it stands.
     look_every_s: ClassVar[float] = 0.25
@@ -179,6 +183,10 @@ class Output(abc.ABC):
         return dataclasses.replace(self, run=run)
 
     # -- what follows from these --------------------------------------------------------------
+
+    def has_begun(self, note: Mapping[str, Any]) -> bool:
+        """Whether a part with this note, or a line of the log, belongs to the output as it is."""
+        return str(note.get("begun", "")) == self.begun
 
     @property
     def place(self) -> str:

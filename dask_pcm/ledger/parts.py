@@ -68,7 +68,7 @@ def commit_line(
     run: str, name: str, written: Written, note: Mapping[str, Any], stamp: str
 ) -> dict[str, Any]:
     """What the ledger notes of a part that is about to be committed."""
-    counts = {"rows": note["rows"], "failed": note["failed"]}
+    counts = {"rows": note["rows"], "failed": note["failed"], "begun": note.get("begun", "")}
     file = {"bytes": written.n_bytes, "digest": written.digest, "stamp": stamp}
     return {"run": run, "commit": name, **counts, **file}
 

@@ -183,6 +183,10 @@ class Plan:
             for index, key in enumerate(persisted.expr.operand("keys")):
                 self._inputs[name, index] = futures[key]
 
+    def close(self) -> None:
+        """Let go of what Dask has computed for the units."""
+        self._inputs.clear()
+
     def _find_leaf(self) -> Expr | None:
         leaves = [expr for expr in self._nodes.values() if not expr.dependencies()]
         if len(leaves) != 1 or self._below or "func" not in type(leaves[0])._parameters:

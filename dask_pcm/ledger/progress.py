@@ -30,7 +30,7 @@ class Meter(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def show(self, n_done: int, note: str) -> None: ...
+    def show(self, n_done: int, per_s: float, note: str) -> None: ...
 
 
 def meter(n_total: int, n_before: int, unit: str, is_shown: bool) -> Meter:
@@ -40,7 +40,7 @@ def meter(n_total: int, n_before: int, unit: str, is_shown: bool) -> Meter:
         return _Silence()
     if console.is_terminal or console.is_jupyter:
         return _Bar(console, n_total, n_before, unit)
-    return _Lines(console, n_total, n_before, unit)
+    return _Lines(console, n_total, unit)
 
 
 class _Silence:
@@ -49,7 +49,7 @@ class _Silence:
 
     def __exit__(self, *args: object) -> None: ...
 
-    def show(self, n_done: int, note: str) -> None: ...
+    def show(self, n_done: int, per_s: float, note: str) -> None: ...
 
 
 class _Bar:
@@ -68,7 +68,6 @@ class _Bar:
         self._task = self._progress.add_task(
             "run", total=n_total, completed=n_before, rate="", note=""
         )
-        self._pace = _Pace(n_before)
 
     def __enter__(self) -> _Bar:
         self._progress.start()
@@ -77,17 +76,15 @@ class _Bar:
     def __exit__(self, *args: object) -> None:
         self._progress.stop()
 
-    def show(self, n_done: int, note: str) -> None:
-        rate = f"{self._pace.rate(n_done):,.0f}/s"
-        self._progress.update(self._task, completed=n_done, rate=rate, note=note)
+    def show(self, n_done: int, per_s: float, note: str) -> None:
+        self._progress.update(self._task, completed=n_done, rate=f"{per_s:,.0f}/s", note=note)
 
 
 class _Lines:
-    def __init__(self, console: Console, n_total: int, n_before: int, unit: str) -> None:
+    def __init__(self, console: Console, n_total: int, unit: str) -> None:
         self._console = console
         self._n_total = n_total
         self._unit = unit
-        self._pace = _Pace(n_before)
         self._next = 0.0
         self._shown = -1
 
@@ -96,25 +93,39 @@ class _Lines:
 
     def __exit__(self, *args: object) -> None: ...
 
-    def show(self, n_done: int, note: str) -> None:
+    def show(self, n_done: int, per_s: float, note: str) -> None:
         now = time.monotonic()
         if n_done == self._shown or (now < self._next and n_done < self._n_total):
             return
         self._shown = n_done
         self._next = now + LINE_EVERY_S
-        rate = self._pace.rate(n_done)
-        left_s = (self._n_total - n_done) / rate if rate else float("nan")
+        left_s = (self._n_total - n_done) / per_s if per_s else float("nan")
         eta = f"ETA {left_s:.0f} s, " if left_s == left_s and n_done < self._n_total else ""
-        text = f"{n_done:,}/{self._n_total:,} {self._unit}, {rate:,.0f}/s, {eta}{note}"
+        text = f"{n_done:,}/{self._n_total:,} {self._unit}, {per_s:,.0f}/s, {eta}{note}"
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
-class _Pace:
-    """Rows a second since the start, rows of earlier runs left out."""
+class Stopwatch:
+    """Seconds that something has been under way, pauses left out."""
 
-    def __init__(self, n_before: int) -> None:
-        self._n_before = n_before
-        self._start = time.monotonic()
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._since: float | None = None
 
-    def rate(self, n_done: int) -> float:
-        return (n_done - self._n_before) / max(1e-3, time.monotonic() - self._start)
+    @property
+    def seconds(self) -> float:
+        return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
+
+    def run(self, is_running: bool) -> None:
+        """Go on, or stop; nothing if it does already."""
+        if is_running and self._since is None:
+            self._since = time.monotonic()
+        elif not is_running:
+            self._seconds, self._since = self.seconds, None
+
+    def __enter__(self) -> Stopwatch:
+        self.run(True)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.run(False)

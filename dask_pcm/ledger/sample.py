@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 from distributed import Client
 
+from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import SchemaError
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.plan import Plan, Unit
-from dask_pcm.ledger.unit import compute, failures
+from dask_pcm.ledger.unit import chunks, compute, failures
 from dask_pcm.pieces import Span
 from dask_pcm.plugins.hold import spent
 
@@ -89,9 +90,9 @@ def draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
     ]
     found = client.gather(futures)
     frame = pd.concat([rows for rows, _ in found]) if found else plan.meta
-    infer_s = sum(seconds for _, seconds in found)
+    busy_s = sum(seconds for _, seconds in found)
     n_asked = sum(unit.n_rows or 0 for unit in units)
-    rows_per_s = n_asked / max(1e-9, infer_s)
+    rows_per_s = n_asked / max(1e-9, busy_s)
     failed, n_left = failures(frame), plan.n_rows - n_done
     return Sample(
         frame,
@@ -125,5 +126,7 @@ def _units(plan: Plan, n_rows: int, n_workers: int) -> list[Unit]:
 
 def _answer(unit: Unit, graph: bytes, refs: Sequence[ContextRef]) -> tuple[pd.DataFrame, float]:
     spent.begin()
-    frame = compute(unit, graph)
-    return frame, spent.infer_s
+    start = time.perf_counter()
+    max_bytes = Config.read().unit_bytes
+    frame = pd.concat([compute(some, graph) for some in chunks(unit, max_bytes)])
+    return frame, spent.infer_s or time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ def take_stock(output: Output) -> dict[str, Counts]:
     read through, and one that nobody noted (its worker was killed right after it committed) has
     its own note.
 
+    In an object store, parts that arrived from a run that was shut out are removed.
+
     Raises
     ------
     OutputError
@@ -37,7 +40,7 @@ def take_stock(output: Output) -> dict[str, Counts]:
     """
     noted: dict[str, list[Mapping[str, Any]]] = {}
     for line in output.lines():
-        if "commit" in line:
+        if "commit" in line and output.has_begun(line):
             noted.setdefault(line["commit"], []).append(line)
     parts = output.parts()
     missing = [name for name in noted if name not in parts and parse_name(name) != (0, 0)]
@@ -50,12 +53,13 @@ def take_stock(output: Output) -> dict[str, Counts]:
             sorted(missing)[0],
         )
 
-    def count(item: tuple[str, Entry]) -> Counts:
+    def count(item: tuple[str, Entry]) -> Counts | None:
         name, entry = item
         return _count(output, name, entry, noted.get(name, []))
 
     with ThreadPoolExecutor(_N_READERS) as pool:
-        found = dict(zip(parts, pool.map(count, parts.items()), strict=True))
+        counts = zip(parts, pool.map(count, parts.items()), strict=True)
+        found = {name: rows for name, rows in counts if rows is not None}
     for name in _overlapping(output, list(found)):
         del found[name]
     return found
@@ -87,7 +91,9 @@ def is_first(name: str) -> bool:
     return name == range_name(0, 0)
 
 
-def _count(output: Output, name: str, entry: Entry, noted: list[Mapping[str, Any]]) -> Counts:
+def _count(
+    output: Output, name: str, entry: Entry, noted: list[Mapping[str, Any]]
+) -> Counts | None:
     for line in noted:
         if (line["bytes"], line["stamp"]) == (entry.n_bytes, entry.stamp):
             return Counts(line["rows"], line["failed"])
@@ -96,6 +102,8 @@ def _count(output: Output, name: str, entry: Entry, noted: list[Mapping[str, Any
         for line in noted:
             if line["digest"] == digest:  # a copy of the output: the same bytes at another time
                 return Counts(line["rows"], line["failed"])
+        if _is_late(output, name):
+            return None
         raise OutputError(
             f"The part {name!r} in {output.path!r} was changed since it was committed"
             f" ({noted[-1]['bytes']:,} bytes then, {entry.n_bytes:,} now). Remove it, and its rows"
@@ -110,4 +118,20 @@ def _count(output: Output, name: str, entry: Entry, noted: list[Mapping[str, Any
         ) from error
     if "rows" not in note:
         raise OutputError(f"{name!r} in {output.path!r} was not written by dask_pcm. Move it away.")
+    if _is_late(output, name):
+        return None
+    if not output.has_begun(note):
+        raise OutputError(f"{name!r} in {output.path!r} is of another output. Move it away.")
     return Counts(note["rows"], note["failed"])
+
+
+def _is_late(output: Output, name: str) -> bool:
+    """Whether a part has arrived from a run that was shut out; it is removed then."""
+    if not output.may_get_late_parts:
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        if not output.has_begun(output.read_note(name)):
+            logger.warning("Removing %s: it arrived from a run that was shut out", name)
+            output.remove(name)
+            return True
+    return False

@@ -92,13 +92,14 @@ def run_unit(
     """
     start = time.perf_counter()
     output = job.output
-    if (there := _there(output, unit)) is not None:
+    there = output.read_note(unit.name) if output.exists(unit.name) else {}
+    if _is_answer(there, unit, output):
         return UnitResult(unit.name, there["rows"], there["failed"], is_resumed=True)
     if unit.again is None:
         output.note_start(unit.name, unit.n_rows)
     spent.begin()
     count = _Count()
-    frames = count.of(compute(one, graph, keys, inputs) for one in _chunks(unit, job.max_bytes))
+    frames = count.of(compute(one, graph, keys, inputs) for one in chunks(unit, job.max_bytes))
     tables: Iterable[pa.Table] = (t for frame in frames for t in job.layout.tables(frame))
     note: Note = lambda: {**_origin(job), "unit": unit.name, **count.as_dict()}  # noqa: E731
     if unit.again:
@@ -119,7 +120,7 @@ def run_unit(
     )
 
 
-def _chunks(unit: Unit, max_bytes: int) -> Iterator[Unit]:
+def chunks(unit: Unit, max_bytes: int) -> Iterator[Unit]:
     """A unit in pieces that fit in memory: rows may take more there than a file's footer tells.
 
     A text that stands in every row is stored once. So what rows really take is measured as they
@@ -197,13 +198,12 @@ def failures(frame: pd.DataFrame) -> pd.Series:
     return frame[ERROR].dropna() if ERROR in frame.columns else pd.Series([], dtype="str")
 
 
-def _there(output: Output, unit: Unit) -> dict[str, Any] | None:
-    """The note of a part that need not be computed any more."""
-    if not output.exists(unit.name):
-        return None
-    note = output.read_note(unit.name)
+def _is_answer(note: Mapping[str, Any], unit: Unit, output: Output) -> bool:
+    """Whether a part with this note need not be computed any more."""
+    if not note or not output.has_begun(note):
+        return False
     runs = {note["run"], *(again["run"] for again in note.get("retried", ()))}
-    return note if unit.again is None or output.run in runs else None
+    return unit.again is None or output.run in runs
 
 
 def _merged(old: pa.Table, tables: Iterable[pa.Table], again: Sequence[int]) -> pa.Table:

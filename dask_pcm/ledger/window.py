@@ -30,7 +30,7 @@ class Window:
     def __init__(self, client: Client, plan: Plan, job: Job, config: Config) -> None:
         self._client = client
         self._plan = plan
-        self._job = job
+        self.job = job
         self._config = config
         #: What is still to be cut; nothing until stock has been taken.
         self.cutter = Cutter(plan, [(0, plan.n_rows)], frozenset(range(plan.n_partitions)))
@@ -91,7 +91,7 @@ class Window:
                 graphs,
                 keys,
                 inputs,
-                job=self._job,
+                job=self.job,
                 refs=self._plan.refs,
                 key=[self._key(number) for number in range(first, self._n_keys + 1)],
                 pure=False,
@@ -101,11 +101,19 @@ class Window:
             future.add_done_callback(self._finished.put)
 
     def _key(self, number: int) -> str:
-        return f"{self._plan.label}_unit-{self._job.output.run}-{number}"
+        return f"{self._plan.label}_unit-{self.job.output.run}-{number}"
 
     def ended(self, wait_s: float) -> list[tuple[Unit, Future]]:
         """Units that have ended, whatever way; wait so many seconds if none has."""
-        return [self._units[f.key] for f in self._arrivals(wait_s) if f.key in self._units]
+        ended = []
+        for future in self._arrivals(wait_s):
+            if future.key not in self._units:
+                continue
+            if future.status in ("pending", "lost"):  # its worker died with the result
+                future.add_done_callback(self._finished.put)
+            else:
+                ended.append(self._units[future.key])
+        return ended
 
     def _arrivals(self, wait_s: float) -> Iterator[Future]:
         with contextlib.suppress(queue.Empty):
@@ -125,7 +133,8 @@ class Window:
         Cut anew, one that has been begun in this moment would have rows in common with another.
         """
         on_workers = {key for keys in self._client.processing().values() for key in keys}
-        taken = [key for key in self._units if key not in on_workers]
+        waiting = [key for key, (_, future) in self._units.items() if future.status == "pending"]
+        taken = [key for key in waiting if key not in on_workers]
         futures = []
         for key in taken:
             unit, future = self._units.pop(key)

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -237,7 +237,7 @@ class _Session:
         layout = Layout.of(self._plan.meta, self._plan.reader)
         config, options = Config.read(), self._options
         max_bytes = config.unit_bytes if self._plan.is_splittable else 0
-        job = Job(self._output, layout, self._provenance(mine), max_bytes)
+        job = Job(self._output, layout, {}, max_bytes)
         self.driver = Driver(
             self._client, self._plan, job, config, options.limit, options.retry_failed
         )
@@ -250,11 +250,14 @@ class _Session:
                 self._refuse_if_busy()  # again: another run may have begun in the meantime
                 found = self._check(mine)
                 self._output.fence()
+                found = self._still(found)
                 stack.enter_context(self._output.open(status.whoami()))
                 if found is None:
                     stack.push(self._put_back)
                     self._output.set_aside()
-                self._write_manifest(found, mine)
+                used = self._write_manifest(found, mine)
+                self._output = replace(self._output, begun=used.recorded["begun"])
+                self.driver.begin(self._output, self._provenance(mine))
                 stack.enter_context(self.driver.alive())
             self._stack = stack.pop_all()
 
@@ -272,7 +275,17 @@ class _Session:
         options = self._options
         return manifest.check(self._output, mine, options.overwrite, options.extend)
 
-    def _write_manifest(self, found: Manifest | None, mine: Manifest) -> None:
+    def _still(self, found: Manifest | None) -> Manifest | None:
+        """The manifest to go on with, now that every other run is shut out.
+
+        Where one was about to overwrite the output, and had come to nothing, what it had set aside
+        is back: then this run begins anew, as that one had.
+        """
+        if found is None or (now := Manifest.read(self._output)) is None:
+            return None
+        return found if now.recorded.get("begun") == found.recorded.get("begun") else None
+
+    def _write_manifest(self, found: Manifest | None, mine: Manifest) -> Manifest:
         """Write it if the job is new, or has new input; count rows in the order that it says."""
         plan = self._plan
         used = mine if found is None else found
@@ -283,13 +296,17 @@ class _Session:
             "total": plan.n_rows,
             "counted": counted,
             "committed_by": self._output.how,
+            "begun": uuid.uuid4().hex if found is None else used.recorded.get("begun", ""),
         }
+        written = Manifest(used.identity, recorded)
         if found is None or recorded != used.recorded or self._options.extend:
-            Manifest(used.identity, recorded).write(self._output)
+            written.write(self._output)
+        return written
 
     def _provenance(self, mine: Manifest) -> dict[str, object]:
         about = {k: v for k, v in mine.identity.items() if k not in manifest.UNTOLD}
-        return {"format": manifest.FORMAT, "job": mine.token, **mine.recorded, **about}
+        own = {"format": manifest.FORMAT, "job": mine.token, "begun": self._output.begun}
+        return {**own, **mine.recorded, **about}
 
     def drive(self, is_shown: bool) -> None:
         """Do the work, and leave."""

@@ -134,6 +134,46 @@ def note_in(part):
 
 
 class TestHandle:
+    def test_after_its_end_its_figures_stand_still(self, client, job, out):
+        run = write(job(), out)
+        first = run.progress
+        time.sleep(0.3)
+        assert run.progress == first and first.per_s > 0
+
+    def test_what_dask_has_computed_for_it_is_let_go(self, client, claims, out):
+        """Also while somebody keeps the handle."""
+        frame = dd.read_parquet(claims()).shuffle("id", npartitions=4)
+        verdicts = pcm.map_partitions(verify, frame, context=LLM, meta=META)
+        run = write(verdicts, out)
+        until(lambda: not client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
+        assert run.report.rows == 200
+
+    def test_a_run_taken_over_that_was_about_to_overwrite(self, client, job, out, gate):
+        """Begun anew for nobody yet: whoever takes over overwrites; nobody's rows are mixed."""
+        write(job(), out)
+
+        def other(frame, model):
+            return verify(frame, "other ")
+
+        def waiting(name):
+            while not os.path.exists(name):
+                time.sleep(0.01)
+            return name
+
+        slow = pcm.Context(waiting, gate.path)
+        frame = pcm.read_parquet(job.folder)
+        verdicts = pcm.map_partitions(other, frame, context=slow, meta=META, batch_rows=8)
+        first = write(verdicts, out, overwrite=True, wait=False)
+        until(lambda: first.status == "running")
+        second = write(verdicts, out, take_over=True, wait=False)
+        until(lambda: second.status == "running")
+        gate.open()
+        assert second.wait(30).rows_resumed == 0
+        with pytest.raises(pcm.PCMError, match="replaced by a newer one"):
+            first.wait(30)
+        assert found_in(out).verdict.str.startswith("other ").all() and len(found_in(out)) == 200
+        assert write(verdicts, out).report.rows_resumed == 200
+
     def test_it_returns_at_once_and_is_waited_for(self, client, job, out, gate):
         run = write(job(gate), out, wait=False)
         assert run.status in ("starting", "running") and run.progress.total == 200
@@ -149,6 +189,7 @@ class TestHandle:
 
     def test_pause_resume(self, client, job, out, gate):
         run = write(job(gate), out, wait=False)
+        until(lambda: any(client.processing().values()))
         run.pause()
         until(lambda: run.status == "paused")
         gate.open()

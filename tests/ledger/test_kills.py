@@ -10,12 +10,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import dask
 import pandas as pd
 import psutil
 import pyarrow as pa
 import pytest
+from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
+from dask_pcm.ledger.folder import Folder
 
 N_FILES, ROWS_PER_FILE = 20, 50
 N_ROWS = N_FILES * ROWS_PER_FILE
@@ -171,6 +174,38 @@ def test_a_disk_that_is_full_in_the_midst_of_a_run(client, claims, small_disk):
     report = pcm.write_parquet(verdicts, out, progress=False).report
     assert (report.rows, report.rows_resumed) == (N_ROWS, n_there)
     assert pd.read_parquet(out).id.tolist() == list(range(N_ROWS))
+
+
+def test_a_killed_workers_results_that_nobody_has_taken_yet(claims, tmp_path, monkeypatch):
+    """One worker, and a driver that takes its time: results are lost with the worker."""
+    wishes = Folder.wishes
+    monkeypatch.setattr(Folder, "wishes", lambda self: time.sleep(0.4) or wishes(self))
+
+    def slow(frame, live):
+        time.sleep(0.05)
+        return pd.DataFrame({"id": frame["id"]})
+
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+        dask.config.set({"pcm.run.unit-seconds": "0.1s"}),
+    ):
+        verdicts = pcm.map_partitions(
+            slow,
+            pcm.read_parquet(claims(n_files=N_FILES, n_rows=ROWS_PER_FILE)),
+            context=pcm.Context(list),
+            meta={"id": "i8"},
+            batch_rows=10,
+        )
+        run = pcm.write_parquet(verdicts, tmp_path / "out", wait=False)
+        for n_rows in (100, 300, 500):
+            while run.progress.done < n_rows:
+                assert run.status in ("starting", "running")
+                time.sleep(0.01)
+            (pid,) = client.run(os.getpid).values()
+            os.kill(pid, signal.SIGKILL)
+        assert run.wait(60).rows == N_ROWS
+    assert pd.read_parquet(tmp_path / "out").id.tolist() == list(range(N_ROWS))
 
 
 def paused(job):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -21,7 +23,7 @@ from dask_pcm.ledger import folder, objects
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import LOG, MANIFEST, Output
-from dask_pcm.ledger.parts import parse_name, partition_name, range_name
+from dask_pcm.ledger.parts import parse_name, partition_name, range_name, write_part
 from dask_pcm.ledger.report import rows_recomputed
 from dask_pcm.ledger.stock import Counts, take_stock
 
@@ -468,7 +470,7 @@ class TestObjects:
     def test_a_lock_whose_holder_died_is_taken_over(self, bucket, tmp_path, monkeypatch):
         output = Objects.at(f"{bucket}/out", str(tmp_path))
         with at_work(output):
-            lock = tmp_path / f"{output.run}.{NAME}.lock"
+            lock = output._lock_of(NAME)
             lock.write_text("")
             os.utime(lock, (1, 1))
             assert output.commit(NAME, [TABLE], lambda: NOTE)
@@ -494,6 +496,27 @@ class TestObjects:
             list(pool.map(take, range(4)))
         assert seen == [1] * 12
         assert [name for name in output.entries("_pcm") if "lock" in name] == ["lock-000000019"]
+
+    @pytest.mark.parametrize("has_locks", [False, True])
+    def test_a_part_that_arrives_from_before_it_was_begun_anew(self, bucket, tmp_path, has_locks):
+        """Whatever of an overwritten job is still on its way, under whatever name."""
+        output = Objects.at(f"{bucket}/out", str(tmp_path) if has_locks else None)
+        old, new = (dataclasses.replace(output, run=name, begun=name) for name in ("old", "new"))
+        late = [NAME, range_name(2, 3)]
+        with at_work(old):
+            for name in late:
+                assert old.commit(name, [OTHER], lambda: {"rows": 1, "failed": 0, "begun": "old"})
+        note = {**NOTE, "begun": "new"}
+        with at_work(new):
+            assert new.commit(NAME, [TABLE], lambda: note)  # though a part is there
+            assert not new.commit(NAME, [TABLE], lambda: note)
+            assert values(new) == [1, 2]
+            assert take_stock(new) == {NAME: Counts(2, 0)}
+            assert list(new.parts()) == [NAME]
+            late_bytes = io.BytesIO()
+            write_part(late_bytes, [OTHER], lambda: {"rows": 1, "failed": 0, "begun": "old"})
+            new._fs.pipe_file(new._at(NAME), late_bytes.getvalue())  # in the place of ours
+            assert take_stock(new) == {} and not new.parts()
 
     def test_large_parts_are_put_conditionally_too(self, bucket):
         output = Objects.at(f"{bucket}/out", None)

@@ -6,7 +6,8 @@ import pytest
 
 from dask_pcm import reading
 from dask_pcm.ledger.plan import Unit
-from dask_pcm.ledger.unit import _PROBE_ROWS, _chunks
+from dask_pcm.ledger.unit import _PROBE_ROWS
+from dask_pcm.ledger.unit import chunks as chunks_of
 from dask_pcm.pieces import Span
 
 ROW_BYTES = 10
@@ -30,7 +31,7 @@ def unit(*sizes):
 def chunks(unit, max_bytes, real=1.0):
     """Sizes of the chunks, each of which is read before the next is cut."""
     sizes, seen = [], []
-    for chunk in _chunks(unit, max_bytes):
+    for chunk in chunks_of(unit, max_bytes):
         sizes.append(chunk.n_rows)
         for span in chunk.spans:
             reading.note_inflation(span.path, span.n_bytes * real, span.n_bytes)
