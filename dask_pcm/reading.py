@@ -227,6 +227,7 @@ def _check_version(path: str, version: str) -> None:
     fs.invalidate_cache(fs._parent(name))
     if version_of(fs.info(name)) != version:
         raise InputError(
-            f"{path!r} has changed since it was listed. Write it before the run begins, and call"
-            " pcm.read_parquet again."
+            f"{path!r} has changed since it was listed. Call pcm.read_parquet again; an output that"
+            " has rows of it already can go on only with the file as it was, or be begun anew"
+            " (overwrite=True, --overwrite)."
         )

@@ -15,7 +15,13 @@ import numpy as np
 from distributed import Client, Future
 
 from dask_pcm.config import Config
-from dask_pcm.errors import CancelledError, FailedRowsError, FencedError, PCMError
+from dask_pcm.errors import (
+    CancelledError,
+    FailedRowsError,
+    FencedError,
+    InputError,
+    PCMError,
+)
 from dask_pcm.ledger import status
 from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.heart import Heart
@@ -250,10 +256,11 @@ class Driver:
                 " gone. What was committed stays; run the same again to go on."
             )
         error: BaseException = future.exception()
-        error.add_note(
-            f"This ended the run of {unit.name} in {self._output.path!r}. What was committed stays;"
-            " mend the cause and run the same again to go on."
+        text = (
+            f"This ended the run of {unit.name} in {self._output.path!r}. What was committed stays"
         )
+        go_on = "; mend the cause and run the same again to go on."
+        error.add_note(text + ("." if isinstance(error, InputError) else go_on))
         raise error
 
     def _look(self, shown: Meter, is_last: bool = False) -> None:

@@ -26,6 +26,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -46,6 +47,7 @@ _CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl"
 #: A run whose status is older is not at work; a lock whose holder puts nothing is taken over.
 SILENT_S = 30.0
 _POLL_S = 0.2
+_N_READERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,12 @@ class Objects(Output):
             Where it does not, and no folder for lock files is given; or it cannot be reached.
         """
         output = cls(url.rstrip("/"), uuid.uuid4().hex, locks and os.path.abspath(locks))
-        if output.locks:
-            Path(output.locks).mkdir(parents=True, exist_ok=True)
-            return output
         try:
+            if output.locks:
+                Path(output.locks).mkdir(parents=True, exist_ok=True)
+                output._put(f"{HOME}/probe-{output.run}", b"1")
+                output.remove(f"{HOME}/probe-{output.run}")
+                return output
             is_conditional = output._puts_conditionally()
         except Exception as error:  # each store has its own
             raise OutputError(
@@ -96,8 +100,7 @@ class Objects(Output):
         return f"lock files in {self.locks}" if self.locks else "conditional put"
 
     def _puts_conditionally(self) -> bool:
-        protocol = self.path.partition("://")[0]
-        if protocol not in _CONDITIONAL:
+        if self._protocol not in _CONDITIONAL:
             return False
         probe = f"{HOME}/probe-{self.run}"
         try:
@@ -135,7 +138,24 @@ class Objects(Output):
     def write(self, name: str, data: bytes) -> None:
         if name != f"{self.place}/driver.json":
             self._check_fence()
-        self._fs.pipe_file(self._at(name), data)
+        self._put(name, data)
+
+    def _put(self, name: str, data: bytes, **options: Any) -> None:
+        self._make_folder(name)
+        self._fs.pipe_file(self._at(name), data, **options)
+
+    def _make_folder(self, name: str) -> None:
+        if not self._is_flat:
+            self._fs.makedirs(self._fs._parent(self._at(name)), exist_ok=True)
+
+    @property
+    def _is_flat(self) -> bool:
+        """Whether names are mere names, as long as may be; elsewhere they are those of files."""
+        return self._protocol in _CONDITIONAL | {"memory"}
+
+    @property
+    def _protocol(self) -> str:
+        return self.path.partition("://")[0]
 
     def exists(self, name: str) -> bool:
         fs = self._fs
@@ -143,6 +163,7 @@ class Objects(Output):
         return bool(fs.exists(self._at(name)))
 
     def move(self, name: str, target: str) -> None:
+        self._make_folder(target)
         self._fs.mv(self._at(name), self._at(target))
 
     def remove(self, name: str) -> None:
@@ -151,7 +172,7 @@ class Objects(Output):
 
     def _create(self, name: str, data: bytes) -> bool:
         try:
-            self._fs.pipe_file(self._at(name), data, mode="create")
+            self._put(name, data, mode="create")
         except FileExistsError:
             return False
         except OSError as error:
@@ -172,10 +193,10 @@ class Objects(Output):
             return
         lock, mine = self._take_lock(), self.run.encode()
         try:
-            with _refreshing(lambda: self._fs.pipe_file(self._at(lock), mine)):
+            with _refreshing(lambda: self._put(lock, mine)):
                 yield
         finally:
-            self._fs.pipe_file(self._at(lock), b"")
+            self._put(lock, b"")
 
     def _take_lock(self) -> str:
         """Be the one that takes over: who creates the next of numbered objects.
@@ -245,7 +266,7 @@ class Objects(Output):
     def _age_s(self, name: str) -> float:
         """Seconds since an object was written, by the store's clock; infinity if there is none."""
         probe = f"{HOME}/clock-{self.run}"
-        self._fs.pipe_file(self._at(probe), b"now")
+        self._put(probe, b"now")
         try:
             now, then = (self._modified(each) for each in (probe, name))
         except FileNotFoundError:
@@ -275,14 +296,14 @@ class Objects(Output):
         # Before it is there: were it replaced and not noted, it would seem to be edited.
         self.log(commit_line(self.run, name, written, counts, ""))
         if replaces:
-            self._fs.pipe_file(self._at(name), data)
+            self._put(name, data)
         elif self.locks:
             if not self._put_locked(name, data):
                 return False
         elif not self._create(name, data):
             if self._is_there(name):
                 return False
-            self._fs.pipe_file(self._at(name), data)
+            self._put(name, data)
         with contextlib.suppress(FencedError, OSError):  # it only saves reading it through
             stamp = _stamp(self._fs.info(self._at(name), refresh=True))
             self.log(commit_line(self.run, name, written, counts, stamp))
@@ -303,7 +324,7 @@ class Objects(Output):
                     return False
                 self._check_fence()
                 with _refreshing(lock.touch):
-                    self._fs.pipe_file(self._at(name), data)
+                    self._put(name, data)
                 return True
             finally:
                 os.close(descriptor)
@@ -334,13 +355,21 @@ class Objects(Output):
     def log(self, line: Mapping[str, Any]) -> None:
         # Nothing can be appended to, and reading many small objects is slow: names hold the lines.
         self._check_fence()
-        text = base64.urlsafe_b64encode(json.dumps(line).encode()).decode()
-        self._fs.pipe_file(self._at(f"{LOG}/{uuid.uuid4().hex[:12]}.{text}"), b"-")
+        said, name = json.dumps(line).encode(), f"{LOG}/{uuid.uuid4().hex[:12]}"
+        if self._is_flat:
+            self._put(f"{name}.{base64.urlsafe_b64encode(said).decode()}", b"-")
+        else:
+            self._put(name, said)
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        for name in self.entries(LOG):
-            with contextlib.suppress(ValueError):
-                yield json.loads(base64.urlsafe_b64decode(name.partition(".")[2]))
+        def said(name: str) -> bytes:
+            _, dot, text = name.partition(".")
+            return base64.urlsafe_b64decode(text) if dot else self.read(f"{LOG}/{name}")
+
+        with ThreadPoolExecutor(_N_READERS) as pool:
+            for line in pool.map(said, self.entries(LOG)):
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
 
 
 def _stamp(info: Mapping[str, Any]) -> str:

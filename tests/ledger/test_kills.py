@@ -117,7 +117,7 @@ def test_killed_while_it_computes_failed_rows_again(job):
     assert failed.index.tolist() == list(range(3, N_ROWS, 10))
     broken.unlink()
     job.log.unlink()
-    kill_twice_and_finish(job, "retry_failed", n_batches=20)
+    kill_twice_and_finish(job, "retry_failed", n_batches=3)
     found = pd.read_parquet(job.out)
     assert found.id.tolist() == list(range(N_ROWS))
     assert (found.twice == found.id * 2).all() and found.error.isna().all()

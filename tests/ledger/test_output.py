@@ -33,11 +33,14 @@ NAME = range_name(0, 2)
 NOTE = {"rows": 2, "failed": 0}
 
 
-@pytest.fixture(params=["folder", "conditional put", "lock files"])
+@pytest.fixture(params=["folder", "conditional put", "lock files", "files by URL"])
 def output(request, tmp_path):
     """An output at which a run is at work."""
     if request.param == "folder":
         made = Folder(str(tmp_path / "out"), "first")
+    elif request.param == "files by URL":  # as over SFTP: names are those of files
+        url = f"local://{tmp_path}/store/out"
+        made = Objects.at(url, str(tmp_path / "locks")).as_run("first")
     else:
         bucket = request.getfixturevalue("bucket")
         locks = str(tmp_path / "locks") if request.param == "lock files" else None
@@ -455,6 +458,10 @@ class TestObjects:
             Objects.at(f"{bucket}/out", None)
         with pytest.raises(OutputError, match="lock_folder"):
             Objects.at("memory://out", None)
+
+    def test_a_store_that_cannot_be_written(self, tmp_path):
+        with pytest.raises(OutputError, match="Cannot write to the output 'local:///proc/out'"):
+            Objects.at("local:///proc/out", str(tmp_path))
 
     def test_a_store_that_cannot_be_reached(self):
         with pytest.raises(OutputError, match=r"Cannot write to the output 's3://no-such-bucket"):
