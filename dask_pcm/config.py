@@ -6,13 +6,16 @@ variable (``DASK_PCM__WORKER__LANES=3``) or with ``dask.config.set({"pcm.worker.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dask.config
 import yaml
 from dask.utils import parse_bytes, parse_timedelta
+
+T = TypeVar("T")
 
 with (Path(__file__).parent / "pcm.yaml").open(encoding="utf-8") as _file:
     _DEFAULTS = yaml.safe_load(_file)
@@ -34,6 +37,9 @@ class Config:
     ready_s: float
     batch_tokens: int
     batch_rows: int
+    disk_path: str | None
+    disk_quota_bytes: int | None
+    is_staged_always: bool
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,16 +66,30 @@ class Config:
                 raise ValueError(f"pcm.{key} must be at least 1; found {value}.")
             return value
 
+        def optional(key: str, read: Callable[[str], T]) -> T | None:
+            return None if get(key) is None else read(key)
+
+        def choice(key: str, options: tuple[str, ...]) -> str:
+            value = str(get(key))
+            if value not in options:
+                raise ValueError(f"pcm.{key} must be one of {', '.join(options)}; found {value!r}.")
+            return value
+
         return cls(
             pipeline_s=seconds("gate.pipeline"),
             tick_s=seconds("gate.tick"),
             n_load_attempts=count("gate.load-attempts"),
             n_lanes=count("worker.lanes"),
-            n_threads=None if get("worker.threads") is None else count("worker.threads"),
+            n_threads=optional("worker.threads", count),
             unit_s=seconds("run.unit-seconds"),
             max_unit_rows=count("run.max-unit-rows"),
             unit_bytes=size("run.unit-bytes"),
             ready_s=seconds("run.ready-seconds"),
             batch_tokens=count("inference.batch-tokens"),
             batch_rows=count("inference.batch-rows"),
+            disk_path=None if get("ladder.disk.path") is None else str(get("ladder.disk.path")),
+            disk_quota_bytes=None
+            if get("ladder.disk.quota") is None
+            else size("ladder.disk.quota"),
+            is_staged_always=choice("ladder.stage", ("auto", "always")) == "always",
         )

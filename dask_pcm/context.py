@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import cloudpickle
 from dask.utils import funcname, parse_bytes
 
+from dask_pcm.bundles import Bundle, bundle_of
 from dask_pcm.digest import digest
 from dask_pcm.errors import RecipeError
 
@@ -83,6 +86,8 @@ class ContextRef:
         The sealed ``Recipe``.
     about
         What people want to know of it, in pairs: a model's name and commit.
+    bundles
+        Files that the loader reads; a worker stages them first.
     """
 
     digest: str
@@ -91,14 +96,22 @@ class ContextRef:
     is_exclusive: bool
     recipe: bytes = field(repr=False)
     about: tuple[tuple[str, str], ...] = ()
+    bundles: tuple[Bundle, ...] = field(default=(), repr=False)
 
     def __dask_tokenize__(self) -> tuple[str, str]:
         return ("dask_pcm.ContextRef", self.digest)
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Stands in a recipe's arguments for the path at which a bundle is staged."""
+
+    bundle: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """What builds a context, as a worker sees it."""
+    """What builds a context, as a worker sees it; for each bundle an argument holds a ``Place``."""
 
     load: Callable[..., Any]
     args: tuple[Any, ...]
@@ -107,9 +120,10 @@ class Recipe:
     restore: Callable[[Any], Any] | None = None
     close: Callable[[Any], None] | None = None
 
-    def build(self) -> Any:
-        """Call the loader."""
-        return self.load(*self.args, **self.kwargs)
+    def build(self, places: Mapping[str, str] = MappingProxyType({})) -> Any:
+        """Call the loader; `places` are the paths of bundles, by their digests."""
+        args, kwargs = _replaced((self.args, dict(self.kwargs)), Place, lambda p: places[p.bundle])
+        return self.load(*args, **kwargs)
 
 
 class Context:
@@ -130,14 +144,19 @@ class Context:
         Whether only one task at a time may use the live object (the default). Pass False for
         objects that are safe to share between threads.
     files
-        Local paths or URLs that `load` reads; part of the identity.
+        Local paths or URLs of files and folders that `load` reads. Each must be an argument as
+        well: on a worker `load` gets the path at which it was staged instead. They count by names
+        and content, not by where they lie.
     offload, restore, close
         Hooks that take the live object: to move it off the device, back on it, and to end it.
 
     Raises
     ------
     RecipeError
-        Where the recipe cannot be pickled or identified; here, not when a task runs.
+        Where the recipe cannot be pickled or identified, or no argument is one of `files`; here,
+        not when a task runs.
+    InputError
+        Where one of `files` is missing.
 
     Examples
     --------
@@ -160,7 +179,7 @@ class Context:
         device_memory: int | str | None = None,
         name: str | None = None,
         exclusive: bool = True,
-        files: Sequence[str] = (),
+        files: Sequence[str | os.PathLike[str] | Bundle] = (),
         offload: Callable[[Any], Any] | None = None,
         restore: Callable[[Any], Any] | None = None,
         close: Callable[[Any], None] | None = None,
@@ -172,11 +191,15 @@ class Context:
                 " Write Context(load, *arguments), not Context(load(*arguments))."
             )
         name = name or funcname(load)
+        bundles = tuple(f if isinstance(f, Bundle) else bundle_of(f) for f in _several(files))
+        args, kwargs = _placed(args, kwargs, bundles)
         recipe = Recipe(load, args, kwargs, offload, restore, close)
-        identity = (load, args, kwargs, tuple(map(str, files)), offload, restore, close)
+        identity = (load, args, kwargs, offload, restore, close)
         sealed = Sealed.of(recipe, f"The recipe of context {name!r}", identity)
         memory = None if device_memory is None else _bytes(device_memory)
-        ref = ContextRef(sealed.digest, name, memory, bool(exclusive), sealed.payload)
+        ref = ContextRef(
+            sealed.digest, name, memory, bool(exclusive), sealed.payload, bundles=bundles
+        )
         object.__setattr__(self, "ref", ref)
 
     @property
@@ -220,6 +243,43 @@ def _revive(cls: type[Context], state: dict[str, Any]) -> Context:
     for name, value in state.items():
         object.__setattr__(context, name, value)
     return context
+
+
+def _several(files: Any) -> Sequence[Any]:
+    if isinstance(files, (str, os.PathLike, Bundle)):
+        return (files,)
+    return tuple(files)
+
+
+def _placed(args: Any, kwargs: Any, bundles: Sequence[Bundle]) -> Any:
+    """Arguments with a ``Place`` wherever the path of a bundle stands."""
+    places = {bundle.given: Place(bundle.digest) for bundle in bundles}
+    found = set()
+
+    def place(path: str | os.PathLike[str]) -> Any:
+        at = places.get(os.fspath(path))
+        found.add(os.fspath(path))
+        return path if at is None else at
+
+    placed = _replaced((args, kwargs), (str, os.PathLike), place)
+    if missing := places.keys() - found:
+        raise RecipeError(
+            f"files names {min(missing)!r}, but it is no argument of the loader, which would not"
+            " know where it was staged. Write Context(load, path, files=[path]): load gets the path"
+            " on its worker."
+        )
+    return placed
+
+
+def _replaced(value: Any, kind: Any, replace: Callable[[Any], Any]) -> Any:
+    """`value` with everything of a kind replaced, in lists, tuples and dicts too."""
+    if isinstance(value, kind):
+        return replace(value)
+    if type(value) in (list, tuple):
+        return type(value)(_replaced(item, kind, replace) for item in value)
+    if type(value) is dict:
+        return {key: _replaced(item, kind, replace) for key, item in value.items()}
+    return value
 
 
 def _bytes(size: int | str) -> int:

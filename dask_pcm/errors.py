@@ -35,6 +35,14 @@ class ModelError(PCMError, ValueError):
     """A model folder is missing, incomplete or corrupt, or a hub id cannot be resolved."""
 
 
+class StageError(PCMError, RuntimeError):
+    """A file of a recipe cannot be brought to a worker, or is not what it was."""
+
+
+class DiskError(PCMError, RuntimeError):
+    """The cache of staged files cannot be made or written, or has no room."""
+
+
 class InputError(PCMError, ValueError):
     """An input dataset is missing, unreadable or not Parquet."""
 

@@ -21,7 +21,6 @@ def test_arguments_count_and_names_and_memory_do_not():
     assert plain == Context(load, "a", name="other", device_memory="3 GiB")
     assert plain != Context(load, "b")
     assert plain != Context(load, "a", n=2)
-    assert plain != Context(load, "a", files=["weights.bin"])
     assert len({plain, Context(load, "a", name="x")}) == 1
     assert tokenize(plain) == tokenize(Context(load, "a", device_memory=5))
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dask_pcm.bundles import bundle_of
 from dask_pcm.context import Context
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.plain import load_model
@@ -21,7 +19,6 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: How classes of models that continue a text are called.
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_BLOCK_BYTES = 1 << 22
 
 
 class LLM(Context):
@@ -48,9 +45,9 @@ class LLM(Context):
 
     Notes
     -----
-    The identity is the commit of a hub model, and the content of the files of a folder: the
-    same files elsewhere are the same context. Tokens for private hub models are used on the
-    client alone and go nowhere else.
+    The identity is the content of the files: the same files elsewhere are the same context. Each
+    is read once for it, and remembered. Workers stage them (see ``Context``). Tokens for private
+    hub models are used on the client alone and go nowhere else.
     """
 
     __slots__ = ("commit", "path")
@@ -73,48 +70,35 @@ class LLM(Context):
             raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}; found {dtype!r}.")
         path, commit = _resolve(os.fspath(model), revision)
         _check_folder(path)
+        has_safetensors = any(path.glob("*.safetensors"))
+        files = bundle_of(path, _PATTERNS if has_safetensors else (*_PATTERNS, "*.bin"))
         name = name or Path(os.fspath(model)).name
         memory = _weight_bytes(path) if device_memory is None else device_memory
         super().__init__(
             load_model,
-            _ModelFolder(str(path), commit),
+            str(path),
+            files=[files],
             dtype=dtype,
             device=device,
             name=name,
             device_memory=memory,
         )
+        commit = commit or files.digest
         about = (("model", os.fspath(model)), ("commit", commit))
         object.__setattr__(self, "ref", replace(self.ref, about=about))
         object.__setattr__(self, "path", str(path))
         object.__setattr__(self, "commit", commit)
 
 
-class _ModelFolder(str):
-    """A path that counts by the content it names."""
-
-    commit: str
-
-    def __new__(cls, path: str, commit: str) -> _ModelFolder:
-        folder = super().__new__(cls, path)
-        folder.commit = commit
-        return folder
-
-    def __dask_tokenize__(self) -> tuple[str, str]:
-        return ("dask_pcm.model", self.commit)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ModelFolder, (str(self), self.commit)
-
-
 def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
-    """The folder of a model, and the commit or digest that identifies it."""
+    """The folder of a model, and its commit; empty where it is nobody's but a folder."""
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
             raise ModelError(
                 f"{model!r} is a folder and has no revisions; found revision={revision!r}."
             )
-        return path.resolve(), _digest_of_files(path.resolve())
+        return path.resolve(), ""
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(
             f"There is no model folder {model!r}. Give a folder with config.json, tokenizer and"
@@ -227,32 +211,3 @@ def _safetensors_problem(file: Path) -> str | None:
 
 def _weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for pattern in _WEIGHTS for file in path.glob(pattern))
-
-
-def _digest_of_files(path: Path) -> str:
-    """Digest of a model folder's files by name and content."""
-    files = sorted(
-        file
-        for pattern in (*_PATTERNS, "*.bin", "*.py")
-        for file in path.rglob(pattern)
-        if file.is_file() and not any(part.startswith(".") for part in file.parts[-2:])
-    )
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_digest_of_file, files))
-    names = [str(file.relative_to(path)) for file in files]
-    pairs = sorted(set(zip(names, digests, strict=True)))
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:40]
-
-
-def _digest_of_file(file: Path) -> str:
-    status = file.stat()
-    return _digest_of_version(str(file), status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _digest_of_version(path: str, size: int, modified_ns: int) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            sha.update(block)
-    return sha.hexdigest()

@@ -13,11 +13,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dask_pcm.context import ContextRef, Recipe, Sealed
 from dask_pcm.errors import DeadlockError, LoadError
+from dask_pcm.ladder.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class Residency:
     #: The thread that loads it or, where it is exclusive, uses it; and how many times over.
     user: int | None = None
     n_uses: int = 0
+    #: Keeps the staged files for as long as the live object may read them.
+    files: ExitStack = field(default_factory=ExitStack)
 
 
 class Store:
@@ -68,10 +71,17 @@ class Store:
     ----------
     on_change
         Called after every change, from the thread that made it and without the store's lock.
+    staging
+        What brings files of recipes to this host.
     """
 
-    def __init__(self, on_change: Callable[[Change], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_change: Callable[[Change], None] | None = None,
+        staging: Staging | None = None,
+    ) -> None:
         self._on_change = on_change or (lambda change: None)
+        self._staging = staging or Staging()
         self._residencies: dict[str, Residency] = {}
         #: What each thread that waits for its turn waits for.
         self._awaited: dict[int, Residency] = {}
@@ -131,10 +141,11 @@ class Store:
         value, error = None, None
         try:
             recipe: Recipe = Sealed(ref.digest, ref.recipe).open()
-            value = recipe.build()
+            value = recipe.build(residency.files.enter_context(self._staging.placed(ref.bundles)))
         except BaseException as cause:  # also SystemExit: a library that exits is a failed load
             error = _explain(ref, cause)
             logger.warning("%s", error)
+            residency.files.close()
         seconds = time.monotonic() - start
         with self._changed:
             residency.tier, residency.user = Tier.FAILED if error else Tier.DEVICE, None
@@ -246,7 +257,8 @@ class Store:
             if residency is None or residency.n_holders or residency.tier is Tier.LOADING:
                 return False
             del self._residencies[digest]
-        _close(residency)
+        with residency.files:
+            _close(residency)
         self._on_change(Change(digest, Tier.ABSENT))
         return True
 

@@ -28,6 +28,7 @@ from distributed.worker_state_machine import FreeKeysEvent
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import LoadError
+from dask_pcm.ladder.staging import Staging
 from dask_pcm.ladder.store import Change, Store, Tier, of_process
 from dask_pcm.plugins.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.memory import MemoryAllowance, keep_freed_memory
@@ -56,7 +57,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         self._wanted: set[str] = set()
         self._warned: set[str] = set()
         self._warning = threading.Lock()
-        self.store = Store(self._report)
+        self.store = Store(self._report, Staging(self.config))
         self.memory = MemoryAllowance(worker)
         # Dask's executor: a worker that ends does not wait for its threads.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")

@@ -31,7 +31,7 @@ def test_it_says_what_it_takes(folder):
     llm = LLM(folder)
     assert llm.name == "model"
     assert llm.device_memory_bytes == (folder / "model.safetensors").stat().st_size
-    assert len(llm.commit) == 40
+    assert len(llm.commit) == 32
 
 
 def test_a_hub_id_is_resolved_to_its_commit(folder, tmp_path, monkeypatch):

@@ -1,0 +1,353 @@
+"""The disk rung: contents of files on the job's scratch, one copy a host, kept for the next job.
+
+::
+
+    blobs/<digest>          a file's content, complete and verified
+    blobs/<digest>.part     what there is of one that is being staged
+    blobs/<digest>.note     what staging took, and since which boot of the machine it is here
+    blobs/<digest>.lock     held by whoever stages or evicts it, and shared by whoever uses it
+    trees/<digest>/<name>   a bundle as its loader sees it: links to blobs
+
+Locks are the kernel's (flock): they end with their process, so nothing has to be taken back from
+the dead. They hold on a disk of this host alone; see ``is_node_local``.
+
+Nothing is synced: what a process wrote outlives it in the page cache. After a crash of the machine
+a file may have holes, so one from an earlier boot is verified when it is first used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import logging
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dask_pcm.bundles import Blob, Bundle, checked_name
+from dask_pcm.errors import DiskError
+
+logger = logging.getLogger(__name__)
+
+#: Filesystems that other hosts see, too.
+_SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "9p", "afs", "pvfs", "wekafs")
+#: Half-written blobs that nobody has gone on with for so long are removed.
+_STALE_S = 86_400.0
+_AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
+_N_READERS = 4
+#: What it takes to begin staging anything; so small files are worth more for their bytes.
+_FIXED_S = 0.1
+
+
+class Disk:
+    """Blobs of this user on this host.
+
+    Processes of one host share it; threads too.
+
+    Parameters
+    ----------
+    root
+        A folder of its own; made, for this user alone, if there is none.
+    quota_bytes
+        What all of it may take; None for as much as the disk has.
+
+    Raises
+    ------
+    DiskError
+        Where the folder cannot be made or written, or is open to others or theirs.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], quota_bytes: int | None = None) -> None:
+        self.root = Path(root)
+        self._quota_bytes = quota_bytes
+        self._blobs, self._trees = self.root / "blobs", self.root / "trees"
+        for folder in (self.root, self._blobs, self._trees):
+            _make_own(folder)
+        self._clean()
+
+    def has(self, blob: Blob) -> bool:
+        """Whether a blob is complete."""
+        return (self._blobs / blob.digest).exists()
+
+    # -- staging ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def filling(self, blob: Blob) -> Iterator[Filling | None]:
+        """Be the one that stages a blob; None where it is complete, perhaps since we waited.
+
+        What an earlier attempt has written is kept, as far as it is verified.
+
+        Raises
+        ------
+        DiskError
+            Where there is no room for it, even without all that nobody uses.
+        """
+        if self.has(blob):  # who uses it has it locked
+            yield None
+            return
+        with self._locked(blob.digest, fcntl.LOCK_EX):
+            if self.has(blob):
+                yield None
+                return
+            place = self._blobs / blob.digest
+            self._make_room(blob.n_bytes - _size(place.with_suffix(".part")))
+            with Filling(place, blob) as filling:
+                yield filling
+
+    @contextlib.contextmanager
+    def using(self, bundle: Bundle) -> Iterator[str]:
+        """The path of a bundle whose blobs are complete; until the block ends they stay.
+
+        Raises
+        ------
+        FileNotFoundError
+            Where a blob is not complete (any more).
+        """
+        with contextlib.ExitStack() as stack:
+            for file in bundle.files:
+                stack.enter_context(self._locked(file.blob.digest, fcntl.LOCK_SH))
+                self._check(file.blob)
+            yield self._tree(bundle)
+
+    def _check(self, blob: Blob) -> None:
+        """Note that a blob is used now; of an earlier boot, see whether it is whole."""
+        place = self._blobs / blob.digest
+        note = _read_note(place)
+        if note.get("boot") != _boot():
+            with place.open("rb") as file:
+                if len(verified_chunks(file.fileno(), blob)) < blob.n_chunks:
+                    logger.warning("%s was damaged; it is staged again", place)
+                    place.unlink()
+                    raise FileNotFoundError(errno.ENOENT, "damaged", str(place))
+            _write_note(place, {**note, "boot": _boot()})
+        os.utime(place)
+
+    def _tree(self, bundle: Bundle) -> str:
+        tree = self._trees / bundle.digest
+        if not tree.exists():
+            making = self._trees / f".{bundle.digest}-{uuid.uuid4().hex}"
+            for file in bundle.files:
+                link = making / checked_name(file.name)
+                link.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                link.symlink_to(self._blobs / file.blob.digest)
+            try:
+                making.rename(tree)
+            except OSError:  # another process was first
+                shutil.rmtree(making)
+        return str(tree if bundle.is_folder else tree / bundle.files[0].name)
+
+    # -- room ---------------------------------------------------------------------------------
+
+    def used_bytes(self) -> int:
+        """What all blobs take, half-written ones too."""
+        return sum(_size(path) for path in self._blobs.iterdir())
+
+    def evict(self, digest: str) -> bool:
+        """Remove a blob; False where somebody uses or stages it."""
+        with contextlib.suppress(BlockingIOError), self._locked(digest, _AT_ONCE):
+            place = self._blobs / digest
+            for path in (place, place.with_suffix(".part"), place.with_suffix(".note")):
+                path.unlink(missing_ok=True)
+            return True
+        return False
+
+    def _make_room(self, n_bytes: int) -> None:
+        """Evict what is worth least, until `n_bytes` more fit."""
+        digests = {path.stem for path in self._blobs.iterdir() if path.suffix in ("", ".part")}
+        rest = sorted(digests, key=lambda digest: _worth(self._blobs / digest), reverse=True)
+        while self._lacking(n_bytes) > 0:
+            if not rest:
+                raise DiskError(
+                    f"There is no room for {n_bytes:,} bytes in {str(self.root)!r}: {self._room()},"
+                    " and what is there is in use. Give it another disk (pcm.ladder.disk.path), or"
+                    " more of this one (pcm.ladder.disk.quota)."
+                )
+            self.evict(rest.pop())
+
+    def _lacking(self, n_bytes: int) -> int:
+        lacking = n_bytes - shutil.disk_usage(self.root).free
+        if self._quota_bytes is not None:
+            lacking = max(lacking, self.used_bytes() + n_bytes - self._quota_bytes)
+        return lacking
+
+    def _room(self) -> str:
+        free = f"{shutil.disk_usage(self.root).free:,} bytes are free"
+        if self._quota_bytes is None:
+            return free
+        return f"{free}, and {self.used_bytes():,} of its quota of {self._quota_bytes:,} are taken"
+
+    def _clean(self) -> None:
+        """Remove what processes left half-done that did not live to go on, and nobody took up."""
+        for path in self._blobs.glob("*.part"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    self.evict(path.stem)
+        for path in self._trees.glob(".*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _locked(self, digest: str, how: int) -> Iterator[None]:
+        descriptor = os.open(self._blobs / f"{digest}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, how)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+class Filling:
+    """A blob that is being staged; threads may write its chunks, in any order."""
+
+    def __init__(self, place: Path, blob: Blob) -> None:
+        self.blob = blob
+        self._place = place
+        self._part = place.with_suffix(".part")
+        self._start = time.monotonic()
+        self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o600)
+        #: Chunks that are here and verified.
+        self.have = verified_chunks(self._descriptor, blob)
+
+    def __enter__(self) -> Filling:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        """Close it; complete, it stands under its name from now on."""
+        os.close(self._descriptor)
+        if len(self.have) == self.blob.n_chunks:
+            seconds = time.monotonic() - self._start
+            _write_note(self._place, {"boot": _boot(), "seconds": seconds})
+            self._part.chmod(0o400)
+            self._part.rename(self._place)
+
+    @property
+    def missing(self) -> list[int]:
+        """Chunks that are not here."""
+        return [chunk for chunk in range(self.blob.n_chunks) if chunk not in self.have]
+
+    def write(self, chunk: int, data: bytes | bytearray | memoryview) -> bool:
+        """Write a chunk; False where `data` is not what should stand there.
+
+        Raises
+        ------
+        DiskError
+            Where the disk is full.
+        """
+        if not self.blob.holds(chunk, data):
+            return False
+        at, _ = self.blob.span(chunk)
+        rest = memoryview(data)
+        try:
+            while rest:
+                n_written = os.pwrite(self._descriptor, rest, at)
+                rest, at = rest[n_written:], at + n_written
+        except OSError as error:
+            raise DiskError(
+                f"A file of {self.blob.n_bytes:,} bytes cannot be staged in"
+                f" {str(self._place.parent)!r}: {error}. Make room there, or choose another disk"
+                " (pcm.ladder.disk.path)."
+            ) from error
+        self.have.add(chunk)
+        return True
+
+
+def verified_chunks(descriptor: int, blob: Blob) -> set[int]:
+    """Chunks of an open file that hold what they should."""
+    n_bytes = os.fstat(descriptor).st_size
+    if not n_bytes:
+        return set()
+
+    def is_whole(chunk: int) -> bool:
+        start, stop = blob.span(chunk)
+        return stop <= n_bytes and blob.holds(chunk, os.pread(descriptor, stop - start, start))
+
+    with ThreadPoolExecutor(_N_READERS) as pool:
+        found = pool.map(is_whole, range(blob.n_chunks))
+        return {chunk for chunk, is_there in enumerate(found) if is_there}
+
+
+def is_node_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path lies on a filesystem of this host alone; where nobody can tell, it is."""
+    best, kind = "", ""
+    real = os.path.realpath(path)
+    with contextlib.suppress(OSError), open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            _, at, found, *_ = line.split(" ")
+            at = at.encode().decode("unicode_escape")
+            if len(at) >= len(best) and f"{real}/".startswith(at.rstrip("/") + "/"):
+                best, kind = at, found
+    return not kind.removeprefix("fuse.").startswith(_SHARED)
+
+
+def _make_own(folder: Path) -> None:
+    """Make a folder for this user alone, or see that it is one."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise DiskError(f"The cache {str(folder)!r} cannot be made: {error}.") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise DiskError(
+            f"The cache {str(folder)!r} is not a folder of yours (user {os.getuid()}); it belongs"
+            f" to user {status.st_uid}. Choose another with pcm.ladder.disk.path."
+        )
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise DiskError(
+            f"The cache {str(folder)!r} is open to others (mode {stat.S_IMODE(status.st_mode):o}):"
+            f" chmod 700 {folder}, or choose another with pcm.ladder.disk.path."
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise DiskError(f"The cache {str(folder)!r} cannot be written.")
+
+
+def _worth(place: Path) -> float:
+    """What a blob is worth for its bytes: seconds that staging took, fading since its last use."""
+    try:
+        status = place.stat()
+    except FileNotFoundError:  # half-written: whoever stages it has it locked
+        return 0.0
+    idle_s = max(1.0, time.time() - status.st_mtime)
+    seconds = float(_read_note(place).get("seconds", 0.0))
+    return (_FIXED_S + seconds) / max(1, status.st_size) / idle_s
+
+
+def _size(path: Path) -> int:
+    """Bytes that a file takes on its disk; a half-written one has holes."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _read_note(place: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(place.with_suffix(".note").read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_note(place: Path, note: dict[str, Any]) -> None:
+    temporary = place.with_suffix(f".{uuid.uuid4().hex}")
+    temporary.touch(mode=0o600)
+    temporary.write_text(json.dumps(note))
+    temporary.replace(place.with_suffix(".note"))
+
+
+@functools.cache
+def _boot() -> str:
+    """Which boot of the machine this is."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,154 @@
+"""From where a recipe's files lie to where its loader reads them."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from dask_pcm.bundles import Bundle, BundledFile
+from dask_pcm.config import Config
+from dask_pcm.errors import StageError
+from dask_pcm.files import version_of
+from dask_pcm.ladder.disk import Disk, Filling, is_node_local
+
+logger = logging.getLogger(__name__)
+
+_N_READERS = 4
+_N_ATTEMPTS = 3
+
+
+class Staging:
+    """Brings bundles to this host's disk.
+
+    Parameters
+    ----------
+    config
+        Where the cache is, and how large; see ``pcm.ladder`` in ``pcm.yaml``.
+    """
+
+    def __init__(self, config: Config | None = None) -> None:
+        self._config = config
+        self._disk: Disk | None = None
+        self._making = threading.Lock()
+
+    @contextlib.contextmanager
+    def placed(self, bundles: Sequence[Bundle]) -> Iterator[dict[str, str]]:
+        """Paths of `bundles` on this host, by digest; until the block ends they stay.
+
+        What lies on this host's own disks already is used where it is.
+
+        Raises
+        ------
+        StageError
+            Where a file cannot be read, or is not any more what the recipe names.
+        DiskError
+            Where the cache cannot be used, or has no room.
+        """
+        with contextlib.ExitStack() as stack:
+            yield {bundle.digest: stack.enter_context(self._one(bundle)) for bundle in bundles}
+
+    @contextlib.contextmanager
+    def _one(self, bundle: Bundle) -> Iterator[str]:
+        config = self._config or Config.read()
+        if not config.is_staged_always and (path := in_place(bundle)) is not None:
+            yield path
+            return
+        disk = self.disk
+        with contextlib.ExitStack() as stack:
+            for _ in range(_N_ATTEMPTS):
+                for file in bundle.files:
+                    with disk.filling(file.blob) as filling:
+                        if filling is not None:
+                            fetch(file, filling)
+                try:
+                    path = stack.enter_context(disk.using(bundle))
+                except FileNotFoundError:  # evicted, or found damaged, since
+                    continue
+                yield path
+                return
+            raise StageError(
+                f"{bundle.given!r} does not stay in the cache {str(disk.root)!r}: it is evicted as"
+                " fast as it is staged. Give the cache more room (pcm.ladder.disk.quota)."
+            )
+
+    @property
+    def disk(self) -> Disk:
+        """The cache of this host, made when it is first needed."""
+        with self._making:
+            if self._disk is None:
+                self._disk = open_disk(self._config or Config.read())
+            return self._disk
+
+
+def open_disk(config: Config) -> Disk:
+    """The cache that the settings ask for; where it cannot be shared, one of this process alone."""
+    path = config.disk_path or os.path.join(tempfile.gettempdir(), f"dask_pcm-{os.getuid()}")
+    root = Path(os.path.expandvars(path)).expanduser()
+    if not is_node_local(root):
+        # Locks on a network filesystem hold up everybody, or hold nothing.
+        logger.warning(
+            "The cache %s is on a network filesystem: each worker process has one of its own there."
+            " Set pcm.ladder.disk.path to a disk of the node.",
+            root,
+        )
+        root = root / f"{socket.gethostname()}-{os.getpid()}"
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return Disk(root, config.disk_quota_bytes)
+
+
+def in_place(bundle: Bundle) -> str | None:
+    """Where a bundle lies on this host's own disks, as it was when it was digested; or None."""
+    local = LocalFileSystem()
+    for file in bundle.files:
+        if not os.path.isabs(file.url) or not is_node_local(file.url):
+            return None
+        try:
+            info = local.info(file.url)
+        except OSError:
+            return None
+        if (info["size"], version_of(info)) != (file.blob.n_bytes, file.version):
+            return None
+    first = bundle.files[0]
+    return first.url.removesuffix(f"/{first.name}") if bundle.is_folder else first.url
+
+
+def fetch(file: BundledFile, filling: Filling) -> None:
+    """Read from where a file lies what is missing of it.
+
+    Raises
+    ------
+    StageError
+        Where it cannot be read, or holds something else by now.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(file.url)
+
+        def copy(chunk: int) -> bool:
+            start, stop = file.blob.span(chunk)
+            with fs.open(path, "rb", cache_type="none") as stream:
+                stream.seek(start)
+                return filling.write(chunk, stream.read(stop - start))
+
+        with ThreadPoolExecutor(_N_READERS) as pool:
+            are_right = list(pool.map(copy, filling.missing))
+    except OSError as error:
+        raise StageError(
+            f"{file.url!r}, which a recipe names, cannot be read on this worker: {error}. Put it"
+            " where driver and workers see it, or in an object store."
+        ) from error
+    if not all(are_right):
+        raise StageError(
+            f"{file.url!r} is not what it was when the recipe was made. Make the Context again."
+        )

@@ -1,0 +1,300 @@
+"""The disk rung: real files, real locks, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dask_pcm.bundles import bundle_of
+from dask_pcm.errors import DiskError, InputError
+from dask_pcm.ladder import disk as disk_module
+from dask_pcm.ladder.disk import Disk, is_node_local, verified_chunks
+
+CHUNK = 256 << 10
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "digests"))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    return Disk(tmp_path / "disk")
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Make a folder of random files of so many bytes; its bundle."""
+
+    def make(name, *sizes):
+        (tmp_path / name).mkdir()
+        for number, n_bytes in enumerate(sizes):
+            (tmp_path / name / f"{number}.bin").write_bytes(os.urandom(n_bytes))
+        return bundle_of(tmp_path / name)
+
+    return make
+
+
+def source(file):
+    return Path(file.url).read_bytes()
+
+
+def fill(disk, bundle):
+    for file in bundle.files:
+        with disk.filling(file.blob) as filling:
+            for chunk in filling.missing if filling else ():
+                assert filling.write(chunk, source(file)[slice(*file.blob.span(chunk))])
+
+
+def read_all(path):
+    return {p.name: p.read_bytes() for p in Path(path).iterdir()}
+
+
+def test_what_is_staged_is_there_for_this_user_alone(disk, made):
+    bundle = made("model", 3 * CHUNK + 1, 10, 0)
+    fill(disk, bundle)
+    with disk.using(bundle) as path:
+        assert read_all(path) == {file.name: source(file) for file in bundle.files}
+    for path in [disk.root, *disk.root.rglob("*")]:
+        assert path.is_symlink() or path.lstat().st_mode & 0o077 == 0, path
+    single = bundle_of(bundle.files[0].url)
+    with disk.using(single) as path:  # the same content, by another name
+        assert Path(path).name == "0.bin" and Path(path).read_bytes() == source(single.files[0])
+
+
+def test_a_wrong_chunk_is_not_taken(disk, made):
+    (file,) = made("model", 2 * CHUNK).files
+    with disk.filling(file.blob) as filling:
+        right = source(file)[:CHUNK]
+        assert not filling.write(0, right[:-1] + bytes([right[-1] ^ 1]))
+        assert not filling.write(0, right[:-1]) and not filling.write(1, right)
+        assert filling.missing == [0, 1]
+    assert not disk.has(file.blob)
+
+
+def test_half_written_it_is_gone_on_with_and_verified(disk, made):
+    (file,) = made("model", 8 * CHUNK).files
+    with disk.filling(file.blob) as filling:
+        for chunk in (1, 2, 5):
+            filling.write(chunk, source(file)[slice(*file.blob.span(chunk))])
+    (part,) = disk.root.rglob("*.part")
+    with part.open("r+b") as damaged:
+        damaged.seek(2 * CHUNK + 7)
+        damaged.write(b"\0\0\0")
+    with disk.filling(file.blob) as filling:
+        assert filling.missing == [0, 2, 3, 4, 6, 7]
+    assert not disk.has(file.blob)
+
+
+STAGES = """
+import os, sys, time
+from dask_pcm.bundles import bundle_of
+from dask_pcm.ladder.disk import Disk
+bundle, disk = bundle_of(sys.argv[1]), Disk(sys.argv[2])
+file = bundle.files[0]
+with disk.filling(file.blob) as filling:
+    print("complete" if filling is None else f"missing {len(filling.missing)}", flush=True)
+    for chunk in filling.missing if filling else ():
+        start, stop = file.blob.span(chunk)
+        with open(file.url, "rb") as stream:
+            stream.seek(start)
+            filling.write(chunk, stream.read(stop - start))
+        if len(sys.argv) > 3 and chunk == 3:
+            print("half", flush=True)
+            time.sleep(60)
+"""
+
+
+def staging(bundle, disk, *options):
+    command = [sys.executable, "-c", STAGES, bundle.given, str(disk.root), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_stages_and_the_other_waits(disk, made):
+    bundle = made("model", 8 * CHUNK)
+    processes = [staging(bundle, disk) for _ in range(2)]
+    said = sorted(process.communicate(timeout=60)[0].strip() for process in processes)
+    assert said == ["complete", "missing 8"]
+
+
+def test_killed_in_the_midst_another_process_goes_on(disk, made):
+    bundle = made("model", 8 * CHUNK)
+    killed = staging(bundle, disk, "slow")
+    assert killed.stdout.readline() == "missing 8\n" and killed.stdout.readline() == "half\n"
+    waiting = staging(bundle, disk)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert waiting.communicate(timeout=60)[0].strip() == "missing 4"
+    with disk.using(bundle) as path:
+        assert read_all(path) == {"0.bin": source(bundle.files[0])}
+
+
+def test_threads_of_one_process_stage_once(disk, made):
+    bundle = made("model", 4 * CHUNK)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: fill(disk, bundle), range(4)))
+    assert disk.has(bundle.files[0].blob)
+
+
+class TestRoom:
+    def test_least_worth_goes_first_and_what_is_used_stays(self, tmp_path, made):
+        disk = Disk(tmp_path / "disk", quota_bytes=4 * CHUNK + 100_000)
+        bundles = [made(f"model-{number}", CHUNK) for number in range(4)]
+        for age, bundle in enumerate(reversed(bundles)):
+            fill(disk, bundle)
+            place = disk.root / "blobs" / bundle.files[0].blob.digest
+            os.utime(place, (time.time() - 3600 * age,) * 2)
+        with disk.using(bundles[0]):  # the oldest
+            os.utime(disk.root / "blobs" / bundles[0].files[0].blob.digest, (1, 1))
+            fill(disk, made("model-4", CHUNK))
+            assert [disk.has(b.files[0].blob) for b in bundles] == [True, False, True, True]
+        fill(disk, made("model-5", 2 * CHUNK))
+        assert [disk.has(b.files[0].blob) for b in bundles] == [False, False, False, True]
+        assert disk.used_bytes() <= 4 * CHUNK + 100_000
+
+    def test_what_took_long_to_stage_is_worth_more(self, tmp_path, made):
+        disk = Disk(tmp_path / "disk", quota_bytes=2 * CHUNK + 100_000)
+        slow, fast = made("slow", CHUNK), made("fast", CHUNK)
+        for bundle, seconds in ((slow, 60.0), (fast, 0.1)):
+            fill(disk, bundle)
+            place = disk.root / "blobs" / bundle.files[0].blob.digest
+            note = json.loads(place.with_suffix(".note").read_text())
+            place.with_suffix(".note").write_text(json.dumps({**note, "seconds": seconds}))
+        os.utime(disk.root / "blobs" / slow.files[0].blob.digest, (time.time() - 60,) * 2)
+        fill(disk, made("new", CHUNK))
+        assert disk.has(slow.files[0].blob) and not disk.has(fast.files[0].blob)
+
+    def test_no_room_at_all(self, tmp_path, made):
+        disk = Disk(tmp_path / "disk", quota_bytes=CHUNK)
+        large = made("large", 3 * CHUNK).files[0].blob
+        with pytest.raises(DiskError, match=r"no room for 786,432 bytes.*quota of 262,144"):
+            disk.filling(large).__enter__()
+
+    def test_used_by_another_process_it_is_not_evicted(self, disk, made):
+        bundle = made("model", CHUNK)
+        fill(disk, bundle)
+        code = (
+            "import sys; from dask_pcm.bundles import bundle_of; from dask_pcm.ladder.disk import"
+            " Disk\nwith Disk(sys.argv[2]).using(bundle_of(sys.argv[1])): print('in use',"
+            " flush=True); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", code, bundle.given, str(disk.root)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, **pipes) as user:
+            assert user.stdout.readline() == "in use\n"
+            assert not disk.evict(bundle.files[0].blob.digest)
+            user.kill()
+        assert disk.evict(bundle.files[0].blob.digest) and not disk.has(bundle.files[0].blob)
+        with pytest.raises(FileNotFoundError):
+            disk.using(bundle).__enter__()
+
+    def test_a_full_disk_is_said_and_leaves_what_there_is(self, tmp_path, made):
+        (tmp_path / "small").mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "small"]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no filesystem can be mounted here")
+        try:
+            disk = Disk(tmp_path / "small" / "disk")
+            with pytest.raises(DiskError, match="no room for 2,097,152 bytes"):
+                fill(disk, made("large", 8 * CHUNK))
+            bundle = made("fits", 2 * CHUNK)
+            with disk.filling(bundle.files[0].blob) as filling:
+                (tmp_path / "small" / "other").write_bytes(b"x" * (900 << 10))
+                with pytest.raises(DiskError, match="No space left on device"):
+                    for chunk in filling.missing:
+                        data = source(bundle.files[0])[slice(*filling.blob.span(chunk))]
+                        filling.write(chunk, data)
+            (tmp_path / "small" / "other").unlink()
+            fill(disk, bundle)
+            assert disk.has(bundle.files[0].blob)
+        finally:
+            subprocess.run(["umount", tmp_path / "small"], check=True)
+
+
+class TestCare:
+    def test_left_half_done_and_not_taken_up_it_is_removed(self, disk, made, monkeypatch):
+        (file,) = made("model", 2 * CHUNK).files
+        with disk.filling(file.blob) as filling:
+            filling.write(0, source(file)[:CHUNK])
+        (part,) = disk.root.rglob("*.part")
+        Disk(disk.root)
+        assert part.exists()
+        os.utime(part, (1, 1))
+        with disk.filling(file.blob):  # somebody is at it
+            os.utime(part, (1, 1))
+            Disk(disk.root)
+            assert part.exists()
+        os.utime(part, (1, 1))
+        Disk(disk.root)
+        assert not part.exists()
+
+    def test_from_an_earlier_boot_it_is_verified(self, disk, made, monkeypatch):
+        bundle = made("model", 2 * CHUNK)
+        fill(disk, bundle)
+        place = disk.root / "blobs" / bundle.files[0].blob.digest
+        monkeypatch.setattr(disk_module, "_boot", lambda: "the next one")
+        with disk.using(bundle):
+            assert json.loads(place.with_suffix(".note").read_text())["boot"] == "the next one"
+        monkeypatch.setattr(disk_module, "_boot", lambda: "and the next")
+        place.chmod(0o600)
+        with place.open("r+b") as file:  # as a crash of the machine leaves it
+            file.write(b"\0" * 4096)
+        with pytest.raises(FileNotFoundError):
+            disk.using(bundle).__enter__()
+        fill(disk, bundle)
+        with disk.using(bundle) as path:
+            assert read_all(path) == {"0.bin": source(bundle.files[0])}
+
+    def test_a_cache_of_somebody_else_or_open_to_others(self, tmp_path):
+        theirs = tmp_path / "theirs"
+        theirs.mkdir(mode=0o700)
+        os.chown(theirs, 65534, 65534)
+        with pytest.raises(DiskError, match=r"not a folder of yours .* belongs to user 65534"):
+            Disk(theirs)
+        (tmp_path / "open").mkdir(mode=0o777)
+        (tmp_path / "open").chmod(0o777)
+        with pytest.raises(DiskError, match=r"open to others \(mode 777\): chmod 700"):
+            Disk(tmp_path / "open")
+        (tmp_path / "link").symlink_to(tmp_path / "open")
+        with pytest.raises(DiskError, match="not a folder of yours"):
+            Disk(tmp_path / "link")
+        with pytest.raises(DiskError, match="cannot be made"):
+            Disk("/proc/nowhere/disk")
+
+    def test_a_name_that_leads_out_makes_no_tree(self, disk, made):
+        import dataclasses
+
+        bundle = made("model", 10)
+        fill(disk, bundle)
+        evil = dataclasses.replace(bundle.files[0], name="../../evil")
+        with pytest.raises(InputError, match="leads out"):
+            disk.using(dataclasses.replace(bundle, files=(evil,), digest="e" * 32)).__enter__()
+
+
+def test_chunks_of_a_file_that_is_too_short(made, tmp_path):
+    (file,) = made("model", 3 * CHUNK).files
+    short = tmp_path / "short"
+    short.write_bytes(source(file)[: 2 * CHUNK + 5])
+    with short.open("rb") as stream:
+        assert verified_chunks(stream.fileno(), file.blob) == {0, 1}
+
+
+def test_where_locks_hold(tmp_path, monkeypatch):
+    assert is_node_local(tmp_path) and is_node_local("/proc/nowhere")
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "/dev/sda / ext4 rw 0 0\nfs:/home /home nfs4 rw 0 0\nx /home/a\\040b xfs rw 0 0\n"
+    )
+    real_open = open
+    monkeypatch.setattr(disk_module, "open", lambda path, *args: real_open(mounts), raising=False)
+    assert is_node_local("/scratch/x") and not is_node_local("/home/me/cache")
+    assert is_node_local("/home/a b/cache") and is_node_local("/homes")
