@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+from blake3 import blake3
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_pcm.errors import InputError
@@ -36,8 +36,8 @@ _SLOW_S = 5.0
 
 
 def digest_of(data: Any) -> bytes:
-    """Digest of some bytes, 16 long."""
-    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+    """Digest of some bytes, 16 long (BLAKE3)."""
+    return blake3(data).digest(_DIGEST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
