@@ -39,6 +39,10 @@ class StageError(PCMError, RuntimeError):
     """A file of a recipe cannot be brought to a worker, or is not what it was."""
 
 
+class TransferError(PCMError, RuntimeError):
+    """A peer cannot be reached or trusted, or nothing can be served."""
+
+
 class DiskError(PCMError, RuntimeError):
     """The cache of staged files cannot be made or written, or has no room."""
 

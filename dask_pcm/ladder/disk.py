@@ -70,6 +70,8 @@ class Disk:
         self.root = Path(root)
         self._quota_bytes = quota_bytes
         self._blobs, self._trees = self.root / "blobs", self.root / "trees"
+        #: Blobs that this process is staging.
+        self._fillings: dict[str, Filling] = {}
         for folder in (self.root, self._blobs, self._trees):
             _make_own(folder)
         self._clean()
@@ -101,7 +103,11 @@ class Disk:
             place = self._blobs / blob.digest
             self._make_room(blob.n_bytes - _size(place.with_suffix(".part")))
             with Filling(place, blob) as filling:
-                yield filling
+                self._fillings[blob.digest] = filling
+                try:
+                    yield filling
+                finally:
+                    del self._fillings[blob.digest]
 
     @contextlib.contextmanager
     def using(self, bundle: Bundle) -> Iterator[str]:
@@ -144,6 +150,24 @@ class Disk:
             except OSError:  # another process was first
                 shutil.rmtree(making)
         return str(tree if bundle.is_folder else tree / bundle.files[0].name)
+
+    @contextlib.contextmanager
+    def opened(self, digest: str, chunk: int) -> Iterator[int | None]:
+        """A descriptor of a file that has a chunk at its place; None where there is none.
+
+        Also of a blob that this process is staging at the moment.
+        """
+        filling, descriptor = self._fillings.get(digest), None
+        if filling is not None and chunk in filling.have:
+            descriptor = filling.reopened()
+        if descriptor is None:  # or it has been completed in this moment
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(self._blobs / digest, os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     # -- room ---------------------------------------------------------------------------------
 
@@ -229,6 +253,12 @@ class Filling:
             _write_note(self._place, {"boot": _boot(), "seconds": seconds})
             self._part.chmod(0o400)
             self._part.rename(self._place)
+
+    def reopened(self) -> int | None:
+        """Another descriptor of the file, to be closed; None where it has been completed."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(self._part, os.O_RDONLY)
+        return None
 
     @property
     def missing(self) -> list[int]:
