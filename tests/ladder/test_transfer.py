@@ -161,11 +161,13 @@ def test_a_flipped_bit_is_not_taken(disk, model, tmp_path):
         file.seek(CHUNK + 7)
         file.write(bytes([byte ^ 16]))
     target, blob = Disk(tmp_path / "target"), model.files[0].blob
-    with serving(disk) as server, Peer(server.address, Access(TOKEN)) as peer:
-        with target.filling(blob) as filling:
-            wrong = [
-                i for i, data in peer.chunks(blob, filling.missing) if not filling.write(i, data)
-            ]
+    with (
+        serving(disk) as server,
+        Peer(server.address, Access(TOKEN)) as peer,
+        target.filling(blob) as filling,
+    ):
+        got = peer.chunks(blob, filling.missing)
+        wrong = [chunk for chunk, data in got if not filling.write(chunk, data)]
     damaged = (CHUNK + 7) // blob.chunk_bytes
     assert wrong == [damaged] and not target.has(blob)
 
@@ -196,13 +198,16 @@ def test_a_peer_that_is_killed_or_hangs_in_the_midst(disk, model, tmp_path, how,
             process.stdin.write(TOKEN.hex() + "\n")
             process.stdin.flush()
             address = ("127.0.0.1", int(process.stdout.readline()))
-            with target.filling(blob) as filling, Peer(address, Access(TOKEN)) as peer:
-                with pytest.raises(TransferError, match="The peer at 127"):
-                    for chunk, data in peer.chunks(blob, filling.missing):
-                        assert filling.write(chunk, data)
-                        taken.append(chunk)
-                        if len(taken) == 5:
-                            process.send_signal(how)
+            with (
+                target.filling(blob) as filling,
+                Peer(address, Access(TOKEN)) as peer,
+                pytest.raises(TransferError, match=r"The peer at 127\."),
+            ):
+                for chunk, data in peer.chunks(blob, filling.missing):
+                    assert filling.write(chunk, data)
+                    taken.append(chunk)
+                    if len(taken) == 5:
+                        process.send_signal(how)
         finally:
             process.kill()
     with target.filling(blob) as filling:
