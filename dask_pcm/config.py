@@ -40,6 +40,7 @@ class Config:
     disk_path: str | None
     disk_quota_bytes: int | None
     is_staged_always: bool
+    ports: tuple[int, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,6 +70,16 @@ class Config:
         def optional(key: str, read: Callable[[str], T]) -> T | None:
             return None if get(key) is None else read(key)
 
+        def ports(key: str) -> tuple[int, ...]:
+            first, _, last = str(get(key)).partition(":")
+            try:
+                found = tuple(range(int(first), int(last or first) + 1))
+            except ValueError:
+                found = ()
+            if not found or found[0] < 0 or found[-1] > 65_535:
+                raise ValueError(f"pcm.{key} must be 0, a port or first:last; found {get(key)!r}.")
+            return found
+
         def choice(key: str, options: tuple[str, ...]) -> str:
             value = str(get(key))
             if value not in options:
@@ -91,5 +102,6 @@ class Config:
             disk_quota_bytes=None
             if get("ladder.disk.quota") is None
             else size("ladder.disk.quota"),
+            ports=ports("ladder.transfer.ports"),
             is_staged_always=choice("ladder.stage", ("auto", "always")) == "always",
         )

@@ -10,14 +10,14 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dask_pcm.bundles import Bundle, BundledFile
+from dask_pcm.bundles import Blob, Bundle, BundledFile
 from dask_pcm.config import Config
 from dask_pcm.errors import StageError
 from dask_pcm.files import version_of
@@ -36,10 +36,21 @@ class Staging:
     ----------
     config
         Where the cache is, and how large; see ``pcm.ladder`` in ``pcm.yaml``.
+    fetch
+        Gets what is missing of a file; by default from where it lies.
+    on_staged
+        Called with each blob that is there.
     """
 
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(
+        self,
+        config: Config | None = None,
+        fetch: Callable[[BundledFile, Filling], None] | None = None,
+        on_staged: Callable[[Blob], None] | None = None,
+    ) -> None:
         self._config = config
+        self._fetch = fetch or _from_store
+        self._on_staged = on_staged or (lambda blob: None)
         self._disk: Disk | None = None
         self._making = threading.Lock()
 
@@ -71,7 +82,8 @@ class Staging:
                 for file in bundle.files:
                     with disk.filling(file.blob) as filling:
                         if filling is not None:
-                            fetch(file, filling)
+                            self._fetch(file, filling)
+                    self._on_staged(file.blob)
                 try:
                     path = stack.enter_context(disk.using(bundle))
                 except FileNotFoundError:  # evicted, or found damaged, since
@@ -132,15 +144,11 @@ def fetch(file: BundledFile, filling: Filling) -> None:
     StageError
         Where it cannot be read, or holds something else by now.
     """
+
+    def copy(chunk: int) -> bool:
+        return filling.write(chunk, read_chunk(file, chunk))
+
     try:
-        fs, path = fsspec.core.url_to_fs(file.url)
-
-        def copy(chunk: int) -> bool:
-            start, stop = file.blob.span(chunk)
-            with fs.open(path, "rb", cache_type="none") as stream:
-                stream.seek(start)
-                return filling.write(chunk, stream.read(stop - start))
-
         with ThreadPoolExecutor(_N_READERS) as pool:
             are_right = list(pool.map(copy, filling.missing))
     except OSError as error:
@@ -149,6 +157,22 @@ def fetch(file: BundledFile, filling: Filling) -> None:
             " where driver and workers see it, or in an object store."
         ) from error
     if not all(are_right):
-        raise StageError(
-            f"{file.url!r} is not what it was when the recipe was made. Make the Context again."
-        )
+        raise StageError(changed(file))
+
+
+_from_store = fetch
+
+
+def read_chunk(file: BundledFile, chunk: int) -> bytes:
+    """A chunk from where the file lies."""
+    fs, path = fsspec.core.url_to_fs(file.url)
+    start, stop = file.blob.span(chunk)
+    with fs.open(path, "rb", cache_type="none") as stream:
+        stream.seek(start)
+        found: bytes = stream.read(stop - start)
+    return found
+
+
+def changed(file: BundledFile) -> str:
+    """What is wrong where a file holds something else."""
+    return f"{file.url!r} is not what it was when the recipe was made. Make the Context again."

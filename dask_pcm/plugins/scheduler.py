@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any
 
@@ -28,6 +28,7 @@ from dask_pcm.errors import LoadError
 from dask_pcm.plugins import parking
 from dask_pcm.plugins.books import Loads, Member, Refs, RunInfo
 from dask_pcm.plugins.lanes import LANES
+from dask_pcm.plugins.staging import Desk
 from dask_pcm.plugins.walk import find_refs
 from dask_pcm.scheduling.events import (
     Assign,
@@ -85,6 +86,14 @@ class GatePlugin(SchedulerPlugin):
         scheduler.stream_handlers["pcm-residency"] = self.on_residency
         scheduler.stream_handlers["long-running"] = self.on_long_running
         scheduler.stream_handlers["pcm-returned"] = self.on_returned
+        self.desk = Desk(self._tell)
+        for op, handle in (
+            ("pcm-serves", self.desk.on_serves),
+            ("pcm-stage", self.desk.on_stage),
+            ("pcm-staged", self.desk.on_staged),
+            ("pcm-copied", self.desk.on_copied),
+        ):
+            scheduler.stream_handlers[op] = self._if_now(handle)
         scheduler.handlers["pcm_run"] = self.on_run
         self._unshield = parking.shield_from_timeouts(scheduler, self.asked)
         self._ticker = PeriodicCallback(self._tick, self.config.tick_s * 1000)
@@ -169,6 +178,7 @@ class GatePlugin(SchedulerPlugin):
         if self.members.pop(worker, None) is not None:
             self._apply(WorkerLeft(worker))
             self._regroup()
+            self.desk.leave(worker)
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         for run in [run for run, info in self.runs.items() if info.client == client]:
@@ -208,6 +218,8 @@ class GatePlugin(SchedulerPlugin):
         self.members[worker] = Member(epoch, tuple(cores), ws.host)
         self._apply(WorkerJoined(worker, n_lanes))
         self._regroup()
+        self.desk.leave(worker)  # what an earlier life of it had under way
+        self.desk.welcome(worker)
 
     def on_residency(
         self,
@@ -260,6 +272,21 @@ class GatePlugin(SchedulerPlugin):
             "n_loads": sum(load.n for load in loads),
             "load_s": sum(load.seconds for load in loads),
         }
+
+    def _if_now(self, handle: Callable[..., None]) -> Callable[..., None]:
+        """A handler that ignores what an earlier life of a worker says."""
+
+        def handle_now(worker: str, epoch: str, **says: Any) -> None:
+            member = self.members.get(worker)
+            if member is not None and member.epoch == epoch:
+                handle(worker, **says)
+
+        return handle_now
+
+    def _tell(self, worker: str, message: dict[str, Any]) -> None:
+        member = self.members.get(worker)
+        if member is not None:
+            self.scheduler.worker_send(worker, {**message, "epoch": member.epoch})
 
     # -- what the policy says ---------------------------------------------------------------
 
@@ -360,6 +387,7 @@ class GatePlugin(SchedulerPlugin):
     def _tick(self) -> None:
         self._be_last()
         self._sync_pauses()
+        self.desk.dispatch()
         if self.state.waiting or self.runs:
             self._wake()
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -32,6 +32,7 @@ from dask_pcm.ladder.staging import Staging
 from dask_pcm.ladder.store import Change, Store, Tier, of_process
 from dask_pcm.plugins.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.memory import MemoryAllowance, keep_freed_memory
+from dask_pcm.plugins.staging import Fetcher
 from dask_pcm.plugins.travel import Travels
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ class ContextPlugin(Travels, WorkerPlugin):
         self._wanted: set[str] = set()
         self._warned: set[str] = set()
         self._warning = threading.Lock()
-        self.store = Store(self._report, Staging(self.config))
+        self.fetcher = Fetcher(worker, self.config, lambda: self.staging.disk, self._tell)
+        self.staging = Staging(self.config, self.fetcher.fetch, self.fetcher.staged)
+        self.store = Store(self._report, self.staging)
         self.memory = MemoryAllowance(worker)
         # Dask's executor: a worker that ends does not wait for its threads.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")
@@ -71,6 +74,8 @@ class ContextPlugin(Travels, WorkerPlugin):
         open_lanes(worker, self.config.n_lanes)
         worker.stream_handlers["pcm-load"] = self.on_load
         worker.stream_handlers["pcm-return"] = self.on_return
+        worker.stream_handlers["pcm-welcome"] = self._if_now(self.fetcher.on_welcome)
+        worker.stream_handlers["pcm-copy"] = self._if_now(self.fetcher.on_copy)
         self.greet()
 
     def greet(self) -> None:
@@ -87,11 +92,21 @@ class ContextPlugin(Travels, WorkerPlugin):
 
     def teardown(self, worker: Worker) -> None:
         self.epoch = ""  # whatever the scheduler still says is of no account
+        self.fetcher.close()
         if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
             close_lanes(worker, self.config.n_lanes)
             self._loader.submit(self.store.close)
             self.memory.forget()
         self._loader.shutdown(wait=False)
+
+    def _if_now(self, handle: Callable[..., None]) -> Callable[..., None]:
+        """A handler that ignores what was meant for an earlier life of this worker."""
+
+        def handle_now(epoch: str, **says: Any) -> None:
+            if epoch == self.epoch:
+                handle(**says)
+
+        return handle_now
 
     def on_load(self, epoch: str, ref: bytes, n_threads: int, **kwargs: Any) -> None:
         """The scheduler wants a context here."""
@@ -134,13 +149,16 @@ class ContextPlugin(Travels, WorkerPlugin):
     def _report(self, change: Change) -> None:
         message = {
             "op": "pcm-residency",
-            "epoch": self.epoch,
             "digest": change.digest,
             "tier": change.tier.value,
             "seconds": change.seconds,
             "error": change.error,
         }
-        self.worker.loop.add_callback(self._send, message)
+        self._tell(message)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        """Send a message to the scheduler, from any thread."""
+        self.worker.loop.add_callback(self._send, {**message, "epoch": self.epoch})
 
     def _send(self, message: dict[str, Any]) -> None:
         with suppress(CommClosedError):  # the scheduler is gone, and this worker will be soon

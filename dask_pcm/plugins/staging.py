@@ -1,0 +1,328 @@
+"""Peer staging, both ends: the scheduler plans copies of chunks, workers carry them out.
+
+What a worker needs for a context and has not got, it says (``pcm-stage``); it is told chunk by
+chunk where to get it (``pcm-copy``), and says what became of it (``pcm-copied``). Bytes go from
+worker to worker on sockets of their own (``ladder/transfer.py``) or, where those cannot be reached,
+over the workers' own comms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from distributed import Worker
+from distributed.comm import get_address_host
+from distributed.metrics import monotonic
+
+from dask_pcm.bundles import Blob, BundledFile
+from dask_pcm.config import Config
+from dask_pcm.errors import DiskError, PCMError, StageError, TransferError
+from dask_pcm.ladder.disk import Disk, Filling
+from dask_pcm.ladder.staging import changed, fetch, read_chunk
+from dask_pcm.ladder.transfer import TIMEOUT_S, Access, Peer, Server
+from dask_pcm.scheduling.broadcast import STORE, Broadcast, Copy
+
+logger = logging.getLogger(__name__)
+
+#: Without a chunk for so long, a worker helps itself from the store.
+PATIENCE_S = 30.0
+#: Connections that a copier keeps.
+_MAX_PEERS = 8
+
+
+class Desk:
+    """The scheduler's end.
+
+    Everything runs on the scheduler's event loop.
+
+    Parameters
+    ----------
+    tell
+        Sends a message to a worker.
+    """
+
+    def __init__(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
+        self._tell = tell
+        self._plan = Broadcast()
+        #: Lets the workers of this cluster know each other; it stands nowhere but in memory.
+        self._token = secrets.token_bytes(32)
+        self._servers: dict[str, tuple[str, int]] = {}
+        #: Chunks that were copied, by source.
+        self.n_copied: Counter[str] = Counter()
+
+    def welcome(self, worker: str) -> None:
+        """A worker has joined."""
+        self._tell(worker, {"op": "pcm-welcome", "token": self._token})
+
+    def on_serves(self, worker: str, host: str, port: int) -> None:
+        """A worker serves chunks."""
+        self._servers[worker] = (host, port)
+
+    def on_stage(self, worker: str, blob: str, n_chunks: int, have: Iterable[int]) -> None:
+        """A worker stages a blob."""
+        self._plan.want(worker, blob, n_chunks, have)
+        self.dispatch()
+
+    def on_staged(self, worker: str, blob: str, n_chunks: int, is_there: bool) -> None:
+        """A worker has all of a blob, or stages it no more."""
+        if is_there:
+            self._plan.has(worker, blob, n_chunks)
+        else:
+            self._plan.drop(worker, blob)
+        self.dispatch()
+
+    def on_copied(self, worker: str, blob: str, chunk: int, source: str, outcome: str) -> None:
+        """A copy has ended: it was ``copied``, it ``failed``, or the chunk was ``absent``."""
+        copy = Copy(worker, blob, chunk, source)
+        if outcome == "copied":
+            self.n_copied[source] += 1
+            self._plan.copied(copy)
+        else:
+            self._plan.failed(copy, monotonic(), is_absent=outcome == "absent")
+        self.dispatch()
+
+    def leave(self, worker: str) -> None:
+        """A worker is gone."""
+        self._servers.pop(worker, None)
+        self._plan.leave(worker)
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Tell workers what to copy now."""
+        for copy in self._plan.plan(monotonic()):
+            at = self._servers.get(copy.source)
+            says = {"blob": copy.blob, "chunk": copy.chunk, "source": copy.source, "at": at}
+            self._tell(copy.worker, {"op": "pcm-copy", **says})
+
+
+class _Staging:
+    """A blob that is being staged here; copies of its chunks come and go."""
+
+    def __init__(self, file: BundledFile, filling: Filling) -> None:
+        self.file = file
+        self.filling = filling
+        self.error: PCMError | None = None
+        self._changed = threading.Condition()
+        self._n_writing = self._n_ended = 0
+        self._is_over = False
+
+    @contextlib.contextmanager
+    def writing(self) -> Any:
+        """Keeps the file open; yields False where it is not staged any more."""
+        with self._changed:
+            is_open = not self._is_over
+            self._n_writing += is_open
+        try:
+            yield is_open
+        finally:
+            with self._changed:
+                self._n_writing -= is_open
+                self._n_ended += 1
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Until all is there, something is wrong, or nothing has happened for long."""
+        with self._changed:
+            seen = -1
+            while self.filling.missing and self.error is None and seen != self._n_ended:
+                seen = self._n_ended
+                self._changed.wait_for(self._is_news(seen), PATIENCE_S)
+            self._is_over = True
+            self._changed.wait_for(lambda: not self._n_writing)
+
+    def _is_news(self, seen: int) -> Callable[[], bool]:
+        return lambda: self._n_ended != seen
+
+
+class Fetcher:
+    """A worker's end: serves what is on its disk, and copies what it is told to.
+
+    Parameters
+    ----------
+    worker
+        Whose comms and certificates are used.
+    disk
+        Opens the cache of this host.
+    tell
+        Sends a message to the scheduler; from any thread.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: Config,
+        disk: Callable[[], Disk],
+        tell: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._worker = worker
+        self._config = config
+        self._disk = disk
+        self._tell = tell
+        self._access: Access | None = None
+        self._server: Server | None = None
+        self._is_serving = False
+        self._staging: dict[str, _Staging] = {}
+        self._copiers = ThreadPoolExecutor(2, thread_name_prefix="pcm-copy")
+        self._own = threading.local()  # connections of each copier
+        self._unreachable: set[tuple[Any, ...]] = set()
+        self._opening = threading.Lock()
+        worker.handlers["pcm_chunk"] = self.give
+
+    def on_welcome(self, token: bytes) -> None:
+        """The cluster's token; on the event loop."""
+        security = self._worker.security
+        listens = security.get_listen_args("worker").get("ssl_context")
+        connects = security.get_connection_args("worker").get("ssl_context")
+        self._access = Access(token, listens, connects)
+
+    def close(self) -> None:
+        """Serve and copy no more."""
+        self._access = None
+        self._worker.handlers.pop("pcm_chunk", None)
+        self._copiers.shutdown(wait=False)
+        if self._server is not None:
+            self._server.close()
+
+    # -- serving ----------------------------------------------------------------------------
+
+    def staged(self, blob: Blob, is_there: bool = True) -> None:
+        """A blob is on this host's disk, or could not be staged; on any thread."""
+        if self._access is None:
+            return
+        if is_there:
+            self._serve()
+        says = {"blob": blob.digest, "n_chunks": blob.n_chunks, "is_there": is_there}
+        self._tell({"op": "pcm-staged", **says})
+
+    def _serve(self) -> None:
+        """Listen, once there is something to serve."""
+        with self._opening:
+            if self._is_serving or self._access is None:
+                return
+            self._is_serving = True
+            host = get_address_host(self._worker.address)
+            try:
+                self._server = Server(self._disk(), self._access, host, self._config.ports)
+            except TransferError as error:
+                logger.warning("%s Peers get chunks over this worker's own comms.", error)
+                return
+        self._tell({"op": "pcm-serves", "host": host, "port": self._server.address[1]})
+
+    async def give(self, blob: str, chunk: int, start: int, n_bytes: int) -> bytes | None:
+        """A chunk over this worker's own comms, for peers that reach nothing else."""
+
+        def read() -> bytes | None:
+            with self._disk().opened(blob, chunk) as descriptor:
+                return None if descriptor is None else os.pread(descriptor, n_bytes, start)
+
+        return await asyncio.to_thread(read)
+
+    # -- fetching ---------------------------------------------------------------------------
+
+    def fetch(self, file: BundledFile, filling: Filling) -> None:
+        """Have what is missing of a file copied here, from wherever it is best had.
+
+        Raises
+        ------
+        StageError, DiskError
+            As ``ladder.staging.fetch``.
+        """
+        if self._access is not None and filling.missing:
+            self._serve()
+            staging = self._staging[file.blob.digest] = _Staging(file, filling)
+            blob, n_chunks = file.blob.digest, file.blob.n_chunks
+            have = sorted(filling.have)
+            self._tell({"op": "pcm-stage", "blob": blob, "n_chunks": n_chunks, "have": have})
+            try:
+                staging.wait()
+            finally:
+                del self._staging[file.blob.digest]
+            if staging.error is not None:
+                self.staged(file.blob, is_there=False)
+                raise staging.error
+            if filling.missing:
+                logger.warning("No chunk of %s has come for long: reading it here", file.url)
+                self.staged(file.blob, is_there=False)
+        fetch(file, filling)
+
+    def on_copy(self, blob: str, chunk: int, source: str, at: Sequence[Any] | None) -> None:
+        """The scheduler says where to get a chunk; on the event loop."""
+        self._copiers.submit(self._copy, blob, chunk, source, at)
+
+    def _copy(self, blob: str, chunk: int, source: str, at: Sequence[Any] | None) -> None:
+        outcome, staging = "failed", self._staging.get(blob)
+        if staging is None:
+            return  # the scheduler has been told
+        with staging.writing() as is_open:
+            if is_open:
+                try:
+                    outcome = self._copied(staging, chunk, source, at)
+                except (StageError, DiskError) as error:
+                    outcome, staging.error = "absent", error  # no source is to blame
+                except (TransferError, OSError) as error:
+                    logger.info("Chunk %s of %s not copied from %s: %s", chunk, blob, source, error)
+            says = {"blob": blob, "chunk": chunk, "source": source, "outcome": outcome}
+            self._tell({"op": "pcm-copied", **says})
+
+    def _copied(self, staging: _Staging, chunk: int, source: str, at: Sequence[Any] | None) -> str:
+        file, filling = staging.file, staging.filling
+        if source == STORE:
+            if filling.write(chunk, read_chunk(file, chunk)):
+                return "copied"
+            raise StageError(changed(file))
+        found = self._from_peer(file.blob, chunk, source, at)
+        if found is None:
+            return "absent"
+        if filling.write(chunk, found):
+            return "copied"
+        logger.warning("%s sent a wrong chunk of %s; it was dropped", source, file.url)
+        return "failed"
+
+    def _from_peer(
+        self, blob: Blob, chunk: int, source: str, at: Sequence[Any] | None
+    ) -> bytes | memoryview | None:
+        if at is not None and tuple(at) not in self._unreachable:
+            try:
+                peer = self._peer((at[0], at[1]))
+            except TransferError as error:
+                logger.info("%s; chunks come over Dask's comms instead", error)
+                self._unreachable.add(tuple(at))
+            else:
+                try:
+                    ((_, found),) = peer.chunks(blob, [chunk])
+                    return found
+                except TransferError:
+                    self._peers.pop((at[0], at[1])).__exit__()
+                    raise
+        start, stop = blob.span(chunk)
+        asked = self._worker.rpc(source).pcm_chunk(
+            blob=blob.digest, chunk=chunk, start=start, n_bytes=stop - start
+        )
+        loop = self._worker.loop.asyncio_loop
+        answer: bytes | None = asyncio.run_coroutine_threadsafe(asked, loop).result(TIMEOUT_S)
+        return answer
+
+    @property
+    def _peers(self) -> dict[tuple[str, int], Peer]:
+        """Connections of the calling thread."""
+        if not hasattr(self._own, "peers"):
+            self._own.peers = {}
+        found: dict[tuple[str, int], Peer] = self._own.peers
+        return found
+
+    def _peer(self, at: tuple[str, int]) -> Peer:
+        assert self._access is not None
+        if at not in self._peers:
+            while len(self._peers) >= _MAX_PEERS:
+                self._peers.pop(next(iter(self._peers))).__exit__()
+            self._peers[at] = Peer(at, self._access).__enter__()
+        return self._peers[at]

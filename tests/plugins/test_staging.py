@@ -1,0 +1,238 @@
+"""Contexts staged from peers: worker processes that each have a disk of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import dask
+import pytest
+from distributed import Client, Security, wait
+
+import dask_pcm as pcm
+from dask_pcm.plugins import staging as staging_module
+from dask_pcm.plugins.scheduler import GATE
+from dask_pcm.plugins.worker import CONTEXTS
+from tests.plugins.gated import gated, poll
+
+CHUNK = 256 << 10
+N_CHUNKS = 24
+ROLES = ("scheduler", "worker", "client")
+
+
+def load(path):
+    return Path(path).read_bytes()
+
+
+def use(i, model):
+    with pcm.acquire(model) as live:
+        time.sleep(0.05)
+        return len(live)
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "digests"))
+    path = tmp_path / "weights.bin"
+    path.write_bytes(os.urandom(N_CHUNKS * CHUNK - 7))
+    return path
+
+
+@pytest.fixture
+def hosts(tmp_path, weights):
+    """Start a cluster of processes; each worker has a disk of its own, as on a host of its own."""
+    with contextlib.ExitStack() as stack:
+
+        def start(n_workers, security=None, options=(), **settings):
+            scheduler = stack.enter_context(scheduler_process(tmp_path, security))
+            client = stack.enter_context(Client(scheduler, security=security))
+            disk = {
+                "pcm.ladder.disk.path": f"{tmp_path}/$PCM_TEST_HOST",
+                "pcm.ladder.stage": "always",
+            }
+            stack.enter_context(dask.config.set({**disk, **settings}))
+            pcm.install(client)
+            client.workers = [
+                stack.enter_context(worker_process(scheduler, f"host-{i}", security, options))
+                for i in range(n_workers)
+            ]
+            client.wait_for_workers(n_workers, timeout=60)
+            return client
+
+        yield start
+
+
+@contextlib.contextmanager
+def running(command, **env):
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env={**os.environ, **env},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.communicate()
+
+
+def credentials(security, role):
+    if security is None:
+        return []
+    return [
+        f"--tls-ca-file={security.tls_ca_file}",
+        f"--tls-cert={getattr(security, f'tls_{role}_cert')}",
+        f"--tls-key={getattr(security, f'tls_{role}_key')}",
+    ]
+
+
+@contextlib.contextmanager
+def scheduler_process(tmp_path, security):
+    where = tmp_path / "scheduler.json"
+    command = ["distributed.cli.dask_scheduler", "--host=127.0.0.1", "--port=0", "--no-dashboard"]
+    command += [f"--scheduler-file={where}", *credentials(security, "scheduler")]
+    command += ["--protocol=tls"] if security else []
+    with running(command) as process:
+        deadline = time.monotonic() + 30
+        while not where.exists() or not where.read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        yield json.loads(where.read_text())["address"]
+
+
+@contextlib.contextmanager
+def worker_process(scheduler, name, security=None, options=()):
+    command = ["distributed.cli.dask_worker", scheduler, "--nthreads=1", "--no-dashboard"]
+    command += ["--no-nanny", f"--name={name}", "--memory-limit=0", *options]
+    command += credentials(security, "worker")
+    with running(command, PCM_TEST_HOST=name) as process:
+        yield process
+
+
+def copied(client):
+    """Chunks that came from the store, and from peers."""
+
+    def count(dask_scheduler):
+        found = dask_scheduler.plugins[GATE].desk.n_copied
+        return found["store"], found.total() - found["store"]
+
+    return client.run_on_scheduler(count)
+
+
+def warm_all(client, weights, n_workers):
+    model = pcm.Context(load, str(weights), files=[weights])
+    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+    futures = [
+        client.submit(use, i, model, workers=[address], pure=False)
+        for i, address in enumerate(addresses)
+    ]
+    assert client.gather(futures) == [weights.stat().st_size] * n_workers
+    return model
+
+
+def test_the_store_is_read_once_and_peers_give_the_rest(hosts, weights, tmp_path):
+    client = hosts(4)
+    warm_all(client, weights, 4)
+    from_store, from_peers = copied(client)
+    assert N_CHUNKS <= from_store <= 1.2 * N_CHUNKS
+    assert from_store + from_peers == 4 * N_CHUNKS
+    for number in range(4):
+        (blob,) = (tmp_path / f"host-{number}" / "blobs").glob("*.note")
+        assert blob.with_suffix("").read_bytes() == weights.read_bytes()
+
+
+def test_a_worker_that_joins_later_is_staged_from_peers(hosts, weights):
+    client = hosts(2)
+    model = warm_all(client, weights, 2)
+    weights.unlink()  # the store is gone: peers have it
+    (scheduler,) = [client.scheduler.address]
+    with worker_process(scheduler, "late"):
+        client.wait_for_workers(3, timeout=60)
+        (late,) = (
+            address
+            for address, about in client.scheduler_info(n_workers=-1)["workers"].items()
+            if about["name"] == "late"
+        )
+        assert client.submit(use, 1, model, workers=[late]).result(60) == N_CHUNKS * CHUNK - 7
+
+
+def test_a_peer_that_is_killed_in_the_midst(hosts, weights):
+    client = hosts(3)
+    model = pcm.Context(load, str(weights), files=[weights])
+    first = client.submit(use, 0, model, pure=False)
+    assert first.result(60)
+    (holder,) = (about for about in client.who_has([first]).values())
+    names = {a: w["name"] for a, w in client.scheduler_info(n_workers=-1)["workers"].items()}
+    futures = client.map(use, range(60), model=model, pure=False)
+    client.workers[int(names[holder[0]].rpartition("-")[2])].kill()
+    wait(futures, timeout=60)
+    assert client.gather(futures) == [N_CHUNKS * CHUNK - 7] * 60
+
+
+def test_with_the_clusters_certificates(hosts, weights, tmp_path):
+    security = Security.temporary()
+    files = [f"tls_{role}_{kind}" for role in ROLES for kind in ("cert", "key")]
+    for name in ("tls_ca_file", *files):
+        path = tmp_path / name
+        path.write_text(getattr(security, name))
+        setattr(security, name, str(path))
+    client = hosts(2, security=security)
+    warm_all(client, weights, 2)
+    from_store, from_peers = copied(client)
+    assert from_store + from_peers == 2 * N_CHUNKS and from_peers > 0
+
+
+def test_where_only_dasks_ports_are_open(hosts, weights):
+    """No port is left to serve on: chunks come over the workers' own comms."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports = {"pcm.ladder.transfer.ports": taken.getsockname()[1]}
+        client = hosts(2, **ports)
+        warm_all(client, weights, 2)
+        from_store, from_peers = copied(client)
+        assert from_store + from_peers == 2 * N_CHUNKS and from_peers > 0
+
+        def servers(dask_scheduler):
+            return dict(dask_scheduler.plugins[GATE].desk._servers)
+
+        assert not client.run_on_scheduler(servers)
+
+
+def test_a_file_that_has_changed_is_said_and_not_waited_for(hosts, weights):
+    client = hosts(2)
+    model = pcm.Context(load, str(weights), files=[weights])
+    weights.write_bytes(os.urandom(N_CHUNKS * CHUNK - 7))
+    start = time.monotonic()
+    with pytest.raises(pcm.PCMError, match=r"weights.bin' is not what it was"):
+        client.submit(use, 1, model).result(60)
+    assert time.monotonic() - start < staging_module.PATIENCE_S
+
+
+@gated(1)
+async def test_a_worker_that_hears_nothing_helps_itself(c, s, gate, a):
+    """The scheduler's answer is lost."""
+    with pytest.MonkeyPatch.context() as patched, contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        patched.setenv("XDG_CACHE_HOME", scratch)
+        patched.setattr(staging_module, "PATIENCE_S", 0.5)
+        patched.setattr(gate.desk, "dispatch", lambda: None)
+        path = Path(scratch, "weights.bin")
+        path.write_bytes(os.urandom(3 * CHUNK))
+        staging = a.plugins[CONTEXTS].staging
+        staging._config = dataclasses.replace(
+            staging._config, disk_path=f"{scratch}/disk", is_staged_always=True
+        )
+        model = pcm.Context(load, str(path), files=[path])
+        await poll(lambda: a.plugins[CONTEXTS].fetcher._access is not None, 5)
+        assert await c.submit(use, 1, model) == 3 * CHUNK
