@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS := main_job doors
+BENCHMARKS := main_job doors ladder
 
 .PHONY: help demo test lint bench clean
 .DEFAULT_GOAL := help

@@ -174,15 +174,9 @@ class Server:
                 stream.sendall(_ANSWER.pack(0))
                 return
             stream.sendall(_ANSWER.pack(n_bytes))
-            if isinstance(stream, ssl.SSLSocket):
-                stream.sendall(os.pread(descriptor, n_bytes, start))
-                return
-            stop = start + n_bytes
-            while start < stop:
-                n_sent = os.sendfile(stream.fileno(), descriptor, start, stop - start)
-                if not n_sent:
+            with open(descriptor, "rb", buffering=0, closefd=False) as file:
+                if stream.sendfile(file, start, n_bytes) < n_bytes:
                     raise TransferError("a file became shorter while it was sent")
-                start += n_sent
 
 
 class Peer:

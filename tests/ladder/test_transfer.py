@@ -75,6 +75,21 @@ def test_a_blob_from_peer_to_peer(disk, model, tmp_path):
         assert Path(path).read_bytes() == Path(model.files[0].url).read_bytes()
 
 
+@pytest.mark.parametrize("has_tls", [False, True])
+def test_chunks_that_are_larger_than_what_sockets_buffer(disk, tmp_path, has_tls):
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(300 << 20)
+        file.seek(150 << 20)
+        file.write(os.urandom(20 << 20))
+    bundle, access = bundle_of(tmp_path / "large"), tls() if has_tls else Access(TOKEN)
+    fill(disk, bundle)
+    blob, target = bundle.files[0].blob, Disk(tmp_path / "target")
+    with serving(disk, access) as server:
+        fetch(server, bundle, target, access, chunks=range(28, 40))
+        with target.filling(blob) as filling:
+            assert filling.have >= set(range(28, 40))
+
+
 def test_what_is_still_being_staged_is_served_as_far_as_it_is_there(disk, model):
     (file,) = model.files
     data = Path(file.url).read_bytes()
