@@ -12,7 +12,7 @@ from dask_pcm.errors import PCMError
 from dask_pcm.inference import LLM, classify
 from dask_pcm.ledger import Progress, Report, Run, Sample, attach, write_parquet
 from dask_pcm.pieces import read_parquet
-from dask_pcm.plugins import acquire, install, uninstall
+from dask_pcm.plugins import acquire, install, release, uninstall
 from dask_pcm.version import __version__
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "install",
     "map_partitions",
     "read_parquet",
+    "release",
     "uninstall",
     "write_parquet",
 ]

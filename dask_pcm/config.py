@@ -29,6 +29,7 @@ class Config:
     pipeline_s: float
     tick_s: float
     n_load_attempts: int
+    idle_s: float | None
     n_lanes: int
     n_threads: int | None
     unit_s: float
@@ -90,6 +91,7 @@ class Config:
             pipeline_s=seconds("gate.pipeline"),
             tick_s=seconds("gate.tick"),
             n_load_attempts=count("gate.load-attempts"),
+            idle_s=optional("context.idle-timeout", seconds),
             n_lanes=count("worker.lanes"),
             n_threads=optional("worker.threads", count),
             unit_s=seconds("run.unit-seconds"),

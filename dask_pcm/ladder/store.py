@@ -57,6 +57,8 @@ class Residency:
     n_holders: int = 0
     #: Until when a load that failed is better not tried again, by the monotonic clock.
     rests_until: float = 0.0
+    #: Whether it is to be dropped as soon as nobody holds it.
+    is_released: bool = False
     #: The thread that loads it or, where it is exclusive, uses it; and how many times over.
     user: int | None = None
     n_uses: int = 0
@@ -199,7 +201,8 @@ class Store:
         finally:
             with self._changed:
                 residency.n_holders -= 1
-                is_left = self._is_closed and not residency.n_holders
+                is_unwanted = self._is_closed or residency.is_released
+                is_left = is_unwanted and not residency.n_holders
             if is_left:
                 self.evict(ref.digest)
 
@@ -261,6 +264,13 @@ class Store:
             _close(residency)
         self._on_change(Change(digest, Tier.ABSENT))
         return True
+
+    def release(self, digest: str) -> None:
+        """Drop a context, as soon as nobody holds it."""
+        with self._changed:
+            if (residency := self._residencies.get(digest)) is not None:
+                residency.is_released = True
+        self.evict(digest)
 
     def close(self) -> None:
         """Drop everything for good; what is held as soon as it is not."""

@@ -11,7 +11,8 @@ import distributed
 from distributed import Client, default_client
 
 from dask_pcm.config import Config
-from dask_pcm.errors import InstallError
+from dask_pcm.context import Context
+from dask_pcm.errors import InstallError, RecipeError
 from dask_pcm.plugins.memory import AllowancePlugin
 from dask_pcm.plugins.scheduler import GATE, GatePlugin
 from dask_pcm.plugins.travel import by_value
@@ -45,6 +46,39 @@ def install(client: Client | None = None) -> None:
     client.register_plugin(AllowancePlugin())
     client.register_plugin(ContextPlugin(config))
     client.run(_greet)  # a worker that had its side already does not say hello to a new gate
+
+
+def release(*contexts: Context, client: Client | None = None) -> int:
+    """Have all workers drop contexts, each as soon as no task holds it.
+
+    Their staged files stay on disk. Work that needs a context after all has it loaded again.
+
+    Parameters
+    ----------
+    *contexts
+        Which; equal recipes are the same context, whoever made them.
+    client
+        A client of the cluster; the one made last if left out.
+
+    Returns
+    -------
+    int
+        Workers that held one of them.
+
+    Raises
+    ------
+    RecipeError
+        Where something else than a context is given.
+    """
+    client = _synchronous(client or current_client())
+    for context in contexts:
+        if not isinstance(context, Context):
+            raise RecipeError(f"release takes a dask_pcm.Context; found {context!r:.80}.")
+    if not is_installed(client):
+        return 0
+    digests = [context.digest for context in contexts]
+    n_holding: int = client.sync(client.scheduler.pcm_release, digests=digests)
+    return n_holding
 
 
 def uninstall(client: Client | None = None) -> None:

@@ -67,6 +67,11 @@ class MemoryAllowance:
             self._taken[digest] = max(0, psutil.Process().memory_info().rss - before)
             self._raise(sum(self._taken.values()))
 
+    def freed(self, digest: str) -> None:
+        """A context has left; on any thread but the event loop's."""
+        if self._taken.pop(digest, None) is not None and self._limit:
+            self._raise(sum(self._taken.values()))
+
     def forget(self) -> None:
         """The toolkit leaves, as it does from the nanny, which sees to its own limit."""
         self._is_over = True

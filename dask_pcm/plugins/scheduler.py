@@ -32,6 +32,7 @@ from dask_pcm.plugins.staging import Desk
 from dask_pcm.plugins.walk import find_refs
 from dask_pcm.scheduling.events import (
     Assign,
+    Cool,
     Event,
     Fail,
     Group,
@@ -95,6 +96,7 @@ class GatePlugin(SchedulerPlugin):
         ):
             scheduler.stream_handlers[op] = self._if_now(handle)
         scheduler.handlers["pcm_run"] = self.on_run
+        scheduler.handlers["pcm_release"] = self.on_release
         self._unshield = parking.shield_from_timeouts(scheduler, self.asked)
         self._ticker = PeriodicCallback(self._tick, self.config.tick_s * 1000)
         self._ticker.start()
@@ -288,6 +290,16 @@ class GatePlugin(SchedulerPlugin):
         if member is not None:
             self.scheduler.worker_send(worker, {**message, "epoch": member.epoch})
 
+    async def on_release(self, digests: list[str]) -> int:
+        """A client has workers drop contexts; answered with how many hold one of them."""
+        n_holding = 0
+        for address, view in self.state.workers.items():
+            held = [digest for digest in digests if digest in view.standings]
+            n_holding += bool(held)
+            for digest in held:
+                self._tell(address, {"op": "pcm-release", "digest": digest})
+        return n_holding
+
     # -- what the policy says ---------------------------------------------------------------
 
     def _wake(self) -> None:
@@ -298,8 +310,9 @@ class GatePlugin(SchedulerPlugin):
 
     def _dispatch(self) -> None:
         self._is_woken = False
+        config = self.config
         actions = decide(
-            self.state, monotonic(), self.config.pipeline_s, self.config.n_load_attempts
+            self.state, monotonic(), config.pipeline_s, config.n_load_attempts, config.idle_s
         )
         assigns = [action for action in actions if isinstance(action, Assign)]
         if assigns:
@@ -307,6 +320,8 @@ class GatePlugin(SchedulerPlugin):
         for action in actions:
             if isinstance(action, Warm):
                 self._warm(action)
+            elif isinstance(action, Cool):
+                self._tell(action.worker, {"op": "pcm-release", "digest": action.context})
             elif isinstance(action, Fail):
                 self._fail(action)
 
@@ -388,7 +403,7 @@ class GatePlugin(SchedulerPlugin):
         self._be_last()
         self._sync_pauses()
         self.desk.dispatch()
-        if self.state.waiting or self.runs:
+        if self.state.waiting or self.runs or self.config.idle_s is not None:
             self._wake()
 
     def _sync_pauses(self) -> None:

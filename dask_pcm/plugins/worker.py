@@ -74,6 +74,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         open_lanes(worker, self.config.n_lanes)
         worker.stream_handlers["pcm-load"] = self.on_load
         worker.stream_handlers["pcm-return"] = self.on_return
+        worker.stream_handlers["pcm-release"] = self._if_now(self.on_release)
         worker.stream_handlers["pcm-welcome"] = self._if_now(self.fetcher.on_welcome)
         worker.stream_handlers["pcm-copy"] = self._if_now(self.fetcher.on_copy)
         self.greet()
@@ -117,6 +118,10 @@ class ContextPlugin(Travels, WorkerPlugin):
         self._wanted.add(wanted.digest)
         self._loader.submit(self._load, wanted)
 
+    def on_release(self, digest: str) -> None:
+        """Nobody wants a context any more."""
+        self._loader.submit(self.store.release, digest)
+
     def on_return(self, epoch: str, keys: Sequence[Any], **kwargs: Any) -> None:
         """The scheduler wants back what has not begun; it is told what that was."""
         if epoch != self.epoch:
@@ -147,6 +152,8 @@ class ContextPlugin(Travels, WorkerPlugin):
             self._report(Change(ref.digest, Tier.FAILED, error=f"{type(error).__name__}: {error}"))
 
     def _report(self, change: Change) -> None:
+        if change.tier is Tier.ABSENT:
+            self.memory.freed(change.digest)
         message = {
             "op": "pcm-residency",
             "digest": change.digest,

@@ -142,6 +142,14 @@ class Warm:
 
 
 @dataclass(frozen=True, slots=True)
+class Cool:
+    """Have this worker drop this context."""
+
+    worker: str
+    context: str
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     """End this work: its context cannot be loaded."""
 
@@ -157,4 +165,4 @@ class GivenUp:
     context: str
 
 
-Action: TypeAlias = Assign | Warm | Fail | GivenUp
+Action: TypeAlias = Assign | Warm | Cool | Fail | GivenUp

@@ -11,6 +11,7 @@ from dask_pcm.scheduling.cost import CostModel
 from dask_pcm.scheduling.events import (
     Action,
     Assign,
+    Cool,
     Event,
     Fail,
     GivenUp,
@@ -47,6 +48,8 @@ class WorkerView:
     finished: dict[Group, float] = field(default_factory=dict)
     #: When each load that is under way was asked for.
     loading_since: dict[str, float] = field(default_factory=dict)
+    #: When work that needs a context was last begun or ended here, or the context became warm.
+    used_at: dict[str, float] = field(default_factory=dict)
 
     def holds(self, contexts: tuple[str, ...]) -> bool:
         return all(self.standings.get(context) is Standing.WARM for context in contexts)
@@ -101,12 +104,13 @@ class GateState:
             case WorkParked(work):
                 self._park(work)
             case WorkEnded(key, is_finished):
+                self._use(key, now)
                 self._end(key, is_finished)
             case WorkWithdrawn(key) | Fail(key):
                 self._end(key, is_finished=False)
                 self._unpark(key)
             case ResidencyReported():
-                self._report(happening)
+                self._report(happening, now)
             case RunReported(run, group, n_rows, n_units):
                 if run not in self.runs:
                     self._forgive(group)
@@ -115,6 +119,9 @@ class GateState:
                 self.runs.pop(run, None)
             case Assign(key, worker):
                 self._place(key, worker, now)
+                self._use(key, now)
+            case Cool(worker, context):
+                self.workers[worker].standings.pop(context, None)
             case Warm(worker, context):
                 self.workers[worker].standings[context] = Standing.LOADING
                 self.workers[worker].loading_since[context] = now
@@ -261,6 +268,11 @@ class GateState:
         if is_finished:
             view.finished[work.group] = view.finished.get(work.group, 0.0) + work.n_rows
 
+    def _use(self, key: object, now: float) -> None:
+        view = self.workers.get(self.placed.get(key, ""))
+        if view is not None:
+            view.used_at.update(dict.fromkeys(view.running[key].group.contexts, now))
+
     def _lose(self, worker: str) -> None:
         view = self.workers.pop(worker, None)
         if view is not None:
@@ -268,7 +280,7 @@ class GateState:
             for key in view.running:
                 del self.placed[key]
 
-    def _report(self, report: ResidencyReported) -> None:
+    def _report(self, report: ResidencyReported, now: float) -> None:
         view = self.workers.get(report.worker)
         if view is None:
             return
@@ -281,6 +293,7 @@ class GateState:
         if report.standing is not Standing.LOADING:
             view.loading_since.pop(report.context, None)
         if report.standing is Standing.WARM:
+            view.used_at[report.context] = now
             self.n_failures.pop(report.context, None)
             if report.seconds:
                 self.cost.observe_load(report.context, report.seconds)

@@ -21,6 +21,7 @@ from dask_pcm.plugins.parking import PARKED
 from dask_pcm.plugins.scheduler import GATE, GatePlugin
 from dask_pcm.plugins.walk import find_refs
 from dask_pcm.plugins.worker import CONTEXTS
+from dask_pcm.scheduling.events import Standing
 from tests.plugins.gated import gated, install, poll
 
 
@@ -598,3 +599,63 @@ async def test_recipes_are_kept_for_as_long_as_somebody_asks(c, s, gate, a, b):
     await poll(lambda: not s.tasks and not len(gate.refs), 5)
     with dask.annotate(priority=1):
         assert await c.submit(numbers, 1, ctx=Context(load, "model 0")) == 1
+
+
+def closing(name):
+    """A context that notes when it is closed."""
+    return Context(load, name, close=lambda live: Event(f"closed {live[0]}").set())
+
+
+@gated()
+async def test_released_it_leaves_every_worker_and_is_loaded_again_when_wanted(c, s, gate, a, b):
+    model = closing("released")
+    await c.gather(c.map(work, range(8), ctx=model, seconds=0.05))
+    assert await gate.on_release([model.digest]) == 2
+    await poll(lambda: not any(v.standings.get(model.digest) for v in held(gate)), 5)
+    assert await Event("closed released").is_set()
+    assert not any(w.plugins[CONTEXTS].memory._taken for w in (a, b))
+    assert await c.submit(work, 1, ctx=model) == (1, "released")
+
+
+def held(gate):
+    return [
+        dataclasses.replace(
+            view, standings={k: v for k, v in view.standings.items() if v is Standing.WARM}
+        )
+        for view in gate.state.workers.values()
+    ]
+
+
+@gated(1)
+async def test_released_in_use_it_stays_until_it_is_let_go(c, s, gate, a):
+    model = closing("in use")
+
+    def using(i, ctx=None):
+        with hold([ctx.ref]) as (live,):
+            Event("using").set()
+            assert Event("go").wait(20)
+            return live[0]
+
+    future = c.submit(using, 1, ctx=model)
+    await Event("using").wait(10)
+    await gate.on_release([model.digest])
+    await asyncio.sleep(0.2)
+    assert not await Event("closed in use").is_set()
+    await Event("go").set()
+    assert await future == "in use"
+    await asyncio.wait_for(Event("closed in use").wait(), 10)
+
+
+@gated()
+async def test_unused_for_long_it_leaves(c, s, gate, a, b):
+    model = closing("idle")
+    gate.config = dataclasses.replace(gate.config, idle_s=0.6)
+    await c.gather(c.map(work, range(8), ctx=model, seconds=0.05))
+    for i in range(4):  # used now and then, it stays
+        await asyncio.sleep(0.3)
+        workers = [a.address]
+        assert await c.submit(work, i, ctx=model, workers=workers, pure=False) == (i, "idle")
+    assert is_warm(a, model) == 1
+    await asyncio.wait_for(Event("closed idle").wait(), 10)
+    await poll(lambda: not any(w.plugins[CONTEXTS].store.n_loads(model.digest) for w in (a, b)), 10)
+    assert await c.submit(work, 9, ctx=model) == (9, "idle")

@@ -30,6 +30,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils_test import gen_cluster, inc
 
 import dask_pcm as pcm
+from dask_pcm.errors import RecipeError
 from dask_pcm.ladder.store import of_process
 from dask_pcm.plugins.parking import PARKED
 from dask_pcm.plugins.scheduler import GATE
@@ -502,3 +503,14 @@ def test_a_scheduler_without_the_package(started):
         pytest.raises(pcm.PCMError, match="dask_pcm is missing on the scheduler"),
     ):
         pcm.install(client)
+
+
+def test_release_for_users(own_client):
+    model = pcm.Context(load, "released")
+    assert pcm.release(model) == 0  # nothing is installed
+    pcm.install(own_client)
+    assert own_client.submit(use, 1, model).result() == (1, "released")
+    assert pcm.release(pcm.Context(load, "released"), pcm.Context(load, "another")) == 1
+    with pytest.raises(RecipeError, match=r"release takes a dask_pcm\.Context; found 'released'"):
+        pcm.release("released")
+    assert own_client.submit(use, 2, model).result() == (2, "released")

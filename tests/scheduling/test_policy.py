@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dask_pcm.scheduling.events import (
     Assign,
+    Cool,
     Fail,
     GivenUp,
     Group,
@@ -415,10 +416,14 @@ class Gate(RuleBasedStateMachine):
         self.wanted.discard(key)
         self.state.apply(WorkWithdrawn(key), self.now)
 
-    @rule(seconds=st.floats(0.001, 10))
-    def think(self, seconds):
+    @rule(seconds=st.floats(0.001, 10), idle_s=st.sampled_from([None, 0.5, 20.0]))
+    def think(self, seconds, idle_s):
         self.now += seconds
-        for action in decide(self.state, self.now):
+        for action in decide(self.state, self.now, idle_s=idle_s):
+            if isinstance(action, Cool):
+                running = self.state.workers[action.worker].running.values()
+                needed = [*running, *self.state.waiting.values()]
+                assert not any(action.context in work.group.contexts for work in needed)
             if isinstance(action, Assign):
                 view = self.state.workers[action.worker]
                 work = view.running[action.key]
