@@ -150,6 +150,8 @@ def bundle_of(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) ->
         fs, root = fsspec.core.url_to_fs(os.path.expanduser(given))
         found = sorted(_listed(fs, root, patterns))
         is_folder = not fs.isfile(root)
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"The files of a recipe cannot be listed: {given!r}: {error}.") from error
     if not found:
@@ -190,6 +192,11 @@ def _listed(fs: Any, root: str, patterns: Sequence[str]) -> Iterator[tuple[str, 
         is_hidden = any(part.startswith(".") for part in name.parts)
         is_wanted = any(fnmatch.fnmatchcase(name.name, pattern) for pattern in patterns)
         if is_wanted and not is_hidden:
+            if not fs.isfile(path):
+                raise InputError(
+                    f"{path!r}, in a folder that a recipe names, is no file (a folder's link, a"
+                    " pipe or the like). Put the files themselves there."
+                )
             yield checked_name(str(name)), path
 
 
@@ -199,13 +206,14 @@ def _bundled(fs: Any, name: str, path: str) -> BundledFile:
         info = fs.info(path)
         version = version_of(info)
         key = digest_of(f"{url}\0{info['size']}\0{version}".encode()).hex()
-        blob = _memory.recall(key)
+        blob = _memory.recall(key) if version else None
         if blob is None:
             blob = _digested(fs, path, info["size"])
             fs.invalidate_cache()
             if version_of(fs.info(path)) != version:
                 raise InputError(f"{url!r}, which a recipe names, was changed while it was read.")
-            _memory.note(key, blob)
+            if version:  # else nobody could tell whether it is still the same
+                _memory.note(key, blob)
     except OSError as error:
         raise InputError(f"{url!r}, which a recipe names, cannot be read: {error}.") from error
     return BundledFile(name, url, version, blob)

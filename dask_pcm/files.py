@@ -265,7 +265,10 @@ def index_columns(schema: pa.Schema) -> list[str]:
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """When a file was written, or another sign that it is still the same."""
+    """When a file was written, or another sign that it is the same; empty if there is none."""
     keys = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified")
-    sign = next((info[key] for key in keys if info.get(key)), "")
+    signs = (info[key] for key in keys if info.get(key) not in (None, ""))
+    sign = next(signs, None)
+    if sign is None:
+        return ""
     return sign.isoformat() if isinstance(sign, datetime) else repr(sign)

@@ -188,3 +188,29 @@ def test_digests_are_the_same_in_every_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert done.stdout.strip() == bundle_of(path).digest
     assert Blob(0, 1, b"").digest == digest_of(b"0/1/").hex()
+
+
+def test_what_is_no_file_in_a_folder(tmp_path):
+    write(tmp_path / "elsewhere" / "a.bin", b"abc")
+    write(tmp_path / "model" / "b.bin", b"abc")
+    (tmp_path / "model" / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"model/sub', in a folder that .* is no file"):
+        bundle_of(tmp_path / "model")
+    (tmp_path / "model" / "sub").unlink()
+    os.mkfifo(tmp_path / "model" / "pipe")
+    with pytest.raises(InputError, match="model/pipe'"):
+        bundle_of(tmp_path / "model")
+
+
+def test_where_nothing_tells_whether_it_is_the_same_it_is_read_again(tmp_path):
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/bundles/a.bin", b"old!")
+    first = bundle_of("memory://bundles/a.bin")
+    fs.pipe("/bundles/a.bin", b"new!")
+    assert bundle_of("memory://bundles/a.bin").digest != first.digest
+    path = write(tmp_path / "a.bin", b"old!")
+    os.utime(path, (0, 0))  # as reproducible archives have it
+    first = bundle_of(path)
+    assert bundle_of(path) == first
+    write(path, b"new!")
+    assert bundle_of(path).digest != first.digest

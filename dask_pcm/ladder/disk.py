@@ -4,15 +4,18 @@
 
     blobs/<digest>          a file's content, complete and verified
     blobs/<digest>.part     what there is of one that is being staged
-    blobs/<digest>.note     what staging took, and since which boot of the machine it is here
-    blobs/<digest>.lock     held by whoever stages or evicts it, and shared by whoever uses it
+    blobs/<digest>.note     what staging took, and how the file was when it was last verified;
+                            written when it is used
+    blobs/<digest>.lock     shared by whoever uses it, held by whoever evicts it
+    blobs/<digest>.staging  held by whoever stages it
     trees/<digest>/<name>   a bundle as its loader sees it: links to blobs
 
 Locks are the kernel's (flock): they end with their process, so nothing has to be taken back from
 the dead. They hold on a disk of this host alone; see ``is_node_local``.
 
 Nothing is synced: what a process wrote outlives it in the page cache. After a crash of the machine
-a file may have holes, so one from an earlier boot is verified when it is first used.
+a file may have holes, so one from an earlier boot is verified when it is first used; and so is one
+that somebody has written to.
 """
 
 from __future__ import annotations
@@ -28,24 +31,28 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dask_pcm.bundles import Blob, Bundle, checked_name
+from dask_pcm.bundles import Blob, Bundle, checked_name, digest_of
 from dask_pcm.errors import DiskError
 
 logger = logging.getLogger(__name__)
 
 #: Filesystems that other hosts see, too.
-_SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "9p", "afs", "pvfs", "wekafs")
+_SHARED = (
+    *("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "9p", "afs", "pvfs", "wekafs"),
+    *("gluster", "panfs", "orangefs", "sshfs", "s3fs", "juicefs", "gcsfuse", "goofys", "rclone"),
+)
 #: Half-written blobs that nobody has gone on with for so long are removed.
 _STALE_S = 86_400.0
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _N_READERS = 4
 #: What it takes to begin staging anything; so small files are worth more for their bytes.
 _FIXED_S = 0.1
+_POLL_S, _SAY_S = 0.02, 30.0
 
 
 class Disk:
@@ -96,7 +103,7 @@ class Disk:
         if self.has(blob):  # who uses it has it locked
             yield None
             return
-        with self._locked(blob.digest, fcntl.LOCK_EX):
+        with self._locked(f"{blob.digest}.staging", fcntl.LOCK_EX):
             if self.has(blob):
                 yield None
                 return
@@ -120,36 +127,58 @@ class Disk:
         """
         with contextlib.ExitStack() as stack:
             for file in bundle.files:
-                stack.enter_context(self._locked(file.blob.digest, fcntl.LOCK_SH))
+                stack.enter_context(self._locked(f"{file.blob.digest}.lock", fcntl.LOCK_SH))
                 self._check(file.blob)
-            yield self._tree(bundle)
+            targets = {checked_name(f.name): self._blobs / f.blob.digest for f in bundle.files}
+            tree = self._tree(bundle.digest, targets)
+            yield str(tree if bundle.is_folder else tree / bundle.files[0].name)
 
     def _check(self, blob: Blob) -> None:
         """Note that a blob is used now; of an earlier boot, see whether it is whole."""
         place = self._blobs / blob.digest
-        note = _read_note(place)
-        if note.get("boot") != _boot():
+        note, state = _read_note(place), _state(place)
+        if note.get("state") != state:
             with place.open("rb") as file:
                 if len(verified_chunks(file.fileno(), blob)) < blob.n_chunks:
                     logger.warning("%s was damaged; it is staged again", place)
                     place.unlink()
                     raise FileNotFoundError(errno.ENOENT, "damaged", str(place))
-            _write_note(place, {**note, "boot": _boot()})
-        os.utime(place)
+            _write_note(place, {**note, "state": state})
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(place.with_suffix(".note"))
 
-    def _tree(self, bundle: Bundle) -> str:
-        tree = self._trees / bundle.digest
-        if not tree.exists():
-            making = self._trees / f".{bundle.digest}-{uuid.uuid4().hex}"
-            for file in bundle.files:
-                link = making / checked_name(file.name)
-                link.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                link.symlink_to(self._blobs / file.blob.digest)
-            try:
-                making.rename(tree)
-            except OSError:  # another process was first
-                shutil.rmtree(making)
-        return str(tree if bundle.is_folder else tree / bundle.files[0].name)
+    def check_size(self, bundle: Bundle) -> None:
+        """Raise DiskError where a bundle could not even have the cache for itself."""
+        if self._quota_bytes is not None and bundle.n_bytes > self._quota_bytes:
+            raise DiskError(
+                f"{bundle.given!r} has {bundle.n_bytes:,} bytes, more than the quota of"
+                f" {self._quota_bytes:,} of the cache {str(self.root)!r} (pcm.ladder.disk.quota)."
+            )
+
+    def linked(self, bundle: Bundle) -> str:
+        """A folder of links to the files of a bundle where they lie, and to nothing else."""
+        targets = {checked_name(file.name): Path(file.url) for file in bundle.files}
+        where = digest_of(bundle.files[0].url.encode()).hex()
+        return str(self._tree(f"{bundle.digest}-{where}", targets))
+
+    def _tree(self, name: str, targets: Mapping[str, Path]) -> Path:
+        """A folder of links, as it should be: made anew where somebody has changed it."""
+        tree = self._trees / name
+        if _links(tree) == targets:
+            return tree
+        making = self._trees / f".{name}-{uuid.uuid4().hex}"
+        for link, target in targets.items():
+            (making / link).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (making / link).symlink_to(target)
+        aside = self._trees / f".{name}-{uuid.uuid4().hex}"
+        with contextlib.suppress(OSError):
+            tree.rename(aside)
+        try:
+            making.rename(tree)
+        except OSError:  # another process was first
+            shutil.rmtree(making)
+        shutil.rmtree(aside, ignore_errors=True)
+        return tree
 
     @contextlib.contextmanager
     def opened(self, digest: str, chunk: int) -> Iterator[int | None]:
@@ -177,15 +206,17 @@ class Disk:
 
     def evict(self, digest: str) -> bool:
         """Remove a blob; False where somebody uses or stages it."""
-        with contextlib.suppress(BlockingIOError), self._locked(digest, _AT_ONCE):
-            place = self._blobs / digest
+        place = self._blobs / digest
+        with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as stack:
+            for kind in ("lock", "staging"):
+                stack.enter_context(self._locked(f"{digest}.{kind}", _AT_ONCE))
             for path in (place, place.with_suffix(".part"), place.with_suffix(".note")):
                 path.unlink(missing_ok=True)
             return True
         return False
 
     def _make_room(self, n_bytes: int) -> None:
-        """Evict what is worth least, until `n_bytes` more fit."""
+        """Evict what is worth least, until `n_bytes` more fit; nothing if they never would."""
         digests = {path.stem for path in self._blobs.iterdir() if path.suffix in ("", ".part")}
         rest = sorted(digests, key=lambda digest: _worth(self._blobs / digest), reverse=True)
         while self._lacking(n_bytes) > 0:
@@ -221,10 +252,21 @@ class Disk:
                     shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _locked(self, digest: str, how: int) -> Iterator[None]:
-        descriptor = os.open(self._blobs / f"{digest}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    def _locked(self, name: str, how: int) -> Iterator[None]:
+        descriptor = os.open(self._blobs / name, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, how)
+            start = time.monotonic()
+            while True:
+                try:
+                    fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if how & fcntl.LOCK_NB:
+                        raise
+                if time.monotonic() - start > _SAY_S:
+                    start = time.monotonic()
+                    logger.warning("Waiting for another process of this host that has %s", name)
+                time.sleep(_POLL_S)
             yield
         finally:
             os.close(descriptor)
@@ -250,9 +292,9 @@ class Filling:
         os.close(self._descriptor)
         if len(self.have) == self.blob.n_chunks:
             seconds = time.monotonic() - self._start
-            _write_note(self._place, {"boot": _boot(), "seconds": seconds})
-            self._part.chmod(0o400)
             self._part.rename(self._place)
+            self._place.chmod(0o400)
+            _write_note(self._place, {"state": _state(self._place), "seconds": seconds})
 
     def reopened(self) -> int | None:
         """Another descriptor of the file, to be closed; None where it has been completed."""
@@ -343,12 +385,29 @@ def _make_own(folder: Path) -> None:
 def _worth(place: Path) -> float:
     """What a blob is worth for its bytes: seconds that staging took, fading since its last use."""
     try:
-        status = place.stat()
+        n_bytes = place.stat().st_size
+        used_at = place.with_suffix(".note").stat().st_mtime
     except FileNotFoundError:  # half-written: whoever stages it has it locked
         return 0.0
-    idle_s = max(1.0, time.time() - status.st_mtime)
     seconds = float(_read_note(place).get("seconds", 0.0))
-    return (_FIXED_S + seconds) / max(1, status.st_size) / idle_s
+    return (_FIXED_S + seconds) / max(1, n_bytes) / max(1.0, time.time() - used_at)
+
+
+def _state(place: Path) -> list[object]:
+    """What changes when a file is written to, or the machine starts anew."""
+    status = place.stat()
+    return [status.st_size, status.st_mtime_ns, _boot()]
+
+
+def _links(tree: Path) -> dict[str, Path]:
+    """Where the links in a folder lead; whatever else is there, to nowhere."""
+    found = {}
+    for path in tree.rglob("*"):
+        if path.is_symlink():
+            found[str(path.relative_to(tree))] = path.readlink()
+        elif not path.is_dir():
+            found[str(path.relative_to(tree))] = Path()
+    return found
 
 
 def _size(path: Path) -> int:
@@ -369,9 +428,13 @@ def _read_note(place: Path) -> dict[str, Any]:
 
 def _write_note(place: Path, note: dict[str, Any]) -> None:
     temporary = place.with_suffix(f".{uuid.uuid4().hex}")
-    temporary.touch(mode=0o600)
-    temporary.write_text(json.dumps(note))
-    temporary.replace(place.with_suffix(".note"))
+    try:
+        temporary.touch(mode=0o600)
+        temporary.write_text(json.dumps(note))
+        temporary.replace(place.with_suffix(".note"))
+    except OSError as error:  # without it the file is verified when it is used
+        temporary.unlink(missing_ok=True)
+        logger.warning("%s could not be noted: %s", place, error)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_pcm.bundles import Blob, Bundle, BundledFile
 from dask_pcm.config import Config
-from dask_pcm.errors import StageError
+from dask_pcm.errors import DiskError, StageError
 from dask_pcm.files import version_of
 from dask_pcm.ladder.disk import Disk, Filling, is_node_local
 
@@ -73,10 +73,11 @@ class Staging:
     @contextlib.contextmanager
     def _one(self, bundle: Bundle) -> Iterator[str]:
         config = self._config or Config.read()
-        if not config.is_staged_always and (path := in_place(bundle)) is not None:
-            yield path
+        if not config.is_staged_always and is_in_place(bundle):
+            yield self._in_place(bundle)
             return
         disk = self.disk
+        disk.check_size(bundle)
         with contextlib.ExitStack() as stack:
             for _ in range(_N_ATTEMPTS):
                 for file in bundle.files:
@@ -95,6 +96,18 @@ class Staging:
                 " fast as it is staged. Give the cache more room (pcm.ladder.disk.quota)."
             )
 
+    def _in_place(self, bundle: Bundle) -> str:
+        """A folder as links to its files: what else lies there is no part of the recipe."""
+        first = bundle.files[0]
+        if not bundle.is_folder:
+            return first.url
+        try:
+            return self.disk.linked(bundle)
+        except DiskError as error:
+            folder = first.url.removesuffix(f"/{first.name}")
+            logger.warning("%s is read where it is, whatever else lies there: %s", folder, error)
+            return folder
+
     @property
     def disk(self) -> Disk:
         """The cache of this host, made when it is first needed."""
@@ -107,7 +120,7 @@ class Staging:
 def open_disk(config: Config) -> Disk:
     """The cache that the settings ask for; where it cannot be shared, one of this process alone."""
     path = config.disk_path or os.path.join(tempfile.gettempdir(), f"dask_pcm-{os.getuid()}")
-    root = Path(os.path.expandvars(path)).expanduser()
+    root = Path(os.path.expandvars(path)).expanduser().absolute()
     if not is_node_local(root):
         # Locks on a network filesystem hold up everybody, or hold nothing.
         logger.warning(
@@ -120,20 +133,22 @@ def open_disk(config: Config) -> Disk:
     return Disk(root, config.disk_quota_bytes)
 
 
-def in_place(bundle: Bundle) -> str | None:
-    """Where a bundle lies on this host's own disks, as it was when it was digested; or None."""
+def is_in_place(bundle: Bundle) -> bool:
+    """Whether a bundle lies on this host's own disks, as it was when it was digested."""
     local = LocalFileSystem()
     for file in bundle.files:
         if not os.path.isabs(file.url) or not is_node_local(file.url):
-            return None
+            return False
         try:
             info = local.info(file.url)
         except OSError:
-            return None
-        if (info["size"], version_of(info)) != (file.blob.n_bytes, file.version):
-            return None
-    first = bundle.files[0]
-    return first.url.removesuffix(f"/{first.name}") if bundle.is_folder else first.url
+            return False
+        if not file.version or (info["size"], version_of(info)) != (
+            file.blob.n_bytes,
+            file.version,
+        ):
+            return False
+    return True
 
 
 def fetch(file: BundledFile, filling: Filling) -> None:
@@ -151,11 +166,10 @@ def fetch(file: BundledFile, filling: Filling) -> None:
     try:
         with ThreadPoolExecutor(_N_READERS) as pool:
             are_right = list(pool.map(copy, filling.missing))
-    except OSError as error:
-        raise StageError(
-            f"{file.url!r}, which a recipe names, cannot be read on this worker: {error}. Put it"
-            " where driver and workers see it, or in an object store."
-        ) from error
+    except DiskError:
+        raise
+    except Exception as error:  # each store has its own
+        raise StageError(unreadable(file, error)) from error
     if not all(are_right):
         raise StageError(changed(file))
 
@@ -171,6 +185,15 @@ def read_chunk(file: BundledFile, chunk: int) -> bytes:
         stream.seek(start)
         found: bytes = stream.read(stop - start)
     return found
+
+
+def unreadable(file: BundledFile, error: Exception) -> str:
+    """What is wrong where a file cannot be read."""
+    return (
+        f"{file.url!r}, which a recipe names, cannot be read on this worker"
+        f" ({type(error).__name__}: {error}). Put it where driver and workers see it, or in an"
+        " object store."
+    )
 
 
 def changed(file: BundledFile) -> str:

@@ -24,6 +24,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ _SOCKET_BYTES = 4 << 20
 _AHEAD = 3
 #: A peer that sends nothing for so long is taken for gone.
 TIMEOUT_S = 15.0
-_MAX_CONNECTIONS = 32
+_MAX_CONNECTIONS = 256
+_PAUSE_S = 0.5
 
 
 class Shelf(Protocol):
@@ -122,8 +124,11 @@ class Server:
         while not self._is_closed:
             try:
                 connection, address = self._listening.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if not self._is_closed:  # out of descriptors, say, for a moment
+                    logger.warning("A peer could not be let in: %s", error)
+                    time.sleep(_PAUSE_S)
+                continue
             with self._changing:
                 is_welcome = len(self._connections) < _MAX_CONNECTIONS and not self._is_closed
                 if is_welcome:

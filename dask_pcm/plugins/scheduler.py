@@ -294,7 +294,8 @@ class GatePlugin(SchedulerPlugin):
         """A client has workers drop contexts; answered with how many hold one of them."""
         n_holding = 0
         for address, view in self.state.workers.items():
-            held = [digest for digest in digests if digest in view.standings]
+            here = (Standing.WARM, Standing.LOADING)
+            held = [digest for digest in digests if view.standings.get(digest) in here]
             n_holding += bool(held)
             for digest in held:
                 self._tell(address, {"op": "pcm-release", "digest": digest})

@@ -14,20 +14,21 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from distributed import Worker
 from distributed.comm import get_address_host
 from distributed.metrics import monotonic
+from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 from dask_pcm.bundles import Blob, BundledFile
 from dask_pcm.config import Config
 from dask_pcm.errors import DiskError, PCMError, StageError, TransferError
 from dask_pcm.ladder.disk import Disk, Filling
-from dask_pcm.ladder.staging import changed, fetch, read_chunk
+from dask_pcm.ladder.staging import changed, fetch, read_chunk, unreadable
 from dask_pcm.ladder.transfer import TIMEOUT_S, Access, Peer, Server
 from dask_pcm.scheduling.broadcast import STORE, Broadcast, Copy
 
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 30.0
 #: Connections that a copier keeps.
 _MAX_PEERS = 8
+#: For so long a server that cannot be reached is not tried again.
+_REST_S = 60.0
 
 
 class Desk:
@@ -126,8 +129,13 @@ class _Staging:
         finally:
             with self._changed:
                 self._n_writing -= is_open
-                self._n_ended += 1
                 self._changed.notify_all()
+
+    def news(self) -> None:
+        """A copy has ended, whatever way."""
+        with self._changed:
+            self._n_ended += 1
+            self._changed.notify_all()
 
     def wait(self) -> None:
         """Until all is there, something is wrong, or nothing has happened for long."""
@@ -173,7 +181,8 @@ class Fetcher:
         self._staging: dict[str, _Staging] = {}
         self._copiers = ThreadPoolExecutor(2, thread_name_prefix="pcm-copy")
         self._own = threading.local()  # connections of each copier
-        self._unreachable: set[tuple[Any, ...]] = set()
+        #: Until when servers that could not be reached are not tried again.
+        self._unreachable: dict[tuple[str, int], float] = {}
         self._opening = threading.Lock()
         worker.handlers["pcm_chunk"] = self.give
 
@@ -262,47 +271,52 @@ class Fetcher:
         outcome, staging = "failed", self._staging.get(blob)
         if staging is None:
             return  # the scheduler has been told
-        with staging.writing() as is_open:
-            if is_open:
-                try:
-                    outcome = self._copied(staging, chunk, source, at)
-                except (StageError, DiskError) as error:
-                    outcome, staging.error = "absent", error  # no source is to blame
-                except (TransferError, OSError) as error:
-                    logger.info("Chunk %s of %s not copied from %s: %s", chunk, blob, source, error)
-            says = {"blob": blob, "chunk": chunk, "source": source, "outcome": outcome}
-            self._tell({"op": "pcm-copied", **says})
+        try:
+            outcome = self._copied(staging, chunk, source, at)
+        except (StageError, DiskError) as error:
+            outcome, staging.error = "absent", error  # no source is to blame
+        except Exception as error:  # a store's own errors, too
+            logger.info("Chunk %s of %s not copied from %s: %s", chunk, blob, source, error)
+        says = {"blob": blob, "chunk": chunk, "source": source, "outcome": outcome}
+        self._tell({"op": "pcm-copied", **says})
+        staging.news()
 
     def _copied(self, staging: _Staging, chunk: int, source: str, at: Sequence[Any] | None) -> str:
-        file, filling = staging.file, staging.filling
+        file = staging.file
+        found: bytes | memoryview | None
         if source == STORE:
-            if filling.write(chunk, read_chunk(file, chunk)):
-                return "copied"
-            raise StageError(changed(file))
-        found = self._from_peer(file.blob, chunk, source, at)
+            try:
+                found = read_chunk(file, chunk)
+            except Exception as error:  # each store has its own
+                raise StageError(unreadable(file, error)) from error
+        else:
+            found = self._from_peer(file.blob, chunk, source, at)
         if found is None:
             return "absent"
-        if filling.write(chunk, found):
-            return "copied"
-        logger.warning("%s sent a wrong chunk of %s; it was dropped", source, file.url)
+        with staging.writing() as is_open:
+            if not is_open:
+                return "failed"
+            if staging.filling.write(chunk, found):
+                return "copied"
+        if source == STORE:
+            raise StageError(changed(file))
+        logger.warning("%s sent a wrong chunk of %s; it was dropped", source, file.name)
         return "failed"
 
     def _from_peer(
         self, blob: Blob, chunk: int, source: str, at: Sequence[Any] | None
     ) -> bytes | memoryview | None:
-        if at is not None and tuple(at) not in self._unreachable:
-            try:
-                peer = self._peer((at[0], at[1]))
-            except TransferError as error:
-                logger.info("%s; chunks come over Dask's comms instead", error)
-                self._unreachable.add(tuple(at))
-            else:
+        if at is not None:
+            place = (str(at[0]), int(at[1]))
+            if time.monotonic() > self._unreachable.get(place, 0.0):
+                is_new = place not in self._peers
                 try:
-                    ((_, found),) = peer.chunks(blob, [chunk])
-                    return found
+                    return self._asked(place, blob, chunk)
                 except TransferError:
-                    self._peers.pop((at[0], at[1])).__exit__()
-                    raise
+                    if is_new and place not in self._unreachable:
+                        raise
+                    if not is_new:  # it had been idle for long
+                        return self._asked(place, blob, chunk)
         start, stop = blob.span(chunk)
         asked = self._worker.rpc(source).pcm_chunk(
             blob=blob.digest, chunk=chunk, start=start, n_bytes=stop - start
@@ -319,10 +333,21 @@ class Fetcher:
         found: dict[tuple[str, int], Peer] = self._own.peers
         return found
 
-    def _peer(self, at: tuple[str, int]) -> Peer:
+    def _asked(self, place: tuple[str, int], blob: Blob, chunk: int) -> memoryview | None:
+        """A chunk over a connection that is kept for the next."""
         assert self._access is not None
-        if at not in self._peers:
+        if place not in self._peers:
             while len(self._peers) >= _MAX_PEERS:
                 self._peers.pop(next(iter(self._peers))).__exit__()
-            self._peers[at] = Peer(at, self._access).__enter__()
-        return self._peers[at]
+            try:
+                self._peers[place] = Peer(place, self._access).__enter__()
+            except TransferError as error:
+                logger.info("%s; for a while chunks come over Dask's comms instead", error)
+                self._unreachable[place] = time.monotonic() + _REST_S
+                raise
+        try:
+            ((_, found),) = self._peers[place].chunks(blob, [chunk])
+            return found
+        except TransferError:
+            self._peers.pop(place).__exit__()
+            raise

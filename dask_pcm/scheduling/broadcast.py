@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 #: Where files lie, for whoever can read them: a source like a worker.
 STORE = "store"
+#: Blobs of which it is remembered who has them.
+_MAX_KNOWN = 4_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,8 @@ class _Swarm:
     holders: list[set[str]]
     #: What each worker that wants it lacks, copies under way left out.
     missing: dict[str, set[int]] = field(default_factory=dict)
-    #: Chunks that are being read from the store.
-    from_store: set[int] = field(default_factory=set)
+    #: Chunks that are being read from the store, and since when.
+    from_store: dict[int, float] = field(default_factory=dict)
 
 
 class Broadcast:
@@ -54,12 +56,21 @@ class Broadcast:
     rest_s
         Seconds for which a source is left alone after a copy from it has failed; each further
         failure doubles it, and a copy that succeeds ends it.
+    hangs_s
+        Seconds after which a read from the store that has not ended counts for nothing.
     """
 
-    def __init__(self, n_from_each: int = 3, n_ahead: int = 2, rest_s: float = 15.0) -> None:
+    def __init__(
+        self,
+        n_from_each: int = 3,
+        n_ahead: int = 2,
+        rest_s: float = 15.0,
+        hangs_s: float = 60.0,
+    ) -> None:
         self._n_from_each = n_from_each
         self._n_ahead = n_ahead
         self._rest_s = rest_s
+        self._hangs_s = hangs_s
         self._swarms: dict[str, _Swarm] = {}
         self.under_way: set[Copy] = set()
         self._n_out: Counter[str] = Counter()
@@ -125,8 +136,8 @@ class Broadcast:
         """A worker is gone."""
         for blob in list(self._swarms):
             self.drop(worker, blob)
-        self._n_failures.pop(worker, None)
-        self._rests_until.pop(worker, None)
+        for books in (self._n_failures, self._rests_until, self._n_out, self._n_in):
+            books.pop(worker, None)
 
     # -- what to do -----------------------------------------------------------------------------
 
@@ -162,14 +173,16 @@ class Broadcast:
                     best = rank, Copy(worker, blob, chunk, source)
         if best is None:
             return None
-        self._begin(best[1])
+        self._begin(best[1], now)
         return best[1]
 
     def _source(self, swarm: _Swarm, chunk: int, worker: str, now: float) -> str | None:
         awake = [h for h in swarm.holders[chunk] if h != worker and self._is_awake(h, now)]
         if not awake:  # nowhere yet, or nobody who has it can be reached
-            is_free = self._n_out[STORE] < self._n_from_each and self._is_awake(STORE, now)
-            return STORE if is_free and chunk not in swarm.from_store else None
+            # Each blob has its store; what hangs there holds up nobody for long.
+            begun = [at for at in swarm.from_store.values() if now - at < self._hangs_s]
+            is_read = now - swarm.from_store.get(chunk, float("-inf")) < self._hangs_s
+            return STORE if len(begun) < self._n_from_each and not is_read else None
         free = [holder for holder in awake if self._n_out[holder] < self._n_from_each]
         return min(free, key=lambda holder: (self._n_out[holder], holder), default=None)
 
@@ -180,6 +193,9 @@ class Broadcast:
 
     def _swarm(self, blob: str, n_chunks: int) -> _Swarm:
         if blob not in self._swarms:
+            if len(self._swarms) >= _MAX_KNOWN:  # those that nobody asks for may go
+                for old in [b for b, s in self._swarms.items() if not s.missing][: _MAX_KNOWN // 2]:
+                    del self._swarms[old]
             self._swarms[blob] = _Swarm(n_chunks, [set() for _ in range(n_chunks)])
         return self._swarms[blob]
 
@@ -189,14 +205,14 @@ class Broadcast:
         if missing is not None:
             missing.discard(chunk)
 
-    def _begin(self, copy: Copy) -> None:
+    def _begin(self, copy: Copy, now: float) -> None:
         swarm = self._swarms[copy.blob]
         self.under_way.add(copy)
         self._n_out[copy.source] += 1
         self._n_in[copy.worker] += 1
         swarm.missing[copy.worker].discard(copy.chunk)
         if copy.source == STORE:
-            swarm.from_store.add(copy.chunk)
+            swarm.from_store[copy.chunk] = now
 
     def _end(self, copy: Copy) -> bool:
         if copy not in self.under_way:
@@ -205,7 +221,7 @@ class Broadcast:
         self._n_out[copy.source] -= 1
         self._n_in[copy.worker] -= 1
         if copy.source == STORE:
-            self._swarms[copy.blob].from_store.discard(copy.chunk)
+            self._swarms[copy.blob].from_store.pop(copy.chunk, None)
         return True
 
 

@@ -55,6 +55,10 @@ def fill(disk, bundle):
                 assert filling.write(chunk, source(file)[slice(*file.blob.span(chunk))])
 
 
+def note(disk, bundle):
+    return disk.root / "blobs" / f"{bundle.files[0].blob.digest}.note"
+
+
 def read_all(path):
     return {p.name: p.read_bytes() for p in Path(path).iterdir()}
 
@@ -151,10 +155,9 @@ class TestRoom:
         bundles = [made(f"model-{number}", CHUNK) for number in range(4)]
         for age, bundle in enumerate(reversed(bundles)):
             fill(disk, bundle)
-            place = disk.root / "blobs" / bundle.files[0].blob.digest
-            os.utime(place, (time.time() - 3600 * age,) * 2)
+            os.utime(note(disk, bundle), (time.time() - 3600 * age,) * 2)
         with disk.using(bundles[0]):  # the oldest
-            os.utime(disk.root / "blobs" / bundles[0].files[0].blob.digest, (1, 1))
+            os.utime(note(disk, bundles[0]), (1, 1))
             fill(disk, made("model-4", CHUNK))
             assert [disk.has(b.files[0].blob) for b in bundles] == [True, False, True, True]
         fill(disk, made("model-5", 2 * CHUNK))
@@ -166,10 +169,9 @@ class TestRoom:
         slow, fast = made("slow", CHUNK), made("fast", CHUNK)
         for bundle, seconds in ((slow, 60.0), (fast, 0.1)):
             fill(disk, bundle)
-            place = disk.root / "blobs" / bundle.files[0].blob.digest
-            note = json.loads(place.with_suffix(".note").read_text())
-            place.with_suffix(".note").write_text(json.dumps({**note, "seconds": seconds}))
-        os.utime(disk.root / "blobs" / slow.files[0].blob.digest, (time.time() - 60,) * 2)
+            path = note(disk, bundle)
+            path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": seconds}))
+        os.utime(note(disk, slow), (time.time() - 60,) * 2)
         fill(disk, made("new", CHUNK))
         assert disk.has(slow.files[0].blob) and not disk.has(fast.files[0].blob)
 
@@ -243,7 +245,7 @@ class TestCare:
         place = disk.root / "blobs" / bundle.files[0].blob.digest
         monkeypatch.setattr(disk_module, "_boot", lambda: "the next one")
         with disk.using(bundle):
-            assert json.loads(place.with_suffix(".note").read_text())["boot"] == "the next one"
+            assert json.loads(note(disk, bundle).read_text())["state"][2] == "the next one"
         monkeypatch.setattr(disk_module, "_boot", lambda: "and the next")
         place.chmod(0o600)
         with place.open("r+b") as file:  # as a crash of the machine leaves it

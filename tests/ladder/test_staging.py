@@ -12,9 +12,9 @@ import pytest
 import dask_pcm as pcm
 from dask_pcm.bundles import bundle_of
 from dask_pcm.config import Config
-from dask_pcm.errors import LoadError, StageError
+from dask_pcm.errors import DiskError, LoadError, StageError
 from dask_pcm.ladder import staging as staging_module
-from dask_pcm.ladder.staging import Staging, in_place
+from dask_pcm.ladder.staging import Staging, is_in_place
 from dask_pcm.ladder.store import Store
 
 CHUNK = 256 << 10
@@ -51,14 +51,82 @@ def test_on_a_disk_of_this_host_it_is_used_where_it_is(model, tmp_path):
     bundle = bundle_of(model)
     with dask.config.set({"pcm.ladder.disk.path": str(tmp_path / "disk")}):
         with Staging().placed([bundle]) as places:
-            assert places == {bundle.digest: str(model)}
+            (path,) = places.values()
+            assert contents(path) == contents(model)
+            assert Path(path, "weights.bin").samefile(model / "weights.bin")
+        (model / "stranger").write_text("no part of the recipe")
+        with Staging().placed([bundle]) as places:
+            assert "stranger" not in contents(places[bundle.digest])
+        (model / "stranger").unlink()
         weights = bundle_of(model / "weights.bin")
-        assert in_place(weights) == str(model / "weights.bin")
-        assert not (tmp_path / "disk").exists()
+        assert is_in_place(weights)
+        with Staging().placed([weights]) as places:
+            assert places == {weights.digest: str(model / "weights.bin")}
+        assert not list((tmp_path / "disk" / "blobs").iterdir())
         os.utime(model / "weights.bin", (1, 1))  # no longer what was digested: looked at closely
         with Staging().placed([bundle]) as places:
             assert places[bundle.digest].startswith(str(tmp_path / "disk"))
             assert contents(places[bundle.digest]) == contents(model)
+
+
+def test_without_a_cache_what_is_local_is_read_all_the_same(model, caplog):
+    with dask.config.set({"pcm.ladder.disk.path": "/proc/nowhere"}):
+        with Staging().placed([bundle_of(model)]) as places:
+            assert list(places.values()) == [str(model)]
+        assert "cannot be made" in caplog.text
+        with dask.config.set({"pcm.ladder.stage": "always"}), pytest.raises(DiskError):
+            Staging().placed([bundle_of(model)]).__enter__()
+
+
+def test_a_relative_path_of_the_cache(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        dask.config.set({"pcm.ladder.disk.path": "cache", "pcm.ladder.stage": "always"}),
+        Staging().placed([bundle_of(model)]) as places,
+    ):
+        assert contents(places[bundle_of(model).digest]) == contents(model)
+
+
+def test_what_a_loader_writes_stays_with_it(model, staged):
+    """Neither what it puts in the place of a file, nor what it writes into one."""
+    bundle = bundle_of(model)
+    with staged.placed([bundle]) as places:
+        config = Path(places[bundle.digest], "config.json")
+        config.unlink()
+        config.write_text("evil")
+        Path(places[bundle.digest], "more").write_text("evil")
+    with staged.placed([bundle]) as places:
+        assert contents(places[bundle.digest]) == contents(model)
+        blob = Path(places[bundle.digest], "weights.bin").resolve()
+    blob.chmod(0o600)
+    with blob.open("r+b") as file:
+        file.write(b"evil")
+    with staged.placed([bundle]) as places:
+        assert contents(places[bundle.digest]) == contents(model)
+
+
+def test_removed_beside_a_live_context_it_is_staged_again(model, staged):
+    bundle = bundle_of(model)
+    with staged.placed([bundle]) as places:
+        for path in Path(places[bundle.digest]).iterdir():
+            path.resolve().unlink()
+        with staged.placed([bundle]) as again:
+            assert contents(again[bundle.digest]) == contents(model)
+
+
+def test_what_is_larger_than_the_cache_costs_nothing_else_its_place(model, tmp_path):
+    settings = {"pcm.ladder.disk.path": str(tmp_path / "disk"), "pcm.ladder.stage": "always"}
+    (tmp_path / "small").write_bytes(b"x" * CHUNK)
+    (tmp_path / "large").mkdir()
+    for number in range(4):
+        (tmp_path / "large" / f"{number}.bin").write_bytes(os.urandom(CHUNK))
+    with dask.config.set({**settings, "pcm.ladder.disk.quota": 3 * CHUNK}):
+        staging, small = Staging(), bundle_of(tmp_path / "small")
+        with staging.placed([small]):
+            pass
+        with pytest.raises(DiskError, match=r"1,048,576 bytes, more than the quota of 786,432"):
+            staging.placed([bundle_of(tmp_path / "large")]).__enter__()
+        assert staging.disk.has(small.files[0].blob)
 
 
 def test_from_a_network_filesystem_it_is_staged(model, staged, monkeypatch):

@@ -252,3 +252,26 @@ def test_closed_it_leaves_no_threads(disk, model):
     while threading.active_count() > before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_it_goes_on_accepting_after_an_error(disk, model, monkeypatch):
+    monkeypatch.setattr(transfer, "_PAUSE_S", 0.01)
+    fill(disk, model)
+    with serving(disk) as server:
+        accept, errors = server._listening.accept, [OSError(24, "Too many open files")] * 2
+
+        class Failing:
+            def accept(self):
+                if errors:
+                    raise errors.pop()
+                return accept()
+
+            def __getattr__(self, name):
+                return getattr(server_socket, name)
+
+        server_socket, server._listening = server._listening, Failing()
+        with Peer(server.address, Access(TOKEN)) as peer:  # wakes the thread from the old one
+            pass
+        with Peer(server.address, Access(TOKEN)) as peer:
+            assert next(peer.chunks(model.files[0].blob, [0]))[1] is not None
+    assert not errors

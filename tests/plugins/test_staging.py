@@ -219,6 +219,40 @@ def test_a_file_that_has_changed_is_said_and_not_waited_for(hosts, weights):
     assert time.monotonic() - start < staging_module.PATIENCE_S
 
 
+def test_a_file_that_only_the_driver_sees_is_told_at_once_and_holds_up_nobody(hosts, weights):
+    client = hosts(2)
+    gone = pcm.Context(load, str(weights), files=[weights])
+    other = weights.with_name("other.bin")
+    other.write_bytes(os.urandom(N_CHUNKS * CHUNK))
+    healthy = pcm.Context(load, str(other), files=[other])
+    weights.unlink()
+    start = time.monotonic()
+    failing, fine = client.submit(use, 1, gone), client.submit(use, 2, healthy)
+    assert fine.result(60) == N_CHUNKS * CHUNK
+    with pytest.raises(pcm.PCMError, match=r"cannot be read on this worker.*No such file"):
+        failing.result(60)
+    assert time.monotonic() - start < staging_module.PATIENCE_S
+
+
+def test_a_second_file_long_after_the_first_comes_from_peers_too(hosts, weights):
+    """Connections that were idle for long are made anew, and nobody is blamed."""
+    client = hosts(2)
+    warm_all(client, weights, 2)
+    time.sleep(16)  # longer than a server keeps an idle connection
+    other = weights.with_name("other.bin")
+    other.write_bytes(os.urandom(N_CHUNKS * CHUNK))
+    first, second = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    model = pcm.Context(load, str(other), files=[other])
+    for worker in (first, second):
+        client.submit(use, 1, model, workers=[worker], pure=False).result(60)
+    from_store, from_peers = copied(client)
+    assert from_store + from_peers == 4 * N_CHUNKS and from_peers >= N_CHUNKS + 1
+    failures = client.run_on_scheduler(
+        lambda dask_scheduler: dict(dask_scheduler.plugins[GATE].desk._plan._n_failures)
+    )
+    assert not failures
+
+
 @gated(1)
 async def test_a_worker_that_hears_nothing_helps_itself(c, s, gate, a):
     """The scheduler's answer is lost."""

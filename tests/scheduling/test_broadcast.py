@@ -178,3 +178,16 @@ def test_whatever_happens_everybody_ends_with_everything(seed, n_workers, n_chun
                 has[copy.worker].add(copy.chunk)
     else:
         pytest.fail("it does not end")
+
+
+def test_a_read_that_hangs_holds_up_nobody_for_long():
+    """Neither those who want other blobs nor, after a while, those who want the same chunk."""
+    plan = Broadcast(hangs_s=60.0)
+    for worker in ("a", "b"):
+        plan.want(worker, "hangs", N)
+    assert len(plan.plan(0.0)) == 3
+    plan.want("c", "other", N)
+    assert {copy.blob for copy in plan.plan(1.0)} == {"other"}
+    plan.want("d", "hangs", N)
+    assert not [copy for copy in plan.plan(59.0) if copy.blob == "hangs"]
+    assert [copy for copy in plan.plan(60.0) if copy.blob == "hangs"]
