@@ -153,19 +153,34 @@ def bundle_of(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) ->
     except InputError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"The files of a recipe cannot be listed: {given!r}: {error}.") from error
+        raise InputError(
+            f"The files of a recipe cannot be listed: {shown(given)!r}: {error}."
+        ) from error
     if not found:
         raise InputError(
-            f"There is no file at {given!r}, which a recipe names, so no worker could have it."
+            f"There is no file at {shown(given)!r}, which a recipe names; no worker could have it."
         )
     start = time.monotonic()
     with ThreadPoolExecutor(_N_READERS) as pool:
         files = tuple(pool.map(lambda item: _bundled(fs, *item), found))
     if (seconds := time.monotonic() - start) > _SLOW_S:
-        logger.info("Digesting %s took %.0f s; it is remembered", given, seconds)
+        logger.info("Digesting %s took %.0f s; it is remembered", shown(given), seconds)
     named = [[file.name, file.blob.digest] for file in files]
     digest = digest_of(json.dumps([is_folder, named]).encode()).hex()
     return Bundle(given, is_folder, files, digest)
+
+
+def shown(url: str) -> str:
+    """A path or URL for people to read: without what may be a secret.
+
+    >>> shown("https://me:secret@host/model/weights.bin?signature=secret")
+    'https://host/model/weights.bin'
+    """
+    protocol, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    place, slash, path = rest.partition("?")[0].partition("/")
+    return f"{protocol}://{place.rpartition('@')[2]}{slash}{path}"
 
 
 def checked_name(name: str) -> str:
@@ -211,11 +226,15 @@ def _bundled(fs: Any, name: str, path: str) -> BundledFile:
             blob = _digested(fs, path, info["size"])
             fs.invalidate_cache()
             if version_of(fs.info(path)) != version:
-                raise InputError(f"{url!r}, which a recipe names, was changed while it was read.")
+                raise InputError(
+                    f"{shown(url)!r}, which a recipe names, was changed while it was read."
+                )
             if version:  # else nobody could tell whether it is still the same
                 _memory.note(key, blob)
     except OSError as error:
-        raise InputError(f"{url!r}, which a recipe names, cannot be read: {error}.") from error
+        raise InputError(
+            f"{shown(url)!r}, which a recipe names, cannot be read: {error}."
+        ) from error
     return BundledFile(name, url, version, blob)
 
 

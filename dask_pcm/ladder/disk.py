@@ -36,7 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dask_pcm.bundles import Blob, Bundle, checked_name, digest_of
+from dask_pcm.bundles import Blob, Bundle, checked_name, digest_of, shown
 from dask_pcm.errors import DiskError
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class Disk:
         """Raise DiskError where a bundle could not even have the cache for itself."""
         if self._quota_bytes is not None and bundle.n_bytes > self._quota_bytes:
             raise DiskError(
-                f"{bundle.given!r} has {bundle.n_bytes:,} bytes, more than the quota of"
+                f"{shown(bundle.given)!r} has {bundle.n_bytes:,} bytes, more than the quota of"
                 f" {self._quota_bytes:,} of the cache {str(self.root)!r} (pcm.ladder.disk.quota)."
             )
 

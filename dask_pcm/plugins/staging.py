@@ -24,7 +24,7 @@ from distributed.comm import get_address_host
 from distributed.metrics import monotonic
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
-from dask_pcm.bundles import Blob, BundledFile
+from dask_pcm.bundles import Blob, BundledFile, shown
 from dask_pcm.config import Config
 from dask_pcm.errors import DiskError, PCMError, StageError, TransferError
 from dask_pcm.ladder.disk import Disk, Filling
@@ -259,7 +259,7 @@ class Fetcher:
                 self.staged(file.blob, is_there=False)
                 raise staging.error
             if filling.missing:
-                logger.warning("No chunk of %s has come for long: reading it here", file.url)
+                logger.warning("No chunk of %s has come for long: reading it here", shown(file.url))
                 self.staged(file.blob, is_there=False)
         fetch(file, filling)
 
