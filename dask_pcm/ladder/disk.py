@@ -8,6 +8,7 @@
                             written when it is used
     blobs/<digest>.lock     shared by whoever uses it, held by whoever evicts it
     blobs/<digest>.staging  held by whoever stages it
+    blobs/<digest>.tree     held by whoever looks at a tree, and makes it
     trees/<digest>/<name>   a bundle as its loader sees it: links to blobs
 
 Locks are the kernel's (flock): they end with their process, so nothing has to be taken back from
@@ -164,19 +165,17 @@ class Disk:
     def _tree(self, name: str, targets: Mapping[str, Path]) -> Path:
         """A folder of links, as it should be: made anew where somebody has changed it."""
         tree = self._trees / name
-        if _links(tree) == targets:
-            return tree
-        making = self._trees / f".{name}-{uuid.uuid4().hex}"
-        for link, target in targets.items():
-            (making / link).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            (making / link).symlink_to(target)
-        aside = self._trees / f".{name}-{uuid.uuid4().hex}"
-        with contextlib.suppress(OSError):
-            tree.rename(aside)
-        try:
+        # One at a time: never a moment when a tree that another has been given is not there.
+        with self._locked(f"{name}.tree", fcntl.LOCK_EX):
+            if _links(tree) == targets:
+                return tree
+            making, aside = (self._trees / f".{name}-{uuid.uuid4().hex}" for _ in range(2))
+            for link, target in targets.items():
+                (making / link).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                (making / link).symlink_to(target)
+            with contextlib.suppress(FileNotFoundError):
+                tree.rename(aside)
             making.rename(tree)
-        except OSError:  # another process was first
-            shutil.rmtree(making)
         shutil.rmtree(aside, ignore_errors=True)
         return tree
 

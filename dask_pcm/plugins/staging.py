@@ -187,11 +187,16 @@ class Fetcher:
         worker.handlers["pcm_chunk"] = self.give
 
     def on_welcome(self, token: bytes) -> None:
-        """The cluster's token; on the event loop."""
+        """The cluster's token, perhaps of a new gate; on the event loop."""
         security = self._worker.security
         listens = security.get_listen_args("worker").get("ssl_context")
         connects = security.get_connection_args("worker").get("ssl_context")
-        self._access = Access(token, listens, connects)
+        with self._opening:
+            before, self._server = self._server, None
+            self._is_serving = False
+            self._access = Access(token, listens, connects)
+        if before is not None:  # it knows another token
+            before.close()
 
     def close(self) -> None:
         """Serve and copy no more."""

@@ -149,6 +149,26 @@ def test_threads_of_one_process_stage_once(disk, made):
     assert disk.has(bundle.files[0].blob)
 
 
+def test_a_tree_that_somebody_was_given_is_there_at_every_moment(disk, made, tmp_path):
+    """However many ask for it for the first time at the same moment."""
+    missed = []
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(30):
+            bundle = made(f"model-{number}", 10, 20)
+            fill(disk, bundle)
+            together = threading.Barrier(8)
+
+            def use(_, bundle=bundle, together=together):
+                together.wait(10)
+                with disk.using(bundle) as path:
+                    for _ in range(50):
+                        if not Path(path, "1.bin").exists():
+                            missed.append(path)
+
+            list(pool.map(use, range(8)))
+    assert not missed
+
+
 class TestRoom:
     def test_least_worth_goes_first_and_what_is_used_stays(self, tmp_path, made):
         disk = Disk(tmp_path / "disk", quota_bytes=4 * CHUNK + 100_000)
