@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
 import pandas as pd
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Worker
+from distributed.diagnostics.plugin import WorkerPlugin
 
 from dask_pcm.errors import (
     CancelledError,
@@ -225,13 +227,24 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
         ) as cluster,
         Client(cluster) as client,
     ):
-        client.run(_ignore_interrupts)
+        client.register_plugin(_EndsWithDriver())
         yield client
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C is the driver's to handle: it cancels, and its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _EndsWithDriver(WorkerPlugin):  # type: ignore[misc] # its types are not shipped
+    """A worker of the command's own cluster, one that a nanny started again as well."""
+
+    name = "dask_pcm-cli"
+
+    def setup(self, worker: Worker) -> None:
+        """Leave Ctrl-C to the driver, which cancels; a scheduler that is gone is no news."""
+        with suppress(ValueError):  # worker in a thread: its process handles Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        logging.getLogger("distributed.worker").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "Failed to communicate with scheduler during heartbeat" not in record.getMessage()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pty
 import signal
@@ -16,7 +17,9 @@ import dask
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from distributed import rpc
 
+from dask_pcm import cli
 from dask_pcm.cli import main
 from dask_pcm.factcheck import PROMPT, generate
 
@@ -158,6 +161,24 @@ def test_extend_and_sample(invoke, source, tmp_path):
     assert refused.exit_code == 1 and "--extend" in refused.output
     assert invoke(*run_args(source, out, "--extend")).exit_code == 0
     assert sorted(pd.read_parquet(out).id) == [*range(400), *range(1000, 1050)]
+
+
+def test_workers_of_the_command_end_without_a_word():
+    """One that a nanny started again too: the scheduler is gone, and nobody needs to hear it."""
+
+    async def lose_the_scheduler(dask_worker):
+        logging.getLogger("distributed.worker").error("something else")
+        with dask.config.set({"distributed.comm.timeouts.connect": "100ms"}):
+            scheduler, dask_worker.scheduler = dask_worker.scheduler, rpc("tcp://127.0.0.1:9")
+            await dask_worker.heartbeat()
+            dask_worker.scheduler = scheduler
+        return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+    with cli._client(1, None) as client:
+        client.restart()
+        assert list(client.run(lose_the_scheduler).values()) == [True]
+        (said,) = client.get_worker_logs().values()
+    assert "something else" in str(said) and "heartbeat" not in str(said)
 
 
 def test_status_pause_resume_and_cancel_from_another_process(tmp_path):
