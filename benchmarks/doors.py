@@ -1,4 +1,6 @@
-"""The two doors: a run through its window, plain work beside the gate, head, wide rows, kills."""
+"""The two doors: a run through its window, plain work beside the gate, head, tiny files,
+wide rows, kills.
+"""
 
 from __future__ import annotations
 
@@ -222,6 +224,29 @@ def head(rows: Rows, scratch: Path) -> None:
     rows.add("head(5) of a map by 32 rows: rows inferred", sum(map(int, log.open())), "<= 32")
 
 
+def tiny(rows: Rows, scratch: Path) -> None:
+    """100,000 files of one row: listed, run, and run again."""
+    n_files, folder, out = 100_000, scratch / "tiny", scratch / "tiny-out"
+    folder.mkdir()
+    for number in range(n_files):
+        pq.write_table(pa.table({"id": [number]}), folder / f"{number:06d}.parquet")
+    with cluster() as client:
+        pcm.install(client)
+        start = time.monotonic()
+        frame = pcm.read_parquet(folder)
+        rows.add("100,000 files of one row: seconds to list them", time.monotonic() - start)
+        verdicts = pcm.map_partitions(
+            answer, frame, context=pcm.Context(load), meta=META, batch_rows=32
+        )
+        report = pcm.write_parquet(verdicts, out, progress=False).report
+        rows.add("… seconds to run", report.total_s)
+        again = pcm.write_parquet(verdicts, out, progress=False).report
+        rows.add("… rows computed when it is run again", again.rows - again.rows_resumed, "== 0")
+    found = pd.read_parquet(out)["id"]
+    rows.add("… rows lost", n_files - found.nunique(), "== 0")
+    rows.add("… rows in the output twice", len(found) - found.nunique(), "== 0")
+
+
 def wide(rows: Rows, scratch: Path, n_rows: int) -> None:
     """Rows of 1 MB in one file and one row group, through one worker of two lanes."""
     path = scratch / "wide.parquet"
@@ -341,6 +366,7 @@ def main() -> None:
         "window": lambda rows, scratch: window(rows, scratch, args.limit),
         "beside": lambda rows, scratch: beside(rows),
         "head": head,
+        "tiny": tiny,
         "wide": lambda rows, scratch: wide(rows, scratch, args.wide_rows),
         "kills": lambda rows, scratch: kills(rows, scratch, args.runs),
     }
