@@ -223,7 +223,10 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
         return
     with (
         LocalCluster(
-            n_workers=workers or 2, threads_per_worker=1, dashboard_address=":0"
+            n_workers=workers or 2,
+            threads_per_worker=1,
+            dashboard_address=":0",
+            preload_nanny=["dask_pcm.preload"],
         ) as cluster,
         Client(cluster) as client,
     ):

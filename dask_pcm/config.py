@@ -32,6 +32,7 @@ class Config:
     idle_s: float | None
     n_lanes: int
     n_threads: int | None
+    imports: tuple[str, ...]
     unit_s: float
     max_unit_rows: int
     unit_bytes: int
@@ -87,6 +88,12 @@ class Config:
                 raise ValueError(f"pcm.{key} must be one of {', '.join(options)}; found {value!r}.")
             return value
 
+        def texts(key: str) -> tuple[str, ...]:
+            found = get(key) or []
+            if not isinstance(found, (list, tuple)):
+                raise ValueError(f"pcm.{key} must be a list; found {found!r}.")
+            return tuple(map(str, found))
+
         return cls(
             pipeline_s=seconds("gate.pipeline"),
             tick_s=seconds("gate.tick"),
@@ -94,6 +101,7 @@ class Config:
             idle_s=optional("context.idle-timeout", seconds),
             n_lanes=count("worker.lanes"),
             n_threads=optional("worker.threads", count),
+            imports=texts("worker.imports"),
             unit_s=seconds("run.unit-seconds"),
             max_unit_rows=count("run.max-unit-rows"),
             unit_bytes=size("run.unit-bytes"),

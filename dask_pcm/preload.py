@@ -1,31 +1,45 @@
 """For clusters that others start: ``dask scheduler --preload dask_pcm.preload``.
 
 On a scheduler it installs what ``dask_pcm.install(client)`` would, for every client and for all
-workers that join. On workers and nannies it is allowed and does nothing: they get theirs from the
-scheduler. Settings are read where the scheduler runs, from its Dask configuration under ``pcm``.
+workers that join. Settings are read where the scheduler runs, from its Dask configuration under
+``pcm``.
+
+With ``dask worker --preload-nanny dask_pcm.preload``, or
+``LocalCluster(preload_nanny=["dask_pcm.preload"])``, workers begin in a process that has torch and
+transformers imported. Without it, they do so from the first restart on. (On workers ``--preload`` is
+allowed and does nothing: they get their side from the scheduler.)
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from distributed import Scheduler
+from distributed import Nanny, Scheduler
 from distributed.protocol.pickle import dumps
 
 from dask_pcm.config import Config
-from dask_pcm.plugins.memory import AllowancePlugin
+from dask_pcm.plugins.nanny import KeeperPlugin
+from dask_pcm.plugins.rebirth import rebirth
 from dask_pcm.plugins.scheduler import GatePlugin
 from dask_pcm.plugins.worker import ContextPlugin
 
 
 async def dask_setup(server: Any) -> None:
     """Called by Dask with the scheduler, worker or nanny that starts."""
+    if isinstance(server, Nanny):
+        rebirth().use(server, Config.read().imports)
     if not isinstance(server, Scheduler):
         return
     config = Config.read()
     await server.register_scheduler_plugin(GatePlugin(config), idempotent=True)
     for plugin, register in (
-        (AllowancePlugin(), server.register_nanny_plugin),
+        (KeeperPlugin(config), server.register_nanny_plugin),
         (ContextPlugin(config), server.register_worker_plugin),
     ):
         await register(None, dumps(plugin), name=plugin.name, idempotent=True)
+
+
+def dask_teardown(server: Any) -> None:
+    """Called by Dask with what ends."""
+    if isinstance(server, Nanny):
+        rebirth().leave(server)

@@ -13,7 +13,7 @@ from distributed import Client, default_client
 from dask_pcm.config import Config
 from dask_pcm.context import Context
 from dask_pcm.errors import InstallError, RecipeError
-from dask_pcm.plugins.memory import AllowancePlugin
+from dask_pcm.plugins.nanny import KeeperPlugin
 from dask_pcm.plugins.scheduler import GATE, GatePlugin
 from dask_pcm.plugins.travel import by_value
 from dask_pcm.plugins.worker import CONTEXTS, ContextPlugin
@@ -43,7 +43,7 @@ def install(client: Client | None = None) -> None:
     _check_versions(client)
     config = Config.read()
     client.register_plugin(GatePlugin(config))
-    client.register_plugin(AllowancePlugin())
+    client.register_plugin(KeeperPlugin(config))
     client.register_plugin(ContextPlugin(config))
     client.run(_greet)  # a worker that had its side already does not say hello to a new gate
 
@@ -103,7 +103,7 @@ def uninstall(client: Client | None = None) -> None:
 
     client.run_on_scheduler(leave)
     # Also where there was no gate: an earlier attempt may have got no further.
-    for name, is_nannys in ((CONTEXTS, False), (AllowancePlugin.name, True)):
+    for name, is_nannys in ((CONTEXTS, False), (KeeperPlugin.name, True)):
         with contextlib.suppress(ValueError):  # there is none
             client.unregister_worker_plugin(name, nanny=is_nannys)
 

@@ -7,14 +7,10 @@ import ctypes
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
-from distributed import Nanny, Worker
+from distributed import Worker
 from distributed.core import Status
-from distributed.diagnostics.plugin import NannyPlugin
-
-from dask_pcm.plugins.travel import Travels
 
 logger = logging.getLogger(__name__)
 
@@ -97,25 +93,3 @@ class MemoryAllowance:
             # Else it is on its way out, and so are we.
             if self._worker.status is Status.running and not self._is_over:
                 logger.warning("The nanny of %s keeps its memory limit: %s", self._worker, error)
-
-
-class AllowancePlugin(Travels, NannyPlugin):
-    """The nanny's side of ``MemoryAllowance``."""
-
-    name = "pcm-allowance"
-    idempotent = True
-
-    def setup(self, nanny: Nanny) -> None:
-        limit = nanny.memory_manager.memory_limit if nanny.memory_manager else None
-        self._limit = limit
-
-        def allow(n_bytes: int) -> None:
-            if limit:
-                nanny.memory_manager.memory_limit = limit + n_bytes
-
-        nanny.handlers["pcm_allow_memory"] = allow
-
-    def teardown(self, nanny: Any) -> None:
-        nanny.handlers.pop("pcm_allow_memory", None)
-        if self._limit:
-            nanny.memory_manager.memory_limit = self._limit

@@ -12,6 +12,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from distributed.diagnostics.plugin import NannyPlugin
+
 from dask_pcm.version import __version__
 
 
@@ -23,7 +25,8 @@ class Travels:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         kind = type(self)
         settings = None if self.config is None else self.config.as_dict()
-        return by_value(_arrive), (kind.__module__, kind.__qualname__, __version__, settings)
+        arguments = (kind.__module__, kind.__qualname__, issubclass(kind, NannyPlugin), settings)
+        return by_value(_arrive), (__version__, *arguments)
 
 
 def by_value(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +37,9 @@ def by_value(func: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-def _arrive(module: str, name: str, version: str, settings: dict[str, Any] | None) -> Any:
+def _arrive(
+    version: str, module: str, name: str, is_nannys: bool, settings: dict[str, Any] | None
+) -> Any:
     # Runs where dask_pcm may be missing: whatever it needs is imported or defined here.
     import importlib
     import logging
@@ -53,7 +58,7 @@ def _arrive(module: str, name: str, version: str, settings: dict[str, Any] | Non
         config = importlib.import_module("dask_pcm.config").Config
         return kind(config(**settings))
     says = "is missing" if found is None else f"is {found}"
-    base: Any = NannyPlugin if "Allowance" in name else WorkerPlugin
+    base: Any = NannyPlugin if is_nannys else WorkerPlugin
 
     class Absent(base):
         idempotent = True

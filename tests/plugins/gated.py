@@ -8,7 +8,7 @@ from typing import Any
 from distributed.utils_test import async_poll_for, gen_cluster
 
 from dask_pcm.config import Config
-from dask_pcm.plugins.memory import AllowancePlugin
+from dask_pcm.plugins.nanny import KeeperPlugin
 from dask_pcm.plugins.scheduler import GATE, GatePlugin
 from dask_pcm.plugins.worker import ContextPlugin
 
@@ -22,7 +22,7 @@ async def install(client: Any, is_held: bool = False) -> Any:
     """
     gate = HeldGate() if is_held else GatePlugin()
     await client.register_plugin(gate)
-    await client.register_plugin(AllowancePlugin())
+    await client.register_plugin(KeeperPlugin(Config.read()))
     await client.register_plugin(ContextPlugin(Config.read()))
     return client
 

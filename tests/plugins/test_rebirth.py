@@ -1,0 +1,100 @@
+"""Workers that were killed: how soon they are back, and as what."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dask
+from distributed import Client, LocalCluster
+
+import dask_pcm as pcm
+
+METHOD = "distributed.worker.multiprocessing-method"
+
+
+def about():
+    names = ("torch", "transformers.modeling_utils", "dask_pcm.plugins.worker", "broken")
+    imported = [name for name in names if name in sys.modules]
+    return os.getpid(), imported, hash("a text"), os.environ.get("PCM_TEST_MARK")
+
+
+def killed(client):
+    """Kill the only worker; what the next one is like."""
+    pid, *_ = client.submit(about, pure=False).result(30)
+    os.kill(pid, signal.SIGKILL)
+    return client.submit(about, pure=False).result(60)
+
+
+def test_a_killed_worker_is_back_with_everything_imported(monkeypatch):
+    monkeypatch.setenv("PCM_TEST_MARK", "of then")
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with LocalCluster(**options) as cluster, Client(cluster) as client:
+        pcm.install(client)
+        first = client.submit(about, pure=False).result(30)
+        monkeypatch.setenv("PCM_TEST_MARK", "of later")
+        pid, imported, a_hash, mark = killed(client)
+        assert pid != first[0]
+        assert imported == ["torch", "transformers.modeling_utils", "dask_pcm.plugins.worker"]
+        assert (a_hash, mark) == (first[2], "of then")
+        pcm.uninstall(client)
+        assert dask.config.get(METHOD) == "spawn"
+    with LocalCluster(**options) as cluster, Client(cluster) as client:
+        assert "torch" not in client.submit(about).result(30)[1]
+        pcm.install(client)
+    assert dask.config.get(METHOD) == "spawn"
+
+
+def test_a_method_that_somebody_has_chosen_stays():
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with (
+        dask.config.set({METHOD: "forkserver"}),
+        LocalCluster(**options) as cluster,
+        Client(cluster) as client,
+    ):
+        pcm.install(client)
+        pcm.uninstall(client)
+        assert dask.config.get(METHOD) == "forkserver"
+
+
+def test_dask_worker_as_a_batch_job_starts_it(tmp_path):
+    """Without `install`; and one of the imports raises what is no ImportError."""
+    (tmp_path / "broken.py").write_text("raise RuntimeError('a driver is missing')")
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]),
+        "DASK_PCM__WORKER__IMPORTS": "['nowhere', 'broken', 'torch']",
+    }
+    with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster) as client:
+        python = Path(sys.executable)
+        command = [python.with_name("dask"), "worker", cluster.scheduler_address, "--no-dashboard"]
+        command += ["--nthreads=1", "--preload-nanny=dask_pcm.preload"]
+        with subprocess.Popen(command, env=environ, cwd=tmp_path) as job:
+            try:
+                client.wait_for_workers(1, timeout=60)
+                first = client.submit(about, pure=False).result(30)
+                second = killed(client)
+            finally:
+                job.terminate()
+        assert first[0] != second[0]
+        assert first[1:] == second[1:]
+        assert "torch" in first[1] and "broken" not in first[1]
+
+
+def test_a_job_that_is_killed_leaves_no_fork_server(tmp_path):
+    with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster) as client:
+        command = [Path(sys.executable).with_name("dask"), "worker", cluster.scheduler_address]
+        command += ["--no-dashboard", "--nthreads=1", "--preload-nanny=dask_pcm.preload"]
+        with subprocess.Popen(command, cwd=tmp_path) as job:
+            client.wait_for_workers(1, timeout=60)
+            parent = client.submit(os.getppid).result(30)
+            assert parent != job.pid  # the server's
+            job.kill()
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{parent}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
