@@ -25,6 +25,7 @@ from dask_pcm.errors import (
 from dask_pcm.ledger import status
 from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.heart import Heart
+from dask_pcm.ledger.interrupt import deferred
 from dask_pcm.ledger.limit import Limit
 from dask_pcm.ledger.output import CANCEL, PAUSE, Output
 from dask_pcm.ledger.parts import parse_name, range_name
@@ -127,10 +128,15 @@ class Driver:
         if not self._window.cutter.is_empty:
             self._plan.start_below(self._client)
         counted = self.progress.counted
-        with self._clock, meter(self._plan.n_rows, self._n_before, counted, is_shown) as shown:
+        with (
+            self._clock,
+            meter(self._plan.n_rows, self._n_before, counted, is_shown) as shown,
+            deferred() as interrupt_if_asked,
+        ):
             try:
                 self._heed(self._output.wishes())
                 while not (self._window.is_empty and self._is_whole()):
+                    interrupt_if_asked()
                     self._check_limit()
                     if not self._is_paused:
                         self._feed()

@@ -1,0 +1,42 @@
+"""Ctrl-C at a moment that suits."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises KeyboardInterrupt if the user has asked for it meanwhile.
+
+    So that none is raised in the midst of a call to the cluster, which would leave it half done.
+    A second one is raised where it comes. Outside the main thread, or where somebody else handles
+    the signal, nothing is changed.
+    """
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if not is_ours:
+        yield lambda: None
+        return
+    asked = threading.Event()
+
+    def heed() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    def note(number: int, frame: Any) -> None:
+        heed()
+        asked.set()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield heed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    heed()
