@@ -39,6 +39,8 @@ class Config:
     ready_s: float
     batch_tokens: int
     batch_rows: int
+    device_budget_bytes: int | None
+    host_budget_bytes: int | None
     disk_path: str | None
     disk_quota_bytes: int | None
     is_staged_always: bool
@@ -57,10 +59,10 @@ class Config:
         def seconds(key: str) -> float:
             return float(parse_timedelta(get(key), default="s"))
 
-        def size(key: str) -> int:
+        def size(key: str, least: int = 1) -> int:
             value = int(parse_bytes(get(key)))
-            if value < 1:
-                raise ValueError(f"pcm.{key} must be at least one byte; found {get(key)!r}.")
+            if value < least:
+                raise ValueError(f"pcm.{key} must be {least} bytes or more; found {get(key)!r}.")
             return value
 
         def count(key: str) -> int:
@@ -108,10 +110,10 @@ class Config:
             ready_s=seconds("run.ready-seconds"),
             batch_tokens=count("inference.batch-tokens"),
             batch_rows=count("inference.batch-rows"),
-            disk_path=None if get("ladder.disk.path") is None else str(get("ladder.disk.path")),
-            disk_quota_bytes=None
-            if get("ladder.disk.quota") is None
-            else size("ladder.disk.quota"),
+            device_budget_bytes=optional("ladder.device.budget", size),
+            host_budget_bytes=optional("ladder.host.budget", lambda k: size(k, least=0)),
+            disk_path=optional("ladder.disk.path", lambda key: str(get(key))),
+            disk_quota_bytes=optional("ladder.disk.quota", size),
             ports=ports("ladder.transfer.ports"),
             is_staged_always=choice("ladder.stage", ("auto", "always")) == "always",
         )

@@ -15,6 +15,14 @@ class LoadError(PCMError, RuntimeError):
     """A context could not be built; the message holds the loader's own traceback."""
 
 
+class DeviceMemoryError(PCMError, MemoryError):
+    """A context does not fit on the device; the message has the numbers."""
+
+
+class DeviceError(PCMError, RuntimeError):
+    """A device failed in a way that only a new process mends, and did so again and again."""
+
+
 class DeadlockError(PCMError, RuntimeError):
     """Tasks would wait for each other's contexts for ever."""
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from dask_pcm.context import ContextRef, Sealed
 from dask_pcm.errors import PCMError, RowCountError, SchemaError
+from dask_pcm.ladder.tensors import is_sticky
 from dask_pcm.plugins.hold import hold, spent
 
 ERROR = "error"
@@ -81,6 +82,8 @@ class Call:
         except PCMError:
             raise
         except Exception as error:
+            if is_sticky(error):  # nothing else would run here, whatever the rows
+                raise
             if len(frame) == 1:
                 return self._failed(frame, error)
             half = len(frame) // 2

@@ -6,8 +6,8 @@ workers that join. Settings are read where the scheduler runs, from its Dask con
 
 With ``dask worker --preload-nanny dask_pcm.preload``, or
 ``LocalCluster(preload_nanny=["dask_pcm.preload"])``, workers begin in a process that has torch and
-transformers imported. Without it, they do so from the first restart on. (On workers ``--preload`` is
-allowed and does nothing: they get their side from the scheduler.)
+transformers imported. Without it, they do so from the first restart on. (On workers ``--preload``
+is allowed and does nothing: they get their side from the scheduler.)
 """
 
 from __future__ import annotations

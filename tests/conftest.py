@@ -49,12 +49,16 @@ def no_swallowed_errors() -> Iterator[SwallowedErrors]:
 
 
 @contextmanager
-def validated_cluster(**options: Any) -> Iterator[LocalCluster]:
-    """Two worker processes; state machines are validated, and logs looked through at the end."""
+def validated_cluster(n_workers: int = 2, **options: Any) -> Iterator[LocalCluster]:
+    """Worker processes; state machines are validated, and logs looked through at the end."""
     with (
         dask.config.set({"distributed.scheduler.validate": True}),
         LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=":0", validate=True, **options
+            n_workers=n_workers,
+            threads_per_worker=1,
+            dashboard_address=":0",
+            validate=True,
+            **options,
         ) as cluster,
     ):
         yield cluster

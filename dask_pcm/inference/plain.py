@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.prompts import Scoring, batches_by_length
+from dask_pcm.ladder.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +32,69 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> PlainMod
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
-    if found["missing_keys"] or found["mismatched_keys"]:
-        wrong = [*found["missing_keys"], *found["mismatched_keys"]]
-        raise ModelError(f"Weights of {path!r} are missing or do not fit: {wrong[:3]}.")
     if device == "auto":
         device = (
             torch.accelerator.current_accelerator().type
             if torch.accelerator.is_available()
             else "cpu"
         )
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    files = _weight_files(Path(path))
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    is_as_stored = files and kind and getattr(config, "quantization_config", None) is None
+    if device != "cpu" and is_as_stored:
+        model = load_onto(path, kind, config, files, dtype, device)
+    else:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        _check(found, path)
+        model = model.to(device)
     model.requires_grad_(False)
-    return PlainModel(model.to(device).eval(), tokenizer)
+    return PlainModel(model.eval(), tokenizer)
+
+
+def load_onto(
+    path: str, kind: Any, config: Any, files: Sequence[Path], dtype: str, device: str
+) -> Any:
+    """A model whose weights are read from their files straight into a device's memory.
+
+    Parameters
+    ----------
+    kind
+        The class of the model, of transformers.
+    """
+    import transformers
+
+    with Checkpoint(files) as checkpoint:
+        model, found = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(checkpoint.tensors),
+            dtype=dtype,
+            output_loading_info=True,
+        )
+        _check(found, path)
+        checkpoint.place(model, device)
+    if (Path(path) / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Safetensors files with all the weights of a model folder; none where it has no such."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [path / name for name in sorted(set(names))]
+    single = path / "model.safetensors"
+    return [single] if single.exists() else []
+
+
+def _check(found: Mapping[str, Any], path: str) -> None:
+    if found["missing_keys"] or found["mismatched_keys"]:
+        wrong = [*found["missing_keys"], *found["mismatched_keys"]]
+        raise ModelError(f"Weights of {path!r} are missing or do not fit: {wrong[:3]}.")
 
 
 class PlainModel:

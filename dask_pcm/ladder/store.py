@@ -5,7 +5,6 @@ The store knows nothing of Dask. Threads of any kind may call it.
 
 from __future__ import annotations
 
-import enum
 import functools
 import logging
 import threading
@@ -13,57 +12,24 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
-from dask_pcm.context import ContextRef, Recipe, Sealed
-from dask_pcm.errors import DeadlockError, LoadError
+from dask_pcm.context import ContextRef
+from dask_pcm.errors import DeviceMemoryError, LoadError
+from dask_pcm.ladder.build import Builder, recipe_of
+from dask_pcm.ladder.host import Host
+from dask_pcm.ladder.live import Live
+from dask_pcm.ladder.residency import Change, Residency, Tier
 from dask_pcm.ladder.staging import Staging
+from dask_pcm.ladder.tensors import is_out_of_memory, is_sticky
+from dask_pcm.ladder.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 #: A load that failed is not tried again for so many times the seconds that it took.
 _REST = 10.0
-
-
-class Tier(enum.Enum):
-    """Where a context stands."""
-
-    ABSENT = "absent"
-    LOADING = "loading"
-    DEVICE = "device"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A residency changed: what a worker reports to the scheduler."""
-
-    digest: str
-    tier: Tier
-    seconds: float = 0.0
-    error: str | None = None
-
-
-@dataclass(slots=True)
-class Residency:
-    """A context in this process."""
-
-    ref: ContextRef
-    tier: Tier = Tier.ABSENT
-    value: Any = None
-    error: str | None = None
-    n_loads: int = 0
-    n_holders: int = 0
-    #: Until when a load that failed is better not tried again, by the monotonic clock.
-    rests_until: float = 0.0
-    #: Whether it is to be dropped as soon as nobody holds it.
-    is_released: bool = False
-    #: The thread that loads it or, where it is exclusive, uses it; and how many times over.
-    user: int | None = None
-    n_uses: int = 0
-    #: Keeps the staged files for as long as the live object may read them.
-    files: ExitStack = field(default_factory=ExitStack)
+#: How long a load waits for others to leave the device.
+_PATIENCE_S = 60.0
 
 
 class Store:
@@ -75,21 +41,31 @@ class Store:
         Called after every change, from the thread that made it and without the store's lock.
     staging
         What brings files of recipes to this host.
+    host
+        The host rung; by default one that nobody keeps.
+    budget
+        Says what contexts may take on the device, in bytes; None for no limit.
+    is_mapped
+        See ``Builder``.
     """
 
     def __init__(
         self,
         on_change: Callable[[Change], None] | None = None,
         staging: Staging | None = None,
+        host: Host | None = None,
+        budget: Callable[[], int | None] = lambda: None,
+        is_mapped: bool = True,
     ) -> None:
         self._on_change = on_change or (lambda change: None)
-        self._staging = staging or Staging()
+        self._host = host or Host()
+        self._builder = Builder(staging or Staging(), self._host, is_mapped)
+        self._budget = budget
         self._residencies: dict[str, Residency] = {}
-        #: What each thread that waits for its turn waits for.
-        self._awaited: dict[int, Residency] = {}
         self._is_closed = False
         # Guards every field of every residency; notified when a load or a turn ends.
         self._changed = threading.Condition()
+        self._turns = Turns(self._changed)
 
     def tier(self, digest: str) -> Tier:
         """Where the context stands now."""
@@ -102,6 +78,13 @@ class Store:
         with self._changed:
             residency = self._residencies.get(digest)
             return residency.n_loads if residency else 0
+
+    def mapped_bytes(self, digest: str) -> int:
+        """Memory of the host rung that the context uses in this process."""
+        with self._changed:
+            residency = self._residencies.get(digest)
+            live = residency.live if residency else None
+            return live.mapped_bytes if live else 0
 
     def rests(self, digest: str) -> bool:
         """Whether the context failed to load so lately that trying again would not be worth it.
@@ -126,39 +109,173 @@ class Store:
             With the loader's traceback in its message.
         """
         with self._changed:
+            waited = False
             residency = self._residencies.setdefault(ref.digest, Residency(ref))
-            waited = residency.tier is Tier.LOADING
-            self._await(residency, lambda: residency.tier is not Tier.LOADING)
+            while residency.tier is Tier.LOADING:
+                waited = True
+                self._turns.wait(residency, functools.partial(_is_settled, residency))
+                residency = self._residencies.setdefault(ref.digest, Residency(ref))
             if residency.tier is Tier.DEVICE:
                 return residency.value
             if residency.tier is Tier.FAILED and (waited or not again):
                 raise LoadError(residency.error)
-            residency.tier, residency.user = Tier.LOADING, threading.get_ident()
+            self._begin_move(residency)
             residency.ref = ref  # the same recipe, but perhaps pickled so that it can be opened
+            residency.n_bytes = residency.n_bytes or ref.device_memory_bytes or 0
         self._on_change(Change(ref.digest, Tier.LOADING))
-        return self._build(residency)
+        return self._bring(residency)
 
-    def _build(self, residency: Residency) -> Any:
-        ref, start = residency.ref, time.monotonic()
-        value, error = None, None
+    def _bring(self, residency: Residency) -> Any:
+        start = time.monotonic()
+        error, is_built, wrong = None, False, None
         try:
-            recipe: Recipe = Sealed(ref.digest, ref.recipe).open()
-            value = recipe.build(residency.files.enter_context(self._staging.placed(ref.bundles)))
+            self._make_room(residency)
+            try:
+                is_built = self._up(residency)
+            except BaseException as cause:
+                if not is_out_of_memory(cause) or not self._lower_idle():
+                    raise
+                logger.warning("No memory for %r: others made room", residency.ref.name)
+                is_built = self._up(residency)
+            self._measure(residency)
         except BaseException as cause:  # also SystemExit: a library that exits is a failed load
-            error = _explain(ref, cause)
+            error, wrong = _explain(residency.ref, cause), cause
             logger.warning("%s", error)
-            residency.files.close()
+            self._give_up(residency)
         seconds = time.monotonic() - start
         with self._changed:
             residency.tier, residency.user = Tier.FAILED if error else Tier.DEVICE, None
-            residency.value, residency.error = value, error
-            residency.n_loads += not error
+            residency.error, residency.has_room = error, False
+            residency.n_loads += is_built and not error
+            residency.used_at = time.monotonic()
             residency.rests_until = time.monotonic() + _REST * seconds
             self._changed.notify_all()
-        self._on_change(Change(ref.digest, residency.tier, seconds, error))
+        self._on_change(
+            Change(
+                residency.ref.digest,
+                residency.tier,
+                seconds,
+                error,
+                is_built,
+                residency.n_bytes,
+                type(wrong).__name__ if wrong is not None else "",
+                is_sticky(wrong),
+            )
+        )
         if error:
             raise LoadError(error)
-        return value
+        return residency.value
+
+    def _up(self, residency: Residency) -> bool:
+        """Bring a context to the device; whether its loader was called for it."""
+        if residency.live is not None:
+            residency.live.rise()
+            return False
+        residency.live = self._builder.found(residency.ref, residency.files)
+        if residency.live is not None:
+            return False
+        residency.live = self._builder.built(residency.ref, residency.files)
+        return True
+
+    def _measure(self, residency: Residency) -> None:
+        """See what a context takes, now that it is there; others may have to leave."""
+        assert residency.live is not None
+        found = residency.live.n_bytes
+        if found > residency.n_bytes:
+            residency.n_bytes = found
+            self._make_room(residency)
+
+    def _give_up(self, residency: Residency) -> None:
+        live, residency.live = residency.live, None
+        with residency.files:
+            if live is not None:
+                _close(residency.ref, live)
+
+    def _make_room(self, wanted: Residency) -> None:
+        """Have others that nobody holds leave the device, the least lately used first."""
+        budget = self._budget()
+        if budget is None:
+            return
+        if wanted.n_bytes > budget:
+            raise DeviceMemoryError(
+                f"Context {wanted.ref.name!r} takes {wanted.n_bytes:,} bytes on the device, which"
+                f" has {budget:,} for contexts (pcm.ladder.device.budget). Use a smaller model or"
+                " data type, or workers with larger devices."
+            )
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            with self._changed:
+                there = [r for r in self._residencies.values() if r is not wanted and r.is_there]
+                if sum(r.n_bytes for r in there) + wanted.n_bytes <= budget:
+                    wanted.has_room = True
+                    return
+                idle = [r for r in there if r.tier is Tier.DEVICE and not r.n_holders]
+                if not idle and not self._changed.wait(until - time.monotonic()):
+                    names = ", ".join(f"{r.ref.name!r} ({r.n_bytes:,})" for r in there)
+                    raise DeviceMemoryError(
+                        f"Context {wanted.ref.name!r} takes {wanted.n_bytes:,} bytes; the device"
+                        f" has {budget:,} for contexts, and tasks hold on to {names}."
+                    )
+            if idle:
+                self.lower(min(idle, key=lambda r: r.used_at).ref.digest)
+
+    def _lower_idle(self) -> bool:
+        """Have all that nobody holds leave the device; whether there was anything."""
+        with self._changed:
+            digests = [d for d, r in self._residencies.items() if r.tier is Tier.DEVICE]
+        return sum(map(self.lower, digests)) > 0
+
+    def lower(self, digest: str) -> bool:
+        """Have a context go down a rung; False if it is held or not on the device.
+
+        Where there is no way down, or no room there, it is dropped.
+        """
+        with self._changed:
+            residency = self._residencies.get(digest)
+            if residency is None or residency.n_holders or residency.tier is not Tier.DEVICE:
+                return False
+            self._begin_move(residency)
+            residency.has_room = True  # still there
+        assert residency.live is not None
+        try:
+            is_lowered = residency.live.lower()
+        except Exception as error:
+            logger.warning("Context %r is dropped: %r", residency.ref.name, error)
+            is_lowered = False
+        if is_lowered:
+            self._end_move(residency, Tier.HOST)
+        else:
+            self._drop(residency)
+        return True
+
+    def evict(self, digest: str) -> bool:
+        """Drop a context that nobody holds, from the host rung too; False if it is not here."""
+        with self._changed:
+            residency = self._residencies.get(digest)
+            if residency is None or residency.n_holders or residency.tier is Tier.LOADING:
+                return False
+            residency.has_room = residency.is_there
+            self._begin_move(residency)
+        self._host.drop(digest)
+        self._drop(residency)
+        return True
+
+    def _begin_move(self, residency: Residency) -> None:
+        """Nobody else may have it until it has arrived; with the store's lock."""
+        residency.tier, residency.user = Tier.LOADING, threading.get_ident()
+        residency.error = None
+
+    def _end_move(self, residency: Residency, tier: Tier) -> None:
+        with self._changed:
+            residency.tier, residency.user, residency.has_room = tier, None, False
+            if tier is Tier.ABSENT:
+                del self._residencies[residency.ref.digest]
+            self._changed.notify_all()
+        self._on_change(Change(residency.ref.digest, tier, n_bytes=residency.n_bytes))
+
+    def _drop(self, residency: Residency) -> None:
+        self._give_up(residency)
+        self._end_move(residency, Tier.ABSENT)
 
     @contextmanager
     def acquire(self, refs: Sequence[ContextRef], again: bool = True) -> Iterator[list[Any]]:
@@ -196,74 +313,17 @@ class Store:
                     residency.n_holders += 1
                     break
         try:
-            with self._turn(residency) if ref.is_exclusive else nullcontext():
+            with self._turns.taken(residency) if ref.is_exclusive else nullcontext():
                 yield value
         finally:
             with self._changed:
                 residency.n_holders -= 1
+                residency.used_at = time.monotonic()
+                self._changed.notify_all()
                 is_unwanted = self._is_closed or residency.is_released
                 is_left = is_unwanted and not residency.n_holders
             if is_left:
                 self.evict(ref.digest)
-
-    @contextmanager
-    def _turn(self, residency: Residency) -> Iterator[None]:
-        """Be the only thread that uses a context; the same thread may take it again."""
-        me = threading.get_ident()
-        with self._changed:
-            if residency.user != me:
-                self._await(residency, lambda: residency.user is None)
-            residency.user = me
-            residency.n_uses += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                residency.n_uses -= 1
-                if not residency.n_uses:
-                    residency.user = None
-                    self._changed.notify_all()
-
-    def _await(self, residency: Residency, is_so: Callable[[], bool]) -> None:
-        """Wait for whoever loads or uses a context; with the store's lock."""
-        if is_so():
-            return
-        me = threading.get_ident()
-        self._refuse_deadlock(residency, me)
-        self._awaited[me] = residency
-        try:
-            self._changed.wait_for(is_so)
-        finally:
-            del self._awaited[me]
-
-    def _refuse_deadlock(self, wanted: Residency, me: int) -> None:
-        """Follow who waits for what: if that leads back here, nobody would ever go on."""
-        if wanted.user == me:
-            raise DeadlockError(
-                f"The loader of context {wanted.ref.name!r} asks for that context itself."
-            )
-        residency: Residency | None = wanted
-        while residency is not None and residency.user is not None:
-            residency = self._awaited.get(residency.user)
-            if residency is not None and residency.user == me:
-                raise DeadlockError(
-                    f"Context {residency.ref.name!r} is held or loaded here, and"
-                    f" {wanted.ref.name!r} is wanted; whoever holds or loads that, on this worker,"
-                    " waits for what is held here. Take both at once, in every task:"
-                    " with pcm.acquire(first, second) as (one, other)."
-                )
-
-    def evict(self, digest: str) -> bool:
-        """Drop a context that nobody holds; False if it is held or not here."""
-        with self._changed:
-            residency = self._residencies.get(digest)
-            if residency is None or residency.n_holders or residency.tier is Tier.LOADING:
-                return False
-            del self._residencies[digest]
-        with residency.files:
-            _close(residency)
-        self._on_change(Change(digest, Tier.ABSENT))
-        return True
 
     def release(self, digest: str) -> None:
         """Drop a context, as soon as nobody holds it."""
@@ -292,7 +352,11 @@ class Store:
                 assert residency.n_holders >= 0, digest
                 assert (residency.tier is Tier.FAILED) == (residency.error is not None), digest
                 assert not residency.n_holders or residency.tier is Tier.DEVICE, digest
-                assert residency.tier is Tier.DEVICE or residency.value is None, digest
+                has_live = residency.live is not None
+                assert has_live or residency.tier not in (Tier.DEVICE, Tier.HOST), digest
+            budget = self._budget()
+            there = sum(r.n_bytes for r in self._residencies.values() if r.is_there)
+            assert budget is None or there <= budget, (there, budget)
 
 
 @functools.cache
@@ -306,13 +370,13 @@ def _explain(ref: ContextRef, cause: BaseException) -> str:
     return f"Context {ref.name!r} could not be loaded:\n\n{text}"
 
 
-def _close(residency: Residency) -> None:
-    if residency.tier is not Tier.DEVICE:
-        return
-    close = Sealed(residency.ref.digest, residency.ref.recipe).open().close
-    if close is None:
-        return
-    try:
-        close(residency.value)
-    except Exception:
-        logger.warning("close hook of context %r failed", residency.ref.name, exc_info=True)
+def _close(ref: ContextRef, live: Live) -> None:
+    if (close := recipe_of(ref).close) is not None:
+        try:
+            close(live.value)
+        except Exception:
+            logger.warning("close hook of context %r failed", ref.name, exc_info=True)
+
+
+def _is_settled(residency: Residency) -> bool:
+    return residency.tier is not Tier.LOADING

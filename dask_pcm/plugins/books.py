@@ -45,6 +45,9 @@ class Refs:
     def __len__(self) -> int:
         return len(self._refs)
 
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._refs
+
     def add(self, refs: Iterable[ContextRef]) -> tuple[str, ...]:
         """One more asks for `refs`; return their digests."""
         for ref in refs:

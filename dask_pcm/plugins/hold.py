@@ -15,6 +15,7 @@ from distributed import get_worker, warn
 from dask_pcm.context import Context, ContextRef
 from dask_pcm.errors import RecipeError
 from dask_pcm.ladder.store import of_process
+from dask_pcm.ladder.tensors import is_sticky
 from dask_pcm.plugins.worker import CONTEXTS, ContextPlugin
 
 
@@ -117,6 +118,10 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
                 spent.facts.update(facts)
         try:
             yield values
+        except Exception as error:
+            if isinstance(source, ContextPlugin) and is_sticky(error):
+                source.lose_device(error)
+            raise
         finally:
             spent.infer_s += time.perf_counter() - start
 

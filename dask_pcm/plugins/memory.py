@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
 from distributed import Worker
-from distributed.core import Status
 
-logger = logging.getLogger(__name__)
+from dask_pcm.plugins.nanny import NannyLink
 
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_TIMEOUT_S = 10.0
 
 
 def keep_freed_memory() -> bool:
@@ -41,17 +37,24 @@ class MemoryAllowance:
     fills it would be paused for ever, or killed in a loop.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, nanny: NannyLink) -> None:
         self._worker = worker
+        self._nanny = nanny
         self._limit = worker.memory_manager.memory_limit
         self._taken: dict[str, int] = {}
         self._is_over = False
-        if self._limit and worker.nanny:
-            worker.loop.add_callback(self._tell_nanny, 0)  # of an earlier process: begin anew
+
+    def begin(self) -> None:
+        """As if no context had been here: an earlier process may have had some."""
+        if self._limit:
+            self._raise(0)
 
     @contextmanager
-    def growing(self, digest: str) -> Iterator[None]:
-        """While a context loads there is no limit; afterwards it is raised by what was taken."""
+    def growing(self, digest: str, mapped_bytes: Callable[[str], int]) -> Iterator[None]:
+        """While a context loads there is no limit; afterwards it is raised by what was taken.
+
+        What is mapped is not touched yet, and will be.
+        """
         if not self._limit:
             yield
             return
@@ -60,7 +63,8 @@ class MemoryAllowance:
         try:
             yield
         finally:
-            self._taken[digest] = max(0, psutil.Process().memory_info().rss - before)
+            grown = psutil.Process().memory_info().rss - before
+            self._taken[digest] = max(0, grown, mapped_bytes(digest))
             self._raise(sum(self._taken.values()))
 
     def freed(self, digest: str) -> None:
@@ -78,18 +82,4 @@ class MemoryAllowance:
         if self._is_over:
             return
         self._worker.memory_manager.memory_limit = self._limit + n_bytes
-        if self._worker.nanny:
-            loop = self._worker.loop.asyncio_loop
-            told = asyncio.run_coroutine_threadsafe(self._tell_nanny(n_bytes), loop)
-            try:
-                told.result(_TIMEOUT_S)
-            except TimeoutError:  # a nanny that is held up kills nobody meanwhile
-                logger.warning("The nanny of %s did not answer in time", self._worker)
-
-    async def _tell_nanny(self, n_bytes: int) -> None:
-        try:
-            await self._worker.rpc(self._worker.nanny).pcm_allow_memory(n_bytes=n_bytes)
-        except Exception as error:
-            # Else it is on its way out, and so are we.
-            if self._worker.status is Status.running and not self._is_over:
-                logger.warning("The nanny of %s keeps its memory limit: %s", self._worker, error)
+        self._nanny.ask("pcm_allow_memory", n_bytes=n_bytes)

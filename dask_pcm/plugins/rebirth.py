@@ -53,6 +53,8 @@ class Rebirth:
                 del os.environ[_IMPORTS]
             self._nannies.add(id(nanny))
             nanny.env = {**os.environ, **nanny.env}
+            if nanny.process is not None:  # what the next start of it goes by
+                nanny.process.env = nanny.env
 
     def leave(self, nanny: Nanny) -> None:
         """The toolkit leaves this nanny, or it ends."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
 
@@ -32,6 +33,7 @@ from dask_pcm.plugins.staging import Desk
 from dask_pcm.plugins.walk import find_refs
 from dask_pcm.scheduling.events import (
     Assign,
+    ContextDeclared,
     Cool,
     Event,
     Fail,
@@ -58,6 +60,7 @@ GATE = "pcm-gate"
 _STANDINGS = {
     "loading": Standing.LOADING,
     "device": Standing.WARM,
+    "host": Standing.LOWERED,
     "absent": Standing.COLD,
     "failed": Standing.FAILED,
 }
@@ -80,6 +83,8 @@ class GatePlugin(SchedulerPlugin):
         self.members: dict[str, Member] = {}
         self.loads: dict[str, Loads] = {}
         self.runs: dict[str, RunInfo] = {}
+        #: How many worker processes have lost their device with a task.
+        self.n_lost_devices: Counter[Any] = Counter()
         self._loop = asyncio.get_running_loop()
         self._is_woken = False
         self._stimuli = count()
@@ -97,6 +102,7 @@ class GatePlugin(SchedulerPlugin):
             scheduler.stream_handlers[op] = self._if_now(handle)
         scheduler.handlers["pcm_run"] = self.on_run
         scheduler.handlers["pcm_release"] = self.on_release
+        scheduler.handlers["pcm_lost_device"] = self.on_lost_device
         self._unshield = parking.shield_from_timeouts(scheduler, self.asked)
         self._ticker = PeriodicCallback(self._tick, self.config.tick_s * 1000)
         self._ticker.start()
@@ -151,7 +157,7 @@ class GatePlugin(SchedulerPlugin):
             refs = find_refs(ts.run_spec, [d.run_spec for d in ts.dependencies])
             if not refs:
                 continue
-            contexts = self.refs.add(refs)
+            contexts = self._declare(refs)
             self.asked[key] = parking.Asked.of(ts, contexts)
             ts.annotations = {**(ts.annotations or {}), "executor": LANES}
             parking.park(ts)
@@ -159,6 +165,8 @@ class GatePlugin(SchedulerPlugin):
     def transition(
         self, key: Any, start: str, finish: str, *args: Any, stimulus_id: str, **kwargs: Any
     ) -> None:
+        if finish == "forgotten":
+            self.n_lost_devices.pop(key, None)
         asked = self.asked.get(key)
         if asked is None:
             return
@@ -211,14 +219,20 @@ class GatePlugin(SchedulerPlugin):
     # -- what workers and clients say -------------------------------------------------------
 
     def on_hello(
-        self, worker: str, epoch: str, n_lanes: int, cores: Iterable[int], **kwargs: Any
+        self,
+        worker: str,
+        epoch: str,
+        n_lanes: int,
+        cores: Iterable[int],
+        device_bytes: int | None = None,
+        **kwargs: Any,
     ) -> None:
         """A worker's plugin is ready."""
         ws, known = self.scheduler.workers.get(worker), self.members.get(worker)
         if ws is None or (known is not None and known.epoch == epoch):
             return
         self.members[worker] = Member(epoch, tuple(cores), ws.host)
-        self._apply(WorkerJoined(worker, n_lanes))
+        self._apply(WorkerJoined(worker, n_lanes, device_bytes, ws.host))
         self._regroup()
         self.desk.leave(worker)  # what an earlier life of it had under way
         self.desk.welcome(worker)
@@ -231,6 +245,10 @@ class GatePlugin(SchedulerPlugin):
         tier: str,
         seconds: float,
         error: str | None,
+        is_built: bool = False,
+        n_bytes: int = 0,
+        device_bytes: int | None = None,
+        kind: str = "",
         **kwargs: Any,
     ) -> None:
         """A context moved on a worker; said by an earlier life of the worker, it is ignored."""
@@ -238,10 +256,14 @@ class GatePlugin(SchedulerPlugin):
         if member is None or member.epoch != epoch:
             return
         standing = _STANDINGS[tier]
-        if standing is Standing.WARM and seconds:
+        if standing is Standing.WARM and is_built:
             loads = self.loads.setdefault(digest, Loads())
             loads.n, loads.seconds = loads.n + 1, loads.seconds + seconds
-        self._apply(ResidencyReported(worker, digest, standing, seconds, error))
+        self._apply(
+            ResidencyReported(
+                worker, digest, standing, seconds, error, is_built, n_bytes, device_bytes, kind
+            )
+        )
 
     def on_returned(self, worker: str, epoch: str, keys: list[Any], **kwargs: Any) -> None:
         """A worker has not begun these tasks, and does not have them any more."""
@@ -262,7 +284,7 @@ class GatePlugin(SchedulerPlugin):
         contexts = tuple(ref.digest for ref in asked)
         if n_units:
             if run not in self.runs:
-                self.runs[run] = RunInfo(client, self.refs.add(asked))
+                self.runs[run] = RunInfo(client, self._declare(asked))
             self._apply(RunReported(run, Group(contexts, kind), n_rows, n_units))
         else:
             self._close_run(run)
@@ -290,11 +312,16 @@ class GatePlugin(SchedulerPlugin):
         if member is not None:
             self.scheduler.worker_send(worker, {**message, "epoch": member.epoch})
 
+    async def on_lost_device(self, key: Any, is_cause: bool) -> int:
+        """A worker process loses its device in a task; answered with how often that has been so."""
+        self.n_lost_devices[key] += is_cause
+        return self.n_lost_devices[key]
+
     async def on_release(self, digests: list[str]) -> int:
         """A client has workers drop contexts; answered with how many hold one of them."""
         n_holding = 0
         for address, view in self.state.workers.items():
-            here = (Standing.WARM, Standing.LOADING)
+            here = (Standing.WARM, Standing.LOADING, Standing.LOWERED)
             held = [digest for digest in digests if view.standings.get(digest) in here]
             n_holding += bool(held)
             for digest in held:
@@ -322,7 +349,7 @@ class GatePlugin(SchedulerPlugin):
             if isinstance(action, Warm):
                 self._warm(action)
             elif isinstance(action, Cool):
-                self._tell(action.worker, {"op": "pcm-release", "digest": action.context})
+                self._tell(action.worker, {"op": "pcm-lower", "digest": action.context})
             elif isinstance(action, Fail):
                 self._fail(action)
 
@@ -395,6 +422,13 @@ class GatePlugin(SchedulerPlugin):
         self.scheduler.transitions(recommendations, stimulus_id)
 
     # -- helpers ----------------------------------------------------------------------------
+
+    def _declare(self, refs: Sequence[ContextRef]) -> tuple[str, ...]:
+        """Digests of contexts that somebody wants now."""
+        for ref in refs:
+            if ref.digest not in self.refs:
+                self._apply(ContextDeclared(ref.digest, ref.name, ref.device_memory_bytes))
+        return self.refs.add(refs)
 
     def _apply(self, event: Event) -> None:
         self.state.apply(event, monotonic())

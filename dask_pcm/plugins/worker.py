@@ -6,6 +6,8 @@ built on a thread of their own and used on the lanes, so that neither holds up a
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import logging
 import os
 import pickle
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from distributed import Worker, warn
+from distributed import Reschedule, Worker, warn
 from distributed.comm import CommClosedError
 from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
@@ -27,17 +29,22 @@ from distributed.worker_state_machine import FreeKeysEvent
 
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
-from dask_pcm.errors import LoadError
+from dask_pcm.errors import DeviceError, LoadError
+from dask_pcm.ladder.host import Host
+from dask_pcm.ladder.residency import Change, Tier
 from dask_pcm.ladder.staging import Staging
-from dask_pcm.ladder.store import Change, Store, Tier, of_process
+from dask_pcm.ladder.store import Store, of_process
+from dask_pcm.ladder.tensors import device_bytes
 from dask_pcm.plugins.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.memory import MemoryAllowance, keep_freed_memory
+from dask_pcm.plugins.nanny import NannyLink
 from dask_pcm.plugins.staging import Fetcher
 from dask_pcm.plugins.travel import Travels
 
 logger = logging.getLogger(__name__)
 
 CONTEXTS = "pcm-contexts"
+_TIMEOUT_S, _FAREWELL_S = 30.0, 0.1
 _UNBEGUN = frozenset({"waiting", "ready", "constrained"})
 
 
@@ -57,23 +64,34 @@ class ContextPlugin(Travels, WorkerPlugin):
         #: Contexts that the gate has asked for; what a task wants besides was hidden from it.
         self._wanted: set[str] = set()
         self._warned: set[str] = set()
+        #: Whether nothing more will run on the device in this process.
+        self._is_lost = False
         self._warning = threading.Lock()
         self.fetcher = Fetcher(worker, self.config, lambda: self.staging.disk, self._tell)
         self.staging = Staging(self.config, self.fetcher.fetch, self.fetcher.staged)
-        self.store = Store(self._report, self.staging)
-        self.memory = MemoryAllowance(worker)
+        self.nanny = NannyLink(worker)
+        self.memory = MemoryAllowance(worker, self.nanny)
+        self.store = Store(
+            self._report,
+            self.staging,
+            Host(self.nanny if worker.nanny else None),
+            self._budget,
+            is_mapped=self.config.device_budget_bytes is None,
+        )
         # Dask's executor: a worker that ends does not wait for its threads.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")
         # What tasks loaded before would be here twice.
         before = of_process()
         of_process.cache_clear()
         self._loader.submit(before.close)
+        self._loader.submit(self.memory.begin)
         self._lane = threading.local()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         keep_freed_memory()
         open_lanes(worker, self.config.n_lanes)
         worker.stream_handlers["pcm-load"] = self.on_load
         worker.stream_handlers["pcm-return"] = self.on_return
+        worker.stream_handlers["pcm-lower"] = self._if_now(self.on_lower)
         worker.stream_handlers["pcm-release"] = self._if_now(self.on_release)
         worker.stream_handlers["pcm-welcome"] = self._if_now(self.fetcher.on_welcome)
         worker.stream_handlers["pcm-copy"] = self._if_now(self.fetcher.on_copy)
@@ -88,6 +106,7 @@ class ContextPlugin(Travels, WorkerPlugin):
                 "epoch": self.epoch,
                 "n_lanes": self.config.n_lanes,
                 "cores": cores or list(range(os.cpu_count() or 1)),
+                "device_bytes": self.config.device_budget_bytes,
             }
         )
 
@@ -98,6 +117,7 @@ class ContextPlugin(Travels, WorkerPlugin):
             close_lanes(worker, self.config.n_lanes)
             self._loader.submit(self.store.close)
             self.memory.forget()
+        self.nanny.close()
         self._loader.shutdown(wait=False)
 
     def _if_now(self, handle: Callable[..., None]) -> Callable[..., None]:
@@ -118,6 +138,10 @@ class ContextPlugin(Travels, WorkerPlugin):
         self._wanted.add(wanted.digest)
         self._loader.submit(self._load, wanted)
 
+    def on_lower(self, digest: str) -> None:
+        """Another context is wanted more, or nobody has used this one for long."""
+        self._loader.submit(self.store.lower, digest)
+
     def on_release(self, digest: str) -> None:
         """Nobody wants a context any more."""
         self._loader.submit(self.store.release, digest)
@@ -136,11 +160,11 @@ class ContextPlugin(Travels, WorkerPlugin):
     def _load(self, ref: ContextRef) -> None:
         _worker_cvar.set(self.worker)  # a loader may acquire other contexts
         if self.store.tier(ref.digest) is Tier.DEVICE:
-            self._report(Change(ref.digest, Tier.DEVICE))
+            self._report(Change(ref.digest, Tier.DEVICE))  # as long as it took before
             return
         try:
             self._set_threads()
-            with self.memory.growing(ref.digest):
+            with self._growing(ref):
                 self.store.load(ref)
         except LoadError:
             self._wanted.discard(ref.digest)  # the store has reported it; hidden, it is tried anew
@@ -151,15 +175,32 @@ class ContextPlugin(Travels, WorkerPlugin):
             logger.exception("Context %r could not be loaded", ref.name)
             self._report(Change(ref.digest, Tier.FAILED, error=f"{type(error).__name__}: {error}"))
 
+    @contextmanager
+    def _growing(self, ref: ContextRef) -> Iterator[None]:
+        with self.memory.growing(ref.digest, self.store.mapped_bytes):
+            yield
+        if "torch" in sys.modules:  # whoever comes after a kill will need it, too
+            self.nanny.use_fork_server()
+
+    def _budget(self) -> int | None:
+        """What contexts may take on the device; None for no limit."""
+        return self.config.device_budget_bytes or device_bytes()
+
     def _report(self, change: Change) -> None:
         if change.tier is Tier.ABSENT:
             self.memory.freed(change.digest)
+        if change.is_sticky:
+            self._restart("its device was lost while a context was loaded")
         message = {
             "op": "pcm-residency",
             "digest": change.digest,
             "tier": change.tier.value,
             "seconds": change.seconds,
             "error": change.error,
+            "is_built": change.is_built,
+            "n_bytes": change.n_bytes,
+            "kind": change.kind,
+            "device_bytes": self._budget() if change.tier is Tier.DEVICE else None,
         }
         self._tell(message)
 
@@ -188,7 +229,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         if is_new:
             self._warn(ref)
         try:
-            with self.memory.growing(ref.digest):
+            with self._growing(ref):
                 self.store.load(ref, again=not self.store.rests(ref.digest))
         except LoadError as error:
             error.add_note("Tasks that come soon after get this error without another try.")
@@ -201,6 +242,39 @@ class ContextPlugin(Travels, WorkerPlugin):
             " value or a very long list. Hand it over as an argument of the task, for instance"
             " client.map(func, items, model=context)."
         )
+
+    def lose_device(self, error: BaseException) -> None:
+        """A task's device is lost to this process: have a new one, and the task done there.
+
+        Raises
+        ------
+        Reschedule
+            So that the task begins anew.
+        DeviceError
+            Where that has been tried often enough: it may be the task that does it.
+        """
+        is_first = not self._is_lost
+        self._restart(f"its device is lost to this process ({error})")
+        key = self.worker.get_current_task()
+        told = asyncio.run_coroutine_threadsafe(
+            self.worker.scheduler.pcm_lost_device(key=key, is_cause=is_first),
+            self.worker.loop.asyncio_loop,
+        )
+        n_times: int = told.result(_TIMEOUT_S)
+        if n_times < self.config.n_load_attempts:
+            raise Reschedule from error
+        raise DeviceError(
+            f"Task {key!r} has lost {n_times} worker processes their device; the last one said:"
+            f" {error}"
+        ) from error
+
+    def _restart(self, why: str) -> None:
+        if not self._is_lost:
+            self._is_lost = True
+            logger.error("Worker %s begins a new process: %s", self.worker.address, why)
+            # Not before what is to be told of this task has been sent.
+            close = functools.partial(self.worker.close_gracefully, restart=True, reason=why)
+            self.worker.loop.add_callback(self.worker.loop.call_later, _FAREWELL_S, close)
 
     def _set_threads(self) -> None:
         """Give torch the cores of this worker; its setting is the calling thread's own."""

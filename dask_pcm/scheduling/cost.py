@@ -33,20 +33,28 @@ class CostModel:
     """Learned costs by context, kind of work and worker."""
 
     loads: dict[str, Rate] = field(default_factory=dict)
+    restores: dict[str, Rate] = field(default_factory=dict)
     rows: dict[Group, Rate] = field(default_factory=dict)
     rows_on: dict[tuple[Group, str], Rate] = field(default_factory=dict)
 
-    def observe_load(self, context: str, seconds: float) -> None:
-        self.loads.setdefault(context, Rate()).observe(seconds, 1.0)
+    def observe_warm(self, context: str, seconds: float, is_built: bool) -> None:
+        """A context was warmed: built, or restored from what was left of it."""
+        rates = self.loads if is_built else self.restores
+        rates.setdefault(context, Rate()).observe(seconds, 1.0)
 
     def observe_rows(self, group: Group, worker: str, seconds: float, n_rows: float) -> None:
         self.rows.setdefault(group, Rate()).observe(seconds, n_rows)
         self.rows_on.setdefault((group, worker), Rate()).observe(seconds, n_rows)
 
-    def load_s(self, contexts: tuple[str, ...]) -> float:
-        """Seconds to load all of `contexts`, those never seen counted as nothing."""
-        known = (self.loads[context].value for context in contexts if context in self.loads)
-        return sum(seconds or 0.0 for seconds in known)
+    def load_s(self, context: str) -> float:
+        """Seconds to build a context; 0 if that was never seen."""
+        rate = self.loads.get(context)
+        return (rate.value if rate else None) or 0.0
+
+    def restore_s(self, context: str) -> float:
+        """Seconds to restore it from the rung below; before that was seen, as to build it."""
+        rate = self.restores.get(context)
+        return (rate.value if rate else None) or self.load_s(context)
 
     def row_s(self, group: Group, worker: str) -> float | None:
         """Seconds a row of `group` takes on `worker`; where it is new there, the group's mean."""

@@ -17,6 +17,7 @@ class Standing(enum.Enum):
     LOADING = "loading"
     WARM = "warm"
     COLD = "cold"
+    LOWERED = "lowered"
     FAILED = "failed"
 
 
@@ -51,8 +52,20 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
+    """A worker is there.
+
+    Attributes
+    ----------
+    device_bytes
+        What contexts may take on its device; None if that is not known, or has no limit.
+    host
+        The machine that it is on.
+    """
+
     worker: str
     n_lanes: int
+    device_bytes: int | None = None
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +103,38 @@ class WorkWithdrawn:
 
 @dataclass(frozen=True, slots=True)
 class ResidencyReported:
+    """A context moved on a worker, or could not be moved.
+
+    Attributes
+    ----------
+    seconds, is_built
+        What it took to warm it, and whether it was built for it or only restored.
+    n_bytes
+        What it takes on the device; 0 if that is not known.
+    device_bytes
+        What contexts may take there; None if that is not known, or has no limit.
+    kind
+        Of the error: what fails the same way has the same.
+    """
+
     worker: str
     context: str
     standing: Standing
     seconds: float = 0.0
     error: str | None = None
+    is_built: bool = True
+    n_bytes: int = 0
+    device_bytes: int | None = None
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextDeclared:
+    """Somebody wants a context; with its name, and what it is said to take on a device."""
+
+    context: str
+    name: str
+    n_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +160,7 @@ Event: TypeAlias = (
     | WorkEnded
     | WorkWithdrawn
     | ResidencyReported
+    | ContextDeclared
     | RunReported
     | RunClosed
 )
@@ -143,10 +184,22 @@ class Warm:
 
 @dataclass(frozen=True, slots=True)
 class Cool:
-    """Have this worker drop this context."""
+    """Have a context on this worker leave the device, for the rung below."""
 
     worker: str
     context: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Nothing to do, but to know: no more work that needs this context is sent to this worker.
+
+    As soon as what is there has ended, it makes room for `group`.
+    """
+
+    worker: str
+    context: str
+    group: Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,4 +218,4 @@ class GivenUp:
     context: str
 
 
-Action: TypeAlias = Assign | Warm | Cool | Fail | GivenUp
+Action: TypeAlias = Assign | Warm | Cool | Leave | Fail | GivenUp

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from dask_pcm.scheduling.events import Action, Assign, Fail, GivenUp, Group, Standing, Warm, Work
+from dask_pcm.scheduling.eviction import Claims, make_room, room, too_large
 from dask_pcm.scheduling.state import GateState, WorkerView, still_s
+
+#: A worker changes sides only if all are done within this share of the time.
+_GAIN = 0.8
+#: A context that fails otherwise each time is tried so many times as often.
+_PATIENCE = 3
 
 
 def drain_s(n_rows: float, offers: Sequence[tuple[float, float]]) -> float:
@@ -46,6 +52,9 @@ def place(
 ) -> Iterator[Action]:
     """Decide for one group; each action is applied to `state` as it is yielded."""
     views = state.candidates(group)
+    for action in list(too_large(state, group, views)):
+        state.apply(action, now)
+        yield action
     for action in list(_give_up(state, group, views, n_load_attempts)):
         state.apply(action, now)
         yield action
@@ -65,7 +74,7 @@ def _assign(
     free = [
         (state.backlog_s(view, now), view.address)
         for view in views
-        if view.holds(group.contexts) and _has_room(state, view, pipeline_s)
+        if view.serves(group.contexts) and _has_room(state, view, pipeline_s)
     ]
     heapq.heapify(free)
     while free and (work := state.peek(group)) is not None:
@@ -97,7 +106,7 @@ def _soonest(
     return min(
         state.backlog_s(view, now) + (state.row_s(group, view, now) or 0.0) * work.n_rows
         for view in views
-        if view.holds(group.contexts)
+        if view.serves(group.contexts)
     )
 
 
@@ -107,13 +116,13 @@ def _offers(
     """(seconds until ready, seconds a row) of every worker that is warm or will be."""
     offers = []
     for view in views:
-        if view.missing(group.contexts):
+        if view.missing(group.contexts) or view.leaving.keys() & set(group.contexts):
             continue
         ready_s = state.backlog_s(view, now)
         for context in group.contexts:
             since = view.loading_since.get(context)
             if since is not None:
-                ready_s += still_s(state.cost.load_s((context,)), now - since)
+                ready_s += still_s(view.loading_s[context], now - since)
         offers.append((ready_s, state.row_s(group, view, now) or 0.0))
     return offers
 
@@ -128,32 +137,89 @@ def _warm(
         cold = list(views)  # every worker has failed to load: that need not be for good
     if not n_rows or not cold:
         return
-    row_s = [s for view in views if (s := state.row_s(group, view, now)) is not None]
+    claims = Claims.of(state)
+    plans = {
+        view.address: leaving
+        for view in cold
+        if (leaving := room(state, view, group, claims, now)) is not None
+    }
+    cold = [view for view in cold if view.address in plans]
     offers = _offers(state, group, views, now)
-    if not row_s:
-        # Nothing is known yet: a worker for each piece of work. Where one is warm, it will soon
-        # show what a row takes.
-        is_warm = any(view.holds(group.contexts) for view in views)
-        n_wanted = 0 if is_warm else max(0, state.works_ahead(group) - len(offers))
-        if all(_failed_context(view, group) is not None for view in cold):
-            n_wanted = min(n_wanted, 1)  # once more, but not all at once
-        chosen = sorted(cold, key=lambda view: (len(view.running), len(view.standings)))[:n_wanted]
-        yield from (Warm(view.address, c) for view in chosen for c in view.missing(group.contexts))
-        return
-    mean_s = sum(row_s) / len(row_s)
-    work = state.peek(group)
-    unit_s = mean_s * (work.n_rows if work else 1.0)
+    row_s = [s for view in views if (s := state.row_s(group, view, now)) is not None]
+    mean_s = sum(row_s) / len(row_s) if row_s else None
 
     def ready_s(view: WorkerView) -> float:
-        load_s = state.cost.load_s(view.missing(group.contexts))
-        return state.backlog_s(view, now) + load_s
+        warm_s = sum(state.warm_s(view, context) for context in view.missing(group.contexts))
+        return state.backlog_s(view, now) + warm_s
 
-    for view in sorted(cold, key=ready_s):
-        own_row_s = state.row_s(group, view, now) or mean_s
-        if ready_s(view) + unit_s >= drain_s(n_rows, offers):
-            break
-        offers.append((ready_s(view), own_row_s))
-        yield from (Warm(view.address, context) for context in view.missing(group.contexts))
+    def is_contested(view: WorkerView) -> bool:
+        leaving = plans[view.address]
+        return any(claims.urgency(context, view.address) is not None for context in leaving)
+
+    def ease(view: WorkerView) -> tuple[int, int, int]:
+        return _n_failures(state, view, group), len(view.running), len(view.standings)
+
+    free = [view for view in cold if not is_contested(view)]
+    free.sort(key=lambda view: (_n_failures(state, view, group), ready_s(view)))
+    if mean_s is None:
+        # Nothing is known yet: a worker for each piece of work. Where one is warm, it will soon
+        # show what a row takes.
+        is_warm = any(view.serves(group.contexts) for view in views)
+        n_wanted = 0 if is_warm else max(0, state.works_ahead(group) - len(offers))
+        if free and all(_failed_context(view, group) is not None for view in free):
+            n_wanted = min(n_wanted, 1)  # once more, but not all at once
+        chosen = sorted(free, key=ease)[:n_wanted]
+    else:
+        work = state.peek(group)
+        unit_s, chosen = mean_s * (work.n_rows if work else 1.0), []
+        for view in free:
+            if ready_s(view) + unit_s >= drain_s(n_rows, offers):
+                break
+            offers.append((ready_s(view), state.row_s(group, view, now) or mean_s))
+            chosen.append(view)
+    if not chosen:
+        # Others are at work wherever it could go: one worker at a time changes sides.
+        contested = sorted((view for view in cold if is_contested(view)), key=ready_s)
+        changing = [view for view in contested if group in view.leaving.values()]
+        chosen = changing or [
+            v for v in contested[:1] if _pays(state, group, v, plans, offers, now)
+        ]
+    for view in chosen:
+        leaving = plans[view.address]
+        yield from make_room(state, view, group, leaving)
+        if not view.in_use().intersection(leaving):
+            yield from (Warm(view.address, context) for context in view.missing(group.contexts))
+
+
+def _pays(
+    state: GateState,
+    group: Group,
+    view: WorkerView,
+    plans: Mapping[str, Sequence[str]],
+    offers: Sequence[tuple[float, float]],
+    now: float,
+) -> bool:
+    """Whether a worker that serves others should serve a group: all would be done sooner.
+
+    A group that nobody serves has its turn in any case.
+    """
+    if not offers:
+        return True
+    rows_s = [s for s in (state.row_s(group, other, now) for other in state.candidates(group)) if s]
+    if not rows_s:
+        return False
+    warm_s = sum(state.warm_s(view, context) for context in view.missing(group.contexts))
+    own = (warm_s, state.row_s(group, view, now) or sum(rows_s) / len(rows_s))
+    n_rows = state.rows_ahead(group)
+    before_s, after_s = drain_s(n_rows, offers), drain_s(n_rows, [*offers, own])
+    for rival in state.groups():
+        if set(rival.contexts) & set(plans[view.address]):
+            servers = state.candidates(rival)
+            others = [other for other in servers if other is not view]
+            n_rows = state.rows_ahead(rival)
+            before_s = max(before_s, drain_s(n_rows, _offers(state, rival, servers, now)))
+            after_s = max(after_s, drain_s(n_rows, _offers(state, rival, others, now)))
+    return after_s < _GAIN * before_s
 
 
 def _can_load(view: WorkerView, group: Group) -> bool:
@@ -167,11 +233,31 @@ def _give_up(
     failed = [context for view in views if (context := _failed_context(view, group)) is not None]
     if not failed or _is_hopeful(views, group):
         return
-    worst = max(failed, key=lambda context: state.n_failures.get(context, 0))
-    if worst in state.given_up or state.n_failures.get(worst, 0) >= n_load_attempts:
+    worst = max(failed, key=lambda context: len(state.failures.get(context, ())))
+    if worst in state.given_up or _has_failed_enough(state, worst, views, n_load_attempts):
         keys = [key for key, work in state.waiting.items() if work.group == group]
         yield from (Fail(key, worst, state.errors[worst]) for key in keys)
         yield GivenUp(worst)
+
+
+def _has_failed_enough(
+    state: GateState, context: str, views: Sequence[WorkerView], n_load_attempts: int
+) -> bool:
+    """Whether it failed the same way on so many nodes, as far as there are; or all too often."""
+    failures = state.failures.get(context, [])
+    if len(failures) >= _PATIENCE * n_load_attempts:
+        return True
+    n_nodes = min(n_load_attempts, len({view.host for view in views}))
+    for kind in {kind for _, kind in failures}:
+        nodes = [host for host, its_kind in failures if its_kind == kind]
+        if len(nodes) >= n_load_attempts and len(set(nodes)) >= n_nodes:
+            return True
+    return False
+
+
+def _n_failures(state: GateState, view: WorkerView, group: Group) -> int:
+    """How often what a group needs has failed on the node of a worker."""
+    return sum(host == view.host for c in group.contexts for host, _ in state.failures.get(c, ()))
 
 
 def _is_hopeful(views: Sequence[WorkerView], group: Group) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dask_pcm.scheduling.events import Action
-from dask_pcm.scheduling.eviction import cool
+from dask_pcm.scheduling.eviction import cool, stay
 from dask_pcm.scheduling.placement import place
 from dask_pcm.scheduling.state import GateState
 
@@ -31,6 +31,7 @@ def decide(
         Seconds after which a context that nobody uses leaves its worker; None for never.
     """
     state.settle(now)
+    stay(state)
     actions: list[Action] = []
     for group in state.groups():
         actions += place(state, group, now, pipeline_s, n_load_attempts)

@@ -11,11 +11,13 @@ from dask_pcm.scheduling.cost import CostModel
 from dask_pcm.scheduling.events import (
     Action,
     Assign,
+    ContextDeclared,
     Cool,
     Event,
     Fail,
     GivenUp,
     Group,
+    Leave,
     ResidencyReported,
     RunClosed,
     RunReported,
@@ -37,6 +39,8 @@ class WorkerView:
 
     address: str
     n_lanes: int
+    device_bytes: int | None = None
+    host: str = ""
     is_paused: bool = False
     standings: dict[str, Standing] = field(default_factory=dict)
     running: dict[object, Work] = field(default_factory=dict)
@@ -48,8 +52,22 @@ class WorkerView:
     finished: dict[Group, float] = field(default_factory=dict)
     #: When each load that is under way was asked for.
     loading_since: dict[str, float] = field(default_factory=dict)
+    #: How long each was expected to take.
+    loading_s: dict[str, float] = field(default_factory=dict)
     #: When work that needs a context was last begun or ended here, or the context became warm.
     used_at: dict[str, float] = field(default_factory=dict)
+    #: Since when each context has been warm.
+    warm_since: dict[str, float] = field(default_factory=dict)
+    #: Contexts that are to make room as soon as what needs them here has ended, and for whom.
+    leaving: dict[str, Group] = field(default_factory=dict)
+
+    def serves(self, contexts: tuple[str, ...]) -> bool:
+        """Whether work that needs these may be sent here now."""
+        return self.holds(contexts) and not self.leaving.keys() & set(contexts)
+
+    def in_use(self) -> set[str]:
+        """Contexts that what was sent here needs."""
+        return {context for group in self.n_rows for context in group.contexts}
 
     def holds(self, contexts: tuple[str, ...]) -> bool:
         return all(self.standings.get(context) is Standing.WARM for context in contexts)
@@ -81,19 +99,22 @@ class GateState:
     n_waiting_rows: dict[Group, float] = field(default_factory=dict)
     placed: dict[object, str] = field(default_factory=dict)
     runs: dict[str, Expected] = field(default_factory=dict)
-    #: The last error of each context that failed to load, how often it has failed since it last
-    #: loaded, and which contexts were given up.
+    #: What contexts take on a device, as far as it is known; and what they are called.
+    sizes: dict[str, int] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    #: The last error of each context that failed to load; nodes where it has failed since it last
+    #: loaded, and how; and which contexts were given up.
     errors: dict[str, str] = field(default_factory=dict)
-    n_failures: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
     _order: Iterator[int] = field(default_factory=itertools.count)
 
     def apply(self, happening: Event | Action, now: float) -> None:
         """Take in an event, or an action that was carried out, at `now` seconds."""
         match happening:
-            case WorkerJoined(worker, n_lanes):
+            case WorkerJoined(worker, n_lanes, device_bytes, host):
                 self._lose(worker)
-                self.workers[worker] = WorkerView(worker, n_lanes)
+                self.workers[worker] = WorkerView(worker, n_lanes, device_bytes, host)
             case WorkerLeft(worker):
                 self._lose(worker)
             case GivenUp(context):
@@ -121,10 +142,19 @@ class GateState:
                 self._place(key, worker, now)
                 self._use(key, now)
             case Cool(worker, context):
-                self.workers[worker].standings.pop(context, None)
+                self.workers[worker].standings[context] = Standing.LOWERED
+                self.workers[worker].leaving.pop(context, None)
+            case Leave(worker, context, group):
+                self.workers[worker].leaving[context] = group
+            case ContextDeclared(context, name, n_bytes):
+                self.names[context] = name
+                if n_bytes is not None:
+                    self.sizes.setdefault(context, n_bytes)
             case Warm(worker, context):
-                self.workers[worker].standings[context] = Standing.LOADING
-                self.workers[worker].loading_since[context] = now
+                view = self.workers[worker]
+                view.loading_s[context] = self.warm_s(view, context)
+                view.loading_since[context] = now
+                view.standings[context] = Standing.LOADING
 
     def groups(self) -> list[Group]:
         """Groups with work waiting or expected; the most urgent waiting work first."""
@@ -191,6 +221,22 @@ class GateState:
         running = view.n_rows.get(group)
         return (now - view.busy_since) / running if running else None
 
+    def free_bytes(self, view: WorkerView) -> float:
+        """What is left of a worker's device, as far as sizes are known."""
+        if view.device_bytes is None:
+            return float("inf")
+        there = (Standing.WARM, Standing.LOADING)
+        taken = (
+            self.sizes.get(c, 0) for c, standing in view.standings.items() if standing in there
+        )
+        return view.device_bytes - sum(taken)
+
+    def warm_s(self, view: WorkerView, context: str) -> float:
+        """Estimated seconds to bring a context to a worker's device."""
+        if view.standings.get(context) is Standing.LOWERED:
+            return self.cost.restore_s(context)
+        return self.cost.load_s(context)
+
     def settle(self, now: float) -> None:
         """Turn what finished since the last call into costs.
 
@@ -218,12 +264,14 @@ class GateState:
         assert self.waiting.keys() <= queued
         for view in self.workers.values():
             assert view.n_rows.keys() == {work.group for work in view.running.values()}
+            for context in view.leaving:
+                assert view.standings.get(context) is Standing.WARM, (view.address, context)
 
     def _forgive(self, group: Group) -> None:
         """Somebody asks anew for contexts that were given up: they are tried again."""
         for context in self.given_up.intersection(group.contexts):
             self.given_up.discard(context)
-            self.n_failures.pop(context, None)
+            self.failures.pop(context, None)
             for view in self.workers.values():
                 if view.standings.get(context) is Standing.FAILED:
                     del view.standings[context]
@@ -290,15 +338,22 @@ class GateState:
             view.standings.pop(report.context, None)
             return
         view.standings[report.context] = report.standing
+        if report.standing is not Standing.WARM:
+            view.leaving.pop(report.context, None)
+        if report.n_bytes:
+            self.sizes[report.context] = report.n_bytes
+        if report.device_bytes is not None:
+            view.device_bytes = report.device_bytes
         if report.standing is not Standing.LOADING:
             view.loading_since.pop(report.context, None)
         if report.standing is Standing.WARM:
-            view.used_at[report.context] = now
-            self.n_failures.pop(report.context, None)
+            view.used_at[report.context] = view.warm_since[report.context] = now
+            self.failures.pop(report.context, None)
             if report.seconds:
-                self.cost.observe_load(report.context, report.seconds)
+                self.cost.observe_warm(report.context, report.seconds, report.is_built)
         if report.standing is Standing.FAILED:
-            self.n_failures[report.context] = self.n_failures.get(report.context, 0) + 1
+            failure = (view.host, report.kind)
+            self.failures.setdefault(report.context, []).append(failure)
             self.errors[report.context] = report.error or "no reason was given"
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import transformers
 
+from dask_pcm.errors import ModelError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
-from dask_pcm.inference.plain import load_model
+from dask_pcm.inference.plain import _weight_files, load_model, load_onto
 from dask_pcm.inference.prompts import plan_scoring
 
 
@@ -76,3 +79,50 @@ def test_missing_weights_are_an_error(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"missing or do not fit.*up_proj"):
         load_model(str(folder))
+
+
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": True, "num_key_value_heads": 2}),
+    "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "qwen3_moe": (  # whose experts are stored one by one, and used as one tensor
+        transformers.Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
+}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "shard"), [("auto", "1GB"), ("float32", "20KB")])
+def test_weights_read_straight_into_place_are_those_of_transformers(tmp_path, family, dtype, shard):
+    config, options = FAMILIES[family]
+    small = SMALL if family != "gpt2" else {"vocab_size": 64}
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(config(**small, **options)).bfloat16()
+    made.save_pretrained(tmp_path, max_shard_size=shard)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    kind = getattr(transformers, config.architectures[0])
+    files = _weight_files(tmp_path)
+    assert len(files) > 1 if shard == "20KB" else len(files) == 1
+    found = load_onto(str(tmp_path), kind, config, files, dtype, "cpu")
+    for path in files:  # nothing of it is needed any more
+        path.unlink()
+    theirs, ours = expected.state_dict(), found.state_dict()
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert tensor.dtype == ours[name].dtype and torch.equal(tensor, ours[name]), name
+    ids = torch.arange(10)[None]
+    with torch.inference_mode():
+        assert torch.equal(expected.eval()(ids).logits, found.eval()(ids).logits)
+    assert found.generation_config.to_dict() == expected.generation_config.to_dict()
+
+
+def test_weights_that_are_missing_are_named(tmp_path):
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    state = made.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    made.save_pretrained(tmp_path, state_dict=state)
+    files = _weight_files(tmp_path)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
+        load_onto(str(tmp_path), type(made), made.config, files, "auto", "cpu")

@@ -23,6 +23,17 @@ def about():
     return os.getpid(), imported, hash("a text"), os.environ.get("PCM_TEST_MARK")
 
 
+def load():
+    import torch
+
+    return torch.nn.Linear(2, 2)
+
+
+def use(context):
+    with pcm.acquire(context) as module:
+        return module.in_features
+
+
 def killed(client):
     """Kill the only worker; what the next one is like."""
     pid, *_ = client.submit(about, pure=False).result(30)
@@ -35,6 +46,7 @@ def test_a_killed_worker_is_back_with_everything_imported(monkeypatch):
     options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
     with LocalCluster(**options) as cluster, Client(cluster) as client:
         pcm.install(client)
+        client.submit(use, pcm.Context(load)).result(60)
         first = client.submit(about, pure=False).result(30)
         monkeypatch.setenv("PCM_TEST_MARK", "of later")
         pid, imported, a_hash, mark = killed(client)
@@ -51,12 +63,14 @@ def test_a_killed_worker_is_back_with_everything_imported(monkeypatch):
 
 def test_a_method_that_somebody_has_chosen_stays():
     options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+    options["preload_nanny"] = ["dask_pcm.preload"]
     with (
         dask.config.set({METHOD: "forkserver"}),
         LocalCluster(**options) as cluster,
         Client(cluster) as client,
     ):
         pcm.install(client)
+        assert dask.config.get(METHOD) == "forkserver"
         pcm.uninstall(client)
         assert dask.config.get(METHOD) == "forkserver"
 

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dask_pcm.scheduling.events import (
     Assign,
+    ContextDeclared,
     Cool,
     Fail,
     GivenUp,
@@ -300,6 +301,57 @@ def test_two_contexts_that_no_worker_can_have_together_are_given_up():
     assert {action.key for action in actions if isinstance(action, Fail)} == {"k", "l"}
 
 
+def fail_on(world, nodes, kinds=("OSError",)):
+    """Have loads fail on some nodes until nothing more is tried; where, and what was failed."""
+    tried, failed = [], []
+    for n in range(40):
+        actions = world.decide()
+        failed += [action.key for action in actions if isinstance(action, Fail)]
+        warms = [action for action in actions if isinstance(action, Warm)]
+        for warm in warms:
+            node = world.state.workers[warm.worker].host
+            tried.append(node)
+            if node in nodes:
+                kind = kinds[n % len(kinds)]
+                report = ResidencyReported(
+                    warm.worker, "a", Standing.FAILED, 0.1, "no driver", kind=kind
+                )
+                world.tell(report)
+            else:
+                world.warm(warm.worker)
+        world.now += 1.0
+    return tried, failed
+
+
+def on_nodes(**n_workers):
+    world = World()
+    for node, n in n_workers.items():
+        world.tell(*(WorkerJoined(f"{node}{i}", 2, None, node) for i in range(n)))
+    world.park(1)
+    return world
+
+
+def test_a_node_on_which_all_fails_does_not_end_the_work_of_others():
+    tried, failed = fail_on(on_nodes(broken=8, well=1), {"broken"})
+    assert not failed
+    assert tried.index("well") <= 1
+
+
+def test_what_fails_the_same_way_on_three_nodes_ends():
+    nodes = {"one": 2, "two": 2, "three": 2, "four": 2}
+    tried, failed = fail_on(on_nodes(**nodes), set(nodes))
+    assert failed == ["a0"]
+    assert len(tried) == len(set(tried)) == 3
+
+
+def test_what_fails_otherwise_each_time_is_tried_longer_but_not_for_ever():
+    nodes = {"one": 2, "two": 2, "three": 2, "four": 2}
+    kinds = [f"Error{n}" for n in range(40)]
+    tried, failed = fail_on(on_nodes(**nodes), set(nodes), kinds)
+    assert failed == ["a0"]
+    assert len(tried) == 9
+
+
 def test_a_failed_load_does_no_harm_where_another_worker_is_warm():
     world = World("w0", "w1")
     world.warm("w0")
@@ -368,10 +420,14 @@ class Gate(RuleBasedStateMachine):
             self.wanted.add(key)
             self.state.apply(WorkParked(Work(key, group, (self.n % 3,), n_rows)), self.now)
 
-    @rule(worker=st.sampled_from(WORKERS))
-    def join(self, worker):
+    @rule(worker=st.sampled_from(WORKERS), device_bytes=st.sampled_from([None, 10, 15, 30]))
+    def join(self, worker, device_bytes):
         self._lose(worker)
-        self.state.apply(WorkerJoined(worker, 2), self.now)
+        self.state.apply(WorkerJoined(worker, 2, device_bytes), self.now)
+
+    @rule(context=st.sampled_from(CONTEXTS), n_bytes=st.sampled_from([None, 6, 10]))
+    def declare(self, context, n_bytes):
+        self.state.apply(ContextDeclared(context, context, n_bytes), self.now)
 
     @rule(worker=st.sampled_from(WORKERS))
     def lose(self, worker):
@@ -419,11 +475,17 @@ class Gate(RuleBasedStateMachine):
     @rule(seconds=st.floats(0.001, 10), idle_s=st.sampled_from([None, 0.5, 20.0]))
     def think(self, seconds, idle_s):
         self.now += seconds
+        # What was reported unasked may be more than there is room for.
+        self.over = {
+            name: self.state.free_bytes(view) < 0 for name, view in self.state.workers.items()
+        }
         for action in decide(self.state, self.now, idle_s=idle_s):
             if isinstance(action, Cool):
-                running = self.state.workers[action.worker].running.values()
-                needed = [*running, *self.state.waiting.values()]
-                assert not any(action.context in work.group.contexts for work in needed)
+                assert action.context not in self.state.workers[action.worker].in_use()
+            if isinstance(action, Warm):
+                # It was made sure that there is room, as far as sizes are known.
+                view = self.state.workers[action.worker]
+                assert self.state.free_bytes(view) >= 0 or self.over[action.worker]
             if isinstance(action, Assign):
                 view = self.state.workers[action.worker]
                 work = view.running[action.key]

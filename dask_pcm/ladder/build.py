@@ -1,0 +1,83 @@
+"""From the highest rung that has it to the device: what happens when a context is wanted."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+
+from dask_pcm.context import ContextRef, Recipe, Sealed
+from dask_pcm.ladder.host import Host
+from dask_pcm.ladder.live import Live, frozen
+from dask_pcm.ladder.staging import Staging
+
+logger = logging.getLogger(__name__)
+
+
+class Builder:
+    """Brings live objects to the device.
+
+    Parameters
+    ----------
+    staging
+        What brings files of recipes to this host.
+    host
+        The host rung.
+    is_mapped
+        Whether tensors on the CPU use the memory of their image: there is then one copy of them on
+        a host. Not where the CPU stands in for a device with memory of its own.
+    """
+
+    def __init__(self, staging: Staging, host: Host, is_mapped: bool) -> None:
+        self._staging = staging
+        self._host = host
+        self._is_mapped = is_mapped
+
+    def found(self, ref: ContextRef, files: ExitStack) -> Live | None:
+        """What the host rung has of it, on the device; None where it has nothing of use.
+
+        Parameters
+        ----------
+        files
+            Takes up what keeps the staged files where they are.
+        """
+        image = self._host.find(ref.digest)
+        if image is None:
+            return None
+        try:
+            # The object may read on in its files.
+            files.enter_context(self._staging.placed(ref.bundles))
+            return Live.of_image(image, recipe_of(ref), self._is_mapped)
+        except Exception as error:
+            logger.warning("Context %r is loaded anew: %r", ref.name, error)
+            files.close()
+            self._host.drop(ref.digest)
+            return None
+
+    def built(self, ref: ContextRef, files: ExitStack) -> Live:
+        """What the loader makes of its files, as ``found``.
+
+        Raises
+        ------
+        BaseException
+            Whatever the loader raises; ``StageError``, ``DiskError``, ``RecipeError``.
+        """
+        recipe = recipe_of(ref)
+        value = recipe.build(files.enter_context(self._staging.placed(ref.bundles)))
+        apart = frozen(value, recipe, ref.name)
+        live = Live(value, recipe, apart.storages)
+        live.image = self._host.put(ref.digest, ref.name, apart)
+        if live.image is None or live.image.is_on_device or not self._is_mapped:
+            return live
+        try:
+            return Live.of_image(live.image, recipe, self._is_mapped)
+        except Exception as error:
+            logger.warning("Context %r cannot outlive its process: %r", ref.name, error)
+            self._host.drop(ref.digest)
+            live.image = None
+            return live
+
+
+def recipe_of(ref: ContextRef) -> Recipe:
+    """What a worker builds it from."""
+    recipe: Recipe = Sealed(ref.digest, ref.recipe).open()
+    return recipe

@@ -1,0 +1,111 @@
+"""A live object, and how it goes down a rung and up again."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from dask_pcm.context import Recipe
+from dask_pcm.ladder import tensors
+from dask_pcm.ladder.host import Image
+from dask_pcm.ladder.tensors import Frozen
+
+logger = logging.getLogger(__name__)
+
+
+class Live:
+    """What a loader returned.
+
+    Parameters
+    ----------
+    value
+        The live object.
+    recipe
+        Whose hooks it goes by, if there are any.
+    storages
+        Of its tensors.
+    image
+        What the host rung has of it, storages in the same order.
+    is_mapped
+        Whether tensors on the CPU use the image's own memory.
+    """
+
+    def __init__(
+        self,
+        value: Any,
+        recipe: Recipe,
+        storages: list[Any],
+        image: Image | None = None,
+        is_mapped: bool = False,
+    ) -> None:
+        self.value = value
+        self.image = image
+        self._recipe = recipe
+        self._storages = storages
+        self._is_mapped = is_mapped
+
+    @classmethod
+    def of_image(cls, image: Image, recipe: Recipe, is_mapped: bool) -> Live:
+        """The object that an image was made of."""
+        value, storages = image.thaw(is_mapped)
+        return cls(value, recipe, storages, image, is_mapped)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its tensors on an accelerator; where there are none, on the CPU."""
+        on_device = [s for s in self._storages if s.device.type != "cpu"]
+        return sum(storage.nbytes() for storage in on_device or self._storages)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the image's memory that it uses; they count as this process's once touched."""
+        return self.image.n_bytes if self._is_mapped and self.image is not None else 0
+
+    def lower(self) -> bool:
+        """Leave the device for the host's memory; False where there is no way to.
+
+        What the object holds at this moment is what it will hold again, to the bit.
+
+        Raises
+        ------
+        OSError, MemoryError
+            Where the host has no room. The object stays as it was.
+        """
+        if self._recipe.offload is not None and self._recipe.restore is not None:
+            self._replace(self._recipe.offload(self.value))
+            return True
+        if self._is_mapped:  # it has been there all the time
+            return True
+        movable = [storage for storage in self._storages if storage.resizable()]
+        if not movable:
+            return False
+        if self.image is None or not self.image.is_same(self._storages):
+            self.image = Image.of_storages(self._storages)
+        for storage in movable:
+            storage.resize_(0)
+        return True
+
+    def rise(self) -> None:
+        """Be on the device again."""
+        if self._recipe.offload is not None and self._recipe.restore is not None:
+            self._replace(self._recipe.restore(self.value))
+        elif not self._is_mapped:
+            assert self.image is not None
+            self.image.refill(self._storages)
+
+    def _replace(self, value: Any) -> None:
+        if value is not None:  # some hooks move in place, some return what they have moved
+            self.value = value
+
+
+def frozen(value: Any, recipe: Recipe, name: str) -> Frozen:
+    """An object taken apart; where it cannot be, the storages of its modules.
+
+    What has hooks of its own holds more than tensors, and is left alone.
+    """
+    if recipe.offload is None and recipe.restore is None and recipe.close is None:
+        try:
+            return tensors.freeze(value)
+        except Exception as error:
+            logger.info("Context %r cannot outlive its process: %s", name, error)
+    return Frozen(None, tensors.storages_of(value))

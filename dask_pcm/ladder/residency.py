@@ -1,0 +1,81 @@
+"""A context in this process: where it stands, who holds it, what it takes."""
+
+from __future__ import annotations
+
+import enum
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask_pcm.context import ContextRef
+from dask_pcm.ladder.live import Live
+
+
+class Tier(enum.Enum):
+    """Where a context stands."""
+
+    ABSENT = "absent"
+    LOADING = "loading"
+    HOST = "host"
+    DEVICE = "device"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A residency changed: what a worker reports to the scheduler.
+
+    Attributes
+    ----------
+    seconds, is_built
+        What it took to get on the device, and whether the loader was called for it.
+    n_bytes
+        What it takes there.
+    """
+
+    digest: str
+    tier: Tier
+    seconds: float = 0.0
+    error: str | None = None
+    is_built: bool = False
+    n_bytes: int = 0
+    #: The kind of what went wrong, and whether the device is lost to this process.
+    kind: str = ""
+    is_sticky: bool = False
+
+
+@dataclass(slots=True)
+class Residency:
+    """A context in this process."""
+
+    ref: ContextRef
+    tier: Tier = Tier.ABSENT
+    live: Live | None = None
+    error: str | None = None
+    n_loads: int = 0
+    #: On the device, as far as it is known: declared, or measured when it was there.
+    n_bytes: int = 0
+    #: Whether the device has room for it, while it is on its way there.
+    has_room: bool = False
+    #: When somebody last held it, by the monotonic clock.
+    used_at: float = 0.0
+    n_holders: int = 0
+    #: Until when a load that failed is better not tried again, by the monotonic clock.
+    rests_until: float = 0.0
+    #: Whether it is to be dropped as soon as nobody holds it.
+    is_released: bool = False
+    #: The thread that loads it or, where it is exclusive, uses it; and how many times over.
+    user: int | None = None
+    n_uses: int = 0
+    #: Keeps the staged files for as long as the live object may read them.
+    files: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def value(self) -> Any:
+        """The live object."""
+        return None if self.live is None else self.live.value
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it takes room on the device."""
+        return self.tier is Tier.DEVICE or self.has_room

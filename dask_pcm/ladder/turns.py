@@ -1,0 +1,84 @@
+"""Whose turn it is to use a context; nobody waits for whoever waits for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dask_pcm.errors import DeadlockError
+from dask_pcm.ladder.residency import Residency
+
+
+class Turns:
+    """Turns of threads.
+
+    Parameters
+    ----------
+    changed
+        Guards the fields of residencies; notified when a turn, a load or a move ends.
+    """
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self._changed = changed
+        #: What each thread that waits for its turn waits for.
+        self._awaited: dict[int, Residency] = {}
+
+    @contextmanager
+    def taken(self, residency: Residency) -> Iterator[None]:
+        """Be the only thread that uses a context; the same thread may take it again.
+
+        Raises
+        ------
+        DeadlockError
+            As ``wait``.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            if residency.user != me:
+                self.wait(residency, lambda: residency.user is None)
+            residency.user = me
+            residency.n_uses += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                residency.n_uses -= 1
+                if not residency.n_uses:
+                    residency.user = None
+                    self._changed.notify_all()
+
+    def wait(self, residency: Residency, is_so: Callable[[], bool]) -> None:
+        """Wait for whoever loads or uses a context; with the guard held.
+
+        Raises
+        ------
+        DeadlockError
+            Where that one waits, perhaps through others, for the calling thread.
+        """
+        if is_so():
+            return
+        me = threading.get_ident()
+        self._refuse_deadlock(residency, me)
+        self._awaited[me] = residency
+        try:
+            self._changed.wait_for(is_so)
+        finally:
+            del self._awaited[me]
+
+    def _refuse_deadlock(self, wanted: Residency, me: int) -> None:
+        """Follow who waits for what: if that leads back here, nobody would ever go on."""
+        if wanted.user == me:
+            raise DeadlockError(
+                f"The loader of context {wanted.ref.name!r} asks for that context itself."
+            )
+        residency: Residency | None = wanted
+        while residency is not None and residency.user is not None:
+            residency = self._awaited.get(residency.user)
+            if residency is not None and residency.user == me:
+                raise DeadlockError(
+                    f"Context {residency.ref.name!r} is held or loaded here, and"
+                    f" {wanted.ref.name!r} is wanted; whoever holds or loads that, on this worker,"
+                    " waits for what is held here. Take both at once, in every task:"
+                    " with pcm.acquire(first, second) as (one, other)."
+                )

@@ -1,0 +1,208 @@
+"""Images in memory files: what outlives a process, and what frees it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dask_pcm.ladder.host import LEAST_BYTES, Host, Image
+from dask_pcm.ladder.tensors import freeze
+from dask_pcm.plugins.nanny import Shelf
+
+
+def model(n=256, seed=0):
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Linear(n, n), torch.nn.Linear(n, n))
+    module[1].weight = module[0].weight
+    return module
+
+
+class OwnShelf(Shelf):
+    """A keeper in this process."""
+
+    def keep(self, digest, path, n_bytes, is_shared):
+        return super().keep(digest, path, n_bytes)
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_an_object_comes_back_from_its_image(is_mapped):
+    value = {"model": model(), "array": np.arange(100_000)}
+    image = Image.write(freeze(value))
+    found, storages = image.thaw(is_mapped)
+    image.close()
+    rows = torch.randn(3, 256)
+    assert torch.equal(value["model"](rows), found["model"](rows))
+    assert found["model"][1].weight is found["model"][0].weight
+    assert np.array_equal(value["array"], found["array"])
+    assert [storage.resizable() for storage in storages] == [not is_mapped] * 3
+
+
+def test_what_a_process_writes_to_it_is_its_own():
+    image = Image.write(freeze({"model": model(), "array": np.arange(100_000)}))
+    one, _ = image.thaw(is_mapped=True)
+    with torch.no_grad():
+        one["model"][0].weight.zero_()
+    one["array"][:] = 0
+    two, _ = image.thaw(is_mapped=True)
+    assert two["model"][0].weight.any()
+    assert two["array"].any()
+
+
+def test_an_image_cannot_be_changed_or_reached_by_others():
+    image = Image.write(freeze(model()))
+    for change in (
+        lambda: os.pwrite(image.fd, b"x", 0),
+        lambda: os.ftruncate(image.fd, 10),
+        lambda: mmap.mmap(image.fd, 4096),
+    ):
+        with pytest.raises(OSError) as caught:
+            change()
+        assert caught.value.errno == errno.EPERM
+    assert os.readlink(f"/proc/self/fd/{image.fd}").startswith("/memfd:dask_pcm")
+
+
+def test_mapped_there_is_one_copy_of_it():
+    """Two objects of one image: what they take besides, they take together."""
+
+    def own_bytes():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        found = {line.split()[0]: int(line.split()[1]) for line in lines[1:]}
+        return 1024 * (found["Private_Clean:"] + found["Private_Dirty:"])
+
+    image = Image.write(freeze(model(2048)))
+    one, _ = image.thaw(is_mapped=True)
+    rows = torch.ones(1, 2048)
+    expected = one(rows)
+    before = own_bytes()
+    two, _ = image.thaw(is_mapped=True)
+    assert torch.equal(two(rows), expected)
+    assert own_bytes() - before < image.n_bytes / 4
+
+
+def test_what_is_small_or_has_no_keeper_gets_none():
+    apart = freeze(model())
+    assert Host(OwnShelf(1 << 30)).put("a", "a model", apart) is not None
+    assert Host().put("a", "a model", apart) is None
+    small = freeze(torch.nn.Linear(4, 4))
+    assert small.n_bytes < LEAST_BYTES
+    assert Host(OwnShelf(1 << 30)).put("a", "a model", small) is None
+
+
+@pytest.mark.parametrize(("n_bytes", "says"), [(0, "no room"), (1 << 30, "not here")])
+def test_where_it_cannot_be_the_log_says_that_the_disk_serves(n_bytes, says, caplog, monkeypatch):
+    if n_bytes:  # a kernel, or a container, without memory files
+
+        def refuse(*args):
+            raise OSError(errno.ENOSYS, "not here")
+
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert Host(OwnShelf(n_bytes)).put("a", "a model", freeze(model())) is None
+    assert "'a model'" in caplog.text and says in caplog.text and "disk" in caplog.text
+
+
+def test_whoever_was_least_lately_used_makes_room():
+    apart = freeze(model())
+    size = Image.write(apart).n_bytes
+    shelf = OwnShelf(int(2.5 * size))
+    host = Host(shelf)
+    host.put("a", "a", apart)
+    host.put("b", "b", apart)
+    assert Host(shelf).find("a") is not None
+    host.put("c", "c", apart)
+    assert [Host(shelf).find(name) is not None for name in "abc"] == [True, False, True]
+    host.drop("a")
+    assert Host(shelf).find("a") is None
+
+
+def test_shelves_do_not_leak_files():
+    apart = freeze(model())
+    before = len(os.listdir("/proc/self/fd"))
+    shelf = OwnShelf(1 << 30)
+    host = Host(shelf)
+    for name in "aab":
+        host.put(name, name, apart)
+    Host(shelf).find("b")
+    del shelf, host
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+KEEPER = """
+import os, sys, time
+from dask_pcm.plugins.nanny import Shelf
+shelf = Shelf(1 << 30)
+path, n_bytes = sys.stdin.readline().split()
+shelf.keep("it", path, int(n_bytes))
+print(shelf.find("it"), flush=True)
+time.sleep(1000)
+"""
+WORKER = """
+import os, sys, time, torch
+from dask_pcm.ladder.host import Image
+from dask_pcm.ladder.tensors import freeze
+torch.manual_seed(0)
+image = Image.write(freeze({"weight": torch.randn(64 << 20)}))
+print(f"/proc/{os.getpid()}/fd/{image.fd}", image.n_bytes, flush=True)
+time.sleep(1000)
+"""
+
+
+def shmem_bytes():
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("Shmem:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError
+
+
+def test_it_outlives_its_process_but_not_its_keeper():
+    """256 MiB in real processes, both killed; what is left of it is the kernel's to say."""
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (
+        subprocess.Popen([sys.executable, "-c", KEEPER], **options) as keeper,
+        subprocess.Popen([sys.executable, "-c", WORKER], **options) as worker,
+    ):
+        try:
+            made = worker.stdout.readline()
+            keeper.stdin.write(made)
+            keeper.stdin.flush()
+            path = keeper.stdout.readline().strip()
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
+            image = Image(os.open(path, os.O_RDONLY))
+            found, storages = image.thaw(is_mapped=True)
+            torch.manual_seed(0)
+            assert torch.equal(found["weight"], torch.randn(64 << 20))
+            del found, storages
+            image.close()
+            before = shmem_bytes()
+        finally:
+            worker.kill()
+            keeper.kill()
+        keeper.wait()
+        deadline = time.monotonic() + 30
+        while before - shmem_bytes() < 200 << 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_small_dev_shm_does_not_matter(tmp_path):
+    """As in a container: 64 MB of shared memory, an image of 256 MiB."""
+    python = f"\"{sys.executable}\" -c '{WORKER.replace('time.sleep(1000)', '')}'"
+    script = f"mount -t tmpfs -o size=64m none /dev/shm && {python}"
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if "unshare" in done.stderr:
+        pytest.skip("no mount namespaces here")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("/proc/")

@@ -1,0 +1,137 @@
+"""Objects that leave the device and come back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+import torch
+
+from dask_pcm.context import Recipe
+from dask_pcm.ladder.host import Host, Image
+from dask_pcm.ladder.live import Live, frozen
+from tests.ladder.test_host import OwnShelf, model
+from tests.ladder.test_tensors import Tied
+
+PLAIN = Recipe(model, (), {})
+
+
+def live_of(value, recipe=PLAIN, has_image=True):
+    apart = frozen(value, recipe, "a model")
+    image = Image.write(apart) if has_image and apart.skeleton is not None else None
+    return Live(value, recipe, apart.storages, image)
+
+
+@pytest.mark.parametrize("has_image", [True, False])
+def test_down_and_up_again_it_is_the_same_object_to_the_bit(has_image):
+    value = Tied()
+    live = live_of(value, has_image=has_image)
+    before = {name: tensor.clone() for name, tensor in value.state_dict().items()}
+    tensors = dict(value.state_dict(keep_vars=True))
+    for _ in range(3):
+        assert live.lower()
+        assert live.n_bytes == 0
+        assert all(not t.untyped_storage().nbytes() for t in tensors.values())
+        live.rise()
+        assert live.value is value
+        assert all(t is tensors[name] for name, t in value.state_dict(keep_vars=True).items())
+        for name, tensor in before.items():
+            assert torch.equal(tensor, tensors[name])
+            assert tensors[name].stride() == value.state_dict()[name].stride()
+        assert value.other.weight is value.one.weight is value.kept
+
+
+def test_what_a_task_has_changed_stays_changed():
+    value = model()
+    live = live_of(value)
+    kept = live.image
+    with torch.no_grad():
+        value[0].weight[3, 3] = 42.0
+    live.lower()
+    live.rise()
+    assert value[1].weight[3, 3] == 42.0
+    live.lower()
+    live.rise()
+    assert value[1].weight[3, 3] == 42.0
+    found, _ = kept.thaw(is_mapped=True)  # what the next process finds is as it was loaded
+    assert found[0].weight[3, 3] != 42.0
+
+
+def test_mapped_it_has_been_there_all_the_time():
+    live = Live.of_image(Image.write(frozen(model(), PLAIN, "a model")), PLAIN, is_mapped=True)
+    value = live.value
+    with torch.no_grad():
+        value[0].weight[3, 3] = 42.0
+    assert live.lower()
+    live.rise()
+    assert live.value is value and value[1].weight[3, 3] == 42.0
+
+
+def test_what_cannot_be_pickled_goes_by_its_modules():
+    class Engine:
+        def __init__(self):
+            self.lock, self.model = threading.Lock(), model()
+
+    value = Engine()
+    rows = torch.randn(2, 256)
+    before = value.model(rows)
+    live = live_of(value)
+    assert live.image is None and live.n_bytes > 0
+    assert live.lower() and live.n_bytes == 0
+    live.rise()
+    assert torch.equal(value.model(rows), before)
+
+
+def test_what_has_no_tensors_has_no_way_down():
+    assert not live_of(object()).lower()
+    assert not live_of({"text": "text"}).lower()
+
+
+def test_hooks_move_what_is_theirs():
+    said = []
+    value = model()
+    recipe = Recipe(model, (), {}, offload=said.append, restore=lambda v: (said.append(v), v)[1])
+    live = live_of(value, recipe)
+    assert live.image is None
+    assert live.lower() and live.value is value
+    live.rise()
+    assert said == [value, value]
+
+
+def test_a_storage_that_cannot_be_emptied_stays_where_it_is():
+    value = model()
+    value.table = torch.from_numpy(torch.arange(10).numpy())
+    value[0].bias.detach().numpy()  # from now on neither can that one
+    live = live_of(value)
+    assert live.lower()
+    assert value.table.tolist() == list(range(10))
+    assert not value[0].weight.untyped_storage().nbytes()
+    live.rise()
+    assert value[0].weight.any() and value[0].bias.any()
+
+
+def test_where_there_is_no_memory_for_it_everything_is_as_before(monkeypatch):
+    value = model()
+    live = live_of(value)
+    live.lower()
+
+    def refuse(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_pcm.ladder.tensors.read", refuse)
+        with pytest.raises(MemoryError):
+            live.rise()
+    assert live.n_bytes == 0
+    live.rise()
+    assert value[0].weight.any()
+
+
+def test_what_outlives_the_process_and_what_does_not(caplog):
+    with caplog.at_level(logging.INFO):
+        apart = frozen({"lock": threading.Lock()}, PLAIN, "an engine")
+    assert apart.skeleton is None and "'an engine' cannot outlive" in caplog.text
+    assert Host(OwnShelf(1 << 30)).put("a", "an engine", apart) is None
+    closes = Recipe(model, (), {}, close=print)
+    assert frozen(model(), closes, "an engine").skeleton is None
