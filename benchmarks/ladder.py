@@ -23,6 +23,7 @@ import dask
 from distributed import Client
 
 import dask_pcm as pcm
+from benchmarks import rungs
 from benchmarks.table import Rows, median, parser
 from dask_pcm.bundles import bundle_of
 from dask_pcm.ladder.disk import Disk
@@ -348,7 +349,10 @@ def forty(rows: Rows) -> None:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--only", choices=["hosts", "loopback", "forty"])
+    names = ["hosts", "loopback", "forty", "rebirth", "weights", "alternating", "stream"]
+    arguments.add_argument("--only", choices=names)
+    arguments.add_argument("--device", default="cpu", help="for weights and alternating")
+    arguments.add_argument("--gib", type=int, default=2, help="size of the checkpoint")
     arguments.add_argument("--store", help="serve the files of a folder (used by itself)")
     given = arguments.parse_args()
     if given.store:
@@ -359,10 +363,18 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = f"{scratch}/digests"
         if given.only in (None, "forty"):
             forty(rows)
-        if given.only in (None, "loopback"):
-            # In memory: what a disk does with gigabytes that were just written is nobody's rate.
-            with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        # In memory: what a disk does with gigabytes that were just written is nobody's rate.
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+            if given.only in (None, "loopback"):
                 loopback(rows, Path(memory))
+            if given.only in (None, "weights"):
+                rungs.weights(rows, Path(memory), given.device, given.gib)
+        if given.only in (None, "alternating"):
+            rungs.alternating(rows, given.device)
+        if given.only in (None, "rebirth"):
+            rungs.rebirth(rows, Path(scratch, "model"))
+        if given.only in (None, "stream"):
+            rungs.stream(rows)
         if given.only in (None, "hosts"):
             if os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc"):
                 broadcast(rows, Path(scratch))
