@@ -44,6 +44,7 @@ class Config:
     disk_path: str | None
     disk_quota_bytes: int | None
     is_staged_always: bool
+    store_timeout_s: float
     ports: tuple[int, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,6 +115,7 @@ class Config:
             host_budget_bytes=optional("ladder.host.budget", lambda k: size(k, least=0)),
             disk_path=optional("ladder.disk.path", lambda key: str(get(key))),
             disk_quota_bytes=optional("ladder.disk.quota", size),
+            store_timeout_s=seconds("ladder.store.timeout"),
             ports=ports("ladder.transfer.ports"),
             is_staged_always=choice("ladder.stage", ("auto", "always")) == "always",
         )

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import logging
 import os
+import queue
 import shutil
 import socket
 import tempfile
@@ -49,7 +50,7 @@ class Staging:
         on_staged: Callable[[Blob], None] | None = None,
     ) -> None:
         self._config = config
-        self._fetch = fetch or _from_store
+        self._fetch = fetch or self._from_store
         self._on_staged = on_staged or (lambda blob: None)
         self._disk: Disk | None = None
         self._making = threading.Lock()
@@ -95,6 +96,9 @@ class Staging:
                 f"{shown(bundle.given)!r} does not stay in the cache {str(disk.root)!r}: it is"
                 " evicted as fast as it is staged. Give it more room (pcm.ladder.disk.quota)."
             )
+
+    def _from_store(self, file: BundledFile, filling: Filling) -> None:
+        fetch(file, filling, (self._config or Config.read()).store_timeout_s)
 
     def _in_place(self, bundle: Bundle) -> str:
         """A folder as links to its files: what else lies there is no part of the recipe."""
@@ -151,7 +155,7 @@ def is_in_place(bundle: Bundle) -> bool:
     return True
 
 
-def fetch(file: BundledFile, filling: Filling) -> None:
+def fetch(file: BundledFile, filling: Filling, timeout_s: float) -> None:
     """Read from where a file lies what is missing of it.
 
     Raises
@@ -161,7 +165,7 @@ def fetch(file: BundledFile, filling: Filling) -> None:
     """
 
     def copy(chunk: int) -> bool:
-        return filling.write(chunk, read_chunk(file, chunk))
+        return filling.write(chunk, read_chunk(file, chunk, timeout_s))
 
     try:
         with ThreadPoolExecutor(_N_READERS) as pool:
@@ -174,16 +178,34 @@ def fetch(file: BundledFile, filling: Filling) -> None:
         raise StageError(changed(file))
 
 
-_from_store = fetch
+def read_chunk(file: BundledFile, chunk: int, timeout_s: float) -> bytes:
+    """A chunk from where the file lies.
 
+    Raises
+    ------
+    TimeoutError
+        Where it has not come after `timeout_s`: stores that stop answering are not waited for,
+        whatever their client does.
+    """
+    came: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
-def read_chunk(file: BundledFile, chunk: int) -> bytes:
-    """A chunk from where the file lies."""
-    fs, path = fsspec.core.url_to_fs(file.url)
-    start, stop = file.blob.span(chunk)
-    with fs.open(path, "rb", cache_type="none") as stream:
-        stream.seek(start)
-        found: bytes = stream.read(stop - start)
+    def read() -> None:
+        try:
+            fs, path = fsspec.core.url_to_fs(file.url)
+            start, stop = file.blob.span(chunk)
+            with fs.open(path, "rb", cache_type="none") as stream:
+                stream.seek(start)
+                came.put(stream.read(stop - start))
+        except Exception as error:  # each store has its own
+            came.put(error)
+
+    threading.Thread(target=read, name="pcm-store", daemon=True).start()
+    try:
+        found = came.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {timeout_s:g} s (pcm.ladder.store.timeout)") from None
+    if isinstance(found, Exception):
+        raise found
     return found
 
 

@@ -266,7 +266,7 @@ class Fetcher:
             if filling.missing:
                 logger.warning("No chunk of %s has come for long: reading it here", shown(file.url))
                 self.staged(file.blob, is_there=False)
-        fetch(file, filling)
+        fetch(file, filling, self._config.store_timeout_s)
 
     def on_copy(self, blob: str, chunk: int, source: str, at: Sequence[Any] | None) -> None:
         """The scheduler says where to get a chunk; on the event loop."""
@@ -291,7 +291,7 @@ class Fetcher:
         found: bytes | memoryview | None
         if source == STORE:
             try:
-                found = read_chunk(file, chunk)
+                found = read_chunk(file, chunk, self._config.store_timeout_s)
             except Exception as error:  # each store has its own
                 raise StageError(unreadable(file, error)) from error
         else:

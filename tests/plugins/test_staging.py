@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import http.server
 import json
 import os
 import signal
@@ -11,10 +13,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import dask
+import pandas as pd
 import pytest
 from distributed import Client, Security, wait
 
@@ -232,6 +236,88 @@ def test_a_file_that_only_the_driver_sees_is_told_at_once_and_holds_up_nobody(ho
     with pytest.raises(pcm.PCMError, match=r"cannot be read on this worker.*No such file"):
         failing.result(60)
     assert time.monotonic() - start < staging_module.PATIENCE_S
+
+
+def test_a_store_that_stops_answering_is_said(hosts, weights, tmp_path):
+    """It answers for what a digest takes, and for some chunks; then it says nothing any more."""
+    with silent_store(tmp_path, n_answers=60) as (store, url):
+        model = pcm.Context(load, url, files=[url])
+        store.n_answers = store.n_asked + 10
+        client = hosts(1, **{"pcm.ladder.store.timeout": "500ms"})
+        with pytest.raises(pcm.errors.LoadError) as caught:
+            client.submit(use, 0, model).result(60)
+    assert "weights.bin" in str(caught.value)
+    assert "no answer within 0.5 s" in str(caught.value)
+
+
+@contextlib.contextmanager
+def silent_store(folder, n_answers):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            store.n_asked += 1
+            if store.n_asked > store.n_answers:
+                over.wait(60)
+                return
+            first, _, last = self.headers.get("Range", "bytes=0-").split("=")[1].partition("-")
+            data = (folder / "weights.bin").read_bytes()
+            part = data[int(first) : int(last) + 1 if last else len(data)]
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            self.end_headers()
+            self.wfile.write(part)
+
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    over = threading.Event()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as store:
+        store.daemon_threads = True
+        store.n_asked, store.n_answers = 0, n_answers
+        threading.Thread(target=store.serve_forever, daemon=True).start()
+        yield store, f"http://127.0.0.1:{store.server_port}/weights.bin"
+        over.set()
+        store.shutdown()
+
+
+def answer(frame, live):
+    time.sleep(0.01)
+    return frame[["id"]].assign(n=len(live))
+
+
+def test_with_its_scheduler_gone_the_run_goes_on_with_what_is_on_the_disks(
+    hosts, weights, tmp_path, claims
+):
+    """Its workers end; new ones find the weights on the disk rung, and the run resumes."""
+    frame = pcm.map_partitions(
+        answer,
+        pcm.read_parquet(claims(n_files=8)),
+        context=pcm.Context(load, str(weights), files=[weights]),
+        meta={"id": "i8", "n": "i8"},
+        batch_rows=1,
+    )
+    out = tmp_path / "out"
+    # How long a client looks for its scheduler before it gives its futures up.
+    first = hosts(2, **{"distributed.comm.timeouts.connect": "3s"})
+    run = pcm.write_parquet(frame, out, client=first, wait=False, progress=False)
+    deadline = time.monotonic() + 60
+    while run.progress.done < 100:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(first.run_on_scheduler(os.getpid), signal.SIGKILL)
+    for worker in first.workers:
+        worker.wait(60)
+    with pytest.raises(Exception):  # noqa: B017 - however Dask says it
+        run.wait(60)
+    (tmp_path / "scheduler.json").unlink()
+    second = hosts(2)
+    report = pcm.write_parquet(frame, out, client=second, progress=False).report
+    assert report.rows == 400 and report.rows_resumed >= 100
+    assert copied(second) == (0, 0)
+    assert sorted(pd.read_parquet(out).id) == list(range(400))
 
 
 def test_a_second_file_long_after_the_first_comes_from_peers_too(hosts, weights):
