@@ -57,13 +57,13 @@ def hosts(tmp_path, weights):
     with contextlib.ExitStack() as stack:
 
         def start(n_workers, security=None, options=(), **settings):
-            scheduler = stack.enter_context(scheduler_process(tmp_path, security))
-            client = stack.enter_context(Client(scheduler, security=security))
             disk = {
                 "pcm.ladder.disk.path": f"{tmp_path}/$PCM_TEST_HOST",
                 "pcm.ladder.stage": "always",
             }
             stack.enter_context(dask.config.set({**disk, **settings}))
+            scheduler = stack.enter_context(scheduler_process(tmp_path, security))
+            client = stack.enter_context(Client(scheduler, security=security))
             pcm.install(client)
             client.workers = [
                 stack.enter_context(worker_process(scheduler, f"host-{i}", security, options))
