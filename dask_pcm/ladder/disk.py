@@ -24,8 +24,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
-import json
 import logging
 import os
 import shutil
@@ -33,12 +31,11 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from dask_pcm.bundles import Blob, Bundle, checked_name, digest_of, shown
 from dask_pcm.errors import DiskError
+from dask_pcm.ladder.filling import Filling, read_note, state, verified_chunks, write_note
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +47,6 @@ _SHARED = (
 #: Half-written blobs that nobody has gone on with for so long are removed.
 _STALE_S = 86_400.0
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
-_N_READERS = 4
 #: What it takes to begin staging anything; so small files are worth more for their bytes.
 _FIXED_S = 0.1
 _POLL_S, _SAY_S = 0.02, 30.0
@@ -137,14 +133,14 @@ class Disk:
     def _check(self, blob: Blob) -> None:
         """Note that a blob is used now; of an earlier boot, see whether it is whole."""
         place = self._blobs / blob.digest
-        note, state = _read_note(place), _state(place)
-        if note.get("state") != state:
+        note, now = read_note(place), state(place)
+        if note.get("state") != now:
             with place.open("rb") as file:
                 if len(verified_chunks(file.fileno(), blob)) < blob.n_chunks:
                     logger.warning("%s was damaged; it is staged again", place)
                     place.unlink()
                     raise FileNotFoundError(errno.ENOENT, "damaged", str(place))
-            _write_note(place, {**note, "state": state})
+            write_note(place, {**note, "state": now})
         with contextlib.suppress(FileNotFoundError):
             os.utime(place.with_suffix(".note"))
 
@@ -271,82 +267,6 @@ class Disk:
             os.close(descriptor)
 
 
-class Filling:
-    """A blob that is being staged; threads may write its chunks, in any order."""
-
-    def __init__(self, place: Path, blob: Blob) -> None:
-        self.blob = blob
-        self._place = place
-        self._part = place.with_suffix(".part")
-        self._start = time.monotonic()
-        self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o600)
-        #: Chunks that are here and verified.
-        self.have = verified_chunks(self._descriptor, blob)
-
-    def __enter__(self) -> Filling:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        """Close it; complete, it stands under its name from now on."""
-        os.close(self._descriptor)
-        if len(self.have) == self.blob.n_chunks:
-            seconds = time.monotonic() - self._start
-            self._part.rename(self._place)
-            self._place.chmod(0o400)
-            _write_note(self._place, {"state": _state(self._place), "seconds": seconds})
-
-    def reopened(self) -> int | None:
-        """Another descriptor of the file, to be closed; None where it has been completed."""
-        with contextlib.suppress(FileNotFoundError):
-            return os.open(self._part, os.O_RDONLY)
-        return None
-
-    @property
-    def missing(self) -> list[int]:
-        """Chunks that are not here."""
-        return [chunk for chunk in range(self.blob.n_chunks) if chunk not in self.have]
-
-    def write(self, chunk: int, data: bytes | bytearray | memoryview) -> bool:
-        """Write a chunk; False where `data` is not what should stand there.
-
-        Raises
-        ------
-        DiskError
-            Where the disk is full.
-        """
-        if not self.blob.holds(chunk, data):
-            return False
-        at, _ = self.blob.span(chunk)
-        rest = memoryview(data)
-        try:
-            while rest:
-                n_written = os.pwrite(self._descriptor, rest, at)
-                rest, at = rest[n_written:], at + n_written
-        except OSError as error:
-            raise DiskError(
-                f"A file of {self.blob.n_bytes:,} bytes cannot be staged in"
-                f" {str(self._place.parent)!r}: {error}. Make room there, or choose another disk"
-                " (pcm.ladder.disk.path)."
-            ) from error
-        self.have.add(chunk)
-        return True
-
-
-def verified_chunks(descriptor: int, blob: Blob) -> set[int]:
-    """Chunks of an open file that hold what they should."""
-    n_bytes = os.fstat(descriptor).st_size
-    if not n_bytes:
-        return set()
-
-    def is_whole(chunk: int) -> bool:
-        start, stop = blob.span(chunk)
-        return stop <= n_bytes and blob.holds(chunk, os.pread(descriptor, stop - start, start))
-
-    with ThreadPoolExecutor(_N_READERS) as pool:
-        found = pool.map(is_whole, range(blob.n_chunks))
-        return {chunk for chunk, is_there in enumerate(found) if is_there}
-
-
 def is_node_local(path: str | os.PathLike[str]) -> bool:
     """Whether a path lies on a filesystem of this host alone; where nobody can tell, it is."""
     best, kind = "", ""
@@ -388,14 +308,8 @@ def _worth(place: Path) -> float:
         used_at = place.with_suffix(".note").stat().st_mtime
     except FileNotFoundError:  # half-written: whoever stages it has it locked
         return 0.0
-    seconds = float(_read_note(place).get("seconds", 0.0))
+    seconds = float(read_note(place).get("seconds", 0.0))
     return (_FIXED_S + seconds) / max(1, n_bytes) / max(1.0, time.time() - used_at)
-
-
-def _state(place: Path) -> list[object]:
-    """What changes when a file is written to, or the machine starts anew."""
-    status = place.stat()
-    return [status.st_size, status.st_mtime_ns, _boot()]
 
 
 def _links(tree: Path) -> dict[str, Path]:
@@ -415,31 +329,3 @@ def _size(path: Path) -> int:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
         return 0
-
-
-def _read_note(place: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(place.with_suffix(".note").read_text())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def _write_note(place: Path, note: dict[str, Any]) -> None:
-    temporary = place.with_suffix(f".{uuid.uuid4().hex}")
-    try:
-        temporary.touch(mode=0o600)
-        temporary.write_text(json.dumps(note))
-        temporary.replace(place.with_suffix(".note"))
-    except OSError as error:  # without it the file is verified when it is used
-        temporary.unlink(missing_ok=True)
-        logger.warning("%s could not be noted: %s", place, error)
-
-
-@functools.cache
-def _boot() -> str:
-    """Which boot of the machine this is."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

@@ -22,7 +22,8 @@ from dask_pcm.bundles import Blob, Bundle, BundledFile, shown
 from dask_pcm.config import Config
 from dask_pcm.errors import DiskError, StageError
 from dask_pcm.files import version_of
-from dask_pcm.ladder.disk import Disk, Filling, is_node_local
+from dask_pcm.ladder.disk import Disk, is_node_local
+from dask_pcm.ladder.filling import Filling
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from distributed.threadpoolexecutor import ThreadPoolExecutor
 from dask_pcm.bundles import Blob, BundledFile, shown
 from dask_pcm.config import Config
 from dask_pcm.errors import DiskError, PCMError, StageError, TransferError
-from dask_pcm.ladder.disk import Disk, Filling
+from dask_pcm.ladder.disk import Disk
+from dask_pcm.ladder.filling import Filling
 from dask_pcm.ladder.staging import changed, fetch, read_chunk, unreadable
 from dask_pcm.ladder.transfer import TIMEOUT_S, Access, Peer, Server
 from dask_pcm.scheduling.broadcast import STORE, Broadcast, Copy

@@ -17,7 +17,9 @@ import pytest
 from dask_pcm.bundles import bundle_of
 from dask_pcm.errors import DiskError, InputError
 from dask_pcm.ladder import disk as disk_module
-from dask_pcm.ladder.disk import Disk, is_node_local, verified_chunks
+from dask_pcm.ladder import filling as filling_module
+from dask_pcm.ladder.disk import Disk, is_node_local
+from dask_pcm.ladder.filling import verified_chunks
 
 CHUNK = 256 << 10
 
@@ -264,10 +266,10 @@ class TestCare:
         bundle = made("model", 2 * CHUNK)
         fill(disk, bundle)
         place = disk.root / "blobs" / bundle.files[0].blob.digest
-        monkeypatch.setattr(disk_module, "_boot", lambda: "the next one")
+        monkeypatch.setattr(filling_module, "_boot", lambda: "the next one")
         with disk.using(bundle):
             assert json.loads(note(disk, bundle).read_text())["state"][2] == "the next one"
-        monkeypatch.setattr(disk_module, "_boot", lambda: "and the next")
+        monkeypatch.setattr(filling_module, "_boot", lambda: "and the next")
         place.chmod(0o600)
         with place.open("r+b") as file:  # as a crash of the machine leaves it
             file.write(b"\0" * 4096)
