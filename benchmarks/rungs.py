@@ -155,7 +155,7 @@ def alternating(rows: Rows, device: str) -> None:
     def module() -> Live:
         made = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048) for _ in range(48)]).to(device)
         apart = frozen(made, recipe, "a model")
-        live = Live(made, recipe, apart.storages, Image.write(apart))
+        live = Live(made, recipe, apart, Image.write(apart))
         live.lower()
         return live
 

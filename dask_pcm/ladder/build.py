@@ -64,17 +64,24 @@ class Builder:
         recipe = recipe_of(ref)
         value = recipe.build(files.enter_context(self._staging.placed(ref.bundles)))
         apart = frozen(value, recipe, ref.name)
-        live = Live(value, recipe, apart.storages)
-        live.image = self._host.put(ref.digest, ref.name, apart)
-        if live.image is None or live.image.is_on_device or not self._is_mapped:
+        live = Live(value, recipe, apart)
+        if not self._is_mapped or apart.is_on_device:
+            return live  # its image is made while it is in use already
+        image = self._host.put(ref.digest, ref.name, apart)
+        if image is None:
             return live
         try:
-            return Live.of_image(live.image, recipe, self._is_mapped)
+            return Live.of_image(image, recipe, is_mapped=True)
         except Exception as error:
             logger.warning("Context %r cannot outlive its process: %r", ref.name, error)
             self._host.drop(ref.digest)
-            live.image = None
             return live
+
+    def keep(self, ref: ContextRef, live: Live) -> None:
+        """Have a device's object outlive its process, unless it does."""
+        apart, live.apart = live.apart, None
+        if live.image is None and apart is not None:
+            live.image = self._host.put(ref.digest, ref.name, apart)
 
 
 def recipe_of(ref: ContextRef) -> Recipe:

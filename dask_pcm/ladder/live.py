@@ -22,8 +22,8 @@ class Live:
         The live object.
     recipe
         Whose hooks it goes by, if there are any.
-    storages
-        Of its tensors.
+    apart
+        What it was taken apart to.
     image
         What the host rung has of it, storages in the same order.
     is_mapped
@@ -34,21 +34,23 @@ class Live:
         self,
         value: Any,
         recipe: Recipe,
-        storages: list[Any],
+        apart: Frozen,
         image: Image | None = None,
         is_mapped: bool = False,
     ) -> None:
         self.value = value
         self.image = image
+        #: Until there is an image of it.
+        self.apart: Frozen | None = apart if image is None else None
         self._recipe = recipe
-        self._storages = storages
+        self._storages = apart.storages
         self._is_mapped = is_mapped
 
     @classmethod
     def of_image(cls, image: Image, recipe: Recipe, is_mapped: bool) -> Live:
         """The object that an image was made of."""
         value, storages = image.thaw(is_mapped)
-        return cls(value, recipe, storages, image, is_mapped)
+        return cls(value, recipe, Frozen(None, storages), image, is_mapped)
 
     @property
     def n_bytes(self) -> int:

@@ -164,7 +164,33 @@ class Store:
         )
         if error:
             raise LoadError(error)
+        live = residency.live
+        if is_built and live is not None:
+            self._keep(residency, live)
+            return live.value
         return residency.value
+
+    def _keep(self, residency: Residency, live: Live) -> None:
+        """Have a context outlive the process; whoever wants it has it already."""
+        with self._changed:
+            is_over = self._is_closed or residency.is_released
+            if is_over or residency.tier is not Tier.DEVICE or residency.live is not live:
+                return
+            residency.n_holders += 1
+        try:
+            self._builder.keep(residency.ref, live)
+        finally:
+            self._let_go(residency)
+
+    def _let_go(self, residency: Residency) -> None:
+        with self._changed:
+            residency.n_holders -= 1
+            residency.used_at = time.monotonic()
+            self._changed.notify_all()
+            is_unwanted = self._is_closed or residency.is_released
+            is_left = is_unwanted and not residency.n_holders
+        if is_left:
+            self.evict(residency.ref.digest)
 
     def _up(self, residency: Residency) -> bool:
         """Bring a context to the device; whether its loader was called for it."""
@@ -316,14 +342,7 @@ class Store:
             with self._turns.taken(residency) if ref.is_exclusive else nullcontext():
                 yield value
         finally:
-            with self._changed:
-                residency.n_holders -= 1
-                residency.used_at = time.monotonic()
-                self._changed.notify_all()
-                is_unwanted = self._is_closed or residency.is_released
-                is_left = is_unwanted and not residency.n_holders
-            if is_left:
-                self.evict(ref.digest)
+            self._let_go(residency)
 
     def release(self, digest: str) -> None:
         """Drop a context, as soon as nobody holds it."""

@@ -55,6 +55,11 @@ class Frozen:
     buffers: list[memoryview] = field(default_factory=list)
 
     @property
+    def is_on_device(self) -> bool:
+        """Whether some of it is on an accelerator."""
+        return any(storage.device.type != "cpu" for storage in self.storages)
+
+    @property
     def n_bytes(self) -> int:
         """Bytes besides the skeleton."""
         buffers = sum(buffer.nbytes for buffer in self.buffers)

@@ -20,7 +20,7 @@ PLAIN = Recipe(model, (), {})
 def live_of(value, recipe=PLAIN, has_image=True):
     apart = frozen(value, recipe, "a model")
     image = Image.write(apart) if has_image and apart.skeleton is not None else None
-    return Live(value, recipe, apart.storages, image)
+    return Live(value, recipe, apart, image)
 
 
 @pytest.mark.parametrize("has_image", [True, False])

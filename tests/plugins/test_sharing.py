@@ -58,6 +58,11 @@ def check(dask_worker):
     return {ref: store.tier(ref).value for ref in list(store._residencies)}
 
 
+def n_kept(dask_worker):
+    """Images are made while the contexts are in use already."""
+    return len(dask_worker.plugins["pcm-contexts"].store._host._images)
+
+
 def contexts(log, n, **options):
     return [
         pcm.Context(load, log, i, device_memory=4 * MIB, name=f"c{i}", **options) for i in range(n)
@@ -128,6 +133,7 @@ def test_hidden_from_the_gate_they_share_all_the_same(client, log):
 def test_killed_all_are_found_again(client, log):
     three = contexts(log, 3)
     client.gather([client.submit(ask, i, three[i]) for i in range(3)])
+    until(lambda: list(client.run(n_kept).values()) == [3])
     (pid,) = client.run(os.getpid).values()
     os.kill(pid, signal.SIGKILL)
     futures = [client.submit(ask, i, three[i], pure=False) for i in range(3)]
