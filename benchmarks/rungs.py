@@ -163,6 +163,7 @@ def alternating(rows: Rows, device: str) -> None:
     one.rise()
     n_bytes = one.n_bytes
     source = torch.ones(n_bytes, dtype=torch.uint8)
+    target = torch.ones(n_bytes, dtype=torch.uint8, device=device)
     ratios, restores, lowers = [], [], []
     for _ in range(9):
         start = time.perf_counter()
@@ -171,13 +172,11 @@ def alternating(rows: Rows, device: str) -> None:
         start = time.perf_counter()
         other.rise()
         restores.append(time.perf_counter() - start)
-        target = torch.ones(n_bytes, dtype=torch.uint8, device=device)
         start = time.perf_counter()
         target.copy_(source)
         if device != "cpu":
             torch.accelerator.synchronize()
         ratios.append(restores[-1] / (time.perf_counter() - start))
-        del target
         one, other = other, one
     rows.add(
         f"two contexts of {n_bytes / GIB:.2g} GiB that alternate on {device}: restore over a copy",

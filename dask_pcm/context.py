@@ -119,6 +119,7 @@ class Recipe:
     offload: Callable[[Any], Any] | None = None
     restore: Callable[[Any], Any] | None = None
     close: Callable[[Any], None] | None = None
+    reattach: bool | None = None
 
     def build(self, places: Mapping[str, str] = MappingProxyType({})) -> Any:
         """Call the loader; `places` are the paths of bundles, by their digests."""
@@ -149,6 +150,11 @@ class Context:
         and content, not by where they lie.
     offload, restore, close
         Hooks that take the live object: to move it off the device, back on it, and to end it.
+    reattach
+        Whether a worker process may put together again what an earlier one has built (on CPUs: or
+        a neighbour), instead of calling `load`. By default where that is a torch module, tensors,
+        arrays, an object of transformers, or a container of such, and there are no hooks. Say False
+        where `load` does more than to return it; True for a class of your own that can be pickled.
 
     Raises
     ------
@@ -183,6 +189,7 @@ class Context:
         offload: Callable[[Any], Any] | None = None,
         restore: Callable[[Any], Any] | None = None,
         close: Callable[[Any], None] | None = None,
+        reattach: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if not callable(load):
@@ -193,7 +200,7 @@ class Context:
         name = name or funcname(load)
         bundles = tuple(f if isinstance(f, Bundle) else bundle_of(f) for f in _several(files))
         args, kwargs = _placed(args, kwargs, bundles)
-        recipe = Recipe(load, args, kwargs, offload, restore, close)
+        recipe = Recipe(load, args, kwargs, offload, restore, close, reattach)
         identity = (load, args, kwargs, offload, restore, close)
         sealed = Sealed.of(recipe, f"The recipe of context {name!r}", identity)
         memory = None if device_memory is None else _bytes(device_memory)

@@ -19,6 +19,10 @@ class DeviceMemoryError(PCMError, MemoryError):
     """A context does not fit on the device; the message has the numbers."""
 
 
+class DeviceBusyError(DeviceMemoryError):
+    """A context would fit on the device, but tasks hold on to others there."""
+
+
 class DeviceError(PCMError, RuntimeError):
     """A device failed in a way that only a new process mends, and did so again and again."""
 

@@ -67,7 +67,8 @@ class Builder:
         live = Live(value, recipe, apart)
         if not self._is_mapped or apart.is_on_device:
             return live  # its image is made while it is in use already
-        image = self._host.put(ref.digest, ref.name, apart)
+        # Another worker of this host may have built it at the same time: one copy will do.
+        image = self._host.find(ref.digest) or self._host.put(ref.digest, ref.name, apart)
         if image is None:
             return live
         try:

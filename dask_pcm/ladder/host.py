@@ -51,18 +51,27 @@ class Image:
     ----------
     fd
         Of a file that ``write`` has filled; from now on the image's.
+    digest
+        Of which context it must be.
+
+    Raises
+    ------
+    ValueError
+        Where it is something else: a descriptor's number may have been given to another file.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, digest: str = "") -> None:
         self.fd = fd
         self._close = weakref.finalize(self, os.close, fd)
         self.n_bytes = os.fstat(fd).st_size
         (start,) = _FOOTER.unpack(os.pread(fd, _FOOTER.size, self.n_bytes - _FOOTER.size))
         tail = os.pread(fd, self.n_bytes - _FOOTER.size - start, start)
-        self._skeleton, self._storages, self._buffers = pickle.loads(tail)
+        found, self._skeleton, self._storages, self._buffers = pickle.loads(tail)
+        if found != digest:
+            raise ValueError(f"the image is of {found!r}, not of {digest!r}")
 
     @classmethod
-    def write(cls, frozen: Frozen) -> Image:
+    def write(cls, frozen: Frozen, digest: str = "") -> Image:
         """Freeze into a new memory file.
 
         Raises
@@ -71,7 +80,7 @@ class Image:
             Where there are no memory files, or no memory.
         """
         storages, buffers, end = _places(frozen)
-        tail = pickle.dumps((frozen.skeleton, storages, buffers))
+        tail = pickle.dumps((digest, frozen.skeleton, storages, buffers))
         fd = os.memfd_create("dask_pcm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, end)
@@ -83,7 +92,7 @@ class Image:
         except BaseException:
             os.close(fd)
             raise
-        return cls(fd)
+        return cls(fd, digest)
 
     @classmethod
     def of_storages(cls, storages: Sequence[Any]) -> Image:
@@ -181,8 +190,9 @@ class Host:
                 path = self._keeper.find(digest)
                 if path is not None:
                     try:
-                        self._images[digest] = Image(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-                    except OSError as error:  # dropped since
+                        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                        self._images[digest] = Image(fd, digest)
+                    except Exception as error:  # dropped since, or another's by now
                         logger.info("The image of %s is gone: %s", digest, error)
             return self._images.get(digest)
 
@@ -195,7 +205,7 @@ class Host:
             return None
         why = "there is no room for it (pcm.ladder.host.budget)"
         try:
-            image = Image.write(frozen)
+            image = Image.write(frozen, digest)
         except (OSError, MemoryError, AttributeError) as error:  # memory files are of Linux
             image, why = None, str(error)
         if image is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from dask_pcm.context import Recipe
@@ -43,7 +44,13 @@ class Live:
         #: Until there is an image of it.
         self.apart: Frozen | None = apart if image is None else None
         self._recipe = recipe
-        self._storages = apart.storages
+        has_hooks = recipe.offload is not None and recipe.restore is not None
+        # Hooks see to their own: nothing here may hold on to what they let go of.
+        self._n_bytes = _device_bytes(apart.storages) if has_hooks else None
+        self._storages = [] if has_hooks else apart.storages
+        self._n_users = tensors.n_users(self._storages)
+        if has_hooks:
+            self.apart = None
         self._is_mapped = is_mapped
 
     @classmethod
@@ -55,8 +62,7 @@ class Live:
     @property
     def n_bytes(self) -> int:
         """Bytes of its tensors on an accelerator; where there are none, on the CPU."""
-        on_device = [s for s in self._storages if s.device.type != "cpu"]
-        return sum(storage.nbytes() for storage in on_device or self._storages)
+        return _device_bytes(self._storages) if self._n_bytes is None else self._n_bytes
 
     @property
     def mapped_bytes(self) -> int:
@@ -79,13 +85,18 @@ class Live:
         if self._is_mapped:  # it has been there all the time
             return True
         movable = [storage for storage in self._storages if storage.resizable()]
-        if not movable:
-            return False
+        if not movable or tensors.n_users(self._storages) > self._n_users:
+            return False  # a result of a task may be a view of it
         if self.image is None or not self.image.is_same(self._storages):
             self.image = Image.of_storages(self._storages)
         for storage in movable:
             storage.resize_(0)
         return True
+
+    def shares(self, other: Live) -> bool:
+        """Whether tensors of another object are on the same memory."""
+        mine = {storage._cdata for storage in self._storages}
+        return any(storage._cdata in mine for storage in other._storages)
 
     def rise(self) -> None:
         """Be on the device again."""
@@ -100,12 +111,20 @@ class Live:
             self.value = value
 
 
+def _device_bytes(storages: Sequence[Any]) -> int:
+    on_device = [storage for storage in storages if storage.device.type != "cpu"]
+    return sum(storage.nbytes() for storage in on_device or storages)
+
+
 def frozen(value: Any, recipe: Recipe, name: str) -> Frozen:
     """An object taken apart; where it cannot be, the storages of its modules.
 
-    What has hooks of its own holds more than tensors, and is left alone.
+    What has hooks of its own holds more than tensors, and is left alone; and so is what pickle
+    might not do justice to.
     """
-    if recipe.offload is None and recipe.restore is None and recipe.close is None:
+    has_hooks = any(hook is not None for hook in (recipe.offload, recipe.restore, recipe.close))
+    may_reattach = tensors.is_plain(value) and not has_hooks
+    if recipe.reattach or (recipe.reattach is None and may_reattach):
         try:
             return tensors.freeze(value)
         except Exception as error:

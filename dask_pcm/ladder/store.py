@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from dask_pcm.context import ContextRef
-from dask_pcm.errors import DeviceMemoryError, LoadError
+from dask_pcm.errors import DeviceBusyError, DeviceMemoryError, LoadError
 from dask_pcm.ladder.build import Builder, recipe_of
 from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.live import Live
@@ -130,14 +130,13 @@ class Store:
         error, is_built, wrong = None, False, None
         try:
             self._make_room(residency)
-            try:
-                is_built = self._up(residency)
-            except BaseException as cause:
-                if not is_out_of_memory(cause) or not self._lower_idle():
-                    raise
-                logger.warning("No memory for %r: others made room", residency.ref.name)
-                is_built = self._up(residency)
+            tried = self._tried(residency)
+            # Outside the except clause: what was half built is let go by now.
+            is_built = self._up(residency) if tried is None else tried
             self._measure(residency)
+        except DeviceBusyError as cause:  # no fault of its own: whoever asks again may have it
+            self._end_move(residency, Tier.HOST if residency.live is not None else Tier.ABSENT)
+            raise LoadError(_explain(residency.ref, cause)) from cause
         except BaseException as cause:  # also SystemExit: a library that exits is a failed load
             error, wrong = _explain(residency.ref, cause), cause
             logger.warning("%s", error)
@@ -169,6 +168,16 @@ class Store:
             self._keep(residency, live)
             return live.value
         return residency.value
+
+    def _tried(self, residency: Residency) -> bool | None:
+        """As ``_up``; None where there was no memory, and others have made room since."""
+        try:
+            return self._up(residency)
+        except BaseException as cause:
+            if not is_out_of_memory(cause) or not self._lower_idle():
+                raise
+            logger.warning("No memory for %r: others made room", residency.ref.name)
+            return None
 
     def _keep(self, residency: Residency, live: Live) -> None:
         """Have a context outlive the process; whoever wants it has it already."""
@@ -238,7 +247,7 @@ class Store:
                 idle = [r for r in there if r.tier is Tier.DEVICE and not r.n_holders]
                 if not idle and not self._changed.wait(until - time.monotonic()):
                     names = ", ".join(f"{r.ref.name!r} ({r.n_bytes:,})" for r in there)
-                    raise DeviceMemoryError(
+                    raise DeviceBusyError(
                         f"Context {wanted.ref.name!r} takes {wanted.n_bytes:,} bytes; the device"
                         f" has {budget:,} for contexts, and tasks hold on to {names}."
                     )
@@ -262,9 +271,13 @@ class Store:
                 return False
             self._begin_move(residency)
             residency.has_room = True  # still there
-        assert residency.live is not None
+            others = [r.live for r in self._residencies.values() if r is not residency]
+        live = residency.live
+        assert live is not None
+        # What another object holds as well (its loader has acquired this one) is not emptied.
+        is_shared = any(live.shares(other) for other in others if other is not None)
         try:
-            is_lowered = residency.live.lower()
+            is_lowered = not is_shared and live.lower()
         except Exception as error:
             logger.warning("Context %r is dropped: %r", residency.ref.name, error)
             is_lowered = False

@@ -111,7 +111,9 @@ class _Freezer(cloudpickle.Pickler):  # type: ignore[misc] # its types are not s
         return False
 
     def persistent_id(self, obj: Any) -> Any:
-        torch = sys.modules.get("torch")
+        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+        if numpy is not None and isinstance(obj, numpy.memmap):
+            raise ValueError("it maps a file, which is better read where it is")
         if torch is None:
             return None
         if isinstance(obj, torch.UntypedStorage):
@@ -157,9 +159,28 @@ def storages_of(value: Any) -> list[Storage]:
     found: dict[int, Storage] = {}
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
-            storage = tensor.untyped_storage()
-            found.setdefault(storage._cdata, storage)
+            with contextlib.suppress(Exception):  # sparse or lazy ones have none
+                storage = tensor.untyped_storage()
+                found.setdefault(storage._cdata, storage)
     return list(found.values())
+
+
+#: Packages whose objects are pickled without loss.
+_PLAIN = frozenset({"torch", "transformers", "sentence_transformers", "numpy", "dask_pcm"})
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an object is a torch module, or of a library known to pickle well, or holds such."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.nn.Module):
+        return True
+    return type(value).__module__.partition(".")[0] in _PLAIN
 
 
 def device_bytes() -> int | None:
@@ -177,7 +198,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory for something, on a device or off it."""
     torch = sys.modules.get("torch")
     on_device = () if torch is None else (torch.OutOfMemoryError,)
-    return isinstance(error, (MemoryError, *on_device))
+    if isinstance(error, (MemoryError, *on_device)):
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return "out of memory" in text or "can't allocate memory" in text
 
 
 #: What a device says when nothing more will run on it in this process (CUDA and HIP).
@@ -198,6 +222,13 @@ def is_sticky(error: BaseException | None) -> bool:
                 return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def n_users(storages: Sequence[Storage]) -> int:
+    """How many tensors and the like use storages; 0 where torch does not tell."""
+    torch = sys.modules.get("torch")
+    count = getattr(getattr(torch, "_C", None), "_storage_Use_Count", None)
+    return sum(count(storage._cdata) for storage in storages) if count else 0
 
 
 def new_storage(n_bytes: int, device: str) -> Storage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -43,6 +44,9 @@ class MemoryAllowance:
         self._limit = worker.memory_manager.memory_limit
         self._taken: dict[str, int] = {}
         self._is_over = False
+        #: Contexts that load now: a loader may acquire others, and tasks load what was hidden.
+        self._n_growing = 0
+        self._counting = threading.Lock()
 
     def begin(self) -> None:
         """As if no context had been here: an earlier process may have had some."""
@@ -58,13 +62,17 @@ class MemoryAllowance:
         if not self._limit:
             yield
             return
-        self._raise(psutil.virtual_memory().total)
+        with self._counting:
+            self._n_growing += 1
+        self._raise(0)
         before = psutil.Process().memory_info().rss
         try:
             yield
         finally:
             grown = psutil.Process().memory_info().rss - before
             self._taken[digest] = max(0, grown, mapped_bytes(digest))
+            with self._counting:
+                self._n_growing -= 1
             self._raise(sum(self._taken.values()))
 
     def freed(self, digest: str) -> None:
@@ -81,5 +89,7 @@ class MemoryAllowance:
     def _raise(self, n_bytes: int) -> None:
         if self._is_over:
             return
+        if self._n_growing:
+            n_bytes = psutil.virtual_memory().total
         self._worker.memory_manager.memory_limit = self._limit + n_bytes
         self._nanny.ask("pcm_allow_memory", n_bytes=n_bytes)

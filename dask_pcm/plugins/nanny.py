@@ -67,8 +67,17 @@ class Shelf:
         self.drop(name)
         while sum(kept.n_bytes for kept in self._kept.values()) + n_bytes > self.budget_bytes:
             self.drop(next(iter(self._kept)))
-        self._kept[name] = Kept(os.open(path, os.O_RDONLY | os.O_CLOEXEC), n_bytes)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if os.fstat(fd).st_size != n_bytes:  # who asked has closed it since
+            os.close(fd)
+            return False
+        self._kept[name] = Kept(fd, n_bytes)
         return True
+
+    def clear(self, suffix: str = "") -> None:
+        """Keep nothing, or nothing whose name ends so."""
+        for name in [name for name in self._kept if name.endswith(suffix)]:
+            self.drop(name)
 
     def drop(self, name: str) -> None:
         """Keep it no longer; processes that use it have it open themselves."""
@@ -109,6 +118,8 @@ class KeeperPlugin(Travels, NannyPlugin):
         for name in self._handlers:
             nanny.handlers.pop(name, None)
         self.allow_memory(0)
+        if self._shelf is not None:
+            self._shelf.clear(self._own(""))
         self._shelf = None
         rebirth().leave(nanny)
 
@@ -120,6 +131,7 @@ class KeeperPlugin(Travels, NannyPlugin):
             "pcm_find": self.find,
             "pcm_keep": self.keep,
             "pcm_drop": self.drop,
+            "pcm_clear": self.clear,
         }
 
     def allow_memory(self, n_bytes: int) -> None:
@@ -148,6 +160,11 @@ class KeeperPlugin(Travels, NannyPlugin):
         if self._shelf is not None:
             self._shelf.drop(digest)
             self._shelf.drop(self._own(digest))
+
+    def clear(self) -> None:
+        """Keep nothing of what there is."""
+        if self._shelf is not None:
+            self._shelf.clear()
 
     def _own(self, digest: str) -> str:
         return f"{digest} {self._nanny.address}"

@@ -14,7 +14,8 @@ import functools
 import multiprocessing
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import forkserver
 
 import dask
@@ -22,6 +23,8 @@ from distributed import Nanny
 from distributed.utils import get_mp_context
 
 _METHOD, _DEFAULT = "distributed.worker.multiprocessing-method", "spawn"
+#: Variables that nothing which is imported looks at before a worker uses it.
+_READ_LATE = frozenset({"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"})
 _PRELOAD, _IMPORTS = "dask_pcm.plugins.preimport", "DASK_PCM__WORKER__IMPORTS"
 
 
@@ -29,7 +32,8 @@ class Rebirth:
     """Which nannies of this process start their workers from the fork server."""
 
     def __init__(self) -> None:
-        self._nannies: set[int] = set()
+        #: The environment that each was to give its workers.
+        self._nannies: dict[int, dict[str, str]] = {}
         self._changing = threading.Lock()
 
     def use(self, nanny: Nanny, modules: Sequence[str]) -> None:
@@ -38,7 +42,7 @@ class Rebirth:
         Environment variables are those of now: the server keeps the ones that it began with.
         """
         with self._changing:
-            if id(nanny) in self._nannies or not modules:
+            if id(nanny) in self._nannies or not modules or _wants_its_own(nanny):
                 return
             if not self._nannies:
                 if dask.config.get(_METHOD) != _DEFAULT:
@@ -48,10 +52,9 @@ class Rebirth:
                 dask.config.set({_METHOD: "forkserver"})
                 get_mp_context()  # Dask sets its own list when it is first called, and never again
                 multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD])
-                os.environ[_IMPORTS] = repr(list(modules))  # how settings get there
-                forkserver.ensure_running()
-                del os.environ[_IMPORTS]
-            self._nannies.add(id(nanny))
+                with _environ(_IMPORTS, repr(list(modules))):  # how settings get there
+                    forkserver.ensure_running()
+            self._nannies[id(nanny)] = nanny.env
             nanny.env = {**os.environ, **nanny.env}
             if nanny.process is not None:  # what the next start of it goes by
                 nanny.process.env = nanny.env
@@ -60,9 +63,30 @@ class Rebirth:
         """The toolkit leaves this nanny, or it ends."""
         with self._changing:
             if id(nanny) in self._nannies:
-                self._nannies.discard(id(nanny))
+                nanny.env = self._nannies.pop(id(nanny))
+                if nanny.process is not None:
+                    nanny.process.env = nanny.env
                 if not self._nannies:
                     dask.config.set({_METHOD: _DEFAULT})
+
+
+def _wants_its_own(nanny: Nanny) -> bool:
+    """Whether its workers are to have variables that may be read when something is imported."""
+    given = nanny.env.keys() - nanny.pre_spawn_env.keys()
+    return any(os.environ.get(name) != nanny.env[name] for name in given - _READ_LATE)
+
+
+@contextmanager
+def _environ(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @functools.cache

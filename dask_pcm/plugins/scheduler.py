@@ -195,6 +195,8 @@ class GatePlugin(SchedulerPlugin):
             self._close_run(run)
 
     def restart(self, scheduler: Scheduler) -> None:
+        # Who asks for new processes does not want what the old ones had.
+        self._loop.create_task(self._tell_nannies({"op": "pcm_clear"}))
         for run in list(self.runs):
             self._close_run(run)
 
@@ -324,9 +326,14 @@ class GatePlugin(SchedulerPlugin):
             here = (Standing.WARM, Standing.LOADING, Standing.LOWERED)
             held = [digest for digest in digests if view.standings.get(digest) in here]
             n_holding += bool(held)
-            for digest in held:
+            for digest in digests:
                 self._tell(address, {"op": "pcm-release", "digest": digest})
+        for digest in digests:  # also where the worker that had it is gone
+            await self._tell_nannies({"op": "pcm_drop", "digest": digest})
         return n_holding
+
+    async def _tell_nannies(self, message: dict[str, Any]) -> None:
+        await self.scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
 
     # -- what the policy says ---------------------------------------------------------------
 

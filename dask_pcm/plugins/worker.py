@@ -7,7 +7,6 @@ built on a thread of their own and used on the lanes, so that neither holds up a
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import pickle
@@ -15,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -44,7 +43,7 @@ from dask_pcm.plugins.travel import Travels
 logger = logging.getLogger(__name__)
 
 CONTEXTS = "pcm-contexts"
-_TIMEOUT_S, _FAREWELL_S = 30.0, 0.1
+_TIMEOUT_S, _FAREWELL_S, _CLOSING_S = 30.0, 0.05, 2.0
 _UNBEGUN = frozenset({"waiting", "ready", "constrained"})
 
 
@@ -110,15 +109,19 @@ class ContextPlugin(Travels, WorkerPlugin):
             }
         )
 
-    def teardown(self, worker: Worker) -> None:
+    def teardown(self, worker: Worker) -> Awaitable[Any] | None:
         self.epoch = ""  # whatever the scheduler still says is of no account
         self.fetcher.close()
         if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
             close_lanes(worker, self.config.n_lanes)
-            self._loader.submit(self.store.close)
             self.memory.forget()
         self.nanny.close()
+        # Also where the process ends: engines with processes of their own are closed by hooks.
+        closing = self._loader.submit(self.store.close)
         self._loader.shutdown(wait=False)
+        if worker.status in (Status.running, Status.paused):
+            return None
+        return asyncio.wait([asyncio.wrap_future(closing)], timeout=_CLOSING_S)
 
     def _if_now(self, handle: Callable[..., None]) -> Callable[..., None]:
         """A handler that ignores what was meant for an earlier life of this worker."""
@@ -159,6 +162,7 @@ class ContextPlugin(Travels, WorkerPlugin):
 
     def _load(self, ref: ContextRef) -> None:
         _worker_cvar.set(self.worker)  # a loader may acquire other contexts
+        self._lane.is_loader = True
         if self.store.tier(ref.digest) is Tier.DEVICE:
             self._report(Change(ref.digest, Tier.DEVICE))  # as long as it took before
             return
@@ -224,7 +228,8 @@ class ContextPlugin(Travels, WorkerPlugin):
 
     def _load_in_place(self, ref: ContextRef) -> None:
         with self._warning:
-            is_new = ref.digest not in self._warned
+            # What a loader acquires belongs to its context: nobody could have shown it to the gate.
+            is_new = ref.digest not in self._warned and not getattr(self._lane, "is_loader", False)
             self._warned.add(ref.digest)
         if is_new:
             self._warn(ref)
@@ -253,6 +258,11 @@ class ContextPlugin(Travels, WorkerPlugin):
         DeviceError
             Where that has been tried often enough: it may be the task that does it.
         """
+        if not self.worker.nanny:
+            raise DeviceError(
+                f"The device of {self.worker.address} is lost to its process, which has no nanny"
+                f" that could start another: {error}"
+            ) from error
         is_first = not self._is_lost
         self._restart(f"its device is lost to this process ({error})")
         key = self.worker.get_current_task()
@@ -269,12 +279,20 @@ class ContextPlugin(Travels, WorkerPlugin):
         ) from error
 
     def _restart(self, why: str) -> None:
-        if not self._is_lost:
+        if not self._is_lost and self.worker.nanny:
             self._is_lost = True
             logger.error("Worker %s begins a new process: %s", self.worker.address, why)
-            # Not before what is to be told of this task has been sent.
-            close = functools.partial(self.worker.close_gracefully, restart=True, reason=why)
-            self.worker.loop.add_callback(self.worker.loop.call_later, _FAREWELL_S, close)
+            self.worker.loop.add_callback(self._leave, why)
+
+    async def _leave(self, why: str) -> None:
+        """Begin a new process, once what is to be told of running tasks has been sent."""
+        if self.worker.status is Status.running:
+            self.worker.status = Status.paused  # nothing more begins here
+        deadline = time.monotonic() + _CLOSING_S
+        while self.worker.state.executing and time.monotonic() < deadline:
+            await asyncio.sleep(_FAREWELL_S)
+        await asyncio.sleep(_FAREWELL_S)
+        await self.worker.close_gracefully(restart=True, reason=why)
 
     def _set_threads(self) -> None:
         """Give torch the cores of this worker; its setting is the calling thread's own."""

@@ -139,11 +139,12 @@ def too_large(state: GateState, group: Group, views: Sequence[WorkerView]) -> It
     yield from (Fail(key, group.contexts[0], error) for key in keys)
 
 
-def stay(state: GateState) -> None:
-    """Contexts that were to make room for work that is not there any more may stay."""
+def stay(state: GateState, now: float) -> None:
+    """Contexts that were to make room may stay: for work that is gone, or has no right any more."""
     for view in state.workers.values():
         for context, group in list(view.leaving.items()):
-            if not state.rows_ahead(group) or not view.missing(group.contexts):
+            is_over = not state.rows_ahead(group) or not view.missing(group.contexts)
+            if is_over or context not in (room(state, view, group, Claims.of(state), now) or ()):
                 del view.leaving[context]
 
 

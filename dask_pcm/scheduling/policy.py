@@ -31,7 +31,7 @@ def decide(
         Seconds after which a context that nobody uses leaves its worker; None for never.
     """
     state.settle(now)
-    stay(state)
+    stay(state, now)
     actions: list[Action] = []
     for group in state.groups():
         actions += place(state, group, now, pipeline_s, n_load_attempts)

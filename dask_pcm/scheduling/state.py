@@ -32,6 +32,9 @@ from dask_pcm.scheduling.events import (
     WorkWithdrawn,
 )
 
+#: A process that a nanny started again is back within so many seconds.
+_BACK_S = 60.0
+
 
 @dataclass(slots=True)
 class WorkerView:
@@ -107,16 +110,19 @@ class GateState:
     errors: dict[str, str] = field(default_factory=dict)
     failures: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
+    #: Nodes whose worker ended while it loaded a context, which and when.
+    ended_loading: list[tuple[str, str, float]] = field(default_factory=list)
     _order: Iterator[int] = field(default_factory=itertools.count)
 
     def apply(self, happening: Event | Action, now: float) -> None:
         """Take in an event, or an action that was carried out, at `now` seconds."""
         match happening:
             case WorkerJoined(worker, n_lanes, device_bytes, host):
-                self._lose(worker)
+                self._lose(worker, now)
                 self.workers[worker] = WorkerView(worker, n_lanes, device_bytes, host)
+                self._blame(self.workers[worker], now)
             case WorkerLeft(worker):
-                self._lose(worker)
+                self._lose(worker, now)
             case GivenUp(context):
                 self.given_up.add(context)
             case WorkerPaused(worker, is_paused):
@@ -321,12 +327,29 @@ class GateState:
         if view is not None:
             view.used_at.update(dict.fromkeys(view.running[key].group.contexts, now))
 
-    def _lose(self, worker: str) -> None:
+    def _lose(self, worker: str, now: float) -> None:
         view = self.workers.pop(worker, None)
         if view is not None:
+            self.ended_loading += [(view.host, context, now) for context in view.loading_since]
             self.cost.forget_worker(worker)
             for key in view.running:
                 del self.placed[key]
+
+    def _blame(self, view: WorkerView, now: float) -> None:
+        """A worker is back on a node where one has just ended while it loaded: that has failed.
+
+        What was lost with its node is not: nobody comes back from there so soon.
+        """
+        recent = [ended for ended in self.ended_loading if now - ended[2] < _BACK_S]
+        self.ended_loading = [ended for ended in recent if ended[0] != view.host]
+        for context in dict.fromkeys(context for host, context, _ in recent if host == view.host):
+            name = self.names.get(context, context)
+            self.errors[context] = (
+                f"The worker process ended while it loaded context {name!r}: killed for its memory,"
+                " or by a crash of native code. What the worker logged may say more."
+            )
+            view.standings[context] = Standing.FAILED
+            self.failures.setdefault(context, []).append((view.host, "end of process"))
 
     def _report(self, report: ResidencyReported, now: float) -> None:
         view = self.workers.get(report.worker)

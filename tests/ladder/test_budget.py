@@ -12,6 +12,7 @@ from dask_pcm.errors import LoadError
 from dask_pcm.ladder.build import recipe_of
 from dask_pcm.ladder.residency import Tier
 from dask_pcm.ladder.store import Store
+from dask_pcm.ladder.tensors import is_out_of_memory
 
 MIB = 1 << 20
 
@@ -150,6 +151,47 @@ def test_what_has_no_way_down_is_closed_and_built_again(store):
 
 def plain(number, size_mib):
     return {"number": number}
+
+
+def nested(number, size_mib):
+    """Its loader acquires another context, and keeps what that is made of."""
+    from dask_pcm.ladder.store import of_process
+
+    with of_process().acquire([INNER[0]]) as (inner,):
+        module = Weights(number, size_mib)
+        module.inner = inner
+    return module
+
+
+INNER = [None]
+
+
+def test_what_another_object_is_made_of_is_not_emptied(monkeypatch):
+    store = Store(budget=lambda: 10 * MIB, is_mapped=False)
+    monkeypatch.setattr("dask_pcm.ladder.store.of_process", lambda: store)
+    outer = context(2, 2, load=nested)
+    INNER[0] = context(1, 2)
+    assert used(store, outer) == 2
+    store.lower(INNER[0].digest)
+    with store.acquire([outer]) as (module,):
+        assert module.inner.weights[0] == 1
+    assert used(store, INNER[0]) == 1
+    store.validate()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_so"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_which_errors_are_for_want_of_memory(error, is_so):
+    assert is_out_of_memory(error) is is_so
 
 
 def test_without_memory_while_loading_idle_contexts_go_down_first():

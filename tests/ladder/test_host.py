@@ -126,6 +126,23 @@ def test_whoever_was_least_lately_used_makes_room():
     assert Host(shelf).find("a") is None
 
 
+def test_a_file_that_is_another_contexts_is_not_taken(caplog):
+    """The number of a descriptor may have been given to another file in between."""
+    shelf = OwnShelf(1 << 30)
+    host = Host(shelf)
+    host.put("a", "a", freeze(model()))
+    monkey = Host(shelf)
+    with pytest.raises(ValueError, match="of 'a', not of 'b'"):
+        Image(os.open(shelf.find("a"), os.O_RDONLY), "b")
+    shelf._kept["b"] = shelf._kept["a"]
+    assert monkey.find("b") is None
+    assert monkey.find("a") is not None
+    del shelf._kept["b"]
+    n_open = len(os.listdir("/proc/self/fd"))
+    assert not shelf.keep("c", shelf.find("a"), 17, True)  # who asked has closed it since
+    assert len(os.listdir("/proc/self/fd")) == n_open
+
+
 def test_shelves_do_not_leak_files():
     apart = freeze(model())
     before = len(os.listdir("/proc/self/fd"))

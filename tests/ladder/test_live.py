@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 
 import pytest
 import torch
@@ -129,9 +130,51 @@ def test_where_there_is_no_memory_for_it_everything_is_as_before(monkeypatch):
 
 
 def test_what_outlives_the_process_and_what_does_not(caplog):
+    wanted = Recipe(model, (), {}, reattach=True)
     with caplog.at_level(logging.INFO):
-        apart = frozen({"lock": threading.Lock()}, PLAIN, "an engine")
+        apart = frozen({"lock": threading.Lock()}, wanted, "an engine")
     assert apart.skeleton is None and "'an engine' cannot outlive" in caplog.text
     assert Host(OwnShelf(1 << 30)).put("a", "an engine", apart) is None
     closes = Recipe(model, (), {}, close=print)
     assert frozen(model(), closes, "an engine").skeleton is None
+
+
+class Lossy:
+    """Picklable, but not as it was."""
+
+    def __init__(self):
+        self.model, self.add_bos = model(), True
+
+    def __getstate__(self):
+        return {"model": self.model}
+
+
+def test_what_pickle_might_not_do_justice_to_is_left_alone_unless_asked_for():
+    assert frozen(Lossy(), PLAIN, "mine").skeleton is None
+    assert frozen([model(), Lossy()], PLAIN, "mine").skeleton is None
+    assert frozen(Lossy(), Recipe(Lossy, (), {}, reattach=True), "mine").skeleton is not None
+    for plain in (model(), {"a": model(), "b": [torch.ones(3), None, "text"]}):
+        assert frozen(plain, PLAIN, "plain").skeleton is not None
+        assert frozen(plain, Recipe(model, (), {}, reattach=False), "plain").skeleton is None
+
+
+def test_what_somebody_else_holds_a_view_of_is_not_emptied():
+    value = model()
+    live = live_of(value)
+    result = value[0].weight.detach()[:3]
+    expected = result.clone()
+    assert not live.lower()
+    assert torch.equal(result, expected)
+    del result
+    assert live.lower()
+
+
+def test_hooks_may_free_what_they_move():
+    value = model()
+    recipe = Recipe(
+        model, (), {}, offload=lambda m: m.to("meta"), restore=lambda m: m.to_empty(device="cpu")
+    )
+    live = live_of(value, recipe)
+    size, alive = live.n_bytes, weakref.ref(value[0].weight.untyped_storage())
+    assert live.lower()
+    assert alive() is None and live.n_bytes == size

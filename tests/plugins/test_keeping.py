@@ -111,6 +111,42 @@ def test_where_there_is_no_room_for_it_the_log_says_so_and_it_is_loaded_again(lo
     assert "not kept in the host's memory" in capfd.readouterr().err
 
 
+def is_back(client, pid):
+    found = list(client.run(os.getpid, on_error="ignore").values())
+    return len(found) == 1 and isinstance(found[0], int) and found[0] != pid
+
+
+def test_released_after_its_worker_was_killed_it_is_gone(log):
+    context = pcm.Context(load, log)
+    with cluster() as client:
+        pid, *_ = client.submit(ask, 1, context).result(60)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: is_back(client, pid))
+        pcm.release(context, client=client)
+        client.submit(ask, 1, context, pure=False).result(60)
+    assert n_loads(log) == 2
+
+
+def test_who_restarts_the_cluster_wants_nothing_of_before(log):
+    context = pcm.Context(load, log)
+    with cluster() as client:
+        client.submit(ask, 1, context).result(60)
+        client.restart()
+        client.submit(ask, 1, context, pure=False).result(60)
+    assert n_loads(log) == 2
+
+
+def end_process():
+    os._exit(1)
+
+
+def test_a_loader_that_ends_its_process_ends_its_tasks():
+    with cluster() as client:
+        future = client.submit(ask, 1, pcm.Context(end_process, name="deadly"))
+        with pytest.raises(pcm.errors.LoadError, match="ended while it loaded context 'deadly'"):
+            future.result(60)
+
+
 def test_without_a_nanny_there_is_nobody_to_keep_it(log):
     with (
         LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster,

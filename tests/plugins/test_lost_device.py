@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
 from dask_pcm.ladder.tensors import is_sticky
@@ -75,6 +75,18 @@ def test_a_task_that_does_it_again_and_again_ends_and_the_others_do_not(client, 
     del futures[3]
     assert client.gather(futures) == [0, 1, 2, *range(4, 10)]
     assert len(noted(log, "lost")) == 3
+
+
+def test_without_a_nanny_the_task_is_told(tmp_path):
+    log = str(tmp_path / "log")
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        pcm.install(client)
+        future = client.submit(ask, 1, pcm.Context(load, log), poison=1, n_times=1, log=log)
+        with pytest.raises(pcm.errors.DeviceError, match="no nanny"):
+            future.result(30)
 
 
 def verdicts(frame, state, log):

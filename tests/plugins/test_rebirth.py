@@ -61,6 +61,19 @@ def test_a_killed_worker_is_back_with_everything_imported(monkeypatch):
     assert dask.config.get(METHOD) == "spawn"
 
 
+def test_what_a_nanny_is_to_set_before_imports_is_set_before_imports():
+    """Such workers are started as Dask does."""
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with (
+        LocalCluster(**options, env={"PCM_TEST_MARK": "its own"}) as cluster,
+        Client(cluster) as client,
+    ):
+        pcm.install(client)
+        client.submit(use, pcm.Context(load)).result(60)
+        assert dask.config.get(METHOD) == "spawn"
+        assert killed(client)[3] == "its own"
+
+
 def test_a_method_that_somebody_has_chosen_stays():
     options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
     options["preload_nanny"] = ["dask_pcm.preload"]

@@ -238,6 +238,34 @@ def test_a_place_that_is_promised_is_not_given_to_another():
     assert [context for *_, context in played.moves] == ["a", "b", "c"]
 
 
+def test_the_urgent_in_the_midst_of_a_turn_stops_nobody():
+    """a is to leave for b; then somebody asks for a, and comes first."""
+    played = Played(10, load_s=0.5)
+    for i in range(6):
+        played.park(0.0, f"a{i}", "a", seconds=4.0)
+    played.park(1.0, "b0", "b", seconds=4.0)
+    played.run(until_s=6.0)
+    played.park(6.0, "urgent", "a", priority=(-10,), seconds=4.0)
+    played.run()
+    assert all(played.done.values())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_the_priorities_all_is_done(seed):
+    rng = random.Random(seed)
+    played = Played(
+        *(rng.choice([10, 20]) for _ in range(rng.randint(1, 3))),
+        load_s=rng.choice([0.2, 2.0, 10.0]),
+        restore_s=rng.choice([0.1, 1.0]),
+    )
+    for i in range(60):
+        context = rng.choice("abc")
+        priority = (rng.choice([-10, 0, 0, 10]),)
+        played.park(rng.uniform(0, 40), f"k{i}", context, priority=priority, seconds=0.5)
+    played.run()
+    assert all(played.done.values())
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_few_moves_under_a_random_stream(seed):
     """Three contexts of which two fit, against Belady's choice on the same order of tasks."""

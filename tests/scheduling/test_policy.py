@@ -352,6 +352,34 @@ def test_what_fails_otherwise_each_time_is_tried_longer_but_not_for_ever():
     assert len(tried) == 9
 
 
+def end_processes(world, nodes):
+    """Have each worker that loads end, and one come back on the node it was on, if on any."""
+    n_ended, failed = 0, []
+    for _ in range(30):
+        actions = world.decide()
+        failed += [action for action in actions if isinstance(action, Fail)]
+        for warm in [action for action in actions if isinstance(action, Warm)]:
+            n_ended += 1
+            node = world.state.workers[warm.worker].host
+            world.tell(WorkerLeft(warm.worker))
+            world.tell(WorkerJoined(f"{node}-{n_ended}", 2, None, nodes(node, n_ended)))
+        world.now += 1.0
+    return n_ended, failed
+
+
+def test_a_loader_that_ends_its_process_is_not_tried_for_ever():
+    world = on_nodes(one=1)
+    n_ended, (fail,) = end_processes(world, lambda node, n: node)
+    assert n_ended == 3
+    assert "process ended while it loaded" in fail.error
+
+
+def test_workers_that_are_lost_with_their_nodes_are_nobodys_fault():
+    world = on_nodes(one=1)
+    n_ended, failed = end_processes(world, lambda node, n: f"node-{n}")
+    assert n_ended == 30 and not failed
+
+
 def test_a_failed_load_does_no_harm_where_another_worker_is_warm():
     world = World("w0", "w1")
     world.warm("w0")
