@@ -3,9 +3,10 @@
 A nanny starts its worker as a new process, which imports everything anew: 4 to 20 seconds with
 torch and transformers. Python's fork server imports them once and forks each worker from there.
 
-For as long as a nanny of this process has the toolkit, Dask's setting
-``distributed.worker.multiprocessing-method`` is "forkserver" in it, unless it has been set to
-something else than Dask's default.
+Dask asks for one start method for all that a process starts, when it starts it. Here it is answered
+for each nanny: those that have the toolkit start their workers from the fork server, unless Dask's
+setting ``distributed.worker.multiprocessing-method`` says something else than its default, and all
+others as ever.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from multiprocessing import forkserver
+from typing import Any
 
 import dask
+import distributed.nanny
+import distributed.process
 from distributed import Nanny
 from distributed.utils import get_mp_context
 
@@ -26,6 +31,8 @@ _METHOD, _DEFAULT = "distributed.worker.multiprocessing-method", "spawn"
 #: Variables that nothing which is imported looks at before a worker uses it.
 _READ_LATE = frozenset({"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"})
 _PRELOAD, _IMPORTS = "dask_pcm.plugins.preimport", "DASK_PCM__WORKER__IMPORTS"
+#: Whether what runs in this context starts a worker of a nanny that has the toolkit.
+_is_forked: ContextVar[bool] = ContextVar("is_forked", default=False)
 
 
 class Rebirth:
@@ -44,30 +51,49 @@ class Rebirth:
         with self._changing:
             if id(nanny) in self._nannies or not modules or _wants_its_own(nanny):
                 return
+            if dask.config.get(_METHOD) != _DEFAULT:
+                return
             if not self._nannies:
-                if dask.config.get(_METHOD) != _DEFAULT:
-                    return
-                # What Dask sets before it starts a worker: else hashes would differ among workers.
-                os.environ.update(nanny.pre_spawn_env)
-                dask.config.set({_METHOD: "forkserver"})
-                get_mp_context()  # Dask sets its own list when it is first called, and never again
-                multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD])
-                with _environ(_IMPORTS, repr(list(modules))):  # how settings get there
-                    forkserver.ensure_running()
+                _begin(nanny, modules)
             self._nannies[id(nanny)] = nanny.env
-            nanny.env = {**os.environ, **nanny.env}
-            if nanny.process is not None:  # what the next start of it goes by
-                nanny.process.env = nanny.env
+            _set_env(nanny, {**os.environ, **nanny.env})
+            nanny.instantiate = functools.partial(_instantiate, nanny)
 
     def leave(self, nanny: Nanny) -> None:
         """The toolkit leaves this nanny, or it ends."""
         with self._changing:
             if id(nanny) in self._nannies:
-                nanny.env = self._nannies.pop(id(nanny))
-                if nanny.process is not None:
-                    nanny.process.env = nanny.env
-                if not self._nannies:
-                    dask.config.set({_METHOD: _DEFAULT})
+                _set_env(nanny, self._nannies.pop(id(nanny)))
+                del nanny.instantiate  # its class has one
+
+
+def _begin(nanny: Nanny, modules: Sequence[str]) -> None:
+    """Start the server, if there is none; have Dask ask here how to start a process."""
+    # What Dask sets before it starts a worker: else hashes would differ among workers.
+    os.environ.update(nanny.pre_spawn_env)
+    multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD])
+    with _environ(_IMPORTS, repr(list(modules))):  # how settings get there
+        forkserver.ensure_running()
+    distributed.nanny.get_mp_context = distributed.process.get_mp_context = _mp_context
+
+
+def _mp_context() -> Any:
+    """Stands in for Dask's own function, where nannies look it up."""
+    return multiprocessing.get_context("forkserver") if _is_forked.get() else get_mp_context()
+
+
+async def _instantiate(nanny: Nanny) -> Any:
+    token = _is_forked.set(True)
+    try:
+        return await type(nanny).instantiate(nanny)
+    finally:
+        _is_forked.reset(token)
+
+
+def _set_env(nanny: Nanny, env: dict[str, str]) -> None:
+    nanny.env = env
+    if nanny.process is not None:  # what the next start of it goes by
+        nanny.process.env = env
 
 
 def _wants_its_own(nanny: Nanny) -> bool:

@@ -314,7 +314,7 @@ async def test_a_loose_restriction_outlives_its_worker(c, s, gate, a, b):
 
 @gated()
 async def test_whatever_goes_wrong_around_a_load_is_answered(c, s, gate, a, b):
-    def broken(digest):
+    def broken(*args):
         raise OSError("not the loader's fault")
 
     for worker in (a, b):
