@@ -36,7 +36,7 @@ def use(context):
 
 def killed(client):
     """Kill the only worker; what the next one is like."""
-    pid, *_ = client.submit(about, pure=False).result(30)
+    pid, *_ = client.submit(about, pure=False).result(60)
     os.kill(pid, signal.SIGKILL)
     return client.submit(about, pure=False).result(60)
 
@@ -47,7 +47,7 @@ def test_a_killed_worker_is_back_with_everything_imported(monkeypatch):
     with LocalCluster(**options) as cluster, Client(cluster) as client:
         pcm.install(client)
         client.submit(use, pcm.Context(load)).result(60)
-        first = client.submit(about, pure=False).result(30)
+        first = client.submit(about, pure=False).result(60)
         monkeypatch.setenv("PCM_TEST_MARK", "of later")
         pid, imported, a_hash, mark = killed(client)
         assert pid != first[0]
@@ -55,7 +55,7 @@ def test_a_killed_worker_is_back_with_everything_imported(monkeypatch):
         assert (a_hash, mark) == (first[2], "of then")
         # Another cluster of this process starts its workers as ever.
         with LocalCluster(**options) as plain, Client(plain, set_as_default=False) as other:
-            _, imported, _, mark = other.submit(about).result(30)
+            _, imported, _, mark = other.submit(about).result(60)
             assert "torch" not in imported and mark == "of later"
         pcm.uninstall(client)
         _, imported, _, mark = killed(client)
@@ -104,7 +104,7 @@ def test_dask_worker_as_a_batch_job_starts_it(tmp_path):
         with subprocess.Popen(command, env=environ, cwd=tmp_path) as job:
             try:
                 client.wait_for_workers(1, timeout=60)
-                first = client.submit(about, pure=False).result(30)
+                first = client.submit(about, pure=False).result(60)
                 second = killed(client)
             finally:
                 job.terminate()
@@ -119,7 +119,7 @@ def test_a_job_that_is_killed_leaves_no_fork_server(tmp_path):
         command += ["--no-dashboard", "--nthreads=1", "--preload-nanny=dask_pcm.preload"]
         with subprocess.Popen(command, cwd=tmp_path) as job:
             client.wait_for_workers(1, timeout=60)
-            parent = client.submit(os.getppid).result(30)
+            parent = client.submit(os.getppid).result(60)
             assert parent != job.pid  # the server's
             job.kill()
         deadline = time.monotonic() + 30
