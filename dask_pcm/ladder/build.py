@@ -67,6 +67,7 @@ class Builder:
         live = Live(value, recipe, apart)
         if not self._is_mapped or apart.is_on_device:
             return live  # its image is made while it is in use already
+        live.apart = None  # it has an image now, or can have none
         # Another worker of this host may have built it at the same time: one copy will do.
         image = self._host.find(ref.digest) or self._host.put(ref.digest, ref.name, apart)
         if image is None:
