@@ -183,7 +183,7 @@ def test_workers_of_the_command_end_without_a_word():
 
 def test_status_pause_resume_and_cancel_from_another_process(tmp_path):
     """A run in a process of its own, looked at and ended from here."""
-    generate(20_000, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
+    generate(8_000, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
     out = tmp_path / "out"
     args = command(*run_args(tmp_path / "claims.parquet", out))
 
@@ -214,7 +214,7 @@ def test_status_pause_resume_and_cancel_from_another_process(tmp_path):
     nobody = invoke_here("pause", out)
     assert nobody.exit_code == 1 and "Nobody is at work" in nobody.output
     n_done = len(pd.read_parquet(out))
-    assert 0 <= n_done < 20_000
+    assert 0 <= n_done < 8_000
 
 
 def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_path):
@@ -271,7 +271,7 @@ def heed_interrupts():
 
 def test_ctrl_c_leaves_a_resumable_output_and_says_so(tmp_path):
     """SIGINT to the process group, as a terminal sends it; then the same command finishes."""
-    generate(20_000, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
+    generate(8_000, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
     out, report = tmp_path / "out", tmp_path / "report.json"
     args = command(*run_args(tmp_path / "claims.parquet", out, "--report", report))
     options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -285,10 +285,10 @@ def test_ctrl_c_leaves_a_resumable_output_and_says_so(tmp_path):
         _, said = first.communicate(timeout=60)
     assert first.returncode == 130
     assert "run the same command to go on" in said
-    assert "Traceback" not in said
-    assert 0 < len(pd.read_parquet(out)) < 20_000
+    assert "Traceback" not in said, said
+    assert 0 < len(pd.read_parquet(out)) < 8_000
     assert subprocess.run(args, capture_output=True, timeout=110).returncode == 0
-    assert pd.read_parquet(out).id.tolist() == list(range(20_000))
+    assert pd.read_parquet(out).id.tolist() == list(range(8_000))
     assert json.loads(report.read_text())["rows_resumed"] > 0
 
 

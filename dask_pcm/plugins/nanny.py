@@ -203,9 +203,8 @@ class NannyLink:
         """Have this worker's successor begin with everything imported."""
         if not self._has_fork_server:
             self._has_fork_server = True
-            self.ask(
-                "pcm_rebirth", models=[name for name in sys.modules if name.startswith(_MODELS)]
-            )
+            imported = list(sys.modules)  # at once: other threads go on importing
+            self.ask("pcm_rebirth", models=[name for name in imported if name.startswith(_MODELS)])
 
     def find(self, digest: str) -> str | None:
         path: str | None = self.ask("pcm_find", digest=digest)
