@@ -183,7 +183,7 @@ def test_workers_of_the_command_end_without_a_word():
 
 def test_status_pause_resume_and_cancel_from_another_process(tmp_path):
     """A run in a process of its own, looked at and ended from here."""
-    generate(8_000, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
+    generate(20_000, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
     out = tmp_path / "out"
     args = command(*run_args(tmp_path / "claims.parquet", out))
 
@@ -214,7 +214,7 @@ def test_status_pause_resume_and_cancel_from_another_process(tmp_path):
     nobody = invoke_here("pause", out)
     assert nobody.exit_code == 1 and "Nobody is at work" in nobody.output
     n_done = len(pd.read_parquet(out))
-    assert 0 <= n_done < 8_000
+    assert 0 <= n_done < 20_000
 
 
 def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_path):
