@@ -124,6 +124,7 @@ class Driver:
             was ended; KeyboardInterrupt when the user stops it.
         """
         self._take_stock()
+        self._tell(float(self._window.cutter.n_rows), 1)  # loads from now on are this run's
         self._heart.beat()
         if not self._window.cutter.is_empty:
             self._plan.start_below(self._client)
