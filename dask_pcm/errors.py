@@ -15,7 +15,7 @@ class LoadError(PCMError, RuntimeError):
     """A context could not be built; the message holds the loader's own traceback."""
 
 
-class DeviceMemoryError(PCMError, MemoryError):
+class DeviceMemoryError(MemoryError, PCMError):  # in this order pickle can make it again
     """A context does not fit on the device; the message has the numbers."""
 
 

@@ -40,13 +40,14 @@ class Builder:
         files
             Takes up what keeps the staged files where they are.
         """
-        image = self._host.find(ref.digest)
+        recipe = recipe_of(ref)
+        image = None if recipe.reattach is False else self._host.find(ref.digest)
         if image is None:
             return None
         try:
             # The object may read on in its files.
             files.enter_context(self._staging.placed(ref.bundles))
-            return Live.of_image(image, recipe_of(ref), self._is_mapped)
+            return Live.of_image(image, recipe, self._is_mapped)
         except Exception as error:
             logger.warning("Context %r is loaded anew: %r", ref.name, error)
             files.close()
@@ -68,6 +69,8 @@ class Builder:
         if not self._is_mapped or apart.is_on_device:
             return live  # its image is made while it is in use already
         live.apart = None  # it has an image now, or can have none
+        if apart.skeleton is None:
+            return live
         # Another worker of this host may have built it at the same time: one copy will do.
         image = self._host.find(ref.digest) or self._host.put(ref.digest, ref.name, apart)
         if image is None:
@@ -84,6 +87,10 @@ class Builder:
         apart, live.apart = live.apart, None
         if live.image is None and apart is not None:
             live.image = self._host.put(ref.digest, ref.name, apart)
+            if not live.is_unchanged:  # by a task: others are to find it as it was loaded
+                logger.info("Context %r is changed by its tasks: it is not kept", ref.name)
+                self._host.drop(ref.digest)
+                live.image = None
 
 
 def recipe_of(ref: ContextRef) -> Recipe:

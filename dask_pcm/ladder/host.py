@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dask_pcm.ladder import tensors
-from dask_pcm.ladder.tensors import Frozen
+from dask_pcm.ladder.apart import Frozen, thaw
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Image:
         if not maps:
             tensors.read(self.fd, self._placed(storages))
         buffers = [memory[p.start : p.start + p.n_bytes] for p in self._buffers]
-        return tensors.thaw(self._skeleton, storages, buffers), storages
+        return thaw(self._skeleton, storages, buffers), storages
 
     def refill(self, storages: Sequence[Any]) -> None:
         """Have storages that were emptied hold again what they held."""
@@ -206,7 +206,7 @@ class Host:
         why = "there is no room for it (pcm.ladder.host.budget)"
         try:
             image = Image.write(frozen, digest)
-        except (OSError, MemoryError, AttributeError) as error:  # memory files are of Linux
+        except Exception as error:  # no memory files here, no memory, no way off the device
             image, why = None, str(error)
         if image is not None:
             path = f"/proc/{os.getpid()}/fd/{image.fd}"

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dask_pcm.context import Recipe
-from dask_pcm.ladder import tensors
+from dask_pcm.ladder.apart import Frozen, Owners, freeze, is_plain, modules_of
 from dask_pcm.ladder.host import Image
-from dask_pcm.ladder.tensors import Frozen
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +43,12 @@ class Live:
         #: Until there is an image of it.
         self.apart: Frozen | None = apart if image is None else None
         self._recipe = recipe
-        has_hooks = recipe.offload is not None and recipe.restore is not None
+        self._has_hooks = recipe.offload is not None and recipe.restore is not None
         # Hooks see to their own: nothing here may hold on to what they let go of.
-        self._n_bytes = _device_bytes(apart.storages) if has_hooks else None
-        self._storages = [] if has_hooks else apart.storages
-        self._n_users = tensors.n_users(self._storages)
-        if has_hooks:
+        self._n_bytes = _device_bytes(apart.storages) if self._has_hooks else None
+        self._storages = [] if self._has_hooks else apart.storages
+        self._owners: Owners | None = None if self._has_hooks else apart.owners
+        if self._has_hooks:
             self.apart = None
         self._is_mapped = is_mapped
 
@@ -57,12 +56,26 @@ class Live:
     def of_image(cls, image: Image, recipe: Recipe, is_mapped: bool) -> Live:
         """The object that an image was made of."""
         value, storages = image.thaw(is_mapped)
-        return cls(value, recipe, Frozen(None, storages), image, is_mapped)
+        # Mapped, it never leaves its place: it does not matter who has a part of it.
+        owners = None if is_mapped else _owners_of(value)
+        return cls(value, recipe, Frozen(None, storages, owners=owners), image, is_mapped)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of its tensors on an accelerator; where there are none, on the CPU."""
         return _device_bytes(self._storages) if self._n_bytes is None else self._n_bytes
+
+    def bytes_beside(self, others: Sequence[Live]) -> int:
+        """Those of its bytes that are not those of other objects as well."""
+        if self._n_bytes is not None:
+            return self._n_bytes
+        theirs = {storage._cdata for other in others for storage in other._storages}
+        return _device_bytes([s for s in self._storages if s._cdata not in theirs])
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether its tensors are as they were when it came, as far as torch tells."""
+        return self._owners is None or self._owners.is_unchanged
 
     @property
     def mapped_bytes(self) -> int:
@@ -84,19 +97,14 @@ class Live:
             return True
         if self._is_mapped:  # it has been there all the time
             return True
-        movable = [storage for storage in self._storages if storage.resizable()]
-        if not movable or tensors.n_users(self._storages) > self._n_users:
-            return False  # a result of a task may be a view of it
+        movable = [storage for storage in self._storages if _can_be_emptied(storage)]
+        if not movable or self._owners is None or not self._owners.is_sole:
+            return False  # what a task has returned may be a part of it
         if self.image is None or not self.image.is_same(self._storages):
             self.image = Image.of_storages(self._storages)
         for storage in movable:
             storage.resize_(0)
         return True
-
-    def shares(self, other: Live) -> bool:
-        """Whether tensors of another object are on the same memory."""
-        mine = {storage._cdata for storage in self._storages}
-        return any(storage._cdata in mine for storage in other._storages)
 
     def rise(self) -> None:
         """Be on the device again."""
@@ -116,6 +124,18 @@ def _device_bytes(storages: Sequence[Any]) -> int:
     return sum(storage.nbytes() for storage in on_device or storages)
 
 
+def _can_be_emptied(storage: Any) -> bool:
+    # Memory that processes share says that it can be resized, and cannot.
+    return bool(storage.resizable()) and not (storage.device.type == "cpu" and storage.is_shared())
+
+
+def _owners_of(value: Any) -> Owners | None:
+    try:
+        return freeze(value).owners
+    except Exception:
+        return modules_of(value).owners
+
+
 def frozen(value: Any, recipe: Recipe, name: str) -> Frozen:
     """An object taken apart; where it cannot be, the storages of its modules.
 
@@ -123,10 +143,10 @@ def frozen(value: Any, recipe: Recipe, name: str) -> Frozen:
     might not do justice to.
     """
     has_hooks = any(hook is not None for hook in (recipe.offload, recipe.restore, recipe.close))
-    may_reattach = tensors.is_plain(value) and not has_hooks
+    may_reattach = not has_hooks and is_plain(value)
     if recipe.reattach or (recipe.reattach is None and may_reattach):
         try:
-            return tensors.freeze(value)
+            return freeze(value)
         except Exception as error:
             logger.info("Context %r cannot outlive its process: %s", name, error)
-    return Frozen(None, tensors.storages_of(value))
+    return modules_of(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,10 @@ class Residency:
     #: When somebody last held it, by the monotonic clock.
     used_at: float = 0.0
     n_holders: int = 0
+    #: Threads that hold it, each as often as it does.
+    threads: Counter[int] = field(default_factory=Counter)
+    #: What its loader has acquired, and its object may be made of: held for as long as that is.
+    inner: list[Residency] = field(default_factory=list)
     #: Until when a load that failed is better not tried again, by the monotonic clock.
     rests_until: float = 0.0
     #: Whether it is to be dropped as soon as nobody holds it.
@@ -74,6 +79,11 @@ class Residency:
     def value(self) -> Any:
         """The live object."""
         return None if self.live is None else self.live.value
+
+    @property
+    def holding(self) -> set[int]:
+        """Threads without which it cannot leave the device."""
+        return {*self.threads, *([] if self.user is None else [self.user])}
 
     @property
     def is_there(self) -> bool:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: A load that failed is not tried again for so many times the seconds that it took.
 _REST = 10.0
-#: How long a load waits for others to leave the device.
-_PATIENCE_S = 60.0
+#: How often a load that waits for room looks whether anybody could still make some.
+_LOOK_S = 1.0
 
 
 class Store:
@@ -66,6 +67,10 @@ class Store:
         # Guards every field of every residency; notified when a load or a turn ends.
         self._changed = threading.Condition()
         self._turns = Turns(self._changed)
+        #: Threads that wait for room on the device.
+        self._waiting: set[int] = set()
+        #: What each thread builds at the moment, the innermost last.
+        self._building: dict[int, list[Residency]] = {}
 
     def tier(self, digest: str) -> Tier:
         """Where the context stands now."""
@@ -121,21 +126,24 @@ class Store:
                 raise LoadError(residency.error)
             self._begin_move(residency)
             residency.ref = ref  # the same recipe, but perhaps pickled so that it can be opened
-            residency.n_bytes = residency.n_bytes or ref.device_memory_bytes or 0
+            if residency.live is None:  # else it has been measured
+                residency.n_bytes = ref.device_memory_bytes or residency.n_bytes
         self._on_change(Change(ref.digest, Tier.LOADING))
         return self._bring(residency)
 
     def _bring(self, residency: Residency) -> Any:
         start = time.monotonic()
         error, is_built, wrong = None, False, None
+        is_up = False
         try:
             self._make_room(residency)
             tried = self._tried(residency)
             # Outside the except clause: what was half built is let go by now.
             is_built = self._up(residency) if tried is None else tried
+            is_up = True
             self._measure(residency)
         except DeviceBusyError as cause:  # no fault of its own: whoever asks again may have it
-            self._end_move(residency, Tier.HOST if residency.live is not None else Tier.ABSENT)
+            self._step_back(residency, is_up)
             raise LoadError(_explain(residency.ref, cause)) from cause
         except BaseException as cause:  # also SystemExit: a library that exits is a failed load
             error, wrong = _explain(residency.ref, cause), cause
@@ -164,10 +172,23 @@ class Store:
         if error:
             raise LoadError(error)
         live = residency.live
+        value = residency.value
         if is_built and live is not None:
             self._keep(residency, live)
-            return live.value
-        return residency.value
+        if residency.is_released:  # meanwhile; whoever holds it by now has it for as long
+            self.evict(residency.ref.digest)
+        return value
+
+    def _step_back(self, residency: Residency, is_up: bool) -> None:
+        """Others hold on to the device: it stays, or goes, where it takes no room there."""
+        live = residency.live
+        try:
+            if live is not None and (not is_up or (not residency.inner and live.lower())):
+                self._end_move(residency, Tier.HOST)
+                return
+        except Exception as error:
+            logger.warning("Context %r is dropped: %r", residency.ref.name, error)
+        self._drop(residency)
 
     def _tried(self, residency: Residency) -> bool | None:
         """As ``_up``; None where there was no memory, and others have made room since."""
@@ -185,15 +206,18 @@ class Store:
             is_over = self._is_closed or residency.is_released
             if is_over or residency.tier is not Tier.DEVICE or residency.live is not live:
                 return
-            residency.n_holders += 1
+            self._take(residency)
         try:
             self._builder.keep(residency.ref, live)
         finally:
             self._let_go(residency)
 
-    def _let_go(self, residency: Residency) -> None:
+    def _let_go(self, residency: Residency, is_inner: bool = False) -> None:
+        me = threading.get_ident()
         with self._changed:
             residency.n_holders -= 1
+            if not is_inner:
+                residency.threads -= Counter([me])
             residency.used_at = time.monotonic()
             self._changed.notify_all()
             is_unwanted = self._is_closed or residency.is_released
@@ -209,13 +233,21 @@ class Store:
         residency.live = self._builder.found(residency.ref, residency.files)
         if residency.live is not None:
             return False
-        residency.live = self._builder.built(residency.ref, residency.files)
+        me = threading.get_ident()
+        with self._changed:
+            self._building.setdefault(me, []).append(residency)
+        try:
+            residency.live = self._builder.built(residency.ref, residency.files)
+        finally:
+            with self._changed:
+                self._building[me].pop()
         return True
 
     def _measure(self, residency: Residency) -> None:
         """See what a context takes, now that it is there; others may have to leave."""
         assert residency.live is not None
-        found = residency.live.n_bytes
+        inner = [r.live for r in residency.inner if r.live is not None]
+        found = residency.live.bytes_beside(inner)
         if found > residency.n_bytes:
             residency.n_bytes = found
             self._make_room(residency)
@@ -225,6 +257,10 @@ class Store:
         with residency.files:
             if live is not None:
                 _close(residency.ref, live)
+        del live
+        inner, residency.inner = residency.inner, []
+        for held in inner:
+            self._let_go(held, is_inner=True)
 
     def _make_room(self, wanted: Residency) -> None:
         """Have others that nobody holds leave the device, the least lately used first."""
@@ -237,7 +273,6 @@ class Store:
                 f" has {budget:,} for contexts (pcm.ladder.device.budget). Use a smaller model or"
                 " data type, or workers with larger devices."
             )
-        until = time.monotonic() + _PATIENCE_S
         while True:
             with self._changed:
                 there = [r for r in self._residencies.values() if r is not wanted and r.is_there]
@@ -245,14 +280,27 @@ class Store:
                     wanted.has_room = True
                     return
                 idle = [r for r in there if r.tier is Tier.DEVICE and not r.n_holders]
-                if not idle and not self._changed.wait(until - time.monotonic()):
-                    names = ", ".join(f"{r.ref.name!r} ({r.n_bytes:,})" for r in there)
-                    raise DeviceBusyError(
-                        f"Context {wanted.ref.name!r} takes {wanted.n_bytes:,} bytes; the device"
-                        f" has {budget:,} for contexts, and tasks hold on to {names}."
-                    )
+                if not idle:
+                    self._wait_for_room(wanted, there, budget)
             if idle:
                 self.lower(min(idle, key=lambda r: r.used_at).ref.digest)
+
+    def _wait_for_room(self, wanted: Residency, there: list[Residency], budget: int) -> None:
+        """Wait for a change; with the lock. Not where everybody waits for everybody else."""
+        me = threading.get_ident()
+        holders = {thread for residency in there for thread in residency.holding}
+        if all(self._turns.leads_to(thread, self._waiting | {me}) for thread in holders):
+            names = ", ".join(f"{r.ref.name!r} ({r.n_bytes:,})" for r in there)
+            raise DeviceBusyError(
+                f"Context {wanted.ref.name!r} takes {wanted.n_bytes:,} bytes; the device has"
+                f" {budget:,} for contexts, and the tasks that hold on to {names} wait for room as"
+                " well. Take contexts that are used together at once, so that the gate sees both."
+            )
+        self._waiting.add(me)
+        try:
+            self._changed.wait(_LOOK_S)
+        finally:
+            self._waiting.discard(me)
 
     def _lower_idle(self) -> bool:
         """Have all that nobody holds leave the device; whether there was anything."""
@@ -271,13 +319,10 @@ class Store:
                 return False
             self._begin_move(residency)
             residency.has_room = True  # still there
-            others = [r.live for r in self._residencies.values() if r is not residency]
         live = residency.live
         assert live is not None
-        # What another object holds as well (its loader has acquired this one) is not emptied.
-        is_shared = any(live.shares(other) for other in others if other is not None)
         try:
-            is_lowered = not is_shared and live.lower()
+            is_lowered = not residency.inner and live.lower()
         except Exception as error:
             logger.warning("Context %r is dropped: %r", residency.ref.name, error)
             is_lowered = False
@@ -349,13 +394,22 @@ class Store:
                 residency = self._residencies.get(ref.digest)
                 # Between load() and here another thread may have evicted it: build it again.
                 if residency and residency.tier is Tier.DEVICE and residency.value is value:
-                    residency.n_holders += 1
+                    self._take(residency)
                     break
         try:
             with self._turns.taken(residency) if ref.is_exclusive else nullcontext():
                 yield value
         finally:
             self._let_go(residency)
+
+    def _take(self, residency: Residency) -> None:
+        """Hold it; with the lock. What a loader takes, its object may be made of."""
+        me = threading.get_ident()
+        residency.n_holders += 1
+        residency.threads[me] += 1
+        if builds := self._building.get(me):
+            residency.n_holders += 1  # until the object is dropped
+            builds[-1].inner.append(residency)
 
     def release(self, digest: str) -> None:
         """Drop a context, as soon as nobody holds it."""

@@ -1,27 +1,18 @@
 """Torch tensors up and down the ladder: bytes of storages into files, and back in place.
 
-A live object is taken apart by pickling it: what pickle would write of storages and of large
-buffers goes elsewhere (``Frozen``), and what remains, small, is its skeleton. So whatever can be
-pickled can leave its device, and its process, with all identities and ties among its tensors.
-
-The ladder's only torch. It is not imported here: whoever holds a tensor has imported it.
+Torch is not imported here: whoever holds a tensor has imported it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import io
 import mmap
 import os
-import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
-
-import cloudpickle
 
 if TYPE_CHECKING:
     import torch
@@ -30,157 +21,6 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 16 << 20
 _MAX_THREADS = 8
-#: Smaller buffers than this stay in the skeleton.
-_LEAST_BYTES = 4096
-#: More than this besides tensors and arrays is not taken apart: it would take long.
-_MAX_SKELETON_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """A live object taken apart.
-
-    Attributes
-    ----------
-    skeleton
-        What pickle wrote; None where the object cannot be put together again.
-    storages
-        Of its tensors, each once, wherever they are; the object still uses them.
-    buffers
-        Of arrays and the like.
-    """
-
-    skeleton: bytes | None
-    storages: list[Storage] = field(default_factory=list)
-    buffers: list[memoryview] = field(default_factory=list)
-
-    @property
-    def is_on_device(self) -> bool:
-        """Whether some of it is on an accelerator."""
-        return any(storage.device.type != "cpu" for storage in self.storages)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes besides the skeleton."""
-        buffers = sum(buffer.nbytes for buffer in self.buffers)
-        return buffers + sum(storage.nbytes() for storage in self.storages)
-
-
-def freeze(value: Any) -> Frozen:
-    """Take an object apart; it stays as it is.
-
-    Raises
-    ------
-    Exception
-        Whatever pickle, or the object's own way to be pickled, raises; also where there is too
-        much besides tensors and arrays.
-    """
-    file = _Limited()
-    freezer = _Freezer(file)
-    freezer.dump(value)
-    return Frozen(file.getvalue(), freezer.storages, freezer.buffers)
-
-
-def thaw(skeleton: bytes, storages: Sequence[Storage], buffers: Sequence[memoryview]) -> Any:
-    """Put an object together again, on other storages and buffers."""
-    return _Thawer(skeleton, storages, buffers).load()
-
-
-class _Limited(io.BytesIO):
-    def write(self, data: Any) -> int:
-        if self.tell() + len(data) > _MAX_SKELETON_BYTES:
-            raise ValueError("it holds too much that is neither tensor nor array")
-        return super().write(data)
-
-
-class _Freezer(cloudpickle.Pickler):  # type: ignore[misc] # its types are not shipped
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=5, buffer_callback=self._keep)
-        self.storages: list[Storage] = []
-        self.buffers: list[memoryview] = []
-        self._numbers: dict[int, int] = {}
-
-    def _keep(self, buffer: pickle.PickleBuffer) -> bool:
-        try:
-            raw = buffer.raw()
-        except BufferError:  # not contiguous
-            return True
-        if raw.nbytes < _LEAST_BYTES:
-            return True
-        self.buffers.append(raw)
-        return False
-
-    def persistent_id(self, obj: Any) -> Any:
-        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-        if numpy is not None and isinstance(obj, numpy.memmap):
-            raise ValueError("it maps a file, which is better read where it is")
-        if torch is None:
-            return None
-        if isinstance(obj, torch.UntypedStorage):
-            return self._number(obj), None
-        if isinstance(obj, torch.storage.TypedStorage):
-            return self._number(obj._untyped_storage), obj.dtype
-        return None
-
-    def _number(self, storage: Storage) -> int:
-        number = self._numbers.setdefault(storage._cdata, len(self.storages))
-        if number == len(self.storages):
-            self.storages.append(storage)
-        return number
-
-
-class _Thawer(pickle.Unpickler):
-    def __init__(
-        self, skeleton: bytes, storages: Sequence[Storage], buffers: Sequence[memoryview]
-    ) -> None:
-        super().__init__(io.BytesIO(skeleton), buffers=buffers)
-        self._storages = storages
-
-    def persistent_load(self, pid: Any) -> Any:
-        import torch
-
-        number, dtype = pid
-        storage = self._storages[number]
-        if dtype is None:
-            return storage
-        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
-
-
-# -- storages ------------------------------------------------------------------------------------
-
-
-def storages_of(value: Any) -> list[Storage]:
-    """Storages of the modules in an object that cannot be pickled: of itself, or its attributes."""
-    torch = sys.modules.get("torch")
-    if torch is None or not (hasattr(value, "__dict__") or isinstance(value, (list, tuple))):
-        return []
-    held = value if isinstance(value, (list, tuple)) else vars(value).values()
-    modules = [item for item in (value, *held) if isinstance(item, torch.nn.Module)]
-    found: dict[int, Storage] = {}
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            with contextlib.suppress(Exception):  # sparse or lazy ones have none
-                storage = tensor.untyped_storage()
-                found.setdefault(storage._cdata, storage)
-    return list(found.values())
-
-
-#: Packages whose objects are pickled without loss.
-_PLAIN = frozenset({"torch", "transformers", "sentence_transformers", "numpy", "dask_pcm"})
-
-
-def is_plain(value: Any) -> bool:
-    """Whether an object is a torch module, or of a library known to pickle well, or holds such."""
-    if isinstance(value, (list, tuple)):
-        return all(map(is_plain, value))
-    if isinstance(value, dict):
-        return all(map(is_plain, value.values()))
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
-        return True
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.nn.Module):
-        return True
-    return type(value).__module__.partition(".")[0] in _PLAIN
 
 
 def device_bytes() -> int | None:
@@ -214,7 +54,9 @@ _STICKY = (
 
 def is_sticky(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, says that its device is lost to this process."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))  # errors may have come from each other
         if type(error).__name__ == "AcceleratorError" or isinstance(error, RuntimeError):
             text = str(error).lower()
             of_device = any(word in text for word in ("cuda", "hip error", "accelerator"))
@@ -222,13 +64,6 @@ def is_sticky(error: BaseException | None) -> bool:
                 return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def n_users(storages: Sequence[Storage]) -> int:
-    """How many tensors and the like use storages; 0 where torch does not tell."""
-    torch = sys.modules.get("torch")
-    count = getattr(getattr(torch, "_C", None), "_storage_Use_Count", None)
-    return sum(count(storage._cdata) for storage in storages) if count else 0
 
 
 def new_storage(n_bytes: int, device: str) -> Storage:

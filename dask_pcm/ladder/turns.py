@@ -66,6 +66,15 @@ class Turns:
         finally:
             del self._awaited[me]
 
+    def leads_to(self, thread: int, stuck: set[int]) -> bool:
+        """Whether a thread is one of those, or waits for one, perhaps through others."""
+        while thread not in stuck:
+            residency = self._awaited.get(thread)
+            if residency is None or residency.user is None:
+                return False
+            thread = residency.user
+        return True
+
     def _refuse_deadlock(self, wanted: Residency, me: int) -> None:
         """Follow who waits for what: if that leads back here, nobody would ever go on."""
         if wanted.user == me:

@@ -42,6 +42,9 @@ class Refs:
     def __getitem__(self, digest: str) -> ContextRef:
         return self._refs[digest]
 
+    def get(self, digest: str) -> ContextRef | None:
+        return self._refs.get(digest)
+
     def __len__(self) -> int:
         return len(self._refs)
 

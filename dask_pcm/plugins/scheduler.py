@@ -39,6 +39,7 @@ from dask_pcm.scheduling.events import (
     Fail,
     Group,
     ResidencyReported,
+    Restarted,
     RunClosed,
     RunReported,
     Standing,
@@ -195,6 +196,7 @@ class GatePlugin(SchedulerPlugin):
             self._close_run(run)
 
     def restart(self, scheduler: Scheduler) -> None:
+        self._apply(Restarted())
         # Who asks for new processes does not want what the old ones had.
         self._loop.create_task(self._tell_nannies({"op": "pcm_clear"}))
         for run in list(self.runs):
@@ -433,7 +435,8 @@ class GatePlugin(SchedulerPlugin):
     def _declare(self, refs: Sequence[ContextRef]) -> tuple[str, ...]:
         """Digests of contexts that somebody wants now."""
         for ref in refs:
-            if ref.digest not in self.refs:
+            known = self.refs.get(ref.digest)
+            if known is None or known.device_memory_bytes != ref.device_memory_bytes:
                 self._apply(ContextDeclared(ref.digest, ref.name, ref.device_memory_bytes))
         return self.refs.add(refs)
 

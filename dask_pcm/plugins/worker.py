@@ -79,6 +79,8 @@ class ContextPlugin(Travels, WorkerPlugin):
         )
         # Dask's executor: a worker that ends does not wait for its threads.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")
+        # What is to make room does not wait behind what loads.
+        self._mover = ThreadPoolExecutor(1, thread_name_prefix="pcm-move")
         # What tasks loaded before would be here twice.
         before = of_process()
         of_process.cache_clear()
@@ -119,6 +121,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         # Also where the process ends: engines with processes of their own are closed by hooks.
         closing = self._loader.submit(self.store.close)
         self._loader.shutdown(wait=False)
+        self._mover.shutdown(wait=False)
         if worker.status in (Status.running, Status.paused):
             return None
         return asyncio.wait([asyncio.wrap_future(closing)], timeout=_CLOSING_S)
@@ -143,11 +146,11 @@ class ContextPlugin(Travels, WorkerPlugin):
 
     def on_lower(self, digest: str) -> None:
         """Another context is wanted more, or nobody has used this one for long."""
-        self._loader.submit(self.store.lower, digest)
+        self._mover.submit(self.store.lower, digest)
 
     def on_release(self, digest: str) -> None:
         """Nobody wants a context any more."""
-        self._loader.submit(self.store.release, digest)
+        self._mover.submit(self.store.release, digest)
 
     def on_return(self, epoch: str, keys: Sequence[Any], **kwargs: Any) -> None:
         """The scheduler wants back what has not begun; it is told what that was."""

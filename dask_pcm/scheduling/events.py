@@ -138,6 +138,11 @@ class ContextDeclared:
 
 
 @dataclass(frozen=True, slots=True)
+class Restarted:
+    """Somebody has all workers begin anew: what ends now ends for that, and nothing has failed."""
+
+
+@dataclass(frozen=True, slots=True)
 class RunReported:
     """A run has `n_rows` more to submit in this group, `n_units` at most at a time apart."""
 
@@ -161,6 +166,7 @@ Event: TypeAlias = (
     | WorkWithdrawn
     | ResidencyReported
     | ContextDeclared
+    | Restarted
     | RunReported
     | RunClosed
 )

@@ -19,6 +19,7 @@ from dask_pcm.scheduling.events import (
     Group,
     Leave,
     ResidencyReported,
+    Restarted,
     RunClosed,
     RunReported,
     Standing,
@@ -55,6 +56,8 @@ class WorkerView:
     finished: dict[Group, float] = field(default_factory=dict)
     #: When each load that is under way was asked for.
     loading_since: dict[str, float] = field(default_factory=dict)
+    #: Those of them that the worker has begun.
+    begun: set[str] = field(default_factory=set)
     #: How long each was expected to take.
     loading_s: dict[str, float] = field(default_factory=dict)
     #: When work that needs a context was last begun or ended here, or the context became warm.
@@ -104,6 +107,7 @@ class GateState:
     runs: dict[str, Expected] = field(default_factory=dict)
     #: What contexts take on a device, as far as it is known; and what they are called.
     sizes: dict[str, int] = field(default_factory=dict)
+    measured: set[str] = field(default_factory=set)
     names: dict[str, str] = field(default_factory=dict)
     #: The last error of each context that failed to load; nodes where it has failed since it last
     #: loaded, and how; and which contexts were given up.
@@ -154,8 +158,15 @@ class GateState:
                 self.workers[worker].leaving[context] = group
             case ContextDeclared(context, name, n_bytes):
                 self.names[context] = name
-                if n_bytes is not None:
-                    self.sizes.setdefault(context, n_bytes)
+                if n_bytes is not None and context not in self.measured:
+                    self.sizes[context] = n_bytes
+            case Restarted():
+                self.errors.clear()
+                self.failures.clear()
+                self.given_up.clear()
+                self.ended_loading.clear()
+                for view in self.workers.values():
+                    view.begun.clear()
             case Warm(worker, context):
                 view = self.workers[worker]
                 view.loading_s[context] = self.warm_s(view, context)
@@ -330,7 +341,7 @@ class GateState:
     def _lose(self, worker: str, now: float) -> None:
         view = self.workers.pop(worker, None)
         if view is not None:
-            self.ended_loading += [(view.host, context, now) for context in view.loading_since]
+            self.ended_loading += [(view.host, context, now) for context in view.begun]
             self.cost.forget_worker(worker)
             for key in view.running:
                 del self.placed[key]
@@ -365,9 +376,13 @@ class GateState:
             view.leaving.pop(report.context, None)
         if report.n_bytes:
             self.sizes[report.context] = report.n_bytes
+            self.measured.add(report.context)
         if report.device_bytes is not None:
             view.device_bytes = report.device_bytes
-        if report.standing is not Standing.LOADING:
+        if report.standing is Standing.LOADING:
+            view.begun.add(report.context)
+        else:
+            view.begun.discard(report.context)
             view.loading_since.pop(report.context, None)
         if report.standing is Standing.WARM:
             view.used_at[report.context] = view.warm_since[report.context] = now

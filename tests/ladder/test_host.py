@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from dask_pcm.ladder.apart import freeze
 from dask_pcm.ladder.host import LEAST_BYTES, Host, Image
-from dask_pcm.ladder.tensors import freeze
 from dask_pcm.plugins.nanny import Shelf
 
 
@@ -167,7 +167,7 @@ time.sleep(1000)
 WORKER = """
 import os, sys, time, torch
 from dask_pcm.ladder.host import Image
-from dask_pcm.ladder.tensors import freeze
+from dask_pcm.ladder.apart import freeze
 torch.manual_seed(0)
 image = Image.write(freeze({"weight": torch.randn(64 << 20)}))
 print(f"/proc/{os.getpid()}/fd/{image.fd}", image.n_bytes, flush=True)

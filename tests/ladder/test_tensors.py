@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dask_pcm.ladder.tensors import freeze, is_same, new_storage, read, storages_of, thaw, write
+from dask_pcm.ladder.apart import freeze, modules_of, thaw
+from dask_pcm.ladder.tensors import is_same, new_storage, read, write
 
 
 class Tied(torch.nn.Module):
@@ -75,7 +76,7 @@ def test_each_storage_once_and_arrays_beside_them():
 def test_what_cannot_be_pickled_or_is_too_much_is_refused(monkeypatch):
     with pytest.raises(TypeError, match="lock"):
         freeze({"lock": threading.Lock()})
-    monkeypatch.setattr("dask_pcm.ladder.tensors._MAX_SKELETON_BYTES", 1 << 20)
+    monkeypatch.setattr("dask_pcm.ladder.apart._MAX_SKELETON_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="neither tensor nor array"):
         freeze([os.urandom(10) for _ in range(200_000)])
     assert freeze([os.urandom(10) for _ in range(2_000)]).n_bytes == 0
@@ -86,10 +87,11 @@ def test_storages_of_an_object_that_cannot_be_pickled():
         def __init__(self):
             self.module, self.lock = Tied(), threading.Lock()
 
-    assert len(storages_of(Holder())) == 6
-    assert len(storages_of(Tied())) == 6
-    assert len(storages_of([torch.nn.Linear(2, 2), "text"])) == 2
-    assert storages_of("text") == storages_of(object()) == []
+    assert len(modules_of(Holder()).storages) == 6
+    assert len(modules_of(Tied()).storages) == 6
+    assert len(modules_of([torch.nn.Linear(2, 2), "text"]).storages) == 2
+    assert len(modules_of({"deep": [{"down": torch.nn.Linear(2, 2)}]}).storages) == 2
+    assert modules_of("text").storages == modules_of(object()).storages == []
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from dask_pcm.scheduling.events import (
     GivenUp,
     Group,
     ResidencyReported,
+    Restarted,
     RunClosed,
     RunReported,
     Standing,
@@ -361,6 +362,7 @@ def end_processes(world, nodes):
         for warm in [action for action in actions if isinstance(action, Warm)]:
             n_ended += 1
             node = world.state.workers[warm.worker].host
+            world.tell(ResidencyReported(warm.worker, warm.context, Standing.LOADING))
             world.tell(WorkerLeft(warm.worker))
             world.tell(WorkerJoined(f"{node}-{n_ended}", 2, None, nodes(node, n_ended)))
         world.now += 1.0
@@ -372,6 +374,50 @@ def test_a_loader_that_ends_its_process_is_not_tried_for_ever():
     n_ended, (fail,) = end_processes(world, lambda node, n: node)
     assert n_ended == 3
     assert "process ended while it loaded" in fail.error
+
+
+def test_what_had_not_begun_to_load_is_not_to_blame():
+    """Two contexts are wanted of a worker; one ends its process each time."""
+    world = on_nodes(one=1)
+    world.park(1, group=B)
+    failed = []
+    for n in range(30):
+        actions = world.decide()
+        failed += [action.key for action in actions if isinstance(action, Fail)]
+        wanted = [action for action in actions if isinstance(action, Warm)]
+        if not wanted:
+            continue
+        worker = wanted[0].worker
+        if "a" in {warm.context for warm in wanted}:
+            world.tell(ResidencyReported(worker, "a", Standing.LOADING))
+            world.tell(WorkerLeft(worker), WorkerJoined(f"w-{n}", 2, None, "one"))
+        else:
+            world.tell(ResidencyReported(worker, "b", Standing.LOADING))
+            world.tell(ResidencyReported(worker, "b", Standing.WARM, 1.0))
+            break
+    assert failed == ["a0"]
+    assert assigned(world.decide()) == [("b0", worker)]
+
+
+def test_workers_that_somebody_has_begin_anew_have_not_failed():
+    world = on_nodes(one=1)
+    for n in range(10):
+        (warm,) = [action for action in world.decide() if isinstance(action, Warm)]
+        world.tell(ResidencyReported(warm.worker, warm.context, Standing.LOADING))
+        world.tell(Restarted(), WorkerLeft(warm.worker))
+        world.tell(WorkerJoined(f"w-{n}", 2, None, "one"))
+    assert not world.state.failures
+
+
+def test_what_is_said_last_of_a_size_counts_until_it_is_measured():
+    state = GateState()
+    for n_bytes in (40, 4):
+        state.apply(ContextDeclared("a", "a", n_bytes), 0.0)
+    assert state.sizes == {"a": 4}
+    state.apply(WorkerJoined("w", 2), 0.0)
+    state.apply(ResidencyReported("w", "a", Standing.WARM, 1.0, n_bytes=6), 0.0)
+    state.apply(ContextDeclared("a", "a", 5), 0.0)
+    assert state.sizes == {"a": 6}
 
 
 def test_workers_that_are_lost_with_their_nodes_are_nobodys_fault():
