@@ -152,3 +152,9 @@ def test_which_errors_mean_that(error, is_so):
     wrapped = ValueError("in a batch")
     wrapped.__cause__ = error
     assert is_sticky(wrapped) is is_so
+
+
+def test_errors_that_came_from_each_other_are_looked_at_once():
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__cause__ = other, one
+    assert not is_sticky(one)

@@ -13,6 +13,7 @@ import torch
 from dask.distributed import Client, wait
 
 import dask_pcm as pcm
+from dask_pcm.errors import LoadError
 from dask_pcm.plugins.scheduler import GATE
 from tests.conftest import validated_cluster
 
@@ -163,3 +164,28 @@ def until(is_so):
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def taken(context, what):
+    with pcm.acquire(context) as module:
+        return {"parameter": module.weight, "row": module.weight.detach()[-1]}[what]
+
+
+@pytest.mark.parametrize("what", ["parameter", "row"])
+def test_what_a_task_has_returned_stays_as_it_was(client, log, what):
+    """Others have taken the context's place by the time it is asked for."""
+    three = contexts(log, 3)
+    results = [client.submit(taken, context, what, pure=False) for context in three]
+    wait(results)
+    client.gather([client.submit(ask, i, three[i % 3], pure=False) for i in range(12)])
+    pids = client.run(os.getpid)
+    assert [result.flatten()[-1].item() for result in client.gather(results)] == [0, 1, 2]
+    assert client.run(os.getpid) == pids  # no process has died of it
+
+
+def test_a_size_that_was_declared_wrongly_can_be_corrected(client, log):
+    with pytest.raises(LoadError, match="41,943,040"):
+        context = pcm.Context(load, log, 7, device_memory="40 MiB")
+        client.submit(ask, 0, context, pure=False).result()
+    context = pcm.Context(load, log, 7, device_memory="4 MiB")
+    assert client.submit(ask, 0, context, pure=False).result() == (0, [7.0])
