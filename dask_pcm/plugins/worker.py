@@ -28,7 +28,7 @@ from distributed.worker_state_machine import FreeKeysEvent
 
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
-from dask_pcm.errors import DeviceError, LoadError
+from dask_pcm.errors import DeviceBusyError, DeviceError, LoadError
 from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.residency import Change, Tier
 from dask_pcm.ladder.staging import Staging
@@ -225,9 +225,18 @@ class ContextPlugin(Travels, WorkerPlugin):
         for ref in refs:
             if ref.digest not in self._wanted and self.store.tier(ref.digest) is not Tier.DEVICE:
                 self._load_in_place(ref)
-        with self.store.acquire(refs, again=False) as values:  # when to try again, the gate knows
-            self._set_threads()
-            yield values
+        try:
+            with self.store.acquire(
+                refs, again=False
+            ) as values:  # when to try again: the gate knows
+                self._set_threads()
+                yield values
+        except LoadError as error:
+            is_busy = isinstance(error.__cause__, DeviceBusyError)
+            if is_busy and all(ref.digest in self._wanted for ref in refs):
+                # What the gate saw to has been moved since: it is to see to it again.
+                raise Reschedule from error
+            raise
 
     def _load_in_place(self, ref: ContextRef) -> None:
         with self._warning:

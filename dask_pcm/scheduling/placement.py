@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dask_pcm.scheduling.events import Action, Assign, Fail, GivenUp, Group, Standing, Warm, Work
 from dask_pcm.scheduling.eviction import Claims, make_room, room, too_large
-from dask_pcm.scheduling.state import GateState, WorkerView, still_s
+from dask_pcm.scheduling.state import END_OF_PROCESS, GateState, WorkerView, still_s
 
 #: A worker changes sides only if all are done within this share of the time.
 _GAIN = 0.8
@@ -248,7 +248,10 @@ def _has_failed_enough(
     if len(failures) >= _PATIENCE * n_load_attempts:
         return True
     n_nodes = min(n_load_attempts, len({view.host for view in views}))
-    for kind in {kind for _, kind in failures}:
+    kinds = {kind for _, kind in failures}
+    if state.cost.load_s(context):  # where it has been loaded, whoever ends the process is another
+        kinds.discard(END_OF_PROCESS)
+    for kind in kinds:
         nodes = [host for host, its_kind in failures if its_kind == kind]
         if len(nodes) >= n_load_attempts and len(set(nodes)) >= n_nodes:
             return True

@@ -33,6 +33,8 @@ from dask_pcm.scheduling.events import (
     WorkWithdrawn,
 )
 
+#: How a load fails that ends its process, or whose process is ended meanwhile.
+END_OF_PROCESS = "end of process"
 #: A process that a nanny started again is back within so many seconds.
 _BACK_S = 60.0
 
@@ -360,7 +362,7 @@ class GateState:
                 " or by a crash of native code. What the worker logged may say more."
             )
             view.standings[context] = Standing.FAILED
-            self.failures.setdefault(context, []).append((view.host, "end of process"))
+            self.failures.setdefault(context, []).append((view.host, END_OF_PROCESS))
 
     def _report(self, report: ResidencyReported, now: float) -> None:
         view = self.workers.get(report.worker)

@@ -15,7 +15,7 @@ from distributed.core import Status
 from distributed.utils_test import inc
 
 from dask_pcm import Context
-from dask_pcm.errors import LoadError
+from dask_pcm.errors import DeviceBusyError, LoadError
 from dask_pcm.plugins.hold import hold
 from dask_pcm.plugins.parking import PARKED
 from dask_pcm.plugins.scheduler import GATE, GatePlugin
@@ -660,3 +660,21 @@ async def test_unused_for_long_it_leaves(c, s, gate, a, b):
     await asyncio.wait_for(Event("closed idle").wait(), 10)
     await poll(lambda: not any(w.plugins[CONTEXTS].store.n_loads(model.digest) for w in (a, b)), 10)
     assert await c.submit(work, 9, ctx=model) == (9, "idle")
+
+
+@gated(nthreads=1)
+async def test_moved_away_under_a_task_it_goes_through_the_gate_again(c, s, gate, a):
+    """Two tasks that hold one context each and wait for room: one begins anew, none fails."""
+    store, n_busy = a.plugins[CONTEXTS].store, 0
+    acquire = store.acquire
+
+    def busy(refs, again):
+        nonlocal n_busy
+        n_busy += 1
+        if n_busy <= 2:
+            raise LoadError("no room") from DeviceBusyError("others hold on to it")
+        return acquire(refs, again)
+
+    store.acquire = busy
+    assert await c.submit(work, 1, ctx=A) == (1, "a")
+    assert n_busy == 3

@@ -399,6 +399,16 @@ def test_what_had_not_begun_to_load_is_not_to_blame():
     assert assigned(world.decide()) == [("b0", worker)]
 
 
+def test_what_has_been_loaded_before_does_not_end_its_processes_so_soon():
+    """Somebody kills workers, again and again in the midst of a load."""
+    world = on_nodes(one=1)
+    world.warm("one0", seconds=1.0)
+    world.tell(WorkerLeft("one0"), WorkerJoined("one0", 2, None, "one"))
+    n_ended, (fail,) = end_processes(world, lambda node, n: node)
+    assert n_ended == 9  # but it is not tried for ever
+    assert "process ended while it loaded" in fail.error
+
+
 def test_workers_that_somebody_has_begin_anew_have_not_failed():
     world = on_nodes(one=1)
     for n in range(10):
