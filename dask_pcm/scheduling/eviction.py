@@ -23,27 +23,45 @@ _HALF_LIFE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """Which contexts work waits for, how urgently and where; looked up once for many workers."""
+    """Which contexts work waits for, how urgently and where; made once for each decision.
 
-    waiting: dict[str, list[tuple[tuple[float, ...], frozenset[str] | None]]]
+    While one is made no group comes. What waits in each gets less, and is looked up when asked.
+    """
+
+    state: GateState
+    #: Groups that had work ahead when this was made.
+    by_context: dict[str, list[Group]]
+    #: Groups of runs: for them there is work ahead until the next event.
+    expected: frozenset[Group]
 
     @classmethod
     def of(cls, state: GateState) -> Claims:
-        waiting: dict[str, list[tuple[tuple[float, ...], frozenset[str] | None]]] = {}
+        by_context: dict[str, list[Group]] = {}
         for group in state.groups():
-            work = state.peek(group)
-            claim = (work.priority if work is not None else (), group.allowed)
-            for context in group.contexts:
-                waiting.setdefault(context, []).append(claim)
-        return cls(waiting)
+            for context in dict.fromkeys(group.contexts):
+                by_context.setdefault(context, []).append(group)
+        expected = frozenset(run.group for run in state.runs.values() if run.n_rows > 0)
+        return cls(state, by_context, expected)
 
     def urgency(self, context: str, worker: str) -> tuple[float, ...] | None:
         """Priority of the first work that waits for a context and may run on a worker.
 
         Empty, and so before all others, where it is only expected; None where there is none.
         """
-        found = self.waiting.get(context, ())
-        return min((p for p, allowed in found if not allowed or worker in allowed), default=None)
+        groups = self.by_context.get(context, ())
+        found = (self._urgency_of(g) for g in groups if not g.allowed or worker in g.allowed)
+        return min((priority for priority in found if priority is not None), default=None)
+
+    def groups(self, contexts: Sequence[str]) -> list[Group]:
+        """Groups with work ahead that need one of some contexts."""
+        found = (group for context in contexts for group in self.by_context.get(context, ()))
+        return [group for group in dict.fromkeys(found) if self._urgency_of(group) is not None]
+
+    def _urgency_of(self, group: Group) -> tuple[float, ...] | None:
+        work = self.state.peek(group)
+        if work is not None:
+            return work.priority
+        return () if group in self.expected else None
 
 
 def room(
@@ -59,6 +77,8 @@ def room(
     """
     missing_bytes = sum(state.sizes.get(context, 0) for context in view.missing(group.contexts))
     lacking = missing_bytes - state.free_bytes(view)
+    if lacking <= 0:
+        return []
     rivals = [
         context
         for context, standing in view.standings.items()
@@ -135,17 +155,19 @@ def too_large(state: GateState, group: Group, views: Sequence[WorkerView]) -> It
         " pcm.ladder.device.budget). Use a smaller model or data type, or workers with larger"
         " devices."
     )
-    keys = [key for key, work in state.waiting.items() if work.group == group]
-    yield from (Fail(key, group.contexts[0], error) for key in keys)
+    yield from (Fail(key, group.contexts[0], error) for key in state.keys(group))
 
 
-def stay(state: GateState, now: float) -> None:
+def stay(state: GateState, claims: Claims, now: float) -> None:
     """Contexts that were to make room may stay: for work that is gone, or has no right any more."""
     for view in state.workers.values():
-        for context, group in list(view.leaving.items()):
+        for group in list(dict.fromkeys(view.leaving.values())):
             is_over = not state.rows_ahead(group) or not view.missing(group.contexts)
-            if is_over or context not in (room(state, view, group, Claims.of(state), now) or ()):
-                del view.leaving[context]
+            needed = [] if is_over else room(state, view, group, claims, now) or []
+            promised = [context for context, whom in view.leaving.items() if whom == group]
+            for context in promised:
+                if context not in needed:
+                    del view.leaving[context]
 
 
 def cool(state: GateState, now: float, idle_s: float) -> Iterator[Cool]:

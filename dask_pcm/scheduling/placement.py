@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from dask_pcm.scheduling.events import Action, Assign, Fail, GivenUp, Group, Standing, Warm, Work
 from dask_pcm.scheduling.eviction import Claims, make_room, room, too_large
@@ -48,7 +48,12 @@ def drain_s(n_rows: float, offers: Sequence[tuple[float, float]]) -> float:
 
 
 def place(
-    state: GateState, group: Group, now: float, pipeline_s: float, n_load_attempts: int
+    state: GateState,
+    group: Group,
+    claims: Claims,
+    now: float,
+    pipeline_s: float,
+    n_load_attempts: int,
 ) -> Iterator[Action]:
     """Decide for one group; each action is applied to `state` as it is yielded."""
     views = state.candidates(group)
@@ -58,7 +63,7 @@ def place(
     for action in list(_give_up(state, group, views, n_load_attempts)):
         state.apply(action, now)
         yield action
-    for action in list(_warm(state, group, views, now)):
+    for action in list(_warm(state, group, views, claims, now)):
         state.apply(action, now)
         yield action
     yield from _assign(state, group, views, now, pipeline_s)
@@ -128,7 +133,7 @@ def _offers(
 
 
 def _warm(
-    state: GateState, group: Group, views: Sequence[WorkerView], now: float
+    state: GateState, group: Group, views: Sequence[WorkerView], claims: Claims, now: float
 ) -> Iterator[Action]:
     """Warm cold workers for as long as each would be ready before the work has drained."""
     n_rows = state.rows_ahead(group)
@@ -137,7 +142,6 @@ def _warm(
         cold = list(views)  # every worker has failed to load: that need not be for good
     if not n_rows or not cold:
         return
-    claims = Claims.of(state)
     plans = {
         view.address: leaving
         for view in cold
@@ -182,7 +186,9 @@ def _warm(
         contested = sorted((view for view in cold if is_contested(view)), key=ready_s)
         changing = [view for view in contested if group in view.leaving.values()]
         chosen = changing or [
-            v for v in contested[:1] if _pays(state, group, v, plans, offers, now)
+            view
+            for view in contested[:1]
+            if _pays(state, group, view, claims.groups(plans[view.address]), offers, now)
         ]
     for view in chosen:
         leaving = plans[view.address]
@@ -195,11 +201,11 @@ def _pays(
     state: GateState,
     group: Group,
     view: WorkerView,
-    plans: Mapping[str, Sequence[str]],
+    rivals: Sequence[Group],
     offers: Sequence[tuple[float, float]],
     now: float,
 ) -> bool:
-    """Whether a worker that serves others should serve a group: all would be done sooner.
+    """Whether a worker that serves `rivals` should serve a group: all would be done sooner.
 
     A group that nobody serves has its turn in any case.
     """
@@ -212,13 +218,12 @@ def _pays(
     own = (warm_s, state.row_s(group, view, now) or sum(rows_s) / len(rows_s))
     n_rows = state.rows_ahead(group)
     before_s, after_s = drain_s(n_rows, offers), drain_s(n_rows, [*offers, own])
-    for rival in state.groups():
-        if set(rival.contexts) & set(plans[view.address]):
-            servers = state.candidates(rival)
-            others = [other for other in servers if other is not view]
-            n_rows = state.rows_ahead(rival)
-            before_s = max(before_s, drain_s(n_rows, _offers(state, rival, servers, now)))
-            after_s = max(after_s, drain_s(n_rows, _offers(state, rival, others, now)))
+    for rival in rivals:
+        servers = state.candidates(rival)
+        others = [other for other in servers if other is not view]
+        n_rows = state.rows_ahead(rival)
+        before_s = max(before_s, drain_s(n_rows, _offers(state, rival, servers, now)))
+        after_s = max(after_s, drain_s(n_rows, _offers(state, rival, others, now)))
     return after_s < _GAIN * before_s
 
 
@@ -235,8 +240,7 @@ def _give_up(
         return
     worst = max(failed, key=lambda context: len(state.failures.get(context, ())))
     if worst in state.given_up or _has_failed_enough(state, worst, views, n_load_attempts):
-        keys = [key for key, work in state.waiting.items() if work.group == group]
-        yield from (Fail(key, worst, state.errors[worst]) for key in keys)
+        yield from (Fail(key, worst, state.errors[worst]) for key in state.keys(group))
         yield GivenUp(worst)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dask_pcm.scheduling.events import Action
-from dask_pcm.scheduling.eviction import cool, stay
+from dask_pcm.scheduling.eviction import Claims, cool, stay
 from dask_pcm.scheduling.placement import place
 from dask_pcm.scheduling.state import GateState
 
@@ -31,10 +31,11 @@ def decide(
         Seconds after which a context that nobody uses leaves its worker; None for never.
     """
     state.settle(now)
-    stay(state, now)
+    claims = Claims.of(state)
+    stay(state, claims, now)
     actions: list[Action] = []
     for group in state.groups():
-        actions += place(state, group, now, pipeline_s, n_load_attempts)
+        actions += place(state, group, claims, now, pipeline_s, n_load_attempts)
     if idle_s is not None:
         actions += cool(state, now, idle_s)
     return actions

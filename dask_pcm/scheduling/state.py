@@ -37,6 +37,8 @@ from dask_pcm.scheduling.events import (
 END_OF_PROCESS = "end of process"
 #: A process that a nanny started again is back within so many seconds.
 _BACK_S = 60.0
+#: Standings that take room on a device.
+_THERE = (Standing.WARM, Standing.LOADING)
 
 
 @dataclass(slots=True)
@@ -48,7 +50,10 @@ class WorkerView:
     device_bytes: int | None = None
     host: str = ""
     is_paused: bool = False
+    #: What is cold has none.
     standings: dict[str, Standing] = field(default_factory=dict)
+    #: What takes room on the device, as far as sizes are known.
+    taken_bytes: int = 0
     running: dict[object, Work] = field(default_factory=dict)
     #: Rows on their way or in work, by group.
     n_rows: dict[Group, float] = field(default_factory=dict)
@@ -82,8 +87,7 @@ class WorkerView:
 
     def missing(self, contexts: tuple[str, ...]) -> tuple[str, ...]:
         """Of `contexts`, those neither warm nor loading."""
-        on_its_way = (Standing.WARM, Standing.LOADING)
-        return tuple(c for c in contexts if self.standings.get(c) not in on_its_way)
+        return tuple(c for c in contexts if self.standings.get(c) not in _THERE)
 
 
 @dataclass(slots=True)
@@ -154,14 +158,14 @@ class GateState:
                 self._place(key, worker, now)
                 self._use(key, now)
             case Cool(worker, context):
-                self.workers[worker].standings[context] = Standing.LOWERED
+                self._stand(self.workers[worker], context, Standing.LOWERED)
                 self.workers[worker].leaving.pop(context, None)
             case Leave(worker, context, group):
                 self.workers[worker].leaving[context] = group
             case ContextDeclared(context, name, n_bytes):
                 self.names[context] = name
                 if n_bytes is not None and context not in self.measured:
-                    self.sizes[context] = n_bytes
+                    self._resize(context, n_bytes)
             case Restarted():
                 self.errors.clear()
                 self.failures.clear()
@@ -173,7 +177,7 @@ class GateState:
                 view = self.workers[worker]
                 view.loading_s[context] = self.warm_s(view, context)
                 view.loading_since[context] = now
-                view.standings[context] = Standing.LOADING
+                self._stand(view, context, Standing.LOADING)
 
     def groups(self) -> list[Group]:
         """Groups with work waiting or expected; the most urgent waiting work first."""
@@ -206,6 +210,12 @@ class GateState:
         """Pieces of work of `group` that wait or that a run could submit now."""
         waiting = len(self.queues.get(group, ()))
         return waiting + sum(run.n_units for run in self.runs.values() if run.group == group)
+
+    def keys(self, group: Group) -> list[object]:
+        """Keys of the work of `group` that waits, the next one first."""
+        queued = dict.fromkeys(key for *_, key in sorted(self.queues.get(group, ())))
+        works = ((key, self.waiting.get(key)) for key in queued)
+        return [key for key, work in works if work is not None and work.group == group]
 
     def candidates(self, group: Group) -> list[WorkerView]:
         """Workers that may take work of `group`, warm or not."""
@@ -244,11 +254,7 @@ class GateState:
         """What is left of a worker's device, as far as sizes are known."""
         if view.device_bytes is None:
             return float("inf")
-        there = (Standing.WARM, Standing.LOADING)
-        taken = (
-            self.sizes.get(c, 0) for c, standing in view.standings.items() if standing in there
-        )
-        return view.device_bytes - sum(taken)
+        return view.device_bytes - view.taken_bytes
 
     def warm_s(self, view: WorkerView, context: str) -> float:
         """Estimated seconds to bring a context to a worker's device."""
@@ -283,6 +289,9 @@ class GateState:
         assert self.waiting.keys() <= queued
         for view in self.workers.values():
             assert view.n_rows.keys() == {work.group for work in view.running.values()}
+            there = [c for c, standing in view.standings.items() if standing in _THERE]
+            assert view.taken_bytes == sum(self.sizes.get(c, 0) for c in there), view.address
+            assert Standing.COLD not in view.standings.values(), view.address
             for context in view.leaving:
                 assert view.standings.get(context) is Standing.WARM, (view.address, context)
 
@@ -361,7 +370,7 @@ class GateState:
                 f"The worker process ended while it loaded context {name!r}: killed for its memory,"
                 " or by a crash of native code. What the worker logged may say more."
             )
-            view.standings[context] = Standing.FAILED
+            self._stand(view, context, Standing.FAILED)
             self.failures.setdefault(context, []).append((view.host, END_OF_PROCESS))
 
     def _report(self, report: ResidencyReported, now: float) -> None:
@@ -371,13 +380,13 @@ class GateState:
         is_asked = report.context in view.loading_since
         if report.standing is Standing.FAILED and not is_asked:
             # A task has loaded it where the gate does not see: whoever asks here has it tried.
-            view.standings.pop(report.context, None)
+            self._stand(view, report.context, Standing.COLD)
             return
-        view.standings[report.context] = report.standing
+        self._stand(view, report.context, report.standing)
         if report.standing is not Standing.WARM:
             view.leaving.pop(report.context, None)
         if report.n_bytes:
-            self.sizes[report.context] = report.n_bytes
+            self._resize(report.context, report.n_bytes)
             self.measured.add(report.context)
         if report.device_bytes is not None:
             view.device_bytes = report.device_bytes
@@ -395,6 +404,20 @@ class GateState:
             failure = (view.host, report.kind)
             self.failures.setdefault(report.context, []).append(failure)
             self.errors[report.context] = report.error or "no reason was given"
+
+    def _stand(self, view: WorkerView, context: str, standing: Standing) -> None:
+        n_bytes = self.sizes.get(context, 0)
+        before = view.standings.pop(context, Standing.COLD)
+        if standing is not Standing.COLD:
+            view.standings[context] = standing
+        view.taken_bytes += n_bytes * ((standing in _THERE) - (before in _THERE))
+
+    def _resize(self, context: str, n_bytes: int) -> None:
+        grown = n_bytes - self.sizes.get(context, 0)
+        self.sizes[context] = n_bytes
+        for view in self.workers.values():
+            if view.standings.get(context) in _THERE:
+                view.taken_bytes += grown
 
 
 def still_s(expected_s: float, elapsed_s: float) -> float:

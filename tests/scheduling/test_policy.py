@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -484,6 +487,68 @@ GROUPS = [Group((c,), "k") for c in CONTEXTS] + [
     Group(("a", "b"), "k"),
     Group(("a",), "k", frozenset({"w1"})),
 ]
+
+
+def n_calls(function):
+    """Calls of Python functions, and turns of generators, that a call makes."""
+    counted = Counter()
+    sys.setprofile(lambda frame, event, argument: counted.update([event]))
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return counted["call"]
+
+
+def n_calls_to_decide(n_contexts, device_bytes):
+    """Where as many contexts have come and gone, and as many have work that waits."""
+    world = World(*(f"w{i}" for i in range(4)))
+    for i in range(n_contexts):
+        name, group = f"c{i}", Group((f"c{i}",), "infer")
+        world.tell(ContextDeclared(name, name, 10))
+        for worker, view in world.state.workers.items():
+            view.device_bytes = device_bytes
+            world.warm(worker, name, seconds=1.0)
+            world.tell(ResidencyReported(worker, name, [Standing.COLD, Standing.LOWERED][i % 2]))
+        world.park(1, group)
+        world.learn(group, "w0", 1.0)
+    return n_calls(lambda: decide(world.state, 1.0)) + n_calls(lambda: decide(world.state, 2.0))
+
+
+@pytest.mark.parametrize("device_bytes", [None, 20, 500, 1_000_000])
+def test_what_a_decision_takes_grows_no_faster_than_contexts(device_bytes):
+    few, many = (n_calls_to_decide(n, device_bytes) for n in (100, 400))
+    assert many < 5 * few
+
+
+def test_what_is_cold_on_a_worker_is_forgotten():
+    world = World("w0")
+    world.warm("w0")
+    world.tell(ResidencyReported("w0", "a", Standing.COLD))
+    assert not world.state.workers["w0"].standings
+
+
+def test_sizes_that_become_known_count_at_once():
+    world = World("w0", "w1")
+    world.state.workers["w0"].device_bytes = 100
+    world.warm("w0", "a")
+    world.tell(ContextDeclared("a", "a", 10), ContextDeclared("a", "a", 20))
+    assert world.state.free_bytes(world.state.workers["w0"]) == 90
+    world.tell(ResidencyReported("w1", "a", Standing.WARM, n_bytes=30))
+    assert world.state.free_bytes(world.state.workers["w0"]) == 70
+    world.state.validate()
+
+
+def test_work_that_was_withdrawn_and_came_again_fails_once():
+    world = World("w0")
+    world.park(2)
+    world.tell(WorkWithdrawn("a0"))
+    world.park(1)
+    for _ in range(3):
+        world.decide()
+        world.tell(ResidencyReported("w0", "a", Standing.FAILED, error="no weights"))
+    failed = [action.key for action in world.decide() if isinstance(action, Fail)]
+    assert sorted(failed) == ["a0", "a1"]
 
 
 class Gate(RuleBasedStateMachine):
