@@ -7,16 +7,24 @@ neither the size of ``/dev/shm`` nor other users matter.
 
 An image holds bytes of storages and buffers at aligned offsets, then the skeleton (see
 ``tensors.py``) and the places, then where those begin. Once written it is sealed.
+
+A process has few descriptors, and may have many contexts. The keeper needs one for each; a worker
+only for what does not use the file's own memory.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
+import functools
 import logging
 import mmap
 import os
 import pickle
+import resource
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -30,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 #: Less than this is not worth an image.
 LEAST_BYTES = 1 << 16
+#: Of the files that a process may have open, images are one in so many at most.
+_FILES_SHARE = 4
 _ALIGN = 64
 _FOOTER = struct.Struct("<Q")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -104,6 +114,11 @@ class Image:
         """Whether some of it belongs on an accelerator."""
         return any(place.device not in (None, "cpu") for place in self._storages)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has its file; see ``thaw`` and ``close``."""
+        return self._close.alive
+
     def thaw(self, is_mapped: bool) -> tuple[Any, list[Any]]:
         """Put the object together again.
 
@@ -111,14 +126,14 @@ class Image:
         ----------
         is_mapped
             Whether what belongs to the CPU uses the file's own memory (what is written to it
-            becomes this process's own), instead of a copy.
+            becomes this process's own), instead of a copy. Then the file is closed.
 
         Returns
         -------
         tuple
             The object and its storages. Those that are mapped cannot be resized.
         """
-        memory = memoryview(mmap.mmap(self.fd, self.n_bytes, access=mmap.ACCESS_COPY))
+        memory = _mapped(self.fd, self.n_bytes)
         maps = is_mapped and not self.is_on_device
         storages = [
             tensors.mapped_storage(memory[p.start : p.start + p.n_bytes])
@@ -129,7 +144,10 @@ class Image:
         if not maps:
             tensors.read(self.fd, self._placed(storages))
         buffers = [memory[p.start : p.start + p.n_bytes] for p in self._buffers]
-        return thaw(self._skeleton, storages, buffers), storages
+        value = thaw(self._skeleton, storages, buffers)
+        if maps:
+            self.close()
+        return value, storages
 
     def refill(self, storages: Sequence[Any]) -> None:
         """Have storages that were emptied hold again what they held."""
@@ -186,7 +204,9 @@ class Host:
     def find(self, digest: str) -> Image | None:
         """The image of a context; None where there is none."""
         with self._changing:
-            if digest not in self._images and self._keeper is not None:
+            image = self._images.get(digest)
+            if (image is None or not image.is_open) and self._keeper is not None:
+                self._images.pop(digest, None)
                 path = self._keeper.find(digest)
                 if path is not None:
                     try:
@@ -203,8 +223,12 @@ class Host:
         """
         if self._keeper is None or frozen.skeleton is None or frozen.n_bytes < LEAST_BYTES:
             return None
-        why = "there is no room for it (pcm.ladder.host.budget)"
+        why = "there is no room for it (pcm.ladder.host.budget, ulimit -n)"
         try:
+            with self._changing:
+                n_open = sum(image.is_open for image in self._images.values())
+            if n_open >= max_files():
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             image = Image.write(frozen, digest)
         except Exception as error:  # no memory files here, no memory, no way off the device
             image, why = None, str(error)
@@ -250,3 +274,32 @@ def _write(fd: int, memory: memoryview, at: int) -> None:
     while memory:
         n_done = os.pwrite(fd, memory, at)
         memory, at = memory[n_done:], at + n_done
+
+
+def max_files() -> int:
+    """How many images a process may have open, so that enough descriptors are left to others."""
+    n_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if n_files == resource.RLIM_INFINITY else n_files // _FILES_SHARE
+
+
+def _mapped(fd: int, n_bytes: int) -> memoryview:
+    """A file's memory, copied where it is written to; until the last view of it is gone.
+
+    Python's own ``mmap`` would hold a descriptor all that time.
+    """
+    start = _libc().mmap(None, n_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, fd, 0)
+    if start == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    memory = (ctypes.c_char * n_bytes).from_address(start)
+    unmaps = weakref.finalize(memory, _libc().munmap, start, n_bytes)
+    unmaps.atexit = False  # other threads may be using it to the end
+    return memoryview(memory).cast("B")
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc

@@ -6,6 +6,7 @@ The plugin's methods run on the nanny's event loop.
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import logging
 import os
@@ -22,6 +23,7 @@ from distributed.diagnostics.plugin import NannyPlugin
 from distributed.system import MEMORY_LIMIT
 
 from dask_pcm.config import Config
+from dask_pcm.ladder.host import max_files
 from dask_pcm.plugins.rebirth import rebirth
 from dask_pcm.plugins.travel import Travels
 
@@ -45,7 +47,8 @@ class Shelf:
     Parameters
     ----------
     budget_bytes
-        What all of them may take; whoever was least lately used makes room.
+        What all of them may take; whoever was least lately used makes room. Where there are too
+        many files it is the smallest.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -67,7 +70,14 @@ class Shelf:
         self.drop(name)
         while sum(kept.n_bytes for kept in self._kept.values()) + n_bytes > self.budget_bytes:
             self.drop(next(iter(self._kept)))
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        while len(self._kept) >= max_files():
+            self.drop(min(self._kept, key=lambda name: self._kept[name].n_bytes))
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # others have taken what was left
+                return False
+            raise
         if os.fstat(fd).st_size != n_bytes:  # who asked has closed it since
             os.close(fd)
             return False

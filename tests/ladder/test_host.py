@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import logging
 import mmap
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -49,12 +52,13 @@ def test_an_object_comes_back_from_its_image(is_mapped):
 
 
 def test_what_a_process_writes_to_it_is_its_own():
-    image = Image.write(freeze({"model": model(), "array": np.arange(100_000)}))
+    host = Host(OwnShelf(1 << 30))
+    image = host.put("a", "a", freeze({"model": model(), "array": np.arange(100_000)}))
     one, _ = image.thaw(is_mapped=True)
     with torch.no_grad():
         one["model"][0].weight.zero_()
     one["array"][:] = 0
-    two, _ = image.thaw(is_mapped=True)
+    two, _ = host.find("a").thaw(is_mapped=True)
     assert two["model"][0].weight.any()
     assert two["array"].any()
 
@@ -80,12 +84,13 @@ def test_mapped_there_is_one_copy_of_it():
         found = {line.split()[0]: int(line.split()[1]) for line in lines[1:]}
         return 1024 * (found["Private_Clean:"] + found["Private_Dirty:"])
 
-    image = Image.write(freeze(model(2048)))
+    host = Host(OwnShelf(1 << 30))
+    image = host.put("a", "a", freeze(model(2048)))
     one, _ = image.thaw(is_mapped=True)
     rows = torch.ones(1, 2048)
     expected = one(rows)
     before = own_bytes()
-    two, _ = image.thaw(is_mapped=True)
+    two, _ = host.find("a").thaw(is_mapped=True)
     assert torch.equal(two(rows), expected)
     assert own_bytes() - before < image.n_bytes / 4
 
@@ -153,6 +158,71 @@ def test_shelves_do_not_leak_files():
     Host(shelf).find("b")
     del shelf, host
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def n_open():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def few_files():
+    """As of a process that may have 80 files open besides those that it has."""
+    n_files, at_most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 80, at_most))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, at_most))
+
+
+def test_what_is_mapped_needs_no_file():
+    image = Image.write(freeze({"model": model(), "array": np.arange(100_000)}))
+    before = n_open()
+    value, _ = image.thaw(is_mapped=True)
+    assert n_open() == before - 1
+    assert value["array"][-1] == 99_999
+    maps = Path("/proc/self/maps")
+    assert "memfd:dask_pcm" in maps.read_text()
+    del value, _
+    gc.collect()
+    assert "memfd:dask_pcm" not in maps.read_text()
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_however_many_contexts_files_are_left_for_others(few_files, is_mapped, caplog):
+    """Those that have no image live in their process alone."""
+    shelf = OwnShelf(1 << 30)
+    host, lives = Host(shelf), []
+    large = host.put("large", "large", freeze(model()))
+    for number in range(resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+        apart = freeze(np.full(1 << 14, number))
+        image = host.put(f"{number}", f"{number}", apart)
+        lives.append(image.thaw(is_mapped)[0] if image is not None else None)
+        with Path(os.devnull).open():
+            pass
+    assert [a[0] for a in lives if a is not None] == [
+        n for n, a in enumerate(lives) if a is not None
+    ]
+    assert n_open() < resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 20
+    # The smallest make room for others.
+    assert large is not None and shelf.find("large") is not None
+    assert all(a is not None for a in lives) == is_mapped
+    assert ("Too many open files" in caplog.text) != is_mapped
+
+
+def test_where_the_keeper_has_no_file_left_there_is_no_room(few_files, caplog):
+    shelf = OwnShelf(1 << 30)
+    image = Image.write(freeze(model()))
+    path, taken = f"/proc/self/fd/{image.fd}", []
+    with contextlib.suppress(OSError):
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    try:
+        assert not shelf.keep("a", path, image.n_bytes, True)
+        assert Host(shelf).put("a", "a", freeze(model())) is None
+    finally:
+        for fd in taken:
+            os.close(fd)
+    assert shelf.keep("a", path, image.n_bytes, True)
 
 
 KEEPER = """
