@@ -47,11 +47,12 @@ class MemoryAllowance:
         #: Contexts that load now: a loader may acquire others, and tasks load what was hidden.
         self._n_growing = 0
         self._counting = threading.Lock()
+        self._telling = threading.Lock()
 
     def begin(self) -> None:
         """As if no context had been here: an earlier process may have had some."""
         if self._limit:
-            self._raise(0)
+            self._raise()
 
     @contextmanager
     def growing(self, digest: str, mapped_bytes: Callable[[str], int]) -> Iterator[None]:
@@ -62,23 +63,33 @@ class MemoryAllowance:
         if not self._limit:
             yield
             return
+        before = _rss_bytes()
+        with self._unlimited():
+            try:
+                yield
+            finally:
+                taken = max(0, _rss_bytes() - before, mapped_bytes(digest))
+                with self._counting:
+                    self._taken[digest] = taken
+
+    @contextmanager
+    def _unlimited(self) -> Iterator[None]:
         with self._counting:
             self._n_growing += 1
-        self._raise(0)
-        before = psutil.Process().memory_info().rss
         try:
+            self._raise()
             yield
         finally:
-            grown = psutil.Process().memory_info().rss - before
-            self._taken[digest] = max(0, grown, mapped_bytes(digest))
             with self._counting:
                 self._n_growing -= 1
-            self._raise(sum(self._taken.values()))
+            self._raise()
 
     def freed(self, digest: str) -> None:
         """A context has left; on any thread but the event loop's."""
-        if self._taken.pop(digest, None) is not None and self._limit:
-            self._raise(sum(self._taken.values()))
+        with self._counting:
+            was_here = self._taken.pop(digest, None) is not None
+        if was_here and self._limit:
+            self._raise()
 
     def forget(self) -> None:
         """The toolkit leaves, as it does from the nanny, which sees to its own limit."""
@@ -86,10 +97,20 @@ class MemoryAllowance:
         if self._limit:
             self._worker.memory_manager.memory_limit = self._limit
 
-    def _raise(self, n_bytes: int) -> None:
+    def _raise(self) -> None:
+        """Set the limits to what is right now."""
         if self._is_over:
             return
-        if self._n_growing:
-            n_bytes = psutil.virtual_memory().total
-        self._worker.memory_manager.memory_limit = self._limit + n_bytes
-        self._nanny.ask("pcm_allow_memory", n_bytes=n_bytes)
+        with self._telling:  # whoever tells last has counted last
+            with self._counting:
+                n_bytes = sum(self._taken.values())
+                is_growing = self._n_growing > 0
+            if is_growing:
+                n_bytes = psutil.virtual_memory().total
+            self._worker.memory_manager.memory_limit = self._limit + n_bytes
+            self._nanny.ask("pcm_allow_memory", n_bytes=n_bytes)
+
+
+def _rss_bytes() -> int:
+    n_bytes: int = psutil.Process().memory_info().rss
+    return n_bytes
