@@ -180,8 +180,11 @@ class Keeper(Protocol):
     def find(self, digest: str) -> str | None:
         """A path at which the file of a context can be opened; None where it is not kept."""
 
-    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool:
-        """Keep a file, for all workers of the host or for one; False where there is no room."""
+    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
+        """Keep a file, for all workers of the host or for one.
+
+        False where there is no room, None where nobody answers.
+        """
 
     def drop(self, digest: str) -> None:
         """Keep it no longer."""
@@ -223,30 +226,30 @@ class Host:
         """
         if self._keeper is None or frozen.skeleton is None or frozen.n_bytes < LEAST_BYTES:
             return None
-        why = "there is no room for it (pcm.ladder.host.budget, ulimit -n)"
         try:
-            with self._changing:
-                n_open = sum(image.is_open for image in self._images.values())
-            if n_open >= max_files():
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            image = Image.write(frozen, digest)
+            image = self._written(digest, frozen)
         except Exception as error:  # no memory files here, no memory, no way off the device
-            image, why = None, str(error)
-        if image is not None:
-            path = f"/proc/{os.getpid()}/fd/{image.fd}"
-            if self._keeper.keep(digest, path, image.n_bytes, not image.is_on_device):
-                with self._changing:
-                    self._images[digest] = image
-                return image
-            image.close()
-        logger.warning(
-            "Context %r (%s bytes) is not kept in the host's memory: %s. A worker that is killed"
-            " loads it again, from its disk.",
-            name,
-            f"{frozen.n_bytes:,}",
-            why,
-        )
+            _warn(name, frozen, str(error))
+            return None
+        path = f"/proc/{os.getpid()}/fd/{image.fd}"
+        is_kept = self._keeper.keep(digest, path, image.n_bytes, not image.is_on_device)
+        if is_kept:
+            with self._changing:
+                self._images[digest] = image
+            return image
+        image.close()
+        if is_kept is None:  # the toolkit leaves, or the job ends
+            logger.info("Nobody is there to keep context %r beyond its process", name)
+        else:
+            _warn(name, frozen, "there is no room for it (pcm.ladder.host.budget, ulimit -n)")
         return None
+
+    def _written(self, digest: str, frozen: Frozen) -> Image:
+        with self._changing:
+            n_open = sum(image.is_open for image in self._images.values())
+        if n_open >= max_files():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return Image.write(frozen, digest)
 
     def drop(self, digest: str) -> None:
         """Forget an image, here and at the keeper's."""
@@ -256,6 +259,16 @@ class Host:
             image.close()
         if self._keeper is not None:
             self._keeper.drop(digest)
+
+
+def _warn(name: str, frozen: Frozen, why: str) -> None:
+    logger.warning(
+        "Context %r (%s bytes) is not kept in the host's memory: %s. A worker that is killed"
+        " loads it again, from its disk.",
+        name,
+        f"{frozen.n_bytes:,}",
+        why,
+    )
 
 
 def _places(frozen: Frozen) -> tuple[list[Place], list[Place], int]:

@@ -63,8 +63,8 @@ class Shelf:
         self._kept.move_to_end(name)
         return f"/proc/{os.getpid()}/fd/{self._kept[name].fd}"
 
-    def keep(self, name: str, path: str, n_bytes: int) -> bool:
-        """Hold a file open; False where there is no room."""
+    def keep(self, name: str, path: str, n_bytes: int) -> bool | None:
+        """Hold a file open; False where there is no room, None where it is gone."""
         if n_bytes > self.budget_bytes:
             return False
         self.drop(name)
@@ -80,7 +80,7 @@ class Shelf:
             raise
         if os.fstat(fd).st_size != n_bytes:  # who asked has closed it since
             os.close(fd)
-            return False
+            return None
         self._kept[name] = Kept(fd, n_bytes)
         return True
 
@@ -160,8 +160,8 @@ class KeeperPlugin(Travels, NannyPlugin):
         assert self._shelf is not None
         return self._shelf.find(self._own(digest)) or self._shelf.find(digest)
 
-    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool:
-        """Keep a memory file that the worker has open."""
+    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
+        """Keep a memory file that the worker has open, as ``Shelf.keep``."""
         assert self._shelf is not None
         return self._shelf.keep(digest if is_shared else self._own(digest), path, n_bytes)
 
@@ -220,9 +220,10 @@ class NannyLink:
         path: str | None = self.ask("pcm_find", digest=digest)
         return path
 
-    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool:
+    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
         says = {"digest": digest, "path": path, "n_bytes": n_bytes, "is_shared": is_shared}
-        return bool(self.ask("pcm_keep", **says))
+        is_kept: bool | None = self.ask("pcm_keep", **says)
+        return is_kept
 
     def drop(self, digest: str) -> None:
         self.ask("pcm_drop", digest=digest)

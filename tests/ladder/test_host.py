@@ -117,6 +117,15 @@ def test_where_it_cannot_be_the_log_says_that_the_disk_serves(n_bytes, says, cap
     assert "'a model'" in caplog.text and says in caplog.text and "disk" in caplog.text
 
 
+def test_where_nobody_answers_the_log_blames_no_setting(caplog):
+    class Leaving(OwnShelf):
+        def keep(self, *args):
+            return None
+
+    assert Host(Leaving(1 << 30)).put("a", "a model", freeze(model())) is None
+    assert "no room" not in caplog.text and not caplog.records
+
+
 def test_whoever_was_least_lately_used_makes_room():
     apart = freeze(model())
     size = Image.write(apart).n_bytes

@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
 import pytest
@@ -14,6 +15,7 @@ import torch
 from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
+from dask_pcm.plugins.nanny import NannyLink
 from tests.conftest import validated_cluster
 from tests.ladder.test_host import shmem_bytes
 
@@ -155,6 +157,12 @@ def test_without_a_nanny_there_is_nobody_to_keep_it(log):
         pcm.install(client)
         assert client.submit(ask, 1, pcm.Context(load, log)).result(60)[0] == os.getpid()
     assert n_loads(log) == 1
+
+
+def test_a_nanny_that_is_not_asked_any_more_has_refused_nothing():
+    link = NannyLink(SimpleNamespace(nanny="tcp://127.0.0.1:1"))
+    link.close()
+    assert link.keep("digest", "/proc/1/fd/3", 17, is_shared=True) is None
 
 
 def until(is_so):
