@@ -6,7 +6,9 @@ variable (``DASK_PCM__WORKER__LANES=3``) or with ``dask.config.set({"pcm.worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,70 +54,132 @@ class Config:
 
     @classmethod
     def read(cls) -> Config:
-        """Read the settings as they are now in this process."""
+        """Read the settings as they are now in this process.
 
-        def get(key: str) -> object:
-            return dask.config.get(f"pcm.{key}")
+        Raises
+        ------
+        ValueError
+            Where one cannot be used; the message names it, what was found, and what could stand
+            there.
+        """
+        return cls(**{name: _read(*setting) for name, setting in _SETTINGS.items()})
 
-        def seconds(key: str) -> float:
-            return float(parse_timedelta(get(key), default="s"))
 
-        def size(key: str, least: int = 1) -> int:
-            value = int(parse_bytes(get(key)))
-            if value < least:
-                raise ValueError(f"pcm.{key} must be {least} bytes or more; found {get(key)!r}.")
-            return value
+def _read(key: str, reader: Callable[[Any], Any], wanted: str) -> Any:
+    found = dask.config.get(f"pcm.{key}")
+    try:
+        return reader(found)
+    except Exception:  # Dask's own parsers raise a bit of everything
+        raise ValueError(f"pcm.{key} must be {wanted}; found {found!r}.") from None
 
-        def count(key: str) -> int:
-            value = int(str(get(key)))
-            if value < 1:
-                raise ValueError(f"pcm.{key} must be at least 1; found {value}.")
-            return value
 
-        def optional(key: str, read: Callable[[str], T]) -> T | None:
-            return None if get(key) is None else read(key)
+def _check(is_right: bool) -> None:
+    if not is_right:
+        raise ValueError
 
-        def ports(key: str) -> tuple[int, ...]:
-            first, _, last = str(get(key)).partition(":")
-            try:
-                found = tuple(range(int(first), int(last or first) + 1))
-            except ValueError:
-                found = ()
-            if not found or found[0] < 0 or found[-1] > 65_535:
-                raise ValueError(f"pcm.{key} must be 0, a port or first:last; found {get(key)!r}.")
-            return found
 
-        def choice(key: str, options: tuple[str, ...]) -> str:
-            value = str(get(key))
-            if value not in options:
-                raise ValueError(f"pcm.{key} must be one of {', '.join(options)}; found {value!r}.")
-            return value
+def _seconds(value: Any) -> float:
+    if isinstance(value, str):  # Dask would read ".5s" as 1.5 seconds
+        _check(value.strip()[:1].isdigit())
+    _check(not isinstance(value, bool))
+    seconds = float(value if isinstance(value, (int, float)) else parse_timedelta(value, "s"))
+    _check(math.isfinite(seconds) and seconds >= 0)
+    return seconds
 
-        def texts(key: str) -> tuple[str, ...]:
-            found = get(key) or []
-            if not isinstance(found, (list, tuple)):
-                raise ValueError(f"pcm.{key} must be a list; found {found!r}.")
-            return tuple(map(str, found))
 
-        return cls(
-            pipeline_s=seconds("gate.pipeline"),
-            tick_s=seconds("gate.tick"),
-            n_load_attempts=count("gate.load-attempts"),
-            idle_s=optional("context.idle-timeout", seconds),
-            n_lanes=count("worker.lanes"),
-            n_threads=optional("worker.threads", count),
-            imports=texts("worker.imports"),
-            unit_s=seconds("run.unit-seconds"),
-            max_unit_rows=count("run.max-unit-rows"),
-            unit_bytes=size("run.unit-bytes"),
-            ready_s=seconds("run.ready-seconds"),
-            batch_tokens=count("inference.batch-tokens"),
-            batch_rows=count("inference.batch-rows"),
-            device_budget_bytes=optional("ladder.device.budget", size),
-            host_budget_bytes=optional("ladder.host.budget", lambda k: size(k, least=0)),
-            disk_path=optional("ladder.disk.path", lambda key: str(get(key))),
-            disk_quota_bytes=optional("ladder.disk.quota", size),
-            store_timeout_s=seconds("ladder.store.timeout"),
-            ports=ports("ladder.transfer.ports"),
-            is_staged_always=choice("ladder.stage", ("auto", "always")) == "always",
-        )
+def _some_seconds(value: Any) -> float:
+    seconds = _seconds(value)
+    _check(seconds > 0)
+    return seconds
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str):  # Dask would read "GB" as one of them
+        _check(any(map(str.isdigit, value)))
+    _check(not isinstance(value, bool))
+    n_bytes = int(parse_bytes(value))
+    _check(n_bytes >= 0)
+    return n_bytes
+
+
+def _some_bytes(value: Any) -> int:
+    n_bytes = _size(value)
+    _check(n_bytes > 0)
+    return n_bytes
+
+
+def _count(value: Any) -> int:
+    number = int(str(value))
+    _check(number >= 1)
+    return number
+
+
+def _ports(value: Any) -> tuple[int, ...]:
+    first, _, last = str(value).partition(":")
+    found = tuple(range(int(first), int(last or first) + 1))
+    _check(found[0] >= 0 and found[-1] <= 65_535)
+    return found
+
+
+def _path(value: Any) -> str:
+    _check(isinstance(value, (str, os.PathLike)))
+    path = os.fspath(value)
+    _check(isinstance(path, str) and bool(path.strip()))
+    return path
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    _check(isinstance(value, Sequence) and not isinstance(value, str))
+    _check(all(isinstance(name, str) and name for name in value))
+    return tuple(value)
+
+
+def _is_always(value: Any) -> bool:
+    _check(value in ("auto", "always"))
+    return bool(value == "always")
+
+
+def _or(nothing: T, reader: Callable[[Any], T]) -> Callable[[Any], T]:
+    """A reader that takes null, too."""
+    return lambda value: nothing if value is None else reader(value)
+
+
+_TIME = "a time, for instance 250ms or 2m"
+_MORE_TIME = "a time of more than 0, for instance 250ms or 2m"
+_SIZE = "a size in bytes, for instance 500MB or 8GiB"
+_NUMBER = "a whole number, at least 1"
+#: For each field of ``Config`` the setting, what reads it, and what it must be.
+_SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "pipeline_s": ("gate.pipeline", _seconds, _TIME),
+    "tick_s": ("gate.tick", _some_seconds, _MORE_TIME),
+    "n_load_attempts": ("gate.load-attempts", _count, _NUMBER),
+    "idle_s": ("context.idle-timeout", _or(None, _seconds), f"{_TIME}, or null"),
+    "n_lanes": ("worker.lanes", _count, _NUMBER),
+    "n_threads": ("worker.threads", _or(None, _count), f"{_NUMBER}, or null"),
+    "imports": ("worker.imports", _or((), _names), "a list of modules, for instance [torch] or []"),
+    "unit_s": ("run.unit-seconds", _seconds, _TIME),
+    "max_unit_rows": ("run.max-unit-rows", _count, _NUMBER),
+    "unit_bytes": ("run.unit-bytes", _some_bytes, f"{_SIZE}; 1 or more"),
+    "ready_s": ("run.ready-seconds", _seconds, _TIME),
+    "batch_tokens": ("inference.batch-tokens", _count, _NUMBER),
+    "batch_rows": ("inference.batch-rows", _count, _NUMBER),
+    "device_budget_bytes": (
+        "ladder.device.budget",
+        _or(None, _some_bytes),
+        f"{_SIZE}; 1 or more; or null",
+    ),
+    "host_budget_bytes": ("ladder.host.budget", _or(None, _size), f"{_SIZE}; 0 for none; or null"),
+    "disk_path": (
+        "ladder.disk.path",
+        _or(None, _path),
+        "a folder, for instance /scratch/me; or null",
+    ),
+    "disk_quota_bytes": (
+        "ladder.disk.quota",
+        _or(None, _some_bytes),
+        f"{_SIZE}; 1 or more; or null",
+    ),
+    "is_staged_always": ("ladder.stage", _is_always, "auto or always"),
+    "store_timeout_s": ("ladder.store.timeout", _some_seconds, _MORE_TIME),
+    "ports": ("ladder.transfer.ports", _ports, "0, a port or first:last, for instance 9000:9010"),
+}

@@ -1,0 +1,81 @@
+"""Settings: what they may be, and what is said of the rest."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from datetime import timedelta
+
+import dask
+import pytest
+import yaml
+
+from dask_pcm import config as config_module
+from dask_pcm.config import Config
+
+WRONG = {
+    "gate.pipeline": ["-5s", ".5s", "soon", True, None, [1], float("nan")],
+    "gate.tick": [0, "0s", "-1s"],
+    "gate.load-attempts": [0, 1.5, "three", True, None],
+    "context.idle-timeout": ["never", "-5s", -5, "", "5 lightyears", float("inf")],
+    "worker.lanes": [0, "", [2]],
+    "worker.threads": [0, "all"],
+    "worker.imports": ["torch", 0, [1], [""], {"torch": 1}],
+    "ladder.stage": ["never", None, True],
+    "ladder.device.budget": ["lots", "50%", ["4GiB"], True, 0, "0 B", -1, "GB", "1e999"],
+    "ladder.host.budget": ["half", -1, False],
+    "ladder.disk.path": ["", " ", 5, b"/tmp", ["/tmp"]],
+    "ladder.disk.quota": [0, "10 parsecs"],
+    "ladder.store.timeout": [0, "0s", None],
+    "ladder.transfer.ports": ["9010:9000", -1, 70_000, None, "any"],
+    "run.unit-bytes": [0, None],
+    "inference.batch-rows": [0],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values]
+)
+def test_what_cannot_be_used_is_named_with_what_was_found_and_what_could_be(key, value):
+    with dask.config.set({f"pcm.{key}": value}), pytest.raises(ValueError) as caught:
+        Config.read()
+    said = str(caught.value)
+    assert said.startswith(f"pcm.{key} must be ") and said.endswith(f"; found {value!r}.")
+    assert len(said) < 150
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "read"),
+    [
+        ("gate.pipeline", "50 ms", "pipeline_s", 0.05),
+        ("gate.pipeline", 0, "pipeline_s", 0.0),
+        ("gate.tick", 0.5, "tick_s", 0.5),
+        ("gate.tick", "0.5", "tick_s", 0.5),
+        ("context.idle-timeout", None, "idle_s", None),
+        ("context.idle-timeout", timedelta(minutes=2), "idle_s", 120.0),
+        ("worker.imports", None, "imports", ()),
+        ("worker.imports", ["torch"], "imports", ("torch",)),
+        ("ladder.device.budget", "4 GiB", "device_budget_bytes", 4 << 30),
+        ("ladder.device.budget", ".5GB", "device_budget_bytes", 500_000_000),
+        ("ladder.host.budget", 0, "host_budget_bytes", 0),
+        ("ladder.disk.path", "/scratch", "disk_path", "/scratch"),
+        ("ladder.stage", "always", "is_staged_always", True),
+        ("ladder.transfer.ports", "9000:9002", "ports", (9000, 9001, 9002)),
+        ("ladder.transfer.ports", 0, "ports", (0,)),
+    ],
+)
+def test_what_can_be_used_is_read(key, value, name, read):
+    with dask.config.set({f"pcm.{key}": value}):
+        assert getattr(Config.read(), name) == read
+
+
+def test_each_setting_is_read_and_only_those():
+    def keys(found, *path):
+        for key, value in found.items():
+            yield from (
+                keys(value, *path, key) if isinstance(value, dict) else [".".join((*path, key))]
+            )
+
+    read = config_module._SETTINGS
+    assert list(read) and {f.name for f in fields(Config)} == read.keys()
+    with open(config_module.__file__.replace("config.py", "pcm.yaml")) as file:
+        assert sorted(keys(yaml.safe_load(file)["pcm"])) == sorted(key for key, *_ in read.values())
