@@ -149,7 +149,8 @@ class Context:
         well: on a worker `load` gets the path at which it was staged instead. They count by names
         and content, not by where they lie.
     offload, restore, close
-        Hooks that take the live object: to move it off the device, back on it, and to end it.
+        Hooks that take the live object: to move it off the device, back on it (one does not go
+        without the other), and to end it.
     reattach
         Whether a worker process may put together again what an earlier one has built (on CPUs: or
         a neighbour), instead of calling `load`. By default where that is a torch module, tensors,
@@ -159,8 +160,8 @@ class Context:
     Raises
     ------
     RecipeError
-        Where the recipe cannot be pickled or identified, or no argument is one of `files`; here,
-        not when a task runs.
+        Where the recipe cannot be pickled or identified, no argument is one of `files`, or
+        another parameter is nothing that it could be; here, not when a task runs.
     InputError
         Where one of `files` is missing.
 
@@ -197,6 +198,9 @@ class Context:
                 f"Context needs a function that loads, as its first argument; found {load!r:.80}."
                 " Write Context(load, *arguments), not Context(load(*arguments))."
             )
+        _check_hooks(offload=offload, restore=restore, close=close)
+        _check_choice("exclusive", exclusive, (True, False))
+        _check_choice("reattach", reattach, (True, False, None))
         name = name or funcname(load)
         bundles = tuple(f if isinstance(f, Bundle) else bundle_of(f) for f in _several(files))
         args, kwargs = _placed(args, kwargs, bundles)
@@ -204,9 +208,7 @@ class Context:
         identity = (load, args, kwargs, offload, restore, close)
         sealed = Sealed.of(recipe, f"The recipe of context {name!r}", identity)
         memory = None if device_memory is None else _bytes(device_memory)
-        ref = ContextRef(
-            sealed.digest, name, memory, bool(exclusive), sealed.payload, bundles=bundles
-        )
+        ref = ContextRef(sealed.digest, name, memory, exclusive, sealed.payload, bundles=bundles)
         object.__setattr__(self, "ref", ref)
 
     @property
@@ -252,6 +254,28 @@ def _revive(cls: type[Context], state: dict[str, Any]) -> Context:
     return context
 
 
+def _check_hooks(**hooks: Any) -> None:
+    for name, hook in hooks.items():
+        if hook is not None and not callable(hook):
+            raise RecipeError(
+                f"{name} is a hook of Context: a function that takes the live object; found"
+                f" {hook!r:.80}."
+            )
+    if (hooks["offload"] is None) != (hooks["restore"] is None):
+        given, lacking = sorted(("offload", "restore"), key=lambda name: hooks[name] is None)
+        raise RecipeError(
+            f"{given} is given and {lacking} is not: what one hook moves off the device the other"
+            " has to move back. Give both, or none and let the tensors be moved."
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is choice for choice in choices):
+        raise RecipeError(
+            f"{name} must be one of {', '.join(map(repr, choices))}; found {value!r:.80}."
+        )
+
+
 def _several(files: Any) -> Sequence[Any]:
     if isinstance(files, (str, os.PathLike, Bundle)):
         return (files,)
@@ -290,7 +314,13 @@ def _replaced(value: Any, kind: Any, replace: Callable[[Any], Any]) -> Any:
 
 
 def _bytes(size: int | str) -> int:
-    n_bytes = int(parse_bytes(size))
+    try:
+        n_bytes = -1 if isinstance(size, bool) else int(parse_bytes(size))
+    except Exception:  # Dask's parser raises a bit of everything
+        n_bytes = -1
     if n_bytes < 0:
-        raise RecipeError(f"device_memory must not be negative; found {size!r}.")
+        raise RecipeError(
+            f"device_memory must be a size in bytes, for instance '4 GiB', and not negative; found"
+            f" {size!r:.80}."
+        )
     return n_bytes

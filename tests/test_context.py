@@ -73,3 +73,28 @@ def test_what_cannot_be_pickled_is_refused_at_once():
 def test_a_called_loader_is_recognised():
     with pytest.raises(RecipeError, match="not Context\\(load\\(\\*arguments\\)\\)"):
         Context(load("a"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"offload": print}, "offload is given and restore is not"),
+        ({"restore": print}, "restore is given and offload is not"),
+        ({"close": 5}, "close is a hook of Context: a function .*; found 5"),
+        ({"offload": "cpu", "restore": print}, "offload is a hook .*; found 'cpu'"),
+        ({"reattach": "no"}, "reattach must be one of True, False, None; found 'no'"),
+        ({"exclusive": "no"}, "exclusive must be one of True, False; found 'no'"),
+        ({"exclusive": None}, "exclusive must be one of True, False; found None"),
+        ({"device_memory": "lots"}, "device_memory must be a size .*; found 'lots'"),
+        ({"device_memory": ["4 GiB"]}, "device_memory must be a size"),
+        ({"device_memory": True}, "device_memory must be a size"),
+    ],
+)
+def test_what_a_parameter_cannot_be_is_said_at_once(options, says):
+    with pytest.raises(RecipeError, match=says):
+        Context(load, "a", **options)
+
+
+def test_hooks_that_go_together():
+    assert Context(load, "a", offload=print, restore=print, close=print, reattach=False)
+    assert Context(load, "a", close=print, exclusive=True, reattach=None)
