@@ -2,12 +2,13 @@
 
 ::
 
+    lock                    held by whoever makes room
     blobs/<digest>          a file's content, complete and verified
     blobs/<digest>.part     what there is of one that is being staged
     blobs/<digest>.note     what staging took, and how the file was when it was last verified;
                             written when it is used
     blobs/<digest>.lock     shared by whoever uses it, held by whoever evicts it
-    blobs/<digest>.staging  held by whoever stages it
+    blobs/<digest>.staging  held by whoever stages it; of the size that it will have, without blocks
     blobs/<digest>.tree     held by whoever looks at a tree, and makes it
     trees/<digest>/<name>   a bundle as its loader sees it: links to blobs
 
@@ -36,6 +37,7 @@ from pathlib import Path
 from dask_pcm.bundles import Blob, Bundle, checked_name, digest_of, shown
 from dask_pcm.errors import DiskError
 from dask_pcm.ladder.filling import Filling, read_note, state, verified_chunks, write_note
+from dask_pcm.ladder.locks import is_held, locked
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,6 @@ _STALE_S = 86_400.0
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 #: What it takes to begin staging anything; so small files are worth more for their bytes.
 _FIXED_S = 0.1
-_POLL_S, _SAY_S = 0.02, 30.0
 
 
 class Disk:
@@ -74,6 +75,7 @@ class Disk:
         self.root = Path(root)
         self._quota_bytes = quota_bytes
         self._blobs, self._trees = self.root / "blobs", self.root / "trees"
+        self._room_lock = self.root / "lock"
         #: Blobs that this process is staging.
         self._fillings: dict[str, Filling] = {}
         for folder in (self.root, self._blobs, self._trees):
@@ -100,12 +102,15 @@ class Disk:
         if self.has(blob):  # who uses it has it locked
             yield None
             return
-        with self._locked(f"{blob.digest}.staging", fcntl.LOCK_EX):
+        place = self._blobs / blob.digest
+        with locked(place.with_suffix(".staging"), fcntl.LOCK_EX) as staging:
             if self.has(blob):
                 yield None
                 return
-            place = self._blobs / blob.digest
-            self._make_room(blob.n_bytes - _size(place.with_suffix(".part")))
+            with locked(self._room_lock, fcntl.LOCK_EX):
+                os.ftruncate(staging, 0)  # of somebody who was killed
+                self._make_room(blob.n_bytes - _size(place.with_suffix(".part")))
+                os.ftruncate(staging, blob.n_bytes)
             with Filling(place, blob) as filling:
                 self._fillings[blob.digest] = filling
                 try:
@@ -124,7 +129,8 @@ class Disk:
         """
         with contextlib.ExitStack() as stack:
             for file in bundle.files:
-                stack.enter_context(self._locked(f"{file.blob.digest}.lock", fcntl.LOCK_SH))
+                lock = self._blobs / f"{file.blob.digest}.lock"
+                stack.enter_context(locked(lock, fcntl.LOCK_SH))
                 self._check(file.blob)
             targets = {checked_name(f.name): self._blobs / f.blob.digest for f in bundle.files}
             tree = self._tree(bundle.digest, targets)
@@ -162,7 +168,7 @@ class Disk:
         """A folder of links, as it should be: made anew where somebody has changed it."""
         tree = self._trees / name
         # One at a time: never a moment when a tree that another has been given is not there.
-        with self._locked(f"{name}.tree", fcntl.LOCK_EX):
+        with locked(self._blobs / f"{name}.tree", fcntl.LOCK_EX):
             if _links(tree) == targets:
                 return tree
             making, aside = (self._trees / f".{name}-{uuid.uuid4().hex}" for _ in range(2))
@@ -196,17 +202,29 @@ class Disk:
     # -- room ---------------------------------------------------------------------------------
 
     def used_bytes(self) -> int:
-        """What all blobs take, half-written ones too."""
-        return sum(_size(path) for path in self._blobs.iterdir())
+        """What all blobs take, half-written ones too; of those that are being staged all."""
+        return sum(_size(path) for path in self._blobs.iterdir()) + self._reserved_bytes()
+
+    def _reserved_bytes(self) -> int:
+        """What is still to be written of blobs that are being staged."""
+        n_bytes = 0
+        for path in self._blobs.glob("*.staging"):
+            with contextlib.suppress(FileNotFoundError):  # evicted at this moment
+                size = path.stat().st_size
+                if size and is_held(path):
+                    # One or the other, if it is completed at this moment.
+                    written = _size(path.with_suffix(".part")) or _size(path.with_suffix(""))
+                    n_bytes += max(0, size - written)
+        return n_bytes
 
     def evict(self, digest: str) -> bool:
         """Remove a blob; False where somebody uses or stages it."""
         place = self._blobs / digest
         with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as stack:
-            for kind in ("lock", "staging"):
-                stack.enter_context(self._locked(f"{digest}.{kind}", _AT_ONCE))
-            for path in (place, place.with_suffix(".part"), place.with_suffix(".note")):
-                path.unlink(missing_ok=True)
+            for kind in (".lock", ".staging"):
+                stack.enter_context(locked(place.with_suffix(kind), _AT_ONCE))
+            for kind in ("", ".part", ".note", ".staging", ".lock"):
+                place.with_suffix(kind).unlink(missing_ok=True)
             return True
         return False
 
@@ -218,13 +236,15 @@ class Disk:
             if not rest:
                 raise DiskError(
                     f"There is no room for {n_bytes:,} bytes in {str(self.root)!r}: {self._room()},"
-                    " and what is there is in use. Give it another disk (pcm.ladder.disk.path), or"
-                    " more of this one (pcm.ladder.disk.quota)."
+                    " and what is there is in use or being staged. Give it another disk"
+                    " (pcm.ladder.disk.path), or more of this one (pcm.ladder.disk.quota)."
                 )
             self.evict(rest.pop())
+        if len(rest) < len(digests):
+            self._clean_trees()
 
     def _lacking(self, n_bytes: int) -> int:
-        lacking = n_bytes - shutil.disk_usage(self.root).free
+        lacking = n_bytes + self._reserved_bytes() - shutil.disk_usage(self.root).free
         if self._quota_bytes is not None:
             lacking = max(lacking, self.used_bytes() + n_bytes - self._quota_bytes)
         return lacking
@@ -237,34 +257,29 @@ class Disk:
 
     def _clean(self) -> None:
         """Remove what processes left half-done that did not live to go on, and nobody took up."""
-        for path in self._blobs.glob("*.part"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > _STALE_S:
-                    self.evict(path.stem)
+        with locked(self._room_lock, fcntl.LOCK_EX):
+            found = list(self._blobs.iterdir())
+            parts = {path.stem for path in found if path.suffix == ".part" and not _is_stale(path)}
+            there = {path.stem for path in found if not path.suffix} | parts
+            left = {p.stem for p in found if p.suffix in (".part", ".note", ".staging", ".lock")}
+            for digest in left - there:
+                self.evict(digest)
+            self._clean_trees()
         for path in self._trees.glob(".*"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > _STALE_S:
-                    shutil.rmtree(path, ignore_errors=True)
+            if _is_stale(path):
+                shutil.rmtree(path, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _locked(self, name: str, how: int) -> Iterator[None]:
-        descriptor = os.open(self._blobs / name, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            start = time.monotonic()
-            while True:
-                try:
-                    fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if how & fcntl.LOCK_NB:
-                        raise
-                if time.monotonic() - start > _SAY_S:
-                    start = time.monotonic()
-                    logger.warning("Waiting for another process of this host that has %s", name)
-                time.sleep(_POLL_S)
-            yield
-        finally:
-            os.close(descriptor)
+    def _clean_trees(self) -> None:
+        """Remove trees of which nothing is left; whoever uses one has its files locked."""
+        names = {path.stem for path in self._blobs.glob("*.tree")}
+        for name in names | {path.name for path in self._trees.glob("[!.]*")}:
+            tree, lock = self._trees / name, self._blobs / f"{name}.tree"
+            if not _is_dangling(tree):
+                continue
+            with contextlib.suppress(BlockingIOError), locked(lock, _AT_ONCE):
+                if _is_dangling(tree):
+                    shutil.rmtree(tree, ignore_errors=True)
+                    lock.unlink()
 
 
 def is_node_local(path: str | os.PathLike[str]) -> bool:
@@ -310,6 +325,19 @@ def _worth(place: Path) -> float:
         return 0.0
     seconds = float(read_note(place).get("seconds", 0.0))
     return (_FIXED_S + seconds) / max(1, n_bytes) / max(1.0, time.time() - used_at)
+
+
+def _is_stale(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _STALE_S
+    except FileNotFoundError:
+        return False
+
+
+def _is_dangling(tree: Path) -> bool:
+    """Whether a tree is not there, or no link in it leads anywhere."""
+    links = [path for path in tree.rglob("*") if path.is_symlink()]
+    return not (any(path.exists() for path in links) if links else tree.exists())
 
 
 def _links(tree: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -197,6 +198,85 @@ class TestRoom:
         os.utime(note(disk, slow), (time.time() - 60,) * 2)
         fill(disk, made("new", CHUNK))
         assert disk.has(slow.files[0].blob) and not disk.has(fast.files[0].blob)
+
+    def test_what_is_being_staged_has_its_room(self, tmp_path, made):
+        """By this process or another; a process that is killed leaves the room to others."""
+        disk = Disk(tmp_path / "disk", quota_bytes=15 * CHUNK)
+        one, two = made("one", 10 * CHUNK), made("two", 10 * CHUNK)
+        with disk.filling(one.files[0].blob) as filling:
+            assert disk.used_bytes() == 10 * CHUNK
+            filling.write(0, source(one.files[0])[:CHUNK])
+            assert disk.used_bytes() == 10 * CHUNK
+            with pytest.raises(DiskError, match="in use or being staged"):
+                fill(disk, two)
+        other = staging(one, disk, "slow")
+        assert "missing" in other.stdout.readline() and other.stdout.readline() == "half\n"
+        with pytest.raises(DiskError, match="in use or being staged"):
+            fill(disk, two)
+        os.kill(other.pid, signal.SIGKILL)
+        other.communicate()
+        fill(disk, two)
+        assert not disk.has(one.files[0].blob)
+        fill(disk, one)
+        assert not disk.has(two.files[0].blob)
+        assert disk.used_bytes() < 11 * CHUNK
+
+    def test_however_many_stage_at_once_the_quota_is_kept(self, tmp_path, made):
+        bundles = [made(f"model-{number}", 4 * CHUNK) for number in range(8)]
+        quota, most = 9 * CHUNK, []
+
+        def stage(bundle):
+            disk = Disk(tmp_path / "disk", quota_bytes=quota)  # as of a process of its own
+            for _ in range(5):
+                with contextlib.suppress(DiskError):
+                    fill(disk, bundle)
+                blocks = [path.stat().st_blocks for path in disk.root.glob("blobs/*.part")]
+                most.append(512 * sum(blocks))
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(stage, bundles))
+        assert max(most) <= quota
+        assert Disk(tmp_path / "disk", quota).used_bytes() <= quota
+
+    def test_what_is_evicted_leaves_nothing(self, disk, made):
+        bundles = [made("model", CHUNK, 10), made("other", 2 * CHUNK)]
+        for bundle in bundles:
+            fill(disk, bundle)
+            with disk.using(bundle):
+                pass
+        with disk.using(bundles[1]) as path:
+            for file in (*bundles[0].files, *bundles[1].files):
+                assert disk.evict(file.blob.digest) == (file in bundles[0].files)
+            with pytest.raises(FileNotFoundError):  # it has looked for it
+                disk.using(bundles[0]).__enter__()
+            Disk(disk.root)
+            assert read_all(path) == {"0.bin": source(bundles[1].files[0])}
+            assert [tree.name for tree in (disk.root / "trees").iterdir()] == [bundles[1].digest]
+            assert {p.stem for p in (disk.root / "blobs").iterdir()} == {
+                bundles[1].digest,
+                bundles[1].files[0].blob.digest,
+            }
+        disk.evict(bundles[1].files[0].blob.digest)
+        Disk(disk.root)
+        assert not list((disk.root / "blobs").iterdir()) + list((disk.root / "trees").iterdir())
+
+    def test_whoever_stages_uses_or_evicts_meets_no_half_of_it(self, disk, made):
+        bundle = made("model", CHUNK, 10)
+
+        def use(number):
+            for _ in range(30):
+                if number == 0:
+                    for file in bundle.files:
+                        disk.evict(file.blob.digest)
+                    Disk(disk.root)
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    fill(disk, bundle)
+                    with disk.using(bundle) as path:
+                        assert read_all(path) == {f.name: source(f) for f in bundle.files}
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(use, range(4)))
 
     def test_no_room_at_all(self, tmp_path, made):
         disk = Disk(tmp_path / "disk", quota_bytes=CHUNK)
