@@ -62,6 +62,46 @@ def test_a_killed_worker_is_back_with_everything_imported(monkeypatch):
         assert "torch" not in imported and mark == "of later"
 
 
+def until_gone(pid):
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_fork_server_ends_with_the_last_cluster_that_uses_it():
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+    options["preload_nanny"] = ["dask_pcm.preload"]
+    servers = []
+    for _ in range(2):
+        with LocalCluster(**options) as one, Client(one) as client:
+            server = client.submit(os.getppid).result(60)
+            servers.append(server)
+            assert server != os.getpid()
+            with LocalCluster(**options) as other, Client(other, set_as_default=False) as second:
+                assert second.submit(os.getppid).result(60) == server
+            _, imported, *_ = killed(client)
+            assert "torch" in imported
+            assert client.submit(os.getppid, pure=False).result(60) == server
+        until_gone(server)
+    assert servers[0] != servers[1]
+
+
+def test_after_uninstall_it_stays_for_as_long_as_its_workers():
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with LocalCluster(**options) as cluster, Client(cluster) as client:
+        pcm.install(client)
+        client.submit(use, pcm.Context(load)).result(60)
+        killed(client)
+        server = client.submit(os.getppid, pure=False).result(60)
+        pcm.uninstall(client)
+        time.sleep(0.5)
+        assert Path(f"/proc/{server}").exists()
+        assert client.submit(os.getppid, pure=False).result(60) == server
+        killed(client)
+        until_gone(server)
+
+
 def test_what_a_nanny_is_to_set_before_imports_is_set_before_imports():
     """Such workers are started as Dask does."""
     options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
@@ -122,7 +162,4 @@ def test_a_job_that_is_killed_leaves_no_fork_server(tmp_path):
             parent = client.submit(os.getppid).result(60)
             assert parent != job.pid  # the server's
             job.kill()
-        deadline = time.monotonic() + 30
-        while Path(f"/proc/{parent}").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until_gone(parent)
