@@ -55,6 +55,7 @@ class Live:
     @classmethod
     def of_image(cls, image: Image, recipe: Recipe, is_mapped: bool) -> Live:
         """The object that an image was made of."""
+        is_mapped = is_mapped and not image.is_on_device
         value, storages = image.thaw(is_mapped)
         # Mapped, it never leaves its place: it does not matter who has a part of it.
         owners = None if is_mapped else _owners_of(value)

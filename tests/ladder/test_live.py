@@ -72,6 +72,17 @@ def test_mapped_it_has_been_there_all_the_time():
     assert live.value is value and value[1].weight[3, 3] == 42.0
 
 
+def test_of_a_device_it_is_not_mapped(monkeypatch):
+    """Found again where tensors on the CPU would be mapped, it still leaves its device."""
+    image = Image.write(frozen(model(), PLAIN, "a model"))
+    monkeypatch.setattr(Image, "is_on_device", True)
+    live = Live.of_image(image, PLAIN, is_mapped=True)
+    assert live.mapped_bytes == 0
+    assert live.lower() and live.n_bytes == 0
+    live.rise()
+    assert live.value[0].weight.any()
+
+
 def test_what_cannot_be_pickled_goes_by_its_modules():
     class Engine:
         def __init__(self):
