@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from dask_pcm.ledger.parts import partition_name, range_name
 from dask_pcm.ledger.plan import Plan, Unit
+from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.pieces import Span
 
 #: Pieces of which so many fit in a unit are put together; larger ones are units of their own.
@@ -29,7 +30,7 @@ class Cutter:
     def __init__(
         self,
         plan: Plan,
-        done_ranges: Sequence[tuple[int, int]] = (),
+        done_ranges: Sequence[Range] = (),
         done_partitions: frozenset[int] = frozenset(),
         max_bytes: int = 1 << 30,
     ) -> None:
@@ -38,14 +39,14 @@ class Cutter:
         self._again: list[Unit] = []
         self._order: list[int] | None = None  # of the plan's spans, by offset
         self._todo: list[tuple[int, Span | None]] = []  # (partition, rows), last first
-        self._done = _Ranges(done_ranges)
+        done = Ranges(done_ranges)
         if plan.spans is None:
             self._todo = [
                 (index, None) for index in range(plan.n_partitions) if index not in done_partitions
             ]
         else:
             for index, span in enumerate(plan.spans):
-                missing = self._done.missing(span)
+                missing = cut_to(span, done)
                 if missing and not plan.is_splittable:
                     missing = [span]
                 self._todo += [(index, rest) for rest in missing]
@@ -57,7 +58,7 @@ class Cutter:
     def is_empty(self) -> bool:
         return not self._todo and not self._again
 
-    def again(self, place: tuple[int, int] | int, failed: Sequence[int] | None = None) -> int:
+    def again(self, place: Range | int, failed: Sequence[int] | None = None) -> int:
         """Have a part, or its failed rows, computed again; return how many rows that makes.
 
         Parameters
@@ -83,7 +84,7 @@ class Cutter:
         self.n_rows += unit.n_rows or 1
         return unit.n_rows or 1
 
-    def _spans_of(self, place: tuple[int, int]) -> tuple[int, list[Span]]:
+    def _spans_of(self, place: Range) -> tuple[int, list[Span]]:
         """The rows of a part as spans, and a partition that has some of them."""
         spans = self._plan.spans or []
         if self._order is None:
@@ -168,24 +169,8 @@ def _rows(spans: Sequence[Span], numbers: Sequence[int]) -> Iterator[Span]:
             yield span.cut(start - first, stop - first)
 
 
-class _Ranges:
-    """Row ranges that are done; they do not overlap."""
-
-    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
-        self._ranges = sorted(pair for pair in ranges if pair[0] < pair[1])
-        self._starts = [start for start, _ in self._ranges]
-
-    def missing(self, span: Span) -> list[Span]:
-        return list(self._missing(span))
-
-    def _missing(self, span: Span) -> Iterator[Span]:
-        at, end = span.offset, span.offset + span.n_rows
-        index = max(0, bisect.bisect_right(self._starts, at) - 1)
-        for start, stop in self._ranges[index:]:
-            if start >= end:
-                break
-            if start > at:
-                yield span.cut(at - span.offset, start - span.offset)
-            at = max(at, stop)
-        if at < end:
-            yield span.cut(at - span.offset, end - span.offset)
+def cut_to(span: Span, done: Ranges) -> list[Span]:
+    """What is left of a span."""
+    first = span.offset
+    missing = done.missing(first, first + span.n_rows)
+    return [span.cut(start - first, stop - first) for start, stop in missing]

@@ -23,6 +23,7 @@ from dask_pcm.errors import (
     PCMError,
 )
 from dask_pcm.ledger import status
+from dask_pcm.ledger.attempt import recover
 from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.heart import Heart
 from dask_pcm.ledger.interrupt import deferred
@@ -153,7 +154,8 @@ class Driver:
         self._sum_up()
 
     def _take_stock(self) -> None:
-        """Count what earlier runs committed, and cut the rest."""
+        """Count what earlier runs have done, and cut the rest."""
+        recover(self._output)
         self._stock = take_stock(self._output)
         places = {name: parse_name(name) for name in self._stock}
         ranges = [p for p in places.values() if isinstance(p, tuple) and p[0] < p[1]]
@@ -230,7 +232,7 @@ class Driver:
         report.errors = [text for text, _ in self._errors.most_common(_MAX_ERRORS)]
         if not result.is_resumed:
             self._seconds += result.infer_s or result.total_s
-            self._rows += unit.n_rows or 1
+            self._rows += max(0, (unit.n_rows or 1) - result.n_kept)
         if result.facts:
             self._ran_on["/".join(result.facts.values())] += result.n_rows
             report.ran_on = dict(self._ran_on)

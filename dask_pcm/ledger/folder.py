@@ -31,7 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_pcm.errors import FencedError, OutputError
-from dask_pcm.ledger.output import HOME, LOG, Entry, Output, Owner
+from dask_pcm.ledger.journal import Journal
+from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
 from dask_pcm.ledger.parts import Note, commit_line, digest_of, note_of, write_part
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
@@ -44,6 +45,8 @@ SILENT_S = 15.0
 @dataclass(frozen=True, slots=True)
 class Folder(Output):
     """An output in a folder."""
+
+    has_journals = True
 
     @property
     def how(self) -> str:
@@ -220,6 +223,15 @@ class Folder(Output):
             for line in self.read(f"{LOG}/{name}").splitlines():
                 with contextlib.suppress(ValueError):  # torn by a lost node
                     yield json.loads(line)
+
+    def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> Journal | None:
+        name = f"{unit}.{self.run}.{uuid.uuid4().hex}"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+        with self._fenced():
+            os.stat(self._at(self.place))
+            self._at(JOURNAL).mkdir(exist_ok=True)
+            descriptor = os.open(self._at(f"{JOURNAL}/{name}"), flags, 0o666)
+        return Journal(descriptor, {**origin, "run": self.run, "begun": self.begun, "unit": unit})
 
     # -- helpers ----------------------------------------------------------------------------
 

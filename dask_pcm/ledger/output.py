@@ -13,6 +13,8 @@ another size in another run fit between. Under ``OUTPUT/_pcm/`` lie:
     on the old run can commit nothing: it is fenced off.
 ``log/``
     A line for each unit that was started and for each part that was committed.
+``journal/``
+    Finished rows of units that are not committed yet; see ``journal.py``.
 ``report.json``
     The report of the last run.
 ``lock`` (in object stores ``lock-<number>``)
@@ -37,10 +39,13 @@ import pyarrow as pa
 
 from dask_pcm.errors import OutputError
 from dask_pcm.files import path_text
+from dask_pcm.ledger.journal import Found, Journal, read_journal
 from dask_pcm.ledger.parts import Note, parse_name
+from dask_pcm.ledger.ranges import Range
 
 HOME = "_pcm"
 MANIFEST, REPORT, LOG = f"{HOME}/manifest.json", f"{HOME}/report.json", f"{HOME}/log"
+JOURNAL = f"{HOME}/journal"
 PAUSE, CANCEL = "pause", "cancel"
 _ASIDE = "aside"
 
@@ -87,6 +92,8 @@ class Output(abc.ABC):
     #: How often a run looks at what is asked of it, and says how it stands.
     look_every_s: ClassVar[float] = 0.25
     beat_every_s: ClassVar[float] = 2.0
+    #: Whether finished rows of a unit can be noted one by one.
+    has_journals: ClassVar[bool] = False
     #: Whether a part of a run that was shut out may still arrive.
     may_get_late_parts: ClassVar[bool] = False
 
@@ -178,6 +185,18 @@ class Output(abc.ABC):
     def lines(self) -> Iterator[dict[str, Any]]:
         """Everything that was ever noted here, in no order."""
 
+    def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> Journal | None:
+        """A new journal for an attempt at a unit; None where nothing can be appended to a file.
+
+        `origin` is what a part would tell of where it comes from.
+
+        Raises
+        ------
+        FencedError
+            Where a newer run has taken over this output.
+        """
+        return None
+
     def as_run(self, run: str) -> Self:
         """The same output as another run sees it."""
         return dataclasses.replace(self, run=run)
@@ -233,9 +252,28 @@ class Output(abc.ABC):
             return {}
         return found
 
-    def note_start(self, unit: str, n_rows: int | None) -> None:
-        """Note that a unit begins."""
-        self.log({"run": self.run, "start": unit, "rows": n_rows})
+    def note_start(
+        self, unit: str, n_rows: int | None, rest: Iterable[Range] | None = None
+    ) -> None:
+        """Note that a unit begins; with what is left of it, where some of it has been found."""
+        line = {"run": self.run, "start": unit, "rows": n_rows}
+        self.log(line if rest is None else {**line, "rest": list(rest)})
+
+    def note_unbegun(self, run: str, rows: Iterable[Range]) -> None:
+        """Note that rows of a unit that `run` had started were never begun."""
+        self.log({"run": run, "unbegun": list(rows)})
+
+    def journal_names(self, unit: str | None = None) -> list[str]:
+        """Journals that attempts at a unit, or at any, have left."""
+        entries = self.entries(JOURNAL) if self.has_journals else ()
+        return [f"{JOURNAL}/{n}" for n in entries if unit is None or n.startswith(f"{unit}.")]
+
+    def journals(self, unit: str | None = None) -> Iterator[tuple[str, Found | None]]:
+        """What they hold, by their names; None for one of no use."""
+        for name in self.journal_names(unit):
+            with contextlib.suppress(FileNotFoundError):  # who left it has committed after all
+                found = read_journal(self.read(name))
+                yield name, found if found is not None and self.has_begun(found.about) else None
 
     def wishes(self) -> frozenset[str]:
         """What is asked of this run: to pause, to cancel."""
@@ -296,8 +334,8 @@ class Output(abc.ABC):
         self.remove(place)
 
     def _job_files(self) -> list[str]:
-        logs = [f"{LOG}/{name}" for name in _walk(self, LOG)]
-        return [*(name for name in (MANIFEST, REPORT) if self.exists(name)), *logs]
+        lines = [f"{folder}/{n}" for folder in (LOG, JOURNAL) for n in _walk(self, folder)]
+        return [*(name for name in (MANIFEST, REPORT) if self.exists(name)), *lines]
 
 
 def _walk(output: Output, folder: str) -> Iterator[str]:

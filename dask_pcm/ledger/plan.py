@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 import dask
@@ -50,6 +50,22 @@ class Unit:
     spans: tuple[Span, ...] | None
     n_rows: int | None
     again: tuple[int, ...] | None = None
+
+
+class Graph(NamedTuple):
+    """Tasks that compute a unit, by key.
+
+    Attributes
+    ----------
+    result
+        The key of its rows.
+    leaf
+        The key of the rows that are read for it; None where it is not our reader that reads them.
+    """
+
+    tasks: dict[Any, Task]
+    result: Any
+    leaf: Any
 
 
 class Plan:
@@ -138,8 +154,8 @@ class Plan:
     def graph(self, unit: Unit) -> tuple[bytes, list[Any], list[Future]]:
         """Pickled tasks that compute a unit, the keys they take from outside, and those inputs.
 
-        The pickle holds ``(tasks by key, key of the result)``. The rows to read are no part of it:
-        they are the key ``SPANS``. So where rows can be computed apart, one graph computes any.
+        The pickle holds a ``Graph``. The rows to read are no part of it: they are the key
+        ``SPANS``. So where rows can be computed apart, one graph computes any.
         """
         if not self.is_splittable:
             return self._graph(unit.partition)
@@ -153,6 +169,7 @@ class Plan:
             given = {"iterables": [[TaskRef(SPANS)]], "_partitions": None}
             own = leaf.substitute_parameters(given)
         result = (self._top._name, partition)
+        read: Any = None
         tasks: dict[Any, Task] = {}
         outside: list[Any] = []
         todo = [result]
@@ -164,13 +181,14 @@ class Plan:
                 continue
             if expr is leaf:
                 tasks[key] = own._filtered_task(key, 0)
+                read = key
             elif isinstance(expr, ContextMap):
                 tasks[key] = expr._own_task(key, key[1])
             else:
                 tasks[key] = expr._task(key, key[1])
             seen = {*tasks, *outside, SPANS}
             todo += [k for k in tasks[key].dependencies if k not in seen]
-        pickled = cloudpickle.dumps((tasks, result))
+        pickled = cloudpickle.dumps(Graph(tasks, result, read))
         return pickled, outside, [self._inputs[key] for key in outside]
 
     def start_below(self, client: Client) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -82,35 +82,43 @@ def rows_recomputed(
 ) -> int:
     """Rows that `run` started and that had been started before, by it or by another run.
 
-    Units of different runs need not be alike, so ranges are compared, not names. Units that are
+    Units of different runs need not be alike, so ranges are compared, not names. What a journal
+    shows not to have been begun is left out. Units that are
     whole partitions, whose rows nobody had counted, have the rows of their part (`rows_of`).
     """
-    mine: list[tuple[int, int]] = []
-    others: list[tuple[int, int]] = []
+    edges: list[tuple[int, bool, int]] = []  # row, whether `run` did it, one more or one less
     partitions: Counter[str] = Counter()
     restarted: Counter[str] = Counter()
     for line in lines:
-        if "start" not in line:
+        is_mine = line["run"] == run
+        if "unbegun" in line:
+            ranges, sign = line["unbegun"], -1
+        elif "start" in line:
+            name = line["start"]
+            place, sign = parse_name(name), 1
+            ranges = line.get("rest", [place] if isinstance(place, tuple) else [])
+            if isinstance(place, int):
+                partitions[name] += 1
+                restarted[name] += is_mine
+        else:
             continue
-        name, is_mine = line["start"], line["run"] == run
-        place = parse_name(name)
-        if isinstance(place, tuple):
-            (mine if is_mine else others).append(place)
-        elif place is not None:
-            partitions[name] += 1
-            restarted[name] += is_mine
-    n_mine = sum(stop - start for start, stop in mine)
-    n_rows = n_mine - (_covered(mine + others) - _covered(others))
+        for start, stop in ranges:
+            edges += [(start, is_mine, sign), (stop, is_mine, -sign)]
+    n_rows = _again(sorted(edges))
     for name, n_mine in restarted.items():
         n_again = n_mine if partitions[name] > n_mine else n_mine - 1
         n_rows += max(0, n_again) * (rows_of(name) if n_again > 0 else 0)
     return n_rows
 
 
-def _covered(ranges: list[tuple[int, int]]) -> int:
-    """Length of the union."""
-    total, end = 0, 0
-    for start, stop in sorted(ranges):
-        total += max(0, stop - max(start, end))
-        end = max(end, stop)
+def _again(edges: Sequence[tuple[int, bool, int]]) -> int:
+    """Rows that one run has begun, each time but the first; the first as well if others had."""
+    total = n_mine = n_others = at = 0
+    for row, is_mine, change in edges:
+        total += (row - at) * max(0, n_mine - (n_others <= 0))
+        at = row
+        if is_mine:
+            n_mine += change
+        else:
+            n_others += change
     return total

@@ -13,9 +13,10 @@ from distributed import Client
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import SchemaError
+from dask_pcm.ledger.compute import chunks, compute
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.plan import Plan, Unit
-from dask_pcm.ledger.unit import chunks, compute, failures
+from dask_pcm.mapping import ERROR
 from dask_pcm.pieces import Span
 from dask_pcm.plugins.hold import spent
 
@@ -93,7 +94,8 @@ def draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
     busy_s = sum(seconds for _, seconds in found)
     n_asked = sum(unit.n_rows or 0 for unit in units)
     rows_per_s = n_asked / max(1e-9, busy_s)
-    failed, n_left = failures(frame), plan.n_rows - n_done
+    failed = frame.get(ERROR, pd.Series([], dtype="str")).dropna()
+    n_left = plan.n_rows - n_done
     return Sample(
         frame,
         plan.n_rows,

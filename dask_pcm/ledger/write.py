@@ -236,8 +236,8 @@ class _Session:
             install(self._client)
         layout = Layout.of(self._plan.meta, self._plan.reader)
         config, options = Config.read(), self._options
-        max_bytes = config.unit_bytes if self._plan.is_splittable else 0
-        job = Job(self._output, layout, {}, max_bytes)
+        how = (config.unit_bytes, self._plan.batch_rows) if self._plan.is_splittable else ()
+        job = Job(self._output, layout, {}, *how)
         self.driver = Driver(
             self._client, self._plan, job, config, options.limit, options.retry_failed
         )

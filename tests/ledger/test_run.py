@@ -88,7 +88,9 @@ def test_every_row_once_in_order_readable_by_all(client, job, out):
         "manifest.json",
         "report.json",
         "log",
+        "journal",
     }
+    assert not list(Path(out, "_pcm", "journal").iterdir())
 
 
 def test_the_same_job_again_does_nothing(client, job, out):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dask_pcm import reading
+from dask_pcm.ledger.compute import _PROBE_ROWS
+from dask_pcm.ledger.compute import chunks as chunks_of
 from dask_pcm.ledger.plan import Unit
-from dask_pcm.ledger.unit import _PROBE_ROWS
-from dask_pcm.ledger.unit import chunks as chunks_of
 from dask_pcm.pieces import Span
 
 ROW_BYTES = 10
