@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -44,7 +44,7 @@ def attempt(
     batch_rows: int,
     max_bytes: int,
     origin: Mapping[str, Any],
-) -> Iterator[Record]:
+) -> Generator[Record, None, None]:
     """Rows of a unit in their order: what earlier attempts had finished, and the rest.
 
     What is computed is noted before it is yielded, and stays so until ``clear``.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +114,8 @@ def run_unit(
         retried = [*old_note.get("retried", []), {**_origin(job), **count.as_dict()}]
         counts = {"rows": len(merged), "failed": len(merged) - merged[ERROR].null_count}
         tables, note = iter([merged]), lambda: {**old_note, **counts, "retried": retried}
-    output.commit(unit.name, tables, note, replaces=unit.again is not None)
+    with contextlib.closing(records):  # whatever comes: its journal is not to stay open
+        output.commit(unit.name, tables, note, replaces=unit.again is not None)
     clear(unit.name, output)
     return UnitResult(
         unit.name,
@@ -129,7 +131,7 @@ def run_unit(
 
 def _whole(
     unit: Unit, graph: bytes, keys: Sequence[Any], inputs: Sequence[Any], job: Job
-) -> Iterator[Record]:
+) -> Generator[Record, None, None]:
     """What a unit comes to that leaves no journal: rows computed again, or a partition."""
     for chunk in chunks(unit, job.max_bytes):
         yield make_record(0, 0, compute(chunk, graph, keys, inputs), job.layout)

@@ -172,7 +172,8 @@ def test_a_disk_that_is_full_in_the_midst_of_a_run(client, claims, small_disk):
     assert 0 < n_there < N_ROWS
     assert small_disk.grow().returncode == 0
     report = pcm.write_parquet(verdicts, out, progress=False).report
-    assert (report.rows, report.rows_resumed) == (N_ROWS, n_there)
+    # What was finished and not committed is resumed, too.
+    assert report.rows == N_ROWS and n_there <= report.rows_resumed < N_ROWS
     assert pd.read_parquet(out).id.tolist() == list(range(N_ROWS))
 
 
