@@ -73,7 +73,11 @@ class Journal:
     def __init__(self, descriptor: int, about: Mapping[str, Any]) -> None:
         self._descriptor = descriptor
         self._synced_at = time.monotonic()
-        self._append(about)
+        try:
+            self._append(about)
+        except BaseException:
+            self.close()
+            raise
 
     def begin(self, start: int, stop: int) -> None:
         """Say which rows are begun, so that nobody takes others for begun."""

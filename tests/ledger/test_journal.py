@@ -1,0 +1,254 @@
+"""Finished rows of unfinished units: noted, taken over, committed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import dask_pcm as pcm
+from dask_pcm.ledger import attempt as attempts
+from dask_pcm.ledger import manifest
+from dask_pcm.ledger.attempt import recover
+from dask_pcm.ledger.cut import Cutter
+from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.journal import Journal, Record, apart, read_journal
+from dask_pcm.ledger.layout import Layout
+from dask_pcm.ledger.plan import Plan
+from dask_pcm.ledger.ranges import Ranges
+from dask_pcm.ledger.report import rows_recomputed
+from dask_pcm.ledger.stock import take_stock
+from dask_pcm.ledger.unit import Job, run_unit
+
+N_ROWS, BATCH = 100, 10
+#: Rows that were given to the function; its code finds this list by its module's name.
+DONE: list[int] = []
+ENDS_AT: list[int] = []
+
+
+class Ended(BaseException):
+    """The process is no more."""
+
+
+def compute(frame, context):
+    if set(ENDS_AT) & set(frame["id"]):
+        raise Ended
+    DONE.extend(frame["id"])
+    if 55 in frame["id"].values:
+        raise ValueError("a broken row")
+    return pd.DataFrame({"id": frame["id"], "twice": frame["id"] * 2})
+
+
+@pytest.fixture(autouse=True)
+def each_batch_is_noted(monkeypatch):
+    monkeypatch.setattr(attempts, "_RECORD_S", 0.0)
+    monkeypatch.setattr("dask_pcm.ledger.compute._PROBE_ROWS", N_ROWS)  # all is read at once
+    DONE.clear()
+    ENDS_AT.clear()
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A unit of a job in a folder, as runs of it see them."""
+    source = tmp_path / "in.parquet"
+    pd.DataFrame({"id": range(N_ROWS)}).to_parquet(source, index=False)
+    ddf = pcm.map_partitions(
+        compute,
+        pcm.read_parquet(source),
+        context=pcm.Context(list),
+        meta={"id": "i8", "twice": "i8"},
+        batch_rows=BATCH,
+    )
+    return Work(tmp_path / "out", ddf)
+
+
+class Work:
+    def __init__(self, path, ddf):
+        self.path = path
+        self.plan = Plan(ddf)
+        self.mine = manifest.identify(ddf.expr, True)
+
+    def opened(self, run):
+        output = Folder(str(self.path), run, begun="b")
+        with output.taking_over():
+            output.fence()
+        return output, output.open({})
+
+    def run(self, output, unit=None):
+        cutter = Cutter(self.plan, [place(name) for name in take_stock(output)])
+        unit = unit or cutter.cut(N_ROWS)
+        layout = Layout.of(self.plan.meta, self.plan.reader)
+        about = {"begun": "b", "job": "j"}
+        job = Job(output, layout, about, 1 << 20, BATCH)
+        graph = self.plan.graph(unit)
+        return unit, run_unit(unit, *graph, job=job, refs=self.plan.refs)
+
+
+def place(name):
+    return tuple(map(int, name.removesuffix(".parquet").split("-")[1:]))
+
+
+def whole(output):
+    parts = [pq.read_table(f"{output.path}/{name}").to_pandas() for name in output.parts()]
+    return pd.concat(parts)
+
+
+def is_right(found):
+    assert found.id.tolist() == list(range(N_ROWS))
+    failed = found[found.error.notna()]
+    assert failed.id.tolist() == [55]
+    good = found[found.error.isna()]
+    return (good.twice == good.id * 2).all()
+
+
+def recomputed(output):
+    return rows_recomputed(output.lines(), output.run, lambda name: 0)
+
+
+def test_the_next_attempt_goes_on_after_what_is_finished(work):
+    output, at_work = work.opened("r1")
+    with at_work:
+        ENDS_AT.append(63)
+        with pytest.raises(Ended):
+            work.run(output)
+        assert len(output.journal_names()) == 1
+        ENDS_AT.clear()
+        n_before = len(DONE)
+        _, result = work.run(output)
+        assert sorted(set(DONE[n_before:])) == list(range(60, 100))
+        assert (result.n_rows, result.n_failed, result.n_kept) == (N_ROWS, 1, 60)
+        assert "a broken row" in result.errors[0]
+        assert is_right(whole(output))
+        assert not output.journal_names()
+        assert recomputed(output) == BATCH  # the one that it was at
+
+
+def test_a_third_attempt_has_what_the_first_and_the_second_had(work):
+    output, at_work = work.opened("r1")
+    with at_work:
+        for row in (23, 71):
+            ENDS_AT[:] = [row]
+            with pytest.raises(Ended):
+                work.run(output)
+            assert len(output.journal_names()) == 1  # the second has taken the first one's over
+        ENDS_AT.clear()
+        work.run(output)
+        twice = [i for i, n in Counter(DONE).items() if n > 1 and i // 10 != 5]
+        assert not twice and is_right(whole(output))
+        assert recomputed(output) == 2 * BATCH
+
+
+def test_a_later_run_commits_what_is_finished(work, caplog):
+    output, at_work = work.opened("r1")
+    with at_work:
+        ENDS_AT.append(63)
+        with pytest.raises(Ended):
+            work.run(output)
+    ENDS_AT.clear()
+    n_before = len(DONE)
+    later, at_work = work.opened("r2")
+    with at_work, caplog.at_level(logging.INFO):
+        recover(later)
+        assert list(take_stock(later).values()) == [(60, 1)]
+        assert not later.journal_names()
+        work.run(later)
+        assert DONE[n_before:] == list(range(60, 100))
+        assert is_right(whole(later))
+        assert recomputed(later) == BATCH
+        (first, _) = later.parts()
+        assert later.read_note(first)["run"] == "r1" and later.read_note(first)["job"] == "j"
+
+
+def test_what_was_committed_after_all_is_not_committed_again(work):
+    """Killed between its commit and the removal of its journal."""
+    output, at_work = work.opened("r1")
+    with at_work:
+        ENDS_AT.append(63)
+        with pytest.raises(Ended):
+            work.run(output)
+        (name,) = output.journal_names()
+        left = output.read(name)
+        ENDS_AT.clear()
+        work.run(output)
+        (output._at(name)).write_bytes(left)
+    later, at_work = work.opened("r2")
+    with at_work:
+        recover(later)
+        assert len(later.parts()) == 1 and not later.journal_names()
+
+
+def test_a_journal_of_another_job_in_the_same_place_is_removed(work):
+    output, at_work = work.opened("r1")
+    with at_work:
+        ENDS_AT.append(63)
+        with pytest.raises(Ended):
+            work.run(output)
+    other = Folder(output.path, "r2", begun="anew")
+    with other.taking_over():
+        other.fence()
+    with other.open({}):
+        recover(other)
+        assert not other.parts() and not other.journal_names()
+
+
+def test_a_run_that_was_shut_out_harms_nothing(work):
+    """Its worker lives on, and notes what nobody will read."""
+    output, at_work = work.opened("r1")
+    with at_work:
+        journal = output.begin_journal("part-000000000000-000000000100.parquet", {})
+        later, at_work_later = work.opened("r2")
+        with at_work_later:
+            recover(later)
+            journal.append(Record(0, 1, pa.table({"id": [0]})))
+            with pytest.raises(pcm.PCMError, match="replaced by a newer one"):
+                output.begin_journal("part-000000000000-000000000100.parquet", {})
+            assert not later.journal_names()
+    journal.close()
+
+
+def records():
+    tables = [pa.table({"id": range(n * 10, n * 10 + 10)}) for n in range(3)]
+    return [Record(n * 10, n * 10 + 10, table, n, [f"e{n}"]) for n, table in enumerate(tables)]
+
+
+def test_torn_anywhere_what_is_whole_before_is_there(tmp_path):
+    path, ends = tmp_path / "journal", []
+    journal = Journal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"run": "r"})
+    for record in records():
+        journal.append(record)
+        ends.append(path.stat().st_size)
+    journal.close()
+    data = path.read_bytes()
+    for n_bytes in range(0, len(data), 7):
+        found = read_journal(data[:n_bytes])
+        n_whole = sum(end <= n_bytes for end in ends)
+        assert n_whole == 0 if found is None else len(found.records) == n_whole
+    damaged = bytearray(data)
+    damaged[ends[0] + 100] ^= 1
+    assert len(read_journal(bytes(damaged)).records) == 1
+    found = read_journal(data)
+    assert [(r.start, r.stop, r.n_failed, r.errors) for r in found.records] == [
+        (0, 10, 0, ["e0"]),
+        (10, 20, 1, ["e1"]),
+        (20, 30, 2, ["e2"]),
+    ]
+    assert all(r.table.equals(own.table) for r, own in zip(found.records, records(), strict=True))
+
+
+def test_of_records_with_rows_in_common_one_counts():
+    one, two, three = records()
+    other = Record(5, 15, one.table)
+    assert apart([three, other, two, one]) == [one, two, three]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "missing"),
+    [([], [(0, 9)]), ([(0, 9)], []), ([(2, 3), (3, 5)], [(0, 2), (5, 9)]), ([(20, 30)], [(0, 9)])],
+)
+def test_ranges(ranges, missing):
+    assert list(Ranges(ranges).missing(0, 9)) == missing
