@@ -87,5 +87,9 @@ class FencedError(PCMError, RuntimeError):
     """A unit belongs to a run that a newer run has replaced; its result was dropped."""
 
 
+class ScenarioError(PCMError, ValueError):
+    """A scenario cannot be simulated; the message has file, line and reason of each mistake."""
+
+
 class InstallError(PCMError, RuntimeError):
     """The plugins cannot be installed, or versions differ between client and cluster."""

@@ -1,0 +1,16 @@
+"""A discrete-event simulator that drives the gate's own policy, and those of the papers."""
+
+from dask_pcm.simulation.read import read_scenario, shipped
+from dask_pcm.simulation.scenario import Scenario
+from dask_pcm.simulation.simulate import OURS, POLICIES, Result, simulate, variants
+
+__all__ = [
+    "OURS",
+    "POLICIES",
+    "Result",
+    "Scenario",
+    "read_scenario",
+    "shipped",
+    "simulate",
+    "variants",
+]
