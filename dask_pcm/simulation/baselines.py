@@ -58,8 +58,7 @@ class Manager:
         self._kind = kind
         self._settings = world.scenario.baselines
         if kind is Baseline.PERVASIVE:
-            manager_bytes_s, n_from_each = self._settings.manager_bytes_s, self._settings.n_from_each
-            world.staging = FromPeers(world.links, manager_bytes_s, n_from_each, seed)
+            world.staging = FromPeers(world.links, self._settings, seed)
         else:
             world.staging = FromStore(world.links)
         self._tasks: deque[_Task] = deque()

@@ -20,6 +20,7 @@ class Transfer:
     target: str
     left_bytes: float
     done: Callable[[], object]
+    most_bytes_s: float = math.inf
     bytes_s: float = 0.0
     since_s: float = 0.0
     timer: Timer | None = None
@@ -66,9 +67,16 @@ class Links:
         return len(self._nodes[node].sends)
 
     def send(
-        self, source: str, target: str, n_bytes: float, done: Callable[[], object]
+        self,
+        source: str,
+        target: str,
+        n_bytes: float,
+        done: Callable[[], object],
+        most_bytes_s: float = math.inf,
     ) -> Transfer:
-        transfer = Transfer(source, target, n_bytes, done, since_s=self._clock.now)
+        """Begin to send; never faster than `most_bytes_s`."""
+        now = self._clock.now
+        transfer = Transfer(source, target, n_bytes, done, most_bytes_s, since_s=now)
         self._nodes[source].sends[transfer] = None
         self._nodes[target].receives[transfer] = None
         self._share(transfer)
@@ -95,7 +103,11 @@ class Links:
     def _time(self, transfer: Transfer) -> None:
         now = self._clock.now
         source, target = self._nodes[transfer.source], self._nodes[transfer.target]
-        bytes_s = min(source.bytes_s / len(source.sends), target.bytes_s / len(target.receives))
+        bytes_s = min(
+            source.bytes_s / len(source.sends),
+            target.bytes_s / len(target.receives),
+            transfer.most_bytes_s,
+        )
         if transfer.timer is not None:
             if math.isclose(bytes_s, transfer.bytes_s):
                 return

@@ -55,6 +55,8 @@ _OVERHEADS = {
 _BASELINES = {
     "manager_bandwidth": Field(size, 380_000_000),
     "n_from_each": Field(count(), 3),
+    "slow_share": Field(number(most=1.0), 0.0),
+    "slow_bandwidth": Field(size, 15_000_000),
     "task_s": Field(_SECONDS, 0.095),
     "dispatches_per_s": Field(_POSITIVE, 164.0),
     "retry_s": Field(_POSITIVE, 15.0),
@@ -138,7 +140,10 @@ def _scenario(root: yaml.Node, name: str) -> Scenario:
     contexts, pools, runs = gathered(readers)
     overheads = {key: field.default for key, field in _OVERHEADS.items()} | sections["overheads"]
     baselines = {key: field.default for key, field in _BASELINES.items()} | sections["baselines"]
-    manager = baselines.pop("manager_bandwidth")
+    bandwidths = {
+        "manager_bytes_s": baselines.pop("manager_bandwidth"),
+        "slow_bytes_s": baselines.pop("slow_bandwidth"),
+    }
     return Scenario(
         name,
         sections["title"],
@@ -148,7 +153,7 @@ def _scenario(root: yaml.Node, name: str) -> Scenario:
         pools,
         runs,
         Overheads(**overheads),
-        Baselines(manager_bytes_s=manager, **baselines),
+        Baselines(**bandwidths, **baselines),
         sections["until_s"],
         sections["sweep_task_rows"],
     )

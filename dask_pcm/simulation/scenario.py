@@ -156,6 +156,8 @@ class Baselines:
         Bandwidth of the manager's link; it sends one file after another.
     n_from_each
         Copies that a worker serves at a time.
+    slow_share, slow_bytes_s
+        Share of copies from worker to worker that are no faster than that, however idle both ends.
     task_s
         Between two tasks on a worker.
     dispatches_per_s
@@ -166,6 +168,8 @@ class Baselines:
 
     manager_bytes_s: float
     n_from_each: int
+    slow_share: float
+    slow_bytes_s: float
     task_s: float
     dispatches_per_s: float
     retry_s: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 
 from dask_pcm.simulation.clock import Clock
 from dask_pcm.simulation.links import Links, Transfer
+from dask_pcm.simulation.scenario import Baselines
 
 STORE, _MANAGER = "store", "manager"
 #: A file that comes in chunks from many takes so much longer than over a link of one's own: forty
@@ -59,11 +61,11 @@ class FromPeers:
     """
 
     def __init__(
-        self, links: Links, manager_bytes_s: float, n_from_each: int, seed: int
+        self, links: Links, settings: Baselines, seed: int
     ) -> None:
         self._links = links
-        links.open(_MANAGER, manager_bytes_s)
-        self._n_from_each = n_from_each
+        self._settings = settings
+        links.open(_MANAGER, settings.manager_bytes_s)
         self._random = np.random.default_rng([seed, 1 << 20])
         self._holders: dict[str, list[str]] = defaultdict(list)
         self._waiting: dict[str, deque[_Want]] = defaultdict(deque)
@@ -90,12 +92,18 @@ class FromPeers:
         for file, wants in self._waiting.items():
             while wants and (source := self._source(file)) is not None:
                 want = wants.popleft()
-                copy = self._links.send(source, want.worker, want.n_bytes, lambda: None)
-                copy.done = functools.partial(self._arrive, copy)
-                self._copies[copy] = want
+                self._send(source, want)
+
+    def _send(self, source: str, want: _Want) -> None:
+        most_bytes_s = math.inf
+        if source != _MANAGER and self._random.random() < self._settings.slow_share:
+            most_bytes_s = self._settings.slow_bytes_s
+        copy = self._links.send(source, want.worker, want.n_bytes, lambda: None, most_bytes_s)
+        copy.done = functools.partial(self._arrive, copy)
+        self._copies[copy] = want
 
     def _source(self, file: str) -> str | None:
-        free = [h for h in self._holders[file] if self._links.n_sends(h) < self._n_from_each]
+        free = [h for h in self._holders[file] if self._links.n_sends(h) < self._settings.n_from_each]
         if free:
             return free[int(self._random.integers(len(free)))]
         return None if self._links.n_sends(_MANAGER) else _MANAGER

@@ -112,49 +112,9 @@ class World:
     ) -> None:
         """Stage a context's files, unpack them and build it; `done` is told whether that worked.
 
-        Each file is unpacked while others arrive. On a broken worker it fails after a while, or
-        never ends.
+        On a broken worker it fails after a while, or never ends.
         """
-        spec, life, now = self.scenario.contexts[context], worker.life, self.clock.now
-        worker.loads[context] = now
-        if life.broken is not None:
-            if life.broken.fails_after_s is not None:
-                self.later(worker, life.broken.fails_after_s, lambda: finish(False))
-            return
-        lacking = [n for n in range(len(spec.files)) if (context, n) not in worker.disk]
-        n_left = len(lacking)
-
-        def unpacked(number: int) -> None:
-            nonlocal n_left
-            n_left -= 1
-            if keeps_files:
-                worker.disk.add((context, number))
-            if not n_left:
-                build()
-
-        def build() -> None:
-            self.record.span(worker.name, STAGE, now, self.clock.now)
-            self.later(worker, spec.load_s[life.device], lambda: finish(True))
-
-        def finish(is_built: bool) -> None:
-            began_s = worker.loads.pop(context)
-            if is_built:
-                ended_s = self.clock.now
-                self.record.span(worker.name, LOAD, ended_s - spec.load_s[life.device], ended_s)
-                self.record.loaded(worker.name, context, began_s, ended_s)
-            else:
-                self.record.load_failed(worker.name, began_s, self.clock.now)
-            done(is_built)
-
-        def arrive(number: int) -> None:
-            unpack_s = spec.files[number].unpack_s[life.device]
-            self.later(worker, unpack_s, lambda: unpacked(number))
-
-        for number in lacking:
-            name, n_bytes = f"{context}/{number}", spec.files[number].n_bytes
-            self.staging.fetch(worker.name, name, n_bytes, functools.partial(arrive, number))
-        if not lacking:
-            build()
+        Load(self, worker, context, done, keeps_files).begin()
 
     def row_s(self, worker: Worker, run: RunSpec) -> float:
         """Seconds a row of a run takes there."""
@@ -173,3 +133,61 @@ class World:
         n_ended = int(seconds / batch_s + 1e-9) * run.batch_rows
         n_begun = math.ceil(seconds / batch_s - 1e-9) * run.batch_rows
         return min(n_ended, n_rows), min(n_begun, n_rows)
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """A load under way: each file is unpacked while others arrive; then the context is built."""
+
+    world: World
+    worker: Worker
+    context: str
+    done: Callable[[bool], object]
+    keeps_files: bool
+    n_lacking: int = 0
+
+    def begin(self) -> None:
+        worker, world = self.worker, self.world
+        worker.loads[self.context] = world.clock.now
+        broken, files = worker.life.broken, world.scenario.contexts[self.context].files
+        if broken is not None:
+            if broken.fails_after_s is not None:
+                world.later(worker, broken.fails_after_s, self._fail)
+            return
+        lacking = [n for n in range(len(files)) if (self.context, n) not in worker.disk]
+        self.n_lacking = len(lacking)
+        for number in lacking:
+            name, arrived = f"{self.context}/{number}", functools.partial(self._unpack, number)
+            world.staging.fetch(worker.name, name, files[number].n_bytes, arrived)
+        if not lacking:
+            self._build()
+
+    def _unpack(self, number: int) -> None:
+        file = self.world.scenario.contexts[self.context].files[number]
+        seconds = file.unpack_s[self.worker.life.device]
+        self.world.later(self.worker, seconds, lambda: self._unpacked(number))
+
+    def _unpacked(self, number: int) -> None:
+        self.n_lacking -= 1
+        if self.keeps_files:
+            self.worker.disk.add((self.context, number))
+        if not self.n_lacking:
+            self._build()
+
+    def _build(self) -> None:
+        world, worker = self.world, self.worker
+        world.record.span(worker.name, STAGE, worker.loads[self.context], world.clock.now)
+        load_s = world.scenario.contexts[self.context].load_s[worker.life.device]
+        world.later(worker, load_s, lambda: self._built(load_s))
+
+    def _built(self, load_s: float) -> None:
+        now, name = self.world.clock.now, self.worker.name
+        self.world.record.span(name, LOAD, now - load_s, now)
+        since_s = self.worker.loads.pop(self.context)
+        self.world.record.loaded(name, self.context, since_s, now)
+        self.done(True)
+
+    def _fail(self) -> None:
+        since_s = self.worker.loads.pop(self.context)
+        self.world.record.load_failed(self.worker.name, since_s, self.world.clock.now)
+        self.done(False)
