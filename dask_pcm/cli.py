@@ -16,7 +16,9 @@ import click
 import pandas as pd
 from distributed import Client, LocalCluster, Worker
 from distributed.diagnostics.plugin import WorkerPlugin
+from rich.console import Console
 
+from dask_pcm import simulation
 from dask_pcm.errors import (
     CancelledError,
     FailedRowsError,
@@ -33,6 +35,7 @@ from dask_pcm.pieces import read_parquet
 from dask_pcm.version import __version__
 
 EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_INTERRUPTED = 3, 1, 130
+_MIN_WIDTH = 110
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -185,6 +188,34 @@ def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
         _summarise(done, is_kept=output is not None)
         if rows:
             click.echo(f"accuracy        {factcheck.accuracy(target):.1%}")
+
+
+@main.command("simulate")
+@click.argument("scenario", metavar="SCENARIO")
+@click.option(
+    "--policy",
+    type=click.Choice([*simulation.POLICIES, "all"]),
+    default=simulation.OURS,
+    show_default=True,
+    help="The gate's own, one of the papers', or all in turn.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N")
+@click.option("--report", metavar="DIR", help="Where to write CSV files and plots.")
+def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None) -> None:
+    """Play SCENARIO, a YAML file or one of the package's, with the policy that clusters run."""
+    with _reported_errors(scenario):
+        played = simulation.read_scenario(scenario)
+        policies = simulation.POLICIES if policy == "all" else [policy]
+        results = [
+            (variant, simulation.simulate(world, name, seed))
+            for variant, world in simulation.variants(played)
+            for name in policies
+        ]
+        width = max(_MIN_WIDTH, Console().width)  # figures are not cut short
+        Console(width=width).print(simulation.table(played.title, results))
+        if report:
+            simulation.write_report(Path(report), results)
+            click.echo(f"The report is in {Path(report, 'report.html')}")
 
 
 def _text(value: str) -> str:

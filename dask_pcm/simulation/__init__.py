@@ -1,6 +1,8 @@
 """A discrete-event simulator that drives the gate's own policy, and those of the papers."""
 
 from dask_pcm.simulation.read import read_scenario, shipped
+from dask_pcm.simulation.report import figures, table
+from dask_pcm.simulation.report import write as write_report
 from dask_pcm.simulation.scenario import Scenario
 from dask_pcm.simulation.simulate import OURS, POLICIES, Result, simulate, variants
 
@@ -9,8 +11,11 @@ __all__ = [
     "POLICIES",
     "Result",
     "Scenario",
+    "figures",
     "read_scenario",
     "shipped",
     "simulate",
+    "table",
     "variants",
+    "write_report",
 ]

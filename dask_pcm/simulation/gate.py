@@ -96,7 +96,8 @@ class Gate:
     def _feed(self, window: Window) -> None:
         if window.run.is_run:
             self._park(window.feed(max(1, len(self.state.workers))))
-        if window.is_empty and self._windows.pop(window.run.name, None) and window.run.is_run:
+        if window.is_empty and window.run.name in self._windows:
+            del self._windows[window.run.name]
             self._apply(RunClosed(window.run.name))
 
     def _park(self, units: list[Unit]) -> None:
@@ -159,9 +160,7 @@ class Gate:
         self._decided_s = now = self._world.clock.now
         self.n_decisions += 1
         config = self._config
-        actions = decide(
-            self.state, now, config.pipeline_s, config.n_load_attempts, config.idle_s
-        )
+        actions = decide(self.state, now, config.pipeline_s, config.n_load_attempts, config.idle_s)
         for action in actions:
             match action:
                 case Assign(key, name):

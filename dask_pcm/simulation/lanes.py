@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,9 +63,7 @@ class Lanes:
             if task.began_s is not None:
                 seconds = (task.ended_s or now) - task.began_s
                 self._world.record.span(self.worker.name, WORK, task.began_s, now)
-                n_ended, n_begun = self._world.rows_by(
-                    self.worker, unit.run, unit.n_rows, seconds
-                )
+                n_ended, n_begun = self._world.rows_by(self.worker, unit.run, unit.n_rows, seconds)
                 n_kept = n_ended if is_journalled else 0
                 kept_s = self._world.infer_s(self.worker, unit.run, n_kept)
                 self._world.record.lost(n_begun - n_kept, max(0.0, seconds - kept_s))
@@ -76,7 +75,7 @@ class Lanes:
         n_free = self._n_lanes - sum(task.is_on_lane for task in self._tasks)
         for task in [task for task in self._tasks if not task.is_on_lane][:n_free]:
             task.is_on_lane = True
-            self._world.later(self.worker, self._half_s, lambda task=task: self._read(task))
+            self._world.later(self.worker, self._half_s, functools.partial(self._read, task))
 
     def _read(self, task: _Task) -> None:
         self._ready.append(task)

@@ -47,7 +47,9 @@ def draw_lives(scenario: Scenario, seed: int) -> Iterator[Iterator[Life]]:
 
 
 def _take_place(pool: Pool, place: int, random: np.random.Generator) -> Iterator[Life]:
-    joins_s = pool.joins_s[place] if pool.joins_s else random.uniform(*pool.joins_within_s or (0, 0))
+    joins_s = (
+        pool.joins_s[place] if pool.joins_s else random.uniform(*pool.joins_within_s or (0, 0))
+    )
     is_broken = pool.broken is not None and place < pool.broken.n_workers
     number = 0
     while True:

@@ -21,7 +21,7 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _BOOL, _NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
 
 
-class Problems(Exception):
+class Problems(Exception):  # noqa: N818 # it stands for several
     """(line, reason) of everything that is wrong."""
 
     def __init__(self, found: Sequence[tuple[int, str]]) -> None:

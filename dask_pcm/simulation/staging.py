@@ -60,9 +60,7 @@ class FromPeers:
     begins anew.
     """
 
-    def __init__(
-        self, links: Links, settings: Baselines, seed: int
-    ) -> None:
+    def __init__(self, links: Links, settings: Baselines, seed: int) -> None:
         self._links = links
         self._settings = settings
         links.open(_MANAGER, settings.manager_bytes_s)
@@ -103,7 +101,9 @@ class FromPeers:
         self._copies[copy] = want
 
     def _source(self, file: str) -> str | None:
-        free = [h for h in self._holders[file] if self._links.n_sends(h) < self._settings.n_from_each]
+        free = [
+            h for h in self._holders[file] if self._links.n_sends(h) < self._settings.n_from_each
+        ]
         if free:
             return free[int(self._random.integers(len(free)))]
         return None if self._links.n_sends(_MANAGER) else _MANAGER
@@ -135,7 +135,9 @@ class Swarm:
             self._sent_at[file] = now + n_bytes / self._links.bandwidth(STORE)
         self._members[file].add(worker)
         begins_s = max(now, self._busy_until.get(worker, now))
-        ends_s = max(begins_s + _SWARM * n_bytes / self._links.bandwidth(worker), self._sent_at[file])
+        ends_s = max(
+            begins_s + _SWARM * n_bytes / self._links.bandwidth(worker), self._sent_at[file]
+        )
         self._busy_until[worker] = ends_s
         self._clock.at(ends_s, lambda: done() if worker in self._members[file] else None)
 
