@@ -200,11 +200,18 @@ def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
     help="The gate's own, one of the papers', or all in turn.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N")
-@click.option("--report", metavar="DIR", help="Where to write CSV files and plots.")
+@click.option(
+    "--report",
+    metavar="DIR",
+    type=click.Path(file_okay=False, writable=True),
+    help="Where to write CSV files and plots.",
+)
 def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None) -> None:
     """Play SCENARIO, a YAML file or one of the package's, with the policy that clusters run."""
     with _reported_errors(scenario):
         played = simulation.read_scenario(scenario)
+        if report:
+            simulation.require_bokeh()
         policies = simulation.POLICIES if policy == "all" else [policy]
         results = [
             (variant, simulation.simulate(world, name, seed))

@@ -1,5 +1,6 @@
 """A discrete-event simulator that drives the gate's own policy, and those of the papers."""
 
+from dask_pcm.simulation.plots import require_bokeh
 from dask_pcm.simulation.read import read_scenario, shipped
 from dask_pcm.simulation.report import figures, table
 from dask_pcm.simulation.report import write as write_report
@@ -13,6 +14,7 @@ __all__ = [
     "Scenario",
     "figures",
     "read_scenario",
+    "require_bokeh",
     "shipped",
     "simulate",
     "table",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,26 +13,25 @@ from dask_pcm.simulation.simulate import Result
 _COLORS = {"stage": "#b8b8b8", "load": "#e0a030", "work": "#3b78b0", "failed": "#c03030"}
 
 
-def html(results: Sequence[tuple[str, Result]]) -> str:
-    """A page that loads nothing from elsewhere.
-
-    Raises
-    ------
-    ScenarioError
-        If Bokeh is not installed.
-    """
-    try:
-        from bokeh.embed import file_html
-        from bokeh.layouts import column
-        from bokeh.models.widgets import Div
-        from bokeh.palettes import Category10_10
-        from bokeh.plotting import figure
-        from bokeh.resources import INLINE
-    except ImportError as error:
+def require_bokeh() -> None:
+    """Raise ScenarioError with what to do, if Bokeh is not installed."""
+    if importlib.util.find_spec("bokeh") is None:
         raise ScenarioError(
-            "The report needs Bokeh, which is not installed: pip install 'dask-pcm[monitoring]',"
-            " or leave --report out."
-        ) from error
+            "A report needs Bokeh, which is not installed: pip install 'dask-pcm[monitoring]', or"
+            " leave --report out."
+        )
+
+
+def html(results: Sequence[tuple[str, Result]]) -> str:
+    """A page that loads nothing from elsewhere; without Bokeh, ScenarioError."""
+    require_bokeh()
+    from bokeh.embed import file_html
+    from bokeh.layouts import column
+    from bokeh.models.widgets import Div
+    from bokeh.palettes import Category10_10
+    from bokeh.plotting import figure
+    from bokeh.resources import INLINE
+
     scenario = results[0][1].scenario
     wide: dict[str, Any] = {"width": 1000, "height": 320, "x_axis_label": "seconds"}
     rows = figure(title="Rows done", **wide)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from dataclasses import dataclass, field
 
@@ -97,9 +96,3 @@ class Record:
     def span(self, worker: str, what: str, start_s: float, end_s: float) -> None:
         if worker in self.chosen:
             self.spans.append(Span(worker, what, start_s, end_s))
-
-    def n_warm(self, now: float) -> int:
-        """Workers that are there, and have been warm."""
-        return sum(
-            at <= now < self.left_s.get(worker, math.inf) for worker, at in self.warm_s.items()
-        )
