@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS := main_job doors ladder
+BENCHMARKS := main_job doors ladder policy
 
 .PHONY: help demo test lint bench clean
 .DEFAULT_GOAL := help

@@ -16,6 +16,7 @@ from dask_pcm.simulation.world import Policy, World
 
 OURS = "ours"
 POLICIES = (OURS, *(kind.value for kind in reversed(Baseline)))
+_LATER_S = 3_600.0
 #: Workers of which every span is noted.
 _N_CHOSEN = 40
 
@@ -72,7 +73,8 @@ def simulate(scenario: Scenario, policy: str = OURS, seed: int = 0) -> Result:
     world.run(played, list(draw_lives(scenario, seed)))
     end_s = record.done_at_s[-1] if record.done_at_s and played.is_done else world.clock.now
     is_whole = played.is_done and record.n_rows >= scenario.n_rows - 1e-6
-    lives = list(lives_until(scenario, seed, world.clock.now))
+    # What did not end may end later than it was given up, under a better policy.
+    lives = list(lives_until(scenario, seed, world.clock.now + (0.0 if is_whole else _LATER_S)))
     possible = possible_rows(scenario, lives, end_s)
     return Result(
         scenario,

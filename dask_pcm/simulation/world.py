@@ -15,7 +15,6 @@ from dask_pcm.simulation.record import LOAD, STAGE, Record
 from dask_pcm.simulation.scenario import RunSpec, Scenario
 from dask_pcm.simulation.staging import STORE, Staging
 
-#: Nobody has joined and nothing was done for so long: it will not be any more.
 _STALL_S = 3_600.0
 
 
@@ -65,6 +64,9 @@ class World:
         self.links.open(STORE, scenario.store_bytes_s)
         #: Set by the policy: how files come to workers.
         self.staging: Staging
+        self._patience_s = _patience_s(scenario)
+        joins = [at for pool in scenario.pools for at in pool.joins_s or pool.joins_within_s or ()]
+        self._all_begun_s = max([run.starts_s for run in scenario.runs] + joins)
 
     def run(self, policy: Policy, places: Iterable[Iterator[Life]]) -> None:
         """Let time pass until all is done, all stalls, or the scenario ends."""
@@ -74,8 +76,8 @@ class World:
         self.clock.run(lambda: policy.is_done or self._is_over())
 
     def _is_over(self) -> bool:
-        now = self.clock.now
-        return now >= self.scenario.until_s or now - self.record.last_change_s > _STALL_S
+        quiet_s = self.clock.now - max(self.record.last_change_s, self._all_begun_s)
+        return self.clock.now >= self.scenario.until_s or quiet_s > self._patience_s
 
     def _expect(self, lives: Iterator[Life], policy: Policy) -> None:
         """The next worker to take a place."""
@@ -133,6 +135,24 @@ class World:
         n_ended = int(seconds / batch_s + 1e-9) * run.batch_rows
         n_begun = math.ceil(seconds / batch_s - 1e-9) * run.batch_rows
         return min(n_ended, n_rows), min(n_begun, n_rows)
+
+
+def _patience_s(scenario: Scenario) -> float:
+    """Seconds after which nothing will ever happen, if nothing has: longer than any one thing takes.
+
+    Not even a task of the slowest, files for all at once from the store, or one file on a slow way.
+    """
+    task_s = max(
+        max(run.task_rows, run.batch_rows) * scenario.effective_row_s(run, pool.device)
+        for run in scenario.runs
+        for pool in scenario.pools
+    )
+    sizes = [file.n_bytes for context in scenario.contexts.values() for file in context.files]
+    n_workers = sum(pool.n_workers for pool in scenario.pools)
+    links = [bytes_s for pool in scenario.pools for bytes_s, _ in pool.link_bytes_s]
+    slowest = min(*links, scenario.baselines.slow_bytes_s, scenario.store_bytes_s / n_workers)
+    rejoins = [pool.rejoins_after_s or 0.0 for pool in scenario.pools]
+    return _STALL_S + 4 * task_s + 4 * sum(sizes) / slowest + max(rejoins)
 
 
 @dataclass(slots=True, eq=False)
