@@ -138,7 +138,7 @@ class World:
 
 
 def _patience_s(scenario: Scenario) -> float:
-    """Seconds after which nothing will ever happen, if nothing has: longer than any one thing takes.
+    """Seconds in which something happens, or nothing ever will: longer than any one thing takes.
 
     Not even a task of the slowest, files for all at once from the store, or one file on a slow way.
     """
