@@ -75,25 +75,34 @@ def _assign(
     """Hand out waiting work, each piece to the warm worker that is free first."""
     if state.peek(group) is None:
         return
-    latest_s = drain_s(state.rows_ahead(group), _offers(state, group, views, now))
+    serving = [view for view in views if view.serves(group.contexts)]
+    # Where nothing is known of how long anything takes, whoever has least comes first.
     free = [
-        (state.backlog_s(view, now), view.address)
-        for view in views
-        if view.serves(group.contexts) and _has_room(state, view, pipeline_s)
+        (state.backlog_s(view, now), len(view.running), view.address)
+        for view in serving
+        if _has_room(state, view, pipeline_s)
     ]
+    if not free:
+        return
+    latest_s = drain_s(state.rows_ahead(group), _offers(state, group, views, now))
+    soonest_s: float | None = None
     heapq.heapify(free)
     while free and (work := state.peek(group)) is not None:
-        backlog_s, address = heapq.heappop(free)
+        backlog_s, _, address = heapq.heappop(free)
         view = state.workers[address]
         finish_s = backlog_s + (state.row_s(group, view, now) or 0.0) * work.n_rows
-        # A slow worker leaves the last pieces to those who will be done with them sooner.
-        if finish_s > latest_s * 1.001 and finish_s > _soonest(state, group, views, work, now):
-            continue
+        if finish_s > latest_s * 1.001:
+            # A slow worker leaves the last pieces to those who will be done with them sooner.
+            if soonest_s is None:
+                soonest_s = _soonest(state, group, serving, work, now)
+            if finish_s > soonest_s:
+                continue
         action = Assign(work.key, address)
         state.apply(action, now)
         yield action
+        soonest_s = None
         if _has_room(state, view, pipeline_s):
-            heapq.heappush(free, (finish_s, address))
+            heapq.heappush(free, (finish_s, len(view.running), address))
 
 
 def _has_room(state: GateState, view: WorkerView, pipeline_s: float) -> bool:
@@ -105,13 +114,12 @@ def _has_room(state: GateState, view: WorkerView, pipeline_s: float) -> bool:
 
 
 def _soonest(
-    state: GateState, group: Group, views: Sequence[WorkerView], work: Work, now: float
+    state: GateState, group: Group, serving: Sequence[WorkerView], work: Work, now: float
 ) -> float:
     """Seconds until the earliest finisher among warm workers would be done with `work`."""
     return min(
         state.backlog_s(view, now) + (state.row_s(group, view, now) or 0.0) * work.n_rows
-        for view in views
-        if view.serves(group.contexts)
+        for view in serving
     )
 
 

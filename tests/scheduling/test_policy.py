@@ -447,6 +447,16 @@ def test_a_failed_load_does_no_harm_where_another_worker_is_warm():
     assert {worker for _, worker in assigned(world.decide())} == {"w0"}
 
 
+def test_before_speeds_are_known_everybody_gets_a_first_piece_before_anybody_a_second():
+    world = World("w0", "w1", "w2", "w3")
+    for worker in ("w0", "w1", "w2", "w3"):
+        world.warm(worker)
+    world.park(6)
+    got = [worker for _, worker in assigned(world.decide())]
+    assert sorted(got[:4]) == ["w0", "w1", "w2", "w3"]
+    assert len(got) == 6
+
+
 def test_learns_row_times_from_finishes_that_arrive_together():
     world = World("w0")
     world.warm("w0")
