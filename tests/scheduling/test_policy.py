@@ -543,7 +543,7 @@ def test_sizes_that_become_known_count_at_once():
     world.state.workers["w0"].device_bytes = 100
     world.warm("w0", "a")
     world.tell(ContextDeclared("a", "a", 10), ContextDeclared("a", "a", 20))
-    assert world.state.free_bytes(world.state.workers["w0"]) == 90
+    assert world.state.free_bytes(world.state.workers["w0"]) == 80
     world.tell(ResidencyReported("w1", "a", Standing.WARM, n_bytes=30))
     assert world.state.free_bytes(world.state.workers["w0"]) == 70
     world.state.validate()
