@@ -29,8 +29,9 @@ def compute(frame, log):
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, line.encode())
     os.close(descriptor)
-    time.sleep(0.02)
-    if os.path.exists(f"{log}.broken") and (frame["id"] % 10 == 3).any():
+    if not os.path.exists(f"{log}.broken"):
+        time.sleep(0.02)
+    elif (frame["id"] % 10 == 3).any():
         raise ValueError("a broken row")
     return pd.DataFrame({"id": frame["id"], "twice": frame["id"] * 2})
 

@@ -23,6 +23,7 @@ import pytest
 from distributed import Client, Security, wait
 
 import dask_pcm as pcm
+from dask_pcm.ladder import transfer
 from dask_pcm.plugins import staging as staging_module
 from dask_pcm.plugins.scheduler import GATE
 from dask_pcm.plugins.worker import CONTEXTS
@@ -323,8 +324,9 @@ def test_with_its_scheduler_gone_the_run_goes_on_with_what_is_on_the_disks(
 def test_a_second_file_long_after_the_first_comes_from_peers_too(hosts, weights):
     """Connections that were idle for long are made anew, and nobody is blamed."""
     client = hosts(2)
+    client.run(setattr, transfer, "TIMEOUT_S", 1.0)
     warm_all(client, weights, 2)
-    time.sleep(16)  # longer than a server keeps an idle connection
+    time.sleep(2)  # longer than a server keeps an idle connection
     other = weights.with_name("other.bin")
     other.write_bytes(os.urandom(N_CHUNKS * CHUNK))
     first, second = sorted(client.scheduler_info(n_workers=-1)["workers"])
