@@ -152,7 +152,8 @@ def tls():
     )
 
 
-def test_with_the_certificates_of_the_cluster(disk, model, tmp_path):
+def test_with_the_certificates_of_the_cluster(disk, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "TIMEOUT_S", 1.0)
     access, target = tls(), Disk(tmp_path / "target")
     fill(disk, model)
     with serving(disk, access) as server:

@@ -9,8 +9,6 @@ import pytest
 @pytest.fixture(autouse=True)
 def fork_servers_import_little(request):
     """Each cluster has a fork server of its own, and transformers takes it seconds to import."""
-    if request.path.name == "test_rebirth.py":  # it is about what is imported
-        yield
-        return
-    with dask.config.set({"pcm.worker.imports": []}):
+    imports = getattr(request.module, "IMPORTS", [])  # where it is about fork servers
+    with dask.config.set({"pcm.worker.imports": imports}):
         yield

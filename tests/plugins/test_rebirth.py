@@ -16,6 +16,9 @@ import dask_pcm as pcm
 
 METHOD = "distributed.worker.multiprocessing-method"
 
+#: Of transformers no more than a test asks for: it takes seconds.
+IMPORTS = ["distributed", "pandas", "torch", "dask_pcm.plugins.worker"]
+
 
 def about():
     names = ("torch", "transformers.modeling_utils", "dask_pcm.plugins.worker", "broken")
@@ -43,6 +46,9 @@ def killed(client):
 
 def test_a_killed_worker_is_back_with_everything_imported(monkeypatch):
     monkeypatch.setenv("PCM_TEST_MARK", "of then")
+    monkeypatch.setitem(
+        dask.config.config["pcm"]["worker"], "imports", [*IMPORTS, "transformers.modeling_utils"]
+    )
     options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
     with LocalCluster(**options) as cluster, Client(cluster) as client:
         pcm.install(client)
