@@ -167,7 +167,7 @@ def kill_worker(rows: Rows, folder: Path, scratch: Path) -> None:
         raise RuntimeError("the run did not survive")
     found = pd.read_parquet(out)["id"]
     rows.add(
-        "worker killed after 300 batches: rows computed twice", rows_twice(read_log(log)), "<= 200"
+        "worker killed after 300 batches: rows computed twice", rows_twice(read_log(log)), "<= 64"
     )
     rows.add("… rows lost", N_ROWS - found.nunique(), "== 0")
     rows.add("… rows in the output twice", len(found) - found.nunique(), "== 0")
@@ -185,7 +185,7 @@ def kill_tree(rows: Rows, folder: Path, scratch: Path) -> None:
     found = pd.read_parquet(out)["id"]
     rows.add("process tree killed half-way: rows lost", N_ROWS - found.nunique(), "== 0")
     rows.add("… rows in the output twice", len(found) - found.nunique(), "== 0")
-    rows.add("… rows redone", rows_twice(read_log(log)), "<= 400")
+    rows.add("… rows redone", rows_twice(read_log(log)), "<= 128")
 
 
 def _driver(folder: Path, log: Path, out: Path) -> subprocess.Popen[bytes]:
