@@ -43,12 +43,12 @@ class Live:
         #: Until there is an image of it.
         self.apart: Frozen | None = apart if image is None else None
         self._recipe = recipe
-        self._has_hooks = recipe.offload is not None and recipe.restore is not None
+        has_hooks = recipe.offload is not None and recipe.restore is not None
         # Hooks see to their own: nothing here may hold on to what they let go of.
-        self._n_bytes = _device_bytes(apart.storages) if self._has_hooks else None
-        self._storages = [] if self._has_hooks else apart.storages
-        self._owners: Owners | None = None if self._has_hooks else apart.owners
-        if self._has_hooks:
+        self._n_bytes = _device_bytes(apart.storages) if has_hooks else None
+        self._storages = [] if has_hooks else apart.storages
+        self._owners: Owners | None = None if has_hooks else apart.owners
+        if has_hooks:
             self.apart = None
         self._is_mapped = is_mapped
 

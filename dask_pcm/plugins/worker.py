@@ -226,9 +226,8 @@ class ContextPlugin(Travels, WorkerPlugin):
             if ref.digest not in self._wanted and self.store.tier(ref.digest) is not Tier.DEVICE:
                 self._load_in_place(ref)
         try:
-            with self.store.acquire(
-                refs, again=False
-            ) as values:  # when to try again: the gate knows
+            # When to try again what has failed, the gate knows.
+            with self.store.acquire(refs, again=False) as values:
                 self._set_threads()
                 yield values
         except LoadError as error:
