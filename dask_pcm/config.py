@@ -30,6 +30,7 @@ class Config:
 
     pipeline_s: float
     tick_s: float
+    stall_s: float
     n_load_attempts: int
     idle_s: float | None
     n_lanes: int
@@ -152,6 +153,7 @@ _NUMBER = "a whole number, at least 1"
 _SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "pipeline_s": ("gate.pipeline", _seconds, _TIME),
     "tick_s": ("gate.tick", _some_seconds, _MORE_TIME),
+    "stall_s": ("gate.stall", _some_seconds, _MORE_TIME),
     "n_load_attempts": ("gate.load-attempts", _count, _NUMBER),
     "idle_s": ("context.idle-timeout", _or(None, _seconds), f"{_TIME}, or null"),
     "n_lanes": ("worker.lanes", _count, _NUMBER),

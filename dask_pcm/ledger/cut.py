@@ -9,9 +9,7 @@ from dask_pcm.ledger.parts import partition_name, range_name
 from dask_pcm.ledger.plan import Plan, Unit
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.pieces import Span
-
-#: Pieces of which so many fit in a unit are put together; larger ones are units of their own.
-_SMALL = 8
+from dask_pcm.scheduling.units import goes_along, rows_of
 
 
 class Cutter:
@@ -129,26 +127,21 @@ class Cutter:
         batch = self._plan.batch_rows
         taken = [self._take(partition, span, n_rows)]
         total, n_bytes = taken[0].n_rows, taken[0].n_bytes
-        while self._todo and (room := max(n_rows, batch) - total) > 0:
+        while self._todo:
             partition_after, after = self._todo[-1]
             end = taken[-1].offset + taken[-1].n_rows
             if after is None or after.offset != end or n_bytes + after.n_bytes > self._max_bytes:
                 break
-            is_small = after.n_rows * _SMALL <= n_rows and after.n_rows <= room
-            if total >= batch and not is_small:
+            if not goes_along(after.n_rows, total, n_rows, batch):
                 break
+            room = max(n_rows, batch) - total
             self._todo.pop()
             taken.append(self._take(partition_after, after, room))
             total, n_bytes = total + taken[-1].n_rows, n_bytes + taken[-1].n_bytes
         return taken
 
     def _take(self, partition: int, span: Span, n_rows: int) -> Span:
-        batch = self._plan.batch_rows
-        if n_rows > batch:
-            n_rows -= n_rows % batch  # whole batches
-        if span.n_rows - n_rows < batch and n_rows >= batch:
-            # Less than a batch would be left: take it along if the rest fits in one more.
-            n_rows = span.n_rows if span.n_rows - n_rows < batch // 2 else n_rows
+        n_rows = rows_of(span.n_rows, n_rows, self._plan.batch_rows)
         if n_rows >= span.n_rows:
             return span
         self._todo.append((partition, span.cut(n_rows, span.n_rows)))

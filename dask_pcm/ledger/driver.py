@@ -37,6 +37,7 @@ from dask_pcm.ledger.stock import Counts, is_first, take_stock
 from dask_pcm.ledger.unit import Job, UnitResult
 from dask_pcm.ledger.window import Window
 from dask_pcm.mapping import ERROR
+from dask_pcm.scheduling.units import Askers
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,8 @@ class Driver:
 
     def _feed(self) -> None:
         row_s = self._seconds / self._rows if self._rows else None
-        self._window.feed(max(1, self._status.get("n_workers", 1)), row_s)
+        askers = [Askers(*one) for one in self._status.get("askers", ())] or [Askers("", 1, None)]
+        self._window.feed([one._replace(row_s=one.row_s or row_s) for one in askers])
 
     def _gather(self) -> None:
         """Take in every unit that has ended; wait a moment if none has."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import dask
 from dask.utils import key_split
@@ -15,10 +16,7 @@ from dask_pcm.config import Config
 from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.plan import Plan, Unit
 from dask_pcm.ledger.unit import Job, run_unit
-from dask_pcm.scheduling.units import unit_rows
-
-_MAX_WAITING = 1_000  # units at the gate for each worker, however short they are
-_MAX_AT_ONCE = 100  # units in one graph: the scheduler's loop is not to stall
+from dask_pcm.scheduling.units import Askers, Stock, Wants
 
 
 class Window:
@@ -31,13 +29,15 @@ class Window:
         self._client = client
         self._plan = plan
         self.job = job
-        self._config = config
+        wants = (config.unit_s, config.max_unit_rows, config.n_lanes, config.ready_s)
+        self._stock = Stock(Wants(plan.batch_rows, *wants))
         #: What is still to be cut; nothing until stock has been taken.
         self.cutter = Cutter(plan, [(0, plan.n_rows)], frozenset(range(plan.n_partitions)))
         self._held: list[Unit] = []  # taken back while the run is paused
         self._units: dict[str, tuple[Unit, Future]] = {}  # outstanding, by key
+        self._cut_for: dict[str, str] = {}  # device models, by the names of units
         self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self._n_keys = self._n_outstanding_rows = 0
+        self._n_keys = 0
         #: What the keys of units have in common, as the gate sees it.
         self.kind = key_split(self._key(0))
 
@@ -50,41 +50,32 @@ class Window:
         """Units that are handed over."""
         return len(self._units)
 
-    def feed(self, n_workers: int, row_s: float | None) -> None:
-        """Keep the lanes of `n_workers` filled and a little more at hand.
-
-        `row_s` are the seconds that a row takes, None before that is known.
-        """
-        n_wanted = n_workers * (self._config.n_lanes + 1)
-        enough_s = n_workers * self._config.ready_s
+    def feed(self, askers: Sequence[Askers]) -> None:
+        """Keep the lanes of all workers filled and a little more at hand."""
         units, self._held = self._held, []
-        self._n_outstanding_rows += sum(unit.n_rows or 1 for unit in units)
+        for unit in units:
+            self._stock.add("", unit.n_rows or 1)
         while not self.cutter.is_empty:
-            n_units = len(self._units) + len(units)
-            ready_s = (row_s or enough_s) * self._n_outstanding_rows
-            is_enough = n_units >= n_wanted and ready_s >= enough_s
-            if is_enough or n_units >= n_workers * _MAX_WAITING or len(units) >= _MAX_AT_ONCE:
+            size = self._stock.next(self.cutter.n_rows, askers, len(units))
+            if size is None:
                 break
-            n_rows = unit_rows(
-                self.cutter.n_rows,
-                n_workers,
-                self._plan.batch_rows,
-                row_s,
-                self._config.unit_s,
-                self._config.max_unit_rows,
-            )
-            unit = self.cutter.cut(n_rows)
+            unit = self.cutter.cut(size.n_rows)
+            self._cut_for[unit.name] = size.device
+            self._stock.add(size.device, unit.n_rows or 1)
             units.append(unit)
-            self._n_outstanding_rows += unit.n_rows or 1
-        for _, alike in itertools.groupby(units, key=lambda unit: unit.n_rows or 1):
+        for _, alike in itertools.groupby(units, key=self._annotations):
             self._submit(list(alike))
 
+    def _annotations(self, unit: Unit) -> dict[str, Any]:
+        """What the gate is told of a unit."""
+        return {"pcm_rows": unit.n_rows or 1, "pcm_cut_for": self._cut_for.get(unit.name, "")}
+
     def _submit(self, units: list[Unit]) -> None:
-        """Hand over units of as many rows each."""
+        """Hand over units that are alike to the gate."""
         first = self._n_keys + 1
         self._n_keys += len(units)
         graphs, keys, inputs = zip(*map(self._plan.graph, units), strict=True)
-        with dask.annotate(pcm_rows=units[0].n_rows or 1):
+        with dask.annotate(**self._annotations(units[0])):
             futures = self._client.map(
                 run_unit,
                 units,
@@ -123,9 +114,13 @@ class Window:
 
     def take_out(self, future: Future) -> None:
         """A unit has been taken in."""
-        unit, _ = self._units.pop(future.key)
-        self._n_outstanding_rows -= unit.n_rows or 1
+        self._drop(future.key)
         future.release()
+
+    def _drop(self, key: str) -> Unit:
+        unit, _ = self._units.pop(key)
+        self._stock.remove(self._cut_for.pop(unit.name, ""), unit.n_rows or 1)
+        return unit
 
     def hold_back(self) -> None:
         """Take back the units that no worker has yet; they are handed over again as they are.
@@ -137,10 +132,8 @@ class Window:
         taken = [key for key in waiting if key not in on_workers]
         futures = []
         for key in taken:
-            unit, future = self._units.pop(key)
-            futures.append(future)
-            self._held.append(unit)
-            self._n_outstanding_rows -= unit.n_rows or 1
+            futures.append(self._units[key][1])
+            self._held.append(self._drop(key))
         self._client.cancel(futures, force=True)
 
     def cancel(self) -> None:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from distributed.scheduler import WorkerState
+
 from dask_pcm.context import ContextRef
 
 
@@ -15,7 +17,11 @@ class Member:
 
     epoch: str
     cores: tuple[int, ...]
-    host: str
+    ws: WorkerState
+
+    @property
+    def host(self) -> str:
+        return self.ws.host
 
 
 @dataclass(slots=True)

@@ -27,12 +27,13 @@ class Asked:
     hosts: set[str] | None
     is_loose: bool
     annotations: dict[str, Any] | None
+    client: str
 
     @classmethod
-    def of(cls, ts: TaskState, contexts: tuple[str, ...]) -> Asked:
+    def of(cls, ts: TaskState, contexts: tuple[str, ...], client: str) -> Asked:
         """What is asked of a task that has not been parked before."""
         asked = (ts.worker_restrictions, ts.host_restrictions, ts.loose_restrictions)
-        return cls(contexts, *asked, ts.annotations)
+        return cls(contexts, *asked, ts.annotations, client)
 
 
 def park(ts: TaskState) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import monotonic
 from distributed.protocol.pickle import dumps
-from distributed.scheduler import TaskState, WorkerState
+from distributed.scheduler import KilledWorker, TaskState, WorkerState
 from tornado.ioloop import PeriodicCallback
 
 from dask_pcm.config import Config
@@ -29,8 +30,10 @@ from dask_pcm.errors import LoadError
 from dask_pcm.plugins import parking
 from dask_pcm.plugins.books import Loads, Member, Refs, RunInfo
 from dask_pcm.plugins.lanes import LANES
+from dask_pcm.plugins.losses import Losses
 from dask_pcm.plugins.staging import Desk
 from dask_pcm.plugins.walk import find_refs
+from dask_pcm.plugins.watch import Watch
 from dask_pcm.scheduling.events import (
     Assign,
     ContextDeclared,
@@ -49,15 +52,17 @@ from dask_pcm.scheduling.events import (
     WorkerJoined,
     WorkerLeft,
     WorkerPaused,
+    WorkerTold,
     WorkParked,
     WorkWithdrawn,
 )
-from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.state import GateState
 
 logger = logging.getLogger(__name__)
 
 GATE = "pcm-gate"
+#: What Dask says of a worker that is gone unasked.
+_LOST = ("handle-worker-cleanup", "check-worker-ttl")
 _STANDINGS = {
     "loading": Standing.LOADING,
     "device": Standing.WARM,
@@ -84,6 +89,10 @@ class GatePlugin(SchedulerPlugin):
         self.members: dict[str, Member] = {}
         self.loads: dict[str, Loads] = {}
         self.runs: dict[str, RunInfo] = {}
+        self.losses = Losses(scheduler, self._judged)
+        #: Tasks that each worker had which is on its way out unasked.
+        self._lost_with: dict[str, list[Any]] = {}
+        self._watch = Watch(self.state, self.config.stall_s)
         #: How many worker processes have lost their device with a task.
         self.n_lost_devices: Counter[Any] = Counter()
         self._loop = asyncio.get_running_loop()
@@ -93,6 +102,7 @@ class GatePlugin(SchedulerPlugin):
         scheduler.stream_handlers["pcm-residency"] = self.on_residency
         scheduler.stream_handlers["long-running"] = self.on_long_running
         scheduler.stream_handlers["pcm-returned"] = self.on_returned
+        scheduler.stream_handlers["pcm-notice"] = self.on_notice
         self.desk = Desk(self._tell)
         for op, handle in (
             ("pcm-serves", self.desk.on_serves),
@@ -104,6 +114,8 @@ class GatePlugin(SchedulerPlugin):
         scheduler.handlers["pcm_run"] = self.on_run
         scheduler.handlers["pcm_release"] = self.on_release
         scheduler.handlers["pcm_lost_device"] = self.on_lost_device
+        scheduler.handlers["pcm_losses"] = self.on_losses
+        scheduler.handlers["pcm_explain"] = self.on_explain
         self._unshield = parking.shield_from_timeouts(scheduler, self.asked)
         self._ticker = PeriodicCallback(self._tick, self.config.tick_s * 1000)
         self._ticker.start()
@@ -111,10 +123,12 @@ class GatePlugin(SchedulerPlugin):
 
     async def close(self) -> None:
         self._ticker.stop()
+        self.losses.close()
 
     def uninstall(self) -> None:
         """Leave the scheduler; what is parked goes on as plain Dask tasks."""
         self._ticker.stop()
+        self.losses.close()
         self._unshield()
         self.scheduler.remove_plugin(GATE)
         # Workers and runs may still have something to say, and what is set apart may secede:
@@ -125,7 +139,7 @@ class GatePlugin(SchedulerPlugin):
                 parking.unpark(ts, asked)
         parked = [key for key in self.asked if self._state_of(key) == "no-worker"]
         self.asked.clear()
-        self.state = GateState()
+        self.state = self._watch.state = GateState()
         stimulus_id = f"pcm-uninstall-{next(self._stimuli)}"
         self.scheduler.transitions(dict.fromkeys(reversed(parked), "released"), stimulus_id)
 
@@ -149,7 +163,9 @@ class GatePlugin(SchedulerPlugin):
 
     # -- what Dask says ---------------------------------------------------------------------
 
-    def update_graph(self, scheduler: Scheduler, *, tasks: list[Any], **kwargs: Any) -> None:
+    def update_graph(
+        self, scheduler: Scheduler, *, tasks: list[Any], client: str = "", **kwargs: Any
+    ) -> None:
         """Restrict new context tasks to nobody; runs before their first transition."""
         for key in tasks:
             ts = scheduler.tasks.get(key)
@@ -159,7 +175,7 @@ class GatePlugin(SchedulerPlugin):
             if not refs:
                 continue
             contexts = self._declare(refs)
-            self.asked[key] = parking.Asked.of(ts, contexts)
+            self.asked[key] = parking.Asked.of(ts, contexts, client)
             ts.annotations = {**(ts.annotations or {}), "executor": LANES}
             parking.park(ts)
 
@@ -172,22 +188,34 @@ class GatePlugin(SchedulerPlugin):
         if asked is None:
             return
         if start == "processing":
+            ts = self.scheduler.tasks.get(key)
+            if ts is not None and ts.suspicious:
+                self._lost_with.setdefault(self.state.placed.get(key, ""), []).append(key)
+                ts.suspicious = 0  # Dask blames whoever was there; the gate, whose fault it was
             self._apply(WorkEnded(key, is_finished=finish == "memory"))
-            if (ts := self.scheduler.tasks.get(key)) is not None:
+            if ts is not None:
                 # On every way out, memory included: a result that is lost is computed again,
                 # and that goes through the gate as well.
                 parking.park(ts)
         if finish == "no-worker":
-            self._apply(WorkParked(self._work(self.scheduler.tasks[key], asked)))
+            if not self._is_to_be_judged(key):
+                self._apply(WorkParked(self._work(self.scheduler.tasks[key], asked)))
         elif start == "no-worker" and finish != "processing":
             self._apply(WorkWithdrawn(key))
         if finish == "forgotten":
             del self.asked[key]
+            self.losses.forget(key)
             self.refs.discard(asked.contexts)
 
-    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
-        if self.members.pop(worker, None) is not None:
-            self._apply(WorkerLeft(worker))
+    def remove_worker(
+        self, scheduler: Scheduler, worker: str, *, stimulus_id: str = "", **kwargs: Any
+    ) -> None:
+        lost_with = self._lost_with.pop(worker, [])
+        member = self.members.pop(worker, None)
+        if member is not None:
+            if lost_with:
+                self._lose(member, lost_with)
+            self._apply(WorkerLeft(worker, is_lost=stimulus_id.startswith(_LOST)))
             self._regroup()
             self.desk.leave(worker)
 
@@ -229,14 +257,19 @@ class GatePlugin(SchedulerPlugin):
         n_lanes: int,
         cores: Iterable[int],
         device_bytes: int | None = None,
+        device: str = "",
+        pool: str = "",
+        ends_in_s: float | None = None,
         **kwargs: Any,
     ) -> None:
         """A worker's plugin is ready."""
         ws, known = self.scheduler.workers.get(worker), self.members.get(worker)
         if ws is None or (known is not None and known.epoch == epoch):
             return
-        self.members[worker] = Member(epoch, tuple(cores), ws.host)
-        self._apply(WorkerJoined(worker, n_lanes, device_bytes, ws.host))
+        self.members[worker] = Member(epoch, tuple(cores), ws)
+        self.losses.joined(ws.nanny)
+        lasts_s = math.inf if ends_in_s is None else ends_in_s
+        self._apply(WorkerJoined(worker, n_lanes, device_bytes, ws.host, device, pool, lasts_s))
         self._regroup()
         self.desk.leave(worker)  # what an earlier life of it had under way
         self.desk.welcome(worker)
@@ -253,6 +286,7 @@ class GatePlugin(SchedulerPlugin):
         n_bytes: int = 0,
         device_bytes: int | None = None,
         kind: str = "",
+        staged_s: float = 0.0,
         **kwargs: Any,
     ) -> None:
         """A context moved on a worker; said by an earlier life of the worker, it is ignored."""
@@ -263,11 +297,16 @@ class GatePlugin(SchedulerPlugin):
         if standing is Standing.WARM and is_built:
             loads = self.loads.setdefault(digest, Loads())
             loads.n, loads.seconds = loads.n + 1, loads.seconds + seconds
-        self._apply(
-            ResidencyReported(
-                worker, digest, standing, seconds, error, is_built, n_bytes, device_bytes, kind
-            )
-        )
+        said = (seconds, error, is_built, n_bytes, device_bytes, kind, staged_s)
+        self._apply(ResidencyReported(worker, digest, standing, *said))
+
+    def on_notice(self, worker: str, epoch: str, seconds: float, **kwargs: Any) -> None:
+        """A worker will end in so many seconds: what it has not begun goes elsewhere."""
+        member = self.members.get(worker)
+        if member is None or member.epoch != epoch:
+            return
+        self._apply(WorkerTold(worker, seconds))
+        self._call_back(worker, list(self.state.workers[worker].running))
 
     def on_returned(self, worker: str, epoch: str, keys: list[Any], **kwargs: Any) -> None:
         """A worker has not begun these tasks, and does not have them any more."""
@@ -286,10 +325,11 @@ class GatePlugin(SchedulerPlugin):
         """
         asked: tuple[ContextRef, ...] = pickle.loads(refs)
         contexts = tuple(ref.digest for ref in asked)
+        group = Group(contexts, kind, client=client)
         if n_units:
             if run not in self.runs:
                 self.runs[run] = RunInfo(client, self._declare(asked))
-            self._apply(RunReported(run, Group(contexts, kind), n_rows, n_units))
+            self._apply(RunReported(run, group, n_rows, n_units))
         else:
             self._close_run(run)
         loads = [self.loads.get(context, Loads()) for context in contexts]
@@ -299,6 +339,7 @@ class GatePlugin(SchedulerPlugin):
             "n_warm": sum(view.holds(contexts) for view in views),
             "n_loads": sum(load.n for load in loads),
             "load_s": sum(load.seconds for load in loads),
+            "askers": [tuple(one) for one in self.state.askers(group)],
         }
 
     def _if_now(self, handle: Callable[..., None]) -> Callable[..., None]:
@@ -320,6 +361,17 @@ class GatePlugin(SchedulerPlugin):
         """A worker process loses its device in a task; answered with how often that has been so."""
         self.n_lost_devices[key] += is_cause
         return self.n_lost_devices[key]
+
+    async def on_losses(self, key: Any) -> int:
+        """A task goes on after a loss; answered with how many processes it has cost since it asked.
+
+        Waits until it is clear what its last loss means.
+        """
+        return await self.losses.ask(key)
+
+    async def on_explain(self, key: Any) -> str:
+        """Why a task waits, or where it went and why."""
+        return self._watch.explain(key)
 
     async def on_release(self, digests: list[str]) -> int:
         """A client has workers drop contexts; answered with how many hold one of them."""
@@ -348,9 +400,8 @@ class GatePlugin(SchedulerPlugin):
     def _dispatch(self) -> None:
         self._is_woken = False
         config = self.config
-        actions = decide(
-            self.state, monotonic(), config.pipeline_s, config.n_load_attempts, config.idle_s
-        )
+        rules = (config.pipeline_s, config.n_load_attempts, config.idle_s)
+        actions = self._watch.decide(monotonic(), *rules)
         assigns = [action for action in actions if isinstance(action, Assign)]
         if assigns:
             self._send(assigns)
@@ -417,15 +468,18 @@ class GatePlugin(SchedulerPlugin):
 
     def _fail(self, fail: Fail) -> None:
         ts = self.scheduler.tasks.get(fail.key)
-        if ts is None or ts.state != "no-worker":
-            return
-        stimulus_id = f"pcm-load-failed-{next(self._stimuli)}"
+        if ts is not None and ts.state == "no-worker":
+            self._end(ts, LoadError(fail.error))
+
+    def _end(self, ts: TaskState, error: Exception) -> None:
+        """A parked task ends with an error."""
+        stimulus_id = f"pcm-failed-{next(self._stimuli)}"
         recommendations = self.scheduler.transition(
             ts.key,
             "erred",
             stimulus_id,
-            exception=dumps(LoadError(fail.error)),
-            exception_text=fail.error,
+            exception=dumps(error),
+            exception_text=str(error),
             cause=ts.key,
         )
         self.scheduler.transitions(recommendations, stimulus_id)
@@ -477,14 +531,44 @@ class GatePlugin(SchedulerPlugin):
             self.refs.discard(info.contexts)
 
     def _work(self, ts: TaskState, asked: parking.Asked) -> Work:
-        n_rows = float((ts.annotations or {}).get("pcm_rows") or 1.0)
+        said = ts.annotations or {}
         allowed = parking.allowed(self.scheduler, ts, asked)
-        group = Group(asked.contexts, ts.prefix.name, allowed)
-        return Work(ts.key, group, tuple(ts.priority or ()), n_rows)
+        is_alone = ts.key in self.losses.suspects
+        group = Group(asked.contexts, ts.prefix.name, allowed, asked.client, is_alone)
+        n_rows, cut_for = float(said.get("pcm_rows") or 1.0), str(said.get("pcm_cut_for") or "")
+        return Work(ts.key, group, tuple(ts.priority or ()), n_rows, cut_for)
+
+    def _lose(self, member: Member, keys: Sequence[Any]) -> None:
+        """A worker is gone that had these tasks in work; the next attempts are told."""
+        self.losses.lost(member.ws.nanny or "", keys)
+        for key in keys:
+            if (ts := self.scheduler.tasks.get(key)) is not None:
+                lost = {"pcm_lost": self.losses.n_lost[key]}
+                ts.annotations = {**(ts.annotations or {}), **lost}
+            if self._is_to_be_judged(key):
+                self._apply(WorkWithdrawn(key))
+        self._last_lost = member.ws.clean()
+
+    def _is_to_be_judged(self, key: Any) -> bool:
+        """Whether a task is to stay here until it is clear whose fault its last loss was."""
+        return self.losses.is_open(key)
+
+    def _judged(self, keys: Iterable[Any]) -> None:
+        """It is clear whose fault a loss was: suspects go on, alone, or have ended enough."""
+        for key in keys:
+            ts, asked = self.scheduler.tasks.get(key), self.asked.get(key)
+            if ts is None or asked is None or ts.state != "no-worker":
+                continue
+            if self.losses.n_blamed[key] > self.scheduler.allowed_failures:
+                allowed_failures = self.scheduler.allowed_failures
+                self._apply(WorkWithdrawn(key))
+                self._end(ts, KilledWorker(key, self._last_lost, allowed_failures))
+            else:
+                self._apply(WorkParked(self._work(ts, asked)))
 
     def _regroup(self) -> None:
         """Restricted work may find other workers now than when it was parked."""
-        for work in list(self.state.waiting.values()):
+        for work in list(self.state.waiting.works.values()):
             asked = self.asked[work.key]
             if asked.workers or asked.hosts or work.group.allowed is not None:
                 self._apply(WorkParked(self._work(self.scheduler.tasks[work.key], asked)))

@@ -7,6 +7,7 @@ The scheduler plugin and the simulator turn their worlds into these events, hand
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -33,21 +34,40 @@ class Group:
         What costs alike: the task's key prefix.
     allowed
         Workers that the user's restrictions leave; None for all.
+    client
+        Who has asked for it: clients share what there is.
+    is_alone
+        Whether each piece needs a worker for itself: it was there when processes ended, and the
+        next one that ends is to show whether it was to blame.
     """
 
     contexts: tuple[str, ...]
     kind: str
     allowed: frozenset[str] | None = None
+    client: str = ""
+    is_alone: bool = False
+
+    @property
+    def costs(self) -> tuple[tuple[str, ...], str]:
+        """What its costs are known by."""
+        return self.contexts, self.kind
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One piece of work, dispatched as a whole; lower `priority` goes first."""
+    """One piece of work, dispatched as a whole; lower `priority` goes first.
+
+    Attributes
+    ----------
+    cut_for
+        The device model for which its size was chosen; empty for any.
+    """
 
     key: object
     group: Group
     priority: tuple[float, ...]
     n_rows: float = 1.0
+    cut_for: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +80,43 @@ class WorkerJoined:
         What contexts may take on its device; None if that is not known, or has no limit.
     host
         The machine that it is on.
+    device
+        The model of its device.
+    pool
+        Workers of which it is one, and which live as long as each other.
+    ends_in_s
+        Seconds that the batch system leaves it; infinity if that is not known.
     """
 
     worker: str
     n_lanes: int
     device_bytes: int | None = None
     host: str = ""
+    device: str = ""
+    pool: str = ""
+    ends_in_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLeft:
+    """A worker is gone.
+
+    Attributes
+    ----------
+    is_lost
+        Whether nobody had asked it to go.
+    """
+
     worker: str
+    is_lost: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTold:
+    """A worker has been told that it will end in so many seconds."""
+
+    worker: str
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +155,8 @@ class ResidencyReported:
     ----------
     seconds, is_built
         What it took to warm it, and whether it was built for it or only restored.
+    staged_s
+        Of these, the seconds in which files came to its host.
     n_bytes
         What it takes on the device; 0 if that is not known.
     device_bytes
@@ -126,15 +174,25 @@ class ResidencyReported:
     n_bytes: int = 0
     device_bytes: int | None = None
     kind: str = ""
+    staged_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ContextDeclared:
-    """Somebody wants a context; with its name, and what it is said to take on a device."""
+    """Somebody wants a context.
+
+    Attributes
+    ----------
+    n_bytes
+        What it is said to take on a device.
+    file_bytes
+        What has to be on a worker's disk before it is built.
+    """
 
     context: str
     name: str
     n_bytes: int | None = None
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +219,7 @@ Event: TypeAlias = (
     WorkerJoined
     | WorkerLeft
     | WorkerPaused
+    | WorkerTold
     | WorkParked
     | WorkEnded
     | WorkWithdrawn
@@ -218,10 +277,19 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
+class Shun:
+    """Nothing to do, but to know: a node is left alone for so many seconds."""
+
+    host: str
+    seconds: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class GivenUp:
     """Nothing to do, but to know: this context is not loaded again until somebody asks anew."""
 
     context: str
 
 
-Action: TypeAlias = Assign | Warm | Cool | Leave | Fail | GivenUp
+Action: TypeAlias = Assign | Warm | Cool | Leave | Fail | Shun | GivenUp

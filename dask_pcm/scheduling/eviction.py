@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dask_pcm.scheduling.events import Action, Cool, Fail, Group, Leave, Standing
-from dask_pcm.scheduling.state import GateState, WorkerView
+from dask_pcm.scheduling.state import GateState
+from dask_pcm.scheduling.views import WorkerView
 
 #: A turn lasts so many times what moving takes.
 TURNS = 4.0
@@ -117,7 +118,7 @@ def _worth(
     """
     urgency = claims.urgency(context, view.address)
     idle_s = now - view.used_at.get(context, now)
-    back_s = max(state.cost.restore_s(context), 1e-3)
+    back_s = max(state.cost.restore_s(context, view.device), 1e-3)
     seconds = back_s * 0.5 ** (idle_s / _HALF_LIFE_S) / max(state.sizes.get(context, 0), 1)
     return urgency is not None, tuple(-number for number in urgency or ()), seconds
 
@@ -133,7 +134,7 @@ def _may_leave(
     own = work.priority if work is not None else ()
     if own and rival and own[0] != rival[0]:  # users have said what comes first
         return own[0] < rival[0]
-    moving_s = state.cost.restore_s(context) + sum(
+    moving_s = state.cost.restore_s(context, view.device) + sum(
         state.warm_s(view, missing) for missing in view.missing(group.contexts)
     )
     turn_s = now - view.warm_since.get(context, now)
@@ -170,8 +171,8 @@ def stay(state: GateState, claims: Claims, now: float) -> None:
                     del view.leaving[context]
 
 
-def cool(state: GateState, now: float, idle_s: float) -> Iterator[Cool]:
-    """Lower contexts that have been warm and unused for `idle_s`; applied as they are yielded.
+def cool(state: GateState, now: float, idle_s: float) -> None:
+    """Lower contexts that have been warm and unused for `idle_s`.
 
     What waiting work or a run needs stays, however long it has been idle.
     """
@@ -181,6 +182,4 @@ def cool(state: GateState, now: float, idle_s: float) -> Iterator[Cool]:
         for context, standing in list(view.standings.items()):
             is_idle = now - view.used_at.get(context, now) >= idle_s
             if standing is Standing.WARM and is_idle and context not in wanted_here:
-                action = Cool(view.address, context)
-                state.apply(action, now)
-                yield action
+                state.decide(Cool(view.address, context), now)

@@ -26,7 +26,7 @@ from dask_pcm.scheduling.events import (
     WorkEnded,
     WorkerJoined,
     WorkerLeft,
-    WorkerPaused,
+    WorkerTold,
     WorkParked,
     WorkWithdrawn,
 )
@@ -81,7 +81,6 @@ class Gate:
         # While the output is looked through, only the number of pieces is known.
         n_pieces = -(-run.n_rows // run.task_rows)
         self._apply(RunReported(run.name, self._group(run), float(n_pieces), n_pieces))
-        self._feed(window)
         self._look(window)
 
     def _look(self, window: Window) -> None:
@@ -90,12 +89,13 @@ class Gate:
             n_units = max(1, len(window.units))
             report = RunReported(run.name, self._group(run), float(window.n_uncut), n_units)
             self._apply(report)
+            window.told(self.state.askers(self._group(run)))
             self._feed(window)
             self._world.clock.after(_LOOK_S, lambda: self._look(window))
 
     def _feed(self, window: Window) -> None:
         if window.run.is_run:
-            self._park(window.feed(max(1, len(self.state.workers))))
+            self._park(window.feed())
         if window.is_empty and window.run.name in self._windows:
             del self._windows[window.run.name]
             self._apply(RunClosed(window.run.name))
@@ -105,7 +105,8 @@ class Gate:
             # As Dask does: what users say, then in order; rows are told by runs only.
             priority = (-unit.run.priority, unit.run.starts_s, float(unit.number))
             n_rows = float(max(1, unit.n_rows)) if unit.run.is_run else 1.0
-            self._apply(WorkParked(Work(unit.key, self._group(unit.run), priority, n_rows)))
+            work = Work(unit.key, self._group(unit.run), priority, n_rows, unit.cut_for)
+            self._apply(WorkParked(work))
 
     def _group(self, run: RunSpec) -> Group:
         return Group(run.contexts, run.name)
@@ -115,13 +116,19 @@ class Gate:
     def joined(self, worker: Worker) -> None:
         n_lanes = self._config.n_lanes
         self._lanes[worker.name] = Lanes(self._world, worker, n_lanes, self._ended)
-        device_bytes = self._world.scenario.device_bytes[worker.life.device]
-        self._apply(WorkerJoined(worker.name, n_lanes, device_bytes, worker.name))
+        life = worker.life
+        device_bytes = self._world.scenario.device_bytes[life.device]
+        ends_in_s = life.walltime_s
+        self._apply(
+            WorkerJoined(
+                worker.name, n_lanes, device_bytes, worker.name, life.device, life.pool, ends_in_s
+            )
+        )
 
     def told(self, worker: Worker) -> None:
-        """It takes nothing more, and hands back what it has not begun."""
+        """It takes nothing that does not end in time, and hands back what it has not begun."""
         if worker.is_here:
-            self._apply(WorkerPaused(worker.name, True))
+            self._apply(WorkerTold(worker.name, worker.life.ends_s - self._world.clock.now))
             for unit in self._lanes[worker.name].hand_back():
                 self._apply(WorkEnded(unit.key, False))
                 self._park([unit])

@@ -23,6 +23,8 @@ class Life:
         Its seconds a row, over those of its device.
     link_bytes_s
         Of its link, each way.
+    walltime_s
+        It is known to live no longer.
     """
 
     worker: str
@@ -34,6 +36,7 @@ class Life:
     slowness: float
     link_bytes_s: float
     broken: Broken | None
+    walltime_s: float = math.inf
 
 
 def draw_lives(scenario: Scenario, seed: int) -> Iterator[Iterator[Life]]:
@@ -68,6 +71,7 @@ def _take_place(pool: Pool, place: int, random: np.random.Generator) -> Iterator
             slowness,
             link_bytes_s,
             pool.broken if is_broken else None,
+            pool.walltime_s or math.inf,
         )
         if pool.rejoins_after_s is None or math.isinf(ends_s):
             return

@@ -197,7 +197,7 @@ class TestHandle:
         until(lambda: not any(client.processing().values()))
         before = len(found_in(out))
         until(lambda: run.progress.done == before)
-        assert before <= 60  # what was handed over at first; nothing came after it
+        assert before < 200  # what workers had at first; nothing came after it
         per_s = run.progress.per_s
         time.sleep(0.6)
         assert run.progress.done == before and run.progress.per_s == per_s

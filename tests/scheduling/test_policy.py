@@ -31,48 +31,10 @@ from dask_pcm.scheduling.events import (
     WorkParked,
     WorkWithdrawn,
 )
-from dask_pcm.scheduling.placement import drain_s
+from dask_pcm.scheduling.forecast import drain_s
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.state import GateState
-
-A, B = Group(("a",), "infer"), Group(("b",), "infer")
-
-
-class World:
-    """A gate whose events are written in one line each."""
-
-    def __init__(self, *workers, n_lanes=2):
-        self.state = GateState()
-        self.now = 0.0
-        for worker in workers:
-            self.tell(WorkerJoined(worker, n_lanes))
-
-    def tell(self, *events):
-        for event in events:
-            self.state.apply(event, self.now)
-
-    def park(self, n, group=A, start=0, n_rows=1.0, priority=(0,)):
-        for i in range(start, start + n):
-            self.tell(WorkParked(Work(f"{group.contexts[0]}{i}", group, priority, n_rows)))
-
-    def warm(self, worker, context="a", seconds=0.0):
-        self.tell(ResidencyReported(worker, context, Standing.WARM, seconds))
-
-    def decide(self, **options):
-        actions = decide(self.state, self.now, **options)
-        self.state.validate()
-        return actions
-
-    def learn(self, group, worker, row_s):
-        self.state.cost.observe_rows(group, worker, row_s * 100, 100)
-
-
-def warmed(actions):
-    return {action.worker for action in actions if isinstance(action, Warm)}
-
-
-def assigned(actions):
-    return [(action.key, action.worker) for action in actions if isinstance(action, Assign)]
+from tests.scheduling.world import A, B, World, assigned, warmed
 
 
 def test_first_work_warms_a_worker_for_each_piece():
@@ -251,7 +213,7 @@ def test_a_failed_load_is_tried_elsewhere_and_then_given_up_with_its_error():
     world.park(1)
     assert len(set(fail_loads(world, 3))) == 3
     assert world.decide() == [Fail("a0", "a", "no weights (2)"), GivenUp("a")]
-    assert not world.state.waiting
+    assert not world.state.waiting.works
     assert world.decide() == []
     world.park(1)  # asked for again, it is tried again
     assert len(warmed(world.decide())) == 1
@@ -300,7 +262,7 @@ def test_two_contexts_that_no_worker_can_have_together_are_given_up():
             good, bad = ("a", "b") if worker == "w0" else ("b", "a")
             world.warm(worker, good)
             world.tell(ResidencyReported(worker, bad, Standing.FAILED, 0.1, f"no {bad}"))
-        if not world.state.waiting:
+        if not world.state.waiting.works:
             break
     assert {action.key for action in actions if isinstance(action, Fail)} == {"k", "l"}
 
@@ -419,7 +381,7 @@ def test_workers_that_somebody_has_begin_anew_have_not_failed():
         world.tell(ResidencyReported(warm.worker, warm.context, Standing.LOADING))
         world.tell(Restarted(), WorkerLeft(warm.worker))
         world.tell(WorkerJoined(f"w-{n}", 2, None, "one"))
-    assert not world.state.failures
+    assert not world.state.failures.of_context
 
 
 def test_what_is_said_last_of_a_size_counts_until_it_is_measured():
@@ -468,10 +430,10 @@ def test_learns_row_times_from_finishes_that_arrive_together():
         world.tell(*(WorkEnded(key, is_finished=True) for key in done))
         n_done = len(done)
         world.decide()
-        if not world.state.waiting:
+        if not world.state.waiting.works:
             break
     assert n_done
-    learned = world.state.cost.row_s(A, "w0")
+    learned = world.state.cost.row_s(A.costs, "w0")
     assert learned == pytest.approx(0.4 / 2, rel=0.5)
 
 
@@ -657,7 +619,7 @@ class Gate(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost_or_doubled(self):
         self.state.validate()
-        assert self.state.waiting.keys() | self.state.placed.keys() == self.wanted
+        assert self.state.waiting.works.keys() | self.state.placed.keys() == self.wanted
 
 
 Gate.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

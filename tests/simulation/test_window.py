@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dask_pcm.config import Config
+from dask_pcm.scheduling.units import Askers
 from dask_pcm.simulation.lanes import Lanes
 from dask_pcm.simulation.lives import draw_lives
 from dask_pcm.simulation.record import Record
@@ -14,8 +15,9 @@ from tests.simulation.worlds import FREE, pool, run, world
 def drained(window, n_workers, row_s):
     """Sizes of all units, each taken in before the next are cut."""
     sizes = []
+    window.told([Askers("", n_workers, None)])
     while not window.is_empty:
-        for unit in window.feed(n_workers):
+        for unit in window.feed():
             sizes.append(unit.n_rows)
             window.ended(unit.key, unit.n_rows * row_s)
     return sizes
@@ -44,7 +46,7 @@ def test_small_pieces_are_put_together(tmp_path):
 
 def test_what_was_journalled_is_not_outstanding(tmp_path):
     window = window_of(tmp_path, 10, batch_rows=4, task_rows=10)
-    first, *others = window.feed(1)
+    first, *others = window.feed()
     assert [unit.n_rows for unit in (first, *others)] == [4, 4, 2]
     window.shrink(first, 4)
     assert first.n_rows == 0
