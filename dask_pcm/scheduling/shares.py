@@ -23,8 +23,11 @@ class Shares:
         """A piece of its work waits."""
         n_waiting = self.n_waiting.get(client, 0)
         if not n_waiting:
-            least_s = min((self.served_s[other] for other in self.n_waiting), default=0.0)
-            self.served_s[client] = max(self.served_s.get(client, 0.0), least_s)
+            least_s = min((self.served_s[other] for other in self.n_waiting), default=None)
+            if least_s is None:  # nobody else waits: what was is of no account
+                self.served_s = {client: self.served_s.get(client, 0.0)}
+            else:
+                self.served_s[client] = max(self.served_s.get(client, 0.0), least_s)
         self.n_waiting[client] = n_waiting + 1
 
     def leave(self, client: str) -> None:

@@ -6,14 +6,9 @@ import sys
 from collections import Counter
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dask_pcm.scheduling.events import (
-    Assign,
     ContextDeclared,
-    Cool,
     Fail,
     GivenUp,
     Group,
@@ -454,13 +449,6 @@ def test_drain_is_exact():
     assert drain_s(5, []) == float("inf")
 
 
-WORKERS, CONTEXTS = ["w0", "w1", "w2"], ["a", "b"]
-GROUPS = [Group((c,), "k") for c in CONTEXTS] + [
-    Group(("a", "b"), "k"),
-    Group(("a",), "k", frozenset({"w1"})),
-]
-
-
 def n_calls(function):
     """Calls of Python functions, and turns of generators, that a call makes."""
     counted = Counter()
@@ -521,106 +509,3 @@ def test_work_that_was_withdrawn_and_came_again_fails_once():
         world.tell(ResidencyReported("w0", "a", Standing.FAILED, error="no weights"))
     failed = [action.key for action in world.decide() if isinstance(action, Fail)]
     assert sorted(failed) == ["a0", "a1"]
-
-
-class Gate(RuleBasedStateMachine):
-    """Whatever happens in whatever order: nothing is lost, doubled, or run where it is cold."""
-
-    def __init__(self):
-        super().__init__()
-        self.state = GateState()
-        self.now = 0.0
-        self.wanted: set[str] = set()
-        self.n = 0
-
-    @rule(group=st.sampled_from(GROUPS), n_rows=st.floats(0.5, 1000), n=st.integers(1, 5))
-    def submit(self, group, n_rows, n):
-        for _ in range(n):
-            self.n += 1
-            key = f"k{self.n}"
-            self.wanted.add(key)
-            self.state.apply(WorkParked(Work(key, group, (self.n % 3,), n_rows)), self.now)
-
-    @rule(worker=st.sampled_from(WORKERS), device_bytes=st.sampled_from([None, 10, 15, 30]))
-    def join(self, worker, device_bytes):
-        self._lose(worker)
-        self.state.apply(WorkerJoined(worker, 2, device_bytes), self.now)
-
-    @rule(context=st.sampled_from(CONTEXTS), n_bytes=st.sampled_from([None, 6, 10]))
-    def declare(self, context, n_bytes):
-        self.state.apply(ContextDeclared(context, context, n_bytes), self.now)
-
-    @rule(worker=st.sampled_from(WORKERS))
-    def lose(self, worker):
-        self._lose(worker)
-
-    def _lose(self, worker):
-        view = self.state.workers.get(worker)
-        works = list(view.running.values()) if view else []
-        self.state.apply(WorkerLeft(worker), self.now)
-        for work in works:  # Dask parks again what ran there
-            self.state.apply(WorkParked(work), self.now)
-
-    @rule(
-        worker=st.sampled_from(WORKERS),
-        context=st.sampled_from(CONTEXTS),
-        standing=st.sampled_from(list(Standing)),
-    )
-    def report(self, worker, context, standing):  # also doubled, late and unasked
-        report = ResidencyReported(worker, context, standing, 1.5, "failed")
-        self.state.apply(report, self.now)
-
-    @rule(worker=st.sampled_from(WORKERS), is_paused=st.booleans())
-    def pause(self, worker, is_paused):
-        self.state.apply(WorkerPaused(worker, is_paused), self.now)
-
-    @precondition(lambda self: self.state.placed)
-    @rule(data=st.data(), is_finished=st.booleans())
-    def end(self, data, is_finished):
-        key = data.draw(st.sampled_from(sorted(self.state.placed)))
-        work = self.state.workers[self.state.placed[key]].running[key]
-        self.state.apply(WorkEnded(key, is_finished), self.now)
-        self.state.apply(WorkEnded(key, is_finished), self.now)  # said twice
-        if is_finished:
-            self.wanted.discard(key)
-        else:
-            self.state.apply(WorkParked(work), self.now)
-
-    @precondition(lambda self: self.wanted)
-    @rule(data=st.data())
-    def withdraw(self, data):
-        key = data.draw(st.sampled_from(sorted(self.wanted)))
-        self.wanted.discard(key)
-        self.state.apply(WorkWithdrawn(key), self.now)
-
-    @rule(seconds=st.floats(0.001, 10), idle_s=st.sampled_from([None, 0.5, 20.0]))
-    def think(self, seconds, idle_s):
-        self.now += seconds
-        # What was reported unasked may be more than there is room for.
-        self.over = {
-            name: self.state.free_bytes(view) < 0 for name, view in self.state.workers.items()
-        }
-        for action in decide(self.state, self.now, idle_s=idle_s):
-            if isinstance(action, Cool):
-                assert action.context not in self.state.workers[action.worker].in_use()
-            if isinstance(action, Warm):
-                # It was made sure that there is room, as far as sizes are known.
-                view = self.state.workers[action.worker]
-                assert self.state.free_bytes(view) >= 0 or self.over[action.worker]
-            if isinstance(action, Assign):
-                view = self.state.workers[action.worker]
-                work = view.running[action.key]
-                assert view.holds(work.group.contexts)
-                assert not view.is_paused
-                assert work.group.allowed is None or action.worker in work.group.allowed
-            elif isinstance(action, Fail):
-                self.wanted.discard(action.key)
-
-    @invariant()
-    def nothing_is_lost_or_doubled(self):
-        self.state.validate()
-        assert self.state.waiting.works.keys() | self.state.placed.keys() == self.wanted
-
-
-Gate.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestGate = Gate.TestCase

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import pytest
+
+from dask_pcm.scheduling.events import (
+    Assign,
+    ContextDeclared,
+    Group,
+    ResidencyReported,
+    Shun,
+    Standing,
+    Warm,
+    Work,
+    WorkEnded,
+    WorkerJoined,
+    WorkerPaused,
+    WorkParked,
+)
+from dask_pcm.scheduling.explain import decisions, explain, said
+from tests.scheduling.world import A, World
+
+
+def why(world, key="a0"):
+    return explain(world.state, key, world.now)
+
+
+def waits_at(world):
+    """Have one piece more than fits wait."""
+    world.park(1, start=99, n_rows=1.0, priority=(1,))
+    world.decide()
+    return why(world, "a99")
+
+
+def test_without_workers():
+    world = World()
+    world.park(1)
+    world.tell(ContextDeclared("a", "the llm", 10))
+    assert "'a0' waits (the only one) for context 'the llm'" in why(world)
+    assert "There are no workers" in why(world)
+
+
+def test_where_it_went_and_why():
+    world = World("w")
+    world.warm("w")
+    world.learn(A, "w", 2.0)
+    world.park(1, n_rows=3.0)
+    world.decide()
+    world.now += 1.0
+    text = why(world)
+    assert "'a0' is on w, with 0 others" in text
+    assert "1 s ago: 'a0' (3 rows) to w, which was warm, had room, and would be done in 6 s" in text
+    world.tell(WorkEnded("a0", True))
+    assert why(world).startswith("1 s ago: 'a0' (3 rows) to w")
+
+
+def test_nothing_is_known_of_it():
+    assert "is not at the gate" in why(World(), "nobody")
+
+
+def full(world):
+    world.warm("w")
+    world.learn(A, "w", 2.0)
+    world.park(2)
+    return "1 worker: warm, and has work for about 4 s"
+
+
+def loading(world):
+    return "1 worker: loading, for about 0 s more"
+
+
+def paused(world):
+    world.tell(WorkerPaused("w", True))
+    return "1 worker: paused by Dask"
+
+
+def left_alone(world):
+    world.tell(Shun("", 30.0, "CUDA driver 470"))
+    return "its node is left alone for 30 s more; the last error: CUDA driver 470"
+
+
+def too_full(world):
+    world.tell(ContextDeclared("b", "the other", 10), ContextDeclared("a", "the llm", 10))
+    world.state.workers["w"].device_bytes = 15
+    world.warm("w", "b")
+    world.park(5, Group(("b",), "infer"))
+    world.decide()
+    return "would need 10 bytes of its device, 5 are free"
+
+
+def ends_before(world):
+    world.warm("w")
+    world.learn(A, "w", 50.0)
+    world.tell(WorkerJoined("v", 1))
+    world.warm("v")
+    world.learn(A, "v", 50.0)
+    world.park(1)
+    world.state.workers["w"].ends_at = 3.0
+    return "1 worker: ends in 3 s, before it could be done"
+
+
+def not_allowed(world):
+    only = Group(("a",), "infer", frozenset({"gone"}))
+    world.tell(WorkParked(Work("a99", only, (1,))))
+    world.decide()
+    return "1 worker: not among those that it may run on"
+
+
+def failed(world):
+    world.tell(WorkerJoined("v", 1))
+    world.warm("v")
+    world.learn(A, "v", 1.0)
+    world.park(4)
+    world.state.workers["w"].loading_since["a"] = 0.0
+    world.tell(ResidencyReported("w", "a", Standing.FAILED, 0.1, "no weights"))
+    return "could not be loaded there: no weights"
+
+
+@pytest.mark.parametrize(
+    "happens", [full, loading, paused, left_alone, too_full, ends_before, failed]
+)
+def test_why_it_waits(happens):
+    world = World("w")
+    expected = happens(world)
+    assert expected in waits_at(world)
+
+
+def test_why_restricted_work_waits():
+    world = World("w")
+    expected = not_allowed(world)
+    assert expected in why(world, "a99")
+
+
+def test_why_no_worker_is_warmed_for_it():
+    world = World("w", "cold")
+    world.warm("w", seconds=60.0)
+    world.learn(A, "w", 1.0)
+    world.park(5)
+    world.decide()
+    assert "cold: it would be warm in 60 s, when the others are done (5 s)" in why(world, "a4")
+
+
+def test_a_suspect_says_so():
+    world = World("w")
+    world.warm("w")
+    world.park(2)
+    world.decide()
+    world.tell(WorkParked(Work("s", Group(("a",), "infer", is_alone=True), (0,))))
+    world.decide()
+    assert "runs alone: it waits for a worker to be empty" in why(world, "s")
+
+
+def test_every_decision_can_be_said_and_the_last_are_kept():
+    world = World("w", "v")
+    world.park(3)
+    world.decide()
+    world.warm("w")
+    world.decide()
+    kinds = {type(decision.action) for decision in world.state.decisions}
+    assert kinds == {Warm, Assign}
+    assert all(len(said(world.state, d)) > 20 for d in world.state.decisions)
+    lines = decisions(world.state, world.now, 2).splitlines()
+    assert len(lines) == 2 and "'a1'" in lines[0]

@@ -1,0 +1,250 @@
+"""Whatever happens in whatever order: a state machine over the gate's picture and its policy."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from dask_pcm.scheduling.events import (
+    Assign,
+    ContextDeclared,
+    Cool,
+    Fail,
+    Group,
+    ResidencyReported,
+    Restarted,
+    RunClosed,
+    RunReported,
+    Shun,
+    Standing,
+    Warm,
+    Work,
+    WorkEnded,
+    WorkerJoined,
+    WorkerLeft,
+    WorkerPaused,
+    WorkerTold,
+    WorkParked,
+    WorkWithdrawn,
+)
+from dask_pcm.scheduling.explain import explain, said
+from dask_pcm.scheduling.failures import DEVICE
+from dask_pcm.scheduling.policy import decide
+from dask_pcm.scheduling.state import GateState
+
+WORKERS, CONTEXTS, DEVICES = ["w0", "w1", "w2"], ["a", "b"], ["T4", "H100"]
+GROUPS = [
+    Group(("a",), "k"),
+    Group(("b",), "k", client="ann"),
+    Group(("a",), "k", client="bob"),
+    Group(("a", "b"), "k"),
+    Group(("a",), "k", frozenset({"w1"})),
+    Group(("b",), "k", is_alone=True),
+]
+workers, contexts = st.sampled_from(WORKERS), st.sampled_from(CONTEXTS)
+
+
+class Gate(RuleBasedStateMachine):
+    """Nothing is lost, committed twice, run where it is cold, or decided without a reason."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = GateState()
+        self.now = 0.0
+        #: Work that nobody has an answer to; and what was committed, by key.
+        self.wanted: dict[object, Work] = {}
+        self.committed: list[object] = []
+        #: What is still on its way to the gate.
+        self.delayed: list[object] = []
+        self.n = 0
+
+    def tell(self, *events):
+        for event in events:
+            self.state.apply(event, self.now)
+
+    # -- work -----------------------------------------------------------------------------------
+
+    @rule(
+        group=st.sampled_from(GROUPS),
+        n_rows=st.floats(0.5, 1000),
+        n=st.integers(1, 5),
+        cut_for=st.sampled_from(["", *DEVICES]),
+    )
+    def submit(self, group, n_rows, n, cut_for):
+        for _ in range(n):
+            self.n += 1
+            work = Work(f"k{self.n}", group, (self.n % 3, self.n), n_rows, cut_for)
+            self.wanted[work.key] = work
+            self.tell(WorkParked(work))
+
+    @precondition(lambda self: self.state.placed)
+    @rule(data=st.data(), is_finished=st.booleans())
+    def end(self, data, is_finished):
+        key = data.draw(st.sampled_from(sorted(self.state.placed)))
+        self.tell(WorkEnded(key, is_finished), WorkEnded(key, is_finished))  # said twice
+        if is_finished:
+            self.committed.append(key)
+            del self.wanted[key]
+        else:
+            self.tell(WorkParked(self.wanted[key]))
+
+    @precondition(lambda self: self.wanted)
+    @rule(data=st.data())
+    def withdraw(self, data):
+        key = data.draw(st.sampled_from(sorted(self.wanted)))
+        del self.wanted[key]
+        self.tell(WorkWithdrawn(key), WorkWithdrawn(key))
+
+    @precondition(lambda self: self.wanted)
+    @rule(data=st.data())
+    def suspect(self, data):
+        """It runs alone from now on; parked once more."""
+        key = data.draw(st.sampled_from(sorted(self.wanted)))
+        work = self.wanted[key]
+        group = Group(work.group.contexts, "k", work.group.allowed, work.group.client, True)
+        self.wanted[key] = Work(key, group, work.priority, work.n_rows)
+        self.tell(WorkParked(self.wanted[key]))
+
+    @rule(group=st.sampled_from(GROUPS), n_rows=st.integers(0, 1000), is_open=st.booleans())
+    def run_says(self, group, n_rows, is_open):
+        self.tell(RunReported("run", group, float(n_rows), 3) if is_open else RunClosed("run"))
+
+    # -- workers --------------------------------------------------------------------------------
+
+    @rule(
+        worker=workers,
+        device_bytes=st.sampled_from([None, 10, 15, 30]),
+        host=st.sampled_from(["", "node"]),
+        device=st.sampled_from(DEVICES),
+        ends_in_s=st.sampled_from([float("inf"), 3.0, 50.0]),
+    )
+    def join(self, worker, device_bytes, host, device, ends_in_s):
+        self._lose(worker, is_lost=True)
+        self.tell(WorkerJoined(worker, 2, device_bytes, host, device, device, ends_in_s))
+
+    @rule(worker=workers, is_lost=st.booleans())
+    def lose(self, worker, is_lost):
+        self._lose(worker, is_lost)
+
+    def _lose(self, worker, is_lost):
+        view = self.state.workers.get(worker)
+        works = list(view.running.values()) if view else []
+        self.tell(WorkerLeft(worker, is_lost), WorkerLeft(worker, is_lost))
+        self.tell(*map(WorkParked, works))  # Dask parks again what ran there
+
+    @rule(worker=workers, seconds=st.floats(0.0, 20.0))
+    def notice(self, worker, seconds):
+        """It is told of its end, and hands back what it has not begun: here, all but one."""
+        self.tell(WorkerTold(worker, seconds), WorkerTold(worker, seconds))
+        view = self.state.workers.get(worker)
+        for work in list(view.running.values())[1:] if view else []:
+            self.tell(WorkEnded(work.key, False), WorkParked(work))
+
+    @rule(worker=workers, is_paused=st.booleans())
+    def pause(self, worker, is_paused):
+        self.tell(WorkerPaused(worker, is_paused))
+
+    @rule(
+        worker=workers,
+        context=contexts,
+        standing=st.sampled_from(list(Standing)),
+        n_bytes=st.sampled_from([0, 6, 10]),
+        kind=st.sampled_from(["OSError", DEVICE]),
+        n=st.integers(1, 2),
+        is_late=st.booleans(),
+    )
+    def report(self, worker, context, standing, n_bytes, kind, n, is_late):
+        """Also doubled, late and unasked."""
+        said = ResidencyReported(
+            worker, context, standing, 1.5, "failed", True, n_bytes, None, kind, 0.5
+        )
+        if is_late:
+            self.delayed += [said] * n
+        else:
+            self.tell(*[said] * n)
+
+    @precondition(lambda self: self.delayed)
+    @rule(data=st.data())
+    def arrive(self, data):
+        """Something arrives after what was said later."""
+        number = data.draw(st.integers(0, len(self.delayed) - 1))
+        self.tell(self.delayed.pop(number))
+
+    @rule(context=contexts, n_bytes=st.sampled_from([None, 6, 10]))
+    def declare(self, context, n_bytes):
+        self.tell(ContextDeclared(context, context, n_bytes, 1000))
+
+    @rule(context=contexts)
+    def release(self, context):
+        """All workers drop a context, those that somebody holds excepted."""
+        for name, view in list(self.state.workers.items()):
+            if context not in view.in_use():
+                self.tell(ResidencyReported(name, context, Standing.COLD))
+
+    @rule()
+    def restart(self):
+        self.tell(Restarted())
+
+    # -- decisions ------------------------------------------------------------------------------
+
+    @rule(
+        seconds=st.sampled_from([0.0, 0.01, 1.0, 15.0]),
+        idle_s=st.sampled_from([None, 0.5, 20.0]),
+        is_large=st.booleans(),
+    )
+    def think(self, seconds, idle_s, is_large):
+        self.now += seconds
+        if is_large:  # as in a world where not everything is looked at each time
+            self.state.n_looks += 10_000
+        # What was reported unasked may be more than there is room for.
+        over = {n: self.state.free_bytes(view) < 0 for n, view in self.state.workers.items()}
+        n_decided = len(self.state.decisions)
+        actions = decide(self.state, self.now, idle_s=idle_s)
+        for action in actions:
+            self.check(action, over)
+        made = list(self.state.decisions)[n_decided:]
+        assert [decision.action for decision in made] == actions
+        for decision in made:
+            assert said(self.state, decision)
+
+    def check(self, action, over):
+        views = self.state.workers
+        match action:
+            case Cool(worker, context):
+                assert context not in views[worker].in_use()
+            case Warm(worker, _):
+                # It was made sure that there is room, as far as sizes are known.
+                assert self.state.free_bytes(views[worker]) >= 0 or over[worker]
+                assert not views[worker].is_told
+            case Assign(key, worker):
+                view, work = views[worker], self.wanted[key]
+                assert view.running[key] == work
+                assert view.holds(work.group.contexts)
+                assert not view.is_paused
+                assert work.group.allowed is None or worker in work.group.allowed
+                assert view.host not in self.state.failures.shunned
+                assert len(view.running) == 1 or not any(
+                    other.group.is_alone for other in view.running.values()
+                )
+            case Fail(key):
+                del self.wanted[key]
+            case Shun(host):
+                for view in views.values():
+                    assert view.host != host or Standing.WARM not in view.standings.values()
+
+    @invariant()
+    def nothing_is_lost_or_doubled(self):
+        self.state.validate()
+        assert self.state.waiting.works.keys() | self.state.placed.keys() == self.wanted.keys()
+        assert len(self.committed) == len(set(self.committed))
+
+    @invariant()
+    def all_that_waits_or_runs_can_be_explained(self):
+        for key in self.wanted:
+            text = explain(self.state, key, self.now)
+            assert "waits" in text or "is on" in text
+
+
+Gate.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestGate = Gate.TestCase
