@@ -169,6 +169,11 @@ def kill_worker(rows: Rows, folder: Path, scratch: Path) -> None:
     rows.add(
         "worker killed after 300 batches: rows computed twice", rows_twice(read_log(log)), "<= 64"
     )
+    undisturbed = scratch / "whole"
+    if _driver(folder, undisturbed, scratch / "whole-out").wait():
+        raise RuntimeError("the run without a kill failed")
+    lost_s = _span_s(read_log(log)) - _span_s(read_log(undisturbed))
+    rows.add(f"… wall lost, s, where a load takes {LOAD_S:g} s", lost_s, f"<= {LOAD_S + 1:g}")
     rows.add("… rows lost", N_ROWS - found.nunique(), "== 0")
     rows.add("… rows in the output twice", len(found) - found.nunique(), "== 0")
 
@@ -186,6 +191,11 @@ def kill_tree(rows: Rows, folder: Path, scratch: Path) -> None:
     rows.add("process tree killed half-way: rows lost", N_ROWS - found.nunique(), "== 0")
     rows.add("… rows in the output twice", len(found) - found.nunique(), "== 0")
     rows.add("… rows redone", rows_twice(read_log(log)), "<= 128")
+
+
+def _span_s(events: pd.DataFrame) -> float:
+    """Seconds from the first batch to the end of the last."""
+    return float(events["at"].max() - events["at"].min()) + BATCH_S
 
 
 def _driver(folder: Path, log: Path, out: Path) -> subprocess.Popen[bytes]:

@@ -6,10 +6,45 @@ in them comes from.
 
 from __future__ import annotations
 
+import heapq
+import random
 import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from distributed import Client, LocalCluster, get_worker, wait
+
+import dask_pcm as pcm
+from benchmarks.main_job import kill_tree, kill_worker
 from benchmarks.table import Rows, parser
+from benchmarks.work import BATCH_ROWS, BATCH_S, META, load_wait, note, write_input
+from dask_pcm.scheduling.events import (
+    Action,
+    Assign,
+    Event,
+    Group,
+    ResidencyReported,
+    RunClosed,
+    RunReported,
+    Standing,
+    Warm,
+    Work,
+    WorkEnded,
+    WorkerJoined,
+    WorkParked,
+)
+from dask_pcm.scheduling.forecast import Water
+from dask_pcm.scheduling.policy import decide
+from dask_pcm.scheduling.state import GateState
+from dask_pcm.scheduling.units import Askers, Stock, Wants
 from dask_pcm.simulation import Result, Scenario, read_scenario, simulate, variants
 
 #: The papers', in seconds.
@@ -106,7 +141,183 @@ def short_lives(rows: Rows) -> None:
         rows.add(measure, min(shares), bar)
 
 
-# -- real: losses, two speeds, and the policy alone go here ----------------------------------------
+# -- real: losses, two speeds, and the policy alone -----------------------------------------------
+
+
+def losses(rows: Rows) -> None:
+    """Real processes, killed."""
+    with tempfile.TemporaryDirectory(prefix="pcm-bench-") as scratch:
+        folder = Path(scratch) / "in"
+        write_input(folder)
+        kill_worker(rows, folder, Path(scratch))
+        kill_tree(rows, folder, Path(scratch))
+
+
+def infer_at(frame: pd.DataFrame, log: str) -> pd.DataFrame:
+    """A batch that takes three times as long on the second worker."""
+    slowness = 3.0 if get_worker().name == 1 else 1.0
+    note(log, frame["id"])
+    time.sleep(slowness * BATCH_S * len(frame) / BATCH_ROWS)
+    return pd.DataFrame({"id": frame["id"], "answer": frame["id"] * 0.5})
+
+
+def speeds(rows: Rows, n_batches: int = 700) -> None:
+    """Two workers, one three times as fast as the other; both are warm."""
+    bound_s = n_batches * BATCH_S / (1 + 1 / 3)
+    for known in ("the speeds unknown", "the speeds known from another run"):
+        ratios = []
+        for _ in range(3):
+            with tempfile.TemporaryDirectory(prefix="pcm-bench-") as scratch, two() as client:
+                folder, log = Path(scratch) / "in", Path(scratch) / "log"
+                _write(folder, n_batches * BATCH_ROWS)
+                context = pcm.Context(load_wait, str(log), 0.0)
+                frame = pcm.read_parquet(str(folder))
+                job = pcm.map_partitions(
+                    infer_at, frame, context=context, meta=META, batch_rows=BATCH_ROWS
+                )
+                wait(client.map(_warm, range(2), ctx=context, workers=[0, 1]))
+                if "known from" in known:
+                    pcm.write_parquet(job, Path(scratch) / "first", progress=False)
+                start = time.monotonic()
+                pcm.write_parquet(job, Path(scratch) / "out", progress=False)
+                ratios.append((time.monotonic() - start) / bound_s)
+        measure = f"two workers, speeds 1:3, {n_batches} batches, {known}: makespan over the bound"
+        rows.add(measure, statistics.median(ratios), "<= 1.05")
+
+
+def _write(folder: Path, n_rows: int) -> None:
+    folder.mkdir(parents=True)
+    table = pa.table({"id": range(n_rows), "claim": ["a claim of some length"] * n_rows})
+    pq.write_table(table, folder / "claims.parquet")
+
+
+def _warm(i: int, ctx: object = None) -> int:
+    return i
+
+
+@contextmanager
+def two() -> Iterator[Client]:
+    local = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit=0)
+    with local, Client(local) as client:
+        pcm.install(client)
+        yield client
+
+
+def alone(rows: Rows, n_units: int = 1_000_000) -> None:
+    """The policy by itself, in CPU time of its process: nothing but events and decisions."""
+    costs = {}
+    for n_workers in (1_000, 10_000):
+        played = Played(n_workers, n_units if n_workers == 10_000 else n_units // 5)
+        played.run()
+        costs[n_workers] = played.decide_s / played.n_assigned
+        measure = f"policy alone, {n_workers:,} workers, {played.n_units:,} units"
+        bar = "<= 100" if n_workers == 10_000 else ""
+        rows.add(f"{measure}: a decision and its events, us", costs[n_workers] * 1e6, bar)
+        rows.add("… longest time between two, ms", played.longest_s * 1e3)
+        rows.add("… makespan over the lower bound", played.over_bound)
+    rows.add(
+        "… growth of a decision from 1,000 to 10,000 workers", costs[10_000] / costs[1_000], "<= 2"
+    )
+
+
+class Played:
+    """A run of one kind of work on workers that join within a minute and load for ten seconds.
+
+    Units of about a second go through the window of a run. What is measured is what the scheduler
+    does: events are applied, and the policy decides. What the run's own process does is not.
+    """
+
+    def __init__(self, n_workers: int, n_units: int) -> None:
+        self.n_units = n_units
+        self.decide_s = self.longest_s = 0.0
+        self.n_assigned = 0
+        self._now = 0.0
+        self._state = GateState()
+        self._group = Group(("llm",), "infer", client="client")
+        self._stock = Stock(Wants(10, 1.0, 10, 2, 0.5))
+        self._askers: list[Askers] = []
+        self._left = n_units * 10
+        self._n_cut = 0
+        self._sizes: dict[int, int] = {}
+        self._free_at: dict[str, float] = {}
+        self._timers: list[tuple[float, int, str, Any]] = []
+        draw = random.Random(0)
+        self._row_s = {f"w{i}": 0.1 * draw.lognormvariate(0, 0.1) for i in range(n_workers)}
+        self._joins = {name: draw.uniform(0, 60) for name in self._row_s}
+        for name, at in self._joins.items():
+            self._at(at, "join", name)
+
+    @property
+    def over_bound(self) -> float:
+        """The time that it took, over what it would take if each worker began once it was warm."""
+        offers = ((self._joins[name] + 10.0, row_s) for name, row_s in self._row_s.items())
+        return self._now / Water(self.n_units * 10, offers).seconds
+
+    def _at(self, at: float, what: str, about: Any) -> None:
+        heapq.heappush(self._timers, (at, len(self._timers) + self.n_assigned, what, about))
+
+    def run(self) -> None:
+        self._at(0.0, "look", None)
+        while self._timers:
+            self._now, _, what, about = heapq.heappop(self._timers)
+            start = time.process_time()
+            parked = 0.0
+            if what == "join":
+                self._tell(WorkerJoined(about, 2, None, about, "gpu", "pool"))
+            elif what == "warm":
+                self._tell(ResidencyReported(about, "llm", Standing.WARM, 10.0))
+            elif what == "end":
+                n_rows = self._sizes.pop(about)
+                self._stock.remove("", n_rows)
+                self._tell(WorkEnded(about, is_finished=True))
+                parked = self._feed()
+            else:
+                self._look()
+                parked = self._feed()
+            actions = decide(self._state, self._now)
+            seconds = time.process_time() - start - parked
+            self.decide_s += seconds
+            self.longest_s = max(self.longest_s, seconds)
+            for action in actions:
+                self._act(action)
+
+    def _tell(self, event: Event) -> None:
+        self._state.apply(event, self._now)
+
+    def _look(self) -> None:
+        if self._left:
+            self._tell(RunReported("run", self._group, float(self._left), 100))
+            self._at(self._now + 0.25, "look", None)
+        else:
+            self._tell(RunClosed("run"))
+        self._askers = self._state.askers(self._group)
+
+    def _feed(self) -> float:
+        """Hand over more; return the CPU seconds that cutting it took, which is the client's."""
+        n_fed, cutting_s = 0, 0.0
+        while True:
+            start = time.process_time()
+            size = self._stock.next(self._left, self._askers, n_fed)
+            cutting_s += time.process_time() - start
+            if size is None:
+                return cutting_s
+            n_fed, self._n_cut = n_fed + 1, self._n_cut + 1
+            self._left -= size.n_rows
+            self._stock.add(size.device, size.n_rows)
+            self._sizes[self._n_cut] = size.n_rows
+            priority = (0.0, float(self._n_cut))
+            self._tell(WorkParked(Work(self._n_cut, self._group, priority, float(size.n_rows))))
+
+    def _act(self, action: Action) -> None:
+        if isinstance(action, Warm):
+            self._at(self._now + 10.0, "warm", action.worker)
+        elif isinstance(action, Assign):
+            self.n_assigned += 1
+            begins = max(self._now, self._free_at.get(action.worker, 0.0))
+            ends = begins + self._sizes[action.key] * self._row_s[action.worker]
+            self._free_at[action.worker] = ends
+            self._at(ends, "end", action.key)
+
 
 PARTS = {
     "calibration": calibration,
@@ -114,6 +325,9 @@ PARTS = {
     "scale-out": scale_out,
     "batch-sizes": batch_sizes,
     "short-lives": short_lives,
+    "losses": losses,
+    "speeds": speeds,
+    "alone": alone,
 }
 
 

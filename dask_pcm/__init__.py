@@ -12,7 +12,7 @@ from dask_pcm.errors import PCMError
 from dask_pcm.inference import LLM, classify
 from dask_pcm.ledger import Progress, Report, Run, Sample, attach, write_parquet
 from dask_pcm.pieces import read_parquet
-from dask_pcm.plugins import acquire, install, release, uninstall
+from dask_pcm.plugins import acquire, explain, install, release, uninstall
 from dask_pcm.version import __version__
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "acquire",
     "attach",
     "classify",
+    "explain",
     "install",
     "map_partitions",
     "read_parquet",

@@ -39,7 +39,7 @@ class Window:
         self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._n_keys = 0
         #: What the keys of units have in common, as the gate sees it.
-        self.kind = key_split(self._key(0))
+        self.kind = key_split(self._key(0, ""))
 
     @property
     def is_empty(self) -> bool:
@@ -84,15 +84,16 @@ class Window:
                 inputs,
                 job=self.job,
                 refs=self._plan.refs,
-                key=[self._key(number) for number in range(first, self._n_keys + 1)],
+                key=[self._key(first + n, unit.name) for n, unit in enumerate(units)],
                 pure=False,
             )
         for unit, future in zip(units, futures, strict=True):
             self._units[future.key] = (unit, future)
             future.add_done_callback(self._finished.put)
 
-    def _key(self, number: int) -> str:
-        return f"{self._plan.label}_unit-{self.job.output.run}-{number}"
+    def _key(self, number: int, name: str) -> str:
+        stem = name.removesuffix(".parquet")
+        return f"{self._plan.label}_unit-{self.job.output.run}-{number}-{stem}"
 
     def ended(self, wait_s: float) -> list[tuple[Unit, Future]]:
         """Units that have ended, whatever way; wait so many seconds if none has."""

@@ -81,6 +81,37 @@ def release(*contexts: Context, client: Client | None = None) -> int:
     return n_holding
 
 
+def explain(what: Any, client: Client | None = None) -> str:
+    """Say why a task waits, or where it went and why.
+
+    Parameters
+    ----------
+    what
+        A future, its key, or the name of a part that a run is to write
+        (``part-000000000000-000000001000.parquet``), with or without its ending.
+    client
+        A client of the cluster; the one made last if left out.
+
+    Returns
+    -------
+    str
+        What the gate knows: for each worker why it does not have it yet, and the last decisions
+        about it. The last 2,000 decisions are kept.
+
+    Examples
+    --------
+    >>> print(explain(future))  # doctest: +SKIP
+    'verify-3' waits (2 of 40 like it go first) for context 'load'.
+      2 workers: loading, for about 3.1 s more
+    """
+    client = _synchronous(client or current_client())
+    if not is_installed(client):
+        return "The toolkit is not installed on this cluster: call dask_pcm.install(client) first."
+    key = getattr(what, "key", what)
+    told: str = client.sync(client.scheduler.pcm_explain, key=key)
+    return told
+
+
 def uninstall(client: Client | None = None) -> None:
     """Take the toolkit off a cluster; nothing restarts and no work is lost.
 

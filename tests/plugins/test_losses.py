@@ -1,0 +1,164 @@
+"""Whose fault it is that a worker is gone; with real processes and real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from distributed import Client, KilledWorker, LocalCluster, Scheduler, wait
+
+import dask_pcm as pcm
+from dask_pcm.plugins.hold import hold, n_losses
+from dask_pcm.plugins.scheduler import GATE
+
+LLM = pcm.Context(lambda: "llm", name="llm")
+
+
+@pytest.fixture
+def client():
+    with (
+        LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        pcm.install(client)
+        yield client
+
+
+def noted(folder, name):
+    """How many attempts at something there have been, this one included."""
+    (folder / f"{name}.{os.getpid()}.{time.monotonic_ns()}").touch()
+    return len(list(folder.glob(f"{name}.*")))
+
+
+def dies(i, ctx, folder, n_times=10**9):
+    """Ends its process, as native code does; the first so many times."""
+    with hold([ctx.ref]):
+        if noted(folder, i) <= n_times:
+            os.abort()
+        return i
+
+
+def lives(i, ctx, seconds=0.0):
+    with hold([ctx.ref]):
+        time.sleep(seconds)
+        return i
+
+
+def suspicions(client):
+    def look(dask_scheduler: Scheduler) -> list[int]:
+        return [ts.suspicious for ts in dask_scheduler.tasks.values()]
+
+    return client.run_on_scheduler(look)
+
+
+def test_what_ends_its_process_again_and_again_ends_as_killed_worker(client, tmp_path):
+    bad = client.submit(dies, "bad", LLM, tmp_path)
+    good = client.map(lives, range(20), ctx=LLM, seconds=0.05)
+    with pytest.raises(KilledWorker, match="bad|dies"):
+        bad.result(60)
+    assert client.gather(good) == list(range(20))
+    assert len(list(tmp_path.glob("bad.*"))) == 4  # as many as Dask allows
+
+
+def test_what_was_beside_it_is_not_to_blame(client, tmp_path):
+    """Two that end their processes, and one that is always there when they do."""
+    workers = [next(iter(client.scheduler_info()["workers"]))]
+    options = {"workers": workers, "allow_other_workers": False}
+    bad = client.submit(dies, "bad", LLM, tmp_path, 2, **options)
+    beside = client.submit(lives, "beside", LLM, seconds=0.5, **options)
+    assert client.gather([bad, beside], errors="raise") == ["bad", "beside"]
+
+
+def asks(i, ctx, folder):
+    """Is to blame more often than is allowed, but asks, and goes on."""
+    with hold([ctx.ref]):
+        n_asked = n_losses()
+        (folder / f"answer.{time.monotonic_ns()}.{n_asked}").touch()
+        if noted(folder, i) <= 6:
+            os.abort()
+        return i
+
+
+def test_a_task_that_asks_and_goes_on_may_cost_more(client, tmp_path):
+    assert client.submit(asks, "bad", LLM, tmp_path).result(60) == "bad"
+    answers = [int(p.suffix[1:]) for p in sorted(tmp_path.glob("answer.*"))]
+    assert answers == [0, 1, 1, 1, 1, 1, 1]
+
+
+def start_worker(scheduler, name):
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--name", name]
+    command += ["--nthreads", "1", "--no-dashboard"]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def kill_all(process):
+    """The machine takes it away: nanny, worker and all at once."""
+    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        os.kill(member.pid, signal.SIGKILL)
+    process.wait()
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
+def stuck(i, ctx, folder: Path):
+    with hold([ctx.ref]):
+        noted(folder, i)
+        while not (folder / "open").exists():
+            time.sleep(0.02)
+        return i
+
+
+def test_preemption_is_forgiven_however_often(tmp_path):
+    """The machine is taken away under a task six times; in plain Dask the fourth ends it."""
+    with (
+        LocalCluster(0, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        pcm.install(client)
+        future = client.submit(stuck, "k", LLM, tmp_path)
+        worker = start_worker(cluster.scheduler_address, "w0")
+        try:
+            for n in range(1, 7):
+                until(lambda n=n: len(list(tmp_path.glob("k.*"))) == n)
+                kill_all(worker)
+                worker = start_worker(cluster.scheduler_address, f"w{n}")
+            until(lambda: len(list(tmp_path.glob("k.*"))) == 7)
+            assert future.status == "pending" and set(suspicions(client)) == {0}
+            (tmp_path / "open").touch()
+            assert future.result(30) == "k"
+
+            def blamed(dask_scheduler: Scheduler) -> int:
+                return len(dask_scheduler.plugins[GATE].losses.n_blamed)
+
+            assert client.run_on_scheduler(blamed) == 0
+        finally:
+            kill_all(worker)
+
+
+def test_outside_a_worker_nothing_is_lost():
+    assert n_losses() == 0
+
+
+def test_restarts_are_nobodys_fault(client, tmp_path):
+    for _ in range(5):
+        future = client.submit(stuck, "k", LLM, tmp_path)
+        n_before = len(list(tmp_path.glob("k.*")))
+        until(lambda n=n_before: len(list(tmp_path.glob("k.*"))) > n)
+        client.restart()
+        assert future.status in ("cancelled", "lost")
+    (tmp_path / "open").touch()
+    future = client.submit(stuck, "k", LLM, tmp_path)
+    wait(future)
+    assert future.result() == "k"
