@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,10 @@ class Config:
     n_lanes: int
     n_threads: int | None
     imports: tuple[str, ...]
+    device: str | None
+    pool: str | None
+    walltime_s: float | None
+    notice_s: float
     unit_s: float
     max_unit_rows: int
     unit_bytes: int
@@ -65,6 +69,15 @@ class Config:
         """
         return cls(**{name: _read(*setting) for name, setting in _SETTINGS.items()})
 
+    def here(self) -> Config:
+        """These settings, but what belongs to a worker's own job as it is set in this process.
+
+        Settings come from the client; workers of one cluster may be of several jobs, whose scripts
+        say of each what it is and for how long it lives. What nothing is said of stays.
+        """
+        said = {name: _read(*_SETTINGS[name]) for name in _OF_JOB if _is_set(_SETTINGS[name][0])}
+        return replace(self, **said)
+
 
 def _read(key: str, reader: Callable[[Any], Any], wanted: str) -> Any:
     found = dask.config.get(f"pcm.{key}")
@@ -72,6 +85,11 @@ def _read(key: str, reader: Callable[[Any], Any], wanted: str) -> Any:
         return reader(found)
     except Exception:  # Dask's own parsers raise a bit of everything
         raise ValueError(f"pcm.{key} must be {wanted}; found {found!r}.") from None
+
+
+def _is_set(key: str) -> bool:
+    """Whether anybody has set it in this process: the defaults say nothing."""
+    return bool(dask.config.get(f"pcm.{key}") != dask.config.get(key, config=_DEFAULTS["pcm"]))
 
 
 def _check(is_right: bool) -> None:
@@ -129,6 +147,11 @@ def _path(value: Any) -> str:
     return path
 
 
+def _name(value: Any) -> str:
+    _check(isinstance(value, str) and bool(value.strip()))
+    return str(value)
+
+
 def _names(value: Any) -> tuple[str, ...]:
     _check(isinstance(value, Sequence) and not isinstance(value, str))
     _check(all(isinstance(name, str) and name for name in value))
@@ -147,8 +170,11 @@ def _or(nothing: T, reader: Callable[[Any], T]) -> Callable[[Any], T]:
 
 _TIME = "a time, for instance 250ms or 2m"
 _MORE_TIME = "a time of more than 0, for instance 250ms or 2m"
+_NAME = "a name"
 _SIZE = "a size in bytes, for instance 500MB or 8GiB"
 _NUMBER = "a whole number, at least 1"
+#: What is said of the job that a worker runs in.
+_OF_JOB = ("device", "pool", "walltime_s", "notice_s")
 #: For each field of ``Config`` the setting, what reads it, and what it must be.
 _SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "pipeline_s": ("gate.pipeline", _seconds, _TIME),
@@ -159,6 +185,10 @@ _SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "n_lanes": ("worker.lanes", _count, _NUMBER),
     "n_threads": ("worker.threads", _or(None, _count), f"{_NUMBER}, or null"),
     "imports": ("worker.imports", _or((), _names), "a list of modules, for instance [torch] or []"),
+    "device": ("worker.device", _or(None, _name), f"{_NAME}, for instance NVIDIA A10; or null"),
+    "pool": ("worker.pool", _or(None, _name), f"{_NAME}, for instance owners; or null"),
+    "walltime_s": ("worker.walltime", _or(None, _some_seconds), f"{_MORE_TIME}; or null"),
+    "notice_s": ("worker.notice", _some_seconds, _MORE_TIME),
     "unit_s": ("run.unit-seconds", _seconds, _TIME),
     "max_unit_rows": ("run.max-unit-rows", _count, _NUMBER),
     "unit_bytes": ("run.unit-bytes", _some_bytes, f"{_SIZE}; 1 or more"),

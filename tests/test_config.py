@@ -20,6 +20,10 @@ WRONG = {
     "worker.lanes": [0, "", [2]],
     "worker.threads": [0, "all"],
     "worker.imports": ["torch", 0, [1], [""], {"torch": 1}],
+    "worker.device": ["", " ", 5, ["a10"]],
+    "worker.pool": ["", b"owners"],
+    "worker.walltime": [0, "0s", "4 o'clock", True],
+    "worker.notice": [0, None, "soon"],
     "ladder.stage": ["never", None, True],
     "ladder.device.budget": ["lots", "50%", ["4GiB"], True, 0, "0 B", -1, "GB", "1e999"],
     "ladder.host.budget": ["half", -1, False],
@@ -54,6 +58,11 @@ def test_what_cannot_be_used_is_named_with_what_was_found_and_what_could_be(key,
         ("context.idle-timeout", timedelta(minutes=2), "idle_s", 120.0),
         ("worker.imports", None, "imports", ()),
         ("worker.imports", ["torch"], "imports", ("torch",)),
+        ("worker.device", "NVIDIA A10", "device", "NVIDIA A10"),
+        ("worker.pool", None, "pool", None),
+        ("worker.walltime", "4h", "walltime_s", 14_400.0),
+        ("worker.walltime", None, "walltime_s", None),
+        ("worker.notice", 120, "notice_s", 120.0),
         ("ladder.device.budget", "4 GiB", "device_budget_bytes", 4 << 30),
         ("ladder.device.budget", ".5GB", "device_budget_bytes", 500_000_000),
         ("ladder.host.budget", 0, "host_budget_bytes", 0),
@@ -79,3 +88,15 @@ def test_each_setting_is_read_and_only_those():
     assert list(read) and {f.name for f in fields(Config)} == read.keys()
     with open(config_module.__file__.replace("config.py", "pcm.yaml")) as file:
         assert sorted(keys(yaml.safe_load(file)["pcm"])) == sorted(key for key, *_ in read.values())
+
+
+def test_what_belongs_to_a_workers_own_job_is_as_it_is_set_there():
+    with dask.config.set(
+        {"pcm.worker.pool": "of the client", "pcm.worker.notice": "60s", "pcm.worker.lanes": 3}
+    ):
+        sent = Config.read()
+    here = sent.here()  # nothing is said
+    assert here == sent
+    with dask.config.set({"pcm.worker.pool": "owners", "pcm.worker.lanes": 1}):
+        here = sent.here()
+    assert (here.pool, here.notice_s, here.n_lanes) == ("owners", 60.0, 3)
