@@ -27,6 +27,10 @@ class DeviceError(PCMError, RuntimeError):
     """A device failed in a way that only a new process mends, and did so again and again."""
 
 
+class DeviceUnusableError(DeviceError):
+    """A worker was given a device that its torch cannot use; the message has the versions."""
+
+
 class DeadlockError(PCMError, RuntimeError):
     """Tasks would wait for each other's contexts for ever."""
 

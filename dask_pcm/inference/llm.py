@@ -34,9 +34,10 @@ class LLM(Context):
     dtype
         Of the weights: "auto" (as stored), or "float32", "bfloat16", "float16".
     device
-        "auto" takes the worker's accelerator if it has one, else its CPU.
+        "auto" takes the accelerator that the worker was given, and the CPU only where it was given
+        none: one that torch cannot use is an error. "cpu" asks for the CPU.
     name, device_memory
-        As for ``Context``.
+        As for ``Context``; by default the size of the weights, and nothing on the CPU.
 
     Raises
     ------
@@ -73,7 +74,8 @@ class LLM(Context):
         has_safetensors = any(path.glob("*.safetensors"))
         files = bundle_of(path, _PATTERNS if has_safetensors else (*_PATTERNS, "*.bin"))
         name = name or Path(os.fspath(model)).name
-        memory = _weight_bytes(path) if device_memory is None else device_memory
+        is_on_device = device != "cpu"
+        memory = _weight_bytes(path) if device_memory is None and is_on_device else device_memory
         super().__init__(
             load_model,
             str(path),

@@ -12,6 +12,7 @@ from typing import Any
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.prompts import Scoring, batches_by_length
 from dask_pcm.ladder.checkpoint import Checkpoint
+from dask_pcm.ladder.device import check_device
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,16 @@ _NO_LIMIT = 10**9
 def load_model(path: str, dtype: str = "auto", device: str = "auto") -> PlainModel:
     """Load a model folder; the loader of ``LLM``, run on workers.
 
+    Parameters
+    ----------
+    device
+        Of torch, or "auto": the accelerator that the worker was given, and the CPU only where it
+        was given none.
+
     Raises
     ------
+    DeviceUnusableError
+        Where the worker was given a device that torch cannot use. "cpu" does without it.
     ModelError
         Where the weights do not fit the architecture.
     """
@@ -32,6 +41,8 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> PlainMod
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if device != "cpu":
+        check_device()
     if device == "auto":
         device = (
             torch.accelerator.current_accelerator().type

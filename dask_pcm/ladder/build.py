@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from typing import Any
 
 from dask_pcm.context import ContextRef, Recipe, Sealed
+from dask_pcm.ladder.device import check_device
 from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.live import Live, frozen
 from dask_pcm.ladder.staging import Staging
@@ -60,10 +62,18 @@ class Builder:
         Raises
         ------
         BaseException
-            Whatever the loader raises; ``StageError``, ``DiskError``, ``RecipeError``.
+            Whatever the loader raises; ``StageError``, ``DiskError``, ``RecipeError``; and
+            ``DeviceUnusableError`` of what was to take memory on a device.
         """
         recipe = recipe_of(ref)
         value = recipe.build(files.enter_context(self._staging.placed(ref.bundles)))
+        if ref.device_memory_bytes:
+            try:
+                # Its loader may have taken the CPU instead: nobody else is to find that either.
+                check_device()
+            except BaseException:
+                close(ref, value)
+                raise
         apart = frozen(value, recipe, ref.name)
         live = Live(value, recipe, apart)
         if not self._is_mapped or apart.is_on_device:
@@ -91,6 +101,15 @@ class Builder:
                 logger.info("Context %r is changed by its tasks: it is not kept", ref.name)
                 self._host.drop(ref.digest)
                 live.image = None
+
+
+def close(ref: ContextRef, value: Any) -> None:
+    """Call its close hook, if it has one."""
+    if (hook := recipe_of(ref).close) is not None:
+        try:
+            hook(value)
+        except Exception:
+            logger.warning("close hook of context %r failed", ref.name, exc_info=True)
 
 
 def recipe_of(ref: ContextRef) -> Recipe:

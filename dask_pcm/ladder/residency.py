@@ -40,7 +40,8 @@ class Change:
     error: str | None = None
     is_built: bool = False
     n_bytes: int = 0
-    #: The kind of what went wrong, and whether the device is lost to this process.
+    #: The kind of what went wrong: the error's type, or "device" where this process's device cannot
+    #: be used at all; and whether the device is lost to this process.
     kind: str = ""
     is_sticky: bool = False
 

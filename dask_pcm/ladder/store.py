@@ -16,8 +16,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from dask_pcm.context import ContextRef
-from dask_pcm.errors import DeviceBusyError, DeviceMemoryError, LoadError
-from dask_pcm.ladder.build import Builder, recipe_of
+from dask_pcm.errors import DeviceBusyError, DeviceMemoryError, DeviceUnusableError, LoadError
+from dask_pcm.ladder.build import Builder, close
 from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.live import Live
 from dask_pcm.ladder.residency import Change, Residency, Tier
@@ -165,7 +165,7 @@ class Store:
                 error,
                 is_built,
                 residency.n_bytes,
-                type(wrong).__name__ if wrong is not None else "",
+                _kind(wrong),
                 is_sticky(wrong),
             )
         )
@@ -256,7 +256,7 @@ class Store:
         live, residency.live = residency.live, None
         with residency.files:
             if live is not None:
-                _close(residency.ref, live)
+                close(residency.ref, live.value)
         del live
         inner, residency.inner = residency.inner, []
         for held in inner:
@@ -456,12 +456,11 @@ def _explain(ref: ContextRef, cause: BaseException) -> str:
     return f"Context {ref.name!r} could not be loaded:\n\n{text}"
 
 
-def _close(ref: ContextRef, live: Live) -> None:
-    if (close := recipe_of(ref).close) is not None:
-        try:
-            close(live.value)
-        except Exception:
-            logger.warning("close hook of context %r failed", ref.name, exc_info=True)
+def _kind(cause: BaseException | None) -> str:
+    """What kind of thing went wrong; "device" is the node's fault, and no luck of one context."""
+    if isinstance(cause, DeviceUnusableError):
+        return "device"
+    return "" if cause is None else type(cause).__name__
 
 
 def _is_settled(residency: Residency) -> bool:

@@ -1,0 +1,197 @@
+"""Which device this process was given, and whether torch can use it.
+
+Nothing here imports torch, or makes a device's context, before somebody else does.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from dask_pcm.errors import DeviceUnusableError
+from dask_pcm.ladder.tensors import is_out_of_memory, is_sticky
+
+_PROC = Path("/proc")
+#: What says which devices a process may use; the first that says anything holds.
+_NVIDIA, _AMD = "CUDA_VISIBLE_DEVICES", ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+#: What batch systems write where there is none to use.
+_NONE = frozenset({"", "-1", "NoDevFiles"})
+_ARCH = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
+
+
+def device_model(proc: Path = _PROC) -> str:
+    """The name of the device model that contexts of this process use.
+
+    Of an NVIDIA device its driver's name, by index in the order of the bus, or by UUID; a part of
+    one (MIG) is told from a whole. Of other accelerators torch's name, once torch uses them. Else
+    the CPU's, or "cpu".
+    """
+    return _nvidia_model(proc) or _torch_model() or _cpu_model(proc)
+
+
+def declared_device(proc: Path = _PROC) -> str | None:
+    """What says that this process was given an accelerator, in words; None where nothing does."""
+    visible = os.environ.get(_NVIDIA)
+    if visible is not None and visible.strip() not in _NONE:
+        return f"{_NVIDIA}={visible}"
+    for name in _AMD:
+        if (given := os.environ.get(name, "").strip()) not in _NONE:
+            return f"{name}={given}"
+    if visible is None and (devices := _nvidia_devices(proc)):
+        models = ", ".join(sorted({device.get("Model", "unknown") for device in devices}))
+        return f"{len(devices)} in {proc / 'driver/nvidia/gpus'}: {models}"
+    return None
+
+
+def check_device(proc: Path = _PROC) -> None:
+    """See that torch can use the device that this process was given, if it was given one.
+
+    For where something is about to use it, or has just been built to; nothing happens where torch
+    is not imported. What has been found right is not looked at again.
+
+    Raises
+    ------
+    DeviceUnusableError
+        With what was declared and what was found, versions, and what to do.
+    """
+    torch = sys.modules.get("torch")
+    declared = declared_device(proc)
+    if torch is not None and declared is not None:
+        _check(torch, declared, proc)
+
+
+@functools.cache
+def _check(torch: ModuleType, declared: str, proc: Path) -> None:
+    cause = None
+    try:
+        wrong = _fault(torch)
+    except (RuntimeError, AssertionError) as error:  # the latter without support for devices
+        if is_out_of_memory(error) or is_sticky(error):
+            raise
+        wrong, cause = str(error).strip() or type(error).__name__, error
+    if wrong is not None:
+        raise DeviceUnusableError(_explain(torch, declared, wrong, proc)) from cause
+
+
+def _fault(torch: ModuleType) -> str | None:
+    """Why torch cannot use a device; None where it can.
+
+    Raises
+    ------
+    RuntimeError
+        What the driver says, for instance that it is too old.
+    """
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built without support for devices"
+    torch.cuda.init()
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False"
+    built_for = torch.cuda.get_arch_list()
+    if torch.version.hip is not None or not built_for:
+        return None
+    capability = torch.cuda.get_device_capability()
+    if any(_runs_on(arch, capability) for arch in built_for):
+        return None
+    major, minor = capability
+    return (
+        f"it has no kernels for {torch.cuda.get_device_name()}, which is sm_{major}{minor}: it is"
+        f" built for {', '.join(built_for)}"
+    )
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code that was built for `arch` runs on a device of this capability."""
+    found = _ARCH.fullmatch(arch)
+    if found is None:
+        return False
+    kind, variant, built_for = found[1], found[4], (int(found[2]), int(found[3]))
+    if variant == "a":  # for this device alone
+        return built_for == capability
+    is_same_major = built_for[0] == capability[0]
+    if kind == "sm" or variant == "f":
+        return is_same_major and built_for <= capability
+    return built_for <= capability  # compiled on the device for whatever it is
+
+
+def _explain(torch: ModuleType, declared: str, wrong: str, proc: Path) -> str:
+    versions = torch.version
+    if versions.cuda is not None:
+        built = f"built for CUDA {versions.cuda}"
+    elif versions.hip is not None:
+        built = f"built for ROCm {versions.hip}"
+    else:
+        built = "built for CPUs"
+    found = _nvidia_model(proc) or "a device that the driver does not name"
+    driver = driver_version(proc)
+    on = f"NVIDIA driver {driver}" if driver else "no NVIDIA driver"
+    return (
+        f"This worker was given a device ({declared}; found: {found}), and torch cannot use it:"
+        f" {wrong}. Here are torch {torch.__version__}, {built}, and {on}. Install a torch that is"
+        " built for this device and driver, or keep work off this node. To use the CPU instead, say"
+        f" device='cpu', or start the worker with {_NVIDIA} set to nothing."
+    )
+
+
+def driver_version(proc: Path = _PROC) -> str | None:
+    """The version of NVIDIA's driver; None where there is none."""
+    text = _read(proc / "driver" / "nvidia" / "version")
+    found = re.search(r"NVRM version:.*?\s(\d+(?:\.\d+)+)\s", text)
+    return found[1] if found else None
+
+
+def _nvidia_devices(proc: Path) -> list[dict[str, str]]:
+    """What the driver says of each device, in the order of the bus."""
+    files = sorted(proc.glob("driver/nvidia/gpus/*/information"))
+    devices = [dict(_fields(_read(file))) for file in files]
+    return [device for device in devices if device.get("GPU Excluded") != "Yes"]
+
+
+def _nvidia_model(proc: Path) -> str | None:
+    devices = _nvidia_devices(proc)
+    visible = os.environ.get(_NVIDIA)
+    if not devices or (visible is not None and visible.strip() in _NONE):
+        return None
+    first = "0" if visible is None else visible.split(",")[0].strip()
+    chosen = devices[0]  # of an id that says nothing: devices of a node are mostly alike
+    if first.isdecimal() and int(first) < len(devices):
+        chosen = devices[int(first)]
+    uuid = first.removeprefix("MIG-").partition("/")[0]
+    for device in devices:
+        if uuid.startswith("GPU-") and device.get("GPU UUID", "").startswith(uuid):
+            chosen = device  # ids may be cut short
+            break
+    model = chosen.get("Model")
+    return f"{model} MIG" if model and first.startswith("MIG-") else model
+
+
+def _torch_model() -> str | None:
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)  # not while another thread still imports it
+    if cuda is None or not hasattr(cuda, "is_initialized") or not cuda.is_initialized():
+        return None
+    return " ".join(str(cuda.get_device_name()).split()) or None
+
+
+def _cpu_model(proc: Path) -> str:
+    fields = dict(reversed(list(_fields(_read(proc / "cpuinfo")))))
+    return fields.get("model name") or "cpu"
+
+
+def _fields(text: str) -> Iterator[tuple[str, str]]:
+    """Names and values of lines ``name: value``, without superfluous spaces."""
+    for line in text.splitlines():
+        name, is_field, value = line.partition(":")
+        if is_field:
+            yield name.strip(), " ".join(value.split())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
