@@ -25,6 +25,7 @@ from distributed.system import MEMORY_LIMIT
 from dask_pcm.config import Config
 from dask_pcm.ladder.host import max_files
 from dask_pcm.plugins.rebirth import rebirth
+from dask_pcm.plugins.signals import is_command, signals
 from dask_pcm.plugins.travel import Travels
 
 logger = logging.getLogger(__name__)
@@ -123,8 +124,12 @@ class KeeperPlugin(Travels, NannyPlugin):
         shelf = Shelf(MEMORY_LIMIT // 2 if budget is None else budget)
         self._shelf: Shelf | None = _shelves().setdefault(nanny.scheduler_addr, shelf)
         nanny.handlers.update(self._handlers)
+        self._notice: asyncio.Task[None] | None = None
+        if is_command():
+            signals().heed(self, self.on_notice, self.config.here().notice_s)
 
     def teardown(self, nanny: Any) -> None:
+        signals().leave(self)
         for name in self._handlers:
             nanny.handlers.pop(name, None)
         self.allow_memory(0)
@@ -142,7 +147,41 @@ class KeeperPlugin(Travels, NannyPlugin):
             "pcm_keep": self.keep,
             "pcm_drop": self.drop,
             "pcm_clear": self.clear,
+            "pcm_heeds_signals": self.heeds_signals,
+            "pcm_end": self.end,
         }
+
+    def on_notice(self, seconds: float) -> None:
+        """The batch system ends this process in so many seconds: the worker is to leave."""
+        self._notice = asyncio.get_running_loop().create_task(self._give_notice(seconds))
+
+    async def _give_notice(self, seconds: float) -> None:
+        nanny = self._nanny
+        try:
+            told = nanny.rpc(nanny.worker_address).pcm_notice(seconds=seconds)
+            await asyncio.wait_for(told, min(_TIMEOUT_S, seconds / 2))
+        except Exception as error:  # it starts, has just ended, or does not answer
+            logger.warning("The worker of %s cannot take its leave: %r", nanny.address, error)
+            await nanny.close(timeout=_TIMEOUT_S, reason="notice")
+
+    def heeds_signals(self) -> bool:
+        """Whether signals are notices in this process, and so in its workers'."""
+        return signals().are_heeded
+
+    async def end(self, seconds: float) -> bool:
+        """End the worker process, which has handed over what it had, and this nanny with it.
+
+        What still runs there is not waited for: after `seconds` it is killed.
+        """
+        nanny = self._nanny
+        if nanny.process is None:
+            return False
+        nanny.close_gracefully(reason="notice")
+        # Not from the worker's own side: its process would wait for two seconds before it ends.
+        self._ending = asyncio.get_running_loop().create_task(
+            nanny.process.kill(timeout=seconds, executor_wait=False, reason="notice")
+        )
+        return True
 
     def allow_memory(self, n_bytes: int) -> None:
         """Kill the worker for so many bytes more than the user has set; see ``MemoryAllowance``."""

@@ -24,19 +24,21 @@ from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 from distributed.worker import _worker_cvar
-from distributed.worker_state_machine import FreeKeysEvent
 
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import DeviceBusyError, DeviceError, LoadError
+from dask_pcm.ladder.device import device_model
 from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.residency import Change, Tier
 from dask_pcm.ladder.staging import Staging
 from dask_pcm.ladder.store import Store, of_process
 from dask_pcm.ladder.tensors import device_bytes
 from dask_pcm.plugins.lanes import close_lanes, open_lanes
+from dask_pcm.plugins.leaving import Leaving, ends_in_s, free, is_unbegun
 from dask_pcm.plugins.memory import MemoryAllowance, keep_freed_memory
 from dask_pcm.plugins.nanny import NannyLink
+from dask_pcm.plugins.signals import is_command, signals
 from dask_pcm.plugins.staging import Fetcher
 from dask_pcm.plugins.travel import Travels
 
@@ -44,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 CONTEXTS = "pcm-contexts"
 _TIMEOUT_S, _FAREWELL_S, _CLOSING_S = 30.0, 0.05, 2.0
-_UNBEGUN = frozenset({"waiting", "ready", "constrained"})
 
 
 class ContextPlugin(Travels, WorkerPlugin):
@@ -58,6 +59,7 @@ class ContextPlugin(Travels, WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         self.worker = worker
+        self.config = self.config.here()
         self.epoch = uuid.uuid4().hex
         self.n_threads = 1
         #: Contexts that the gate has asked for; what a task wants besides was hidden from it.
@@ -69,6 +71,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         self.fetcher = Fetcher(worker, self.config, lambda: self.staging.disk, self._tell)
         self.staging = Staging(self.config, self.fetcher.fetch, self.fetcher.staged)
         self.nanny = NannyLink(worker)
+        self.leaving = Leaving(worker, self._tell)
         self.memory = MemoryAllowance(worker, self.nanny)
         self.store = Store(
             self._report,
@@ -86,6 +89,10 @@ class ContextPlugin(Travels, WorkerPlugin):
         of_process.cache_clear()
         self._loader.submit(before.close)
         self._loader.submit(self.memory.begin)
+        if worker.nanny:
+            self._loader.submit(self._heed_signals_as_nanny)
+        elif is_command():
+            self._heed_signals()
         self._lane = threading.local()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         keep_freed_memory()
@@ -96,11 +103,13 @@ class ContextPlugin(Travels, WorkerPlugin):
         worker.stream_handlers["pcm-release"] = self._if_now(self.on_release)
         worker.stream_handlers["pcm-welcome"] = self._if_now(self.fetcher.on_welcome)
         worker.stream_handlers["pcm-copy"] = self._if_now(self.fetcher.on_copy)
+        worker.handlers["pcm_notice"] = self.notice
         self.greet()
 
     def greet(self) -> None:
         """Say hello to the gate; said again to the same one it changes nothing."""
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        device = self.config.device or device_model()
         self.worker.batched_stream.send(
             {
                 "op": "pcm-hello",
@@ -108,11 +117,34 @@ class ContextPlugin(Travels, WorkerPlugin):
                 "n_lanes": self.config.n_lanes,
                 "cores": cores or list(range(os.cpu_count() or 1)),
                 "device_bytes": self.config.device_budget_bytes,
+                "device": device,
+                "pool": self.config.pool or device,
+                "ends_in_s": ends_in_s(self.config.walltime_s),
             }
         )
 
+    def notice(self, seconds: float) -> None:
+        """The batch system ends this worker in so many seconds: be gone by then.
+
+        The gate is told once, and sends what ends in time at most. The worker works on until what
+        it has has ended or the time is nearly up; then its results go to peers, and its nanny
+        starts no other. For the worker's event loop; said again it changes nothing.
+        """
+        self.leaving.begin(seconds)
+
+    def _heed_signals_as_nanny(self) -> None:
+        """Batch systems signal all processes of a job, or one of them."""
+        if self.nanny.ask("pcm_heeds_signals"):
+            self.worker.loop.add_callback(self._heed_signals)
+
+    def _heed_signals(self) -> None:
+        if self.epoch:  # else the toolkit has left meanwhile
+            signals().heed(self, self.notice, self.config.notice_s)
+
     def teardown(self, worker: Worker) -> Awaitable[Any] | None:
         self.epoch = ""  # whatever the scheduler still says is of no account
+        worker.handlers.pop("pcm_notice", None)
+        signals().leave(self)
         self.fetcher.close()
         if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
             close_lanes(worker, self.config.n_lanes)
@@ -157,9 +189,8 @@ class ContextPlugin(Travels, WorkerPlugin):
         if epoch != self.epoch:
             return
         tasks = ((key, self.worker.state.tasks.get(key)) for key in keys)
-        unbegun = [key for key, ts in tasks if ts is not None and ts.state in _UNBEGUN]
-        stimulus_id = f"pcm-return-{time.time()}"
-        self.worker.handle_stimulus(FreeKeysEvent(keys=unbegun, stimulus_id=stimulus_id))
+        unbegun = [key for key, ts in tasks if ts is not None and is_unbegun(ts)]
+        free(self.worker, unbegun)
         message = {"op": "pcm-returned", "epoch": self.epoch, "keys": unbegun}
         self.worker.batched_stream.send(message)
 
@@ -303,7 +334,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         while self.worker.state.executing and time.monotonic() < deadline:
             await asyncio.sleep(_FAREWELL_S)
         await asyncio.sleep(_FAREWELL_S)
-        await self.worker.close_gracefully(restart=True, reason=why)
+        await self.worker.close_gracefully(restart=not self.leaving.is_begun, reason=why)
 
     def _set_threads(self) -> None:
         """Give torch the cores of this worker; its setting is the calling thread's own."""
