@@ -62,22 +62,26 @@ class Leaving:
     async def _leave(self, seconds: float) -> None:
         worker = self._worker
         margin = min(_MARGIN_S, _MARGIN * seconds)
-        stop = time.monotonic() + seconds - margin
+        end = time.monotonic() + seconds
+        stop = end - margin
         logger.warning("Worker %s ends in %.0f s: it takes its leave", worker.address, seconds)
         self._send({"op": "pcm-notice", "seconds": seconds - margin})
         await self._ask_nanny("close_gracefully", margin, reason="notice")  # starts no other
         # The gate may still send what ends in time.
         await _until(lambda: not self._has_on_lanes(), stop, _IDLE_S)
+        if worker.status not in (Status.running, Status.paused, Status.closing_gracefully):
+            return  # somebody else ends it
         # Not paused, which ends as soon as there is memory: nothing more begins, and plain Dask
         # sends nothing either.
         worker.status = Status.closing_gracefully
         give_back(worker, [key for key, ts in worker.state.tasks.items() if is_unbegun(ts)])
         await _until(lambda: not worker.state.all_running_tasks, stop)
         await asyncio.sleep(_FAREWELL_S)  # what is to be told of them is sent
-        await self._hand_over(stop + margin / 2 - time.monotonic())
-        if await self._ask_nanny("pcm_end", margin, seconds=margin / 2) is None:
+        await self._hand_over(end - margin / 2 - time.monotonic())
+        left = max(margin / 2, end - time.monotonic())
+        if await self._ask_nanny("pcm_end", margin, seconds=left) is None:
             # What still runs is lost with the process: it is not waited for.
-            await worker.close(executor_wait=False, timeout=margin, reason="notice")
+            await worker.close(executor_wait=False, timeout=left, reason="notice")
 
     def _has_on_lanes(self) -> bool:
         state = self._worker.state
@@ -93,10 +97,10 @@ class Leaving:
                 workers=[worker.address], **about, stimulus_id=stimulus_id
             )
             await asyncio.wait_for(retired, max(0.0, seconds))
-        except OSError:  # TimeoutError is one
-            logger.warning("Not all results of %s have reached a peer", worker.address)
+        except Exception as error:  # of the scheduler's as well: it is left all the same
+            logger.warning("Not all results of %s have reached a peer: %r", worker.address, error)
         # Where nobody could take them it is still listed: what it ran is no suspect either.
-        with suppress(OSError):
+        with suppress(Exception):
             await worker.scheduler.unregister(
                 address=worker.address, expected=True, close=False, stimulus_id=stimulus_id
             )
@@ -108,7 +112,7 @@ class Leaving:
         asked = getattr(self._worker.rpc(self._worker.nanny), op)(**says)
         try:
             return await asyncio.wait_for(asked, timeout)
-        except OSError:  # TimeoutError is one
+        except Exception:  # it is on its way out, or knows nothing of this
             return None
 
 
