@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,12 @@ from dask_pcm.errors import RecipeError
 from dask_pcm.ladder.store import of_process
 from dask_pcm.ladder.tensors import is_sticky
 from dask_pcm.plugins.worker import CONTEXTS, ContextPlugin
+
+logger = logging.getLogger(__name__)
+
+#: The annotation of a task that was lost with its worker before.
+LOST = "pcm_lost"
+_TIMEOUT_S = 30.0
 
 
 @contextmanager
@@ -124,6 +131,39 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
             raise
         finally:
             spent.infer_s += time.perf_counter() - start
+
+
+def was_lost() -> bool:
+    """Whether the task on this thread was on a worker before that was lost, whatever the cause."""
+    try:
+        worker = get_worker()
+        ts = worker.state.tasks.get(worker.get_current_task())
+    except (ValueError, KeyError):  # no worker; no task of it
+        return False
+    return ts is not None and bool((ts.annotations or {}).get(LOST))
+
+
+def n_losses() -> int:
+    """How many worker processes the task on this thread has cost since this was last asked.
+
+    Only those count that ended by a fault of their own, a crash or an OOM kill; those that were
+    taken away with their machine do not. May take seconds: whose fault it was is not known at once.
+    Asking is what keeps the gate from ending a task that has cost several, so whoever asks must
+    have got further since. Where nobody can tell, none count.
+    """
+    if not was_lost():
+        return 0
+    worker = get_worker()
+    key = worker.get_current_task()
+    asked = asyncio.run_coroutine_threadsafe(
+        worker.scheduler.pcm_losses(key=key), worker.loop.asyncio_loop
+    )
+    try:
+        found = asked.result(_TIMEOUT_S)
+    except Exception as error:
+        logger.warning("Whether %s has cost processes is not known: %r", key, error)
+        return 0
+    return int(found or 0)  # a scheduler without the gate answers nothing
 
 
 def _plugin() -> ContextPlugin | None:
