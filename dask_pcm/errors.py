@@ -31,6 +31,10 @@ class DeviceUnusableError(DeviceError):
     """A worker was given a device that its torch cannot use; the message has the versions."""
 
 
+class LostProcessError(PCMError, RuntimeError):
+    """Worker processes ended, one after the other, while a row was computed alone."""
+
+
 class DeadlockError(PCMError, RuntimeError):
     """Tasks would wait for each other's contexts for ever."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,28 @@ from dask_pcm.plugins.hold import hold, spent
 ERROR = "error"
 _MAX_ERROR_CHARS = 2_000
 _NULLABLE_KINDS = "iub"
+
+
+class _Withheld(threading.local):
+    """Why functions by rows are not called on this thread; None where they are."""
+
+    error: Exception | None = None
+
+
+_withheld = _Withheld()
+
+
+@contextmanager
+def withheld(error: Exception) -> Iterator[None]:
+    """Within, on this thread, functions by rows are not called: rows fail as if they had raised.
+
+    So rows fail that no function may see again, and are like all that fail.
+    """
+    _withheld.error = error
+    try:
+        yield
+    finally:
+        _withheld.error = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +101,9 @@ class Call:
 
     def _batch(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> pd.DataFrame:
         """One call; where it raises, halves are tried, down to the rows that are at fault."""
+        if _withheld.error is not None:
+            rows = [frame.iloc[at : at + 1] for at in range(len(frame))]
+            return pd.concat([self._failed(row, _withheld.error) for row in rows])
         try:
             result = self._call(frame, contexts)
         except PCMError:
