@@ -1,39 +1,94 @@
 """An attempt at a unit by rows: batch by batch, each noted as it is finished.
 
 What is noted outlives its process (``journal.py``). The next attempt at the unit takes it over; a
-later run commits it as it is (``recover``).
+later run commits it as it is (``recover.py``).
 """
 
 from __future__ import annotations
 
 import heapq
-import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
+from dask_pcm.errors import LostProcessError
 from dask_pcm.ledger.compute import Batch, batches
 from dask_pcm.ledger.cut import cut_to
 from dask_pcm.ledger.journal import Found, Journal, Record, apart
 from dask_pcm.ledger.layout import GROUP_BYTES, Layout
 from dask_pcm.ledger.output import Output
-from dask_pcm.ledger.parts import parse_name, range_name
+from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.plan import Unit
-from dask_pcm.ledger.ranges import Ranges
-from dask_pcm.mapping import ERROR
-from dask_pcm.plugins.hold import spent
-
-logger = logging.getLogger(__name__)
+from dask_pcm.ledger.ranges import Range, Ranges
+from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
+from dask_pcm.mapping import ERROR, withheld
+from dask_pcm.plugins.hold import n_losses, spent, was_lost
 
 #: Errors that are told of each batch.
 MAX_ERRORS = 3
 #: Batches that take less are noted several at a time.
 _RECORD_S = 0.02
+#: So many rows given up in succession are no bad luck.
+_HOPELESS_ROWS = 25
+
+
+@dataclass(frozen=True, slots=True)
+class _Earlier:
+    """What earlier attempts at a unit have left.
+
+    Attributes
+    ----------
+    names
+        Their journals.
+    records
+        What they had finished.
+    costs
+        Rows that have cost processes, as far as that is settled.
+    in_hand
+        Rows that the last one had begun and not finished; nobody knows yet whether they ended it.
+    """
+
+    names: list[str]
+    records: list[Record]
+    costs: list[Cost]
+    in_hand: list[Range]
+
+    @classmethod
+    def of(cls, unit: Unit, output: Output, batch_rows: int) -> _Earlier:
+        """Look for journals, and note what those who left them had not come to."""
+        found_by_name = dict(output.journals(unit.name)) if _may_have_journals(output) else {}
+        if not found_by_name:
+            return cls([], [], [], _unit_in_hand(unit, output, batch_rows))
+        useful = {name: found for name, found in found_by_name.items() if found is not None}
+        settled = {name for found in useful.values() for name in found.settled}
+        last = [found for name, found in useful.items() if name not in settled]
+        for found in useful.values():
+            note_unbegun(output, found, unit.name)
+        return cls(
+            list(found_by_name),
+            apart([record for found in useful.values() for record in found.records]),
+            [cost for found in useful.values() for cost in found.costs],
+            [rows for found in last for rows in found.in_hand],
+        )
+
+
+def _may_have_journals(output: Output) -> bool:
+    return output.has_journals or was_lost()
+
+
+def _unit_in_hand(unit: Unit, output: Output, batch_rows: int) -> list[Range]:
+    """What a unit had in hand when it was lost, where no journal tells.
+
+    All of it, if it leaves none unless it was lost before. Else it had not been begun.
+    """
+    place = parse_name(unit.name)
+    is_noted = output.has_journals and (unit.n_rows or 0) > batch_rows
+    return [place] if was_lost() and not is_noted and isinstance(place, tuple) else []
 
 
 def attempt(
@@ -44,10 +99,12 @@ def attempt(
     batch_rows: int,
     max_bytes: int,
     origin: Mapping[str, Any],
+    costs: Iterable[Cost] = (),
 ) -> Generator[Record, None, None]:
     """Rows of a unit in their order: what earlier attempts had finished, and the rest.
 
-    What is computed is noted before it is yielded, and stays so until ``clear``.
+    What is computed is noted before it is yielded, and stays so until ``clear``. Rows that ended
+    their process are tried apart from others, and fail in the end (see ``suspects.py``).
 
     Parameters
     ----------
@@ -57,52 +114,125 @@ def attempt(
         Of input that is read at a time.
     origin
         What a part made of it would tell.
+    costs
+        Processes that rows have cost in earlier runs.
+
+    Raises
+    ------
+    LostProcessError
+        Where processes end with row after row.
     """
-    kept, earlier = _take_over(unit, output)
+    earlier = _Earlier.of(unit, output, batch_rows)
+    kept, suspects = earlier.records, _suspects(unit, earlier, costs)
     done = Ranges((record.start, record.stop) for record in kept)
     spans = [left for span in unit.spans or () for left in cut_to(span, done)]
     rest = [(span.offset, span.offset + span.n_rows) for span in spans]
     output.note_start(unit.name, unit.n_rows, rest if kept else None)
     with ExitStack() as stack:
         journal = None
-        if kept or sum(span.n_rows for span in spans) > batch_rows:
+        is_long = sum(span.n_rows for span in spans) > batch_rows
+        if kept or suspects or (output.has_journals and is_long):
             journal = output.begin_journal(unit.name, origin)
         if journal is not None:
             stack.callback(journal.close)
+            journal.settle(earlier.names, list(suspects))
             for record in kept:
                 journal.append(record)
-        for name in earlier:  # now that all of it is in ours
+        for name in earlier.names:  # now that all of it is in ours
             output.remove(name)
-        pace = Pace(batch_rows)
+        _check_hope(unit, suspects)
+        pace = Pace(batch_rows, suspects)
         left = replace(unit, spans=tuple(spans))
-        todo = batches(left, graph, max_bytes, lambda: pace.n_rows) if spans else ()
-        fresh = _computed(todo, layout, journal, pace)
+        todo = batches(left, graph, max_bytes, pace.end) if spans else ()
+        fresh = _computed(todo, output, layout, journal, pace)
         yield from heapq.merge(kept, fresh, key=lambda record: record.start)
 
 
+def _suspects(unit: Unit, earlier: _Earlier, costs: Iterable[Cost]) -> Suspects:
+    """What rows of a unit have cost, in earlier runs, in this one, and at the last death.
+
+    Whether a process ended by a fault of its own is asked only where rows were in hand, and once
+    for each end: the journal that tells of it is settled before anything else is done, so that
+    rows pay for no end that they had no part in. A process that ends elsewhere, while rows are
+    read or a part is committed, is not asked about: the gate counts on, and ends the task.
+    """
+    place = parse_name(unit.name)
+    first, end = place if isinstance(place, tuple) else (0, 0)
+    mine = (cost for cost in costs if cost.start < end and first < cost.stop)
+    suspects = Suspects([*mine, *earlier.costs])
+    if earlier.in_hand and n_losses():
+        for rows in earlier.in_hand:
+            suspects.blame(rows)
+    return suspects
+
+
+def _check_hope(unit: Unit, suspects: Suspects) -> None:
+    """Where row after row ends its process, it is not the rows that are at fault."""
+    n_rows = 0
+    for row in suspects.given_up():
+        n_rows = n_rows + 1 if suspects.gives_up(row - 1) else 1
+        if n_rows == _HOPELESS_ROWS:
+            raise LostProcessError(
+                f"{n_rows} rows of {unit.name} in succession, up to row {row:,} of the input, have"
+                f" each ended the worker process that computed them alone, {N_TRIES} times. It may"
+                " be the function, a library or the memory of the workers, whatever the rows; what"
+                " the workers logged may say more. Mend the cause, and run the same again to go on."
+            )
+
+
 def _computed(
-    todo: Iterable[Batch], layout: Layout, journal: Journal | None, pace: Pace
+    todo: Iterable[Batch], output: Output, layout: Layout, journal: Journal | None, pace: Pace
 ) -> Iterator[Record]:
     for batch in todo:
-        if journal is not None:
-            journal.begin(batch.start, batch.stop)
-        begun = time.perf_counter()
-        record = make_record(batch.start, batch.stop, batch.compute(), layout)
-        pace.observe(time.perf_counter() - begun)
+        is_given_up = pace.suspects.gives_up(batch.start)  # and if so, it is alone
+        if is_given_up:
+            record = _given_up(batch, layout)
+        else:
+            if journal is not None:
+                journal.begin(batch.start, batch.stop)
+            begun = time.perf_counter()
+            record = make_record(batch.start, batch.stop, batch.compute(), layout)
+            pace.observe(batch.start, time.perf_counter() - begun)
         if journal is not None:
             journal.append(record)
+        if is_given_up:
+            output.note_unbegun(output.run, [(batch.start, batch.stop)])
         yield record
 
 
+def _given_up(batch: Batch, layout: Layout) -> Record:
+    """A row that fails without being computed.
+
+    It is not noted as begun: should what else is done with it end a process as well, nobody asks
+    whether it did, and the gate ends the task.
+    """
+    error = LostProcessError(
+        f"Row {batch.start:,} of the input: the worker process ended {N_TRIES} times while it was"
+        " computed alone (killed for its memory, or by a crash of native code). What the workers"
+        " logged may say more."
+    )
+    with withheld(error):
+        frame = batch.compute()
+    return make_record(batch.start, batch.stop, frame, layout)
+
+
 class Pace:
-    """How many rows are computed between two records: so many that noting them costs little."""
+    """How many rows are computed between two records: so many that noting them costs little.
 
-    def __init__(self, batch_rows: int) -> None:
-        self.n_rows = batch_rows
+    Suspects come by themselves, however little time they take.
+    """
 
-    def observe(self, seconds: float) -> None:
-        if seconds < _RECORD_S:
-            self.n_rows *= 2
+    def __init__(self, batch_rows: int, suspects: Suspects) -> None:
+        self.suspects = suspects
+        self._batch_rows = self._n_rows = batch_rows
+
+    def end(self, start: int) -> int:
+        """Where the rows end, at the latest, that begin with `start`."""
+        return self.suspects.end(start, self._n_rows, self._batch_rows)
+
+    def observe(self, start: int, seconds: float) -> None:
+        if seconds < _RECORD_S and not self.suspects.include(start):
+            self._n_rows *= 2
 
 
 def make_record(start: int, stop: int, frame: pd.DataFrame, layout: Layout) -> Record:
@@ -115,19 +245,7 @@ def make_record(start: int, stop: int, frame: pd.DataFrame, layout: Layout) -> R
     return Record(start, stop, table, len(failed), errors, dict(spent.facts))
 
 
-def _take_over(unit: Unit, output: Output) -> tuple[list[Record], list[str]]:
-    """What earlier attempts at a unit had finished, and the names of their journals."""
-    records: list[Record] = []
-    names = []
-    for name, found in output.journals(unit.name):
-        names.append(name)
-        if found is not None:
-            records += found.records
-            _note_unbegun(output, found, unit.name)
-    return apart(records), names
-
-
-def _note_unbegun(output: Output, found: Found, unit: str) -> None:
+def note_unbegun(output: Output, found: Found, unit: str) -> None:
     """What an attempt had not come to was not computed by it, although it had started the unit."""
     place = parse_name(unit)
     if isinstance(place, tuple):
@@ -139,48 +257,9 @@ def _note_unbegun(output: Output, found: Found, unit: str) -> None:
 
 def clear(unit: str, output: Output) -> None:
     """A unit is committed: what was noted of it is not needed any more."""
-    for name in output.journal_names(unit):
-        output.remove(name)
-
-
-def recover(output: Output) -> None:
-    """Commit what attempts of earlier runs had finished, as parts of their own."""
-    places = (parse_name(name) for name in output.parts())
-    committed = Ranges(place for place in places if isinstance(place, tuple))
-    journals: dict[str, list[Found]] = {}
-    for _, found in output.journals():
-        if found is not None:
-            _note_unbegun(output, found, found.about["unit"])
-            journals.setdefault(found.about["unit"], []).append(found)
-    for found_of_unit in journals.values():
-        records = apart([record for found in found_of_unit for record in found.records])
-        records = [r for r in records if any(committed.missing(r.start, r.stop))]
-        for neighbours in _runs(records):
-            _commit(neighbours, found_of_unit[0].about, output)
-    for name in output.journal_names():
-        output.remove(name)
-
-
-def _runs(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records that follow each other, together."""
-    taken: list[Record] = []
-    for record in records:
-        if taken and taken[-1].stop != record.start:
-            yield taken
-            taken = []
-        taken.append(record)
-    if taken:
-        yield taken
-
-
-def _commit(records: list[Record], about: Mapping[str, Any], output: Output) -> None:
-    name = range_name(records[0].start, records[-1].stop)
-    n_rows = sum(len(record.table) for record in records)
-    n_failed = sum(record.n_failed for record in records)
-    facts = {key: value for record in records for key, value in record.facts.items()}
-    note = {**about, **facts, "unit": name, "rows": n_rows, "failed": n_failed}
-    output.commit(name, grouped(record.table for record in records), lambda: note)
-    logger.info("%s: %s rows that were finished but not committed", name, f"{n_rows:,}")
+    if _may_have_journals(output):
+        for name in output.journal_names(unit):
+            output.remove(name)
 
 
 def grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

@@ -67,8 +67,11 @@ class Batch(NamedTuple):
     compute: Callable[[], pd.DataFrame]
 
 
-def batches(unit: Unit, graph: bytes, max_bytes: int, n_rows: Callable[[], int]) -> Iterator[Batch]:
-    """A unit by rows in batches of up to `n_rows`, asked for each; rows are read many at a time."""
+def batches(unit: Unit, graph: bytes, max_bytes: int, end: Callable[[int], int]) -> Iterator[Batch]:
+    """A unit by rows in batches; rows are read many at a time.
+
+    Each batch ends at `end` of its first row at the latest; asked when those before are computed.
+    """
     opened = _open(graph)
     rest = dict(opened.tasks)  # all of a graph is executed, whatever is asked of it
     read = {opened.leaf: rest.pop(opened.leaf)}
@@ -77,18 +80,18 @@ def batches(unit: Unit, graph: bytes, max_bytes: int, n_rows: Callable[[], int])
         rows = _evaluate(read, opened.leaf, {SPANS: chunk.spans})
         at = 0
         while spans:
-            start, stop = _take(spans, n_rows())
+            start, stop = _take(spans, end(spans[0].offset))
             given = {opened.leaf: rows.iloc[at : at + stop - start]}
             yield Batch(start, stop, partial(_evaluate, rest, opened.result, given))
             at += stop - start
 
 
-def _take(spans: list[Span], n_rows: int) -> tuple[int, int]:
-    """Take so many rows off the front of `spans`, as far as they follow each other."""
+def _take(spans: list[Span], end: int) -> tuple[int, int]:
+    """Take the rows up to `end` off the front of `spans`, as far as they follow each other."""
     start = stop = spans[0].offset
-    while spans and spans[0].offset == stop and stop - start < n_rows:
+    while spans and spans[0].offset == stop < end:
         span = spans.pop(0)
-        n_taken = min(span.n_rows, n_rows - (stop - start))
+        n_taken = min(span.n_rows, end - stop)
         if n_taken < span.n_rows:
             spans.insert(0, span.cut(n_taken, span.n_rows))
         stop += n_taken

@@ -23,7 +23,6 @@ from dask_pcm.errors import (
     PCMError,
 )
 from dask_pcm.ledger import status
-from dask_pcm.ledger.attempt import recover
 from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.heart import Heart
 from dask_pcm.ledger.interrupt import deferred
@@ -32,6 +31,7 @@ from dask_pcm.ledger.output import CANCEL, PAUSE, Output
 from dask_pcm.ledger.parts import parse_name, range_name
 from dask_pcm.ledger.plan import Plan, Unit
 from dask_pcm.ledger.progress import Meter, Stopwatch, meter
+from dask_pcm.ledger.recover import forget, recover
 from dask_pcm.ledger.report import Report, rows_recomputed
 from dask_pcm.ledger.stock import Counts, is_first, take_stock
 from dask_pcm.ledger.unit import Job, UnitResult
@@ -156,7 +156,8 @@ class Driver:
 
     def _take_stock(self) -> None:
         """Count what earlier runs have done, and cut the rest."""
-        recover(self._output)
+        costs = recover(self._output)
+        self._job = self._window.job = replace(self._job, costs=costs)
         self._stock = take_stock(self._output)
         places = {name: parse_name(name) for name in self._stock}
         ranges = [p for p in places.values() if isinstance(p, tuple) and p[0] < p[1]]
@@ -361,6 +362,8 @@ class Driver:
 
     def _sum_up(self) -> None:
         output = self._output
+        if self._job.costs:
+            forget(output)
         self.report.rows_recomputed = rows_recomputed(output.lines(), output.run, self._rows_of)
 
     def _rows_of(self, name: str) -> int:

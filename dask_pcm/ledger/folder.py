@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_pcm.errors import FencedError, OutputError
-from dask_pcm.ledger.journal import Journal
+from dask_pcm.ledger.journal import FileJournal
 from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
 from dask_pcm.ledger.parts import Note, commit_line, digest_of, note_of, write_part
 
@@ -224,14 +224,18 @@ class Folder(Output):
                 with contextlib.suppress(ValueError):  # torn by a lost node
                     yield json.loads(line)
 
-    def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> Journal | None:
+    def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> FileJournal:
         name = f"{unit}.{self.run}.{uuid.uuid4().hex}"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         with self._fenced():
             os.stat(self._at(self.place))
             self._at(JOURNAL).mkdir(exist_ok=True)
             descriptor = os.open(self._at(f"{JOURNAL}/{name}"), flags, 0o666)
-        return Journal(descriptor, {**origin, "run": self.run, "begun": self.begun, "unit": unit})
+        about = {**origin, "run": self.run, "begun": self.begun, "unit": unit}
+        return FileJournal(descriptor, about)
+
+    def read_journal(self, name: str) -> bytes:
+        return self.read(name)
 
     # -- helpers ----------------------------------------------------------------------------
 

@@ -9,10 +9,14 @@ later run commits it.
 ``OUTPUT/_pcm/journal/<name of the part>.<run>.<attempt>`` holds records: their lengths and their
 digest, a head in JSON, and a table as an Arrow IPC stream. What a lost node has torn, and all that
 comes after it, counts as not written.
+
+It says which rows are begun as well, and so which were in hand when a process ended. What rows have
+cost in processes (see ``suspects.py``) is carried from journal to journal.
 """
 
 from __future__ import annotations
 
+import abc
 import errno
 import hashlib
 import json
@@ -25,7 +29,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from dask_pcm.ledger.ranges import Range
+from dask_pcm.ledger.ranges import Range, Ranges
+from dask_pcm.ledger.suspects import Cost
 
 #: Seconds after which what was appended is synced.
 SYNC_S = 5.0
@@ -59,29 +64,25 @@ class Record:
     is_kept: bool = False
 
 
-class Journal:
+class Journal(abc.ABC):
     """The journal of one attempt at a unit; written by one thread.
 
     Parameters
     ----------
-    descriptor
-        A file that is open for appending; closed with this.
     about
         Which attempt this is (``run``, ``begun``, ``unit``), and what a part of it would tell.
     """
 
-    def __init__(self, descriptor: int, about: Mapping[str, Any]) -> None:
-        self._descriptor = descriptor
-        self._synced_at = time.monotonic()
-        try:
-            self._append(about)
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, about: Mapping[str, Any]) -> None:
+        self._append(about)
 
     def begin(self, start: int, stop: int) -> None:
         """Say which rows are begun, so that nobody takes others for begun."""
         self._append({"begin": [start, stop]})
+
+    def settle(self, earlier: Sequence[str], costs: Sequence[Cost]) -> None:
+        """Say what rows have cost in all: whatever the journals `earlier` tell has been counted."""
+        self._append({"costs": list(costs), "settled": list(earlier)})
 
     def append(self, record: Record) -> None:
         """Add what is finished."""
@@ -92,16 +93,47 @@ class Journal:
             "facts": dict(record.facts),
         }
         self._append(head, _to_buffer(record.table))
-        if time.monotonic() - self._synced_at > SYNC_S:
-            os.fdatasync(self._descriptor)
-            self._synced_at = time.monotonic()
 
     def _append(self, head: Mapping[str, Any], content: bytes | pa.Buffer = b"") -> None:
         about, table = json.dumps(head).encode(), memoryview(content)
         lengths = _LENGTHS.pack(len(about), len(table), _digest(about, table))
-        n_written = os.writev(self._descriptor, [lengths, about, table])
-        if n_written < len(lengths) + len(about) + len(table):
+        self._write([lengths, about, table])
+
+    @abc.abstractmethod
+    def _write(self, blocks: Sequence[bytes | memoryview]) -> None:
+        """Have blocks survive this process, all of them or none."""
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+
+class FileJournal(Journal):
+    """A journal in a file.
+
+    Parameters
+    ----------
+    descriptor
+        A file that is open for appending; closed with this.
+    about
+        As of a ``Journal``.
+    """
+
+    def __init__(self, descriptor: int, about: Mapping[str, Any]) -> None:
+        self._descriptor = descriptor
+        self._synced_at = time.monotonic()
+        try:
+            super().__init__(about)
+        except BaseException:
+            self.close()
+            raise
+
+    def _write(self, blocks: Sequence[bytes | memoryview]) -> None:
+        n_written = os.writev(self._descriptor, blocks)
+        if n_written < sum(map(len, blocks)):
             raise OSError(errno.ENOSPC, "a record could only be written in part")
+        if time.monotonic() - self._synced_at > SYNC_S:
+            os.fdatasync(self._descriptor)
+            self._synced_at = time.monotonic()
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -118,11 +150,24 @@ class Found(NamedTuple):
         What it had finished.
     begun
         Rows that it had begun.
+    costs
+        Rows that had cost processes before.
+    settled
+        Names of journals that it had taken over: whether their last batch was to blame for the end
+        of their process has been asked.
     """
 
     about: Mapping[str, Any]
     records: list[Record]
     begun: list[Range]
+    costs: list[Cost]
+    settled: list[str]
+
+    @property
+    def in_hand(self) -> list[Range]:
+        """Rows that it had begun and not finished."""
+        finished = Ranges((record.start, record.stop) for record in self.records)
+        return [rows for rows in self.begun if any(finished.missing(*rows))]
 
 
 def read_journal(data: bytes) -> Found | None:
@@ -131,8 +176,12 @@ def read_journal(data: bytes) -> Found | None:
     first = next(heads, None)
     if first is None:
         return None
-    found = Found(first[0], [], [])
+    found = Found(first[0], [], [], [], [])
     for head, content in heads:
+        if "costs" in head:
+            found.costs.extend(Cost(*cost) for cost in head["costs"])
+            found.settled.extend(head["settled"])
+            continue
         if "begin" in head:
             found.begun.append(tuple(head["begin"]))
             continue

@@ -8,6 +8,9 @@ Nothing can be renamed in one step here. A run is shut out by removing its ``dri
 every unit looks for right before it puts its part. A part that was on its way at that moment may
 still arrive; the run at work finds it before it ends, and removes it (see ``Driver``).
 
+Nothing can be appended to either: finished rows are noted, as small objects, only of units that
+have cost a process.
+
 A run counts as at work for as long as its ``status.json`` is written, by the store's own clock.
 """
 
@@ -25,7 +28,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,7 +40,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_pcm.errors import FencedError, OutputError
-from dask_pcm.ledger.output import HOME, LOG, Entry, Output, Owner
+from dask_pcm.ledger.journal import Journal
+from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
 from dask_pcm.ledger.parts import Note, commit_line, digest_of, note_of, write_part
 
 logger = logging.getLogger(__name__)
@@ -370,6 +374,29 @@ class Objects(Output):
             for line in pool.map(said, self.entries(LOG)):
                 with contextlib.suppress(ValueError):
                     yield json.loads(line)
+
+    def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> Journal:
+        place = f"{JOURNAL}/{unit}.{self.run}.{uuid.uuid4().hex}"
+        about = {**origin, "run": self.run, "begun": self.begun, "unit": unit}
+        return _ObjectJournal(lambda name, data: self.write(f"{place}/{name}", data), about)
+
+    def read_journal(self, name: str) -> bytes:
+        return b"".join(self.read(f"{name}/{number}") for number in self.entries(name))
+
+
+class _ObjectJournal(Journal):
+    """A journal as numbered objects: nothing can be appended to one."""
+
+    def __init__(self, put: Callable[[str, bytes], None], about: Mapping[str, Any]) -> None:
+        self._put = put
+        self._numbers = itertools.count()
+        super().__init__(about)
+
+    def _write(self, blocks: Sequence[bytes | memoryview]) -> None:
+        self._put(f"{next(self._numbers):09d}", b"".join(blocks))
+
+    def close(self) -> None:
+        """All of it is there."""
 
 
 def _stamp(info: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ another size in another run fit between. Under ``OUTPUT/_pcm/`` lie:
 ``log/``
     A line for each unit that was started and for each part that was committed.
 ``journal/``
-    Finished rows of units that are not committed yet; see ``journal.py``.
+    Finished rows of units that are not committed yet, and what rows have cost in processes; see
+    ``journal.py``.
 ``report.json``
     The report of the last run.
 ``lock`` (in object stores ``lock-<number>``)
@@ -92,7 +93,8 @@ class Output(abc.ABC):
     #: How often a run looks at what is asked of it, and says how it stands.
     look_every_s: ClassVar[float] = 0.25
     beat_every_s: ClassVar[float] = 2.0
-    #: Whether finished rows of a unit can be noted one by one.
+    #: Whether noting finished rows of a unit, batch by batch, costs so little that it is done for
+    #: every unit; elsewhere only for those that were lost with their worker.
     has_journals: ClassVar[bool] = False
     #: Whether a part of a run that was shut out may still arrive.
     may_get_late_parts: ClassVar[bool] = False
@@ -185,8 +187,9 @@ class Output(abc.ABC):
     def lines(self) -> Iterator[dict[str, Any]]:
         """Everything that was ever noted here, in no order."""
 
-    def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> Journal | None:
-        """A new journal for an attempt at a unit; None where nothing can be appended to a file.
+    @abc.abstractmethod
+    def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> Journal:
+        """A new journal for an attempt at a unit.
 
         `origin` is what a part would tell of where it comes from.
 
@@ -195,7 +198,10 @@ class Output(abc.ABC):
         FencedError
             Where a newer run has taken over this output.
         """
-        return None
+
+    @abc.abstractmethod
+    def read_journal(self, name: str) -> bytes:
+        """All that was written to a journal; FileNotFoundError if there is none."""
 
     def as_run(self, run: str) -> Self:
         """The same output as another run sees it."""
@@ -265,14 +271,14 @@ class Output(abc.ABC):
 
     def journal_names(self, unit: str | None = None) -> list[str]:
         """Journals that attempts at a unit, or at any, have left."""
-        entries = self.entries(JOURNAL) if self.has_journals else ()
-        return [f"{JOURNAL}/{n}" for n in entries if unit is None or n.startswith(f"{unit}.")]
+        names = (name.rstrip("/") for name in self.entries(JOURNAL))
+        return [f"{JOURNAL}/{n}" for n in names if unit is None or n.startswith(f"{unit}.")]
 
     def journals(self, unit: str | None = None) -> Iterator[tuple[str, Found | None]]:
         """What they hold, by their names; None for one of no use."""
         for name in self.journal_names(unit):
             with contextlib.suppress(FileNotFoundError):  # who left it has committed after all
-                found = read_journal(self.read(name))
+                found = read_journal(self.read_journal(name))
                 yield name, found if found is not None and self.has_begun(found.about) else None
 
     def wishes(self) -> frozenset[str]:

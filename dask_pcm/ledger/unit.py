@@ -20,6 +20,7 @@ from dask_pcm.ledger.layout import Layout
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import Note
 from dask_pcm.ledger.plan import Unit
+from dask_pcm.ledger.suspects import Cost
 from dask_pcm.mapping import ERROR
 from dask_pcm.plugins.hold import spent
 
@@ -39,6 +40,8 @@ class Job:
         Of input that is computed at a time, where rows can be computed apart; else 0.
     batch_rows
         Rows of one call, where rows can be computed apart; else 0.
+    costs
+        Processes that rows have cost in earlier runs.
     """
 
     output: Output
@@ -46,6 +49,7 @@ class Job:
     provenance: Mapping[str, Any]
     max_bytes: int = 0
     batch_rows: int = 0
+    costs: tuple[Cost, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ def run_unit(
     if unit.again is None and job.batch_rows:
         origin = _origin(job)
         how = job.layout, job.batch_rows, job.max_bytes
-        records = attempt(unit, graph, output, *how, origin)
+        records = attempt(unit, graph, output, *how, origin, job.costs)
     else:
         if unit.again is None:
             output.note_start(unit.name, unit.n_rows)

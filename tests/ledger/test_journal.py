@@ -14,13 +14,13 @@ import pytest
 import dask_pcm as pcm
 from dask_pcm.ledger import attempt as attempts
 from dask_pcm.ledger import manifest
-from dask_pcm.ledger.attempt import recover
 from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.journal import Journal, Record, apart, read_journal
+from dask_pcm.ledger.journal import FileJournal, Record, apart, read_journal
 from dask_pcm.ledger.layout import Layout
 from dask_pcm.ledger.plan import Plan
 from dask_pcm.ledger.ranges import Ranges
+from dask_pcm.ledger.recover import recover
 from dask_pcm.ledger.report import rows_recomputed
 from dask_pcm.ledger.stock import take_stock
 from dask_pcm.ledger.unit import Job, run_unit
@@ -218,7 +218,7 @@ def records():
 
 def test_torn_anywhere_what_is_whole_before_is_there(tmp_path):
     path, ends = tmp_path / "journal", []
-    journal = Journal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"run": "r"})
+    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"run": "r"})
     for record in records():
         journal.append(record)
         ends.append(path.stat().st_size)

@@ -18,6 +18,7 @@ from distributed import Event, Lock, wait
 
 import dask_pcm as pcm
 from dask_pcm.errors import DeadlockError, LoadError, RecipeError
+from dask_pcm.plugins.hold import n_losses, was_lost
 from dask_pcm.plugins.worker import CONTEXTS
 
 
@@ -325,3 +326,31 @@ def test_in_a_notebook_whose_cells_run_in_a_loop():
             return live
 
     assert asyncio.run(cell()) == ["cell"]
+
+
+def losses(_):
+    return was_lost(), n_losses()
+
+
+def test_how_many_processes_a_task_has_cost_the_scheduler_is_asked(
+    client, shared_cluster, monkeypatch
+):
+    handlers, asked = shared_cluster.scheduler.handlers, []
+
+    async def told(key):
+        asked.append(key)
+        return 2
+
+    def lost():
+        with dask.annotate(pcm_lost=1):
+            return client.submit(losses, 0, pure=False)
+
+    monkeypatch.setitem(handlers, "pcm_losses", told)
+    assert client.submit(losses, 0, pure=False).result(30) == (False, 0)
+    assert not asked  # where nothing was lost there is nothing to ask
+    task = lost()
+    assert task.result(30) == (True, 2)
+    assert asked == [task.key]
+    monkeypatch.delitem(handlers, "pcm_losses")
+    assert lost().result(30) == (True, 0)  # a scheduler without the gate
+    assert losses(0) == (False, 0)  # in no worker
