@@ -150,7 +150,8 @@ def map_partitions(
         Call `func` on so many rows at a time; it must return one row for each, in order. A row
         that makes it raise gets nulls and its reason in the column ``error``, which is added if
         `meta` lacks it; columns that cannot be null (integers, booleans) become pandas' nullable
-        types. Without it, `func` gets the partition and may filter or expand.
+        types. In ``write_parquet`` that holds of a row, too, that ends the worker process. Without
+        `batch_rows`, `func` gets the partition and may filter or expand.
     required_columns
         Columns that `func` reads; the others are not even read from disk.
     enforce_metadata
