@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -33,6 +34,8 @@ class Builder:
         self._staging = staging
         self._host = host
         self._is_mapped = is_mapped
+        #: Seconds in which files came here, by the digest of what was built last.
+        self.staged_s: dict[str, float] = {}
 
     def found(self, ref: ContextRef, files: ExitStack) -> Live | None:
         """What the host rung has of it, on the device; None where it has nothing of use.
@@ -66,7 +69,10 @@ class Builder:
             ``DeviceUnusableError`` of what was to take memory on a device.
         """
         recipe = recipe_of(ref)
-        value = recipe.build(files.enter_context(self._staging.placed(ref.bundles)))
+        start = time.monotonic()
+        placed = files.enter_context(self._staging.placed(ref.bundles))
+        self.staged_s = {ref.digest: time.monotonic() - start}
+        value = recipe.build(placed)
         if ref.device_memory_bytes:
             try:
                 # Its loader may have taken the CPU instead: nobody else is to find that either.

@@ -32,6 +32,8 @@ class Change:
         What it took to get on the device, and whether the loader was called for it.
     n_bytes
         What it takes there.
+    staged_s
+        Of these seconds, those in which its files came to this host.
     """
 
     digest: str
@@ -44,6 +46,7 @@ class Change:
     #: be used at all; and whether the device is lost to this process.
     kind: str = ""
     is_sticky: bool = False
+    staged_s: float = 0.0
 
 
 @dataclass(slots=True)

@@ -167,6 +167,7 @@ class Store:
                 residency.n_bytes,
                 _kind(wrong),
                 is_sticky(wrong),
+                self._builder.staged_s.get(residency.ref.digest, 0.0) if is_built else 0.0,
             )
         )
         if error:

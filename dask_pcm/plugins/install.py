@@ -8,7 +8,7 @@ from typing import Any
 
 import dask
 import distributed
-from distributed import Client, default_client
+from distributed import Client, Nanny, SpecCluster, default_client
 
 from dask_pcm.config import Config
 from dask_pcm.context import Context
@@ -46,6 +46,27 @@ def install(client: Client | None = None) -> None:
     client.register_plugin(KeeperPlugin(config))
     client.register_plugin(ContextPlugin(config))
     client.run(_greet)  # a worker that had its side already does not say hello to a new gate
+    if isinstance(client.cluster, SpecCluster):
+        _keep_local_nannies(client.cluster)
+
+
+def _keep_local_nannies(cluster: SpecCluster) -> None:
+    """Have a cluster of nannies in this process not end those whose workers are killed often.
+
+    So many seconds after each loss Dask looks once whether the worker is back, and closes its nanny
+    for good if it has just been killed again. These nannies live here: they are not lost.
+    """
+    update = cluster._update_worker_status
+    if not all(isinstance(worker, Nanny) for worker in cluster.workers.values()):
+        return
+
+    def update_patiently(op: str, message: Any) -> None:
+        with dask.config.set({"distributed.deploy.lost-worker-timeout": "1 week"}):
+            update(op, message)
+
+    if not hasattr(update, "is_patient"):
+        update_patiently.is_patient = True  # type: ignore[attr-defined]
+        cluster._update_worker_status = update_patiently
 
 
 def release(*contexts: Context, client: Client | None = None) -> int:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _GRACE_S = 1.0
 _LOOK_S, _TIMEOUT_S = 0.5, 2.0
 #: A nanny that has started no other worker by then does not do that.
-_LONGEST_S = 60.0
+_LONGEST_S = 20.0
 
 
 @dataclass(eq=False, slots=True)
@@ -76,8 +76,8 @@ class Losses:
             self._judge(loss, True)
 
     def is_open(self, key: Any) -> bool:
-        """Whether a task is suspected, and it is not clear yet what its last loss means."""
-        return key in self.suspects and any(key in loss.keys for loss in self._open)
+        """Whether a task was lost again, and it is not clear yet what its losses mean."""
+        return self.n_lost[key] > 1 and any(key in loss.keys for loss in self._open)
 
     async def ask(self, key: Any) -> int:
         """How many processes a task has cost since it was last asked; a task that goes on asks."""

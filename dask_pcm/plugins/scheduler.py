@@ -495,7 +495,9 @@ class GatePlugin(SchedulerPlugin):
         for ref in refs:
             known = self.refs.get(ref.digest)
             if known is None or known.device_memory_bytes != ref.device_memory_bytes:
-                self._apply(ContextDeclared(ref.digest, ref.name, ref.device_memory_bytes))
+                file_bytes = sum(bundle.n_bytes for bundle in ref.bundles)
+                declared = ref.device_memory_bytes, file_bytes
+                self._apply(ContextDeclared(ref.digest, ref.name, *declared))
         return self.refs.add(refs)
 
     def _apply(self, event: Event) -> None:
@@ -562,6 +564,8 @@ class GatePlugin(SchedulerPlugin):
         for key in keys:
             ts, asked = self.scheduler.tasks.get(key), self.asked.get(key)
             if ts is None or asked is None or ts.state != "no-worker":
+                continue
+            if self._is_to_be_judged(key):  # there was another
                 continue
             if self.losses.n_blamed[key] > self.scheduler.allowed_failures:
                 allowed_failures = self.scheduler.allowed_failures

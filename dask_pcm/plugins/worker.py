@@ -238,6 +238,7 @@ class ContextPlugin(Travels, WorkerPlugin):
             "is_built": change.is_built,
             "n_bytes": change.n_bytes,
             "kind": change.kind,
+            "staged_s": change.staged_s,
             "device_bytes": self._budget() if change.tier is Tier.DEVICE else None,
         }
         self._tell(message)

@@ -455,13 +455,14 @@ class GateState:
         context = report.context
         view.used_at[context] = view.warm_since[context] = now
         self.failures.loaded(view.host, context)
-        if report.staged_s:
+        staged_on = self.staged_on.setdefault(context, set())
+        if report.staged_s and view.host not in staged_on:
             self.cost.observe_staged(context, report.staged_s, self.file_bytes.get(context, 0))
         if report.seconds:
             seconds, n_bytes = report.seconds - report.staged_s, self.sizes.get(context, 0)
             self.cost.observe_warm(context, view.device, seconds, report.is_built, n_bytes)
         if report.is_built:
-            self.staged_on.setdefault(context, set()).add(view.host)
+            staged_on.add(view.host)
 
     def _stand(self, view: WorkerView, context: str, standing: Standing) -> None:
         n_bytes = self.sizes.get(context, 0)

@@ -51,11 +51,8 @@ def calls(log):
 
 @pytest.fixture(scope="module")
 def cluster(object_store):  # whose address the workers need
-    # So long after a loss Dask's cluster looks whether the worker is back; should it be on its way
-    # for the next time just then, its nanny would be closed for good.
-    waits = {"distributed.deploy.lost-worker-timeout": "1h"}
     with (
-        dask.config.set({**waits, "pcm.worker.imports": IMPORTS}),
+        dask.config.set({"pcm.worker.imports": IMPORTS}),
         validated_cluster(memory_limit="4GiB", preload_nanny=["dask_pcm.preload"]) as cluster,
     ):
         yield cluster

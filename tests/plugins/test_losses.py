@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distributed import Client, KilledWorker, LocalCluster, Scheduler, wait
+from distributed import Client, KilledWorker, LocalCluster, Scheduler
 
 import dask_pcm as pcm
 from dask_pcm.plugins.hold import hold, n_losses
@@ -23,7 +23,7 @@ LLM = pcm.Context(lambda: "llm", name="llm")
 @pytest.fixture
 def client():
     with (
-        LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
         pcm.install(client)
@@ -60,19 +60,24 @@ def suspicions(client):
 def test_what_ends_its_process_again_and_again_ends_as_killed_worker(client, tmp_path):
     bad = client.submit(dies, "bad", LLM, tmp_path)
     good = client.map(lives, range(20), ctx=LLM, seconds=0.05)
-    with pytest.raises(KilledWorker, match="bad|dies"):
+    with pytest.raises(KilledWorker, match="dies"):
         bad.result(60)
     assert client.gather(good) == list(range(20))
     assert len(list(tmp_path.glob("bad.*"))) == 4  # as many as Dask allows
 
 
-def test_what_was_beside_it_is_not_to_blame(client, tmp_path):
-    """Two that end their processes, and one that is always there when they do."""
-    workers = [next(iter(client.scheduler_info()["workers"]))]
-    options = {"workers": workers, "allow_other_workers": False}
-    bad = client.submit(dies, "bad", LLM, tmp_path, 2, **options)
-    beside = client.submit(lives, "beside", LLM, seconds=0.5, **options)
-    assert client.gather([bad, beside], errors="raise") == ["bad", "beside"]
+def test_what_was_beside_it_is_not_to_blame(tmp_path):
+    """One that ends its process whenever it runs, and some that had been on the same worker."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        pcm.install(client)
+        bad = client.submit(dies, "bad", LLM, tmp_path)
+        beside = client.map(lives, range(6), ctx=LLM, seconds=0.3)
+        assert client.gather(beside) == list(range(6))
+        with pytest.raises(KilledWorker, match="dies"):
+            bad.result(60)
 
 
 def asks(i, ctx, folder):
@@ -121,20 +126,20 @@ def stuck(i, ctx, folder: Path):
 
 
 def test_preemption_is_forgiven_however_often(tmp_path):
-    """The machine is taken away under a task six times; in plain Dask the fourth ends it."""
+    """The machine is taken away under a task five times; in plain Dask the fourth ends it."""
     with (
-        LocalCluster(0, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=0, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
         pcm.install(client)
         future = client.submit(stuck, "k", LLM, tmp_path)
         worker = start_worker(cluster.scheduler_address, "w0")
         try:
-            for n in range(1, 7):
+            for n in range(1, 6):
                 until(lambda n=n: len(list(tmp_path.glob("k.*"))) == n)
                 kill_all(worker)
                 worker = start_worker(cluster.scheduler_address, f"w{n}")
-            until(lambda: len(list(tmp_path.glob("k.*"))) == 7)
+            until(lambda: len(list(tmp_path.glob("k.*"))) == 6)
             assert future.status == "pending" and set(suspicions(client)) == {0}
             (tmp_path / "open").touch()
             assert future.result(30) == "k"
@@ -149,16 +154,3 @@ def test_preemption_is_forgiven_however_often(tmp_path):
 
 def test_outside_a_worker_nothing_is_lost():
     assert n_losses() == 0
-
-
-def test_restarts_are_nobodys_fault(client, tmp_path):
-    for _ in range(5):
-        future = client.submit(stuck, "k", LLM, tmp_path)
-        n_before = len(list(tmp_path.glob("k.*")))
-        until(lambda n=n_before: len(list(tmp_path.glob("k.*"))) > n)
-        client.restart()
-        assert future.status in ("cancelled", "lost")
-    (tmp_path / "open").touch()
-    future = client.submit(stuck, "k", LLM, tmp_path)
-    wait(future)
-    assert future.result() == "k"

@@ -327,7 +327,8 @@ def is_noticed(client):
 
 
 def noticed(scheduler):
-    return scheduler.plugins[GATE].noticed
+    workers = scheduler.plugins[GATE].state.workers.values()
+    return [view.address for view in workers if view.is_told]
 
 
 @pytest.mark.parametrize(
