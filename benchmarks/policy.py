@@ -7,9 +7,12 @@ in them comes from.
 from __future__ import annotations
 
 import heapq
+import os
 import random
+import signal
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,7 +170,7 @@ def speeds(rows: Rows, n_batches: int = 700) -> None:
     for known in ("the speeds unknown", "the speeds known from another run"):
         ratios = []
         for _ in range(3):
-            with tempfile.TemporaryDirectory(prefix="pcm-bench-") as scratch, two() as client:
+            with tempfile.TemporaryDirectory(prefix="pcm-bench-") as scratch, workers(2) as client:
                 folder, log = Path(scratch) / "in", Path(scratch) / "log"
                 _write(folder, n_batches * BATCH_ROWS)
                 context = pcm.Context(load_wait, str(log), 0.0)
@@ -185,6 +188,45 @@ def speeds(rows: Rows, n_batches: int = 700) -> None:
         rows.add(measure, statistics.median(ratios), "<= 1.05")
 
 
+def infer_by_name(frame: pd.DataFrame, log: str) -> pd.DataFrame:
+    """A batch of 0.1 s; on the third and fourth worker, of 0.3 s."""
+    note(log, frame["id"])
+    time.sleep((0.3 if get_worker().name in (2, 3) else 0.1) * len(frame) / BATCH_ROWS)
+    return pd.DataFrame({"id": frame["id"], "answer": frame["id"] * 0.5})
+
+
+def fidelity(rows: Rows) -> None:
+    """The scenario `two-speeds`, in the simulator and with real processes."""
+    scenario = read_scenario("two-speeds")
+    simulated_s = simulate(scenario).makespan_s
+    found = []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory(prefix="pcm-bench-") as scratch, workers(4) as client:
+            found.append(_real_s(client, scenario, Path(scratch)))
+    real_s = statistics.median(found)
+    rows.add("two speeds, one killed: simulated, s", simulated_s)
+    rows.add("… real, s (median of three)", real_s)
+    rows.add("… simulated over real: off by", abs(simulated_s / real_s - 1), "<= 0.1")
+
+
+def _real_s(client: Client, scenario: Scenario, scratch: Path) -> float:
+    (run,), context = scenario.runs, scenario.contexts["llm"]
+    folder, log = scratch / "in", scratch / "log"
+    _write(folder, run.n_rows)
+    llm = pcm.Context(load_wait, str(log), context.load_s["fast"])
+    frame = pcm.read_parquet(str(folder))
+    job = pcm.map_partitions(infer_by_name, frame, context=llm, meta=META, batch_rows=BATCH_ROWS)
+    pids = client.run(lambda dask_worker: (dask_worker.name, os.getpid()))
+    (victim,) = [pid for name, pid in pids.values() if name == 0]
+    killer = threading.Timer(scenario.pools[0].lost_s[0] or 0.0, os.kill, (victim, signal.SIGKILL))
+    start = time.monotonic()
+    killer.start()
+    report = pcm.write_parquet(job, scratch / "out", progress=False).report
+    if report.rows != run.n_rows:
+        raise RuntimeError(f"{report.rows} rows of {run.n_rows}")
+    return time.monotonic() - start
+
+
 def _write(folder: Path, n_rows: int) -> None:
     folder.mkdir(parents=True)
     table = pa.table({"id": range(n_rows), "claim": ["a claim of some length"] * n_rows})
@@ -196,8 +238,8 @@ def _warm(i: int, ctx: object = None) -> int:
 
 
 @contextmanager
-def two() -> Iterator[Client]:
-    local = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit=0)
+def workers(n: int) -> Iterator[Client]:
+    local = LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=":0", memory_limit=0)
     with local, Client(local) as client:
         pcm.install(client)
         yield client
@@ -325,6 +367,7 @@ PARTS = {
     "scale-out": scale_out,
     "batch-sizes": batch_sizes,
     "short-lives": short_lives,
+    "fidelity": fidelity,
     "losses": losses,
     "speeds": speeds,
     "alone": alone,

@@ -45,6 +45,7 @@ from dask_pcm.scheduling.events import (
     Restarted,
     RunClosed,
     RunReported,
+    Shun,
     Standing,
     Warm,
     Work,
@@ -406,9 +407,6 @@ class GatePlugin(SchedulerPlugin):
         config = self.config
         rules = (config.pipeline_s, config.n_load_attempts, config.idle_s)
         actions = self._watch.decide(monotonic(), *rules)
-        assigns = [action for action in actions if isinstance(action, Assign)]
-        if assigns:
-            self._send(assigns)
         for action in actions:
             if isinstance(action, Warm):
                 self._warm(action)
@@ -416,8 +414,18 @@ class GatePlugin(SchedulerPlugin):
                 self._tell(action.worker, {"op": "pcm-lower", "digest": action.context})
             elif isinstance(action, Fail):
                 self._fail(action)
+            elif isinstance(action, Shun):
+                logger.warning(
+                    "Node %s is left alone for %.3g s: %s",
+                    action.host,
+                    action.seconds,
+                    action.error,
+                )
+        self._send([action for action in actions if isinstance(action, Assign)])
 
     def _send(self, assigns: list[Assign]) -> None:
+        if not assigns:
+            return
         recommendations: dict[Any, str] = {}
         for assign in reversed(assigns):  # Dask takes the last recommendation first
             ts = self.scheduler.tasks.get(assign.key)

@@ -156,6 +156,8 @@ def said(state: GateState, decision: Decision) -> str:
                 f"{key!r} ({n_rows:,.0f} rows) to {worker}, which was warm, had room, and would be"
                 f" done in {_seconds(finish_s)}."
             )
+        case Warm(worker, context) if not decision.numbers:
+            return f"{_name(state, context)} to be loaded by {worker}: the policy had stalled."
         case Warm(worker, context):
             ready_s, drained_s = decision.numbers
             return (

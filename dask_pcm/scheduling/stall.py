@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dask_pcm.scheduling.events import Assign, Standing
+from dask_pcm.scheduling.events import Assign, Standing, Warm
 from dask_pcm.scheduling.state import GateState
 from dask_pcm.scheduling.views import WorkerView
 
@@ -30,11 +30,13 @@ def _is_idle(view: WorkerView) -> bool:
 
 
 def assign_plainly(state: GateState, now: float) -> None:
-    """Give what waits to idle workers, warm or not: they load where they have to."""
+    """Give what waits to idle workers, warm or not: they load first where they have to."""
     for group in list(state.waiting.queues):
         idle = [view for view in state.candidates(group) if not view.running]
         for view in idle:
             work = state.peek(group, view.device)
             if work is None:
                 break
+            for context in view.missing(group.contexts):
+                state.decide(Warm(view.address, context), now)
             state.decide(Assign(work.key, view.address), now)

@@ -60,6 +60,8 @@ def _take_place(pool: Pool, place: int, random: np.random.Generator) -> Iterator
         link_bytes_s = _link(pool, random.random())
         lasts_s = random.exponential(pool.life_s) if pool.life_s else math.inf
         ends_s = joins_s + min(lasts_s, pool.walltime_s or math.inf)
+        lost_s = pool.lost_s[place] if pool.lost_s and not number else None
+        ends_s = ends_s if lost_s is None else min(ends_s, max(joins_s, lost_s))
         told_s = math.inf if pool.notice_s is None else max(joins_s, ends_s - pool.notice_s)
         yield Life(
             f"{pool.name}-{place}" + (f".{number}" if number else ""),

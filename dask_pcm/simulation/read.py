@@ -238,6 +238,7 @@ def _pools(devices: Mapping[str, Any]) -> Reader[tuple[Pool, ...]]:
             "row_spread": Field(_SECONDS, 0.0),
             "link": needed(_links),
             "life_s": Field(optional(_POSITIVE), None),
+            "lost_s": Field(listed(optional(_SECONDS)), ()),
             "walltime_s": Field(optional(_POSITIVE), None),
             "notice_s": Field(optional(_SECONDS), None),
             "rejoins_after_s": Field(optional(_SECONDS), None),
@@ -253,6 +254,9 @@ def _pools(devices: Mapping[str, Any]) -> Reader[tuple[Pool, ...]]:
         n_workers = values["n_workers"] = values["n_workers"] or n_listed
         if joins.at_s is not None and n_listed not in (1, n_workers):
             raise problem(node, f"{n_workers} workers, but {n_listed} times in joins_s")
+        if len(values["lost_s"]) not in (0, n_workers):
+            n_lost = len(values["lost_s"])
+            raise problem(node, f"{n_workers} workers, but {n_lost} times in lost_s")
         at_s = joins.at_s * n_workers if joins.at_s and n_listed == 1 else joins.at_s
         if values["broken"] is not None:
             values["broken"] = Broken(**values["broken"])

@@ -75,6 +75,9 @@ class Pool:
         each.
     life_s
         Mean of an exponential life; None for ever.
+    lost_s
+        When the first worker of each place is lost: as many as there are places, None for whoever
+        is not; or none at all.
     walltime_s
         No worker lives longer.
     notice_s
@@ -91,6 +94,7 @@ class Pool:
     row_spread: float
     link_bytes_s: tuple[tuple[float, float], ...]
     life_s: float | None
+    lost_s: tuple[float | None, ...]
     walltime_s: float | None
     notice_s: float | None
     rejoins_after_s: float | None

@@ -23,7 +23,7 @@ LLM = pcm.Context(lambda: "llm", name="llm")
 @pytest.fixture
 def client():
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         pcm.install(client)
@@ -69,7 +69,7 @@ def test_what_ends_its_process_again_and_again_ends_as_killed_worker(client, tmp
 def test_what_was_beside_it_is_not_to_blame(tmp_path):
     """One that ends its process whenever it runs, and some that had been on the same worker."""
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         pcm.install(client)
@@ -128,7 +128,7 @@ def stuck(i, ctx, folder: Path):
 def test_preemption_is_forgiven_however_often(tmp_path):
     """The machine is taken away under a task five times; in plain Dask the fourth ends it."""
     with (
-        LocalCluster(n_workers=0, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=0, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         pcm.install(client)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dask_pcm.scheduling.events import WorkEnded, WorkerPaused, WorkerTold
 from dask_pcm.scheduling.stall import assign_plainly, stalled
-from tests.scheduling.world import A, World, assigned
+from tests.scheduling.world import A, World, assigned, warmed
 
 STALL_S = 30.0
 
@@ -47,5 +47,6 @@ def test_then_idle_workers_are_given_what_waits_warm_or_not():
     world.state.actions = []
     assign_plainly(world.state, world.now)
     assert assigned(world.state.actions) == [("a0", "w0"), ("a1", "w1")]
+    assert warmed(world.state.actions) == {"w1"}
     world.state.validate()
     assert world.state.peek(A).key == "a2"
