@@ -372,10 +372,6 @@ class GatePlugin(SchedulerPlugin):
 
     async def on_explain(self, key: Any) -> str:
         """Why a task waits, or where it went and why."""
-        if key not in self.asked and isinstance(key, str):  # a unit, by its part's name
-            ending = "-" + key.removesuffix(".parquet")
-            units = (k for k in reversed(self.asked) if isinstance(k, str) and k.endswith(ending))
-            key = next(units, key)
         return self._watch.explain(key)
 
     async def on_release(self, digests: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -51,5 +52,11 @@ class Watch:
         return self.state.actions
 
     def explain(self, key: Any) -> str:
-        """What the gate knows of a task."""
-        return explain(self.state, key, monotonic())
+        """What the gate knows of a task, or of a unit by the name of its part."""
+        state = self.state
+        if isinstance(key, str) and key not in state.placed and key not in state.waiting:
+            ending = "-" + key.removesuffix(".parquet")
+            decided = (getattr(d.action, "key", None) for d in reversed(state.decisions))
+            known = itertools.chain(state.placed, state.waiting.works, decided)
+            key = next((k for k in known if isinstance(k, str) and k.endswith(ending)), key)
+        return explain(state, key, monotonic())

@@ -89,7 +89,7 @@ def test_why(tmp_path):
         ) as cluster,
         Client(cluster) as client,
     ):
-        future = client.submit(use, 1, ctx=LLM)
+        future = client.submit(abs, 1)
         assert "call dask_pcm.install(client) first" in pcm.explain(future)
         future.result()
         pcm.install(client)
