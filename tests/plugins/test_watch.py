@@ -97,7 +97,7 @@ def test_why(tmp_path):
         waiting = client.submit(use, 2, ctx=LLM, key="the-third")
         try:
             client.sync(poll, lambda: "'the-third' waits" in _gate(cluster, "the-third"), 10)
-            client.sync(poll, lambda: "others" in _gate(cluster, held[0].key), 10)
+            client.sync(poll, lambda: "is on" in _gate(cluster, held[0].key), 10)
             assert "1 worker: warm, and has work" in pcm.explain("the-third")
             text = pcm.explain(held[0])
             assert "is on" in text and "which was warm, had room" in text
