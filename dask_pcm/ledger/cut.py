@@ -134,7 +134,7 @@ class Cutter:
                 break
             if not goes_along(after.n_rows, total, n_rows, batch):
                 break
-            room = max(n_rows, batch) - total
+            room = n_rows - total
             self._todo.pop()
             taken.append(self._take(partition_after, after, room))
             total, n_bytes = total + taken[-1].n_rows, n_bytes + taken[-1].n_bytes

@@ -17,6 +17,8 @@ SHARE = 0.5
 #: Units at hand for each worker, however short they are; and those handed over at a time, as the
 #: scheduler's loop is not to stall.
 _MAX_WAITING, _MAX_AT_ONCE = 1_000, 100
+#: A first call is not made smaller than this, however many workers there are.
+_FEW_ROWS = 32
 #: Pieces of which so many fit in a unit are put together; larger ones are units of their own.
 _SMALL = 8
 
@@ -38,7 +40,8 @@ def unit_rows(
     n_workers
         Workers that share them, counted in workers as fast as the asker.
     batch_rows
-        Rows of one call: no unit but the last is smaller.
+        Rows of one call: no unit but the last is smaller, unless a call takes longer than `unit_s`.
+        Then shares may become smaller than that at the end, and calls with them.
     row_s
         Learned seconds a row; None before the first unit has ended.
     unit_s
@@ -50,13 +53,15 @@ def unit_rows(
     --------
     >>> [unit_rows(n, 2, 32, 0.001, 1.0, 10**6) for n in (100_000, 1_000, 100, 20)]
     [1000, 250, 32, 20]
+    >>> [unit_rows(n, 2, 500, 0.01, 1.0, 10**6) for n in (10_000, 1_600, 100)]
+    [500, 400, 100]
     """
-    if row_s is None:
-        wanted = batch_rows
-    else:
-        aimed = max_rows if row_s <= 0 else int(unit_s / row_s)
-        wanted = min(int(n_remaining * SHARE / max(1.0, n_workers)), aimed, max_rows)
-    return min(max(wanted, batch_rows, 1), n_remaining)
+    share = int(n_remaining * SHARE / max(1.0, n_workers))
+    if row_s is None:  # a call, unless that is more than a share and not small anyhow
+        return max(1, min(batch_rows, max(share, _FEW_ROWS), n_remaining))
+    aimed = max_rows if row_s <= 0 else max(1, int(unit_s / row_s))
+    least = min(batch_rows, aimed) if share < batch_rows else batch_rows
+    return min(max(min(share, max(aimed, batch_rows), max_rows), least), n_remaining)
 
 
 def rows_of(n_piece: int, n_wanted: int, batch_rows: int) -> int:
@@ -77,7 +82,7 @@ def rows_of(n_piece: int, n_wanted: int, batch_rows: int) -> int:
 def goes_along(n_piece: int, n_taken: int, n_wanted: int, batch_rows: int) -> bool:
     """Whether some of the next piece is taken along with what a unit has: up to a batch, and after
     that, whole pieces while they are small."""
-    room = max(n_wanted, batch_rows) - n_taken
+    room = n_wanted - n_taken
     is_small = n_piece * _SMALL <= n_wanted and n_piece <= room
     return room > 0 and (n_taken < batch_rows or is_small)
 

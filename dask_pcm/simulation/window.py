@@ -101,6 +101,6 @@ class Window:
             piece = min(self.run.task_rows, left - rows)
             if not goes_along(piece, rows, wanted, batch):
                 break
-            taken = rows_of(piece, max(wanted, batch) - rows, batch)
+            taken = rows_of(piece, wanted - rows, batch)
             rows, is_whole = rows + taken, taken == piece
         return rows

@@ -33,7 +33,14 @@ def test_nothing_known_means_one_batch():
 
 @pytest.mark.parametrize("n_rows", [1, 5, 31, 32, 33])
 def test_never_below_a_batch_but_for_the_last(n_rows):
-    assert unit_rows(n_rows, 8, 32, 10.0, 1.0, 10**6) == min(n_rows, 32)
+    assert unit_rows(n_rows, 8, 32, 0.01, 1.0, 10**6) == min(n_rows, 32)
+
+
+def test_long_calls_are_made_smaller_at_the_end():
+    """A call of 500 rows takes 50 s; at the end there is less than that for each of two workers."""
+    found = sizes(5_000, 2, 500, row_s=0.1)
+    assert set(found[:6]) == {500} and found == sorted(found, reverse=True)
+    assert found[-1] <= 10 and sum(found) == 5_000
 
 
 def test_makespan_over_the_bound_with_speeds_one_to_three():
