@@ -68,14 +68,19 @@ class Call:
     meta: pd.DataFrame
     is_enforced: bool
 
-    def on(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> pd.DataFrame:
-        """Apply the function to a whole partition."""
+    def on(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> list[pd.DataFrame]:
+        """Apply the function to a whole partition, as many rows at a time as it takes."""
         if self.batch_rows is None:
-            return self._enforced(self._call(frame, contexts))
+            return [self._call(frame, contexts)]
         starts = range(0, len(frame), self.batch_rows)
-        parts = [
+        return [
             self._batch(frame.iloc[start : start + self.batch_rows], contexts) for start in starts
         ]
+
+    def joined(self, parts: list[pd.DataFrame]) -> pd.DataFrame:
+        """What the function returned, put together and held against what was declared."""
+        if self.batch_rows is None:
+            return self._enforced(parts[0])
         if any(not part.dtypes.equals(parts[0].dtypes) for part in parts[1:]):
             # Put together as they are, whole numbers and nulls would become rounded floats.
             parts = [self._enforced(self._with_error(part)) for part in parts]
@@ -204,7 +209,9 @@ def infer(frame: pd.DataFrame, call: Sealed, refs: tuple[ContextRef, ...]) -> pd
     if not len(frame):
         return opened.meta.copy()
     with hold(refs) as contexts:
-        result = opened.on(frame, contexts)
+        parts = opened.on(frame, contexts)
+    # Without the contexts: another lane is at it by now.
+    result = opened.joined(parts)
     if opened.batch_rows is not None and ERROR in result.columns:
         spent.errors = result[ERROR].dropna().tolist()
     return result

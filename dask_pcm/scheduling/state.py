@@ -261,7 +261,7 @@ class GateState:
         seconds = sum(
             n_rows * (self.row_s(group, view, now) or 0.0) for group, n_rows in view.n_rows.items()
         )
-        return still_s(seconds, now - view.busy_since)
+        return still_s(max(0.0, seconds - view.ahead_s), now - view.busy_since)
 
     def row_s(self, group: Group, view: WorkerView, now: float) -> float | None:
         """Learned seconds a row; before that, at least what the first rows have taken so far."""
@@ -304,16 +304,20 @@ class GateState:
         """Turn what finished since the last call into costs.
 
         A worker is one server: while it has work, the time between two finishes is what the
-        second took, whichever lane it ran in. Finishes that arrive together share the time.
+        second took, whichever lane it ran in. Finishes that arrive together share the time. Lanes
+        take turns, so what that time is more than the second costs was spent on what still runs.
         """
         for address in self.changed:
             view = self.workers.get(address)
             if view is None or not view.finished:
                 continue
             seconds, n_rows = now - view.busy_since, sum(view.finished.values())
+            view.ahead_s += seconds
             for group, done in view.finished.items():
                 costs = group.costs, address, view.device
                 self.cost.observe_rows(*costs, seconds * done / n_rows, done)
+                view.ahead_s -= done * (self.cost.row_s(*costs) or 0.0)
+            view.ahead_s = min(max(0.0, view.ahead_s), self.given_s(view) or 0.0)
             view.finished.clear()
             view.busy_since = now
 
@@ -353,10 +357,18 @@ class GateState:
             expected = {context for run in self.runs.values() for context in run.group.contexts}
             if not expected.intersection(work.group.contexts):
                 self._forgive(work.group)
-        self._end(work.key, is_finished=False)
-        self._unpark(work.key)
+        is_known = self._end(work.key, is_finished=False) or self._unpark(work.key) is not None
+        if not is_known:
+            self._came(work)
         self.has_new_work |= self.waiting.add(work)
         self.shares.arrive(work.group.client)
+
+    def _came(self, work: Work) -> None:
+        """What a run has submitted is not to come any more, until it says how much is."""
+        for run in self.runs.values():
+            if run.group == work.group:
+                run.n_rows = max(0.0, run.n_rows - work.n_rows)
+                return
 
     def _unpark(self, key: object) -> Work | None:
         work = self.waiting.remove(key)
@@ -374,15 +386,17 @@ class GateState:
         row_s = self.cost.row_s(work.group.costs, worker, view.device)
         self.shares.charge(work.group.client, work.n_rows * row_s if row_s else 0.0)
 
-    def _end(self, key: object, is_finished: bool) -> None:
+    def _end(self, key: object, is_finished: bool) -> bool:
+        """It is not on its worker any more; answered with whether it was on any."""
         worker = self.placed.pop(key, None)
         if worker is None:
-            return
+            return False
         view = self.workers[worker]
         work = view.take(key)
         self.changed[worker] = None
         if is_finished:
             view.finished[work.group] = view.finished.get(work.group, 0.0) + work.n_rows
+        return True
 
     def _use(self, key: object, now: float) -> None:
         view = self.workers.get(self.placed.get(key, ""))

@@ -37,6 +37,8 @@ class WorkerView:
     n_works: dict[Group, int] = field(default_factory=dict)
     #: When what is running now began to be worked on: the last finish, or the first assignment.
     busy_since: float = 0.0
+    #: Seconds of work that had been done by then on what still runs: lanes take turns.
+    ahead_s: float = 0.0
     #: Rows finished since `busy_since`, by group; turned into costs by ``GateState.settle``.
     finished: dict[Group, float] = field(default_factory=dict)
     #: When each load that is under way was asked for.
@@ -57,7 +59,7 @@ class WorkerView:
     def give(self, work: Work, now: float) -> None:
         """It is given a piece of work."""
         if not self.running:
-            self.busy_since = now
+            self.busy_since, self.ahead_s = now, 0.0
         self.running[work.key] = work
         self.n_rows[work.group] = self.n_rows.get(work.group, 0.0) + work.n_rows
         self.n_works[work.group] = self.n_works.get(work.group, 0) + 1
