@@ -546,7 +546,8 @@ class GatePlugin(SchedulerPlugin):
         is_alone = ts.key in self.losses.suspects
         group = Group(asked.contexts, ts.prefix.name, allowed, asked.client, is_alone)
         n_rows, cut_for = float(said.get("pcm_rows") or 1.0), str(said.get("pcm_cut_for") or "")
-        return Work(ts.key, group, tuple(ts.priority or ()), n_rows, cut_for)
+        is_again = ts.key in self.losses.n_lost
+        return Work(ts.key, group, tuple(ts.priority or ()), n_rows, cut_for, is_again)
 
     def _lose(self, member: Member, keys: Sequence[Any]) -> None:
         """A worker is gone that had these tasks in work; the next attempts are told."""

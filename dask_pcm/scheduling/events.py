@@ -61,6 +61,8 @@ class Work:
     ----------
     cut_for
         The device model for which its size was chosen; empty for any.
+    is_again
+        Whether it was begun before: some of it may be done, and it tells nothing of costs.
     """
 
     key: object
@@ -68,6 +70,7 @@ class Work:
     priority: tuple[float, ...]
     n_rows: float = 1.0
     cut_for: str = ""
+    is_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -312,8 +312,10 @@ class GateState:
             if view is None or not view.finished:
                 continue
             seconds, n_rows = now - view.busy_since, sum(view.finished.values())
-            view.ahead_s += seconds
+            view.ahead_s = view.ahead_s + seconds if n_rows else 0.0
             for group, done in view.finished.items():
+                if not done:
+                    continue
                 costs = group.costs, address, view.device
                 self.cost.observe_rows(*costs, seconds * done / n_rows, done)
                 view.ahead_s -= done * (self.cost.row_s(*costs) or 0.0)
@@ -395,7 +397,8 @@ class GateState:
         work = view.take(key)
         self.changed[worker] = None
         if is_finished:
-            view.finished[work.group] = view.finished.get(work.group, 0.0) + work.n_rows
+            n_rows = 0.0 if work.is_again else work.n_rows
+            view.finished[work.group] = view.finished.get(work.group, 0.0) + n_rows
         return True
 
     def _use(self, key: object, now: float) -> None:

@@ -100,12 +100,12 @@ class Gate:
             del self._windows[window.run.name]
             self._apply(RunClosed(window.run.name))
 
-    def _park(self, units: list[Unit]) -> None:
+    def _park(self, units: list[Unit], is_again: bool = False) -> None:
         for unit in units:
             # As Dask does: what users say, then in order; rows are told by runs only.
             priority = (-unit.run.priority, unit.run.starts_s, float(unit.number))
             n_rows = float(max(1, unit.n_rows)) if unit.run.is_run else 1.0
-            work = Work(unit.key, self._group(unit.run), priority, n_rows, unit.cut_for)
+            work = Work(unit.key, self._group(unit.run), priority, n_rows, unit.cut_for, is_again)
             self._apply(WorkParked(work))
 
     def _group(self, run: RunSpec) -> Group:
@@ -139,7 +139,7 @@ class Gate:
         for unit, n_kept in self._lanes.pop(worker.name).lose(is_journalled):
             self._windows[unit.run.name].shrink(unit, n_kept)
             self._world.record.done(n_kept, self._world.clock.now)
-            self._park([unit])
+            self._park([unit], is_again=True)
 
     def _ended(self, worker: Worker, unit: Unit, seconds: float) -> None:
         """A unit is committed, and the scheduler knows."""

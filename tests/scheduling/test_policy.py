@@ -432,6 +432,45 @@ def test_learns_row_times_from_finishes_that_arrive_together():
     assert learned == pytest.approx(0.4 / 2, rel=0.5)
 
 
+def test_what_was_begun_before_tells_nothing_of_costs():
+    """Most of it is in its journal: it ends in no time."""
+    world = World("w0", n_lanes=1)
+    world.warm("w0")
+    world.learn(A, "w0", 1.0)
+    world.tell(WorkParked(Work("again", A, (0,), 100.0, is_again=True)))
+    world.decide()
+    world.now += 0.5
+    world.tell(WorkEnded("again", is_finished=True))
+    world.park(1)
+    world.decide()
+    assert world.state.cost.row_s(A.costs, "w0") == pytest.approx(1.0)
+    assert world.state.workers["w0"].busy_since == world.now
+
+
+def test_lanes_that_take_turns_are_both_nearly_done():
+    """Two pieces of 10 s at once: when the first ends after 20 s, so does the second."""
+    world = World("w0", n_lanes=2)
+    world.warm("w0")
+    world.learn(A, "w0", 1.0)
+    world.park(2, n_rows=10.0)
+    world.decide()
+    view = world.state.workers["w0"]
+    assert world.state.backlog_s(view, world.now) == pytest.approx(20.0)
+    world.now = 19.0
+    world.tell(WorkEnded("a0", is_finished=True))
+    world.decide()
+    assert world.state.backlog_s(view, world.now) < 5.0
+
+
+def test_what_a_run_has_submitted_is_not_expected_twice():
+    world = World()
+    world.tell(RunReported("run", A, 100.0, 5))
+    world.park(3, n_rows=20.0)
+    assert world.state.rows_ahead(A) == 100.0
+    world.park(1, n_rows=20.0)  # the same again: it came back
+    assert world.state.rows_ahead(A) == 100.0
+
+
 def test_a_lost_worker_gives_its_work_back():
     world = World("w0", "w1")
     world.warm("w0")
