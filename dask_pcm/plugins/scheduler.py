@@ -190,8 +190,10 @@ class GatePlugin(SchedulerPlugin):
             return
         if start == "processing":
             ts = self.scheduler.tasks.get(key)
-            if ts is not None and ts.suspicious:
-                self._lost_with.setdefault(self.state.placed.get(key, ""), []).append(key)
+            worker = self.state.placed.get(key)
+            is_lost = worker is not None and worker not in self.scheduler.workers
+            if ts is not None and ts.suspicious and worker is not None and is_lost:
+                self._lost_with.setdefault(worker, []).append(key)
                 ts.suspicious = 0  # Dask blames whoever was there; the gate, whose fault it was
             self._apply(WorkEnded(key, is_finished=finish == "memory"))
             if ts is not None:
