@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,10 @@ _GRACE_S = 1.0
 _LOOK_S, _TIMEOUT_S = 0.5, 2.0
 #: A nanny that has started no other worker by then does not do that.
 _LONGEST_S = 20.0
+#: A nanny that was out of reach is back within so many seconds, if it is.
+_BACK_S = 60.0
+#: Without a nanny, so many losses are too many for preemption.
+_MANY = 20
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +55,7 @@ class Losses:
         self._scheduler = scheduler
         self._tell = judged
         self._open: list[Loss] = []
+        self._forgiven: deque[tuple[float, Loss]] = deque(maxlen=100)
         self._tasks: set[asyncio.Task[None]] = set()
         #: Losses that each task was there for; those that are its fault, since it last asked.
         self.n_lost: Counter[Any] = Counter()
@@ -63,17 +68,22 @@ class Losses:
         loss = Loss(nanny, tuple(keys))
         self.n_lost.update(loss.keys)
         self._open.append(loss)
-        if not nanny:  # nobody can say; there is no other worker by itself, either
-            self._judge(loss, True)
-            return
         task = asyncio.get_running_loop().create_task(self._look(loss))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def joined(self, nanny: str) -> None:
         """A nanny has started a worker."""
-        for loss in [loss for loss in self._open if nanny and loss.nanny == nanny]:
+        if not nanny:
+            return
+        for loss in [loss for loss in self._open if loss.nanny == nanny]:
             self._judge(loss, True)
+        now = monotonic()
+        for at, loss in list(self._forgiven):
+            if loss.nanny == nanny and now - at < _BACK_S:  # it was only out of reach
+                self._blame(loss.keys)
+            if loss.nanny == nanny or now - at >= _BACK_S:
+                self._forgiven.remove((at, loss))
 
     def is_open(self, key: Any) -> bool:
         """Whether a task was lost again, and it is not clear yet what its losses mean."""
@@ -86,7 +96,7 @@ class Losses:
         return self.n_blamed.pop(key, 0)
 
     def forget(self, key: Any) -> None:
-        """A task is over."""
+        """A task is over; whatever comes out of its losses, a later one of that key is another."""
         self.n_lost.pop(key, None)
         self.n_blamed.pop(key, None)
         self.suspects.discard(key)
@@ -99,7 +109,13 @@ class Losses:
         self._open.clear()
 
     async def _look(self, loss: Loss) -> None:
-        """Forgive a loss where the nanny is gone as well; else it starts another worker."""
+        """Forgive a loss where the nanny is gone as well; else it starts another worker.
+
+        Where there was no nanny nobody can say: forgiven, but not for ever.
+        """
+        if not loss.nanny:
+            self._judge(loss, any(self.n_lost[key] > _MANY for key in loss.keys))
+            return
         deadline = monotonic() + _LONGEST_S
         await asyncio.sleep(_GRACE_S)
         while not loss.judged.is_set() and monotonic() < deadline:
@@ -128,6 +144,12 @@ class Losses:
             "its process has ended by itself" if is_blamed else "the machine took it away",
         )
         if is_blamed:
-            self.n_blamed.update(loss.keys)
-            self.suspects.update(loss.keys)
+            self._blame(loss.keys)
+        else:
+            self._forgiven.append((monotonic(), loss))
         self._tell(loss.keys)
+
+    def _blame(self, keys: Iterable[Any]) -> None:
+        present = [key for key in keys if key in self.n_lost]  # not over meanwhile
+        self.n_blamed.update(present)
+        self.suspects.update(present)

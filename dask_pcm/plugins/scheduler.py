@@ -93,6 +93,9 @@ class GatePlugin(SchedulerPlugin):
         self.losses = Losses(scheduler, self._judged)
         #: Tasks that each worker had which is on its way out unasked.
         self._lost_with: dict[str, list[Any]] = {}
+        #: Workers that share a host and its cores.
+        self._n_on: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self._is_to_regroup = False
         self._watch = Watch(self.state, self.config.stall_s)
         #: How many worker processes have lost their device with a task.
         self.n_lost_devices: Counter[Any] = Counter()
@@ -216,10 +219,11 @@ class GatePlugin(SchedulerPlugin):
         lost_with = self._lost_with.pop(worker, [])
         member = self.members.pop(worker, None)
         if member is not None:
+            self._n_on[member.host, member.cores] -= 1
             if lost_with:
-                self._lose(member, lost_with)
+                self._lose(member, self._begun(worker, lost_with))
             self._apply(WorkerLeft(worker, is_lost=stimulus_id.startswith(_LOST)))
-            self._regroup()
+            self._is_to_regroup = True
             self.desk.leave(worker)
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
@@ -269,11 +273,14 @@ class GatePlugin(SchedulerPlugin):
         ws, known = self.scheduler.workers.get(worker), self.members.get(worker)
         if ws is None or (known is not None and known.epoch == epoch):
             return
-        self.members[worker] = Member(epoch, tuple(cores), ws)
+        member = self.members[worker] = Member(epoch, tuple(cores), ws)
+        if known is not None:
+            self._n_on[known.host, known.cores] -= 1
+        self._n_on[member.host, member.cores] += 1
         self.losses.joined(ws.nanny)
         lasts_s = math.inf if ends_in_s is None else ends_in_s
         self._apply(WorkerJoined(worker, n_lanes, device_bytes, ws.host, device, pool, lasts_s))
-        self._regroup()
+        self._is_to_regroup = True
         self.desk.leave(worker)  # what an earlier life of it had under way
         self.desk.welcome(worker)
 
@@ -402,11 +409,14 @@ class GatePlugin(SchedulerPlugin):
 
     def _dispatch(self) -> None:
         self._is_woken = False
+        if self._is_to_regroup:
+            self._is_to_regroup = False
+            self._regroup()
         config = self.config
         rules = (config.pipeline_s, config.n_load_attempts, config.idle_s)
         actions = self._watch.decide(monotonic(), *rules)
         for action in actions:
-            if isinstance(action, Warm):
+            if isinstance(action, Warm) and action.worker in self.members:
                 self._warm(action)
             elif isinstance(action, Cool):
                 self._tell(action.worker, {"op": "pcm-lower", "digest": action.context})
@@ -553,6 +563,7 @@ class GatePlugin(SchedulerPlugin):
 
     def _lose(self, member: Member, keys: Sequence[Any]) -> None:
         """A worker is gone that had these tasks in work; the next attempts are told."""
+        self._last_lost = member.ws.clean()
         self.losses.lost(member.ws.nanny or "", keys)
         for key in keys:
             if (ts := self.scheduler.tasks.get(key)) is not None:
@@ -560,7 +571,13 @@ class GatePlugin(SchedulerPlugin):
                 ts.annotations = {**(ts.annotations or {}), **lost}
             if self._is_to_be_judged(key):
                 self._apply(WorkWithdrawn(key))
-        self._last_lost = member.ws.clean()
+
+    def _begun(self, worker: str, keys: Sequence[Any]) -> Sequence[Any]:
+        """Of what a worker had, what it had begun: as many as there are lanes, the first to go."""
+        view = self.state.workers.get(worker)
+        tasks = [ts for key in keys if (ts := self.scheduler.tasks.get(key)) is not None]
+        tasks.sort(key=lambda ts: ts.priority or ())
+        return [ts.key for ts in tasks[: view.n_lanes if view else None]]
 
     def _is_to_be_judged(self, key: Any) -> bool:
         """Whether a task is to stay here until it is clear whose fault its last loss was."""
@@ -590,7 +607,5 @@ class GatePlugin(SchedulerPlugin):
 
     def _n_threads(self, member: Member) -> int:
         """A worker's share of the cores that it and its neighbours may run on."""
-        neighbours = [
-            m for m in self.members.values() if (m.host, m.cores) == (member.host, member.cores)
-        ]
-        return self.config.n_threads or max(1, len(member.cores) // len(neighbours))
+        n_neighbours = max(1, self._n_on[member.host, member.cores])
+        return self.config.n_threads or max(1, len(member.cores) // n_neighbours)

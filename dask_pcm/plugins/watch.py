@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from contextlib import suppress
 from typing import Any
 
 from distributed.metrics import monotonic
@@ -37,7 +38,8 @@ class Watch:
             key = stalled(self.state, now, self._stall_s)
         except Exception:
             logger.exception("The policy failed; what waits goes to idle workers, warm or not")
-            assign_plainly(self.state, now)
+            with suppress(Exception):  # what has been decided is to be carried out in any case
+                assign_plainly(self.state, now)
             return self.state.actions
         if key is None:
             return self.state.actions
@@ -54,7 +56,11 @@ class Watch:
     def explain(self, key: Any) -> str:
         """What the gate knows of a task, or of a unit by the name of its part."""
         state = self.state
-        if isinstance(key, str) and key not in state.placed and key not in state.waiting:
+        try:
+            hash(key)
+        except TypeError:
+            return f"{key!r:.80} is no key: a future, a task's key or the name of a part is wanted."
+        if isinstance(key, str) and key.startswith("part-"):
             ending = "-" + key.removesuffix(".parquet")
             decided = (getattr(d.action, "key", None) for d in reversed(state.decisions))
             known = itertools.chain(state.placed, state.waiting.works, decided)

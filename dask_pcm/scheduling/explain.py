@@ -69,12 +69,14 @@ def _reason(state: GateState, group: Group, view: WorkerView, now: float) -> str
         return "not among those that it may run on"
     if shunned is not None:
         rest = shunned.until - now
-        return f"its node is left alone for {_seconds(rest)} more; the last error: {shunned.error}"
+        error = shunned.error.strip().splitlines()[-1:] or [""]
+        return f"its node is left alone for {_seconds(rest)} more; the last error: {error[0]}"
     if view.is_paused:
         return "paused by Dask, or about to leave"
     failed = view.failed(group.contexts)
     if failed is not None:
-        return f"{_name(state, failed)} could not be loaded there: {state.failures.errors[failed]}"
+        error = state.failures.errors.get(failed, "").strip().splitlines()[-1:] or [""]
+        return f"{_name(state, failed)} could not be loaded there: {error[0]}"
     if view.missing(group.contexts):
         return _why_cold(state, group, view, now)
     loading = [c for c in group.contexts if view.standings.get(c) is Standing.LOADING]
@@ -111,6 +113,8 @@ def _why_cold(state: GateState, group: Group, view: WorkerView, now: float) -> s
             " are free, and what is there has work or its turn"
         )
     ready_s = state.backlog_s(view, now) + sum(state.warm_s(view, context) for context in missing)
+    if view.is_told or now + ready_s > view.ends_at:
+        return f"cold, and ends in {_seconds(view.ends_at - now)}"
     made = offers(state, group, state.candidates(group), now)
     drained_s = drain_s(state.rows_ahead(group), made)
     if ready_s >= drained_s:

@@ -44,6 +44,10 @@ class Failures:
     shunned: dict[str, Shunned] = field(default_factory=dict)
     #: How often in a row each node has been left alone.
     n_shunned: dict[str, int] = field(default_factory=dict)
+    #: Until when each worker is not asked again for a context that failed there, and how often in a
+    #: row it has.
+    resting: dict[tuple[str, str], float] = field(default_factory=dict)
+    n_rested: dict[tuple[str, str], int] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
     #: Nodes whose worker ended while it loaded a context, which and when.
     ended_loading: list[tuple[str, str, float]] = field(default_factory=list)
@@ -52,6 +56,8 @@ class Failures:
         """All begin anew."""
         for books in (self.errors, self.of_context, self.of_host, self.shunned, self.n_shunned):
             books.clear()
+        self.resting.clear()
+        self.n_rested.clear()
         self.given_up.clear()
         self.ended_loading.clear()
 
@@ -63,8 +69,29 @@ class Failures:
         if kind == DEVICE or has_loaded:
             self.of_host.setdefault(host, []).append((context, kind, error))
 
-    def loaded(self, host: str, context: str) -> None:
+    def rest(self, worker: str, context: str, now: float) -> None:
+        """A worker that has failed to load a context is asked again, but not soon."""
+        n_rested = self.n_rested.get((worker, context), 0)
+        self.resting[worker, context] = now + _wait_s(n_rested)
+        self.n_rested[worker, context] = n_rested + 1
+
+    def rested(self, now: float) -> list[tuple[str, str]]:
+        """Workers that may be asked again, and for which context."""
+        over = [pair for pair, until in self.resting.items() if until <= now]
+        for pair in over:
+            del self.resting[pair]
+        return over
+
+    def leave(self, worker: str) -> None:
+        """A worker is gone."""
+        for books in (self.resting, self.n_rested):
+            for pair in [pair for pair in books if pair[0] == worker]:
+                del books[pair]
+
+    def loaded(self, worker: str, host: str, context: str) -> None:
         """A context has been loaded on a node."""
+        self.resting.pop((worker, context), None)
+        self.n_rested.pop((worker, context), None)
         self.of_context.pop(context, None)
         self.of_host.pop(host, None)
         self.shunned.pop(host, None)
@@ -93,7 +120,7 @@ class Failures:
 
     def next_shun_s(self, host: str) -> float:
         """For how long a node is to be left alone this time."""
-        return min(_LONGEST_S, _FIRST_S * 2.0 ** self.n_shunned.get(host, 0))
+        return _wait_s(self.n_shunned.get(host, 0))
 
     def shun(self, host: str, until: float, error: str) -> None:
         """Leave a node alone."""
@@ -118,3 +145,7 @@ class Failures:
             self.shunned.clear()
             self.n_shunned.clear()
         return forgiven
+
+
+def _wait_s(n_times: int) -> float:
+    return min(_LONGEST_S, _FIRST_S * 2.0 ** min(n_times, 10))

@@ -92,7 +92,7 @@ def offers(
                 since = view.loading_since.get(context)
                 if since is not None:
                     ready_s += still_s(view.loading_s[context], now - since)
-        if now + ready_s <= view.ends_at:
-            unit_s = (state.row_s(group, view, now) or 0.0) * n_rows
+        unit_s = (state.row_s(group, view, now) or 0.0) * n_rows
+        if now + ready_s + unit_s <= view.ends_at:
             found.append((ready_s, state.expected_s(view, unit_s, now) / n_rows))
     return found

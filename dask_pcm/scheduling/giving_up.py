@@ -21,6 +21,10 @@ def shun(state: GateState, now: float) -> Iterator[Shun]:
     broken.
     """
     failures = state.failures
+    for address, context in failures.rested(now):
+        rested = state.workers.get(address)
+        if rested is not None and rested.standings.get(context) is Standing.FAILED:
+            del rested.standings[context]
     for host in failures.welcome(now):
         for view in state.workers.values():
             if view.host == host:

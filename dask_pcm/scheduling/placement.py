@@ -164,14 +164,26 @@ def _is_for(view: WorkerView, group: Group) -> bool:
 def keep(state: GateState, now: float) -> None:
     """Have a worker run empty for each group whose work needs one for itself."""
     for view in state.workers.values():
-        if view.kept_for is not None and view.kept_for not in state.waiting.queues:
+        group = view.kept_for
+        if group is not None and not (
+            group in state.waiting.queues and _could_keep(state, view, group, now)
+        ):
             view.kept_for = None
     for group in state.waiting.queues:
         if not group.is_alone:
             continue
-        serving = [view for view in state.candidates(group) if state.may_serve(view, group)]
-        if not serving or any(view.kept_for == group for view in serving):
+        views = state.candidates(group)
+        if any(view.kept_for == group for view in views):
             continue
-        free = [view for view in serving if view.kept_for is None]
+        free = [v for v in views if v.kept_for is None and _could_keep(state, v, group, now)]
         if free:
             min(free, key=lambda view: state.backlog_s(view, now)).kept_for = group
+
+
+def _could_keep(state: GateState, view: WorkerView, group: Group, now: float) -> bool:
+    """Whether a worker could do a group's next work before it ends, once it is empty."""
+    work = state.peek(group)
+    if work is None or not state.may_serve(view, group):
+        return False
+    seconds = (state.row_s(group, view, now) or 0.0) * work.n_rows
+    return now + state.backlog_s(view, now) + seconds <= view.ends_at

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dask_pcm.scheduling.events import Action
+from dask_pcm.scheduling.events import Action, Group
 from dask_pcm.scheduling.eviction import Claims, cool, stay, too_large
 from dask_pcm.scheduling.giving_up import give_up, shun
 from dask_pcm.scheduling.placement import Placement, keep
@@ -11,7 +11,7 @@ from dask_pcm.scheduling.warming import warm
 
 #: So many pairs of a group and a worker are looked at whenever something is decided; where there
 #: are more, all are looked at so much less often, for each.
-_FEW, _LOOK_S = 100, 1e-4
+_FEW, _LOOK_S, _LONGEST_S = 100, 1e-4, 2.0
 
 
 def decide(
@@ -42,7 +42,7 @@ def decide(
     """
     state.actions = []
     state.settle(now)
-    is_due = now - state.planned_at >= (state.n_looks - _FEW) * _LOOK_S
+    is_due = now - state.planned_at >= min(_LONGEST_S, (state.n_looks - _FEW) * _LOOK_S)
     if is_due:
         _plan(state, now, n_load_attempts)
         views = list(state.workers.values())
@@ -68,6 +68,9 @@ def _plan(state: GateState, now: float, n_load_attempts: int) -> None:
     groups = state.groups()
     for group in state.forecasts.keys() - set(groups):
         del state.forecasts[group]
+    for about in [one for one in state.moved_at if isinstance(one, Group)]:
+        if about not in state.waiting.queues:
+            del state.moved_at[about]
     n_looks = len(state.workers)
     for group in groups:
         views = state.candidates(group)

@@ -108,8 +108,8 @@ class GateState:
     changed: dict[str, None] = field(default_factory=dict)
     roomy: dict[str, None] = field(default_factory=dict)
     has_new_work: bool = False
-    #: When something was last decided, or came, ended or moved.
-    last_change_at: float = -math.inf
+    #: When something was last decided for each group, or for a context that groups need.
+    moved_at: dict[Group | str, float] = field(default_factory=dict)
     #: When all was last looked at, and how much there was to be looked at.
     planned_at: float = -math.inf
     n_plans: int = 0
@@ -119,14 +119,12 @@ class GateState:
 
     def apply(self, happening: Event | Action, now: float) -> None:
         """Take in an event, or an action that was carried out, at `now` seconds."""
-        if not isinstance(happening, RunReported | WorkerPaused | ContextDeclared):
-            self.last_change_at = now
         match happening:
             case WorkEnded(key, is_finished):
                 self._use(key, now)
                 self._end(key, is_finished)
             case WorkParked(work):
-                self._park(work)
+                self._park(work, now)
             case Assign(key, worker):
                 self._place(key, worker, now)
                 self._use(key, now)
@@ -165,13 +163,14 @@ class GateState:
             case Warm(worker, context):
                 view = self.workers[worker]
                 view.loading_s[context] = self.warm_s(view, context)
-                view.loading_since[context] = now
+                view.loading_since[context] = self.moved_at[context] = now
                 self._stand(view, context, Standing.LOADING)
             case Cool(worker, context):
                 self._stand(self.workers[worker], context, Standing.LOWERED)
                 self.workers[worker].leaving.pop(context, None)
             case Leave(worker, context, group):
                 self.workers[worker].leaving[context] = group
+                self.moved_at[group] = now
             case Shun(host, seconds, error):
                 self.failures.shun(host, now + seconds, error)
             case GivenUp(context):
@@ -354,7 +353,7 @@ class GateState:
                 if view.standings.get(context) is Standing.FAILED:
                     del view.standings[context]
 
-    def _park(self, work: Work) -> None:
+    def _park(self, work: Work, now: float) -> None:
         if self.failures.given_up:
             expected = {context for run in self.runs.values() for context in run.group.contexts}
             if not expected.intersection(work.group.contexts):
@@ -362,7 +361,9 @@ class GateState:
         is_known = self._end(work.key, is_finished=False) or self._unpark(work.key) is not None
         if not is_known:
             self._came(work)
-        self.has_new_work |= self.waiting.add(work)
+        if self.waiting.add(work):
+            self.has_new_work = True
+            self.moved_at[work.group] = now
         self.shares.arrive(work.group.client)
 
     def _came(self, work: Work) -> None:
@@ -384,6 +385,7 @@ class GateState:
         if view.kept_for == work.group:
             view.kept_for = None
         view.give(work, now)
+        self.moved_at[work.group] = now
         self.placed[key] = worker
         row_s = self.cost.row_s(work.group.costs, worker, view.device)
         self.shares.charge(work.group.client, work.n_rows * row_s if row_s else 0.0)
@@ -429,10 +431,11 @@ class GateState:
         view = self.workers.pop(worker, None)
         if view is None:
             return
-        self.pools[view.pool].leave(view.joined_at, now, is_lost and not view.is_told)
+        self.pools[view.pool].leave(view.joined_at, now, is_lost or view.is_told)
         for context in view.begun:
             self.failures.ended(view.host, context, now)
         self.cost.forget_worker(worker)
+        self.failures.leave(worker)
         self.changed.pop(worker, None)
         self.roomy.pop(worker, None)
         for key in view.running:
@@ -467,11 +470,12 @@ class GateState:
             error = report.error or "no reason was given"
             has_loaded = self.cost.has_loaded(report.context)
             self.failures.add(view.host, report.context, report.kind, error, has_loaded)
+            self.failures.rest(view.address, report.context, now)
 
     def _warmed(self, view: WorkerView, report: ResidencyReported, now: float) -> None:
         context = report.context
         view.used_at[context] = view.warm_since[context] = now
-        self.failures.loaded(view.host, context)
+        self.failures.loaded(view.address, view.host, context)
         staged_on = self.staged_on.setdefault(context, set())
         if report.staged_s and view.host not in staged_on:
             self.cost.observe_staged(context, report.staged_s, self.file_bytes.get(context, 0))

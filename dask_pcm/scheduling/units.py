@@ -59,7 +59,7 @@ def unit_rows(
     share = int(n_remaining * SHARE / max(1.0, n_workers))
     if row_s is None:  # a call, unless that is more than a share and not small anyhow
         return max(1, min(batch_rows, max(share, _FEW_ROWS), n_remaining))
-    aimed = max_rows if row_s <= 0 else max(1, int(unit_s / row_s))
+    aimed = max(1, int(min(max_rows, unit_s / max(row_s, 1e-12))))
     least = min(batch_rows, aimed) if share < batch_rows else batch_rows
     return min(max(min(share, max(aimed, batch_rows), max_rows), least), n_remaining)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,8 @@ def warm(
     drained_s = water.seconds
     free = [one for one in cold if not one.is_contested]
     if _mean_row_s(state, group, views, now) is None:
-        chosen = _for_each_piece(state, group, views, free, len(made))
+        lasting = [one for one in free if now + one.ready_s < one.view.ends_at]
+        chosen = _for_each_piece(state, group, views, lasting or free, len(made))
     else:
         chosen = _that_pay(state, group, views, free, water, now)
     if not chosen:
@@ -139,9 +141,11 @@ def _that_pay(
         if now + one.ready_s + row_s * unit_rows > one.view.ends_at:
             continue
         if one.ready_s + mean_s * unit_rows >= water.seconds:
-            break
+            continue
         water.add(one.ready_s, row_s)
         chosen.append(one)
+    if not chosen and free and math.isinf(water.seconds):  # nobody lasts, and nobody else is there
+        chosen = [max(free, key=lambda one: one.view.ends_at)]
     return chosen
 
 

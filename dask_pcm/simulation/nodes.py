@@ -53,7 +53,12 @@ def number(least: float = 0.0, is_open: bool = False, most: float = math.inf) ->
         if not isinstance(node, yaml.ScalarNode) or node.tag not in _NUMBERS:
             raise problem(node, f"a number is expected; found {shown(node)}")
         value = float(_plain(node))
-        if math.isnan(value) or value < least or value > most or (is_open and value == least):
+        if (
+            not math.isfinite(value)
+            or value < least
+            or value > most
+            or (is_open and value == least)
+        ):
             bound = f"above {least:g}" if is_open else f"{least:g} or more"
             bound += f", and {most:g} at most" if most < math.inf else ""
             raise problem(node, f"must be {bound}; found {node.value}")
@@ -77,7 +82,7 @@ def size(node: yaml.Node) -> int:
     if isinstance(node, yaml.ScalarNode):
         try:
             n_bytes = int(parse_bytes(node.value.removesuffix("/s")))
-        except ValueError:
+        except (ValueError, OverflowError):
             n_bytes = 0
         if n_bytes > 0:
             return n_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distributed import Client, KilledWorker, LocalCluster, Scheduler
+from distributed import Client, KilledWorker, LocalCluster, Scheduler, secede
 
 import dask_pcm as pcm
+from dask_pcm.plugins import losses as plugins_losses
 from dask_pcm.plugins.hold import hold, n_losses
+from dask_pcm.plugins.losses import Losses
 from dask_pcm.plugins.scheduler import GATE
 
 LLM = pcm.Context(lambda: "llm", name="llm")
@@ -154,3 +157,67 @@ def test_preemption_is_forgiven_however_often(tmp_path):
 
 def test_outside_a_worker_nothing_is_lost():
     assert n_losses() == 0
+
+
+def secedes_and_dies(i, ctx, folder):
+    with hold([ctx.ref]):
+        noted(folder, i)
+    secede()
+    os.abort()
+
+
+def test_what_secedes_and_ends_its_process_ends_as_well(client, tmp_path):
+    with pytest.raises(KilledWorker):
+        client.submit(secedes_and_dies, "bad", LLM, tmp_path).result(60)
+    # Both count: Dask those losses before which it was told, the gate the others.
+    assert 4 <= len(list(tmp_path.glob("bad.*"))) <= 8
+
+
+class Nobody:
+    """A scheduler whose nannies do not answer."""
+
+    def rpc(self, address):
+        raise OSError(address)
+
+
+async def judged(losses):
+    while losses._open:
+        await asyncio.sleep(0.01)
+
+
+def test_what_is_over_is_not_blamed_for_what_comes_later(monkeypatch):
+    async def lose_and_forget():
+        losses = Losses(Nobody(), lambda keys: None)
+        losses.lost("nanny", ["over", "here"])
+        losses.forget("over")
+        losses.joined("nanny")
+        return losses
+
+    losses = asyncio.run(lose_and_forget())
+    assert losses.suspects == {"here"} and losses.n_blamed == {"here": 1}
+
+
+def test_a_nanny_that_was_only_out_of_reach_is_believed_later(monkeypatch):
+    monkeypatch.setattr(plugins_losses, "_GRACE_S", 0.0)
+
+    async def lose():
+        losses = Losses(Nobody(), lambda keys: None)
+        losses.lost("nanny", ["k"])
+        await judged(losses)
+        before = dict(losses.n_blamed)
+        losses.joined("nanny")
+        return before, dict(losses.n_blamed)
+
+    assert asyncio.run(lose()) == ({}, {"k": 1})
+
+
+def test_without_a_nanny_it_takes_many_losses():
+    async def lose(n):
+        losses = Losses(Nobody(), lambda keys: None)
+        for _ in range(n):
+            losses.lost("", ["k"])
+            await judged(losses)
+        return losses.n_blamed["k"]
+
+    assert asyncio.run(lose(20)) == 0
+    assert asyncio.run(lose(24)) == 4

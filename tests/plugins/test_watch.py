@@ -115,7 +115,7 @@ def _gate(cluster, key):
 def test_why_a_unit_of_a_run(tmp_path):
     import pandas as pd
 
-    pd.DataFrame({"id": range(40)}).to_parquet(tmp_path / "in.parquet")
+    pd.DataFrame({"id": range(30)}).to_parquet(tmp_path / "in.parquet")
     with (
         LocalCluster(
             n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"
@@ -125,13 +125,13 @@ def test_why_a_unit_of_a_run(tmp_path):
         pcm.install(client)
         frame = pcm.read_parquet(tmp_path / "in.parquet")
         job = pcm.map_partitions(
-            lambda frame, llm: frame, frame, context=LLM, meta={"id": "i8"}, batch_rows=40
+            lambda frame, llm: frame, frame, context=LLM, meta={"id": "i8"}, batch_rows=30
         )
         pcm.write_parquet(job, tmp_path / "out", progress=False)
-        (part,) = [p.name for p in (tmp_path / "out").glob("part-*-000000000040.parquet")]
+        (part,) = [p.name for p in (tmp_path / "out").glob("part-*-000000000030.parquet")]
         state = cluster.scheduler.plugins["pcm-gate"].state
         keys = [getattr(d.action, "key", None) for d in state.decisions]
         (key,) = [key for key in keys if key]
         assert key.endswith(part.removesuffix(".parquet"))
-        assert "(40 rows)" in pcm.explain(key)
-        assert "(40 rows)" in pcm.explain(part)
+        assert "(30 rows)" in pcm.explain(key)
+        assert "(30 rows)" in pcm.explain(part)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from dask_pcm.scheduling.events import (
     Fail,
     Group,
@@ -140,3 +142,49 @@ def test_groups_of_other_contexts_stay_away_too():
     world.decide()
     world.park(1, other)
     assert not warmed(world.decide())
+
+
+def test_a_worker_that_failed_before_anybody_had_loaded_it_is_asked_again_later():
+    world = on_nodes(one=1, two=1)
+    world.tell(RunReported("run", A, 1e6, 10))
+    world.decide()
+    fail(world, "one-0", kind="OSError", error="the store hiccups")
+    world.warm("two-0", seconds=1.0)
+    world.learn(A, "two-0", 1.0)
+    world.now += 5.0
+    assert not warmed(world.decide())
+    world.now += 6.0
+    assert warmed(world.decide()) == {"one-0"}
+
+
+def test_one_bad_device_beside_good_ones_is_asked_again_later():
+    world = on_nodes(node=2)
+    world.tell(RunReported("run", A, 1e6, 10))
+    world.decide()
+    world.warm("node-0", seconds=1.0)
+    world.learn(A, "node-0", 1.0)
+    fail(world, "node-1")
+    tried_at = []
+    for _ in range(100):
+        for worker in warmed(world.decide()):
+            tried_at.append(world.now)
+            fail(world, worker)
+        world.now += 1.0
+    waits = [later - before for before, later in pairwise(tried_at)]
+    assert len(tried_at) >= 2 and waits == sorted(waits)
+
+
+def test_a_worker_whose_node_failed_once_is_not_why_others_stay_cold():
+    world = on_nodes(failed=1, slow=1, fast=1)
+    world.warm("fast-0", seconds=1.0)
+    world.learn(A, "fast-0", 1.0)
+    world.tell(ResidencyReported("failed-0", "a", Standing.WARM, 1.0))
+    world.tell(ResidencyReported("failed-0", "a", Standing.COLD))
+    world.state.failures.of_context["a"] = [("failed", "OSError")]
+    busy = Group(("z",), "infer")
+    world.warm("slow-0", "z")
+    world.learn(busy, "slow-0", 5000.0)
+    world.park(1, busy)
+    world.decide()
+    world.tell(RunReported("run", A, 1000.0, 10))
+    assert "failed-0" in warmed(world.decide())

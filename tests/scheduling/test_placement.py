@@ -127,3 +127,20 @@ def test_pieces_of_the_end_go_to_whoever_is_done_with_them_first():
         world.now = ends.pop(key) - 1.0
         end(world, key)
     assert world.now <= 700 / (1 + 1 / 3) + 1.5
+
+
+def test_no_worker_is_kept_empty_that_ends_before():
+    world = World()
+    for name, ends_in_s in (("dying", 10.0), ("lasting", float("inf"))):
+        world.tell(WorkerJoined(name, 1, ends_in_s=ends_in_s))
+        world.warm(name)
+        world.learn(A, name, 1.0)
+    world.park(4, n_rows=5.0)
+    world.decide()
+    world.tell(WorkParked(Work("suspect", SUSPECT, (0,), 60.0)))
+    world.decide()
+    kept = [view.address for view in world.state.workers.values() if view.kept_for]
+    assert kept == ["lasting"]
+    world.state.workers["lasting"].ends_at = 0.0
+    world.decide()
+    assert not any(view.kept_for for view in world.state.workers.values())

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from dask_pcm.scheduling.events import WorkEnded, WorkerPaused, WorkerTold
+from dask_pcm.scheduling.events import Standing, WorkEnded, WorkerPaused, WorkerTold
+from dask_pcm.scheduling.placement import Placement
 from dask_pcm.scheduling.stall import assign_plainly, stalled
-from tests.scheduling.world import A, World, assigned, warmed
+from tests.scheduling.world import A, B, World, assigned, warmed
 
 STALL_S = 30.0
 
@@ -50,3 +51,17 @@ def test_then_idle_workers_are_given_what_waits_warm_or_not():
     assert warmed(world.state.actions) == {"w1"}
     world.state.validate()
     assert world.state.peek(A).key == "a2"
+
+
+def test_what_others_do_hides_no_stall():
+    world = World("w0", "w1")
+    world.warm("w0", "b")
+    world.park(100, B)
+    world.park(1)
+    world.state.workers["w1"].standings["a"] = Standing.FAILED
+    for _ in range(40):
+        world.state.forecasts.clear()
+        Placement(world.state, world.now, 0.05).assign([world.state.workers["w0"]])
+        world.now += 1.0
+        world.tell(*(WorkEnded(key, True) for key in list(world.state.placed)))
+    assert stalled(world.state, world.now, STALL_S) == "a0"

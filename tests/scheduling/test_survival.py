@@ -6,7 +6,10 @@ import random
 import pytest
 
 from dask_pcm.scheduling.events import (
+    ContextDeclared,
+    ResidencyReported,
     RunReported,
+    Standing,
     WorkEnded,
     WorkerJoined,
     WorkerLeft,
@@ -39,13 +42,15 @@ def test_a_pools_hazard_is_learned():
     assert steady.hazard(36_000.0) < steady.hazard(0.0) < 1 / 3_600
 
 
-def test_who_was_asked_to_go_is_no_loss():
+def test_who_was_asked_to_go_is_no_loss_and_who_was_taken_with_notice_is():
     world = World("w0", "w1", "w2")
     world.now = 10.0
-    world.tell(WorkerLeft("w0", is_lost=False), WorkerTold("w1", 5.0), WorkerLeft("w1"))
+    world.tell(WorkerLeft("w0", is_lost=False))
     assert world.state.pools[""].n_lost == 0
-    world.tell(WorkerLeft("w2"))
+    world.tell(WorkerTold("w1", 5.0), WorkerLeft("w1", is_lost=False))
     assert world.state.pools[""].n_lost == 1
+    world.tell(WorkerLeft("w2"))
+    assert world.state.pools[""].n_lost == 2
 
 
 def ending(world, worker, seconds, n_lanes=1):
@@ -130,3 +135,32 @@ def test_however_short_lives_are_somebody_begins(life_s):
         world.learn(A, worker, 100.0)
     world.park(1)
     assert len(assigned(world.decide())) == 1
+
+
+def test_before_costs_are_known_whoever_is_about_to_end_is_not_warmed():
+    world = World()
+    world.tell(ContextDeclared("a", "a", 10**10))  # ten seconds, by its bytes
+    world.tell(WorkerJoined("a-dying", 1, ends_in_s=3.0), WorkerJoined("b-fresh", 1))
+    world.park(1)
+    assert warmed(world.decide()) == {"b-fresh"}
+
+
+def test_whoever_ends_before_a_piece_is_done_holds_nobody_back():
+    world = World()
+    ending(world, "fast", 59.0)
+    ending(world, "slow", math.inf)
+    world.learn(A, "fast", 60.0)
+    world.learn(A, "slow", 300.0)
+    world.park(1)
+    assert assigned(world.decide()) == [("a0", "slow")]
+
+
+def test_where_nobody_lasts_somebody_is_warmed_all_the_same():
+    world = World()
+    world.tell(WorkerJoined("w", 1, ends_in_s=5.0))
+    world.warm("w", "a", seconds=2.0)
+    world.learn(A, "w", 1.0)
+    world.tell(ResidencyReported("w", "a", Standing.COLD))
+    world.now = 10.0  # it should have ended
+    world.park(1)
+    assert warmed(world.decide()) == {"w"}
