@@ -245,6 +245,33 @@ class Gate(RuleBasedStateMachine):
             text = explain(self.state, key, self.now)
             assert "waits" in text or "is on" in text
 
+    def teardown(self):
+        """From now on all goes well, and there is a worker that stays: all work is done."""
+        self.join_well()
+        for _ in range(400):
+            if not self.wanted:
+                return
+            self.now += 5.0
+            for action in decide(self.state, self.now):
+                if isinstance(action, Fail):
+                    del self.wanted[action.key]
+            self.state.validate()
+            for name, view in self.state.workers.items():
+                for context, standing in list(view.standings.items()):
+                    if standing is Standing.LOADING:
+                        self.tell(ResidencyReported(name, context, Standing.WARM, 1.0))
+            for key in list(self.state.placed):
+                self.tell(WorkEnded(key, is_finished=True))
+                del self.wanted[key]
+        waiting = "\n".join(explain(self.state, key, self.now) for key in self.wanted)
+        raise AssertionError(f"not done after {self.now} s:\n{waiting}")
+
+    def join_well(self):
+        self._lose("w1", is_lost=False)
+        self.tell(WorkerJoined("w1", 2, None, "well", "T4", "well"))
+        for name in self.state.workers:
+            self.tell(WorkerPaused(name, False))
+
 
 Gate.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestGate = Gate.TestCase
