@@ -53,12 +53,9 @@ def number(least: float = 0.0, is_open: bool = False, most: float = math.inf) ->
         if not isinstance(node, yaml.ScalarNode) or node.tag not in _NUMBERS:
             raise problem(node, f"a number is expected; found {shown(node)}")
         value = float(_plain(node))
-        if (
-            not math.isfinite(value)
-            or value < least
-            or value > most
-            or (is_open and value == least)
-        ):
+        if not math.isfinite(value):
+            raise problem(node, f"a finite number is expected; found {node.value}")
+        if value < least or value > most or (is_open and value == least):
             bound = f"above {least:g}" if is_open else f"{least:g} or more"
             bound += f", and {most:g} at most" if most < math.inf else ""
             raise problem(node, f"must be {bound}; found {node.value}")

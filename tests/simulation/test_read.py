@@ -84,9 +84,9 @@ def test_a_good_one(read):
         ("{a10: 10, cpu: 20}", "{a10: 10}", 10, "nothing is said of cpu"),
         ("{a10: 10, cpu: 20}", "{a10: 10, gpu: 20}", 10, "'gpu' is no device of this file"),
         ("row_s: 0.1", "row_s: 0", 11, "row_s: must be above 0; found 0"),
-        ("row_s: 0.1", "row_s: .inf", 11, "row_s: must be above 0; found .inf"),
+        ("row_s: 0.1", "row_s: .inf", 11, "row_s: a finite number is expected; found .inf"),
         ("1 GB/s", "1e400", 2, "a size above 0"),
-        ("rows: 1_000", "rows: .inf", 19, "rows: must be 1 or more; found .inf"),
+        ("rows: 1_000", "rows: .inf", 19, "rows: a finite number is expected; found .inf"),
         (
             "n_workers: 4",
             "n_workers: 4\n    lost_s: [1, 2]",
