@@ -35,6 +35,7 @@ from dask_pcm.plugins.staging import Desk
 from dask_pcm.plugins.walk import find_refs
 from dask_pcm.plugins.watch import Watch
 from dask_pcm.scheduling.events import (
+    Action,
     Assign,
     ContextDeclared,
     Cool,
@@ -415,21 +416,22 @@ class GatePlugin(SchedulerPlugin):
         config = self.config
         rules = (config.pipeline_s, config.n_load_attempts, config.idle_s)
         actions = self._watch.decide(monotonic(), *rules)
-        for action in actions:
-            if isinstance(action, Warm) and action.worker in self.members:
+        try:
+            for action in actions:
+                self._act(action)
+        finally:  # whatever goes wrong with one: the others count as done
+            self._send([action for action in actions if isinstance(action, Assign)])
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Warm():
                 self._warm(action)
-            elif isinstance(action, Cool):
-                self._tell(action.worker, {"op": "pcm-lower", "digest": action.context})
-            elif isinstance(action, Fail):
+            case Cool(worker, context):
+                self._tell(worker, {"op": "pcm-lower", "digest": context})
+            case Fail():
                 self._fail(action)
-            elif isinstance(action, Shun):
-                logger.warning(
-                    "Node %s is left alone for %.3g s: %s",
-                    action.host,
-                    action.seconds,
-                    action.error,
-                )
-        self._send([action for action in actions if isinstance(action, Assign)])
+            case Shun(host, seconds, error):
+                logger.warning("Node %s is left alone for %.3g s: %s", host, seconds, error)
 
     def _send(self, assigns: list[Assign]) -> None:
         if not assigns:

@@ -162,28 +162,38 @@ def _is_for(view: WorkerView, group: Group) -> bool:
 
 
 def keep(state: GateState, now: float) -> None:
-    """Have a worker run empty for each group whose work needs one for itself."""
+    """Have a worker run empty for each group whose work needs one for itself.
+
+    One that lasts for it; where none does, the one that lasts longest.
+    """
     for view in state.workers.values():
         group = view.kept_for
         if group is not None and not (
-            group in state.waiting.queues and _could_keep(state, view, group, now)
+            group in state.waiting.queues and state.may_serve(view, group)
         ):
             view.kept_for = None
     for group in state.waiting.queues:
         if not group.is_alone:
             continue
-        views = state.candidates(group)
-        if any(view.kept_for == group for view in views):
-            continue
-        free = [v for v in views if v.kept_for is None and _could_keep(state, v, group, now)]
-        if free:
-            min(free, key=lambda view: state.backlog_s(view, now)).kept_for = group
+        serving = [
+            view
+            for view in state.candidates(group)
+            if view.kept_for in (None, group) and state.may_serve(view, group)
+        ]
+        lasting = [view for view in serving if _lasts(state, view, group, now)]
+        longest = sorted((v for v in serving if not v.is_told), key=lambda view: view.ends_at)[-1:]
+        fit = lasting or longest
+        kept = [view for view in fit if view.kept_for == group]
+        for view in serving:
+            view.kept_for = None
+        if fit:
+            best = kept or [min(fit, key=lambda view: state.backlog_s(view, now))]
+            best[0].kept_for = group
 
 
-def _could_keep(state: GateState, view: WorkerView, group: Group, now: float) -> bool:
+def _lasts(state: GateState, view: WorkerView, group: Group, now: float) -> bool:
     """Whether a worker could do a group's next work before it ends, once it is empty."""
     work = state.peek(group)
-    if work is None or not state.may_serve(view, group):
-        return False
+    assert work is not None
     seconds = (state.row_s(group, view, now) or 0.0) * work.n_rows
     return now + state.backlog_s(view, now) + seconds <= view.ends_at

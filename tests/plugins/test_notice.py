@@ -22,6 +22,7 @@ from dask_pcm.plugins.leaving import ends_in_s
 from dask_pcm.plugins.scheduler import GATE
 from dask_pcm.plugins.signals import Signals
 from dask_pcm.plugins.worker import CONTEXTS
+from tests.plugins.gated import poll
 
 IMPORTS = ["distributed"]
 NOTICE_S = 8.0
@@ -448,11 +449,11 @@ def test_time_that_is_up_is_as_a_second_signal(monkeypatch):
         dasks.__module__ = "distributed._signals"
         signal.signal(signal.SIGTERM, dasks)
         found = Signals()
-        found.heed("somebody", lambda seconds: calls.append("told"), 0.1)
+        found.heed("somebody", lambda seconds: calls.append("told"), 0.5)
         os.kill(os.getpid(), signal.SIGUSR1)
-        await asyncio.sleep(0.05)
+        await poll(lambda: calls, 10, period=0.005)
         assert calls == ["told"] and found.are_heeded
-        await asyncio.sleep(0.2)
+        await poll(lambda: len(calls) > 1, 10)
         assert calls == ["told", signal.SIGTERM] and not found.are_heeded
         assert signal.getsignal(signal.SIGTERM) is dasks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 from distributed import Client, Event, LocalCluster
@@ -135,3 +136,22 @@ def test_why_a_unit_of_a_run(tmp_path):
         assert key.endswith(part.removesuffix(".parquet"))
         assert "(30 rows)" in pcm.explain(key)
         assert "(30 rows)" in pcm.explain(part)
+
+
+def read(path):
+    return Path(path).read_text()
+
+
+def test_the_gate_learns_what_staging_takes(tmp_path):
+    (tmp_path / "weights").write_text("w" * 1000)
+    path = str(tmp_path / "weights")
+
+    @gated(1)
+    async def on_cluster(c, s, gate, a):
+        context = pcm.Context(read, path, files=[path])
+        await c.submit(use, 1, ctx=context)
+        assert gate.state.file_bytes[context.digest] == 1000
+        assert gate.state.cost.stages[context.digest].value > 0
+        assert gate.state.staged_on[context.digest] == {"127.0.0.1"}
+
+    on_cluster()

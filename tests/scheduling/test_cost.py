@@ -3,6 +3,13 @@ from __future__ import annotations
 import pytest
 
 from dask_pcm.scheduling.cost import CostModel, Rate
+from dask_pcm.scheduling.events import (
+    ContextDeclared,
+    ResidencyReported,
+    Standing,
+    WorkerJoined,
+)
+from tests.scheduling.world import World
 
 KIND, OTHER = (("llm",), "classify"), (("llm",), "embed")
 
@@ -104,3 +111,16 @@ def test_a_rate_is_a_ratio_of_sums():
     rate.observe(0.0, 0.0)
     assert rate.value == pytest.approx(1.0)
     assert Rate().value is None
+
+
+def test_files_that_are_on_a_host_need_not_come_there_again():
+    world = World()
+    for worker, host in (("a1", "a"), ("a2", "a"), ("b1", "b")):
+        world.tell(WorkerJoined(worker, 2, None, host, "T4"))
+    world.tell(ContextDeclared("llm", "llm", None, 10**9))
+    report = ResidencyReported("a1", "llm", Standing.WARM, 9.0, is_built=True, staged_s=5.0)
+    world.tell(report)
+    views = world.state.workers
+    assert world.state.warm_s(views["a2"], "llm") == pytest.approx(4.0)
+    assert world.state.warm_s(views["b1"], "llm") == pytest.approx(9.0)
+    assert world.state.cost.stage_s("other", 2 * 10**9) == pytest.approx(10.0)

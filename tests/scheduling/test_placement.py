@@ -141,6 +141,7 @@ def test_no_worker_is_kept_empty_that_ends_before():
     world.decide()
     kept = [view.address for view in world.state.workers.values() if view.kept_for]
     assert kept == ["lasting"]
-    world.state.workers["lasting"].ends_at = 0.0
+    world.state.workers["lasting"].ends_at = 5.0  # nobody lasts: the one that lasts longest
     world.decide()
-    assert not any(view.kept_for for view in world.state.workers.values())
+    kept = [view.address for view in world.state.workers.values() if view.kept_for]
+    assert kept == ["dying"]
