@@ -252,3 +252,16 @@ def test_of_records_with_rows_in_common_one_counts():
 )
 def test_ranges(ranges, missing):
     assert list(Ranges(ranges).missing(0, 9)) == missing
+
+
+def test_what_is_noted_is_synced_every_few_seconds_and_no_more(tmp_path, monkeypatch):
+    clock, synced = [0.0], []
+    monkeypatch.setattr("dask_pcm.ledger.journal.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dask_pcm.ledger.journal.os.fdatasync", lambda fd: synced.append(clock[0]))
+    path = tmp_path / "journal"
+    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"run": "r"})
+    for second in range(16):
+        clock[0] = float(second)
+        journal.append(Record(second, second + 1, pa.table({"id": [second]})))
+    journal.close()
+    assert synced == [6.0, 12.0]
