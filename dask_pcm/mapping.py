@@ -42,6 +42,37 @@ def withheld(error: Exception) -> Iterator[None]:
         _withheld.error = None
 
 
+class _Notes(threading.local):
+    """Who is told, on this thread, how far the rows at hand are; None: nobody."""
+
+    on_wait: Callable[[], None] | None = None
+    on_call: Callable[[int, int, int], None] | None = None
+
+
+_notes = _Notes()
+
+
+@contextmanager
+def noting(
+    on_wait: Callable[[], None], on_call: Callable[[int, int, int], None]
+) -> Iterator[None]:
+    """Within, on this thread, say what functions by rows are about to do.
+
+    Parameters
+    ----------
+    on_wait
+        Called before a context is waited for: until the next call the rows do nothing.
+    on_call
+        Called as ``on_call(start, stop, n_rows)`` right before a function is called on the rows
+        from `start` to `stop` of a frame of `n_rows`.
+    """
+    _notes.on_wait, _notes.on_call = on_wait, on_call
+    try:
+        yield
+    finally:
+        _notes.on_wait = _notes.on_call = None
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """The user's function and how it is to be called.
@@ -72,10 +103,13 @@ class Call:
         """Apply the function to a whole partition, as many rows at a time as it takes."""
         if self.batch_rows is None:
             return [self._call(frame, contexts)]
-        starts = range(0, len(frame), self.batch_rows)
-        return [
-            self._batch(frame.iloc[start : start + self.batch_rows], contexts) for start in starts
-        ]
+        parts = []
+        for start in range(0, len(frame), self.batch_rows):
+            rows = frame.iloc[start : start + self.batch_rows]
+            if _notes.on_call is not None and _withheld.error is None:
+                _notes.on_call(start, start + len(rows), len(frame))
+            parts.append(self._batch(rows, contexts))
+        return parts
 
     def joined(self, parts: list[pd.DataFrame]) -> pd.DataFrame:
         """What the function returned, put together and held against what was declared."""
@@ -208,6 +242,8 @@ def infer(frame: pd.DataFrame, call: Sealed, refs: tuple[ContextRef, ...]) -> pd
         spent.is_by_rows, spent.errors = True, []
     if not len(frame):
         return opened.meta.copy()
+    if _notes.on_wait is not None:
+        _notes.on_wait()
     with hold(refs) as contexts:
         parts = opened.on(frame, contexts)
     # Without the contexts: another lane is at it by now.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,19 @@ from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
 from dask_pcm.plugins.scheduler import GATE
+from tests.support.patience import patient
+
+#: What stands in a traceback that went through our code; the repository's folder may be called
+#: like the package.
+PACKAGE = f"{Path(pcm.__file__).parent}{os.sep}"
+#: Seconds that a test may take, on a machine with nothing else to do.
+_TIMEOUT_S = 120
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(patient(_TIMEOUT_S)))
 
 
 class SwallowedErrors(logging.Handler):
@@ -28,7 +42,7 @@ class SwallowedErrors(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
-        is_swallowed = record.exc_info is not None and "/dask_pcm/" in text
+        is_swallowed = record.exc_info is not None and PACKAGE in text
         if is_swallowed or "Plugin failed" in text or ("plugin pcm" in text and "failed" in text):
             self.records.append(text)
 
@@ -70,7 +84,7 @@ def validated_cluster(n_workers: int = 2, **options: Any) -> Iterator[LocalClust
 
 def is_swallowed(text: str) -> bool:
     """Whether a worker tells of an error of ours that nobody else is told of."""
-    is_ours = "/dask_pcm/" in text or "AssertionError" in text or "plugin pcm" in text
+    is_ours = PACKAGE in text or "AssertionError" in text or "plugin pcm" in text
     return is_ours and "Compute Failed" not in text
 
 

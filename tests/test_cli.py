@@ -10,7 +10,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import dask
@@ -22,6 +21,7 @@ from distributed import rpc
 from dask_pcm import cli
 from dask_pcm.cli import main
 from dask_pcm.factcheck import PROMPT, generate
+from tests.support.patience import patient, until
 
 DATA = Path(__file__).parents[1] / "data"
 CHOICES = "SUPPORTED,REFUTED,NOT ENOUGH INFO"
@@ -63,7 +63,7 @@ def test_the_demo(tmp_path):
         command("demo", "--rows", 1200, "--output", out),
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=patient(110),
     )
     assert done.returncode == 0, done.stderr
     for word in ("rows", "rows/s", "context loads   2 on 2", "loading", "inferring", "accuracy"):
@@ -187,27 +187,27 @@ def test_status_pause_resume_and_cancel_from_another_process(tmp_path):
     out = tmp_path / "out"
     args = command(*run_args(tmp_path / "claims.parquet", out))
 
-    def until(state):
-        deadline = time.monotonic() + 60
-        while True:
-            shown = invoke_here("status", "--json", out)
-            if shown.exit_code == 0 and (found := json.loads(shown.output))["state"] == state:
-                return found
-            assert time.monotonic() < deadline and running.poll() is None
-            time.sleep(0.1)
+    def status():
+        assert running.poll() is None
+        shown = invoke_here("status", "--json", out)
+        return json.loads(shown.output) if shown.exit_code == 0 else {"state": "none yet"}
+
+    def until_it_is(state):
+        until(lambda: status()["state"] == state, 60)
+        return status()
 
     missing = invoke_here("status", out)
     assert missing.exit_code == 1 and "no output of dask_pcm" in missing.output
     with subprocess.Popen(args, stderr=subprocess.PIPE, text=True) as running:
-        found = until("running")
+        found = until_it_is("running")
         assert str(running.pid) in found["driver"] and found["total"] == 20_000
         assert invoke_here("pause", out).exit_code == 0
-        until("paused")
+        until_it_is("paused")
         assert "paused" in invoke_here("status", out).output
         assert invoke_here("resume", out).exit_code == 0
-        until("running")
+        until_it_is("running")
         assert invoke_here("cancel", out).exit_code == 0
-        _, said = running.communicate(timeout=60)
+        _, said = running.communicate(timeout=patient(60))
     assert running.returncode == 130
     assert "was cancelled" in said and "Traceback" not in said
     assert json.loads(invoke_here("status", "--json", out).output)["state"] == "cancelled"
@@ -277,17 +277,14 @@ def test_ctrl_c_leaves_a_resumable_output_and_says_so(tmp_path):
     options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     # Whoever starts the tests in the background of a shell has them ignore the signal.
     with subprocess.Popen(args, preexec_fn=heed_interrupts, **options) as first:
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("part-*.parquet"))) < 4:
-            assert time.monotonic() < deadline and first.poll() is None
-            time.sleep(0.05)
+        until(lambda: len(list(out.glob("part-*.parquet"))) >= 4 or first.poll() is not None, 60)
         os.killpg(first.pid, signal.SIGINT)
-        _, said = first.communicate(timeout=60)
+        _, said = first.communicate(timeout=patient(60))
     assert first.returncode == 130
     assert "run the same command to go on" in said
     assert "Traceback" not in said, said
     assert 0 < len(pd.read_parquet(out)) < 8_000
-    assert subprocess.run(args, capture_output=True, timeout=110).returncode == 0
+    assert subprocess.run(args, capture_output=True, timeout=patient(110)).returncode == 0
     assert pd.read_parquet(out).id.tolist() == list(range(8_000))
     assert json.loads(report.read_text())["rows_resumed"] > 0
 

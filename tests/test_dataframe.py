@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import dask.dataframe as dd
@@ -13,6 +12,7 @@ from distributed import wait
 
 import dask_pcm as pcm
 from dask_pcm.errors import RecipeError, RowCountError, SchemaError
+from tests.support.patience import until
 
 META = {"id": "i8", "verdict": "str"}
 
@@ -54,10 +54,8 @@ def tasks_of(client, shared_cluster):
 
     def count(frame):
         scheduler = shared_cluster.scheduler
-        deadline = time.monotonic() + 10
-        while scheduler.tasks:  # results that are still there would not be computed again
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        # Results that are still there would not be computed again.
+        until(lambda: not scheduler.tasks, 10)
         persisted = frame.persist()
         wait(persisted)
         return Counter(key_split(key) for key in list(scheduler.tasks))

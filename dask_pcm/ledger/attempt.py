@@ -6,27 +6,28 @@ later run commits it as it is (``recover.py``).
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import pyarrow as pa
 
-from dask_pcm.errors import LostProcessError
+from dask_pcm.errors import FencedError, LostProcessError
 from dask_pcm.ledger.compute import Batch, batches
 from dask_pcm.ledger.cut import cut_to
-from dask_pcm.ledger.journal import Found, Journal, Record, apart
+from dask_pcm.ledger.journal import Journal, Record, apart
 from dask_pcm.ledger.layout import GROUP_BYTES, Layout
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.plan import Unit
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
-from dask_pcm.mapping import ERROR, withheld
+from dask_pcm.mapping import ERROR, noting, withheld
 from dask_pcm.plugins.hold import n_losses, spent, was_lost
 
 #: Errors that are told of each batch.
@@ -49,31 +50,35 @@ class _Earlier:
         What they had finished.
     costs
         Rows that have cost processes, as far as that is settled.
-    in_hand
+    in_flight
         Rows that the last one had begun and not finished; nobody knows yet whether they ended it.
+    was_waiting
+        Whether the last one waited for a context when it ended.
     """
 
     names: list[str]
     records: list[Record]
     costs: list[Cost]
-    in_hand: list[Range]
+    in_flight: list[Range]
+    was_waiting: bool = False
 
     @classmethod
     def of(cls, unit: Unit, output: Output, batch_rows: int) -> _Earlier:
         """Look for journals, and note what those who left them had not come to."""
         found_by_name = dict(output.journals(unit.name)) if _may_have_journals(output) else {}
         if not found_by_name:
-            return cls([], [], [], _unit_in_hand(unit, output, batch_rows))
+            return cls([], [], [], _unit_in_flight(unit, output, batch_rows))
         useful = {name: found for name, found in found_by_name.items() if found is not None}
         settled = {name for found in useful.values() for name in found.settled}
         last = [found for name, found in useful.items() if name not in settled]
-        for found in useful.values():
-            note_unbegun(output, found, unit.name)
+        for name, found in useful.items():
+            output.note_called(found.called, name, found.about["run"])
         return cls(
             list(found_by_name),
             apart([record for found in useful.values() for record in found.records]),
             [cost for found in useful.values() for cost in found.costs],
-            [rows for found in last for rows in found.in_hand],
+            [rows for found in last for rows in found.in_flight],
+            any(found.waiting for found in last),
         )
 
 
@@ -81,8 +86,8 @@ def _may_have_journals(output: Output) -> bool:
     return output.has_journals or was_lost()
 
 
-def _unit_in_hand(unit: Unit, output: Output, batch_rows: int) -> list[Range]:
-    """What a unit had in hand when it was lost, where no journal tells.
+def _unit_in_flight(unit: Unit, output: Output, batch_rows: int) -> list[Range]:
+    """What a unit had in flight when it was lost, where no journal tells.
 
     All of it, if it leaves none unless it was lost before. Else it had not been begun.
     """
@@ -126,15 +131,14 @@ def attempt(
     kept, suspects = earlier.records, _suspects(unit, earlier, costs)
     done = Ranges((record.start, record.stop) for record in kept)
     spans = [left for span in unit.spans or () for left in cut_to(span, done)]
-    rest = [(span.offset, span.offset + span.n_rows) for span in spans]
-    output.note_start(unit.name, unit.n_rows, rest if kept else None)
     with ExitStack() as stack:
         journal = None
         is_long = sum(span.n_rows for span in spans) > batch_rows
         if kept or suspects or (output.has_journals and is_long):
             journal = output.begin_journal(unit.name, origin)
-        if journal is not None:
             stack.callback(journal.close)
+        calls = stack.enter_context(_Calls(output, unit, journal))
+        if journal is not None:
             journal.settle(earlier.names, list(suspects))
             for record in kept:
                 journal.append(record)
@@ -144,14 +148,14 @@ def attempt(
         pace = Pace(batch_rows, suspects)
         left = replace(unit, spans=tuple(spans))
         todo = batches(left, graph, max_bytes, pace.end) if spans else ()
-        fresh = _computed(todo, output, layout, journal, pace)
+        fresh = _computed(todo, layout, journal, calls, pace)
         yield from heapq.merge(kept, fresh, key=lambda record: record.start)
 
 
 def _suspects(unit: Unit, earlier: _Earlier, costs: Iterable[Cost]) -> Suspects:
     """What rows of a unit have cost, in earlier runs, in this one, and at the last death.
 
-    Whether a process ended by a fault of its own is asked only where rows were in hand, and once
+    Whether a process ended by a fault of its own is asked only where rows were begun, and once
     for each end: the journal that tells of it is settled before anything else is done, so that
     rows pay for no end that they had no part in. A process that ends elsewhere, while rows are
     read or a part is committed, is not asked about: the gate counts on, and ends the task.
@@ -160,8 +164,9 @@ def _suspects(unit: Unit, earlier: _Earlier, costs: Iterable[Cost]) -> Suspects:
     first, end = place if isinstance(place, tuple) else (0, 0)
     mine = (cost for cost in costs if cost.start < end and first < cost.stop)
     suspects = Suspects([*mine, *earlier.costs])
-    if earlier.in_hand and n_losses():
-        for rows in earlier.in_hand:
+    # What waited is innocent, but has the gate count anew all the same.
+    if (earlier.in_flight or earlier.was_waiting) and n_losses():
+        for rows in earlier.in_flight:
             suspects.blame(rows)
     return suspects
 
@@ -180,23 +185,67 @@ def _check_hope(unit: Unit, suspects: Suspects) -> None:
             )
 
 
+class _Calls:
+    """Which rows the function is called on, said before each call.
+
+    In the unit's journal, and at the end in the log. Where there is no journal, in the log at
+    once, for the whole unit: it is a batch, or it is in an object store, where the rows that were
+    called are known by the unit only.
+    """
+
+    def __init__(self, output: Output, unit: Unit, journal: Journal | None) -> None:
+        self._output = output
+        self._unit = unit
+        self._journal = journal
+        self._called: list[Range] = []
+        self._batch = (0, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._journal is not None:
+            with contextlib.suppress(FencedError):  # nothing of this run is counted any more
+                self._output.note_called(self._called, self._journal.name, self._output.run)
+
+    @contextmanager
+    def of(self, batch: Batch) -> Iterator[None]:
+        """While a batch is computed."""
+        self._batch = (batch.start, batch.stop)
+        if self._journal is not None:
+            self._journal.begin(*self._batch)
+        with noting(self._on_wait, self._on_call):
+            yield
+
+    def _on_wait(self) -> None:
+        if self._journal is not None:
+            self._journal.wait(*self._batch)
+
+    def _on_call(self, start: int, stop: int, n_rows: int) -> None:
+        first, end = self._batch
+        # With a filter below, it is not known which rows of the input these are.
+        rows = (first + start, first + stop) if n_rows == end - first else self._batch
+        if self._journal is not None:
+            self._journal.call(*rows)
+            self._called.append(rows)
+        elif not self._called:
+            self._called = [(s.offset, s.offset + s.n_rows) for s in self._unit.spans or ()]
+            self._output.note_called(self._called, None, self._output.run)
+
+
 def _computed(
-    todo: Iterable[Batch], output: Output, layout: Layout, journal: Journal | None, pace: Pace
+    todo: Iterable[Batch], layout: Layout, journal: Journal | None, calls: _Calls, pace: Pace
 ) -> Iterator[Record]:
     for batch in todo:
-        is_given_up = pace.suspects.gives_up(batch.start)  # and if so, it is alone
-        if is_given_up:
+        if pace.suspects.gives_up(batch.start):  # and if so, it is alone
             record = _given_up(batch, layout)
         else:
-            if journal is not None:
-                journal.begin(batch.start, batch.stop)
             begun = time.perf_counter()
-            record = make_record(batch.start, batch.stop, batch.compute(), layout)
+            with calls.of(batch):
+                record = make_record(batch.start, batch.stop, batch.compute(), layout)
             pace.observe(batch.start, time.perf_counter() - begun)
         if journal is not None:
             journal.append(record)
-        if is_given_up:
-            output.note_unbegun(output.run, [(batch.start, batch.stop)])
         yield record
 
 
@@ -243,16 +292,6 @@ def make_record(start: int, stop: int, frame: pd.DataFrame, layout: Layout) -> R
     errors = [str(error) for error in failed[:MAX_ERRORS]]
     table = pa.concat_tables(layout.tables(frame))
     return Record(start, stop, table, len(failed), errors, dict(spent.facts))
-
-
-def note_unbegun(output: Output, found: Found, unit: str) -> None:
-    """What an attempt had not come to was not computed by it, although it had started the unit."""
-    place = parse_name(unit)
-    if isinstance(place, tuple):
-        finished = ((record.start, record.stop) for record in found.records)
-        rest = list(Ranges([*finished, *found.begun]).missing(*place))
-        if rest:
-            output.note_unbegun(found.about["run"], rest)
 
 
 def clear(unit: str, output: Output) -> None:

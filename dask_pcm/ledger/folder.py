@@ -232,7 +232,7 @@ class Folder(Output):
             self._at(JOURNAL).mkdir(exist_ok=True)
             descriptor = os.open(self._at(f"{JOURNAL}/{name}"), flags, 0o666)
         about = {**origin, "run": self.run, "begun": self.begun, "unit": unit}
-        return FileJournal(descriptor, about)
+        return FileJournal(descriptor, f"{JOURNAL}/{name}", about)
 
     def read_journal(self, name: str) -> bytes:
         return self.read(name)

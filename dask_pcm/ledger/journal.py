@@ -10,8 +10,9 @@ later run commits it.
 digest, a head in JSON, and a table as an Arrow IPC stream. What a lost node has torn, and all that
 comes after it, counts as not written.
 
-It says which rows are begun as well, and so which were in hand when a process ended. What rows have
-cost in processes (see ``suspects.py``) is carried from journal to journal.
+It also says how far the rows at hand are: begun, waiting for a context, given to the function. So
+it tells which rows were in flight when a process ended, and which the function has ever seen. What
+rows have cost in processes (see ``suspects.py``) is carried from journal to journal.
 """
 
 from __future__ import annotations
@@ -69,16 +70,27 @@ class Journal(abc.ABC):
 
     Parameters
     ----------
+    name
+        Of the journal, in the output.
     about
         Which attempt this is (``run``, ``begun``, ``unit``), and what a part of it would tell.
     """
 
-    def __init__(self, about: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, about: Mapping[str, Any]) -> None:
+        self.name = name
         self._append(about)
 
     def begin(self, start: int, stop: int) -> None:
-        """Say which rows are begun, so that nobody takes others for begun."""
+        """Say which rows are begun: what ends the process from now on may be their doing."""
         self._append({"begin": [start, stop]})
+
+    def wait(self, start: int, stop: int) -> None:
+        """Say that these rows wait for a context: what ends the process now is not their doing."""
+        self._append({"wait": [start, stop]})
+
+    def call(self, start: int, stop: int) -> None:
+        """Say which rows the function is about to be called on."""
+        self._append({"call": [start, stop]})
 
     def settle(self, earlier: Sequence[str], costs: Sequence[Cost]) -> None:
         """Say what rows have cost in all: whatever the journals `earlier` tell has been counted."""
@@ -114,15 +126,15 @@ class FileJournal(Journal):
     ----------
     descriptor
         A file that is open for appending; closed with this.
-    about
+    name, about
         As of a ``Journal``.
     """
 
-    def __init__(self, descriptor: int, about: Mapping[str, Any]) -> None:
+    def __init__(self, descriptor: int, name: str, about: Mapping[str, Any]) -> None:
         self._descriptor = descriptor
         self._synced_at = time.monotonic()
         try:
-            super().__init__(about)
+            super().__init__(name, about)
         except BaseException:
             self.close()
             raise
@@ -150,6 +162,10 @@ class Found(NamedTuple):
         What it had finished.
     begun
         Rows that it had begun.
+    waiting
+        Those among them that last waited for a context.
+    called
+        Rows that the function was called on.
     costs
         Rows that had cost processes before.
     settled
@@ -160,14 +176,17 @@ class Found(NamedTuple):
     about: Mapping[str, Any]
     records: list[Record]
     begun: list[Range]
+    waiting: set[Range]
+    called: list[Range]
     costs: list[Cost]
     settled: list[str]
 
     @property
-    def in_hand(self) -> list[Range]:
-        """Rows that it had begun and not finished."""
-        finished = Ranges((record.start, record.stop) for record in self.records)
-        return [rows for rows in self.begun if any(finished.missing(*rows))]
+    def in_flight(self) -> list[Range]:
+        """Rows that it had begun and not finished, and that did not wait for a context."""
+        done = Ranges((record.start, record.stop) for record in self.records)
+        begun = (rows for rows in self.begun if rows not in self.waiting)
+        return [rows for rows in begun if any(done.missing(*rows))]
 
 
 def read_journal(data: bytes) -> Found | None:
@@ -176,20 +195,29 @@ def read_journal(data: bytes) -> Found | None:
     first = next(heads, None)
     if first is None:
         return None
-    found = Found(first[0], [], [], [], [])
+    found = Found(first[0], [], [], set(), [], [], [])
     for head, content in heads:
-        if "costs" in head:
-            found.costs.extend(Cost(*cost) for cost in head["costs"])
-            found.settled.extend(head["settled"])
-            continue
-        if "begin" in head:
-            found.begun.append(tuple(head["begin"]))
-            continue
+        _take_in(found, head, content)
+    return found
+
+
+def _take_in(found: Found, head: Mapping[str, Any], content: memoryview) -> None:
+    if "costs" in head:
+        found.costs.extend(Cost(*cost) for cost in head["costs"])
+        found.settled.extend(head["settled"])
+    elif "begin" in head:
+        found.begun.append(tuple(head["begin"]))
+    elif "wait" in head:
+        found.waiting.add(tuple(head["wait"]))
+    elif "call" in head:
+        start, stop = head["call"]
+        found.called.append((start, stop))
+        found.waiting.difference_update([r for r in found.waiting if r[0] <= start < r[1]])
+    else:
         table = pa.ipc.open_stream(content).read_all()
         start, stop = head["rows"]
         says = head["failed"], head["errors"], head["facts"]
         found.records.append(Record(start, stop, table, *says, is_kept=True))
-    return found
 
 
 def _heads(data: bytes) -> Iterator[tuple[dict[str, Any], memoryview]]:

@@ -378,7 +378,7 @@ class Objects(Output):
     def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> Journal:
         place = f"{JOURNAL}/{unit}.{self.run}.{uuid.uuid4().hex}"
         about = {**origin, "run": self.run, "begun": self.begun, "unit": unit}
-        return _ObjectJournal(lambda name, data: self.write(f"{place}/{name}", data), about)
+        return _ObjectJournal(self.write, place, about)
 
     def read_journal(self, name: str) -> bytes:
         return b"".join(self.read(f"{name}/{number}") for number in self.entries(name))
@@ -387,13 +387,15 @@ class Objects(Output):
 class _ObjectJournal(Journal):
     """A journal as numbered objects: nothing can be appended to one."""
 
-    def __init__(self, put: Callable[[str, bytes], None], about: Mapping[str, Any]) -> None:
+    def __init__(
+        self, put: Callable[[str, bytes], None], name: str, about: Mapping[str, Any]
+    ) -> None:
         self._put = put
         self._numbers = itertools.count()
-        super().__init__(about)
+        super().__init__(name, about)
 
     def _write(self, blocks: Sequence[bytes | memoryview]) -> None:
-        self._put(f"{next(self._numbers):09d}", b"".join(blocks))
+        self._put(f"{self.name}/{next(self._numbers):09d}", b"".join(blocks))
 
     def close(self) -> None:
         """All of it is there."""

@@ -42,7 +42,7 @@ from dask_pcm.errors import OutputError
 from dask_pcm.files import path_text
 from dask_pcm.ledger.journal import Found, Journal, read_journal
 from dask_pcm.ledger.parts import Note, parse_name
-from dask_pcm.ledger.ranges import Range
+from dask_pcm.ledger.ranges import Range, Ranges
 
 HOME = "_pcm"
 MANIFEST, REPORT, LOG = f"{HOME}/manifest.json", f"{HOME}/report.json", f"{HOME}/log"
@@ -258,16 +258,17 @@ class Output(abc.ABC):
             return {}
         return found
 
-    def note_start(
-        self, unit: str, n_rows: int | None, rest: Iterable[Range] | None = None
-    ) -> None:
-        """Note that a unit begins; with what is left of it, where some of it has been found."""
-        line = {"run": self.run, "start": unit, "rows": n_rows}
-        self.log(line if rest is None else {**line, "rest": list(rest)})
+    def note_start(self, unit: str, n_rows: int | None) -> None:
+        """Note that a unit begins whose rows are computed as a whole."""
+        self.log({"run": self.run, "start": unit, "rows": n_rows})
 
-    def note_unbegun(self, run: str, rows: Iterable[Range]) -> None:
-        """Note that rows of a unit that `run` had started were never begun."""
-        self.log({"run": run, "unbegun": list(rows)})
+    def note_called(self, rows: Iterable[Range], journal: str | None, run: str) -> None:
+        """Note rows that a function by rows was called on, by an attempt of a run.
+
+        What the same journal tells counts once, however many note it.
+        """
+        if ranges := list(Ranges(rows)):
+            self.log({"run": run, "called": ranges, "journal": journal})
 
     def journal_names(self, unit: str | None = None) -> list[str]:
         """Journals that attempts at a unit, or at any, have left."""

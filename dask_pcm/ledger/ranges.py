@@ -21,6 +21,10 @@ class Ranges:
             self._ranges.append((start, stop))
         self._starts = [start for start, _ in self._ranges]
 
+    def __iter__(self) -> Iterator[Range]:
+        """As few ranges as there can be, in their order."""
+        return iter(self._ranges)
+
     @property
     def n_rows(self) -> int:
         return sum(stop - start for start, stop in self._ranges)

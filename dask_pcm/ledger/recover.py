@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dask_pcm.ledger.attempt import grouped, note_unbegun
+from dask_pcm.ledger.attempt import grouped
 from dask_pcm.ledger.journal import Found, Record, apart
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name, range_name
@@ -30,9 +30,9 @@ def recover(output: Output) -> tuple[Cost, ...]:
     names = output.journal_names()
     journals: dict[str, list[Found]] = {}
     costs: list[Cost] = []
-    for _, found in output.journals():
+    for name, found in output.journals():
         if found is not None:
-            note_unbegun(output, found, found.about["unit"])
+            output.note_called(found.called, name, found.about["run"])
             journals.setdefault(found.about["unit"], []).append(found)
             costs += found.costs
     for found_of_unit in journals.values():

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dask_pcm.ledger.parts import parse_name
+from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.status import STARTING
 
 
@@ -26,7 +27,8 @@ class Report:
     rows, rows_failed
         Rows of the whole output, and those among them with an error.
     rows_recomputed
-        Rows that were started now although they had been started before.
+        Rows that functions were called on now although they had been before, in this run or an
+        earlier one: to the row where the output is in a folder, to the unit in an object store.
     rows_retried
         Rows that had failed and were computed again (``retry_failed``).
     units, units_resumed, rows_resumed
@@ -80,30 +82,28 @@ class Report:
 def rows_recomputed(
     lines: Iterable[Mapping[str, Any]], run: str, rows_of: Callable[[str], int]
 ) -> int:
-    """Rows that `run` started and that had been started before, by it or by another run.
+    """Rows that `run` computed and that had been computed before, by it or by another run.
 
-    Units of different runs need not be alike, so ranges are compared, not names. What a journal
-    shows not to have been begun is left out. Units that are
-    whole partitions, whose rows nobody had counted, have the rows of their part (`rows_of`).
+    Units of different runs need not be alike, so ranges of rows are compared, not names. Units that
+    are whole partitions, whose rows nobody had counted, have the rows of their part (`rows_of`).
     """
     edges: list[tuple[int, bool, int]] = []  # row, whether `run` did it, one more or one less
+    journals: dict[Any, tuple[bool, list[Range]]] = {}
     partitions: Counter[str] = Counter()
     restarted: Counter[str] = Counter()
-    for line in lines:
+    for number, line in enumerate(lines):
         is_mine = line["run"] == run
-        if "unbegun" in line:
-            ranges, sign = line["unbegun"], -1
-        elif "start" in line:
-            name = line["start"]
-            place, sign = parse_name(name), 1
-            ranges = line.get("rest", [place] if isinstance(place, tuple) else [])
-            if isinstance(place, int):
-                partitions[name] += 1
-                restarted[name] += is_mine
-        else:
-            continue
-        for start, stop in ranges:
-            edges += [(start, is_mine, sign), (stop, is_mine, -sign)]
+        if "called" in line:  # several may tell of one journal
+            _, rows = journals.setdefault(line["journal"] or number, (is_mine, []))
+            rows += [(start, stop) for start, stop in line["called"]]
+        elif isinstance(place := parse_name(line.get("start", "")), int):
+            partitions[line["start"]] += 1
+            restarted[line["start"]] += is_mine
+        elif place is not None:
+            journals[number] = is_mine, [place]
+    for is_mine, rows in journals.values():
+        for start, stop in Ranges(rows):
+            edges += [(start, is_mine, 1), (stop, is_mine, -1)]
     n_rows = _again(sorted(edges))
     for name, n_mine in restarted.items():
         n_again = n_mine if partitions[name] > n_mine else n_mine - 1

@@ -21,6 +21,7 @@ from dask_pcm.ladder import disk as disk_module
 from dask_pcm.ladder import filling as filling_module
 from dask_pcm.ladder.disk import Disk, is_node_local
 from dask_pcm.ladder.filling import verified_chunks
+from tests.support.patience import patient
 
 CHUNK = 256 << 10
 
@@ -130,7 +131,7 @@ def staging(bundle, disk, *options):
 def test_of_two_processes_one_stages_and_the_other_waits(disk, made):
     bundle = made("model", 8 * CHUNK)
     processes = [staging(bundle, disk) for _ in range(2)]
-    said = sorted(process.communicate(timeout=60)[0].strip() for process in processes)
+    said = sorted(process.communicate(timeout=patient(60))[0].strip() for process in processes)
     assert said == ["complete", "missing 8"]
 
 
@@ -141,7 +142,7 @@ def test_killed_in_the_midst_another_process_goes_on(disk, made):
     waiting = staging(bundle, disk)
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
-    assert waiting.communicate(timeout=60)[0].strip() == "missing 4"
+    assert waiting.communicate(timeout=patient(60))[0].strip() == "missing 4"
     with disk.using(bundle) as path:
         assert read_all(path) == {"0.bin": source(bundle.files[0])}
 
@@ -163,7 +164,7 @@ def test_a_tree_that_somebody_was_given_is_there_at_every_moment(disk, made, tmp
             together = threading.Barrier(8)
 
             def use(_, bundle=bundle, together=together):
-                together.wait(10)
+                together.wait(patient(10))
                 with disk.using(bundle) as path:
                     for _ in range(50):
                         if not Path(path, "1.bin").exists():

@@ -14,6 +14,7 @@ from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.residency import Tier
 from dask_pcm.ladder.store import Store
 from tests.ladder.test_host import OwnShelf
+from tests.support.patience import patient
 
 MIB = 1 << 20
 
@@ -40,7 +41,7 @@ BEGUN, GO_ON, MADE = threading.Event(), threading.Event(), []
 
 def slow():
     BEGUN.set()
-    assert GO_ON.wait(30)
+    assert GO_ON.wait(patient(30))
     return load(1)
 
 
@@ -101,7 +102,7 @@ def test_who_holds_nothing_waits_for_as_long_as_others_work(store):
 
 def test_of_two_that_wait_for_each_other_one_is_told(store):
     refs = [Context(load, number, 3).ref for number in range(4)]
-    has_taken = threading.Barrier(2, timeout=30)
+    has_taken = threading.Barrier(2, timeout=patient(30))
     errors = []
 
     def task(first, second):
@@ -140,7 +141,7 @@ def test_released_while_it_loads_it_does_not_stay():
     context = Context(slow)
     thread = threading.Thread(target=store.load, args=[context.ref])
     thread.start()
-    assert BEGUN.wait(30)
+    assert BEGUN.wait(patient(30))
     store.release(context.digest)
     GO_ON.set()
     thread.join(30)

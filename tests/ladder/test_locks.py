@@ -10,6 +10,7 @@ from contextlib import suppress
 import pytest
 
 from dask_pcm.ladder.locks import is_held, locked
+from tests.support.patience import patient
 
 AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 
@@ -30,7 +31,7 @@ def test_who_waited_for_a_file_that_was_removed_takes_its_successor(tmp_path):
         successor.__enter__()
     assert not has_it.wait(0.2)
     successor.__exit__(None, None, None)
-    assert has_it.wait(10)
+    assert has_it.wait(patient(10))
     waiting.join()
 
 

@@ -9,6 +9,7 @@ from dask_pcm import Context
 from dask_pcm.context import ContextRef, Recipe
 from dask_pcm.errors import LoadError
 from dask_pcm.ladder.store import Store, Tier
+from tests.support.patience import patient
 
 # Loaders are pickled into their recipe, so what they share with a test stands in this module,
 # which they find again by its name.
@@ -50,7 +51,7 @@ def slow_load(name):
     import tests.ladder.test_store as shared
 
     shared.STARTED.release()
-    assert shared.GO.wait(10)
+    assert shared.GO.wait(patient(10))
     return shared.load(name)
 
 
@@ -71,7 +72,7 @@ def test_one_load_however_many_ask(store):
     ref = Context(slow_load, "a").ref
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(store.load, ref) for _ in range(8)]
-        assert STARTED.acquire(timeout=10)
+        assert STARTED.acquire(timeout=patient(10))
         GO.set()
         values = [future.result(10) for future in asked]
     assert LOADED == ["a"]
@@ -107,11 +108,11 @@ def test_an_exclusive_context_has_one_holder(store):
     def hold():
         with store.acquire([ref]):
             entered.release()
-            assert leave.wait(10)
+            assert leave.wait(patient(10))
 
     with ThreadPoolExecutor(2) as pool:
         held = [pool.submit(hold) for _ in range(2)]
-        assert entered.acquire(timeout=10)
+        assert entered.acquire(timeout=patient(10))
         assert not entered.acquire(timeout=0.2)
         leave.set()
         for future in held:
@@ -120,7 +121,7 @@ def test_an_exclusive_context_has_one_holder(store):
 
 def test_a_shared_context_has_many(store):
     ref = Context(load, "a", exclusive=False).ref
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=patient(10))
 
     def hold():
         with store.acquire([ref]):
@@ -153,7 +154,7 @@ def test_one_by_one_in_other_orders_one_is_told_and_the_others_go_on(store):
 
     def take(number):
         with store.acquire([refs[number]]) as (first,):
-            all_hold.wait(10)
+            all_hold.wait(patient(10))
             with store.acquire([refs[(number + 1) % 3]]) as (second,):
                 return first[0] + second[0]
 
@@ -185,12 +186,12 @@ def test_a_task_and_a_loader_that_wait_for_each_other_are_told(store):
     def hold_and_want():
         with store.acquire([lower]):
             is_held.set()
-            assert STARTED.acquire(timeout=10)
+            assert STARTED.acquire(timeout=patient(10))
             with store.acquire([higher]):
                 return "both"
 
     def want():
-        assert is_held.wait(10)
+        assert is_held.wait(patient(10))
         with store.acquire([higher]):
             return "one"
 

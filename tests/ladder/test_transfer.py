@@ -11,7 +11,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from dask_pcm.errors import TransferError
 from dask_pcm.ladder import transfer
 from dask_pcm.ladder.disk import Disk
 from dask_pcm.ladder.transfer import Access, Peer, Server
+from tests.support.patience import until
 
 CHUNK = 256 << 10
 TOKEN = secrets.token_bytes(32)
@@ -249,10 +249,7 @@ def test_closed_it_leaves_no_threads(disk, model):
     with pytest.raises(TransferError):
         for _ in range(3):
             next(peer.chunks(model.files[0].blob, [1]))
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: threading.active_count() <= before, 10)
 
 
 def test_it_goes_on_accepting_after_an_error(disk, model, monkeypatch):

@@ -33,6 +33,7 @@ from dask_pcm.ledger import manifest
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.manifest import Manifest
 from dask_pcm.ledger.output import MANIFEST
+from tests.support.patience import patient, until
 
 META = {"id": "i8", "verdict": "str"}
 
@@ -117,14 +118,6 @@ def write(frame, out, **options):
     return pcm.write_parquet(frame, out, **{"progress": False, **options})
 
 
-def until(condition):
-    deadline = time.monotonic() + 30
-    while not (value := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
-
-
 def found_in(out):
     return pd.read_parquet(out).sort_values("id", ignore_index=True)
 
@@ -168,9 +161,9 @@ class TestHandle:
         second = write(verdicts, out, take_over=True, wait=False)
         until(lambda: second.status == "running")
         gate.open()
-        assert second.wait(30).rows_resumed == 0
+        assert second.wait(patient(30)).rows_resumed == 0
         with pytest.raises(pcm.PCMError, match="replaced by a newer one"):
-            first.wait(30)
+            first.wait(patient(30))
         assert found_in(out).verdict.str.startswith("other ").all() and len(found_in(out)) == 200
         assert write(verdicts, out).report.rows_resumed == 200
 
@@ -181,7 +174,7 @@ class TestHandle:
         with pytest.raises(TimeoutError, match=r"goes on: running: 0/200 rows"):
             run.wait(0.1)
         gate.open()
-        report = run.wait(30)
+        report = run.wait(patient(30))
         assert (report.state, report.rows) == ("finished", 200)
         assert run.status == "finished" and run.progress.done == 200
         assert repr(run).startswith(f"<Run {out!r}: 200 rows, 0 failed")
@@ -202,13 +195,13 @@ class TestHandle:
         time.sleep(0.6)
         assert run.progress.done == before and run.progress.per_s == per_s
         run.resume()
-        assert run.wait(30).rows == 200
+        assert run.wait(patient(30)).rows == 200
 
     def test_cancel_and_go_on(self, client, job, out, gate):
         run = write(job(gate), out, wait=False)
         run.cancel()
         with pytest.raises(CancelledError, match="was cancelled"):
-            run.wait(30)
+            run.wait(patient(30))
         assert run.status == run.report.state == "cancelled"
         gate.open()
         assert pcm.attach(out).status == "cancelled"
@@ -223,7 +216,7 @@ class TestHandle:
 
         run = write(job(short), out, wait=False)
         with pytest.raises(pcm.PCMError, match="returned 7"):
-            run.wait(30)
+            run.wait(patient(30))
         assert run.status == "failed" and "returned 7" in run.report.error
         with pytest.raises(pcm.PCMError, match="returned 7"):
             pcm.attach(out).wait(5)
@@ -265,7 +258,7 @@ class TestAttach:
         waiting = threading.Thread(target=other.wait, args=(30,))
         waiting.start()
         gate.open()
-        run.wait(30)
+        run.wait(patient(30))
         waiting.join(30)
         assert not waiting.is_alive()
         seen = attached(out)
@@ -303,15 +296,15 @@ class TestTwoDrivers:
         with pytest.raises(BusyError, match=rf"process {os.getpid()} of .* on .*pcm\.attach"):
             write(job(gate), out)
         gate.open()
-        assert run.wait(30).rows == 200
+        assert run.wait(patient(30)).rows == 200
 
     def test_the_second_may_shut_the_first_out(self, client, job, out, gate):
         first = write(job(gate), out, wait=False)
         second = write(job(gate), out, wait=False, take_over=True)
         gate.open()
         with pytest.raises(pcm.PCMError, match="replaced by a newer one"):
-            first.wait(30)
-        assert second.wait(30).rows == 200
+            first.wait(patient(30))
+        assert second.wait(patient(30)).rows == 200
         assert found_in(out).id.tolist() == list(range(200))
 
     def test_another_job_cannot_take_over(self, client, job, out, gate):
@@ -319,7 +312,7 @@ class TestTwoDrivers:
         with pytest.raises(OutputError, match="of another job"):
             write(job(), out, take_over=True)
         gate.open()
-        assert first.wait(30).rows == 200
+        assert first.wait(patient(30)).rows == 200
 
 
 class TestKilledOverwrite:
@@ -458,7 +451,7 @@ class TestRetry:
         run = write(job(noted), out, retry_failed=True, wait=False)
         run.cancel()
         with contextlib.suppress(CancelledError):
-            run.wait(30)
+            run.wait(patient(30))
         n_failed = int(pd.read_parquet(out).error.notna().sum())
         assert run.report.rows_failed == n_failed
 
@@ -718,7 +711,7 @@ class TestBadInput:
             gate.open()
             expected = "has changed since it was listed" if change == "changes" else "Cannot read"
             with pytest.raises(InputError, match=rf"part-3\.parquet.*{expected}|{expected}"):
-                run.wait(30)
+                run.wait(patient(30))
             last.write_bytes(kept)
             os.utime(last, ns=(status.st_atime_ns, status.st_mtime_ns))
             assert write(job(gate), f"{out}-{change}").report.rows == 200
@@ -734,7 +727,7 @@ class TestBadInput:
             write(job(gate), out)
         until(lambda: pcm.attach(out).status == "running")
         gate.open()
-        assert run.wait(30).rows == 200
+        assert run.wait(patient(30)).rows == 200
         self.touch(out, then)
         assert write(job(gate), out).report.units == 0
 

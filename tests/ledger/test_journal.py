@@ -218,7 +218,7 @@ def records():
 
 def test_torn_anywhere_what_is_whole_before_is_there(tmp_path):
     path, ends = tmp_path / "journal", []
-    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"run": "r"})
+    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
     for record in records():
         journal.append(record)
         ends.append(path.stat().st_size)
@@ -259,7 +259,7 @@ def test_what_is_noted_is_synced_every_few_seconds_and_no_more(tmp_path, monkeyp
     monkeypatch.setattr("dask_pcm.ledger.journal.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("dask_pcm.ledger.journal.os.fdatasync", lambda fd: synced.append(clock[0]))
     path = tmp_path / "journal"
-    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"run": "r"})
+    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
     for second in range(16):
         clock[0] = float(second)
         journal.append(Record(second, second + 1, pa.table({"id": [second]})))

@@ -26,6 +26,7 @@ from dask_pcm.ledger.output import LOG, MANIFEST, Output
 from dask_pcm.ledger.parts import parse_name, partition_name, range_name, write_part
 from dask_pcm.ledger.report import rows_recomputed
 from dask_pcm.ledger.stock import Counts, take_stock
+from tests.support.patience import patient
 
 TABLE = pa.table({"x": [1, 2]})
 OTHER = pa.table({"x": [9]})
@@ -93,9 +94,9 @@ class TestParts:
         for writer in writers:
             writer.start()
         for _ in writers:
-            assert results.get(timeout=60) == "here"
+            assert results.get(timeout=patient(60)) == "here"
         ready.set()
-        won = [results.get(timeout=30) for _ in writers]
+        won = [results.get(timeout=patient(30)) for _ in writers]
         for writer in writers:
             writer.join(30)
         assert [kept for _, kept in won].count(True) == 1

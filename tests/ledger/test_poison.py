@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 from collections import Counter
@@ -59,6 +60,13 @@ def cluster(object_store):  # whose address the workers need
 
 
 @pytest.fixture
+def n_forgiven(caplog):
+    """Losses that were taken for preemption so far: nannies that a busy machine kept silent."""
+    caplog.set_level(logging.INFO, "dask_pcm.plugins.losses")
+    return lambda: sum("machine took it away" in text for text in caplog.messages)
+
+
+@pytest.fixture
 def run(cluster, claims, tmp_path):
     """Write what becomes of claims of which some end whoever computes them."""
 
@@ -97,38 +105,40 @@ def check(out, report, called, poison, n_rows):
     computed = Counter(row for _, rows in called for row in rows)
     assert set(computed) == set(range(n_rows))
     n_again = computed.total() - n_rows
-    # What shares a worker with a row to blame, as far as it was begun and not called yet.
-    n_beside = len(poison) * BATCH_ROWS
-    assert n_again <= report.rows_recomputed <= n_again + n_beside
+    if "://" in str(out):  # an object store tells of rows by the unit
+        assert n_again <= report.rows_recomputed
+    else:
+        assert report.rows_recomputed == n_again
 
 
 def processes(called, poison):
-    """Processes that ended with a row to blame."""
+    """How many processes ended with a row to blame."""
     return len([pid for pid, rows in called if set(rows) & set(poison)])
 
 
 @pytest.mark.parametrize("end", [killed, segfault])
-def test_a_row_that_ends_its_process_gets_an_error_and_the_others_answers(run, end):
+def test_a_row_that_ends_its_process_gets_an_error_and_the_others_answers(run, end, n_forgiven):
     called = run([77], end)
-    assert processes(called, [77]) == N_PROCESSES
-    # What is finished stays so, also of its own unit: only what was in hand is computed again.
+    assert N_PROCESSES <= processes(called, [77]) <= N_PROCESSES + n_forgiven()
+    # What is finished stays so, also of its own unit: only what was in flight is computed again.
     finished = Counter(row for _, rows in called if 77 not in rows for row in rows)
-    in_hand = {row for _, rows in called if 77 in rows for row in rows}
-    again = [row for row, n_times in finished.items() if n_times > 1 and row not in in_hand]
+    in_flight = {row for _, rows in called if 77 in rows for row in rows}
+    again = [row for row, n_times in finished.items() if n_times > 1 and row not in in_flight]
     assert len(again) <= BATCH_ROWS  # beside it, when nobody knew of it
 
 
-def test_two_rows_in_batches_of_their_own(run):
+def test_two_rows_in_batches_of_their_own(run, n_forgiven):
     called = run([5, 130], os.abort, batch_rows=8)
-    assert processes(called, [5, 130]) == 2 * (N_PROCESSES - 2)  # two halvings less
+    n_processes = 2 * (N_PROCESSES - 2)  # two halvings less
+    assert n_processes <= processes(called, [5, 130]) <= n_processes + n_forgiven()
 
 
-def test_a_row_in_a_unit_of_less_than_a_batch(run):
+def test_a_row_in_a_unit_of_less_than_a_batch(run, n_forgiven):
     called = run([21], n_rows=30)
-    assert processes(called, [21]) <= N_PROCESSES
+    assert processes(called, [21]) <= N_PROCESSES + n_forgiven()
     assert [len(rows) for _, rows in called][:2] == [30, 30]
 
 
-def test_a_row_that_kills_is_found_in_an_object_store_too(run, bucket):
+def test_a_row_that_kills_is_found_in_an_object_store_too(run, bucket, n_forgiven):
     called = run([50], out=f"{bucket}/out")
-    assert processes(called, [50]) <= N_PROCESSES + 1
+    assert processes(called, [50]) <= N_PROCESSES + 1 + n_forgiven()

@@ -18,6 +18,7 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import LoadError, OutputError, RowCountError, SchemaError
+from tests.support.patience import patient, until
 from tests.test_pieces import TYPES
 
 META = {"id": "i8", "verdict": "str"}
@@ -209,7 +210,7 @@ class TestAnotherJob:
 
     def test_two_runs_that_begin_at_once_never_destroy_each_other(self, client, job, out):
         """Two jobs, one fresh output, two threads: one finishes, the other is refused or fenced."""
-        start = threading.Barrier(2, timeout=30)
+        start = threading.Barrier(2, timeout=patient(30))
 
         def one(func):
             frame = job(func)
@@ -535,7 +536,4 @@ def test_no_file_or_task_is_left_behind(client, job, out):
     def n_tasks(dask_scheduler):
         return len(dask_scheduler.tasks), len(dask_scheduler.plugins["pcm-gate"].runs)
 
-    deadline = time.monotonic() + 10
-    while client.run_on_scheduler(n_tasks) != (0, 0):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: client.run_on_scheduler(n_tasks) == (0, 0), 10)

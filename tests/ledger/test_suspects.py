@@ -152,7 +152,7 @@ def check(output, fatal):
     assert not output.journal_names()
     n_again = sum(map(len, CALLS)) - N_ROWS
     n_told = rows_recomputed(output.lines(), output.run, lambda name: 0)
-    # A unit without a journal does not tell which of its rows were begun.
+    # In an object store, a unit without a journal does not tell which of its rows were called.
     assert n_told == n_again if output.has_journals else n_told >= n_again
 
 

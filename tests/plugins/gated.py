@@ -11,8 +11,11 @@ from dask_pcm.config import Config
 from dask_pcm.plugins.nanny import KeeperPlugin
 from dask_pcm.plugins.scheduler import GATE, GatePlugin
 from dask_pcm.plugins.worker import ContextPlugin
+from tests.support.patience import patient
 
-poll = async_poll_for
+
+async def poll(condition: Callable[[], Any], seconds: float, **options: Any) -> None:
+    await async_poll_for(condition, patient(seconds), **options)
 
 
 async def install(client: Any, is_held: bool = False) -> Any:
@@ -48,6 +51,7 @@ def gated(nthreads: Any = 2, is_held: bool = False, **options: Any) -> Callable[
 
     Scheduler validation is on; when the test ends the gate's state is validated.
     """
+    options["timeout"] = patient(options.get("timeout", 30))
     cores = [("127.0.0.1", 1)] * nthreads if isinstance(nthreads, int) else nthreads
 
     def decorate(test: Callable[..., Any]) -> Callable[..., Any]:

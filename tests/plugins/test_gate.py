@@ -23,6 +23,7 @@ from dask_pcm.plugins.walk import find_refs
 from dask_pcm.plugins.worker import CONTEXTS
 from dask_pcm.scheduling.events import Standing
 from tests.plugins.gated import gated, install, poll
+from tests.support.patience import patient
 
 
 def load(name="a"):
@@ -117,7 +118,7 @@ def plus(i, ctx=None):
 
 
 def until(name, i, ctx=None):
-    assert Event(name).wait(30)
+    assert Event(name).wait(patient(30))
     return i
 
 
@@ -182,7 +183,7 @@ async def test_one_lane_reads_while_the_other_infers(c, s, gate, a):
         with hold([ctx.ref]):
             if i == 0:
                 Event("inferring").set()
-                assert Event("read").wait(10)
+                assert Event("read").wait(patient(10))
         return i
 
     futures = c.map(unit, range(2), ctx=A)
@@ -411,7 +412,7 @@ async def test_actors_are_left_alone(c, s, gate, a, b):
 async def test_parked_work_does_not_time_out_and_the_unsatisfiable_does(c, s, gate, a, b):
     parked = c.map(numbers, range(3), ctx=A)
     plain = c.submit(inc, 1, resources={"NOPE": 1})
-    await wait(plain, timeout=10)
+    await wait(plain, timeout=patient(10))
     assert plain.status == "error"
     assert {f.status for f in parked} == {"pending"}
     gate.release()
@@ -481,7 +482,7 @@ async def test_a_paused_worker_gets_nothing_new(c, s, gate, a, b):
     a.status = Status.paused
     await poll(lambda: gate.state.workers[a.address].is_paused, 5)
     futures = c.map(work, range(8, 16), ctx=A)
-    await wait(futures, timeout=10)
+    await wait(futures, timeout=patient(10))
     assert await where(c, futures) == {b.address}
     a.status = Status.running
     await poll(lambda: not gate.state.workers[a.address].is_paused, 5)
@@ -489,7 +490,7 @@ async def test_a_paused_worker_gets_nothing_new(c, s, gate, a, b):
 
 def begun(i, ctx=None):
     DONE.append(i)
-    Event("go").wait(20)
+    Event("go").wait(patient(20))
     return i
 
 
@@ -634,11 +635,11 @@ async def test_released_in_use_it_stays_until_it_is_let_go(c, s, gate, a):
     def using(i, ctx=None):
         with hold([ctx.ref]) as (live,):
             Event("using").set()
-            assert Event("go").wait(20)
+            assert Event("go").wait(patient(20))
             return live[0]
 
     future = c.submit(using, 1, ctx=model)
-    await Event("using").wait(10)
+    await Event("using").wait(patient(10))
     await gate.on_release([model.digest])
     await asyncio.sleep(0.2)
     assert not await Event("closed in use").is_set()

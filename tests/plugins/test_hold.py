@@ -20,6 +20,7 @@ import dask_pcm as pcm
 from dask_pcm.errors import DeadlockError, LoadError, RecipeError
 from dask_pcm.plugins.hold import n_losses, was_lost
 from dask_pcm.plugins.worker import CONTEXTS
+from tests.support.patience import patient
 
 
 def load(name="live"):
@@ -267,13 +268,13 @@ def test_tasks_that_wait_for_each_others_contexts_are_told(client):
         with pcm.acquire(first):
             if not Lock("only-one").acquire(timeout=0):  # the second to be here
                 Event("both-hold").set()
-            Event("both-hold").wait(10)
+            Event("both-hold").wait(patient(10))
             with pcm.acquire(second):
                 return names
 
     worker = next(iter(client.scheduler_info()["workers"]))
     futures = [client.submit(taking, names, [a, b], workers=[worker]) for names in ("ab", "ba")]
-    wait(futures, timeout=30)
+    wait(futures, timeout=patient(30))
     errors = [future.exception() for future in futures]
     assert sum(isinstance(error, DeadlockError) for error in errors) == 1
     assert sum(error is None for error in errors) == 1
@@ -303,7 +304,7 @@ def test_a_coroutine_is_told_that_it_would_hold_up_the_loop(client):
             return i
 
     with pytest.raises(RecipeError, match="def instead of async def"):
-        client.submit(awaiting, 1, model=pcm.Context(load, "c")).result(timeout=20)
+        client.submit(awaiting, 1, model=pcm.Context(load, "c")).result(timeout=patient(20))
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

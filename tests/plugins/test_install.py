@@ -36,6 +36,7 @@ from dask_pcm.plugins.parking import PARKED
 from dask_pcm.plugins.scheduler import GATE
 from dask_pcm.plugins.worker import CONTEXTS
 from tests.plugins.gated import gated, install, poll
+from tests.support.patience import patient, until
 
 
 def load(name="a"):
@@ -78,11 +79,11 @@ async def test_what_is_in_use_during_uninstall_is_closed_after_it(c, s, gate, a,
     def using(i, model):
         with pcm.acquire(model):
             Event("using").set()
-            assert Event("go").wait(20)
+            assert Event("go").wait(patient(20))
         return i
 
     future = c.submit(using, 1, pcm.Context(load, "in use", close=lambda live: closed.set()))
-    await Event("using").wait(10)
+    await Event("using").wait(patient(10))
     gate.uninstall()
     await c.unregister_worker_plugin(CONTEXTS)
     assert not await closed.is_set()
@@ -113,14 +114,14 @@ async def test_what_a_task_holds_during_install_goes_when_it_is_let_go(c, s, a):
     def using(i, model):
         with pcm.acquire(model):
             Event("using").set()
-            assert Event("go").wait(20)
+            assert Event("go").wait(patient(20))
         return i
 
     held = pcm.Context(load, "held", close=lambda live: Event("closed").set())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         future = c.submit(using, 1, model=held)
-        await Event("using").wait(10)
+        await Event("using").wait(patient(10))
     await install(c)
     assert not await closed.is_set()
     await Event("go").set()
@@ -148,19 +149,19 @@ def test_uninstall_while_tasks_secede(own_client, is_again):
     def nested(i, model):
         with worker_client() as client:
             Event(f"waits-{i}").set()
-            assert Event("go").wait(20)
+            assert Event("go").wait(patient(20))
             return client.submit(inc, i).result()
 
     def later(i, model):
         Event(f"runs-{i}").set()
-        assert Event("go").wait(20)
+        assert Event("go").wait(patient(20))
         secede()
         return i
 
     futures = own_client.map(nested, range(2), model=A)
     futures += own_client.map(later, range(2), model=A)
     for name in ("waits-0", "waits-1", "runs-0", "runs-1"):
-        assert Event(name).wait(20)
+        assert Event(name).wait(patient(20))
     pcm.uninstall(own_client)
     if is_again:
         pcm.install(own_client)
@@ -175,10 +176,7 @@ def test_uninstall_while_tasks_secede(own_client, is_again):
         return sum("pcm-lane" in thread.name for thread in threading.enumerate())
 
     assert not any(own_client.run_on_scheduler(counts))
-    deadline = time.monotonic() + 10
-    while not is_again and any(own_client.run(n_lanes).values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: is_again or not any(own_client.run(n_lanes).values()), 10)
 
 
 @gated()
@@ -234,12 +232,9 @@ def test_uninstall_while_a_run_is_at_work(own_client, claims, tmp_path):
     frame = pcm.read_parquet(claims())
     made = pcm.map_partitions(slow, frame, context=A, meta={"id": "i8"}, batch_rows=4)
     run = pcm.write_parquet(made, tmp_path / "out", wait=False)
-    deadline = time.monotonic() + 20
-    while not run.progress.done:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: run.progress.done)
     pcm.uninstall(own_client)
-    assert run.wait(60).rows == 200
+    assert run.wait(patient(60)).rows == 200
 
 
 def test_uninstall_that_got_half_way_is_finished_by_the_next(own_client):
@@ -249,7 +244,7 @@ def test_uninstall_that_got_half_way_is_finished_by_the_next(own_client):
     pcm.install(own_client)
     own_client.run_on_scheduler(leave)
     pcm.install(own_client)  # a new gate, to workers that have their side already
-    assert own_client.submit(use, 1, model=A).result(timeout=20) == (1, "a")
+    assert own_client.submit(use, 1, model=A).result(timeout=patient(20)) == (1, "a")
     own_client.run_on_scheduler(leave)
     pcm.uninstall(own_client)
 
@@ -265,12 +260,10 @@ def test_installing_again_and_again_leaves_no_threads(own_client):
 
     for _ in range(3):
         pcm.install(own_client)
-        assert own_client.submit(use, 1, model=A, pure=False).result(timeout=20) == (1, "a")
+        future = own_client.submit(use, 1, model=A, pure=False)
+        assert future.result(timeout=patient(20)) == (1, "a")
         pcm.uninstall(own_client)
-    deadline = time.monotonic() + 10
-    while any(own_client.run(n_threads).values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not any(own_client.run(n_threads).values()), 10)
 
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])
@@ -405,7 +398,7 @@ def started(tmp_path):
         process.terminate()
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
+            process.wait(patient(10))
         process.kill()
 
 
@@ -436,7 +429,7 @@ def test_a_preload_and_settings_for_a_cluster_that_others_start(started):
         "dask_worker", address, "--nthreads=1", "--no-dashboard", "--preload", "dask_pcm.preload"
     )
     with Client(address) as client:
-        client.wait_for_workers(1, timeout=60)
+        client.wait_for_workers(1, timeout=patient(60))
         assert client.gather(client.map(use, range(6), model=A)) == [(i, "a") for i in range(6)]
 
         def seen(dask_worker):
@@ -455,7 +448,7 @@ def test_a_worker_without_the_package_gets_plain_tasks_and_says_so(started):
         "dask_worker", address, "--nthreads=1", "--no-dashboard", "--name=without", blocked=True
     )
     with Client(address) as client:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=patient(60))
         addresses = {
             info["id"]: a for a, info in client.scheduler_info(n_workers=-1)["workers"].items()
         }
@@ -463,7 +456,7 @@ def test_a_worker_without_the_package_gets_plain_tasks_and_says_so(started):
         assert client.gather(futures) == [(i, "a") for i in range(10)]
         assert {w for ws in client.who_has(futures).values() for w in ws} == {addresses["with"]}
         plain = client.submit(inc, 1, workers=[addresses["without"]])
-        assert plain.result(timeout=30) == 2
+        assert plain.result(timeout=patient(30)) == 2
         with pytest.raises(pcm.PCMError, match=r"dask_pcm is missing on tcp://"):
             pcm.install(client)
     assert "dask_pcm is missing on tcp://" in without.read_text()

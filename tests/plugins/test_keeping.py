@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import dask_pcm as pcm
 from dask_pcm.plugins.nanny import NannyLink
 from tests.conftest import validated_cluster
 from tests.ladder.test_host import shmem_bytes
+from tests.support.patience import until
 
 
 def load(log, size_mib=1):
@@ -163,10 +163,3 @@ def test_a_nanny_that_is_not_asked_any_more_has_refused_nothing():
     link = NannyLink(SimpleNamespace(nanny="tcp://127.0.0.1:1"))
     link.close()
     assert link.keep("digest", "/proc/1/fd/3", 17, is_shared=True) is None
-
-
-def until(is_so):
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

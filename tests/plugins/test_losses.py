@@ -19,6 +19,7 @@ from dask_pcm.plugins import losses as plugins_losses
 from dask_pcm.plugins.hold import hold, n_losses
 from dask_pcm.plugins.losses import Losses
 from dask_pcm.plugins.scheduler import GATE
+from tests.support.patience import until
 
 LLM = pcm.Context(lambda: "llm", name="llm")
 
@@ -110,14 +111,6 @@ def kill_all(process):
     for member in [*psutil.Process(process.pid).children(recursive=True), process]:
         os.kill(member.pid, signal.SIGKILL)
     process.wait()
-
-
-def until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
 
 
 def stuck(i, ctx, folder: Path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +12,7 @@ from distributed import Client, LocalCluster
 import dask_pcm as pcm
 from dask_pcm.ladder.tensors import is_sticky
 from tests.conftest import validated_cluster
+from tests.support.patience import until
 
 ASSERT = "CUDA error: device-side assert triggered"
 
@@ -50,10 +50,7 @@ def ask(i, context, poison, n_times, log):
 
 
 def await_end(pid):
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_a_lost_device_costs_a_process_but_no_answer(client, tmp_path):

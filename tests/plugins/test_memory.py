@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from dask_pcm.plugins.memory import MemoryAllowance
+from tests.support.patience import patient
 
 LIMIT, ALL = 1 << 30, psutil.virtual_memory().total
 
@@ -66,7 +67,7 @@ def test_whoever_tells_last_knows_most(worker):
     def slowly(n_bytes):
         if n_bytes < ALL:
             is_telling.set()
-            assert may_end.wait(10)
+            assert may_end.wait(patient(10))
 
     def load(digest, then):
         with memory.growing(digest, lambda digest: 0):
@@ -74,17 +75,17 @@ def test_whoever_tells_last_knows_most(worker):
 
     def stay():
         has_begun.set()
-        assert is_over.wait(10)
+        assert is_over.wait(patient(10))
 
     told.before = slowly
     one = threading.Thread(target=load, args=("one", lambda: None))
     other = threading.Thread(target=load, args=("other", stay))
     one.start()
-    assert is_telling.wait(10)
+    assert is_telling.wait(patient(10))
     other.start()
     has_begun.wait(0.3)  # it would, if it did not wait
     may_end.set()
-    assert has_begun.wait(10)
+    assert has_begun.wait(patient(10))
     one.join()
     assert told.n_bytes[-1] == ALL
     assert worker.memory_manager.memory_limit == LIMIT + ALL

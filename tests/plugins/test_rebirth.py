@@ -13,6 +13,7 @@ import dask
 from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
+from tests.support.patience import patient, until
 
 METHOD = "distributed.worker.multiprocessing-method"
 
@@ -69,10 +70,7 @@ def test_a_killed_worker_is_back_with_everything_imported(monkeypatch):
 
 
 def until_gone(pid):
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_the_fork_server_ends_with_the_last_cluster_that_uses_it():
@@ -149,7 +147,7 @@ def test_dask_worker_as_a_batch_job_starts_it(tmp_path):
         command += ["--nthreads=1", "--preload-nanny=dask_pcm.preload"]
         with subprocess.Popen(command, env=environ, cwd=tmp_path) as job:
             try:
-                client.wait_for_workers(1, timeout=60)
+                client.wait_for_workers(1, timeout=patient(60))
                 first = client.submit(about, pure=False).result(60)
                 second = killed(client)
             finally:
@@ -164,7 +162,7 @@ def test_a_job_that_is_killed_leaves_no_fork_server(tmp_path):
         command = [Path(sys.executable).with_name("dask"), "worker", cluster.scheduler_address]
         command += ["--no-dashboard", "--nthreads=1", "--preload-nanny=dask_pcm.preload"]
         with subprocess.Popen(command, cwd=tmp_path) as job:
-            client.wait_for_workers(1, timeout=60)
+            client.wait_for_workers(1, timeout=patient(60))
             parent = client.submit(os.getppid).result(60)
             assert parent != job.pid  # the server's
             job.kill()

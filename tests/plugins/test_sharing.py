@@ -16,6 +16,7 @@ import dask_pcm as pcm
 from dask_pcm.errors import LoadError
 from dask_pcm.plugins.scheduler import GATE
 from tests.conftest import validated_cluster
+from tests.support.patience import patient, until
 
 MIB = 1 << 20
 
@@ -126,7 +127,7 @@ def test_hidden_from_the_gate_they_share_all_the_same(client, log):
         return ask(i, three[i % 3])
 
     futures = [client.submit(hidden, i) for i in range(12)]
-    wait(futures, timeout=60)
+    wait(futures, timeout=patient(60))
     assert client.gather(futures) == [(i, [float(i % 3)]) for i in range(12)]
     assert loads(log) == {0: 1, 1: 1, 2: 1}
 
@@ -155,15 +156,6 @@ def test_idle_it_goes_down_and_comes_back_without_a_load(log):
         until(lambda: list(client.run(check).values()) == [{one.digest: "host"}])
         assert client.submit(ask, 1, one).result(30) == (1, [0.0])
     assert loads(log) == {0: 1}
-
-
-def until(is_so):
-    import time
-
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def taken(context, what):

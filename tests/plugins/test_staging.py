@@ -28,6 +28,7 @@ from dask_pcm.plugins import staging as staging_module
 from dask_pcm.plugins.scheduler import GATE
 from dask_pcm.plugins.worker import CONTEXTS
 from tests.plugins.gated import gated, poll
+from tests.support.patience import patient, until
 
 CHUNK = 256 << 10
 N_CHUNKS = 24
@@ -70,7 +71,7 @@ def hosts(tmp_path, weights):
                 stack.enter_context(worker_process(scheduler, f"host-{i}", security, options))
                 for i in range(n_workers)
             ]
-            client.wait_for_workers(n_workers, timeout=60)
+            client.wait_for_workers(n_workers, timeout=patient(60))
             return client
 
         yield start
@@ -110,10 +111,7 @@ def scheduler_process(tmp_path, security):
     command += [f"--scheduler-file={where}", *credentials(security, "scheduler")]
     command += ["--protocol=tls"] if security else []
     with running(command) as process:
-        deadline = time.monotonic() + 30
-        while not where.exists() or not where.read_text():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: process.poll() is not None or (where.exists() and where.read_text()))
         yield json.loads(where.read_text())["address"]
 
 
@@ -164,7 +162,7 @@ def test_a_worker_that_joins_later_is_staged_from_peers(hosts, weights):
     weights.unlink()  # the store is gone: peers have it
     (scheduler,) = [client.scheduler.address]
     with worker_process(scheduler, "late"):
-        client.wait_for_workers(3, timeout=60)
+        client.wait_for_workers(3, timeout=patient(60))
         (late,) = (
             address
             for address, about in client.scheduler_info(n_workers=-1)["workers"].items()
@@ -182,7 +180,7 @@ def test_a_peer_that_is_killed_in_the_midst(hosts, weights):
     names = {a: w["name"] for a, w in client.scheduler_info(n_workers=-1)["workers"].items()}
     futures = client.map(use, range(60), model=model, pure=False)
     client.workers[int(names[holder[0]].rpartition("-")[2])].kill()
-    wait(futures, timeout=60)
+    wait(futures, timeout=patient(60))
     assert client.gather(futures) == [N_CHUNKS * CHUNK - 7] * 60
 
 
@@ -259,7 +257,7 @@ def silent_store(folder, n_answers):
         def do_GET(self):
             store.n_asked += 1
             if store.n_asked > store.n_answers:
-                over.wait(60)
+                over.wait(patient(60))
                 return
             first, _, last = self.headers.get("Range", "bytes=0-").split("=")[1].partition("-")
             data = (folder / "weights.bin").read_bytes()
@@ -304,15 +302,12 @@ def test_with_its_scheduler_gone_the_run_goes_on_with_what_is_on_the_disks(
     # How long a client looks for its scheduler before it gives its futures up.
     first = hosts(2, **{"distributed.comm.timeouts.connect": "3s"})
     run = pcm.write_parquet(frame, out, client=first, wait=False, progress=False)
-    deadline = time.monotonic() + 60
-    while run.progress.done < 100:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: run.progress.done >= 100, 60)
     os.kill(first.run_on_scheduler(os.getpid), signal.SIGKILL)
     for worker in first.workers:
-        worker.wait(60)
+        worker.wait(patient(60))
     with pytest.raises(Exception):  # noqa: B017 - however Dask says it
-        run.wait(60)
+        run.wait(patient(60))
     (tmp_path / "scheduler.json").unlink()
     second = hosts(2)
     report = pcm.write_parquet(frame, out, client=second, progress=False).report

@@ -12,6 +12,7 @@ import dask_pcm as pcm
 from dask_pcm.plugins import watch
 from dask_pcm.plugins.hold import hold
 from tests.plugins.gated import gated, poll
+from tests.support.patience import patient
 
 LLM = pcm.Context(lambda: "llm", name="llm")
 
@@ -23,7 +24,7 @@ def use(i, ctx=None):
 
 def wait_for(name, ctx=None):
     with hold([ctx.ref]):
-        assert Event(name).wait(30)
+        assert Event(name).wait(patient(30))
         return name
 
 

@@ -19,6 +19,7 @@ from dask_pcm.errors import InstallError
 from dask_pcm.ladder.store import Store
 from dask_pcm.plugins.hold import hold
 from dask_pcm.plugins.worker import CONTEXTS
+from tests.support.patience import patient
 
 # By its name: the package re-exports the function under the same one.
 install_module = importlib.import_module("dask_pcm.plugins.install")
@@ -73,7 +74,7 @@ def test_versions_that_differ_are_refused(own_client, monkeypatch):
 def test_a_worker_that_joins_later_gets_the_plugin(own_client):
     pcm.install(own_client)
     own_client.cluster.scale(3)
-    own_client.wait_for_workers(3, timeout=60)
+    own_client.wait_for_workers(3, timeout=patient(60))
 
     def has_plugin(dask_worker):
         return CONTEXTS in dask_worker.plugins
@@ -153,7 +154,7 @@ def test_weights_neither_pause_nor_kill_a_worker():
         pcm.install(client)
         (pid,) = client.run(os.getpid).values()
         futures = client.map(length, range(40), ctx=pcm.Context(heavy))
-        wait(futures, timeout=60)
+        wait(futures, timeout=patient(60))
         assert client.gather(futures) == [300 << 20] * 40
         assert set(client.run(os.getpid).values()) == {pid}
 
