@@ -1,11 +1,14 @@
-# make demo, make test, make lint, make bench: the developer's whole manual.
+# make demo, make test, make lint, make bench, make gpu: the developer's whole manual.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCHMARKS := main_job doors ladder policy
 
-.PHONY: help demo test lint bench clean
+# What needs a device runs on the torch that is there, which need not be that of .venv.
+GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+
+.PHONY: help demo test lint bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +16,7 @@ help:
 	@echo "make test    set up and run the tests"
 	@echo "make lint    format, lint, types, import layers"
 	@echo "make bench   run the benchmarks and print their tables"
+	@echo "make gpu     run all that needs a GPU, with the torch that is there (GPU_PYTHON=...)"
 
 demo: $(READY)
 	$(BIN)/dask-pcm demo
@@ -30,6 +34,9 @@ bench: $(READY)
 	@for name in $(BENCHMARKS); do \
 	  $(BIN)/python -m benchmarks.$$name --json benchmarks/$$name.json || exit 1; \
 	done
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --json benchmarks/gpu.json
 
 clean:
 	rm -rf $(VENV)

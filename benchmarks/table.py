@@ -52,6 +52,14 @@ class Rows:
             f"{measure}: {value:.4g} {bar and f'({bar})'} {verdict}", soft_wrap=True
         )
 
+    def extend(self, rows: Sequence[Row]) -> None:
+        """Rows that another process has shown."""
+        self._rows.extend(rows)
+
+    @property
+    def n_missed(self) -> int:
+        return sum(row.ok is False for row in self._rows)
+
     def write(self, path: str | None) -> None:
         table = RichTable("measure", "value", "bar", "ok")
         for row in self._rows:

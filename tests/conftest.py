@@ -27,8 +27,8 @@ PACKAGE = f"{Path(pcm.__file__).parent}{os.sep}"
 _TIMEOUT_S = 120
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items if config.pluginmanager.hasplugin("timeout") else ():
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(patient(_TIMEOUT_S)))
 
