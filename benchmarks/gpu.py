@@ -198,7 +198,8 @@ def main() -> int:
     options.add_argument("--main-job", action="store_true", help="that part only")
     args = options.parse_args()
     if lacking := missing():
-        print(f"Not measured: {', '.join(lacking)} missing for {sys.executable}. Install them there.")
+        what = ", ".join(lacking)
+        print(f"Not measured: {what} missing for {sys.executable}. Install them there.")
         return 0 if "torch" in lacking else 1
     name = device_name()
     if name is None and args.device is None:
