@@ -53,9 +53,7 @@ _notes = _Notes()
 
 
 @contextmanager
-def noting(
-    on_wait: Callable[[], None], on_call: Callable[[int, int, int], None]
-) -> Iterator[None]:
+def noting(on_wait: Callable[[], None], on_call: Callable[[int, int, int], None]) -> Iterator[None]:
     """Within, on this thread, say what functions by rows are about to do.
 
     Parameters

@@ -56,19 +56,18 @@ class Cutter:
     def is_empty(self) -> bool:
         return not self._todo and not self._again
 
-    def again(self, place: Range | int, failed: Sequence[int] | None = None) -> int:
-        """Have a part, or its failed rows, computed again; return how many rows that makes.
+    def again(self, place: Range | int, failed: Sequence[int]) -> None:
+        """Have the failed rows of a part computed again.
 
         Parameters
         ----------
         place
             The part's row range, or its partition.
         failed
-            Which of its rows failed; None where the part is gone. Where a part's rows are not
-            those of its input (functions of partitions, filters), the part is computed again as a
-            whole.
+            Which of its rows failed. Where a part's rows are not those of its input (functions of
+            partitions, filters), the part is computed again as a whole.
         """
-        again: tuple[int, ...] | None = None if failed is None else ()
+        again: tuple[int, ...] = ()
         if isinstance(place, int):
             unit = Unit(partition_name(place), place, None, None, again=again)
         else:
@@ -80,7 +79,6 @@ class Cutter:
             unit = Unit(range_name(*place), partition, tuple(spans), n_rows, again=again)
         self._again.append(unit)
         self.n_rows += unit.n_rows or 1
-        return unit.n_rows or 1
 
     def _spans_of(self, place: Range) -> tuple[int, list[Span]]:
         """The rows of a part as spans, and a partition that has some of them."""

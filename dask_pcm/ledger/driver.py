@@ -20,6 +20,7 @@ from dask_pcm.errors import (
     FailedRowsError,
     FencedError,
     InputError,
+    OutputError,
     PCMError,
 )
 from dask_pcm.ledger import status
@@ -33,7 +34,7 @@ from dask_pcm.ledger.plan import Plan, Unit
 from dask_pcm.ledger.progress import Meter, Stopwatch, meter
 from dask_pcm.ledger.recover import forget, recover
 from dask_pcm.ledger.report import Report, rows_recomputed
-from dask_pcm.ledger.stock import Counts, is_first, take_stock
+from dask_pcm.ledger.stock import Counts, Extent, is_first, take_stock
 from dask_pcm.ledger.unit import Job, UnitResult
 from dask_pcm.ledger.window import Window
 from dask_pcm.mapping import ERROR
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.25
 _MAX_ERRORS, _MAX_KINDS = 5, 1_000  # told; told apart
+#: Times that parts may be gone at the end of a run.
+_MAX_GONE = 3
 
 
 class Driver:
@@ -72,6 +75,7 @@ class Driver:
         self._errors: Counter[str] = Counter()
         self._n_done = self._n_before = 0
         self._n_failed_now = self._n_done_now = self._n_to_retry = 0
+        self._n_gone = 0
         self._status: dict[str, Any] = {}
         self._loads_before: tuple[int, float] | None = None
         self._next_look = 0.0
@@ -156,13 +160,14 @@ class Driver:
 
     def _take_stock(self) -> None:
         """Count what earlier runs have done, and cut the rest."""
-        costs = recover(self._output)
+        output, extent = self._output, Extent.of(self._plan)
+        self._stock = take_stock(output, extent)  # first: where parts are wrong, nothing is done
+        has_journals = bool(output.journal_names())
+        costs = recover(output, extent, self._job.layout)
         self._job = self._window.job = replace(self._job, costs=costs)
-        self._stock = take_stock(self._output)
-        places = {name: parse_name(name) for name in self._stock}
-        ranges = [p for p in places.values() if isinstance(p, tuple) and p[0] < p[1]]
-        partitions = frozenset(p for p in places.values() if isinstance(p, int))
-        cutter = self._window.cutter = Cutter(self._plan, ranges, partitions, self._max_bytes)
+        if has_journals:  # and what they told of may be parts now
+            self._stock = take_stock(output, extent)
+        cutter = self._window.cutter = self._cutter_after(self._stock)
         report = self.report
         for name, counts in self._stock.items():
             report.rows_resumed += counts.n_rows
@@ -173,24 +178,30 @@ class Driver:
         if not self._stock:
             # Without rows: from now on the folder can be read, with the right columns.
             empty = self._job.layout.table(self._plan.meta)
-            name, own = range_name(0, 0), {"run": self._output.run, "rows": 0, "failed": 0}
-            self._output.commit(
-                name, [empty], lambda: {**self._job.provenance, **own, "unit": name}
-            )
+            own = {"run": self._output.run, "rows": 0, "failed": 0}
+            self._output.commit(range_name(0, 0), [empty], lambda: {**self._job.provenance, **own})
         if self._retries:
-            self._retry(places)
+            self._retry()
         self._n_done = self._n_before = self._plan.n_rows - cutter.n_rows
         report.state = status.RUNNING
 
-    def _retry(self, places: Mapping[str, Any]) -> None:
+    def _cutter_after(self, stock: Mapping[str, Counts]) -> Cutter:
+        """What a stock of parts lacks."""
+        places = [parse_name(name) for name in stock]
+        ranges = [place for place in places if isinstance(place, tuple)]
+        partitions = frozenset(place for place in places if isinstance(place, int))
+        return Cutter(self._plan, ranges, partitions, self._max_bytes)
+
+    def _retry(self) -> None:
         for name, counts in self._stock.items():
-            if not counts.n_failed:
+            place = parse_name(name)
+            if place is None or not counts.n_failed:
                 continue
             failed: list[int] = []
             if ERROR in self._plan.meta.columns:
                 errors = self._output.read_table(name, [ERROR])[ERROR]
                 failed = np.flatnonzero(errors.is_valid().to_numpy()).tolist()
-            self._window.cutter.again(places[name], failed)
+            self._window.cutter.again(place, failed)
             self._n_to_retry += counts.n_failed
 
     def _feed(self) -> None:
@@ -228,8 +239,6 @@ class Driver:
             report.rows += result.n_rows
         elif not unit.again:
             report.rows += result.n_rows - self._stock[unit.name].n_rows
-        if self._output.may_get_late_parts:
-            self._stock[unit.name] = Counts(result.n_rows, result.n_failed)
         if len(self._errors) < _MAX_KINDS:
             self._errors.update(result.errors)
         report.errors = [text for text, _ in self._errors.most_common(_MAX_ERRORS)]
@@ -341,24 +350,42 @@ class Driver:
             )
 
     def _is_whole(self) -> bool:
-        """Whether all is as units have left it; what a run that was shut out has put since goes.
+        """Whether the parts that are there make up the job: each row of the input once.
 
-        Where it had taken the place of ours, that is computed again.
+        What is missing is computed again: somebody removed it meanwhile, or what a run that was
+        shut out has put since had taken its place.
+
+        Raises
+        ------
+        OutputError
+            Where parts are wrong, or go away again and again.
         """
-        if not self._output.may_get_late_parts:
+        stock = take_stock(self._output, Extent.of(self._plan))
+        cutter = self._cutter_after(stock)
+        self.report.rows = sum(counts.n_rows for counts in stock.values())
+        self.report.rows_failed = sum(counts.n_failed for counts in stock.values())
+        self._n_done = self._plan.n_rows - cutter.n_rows
+        if cutter.is_empty:
+            self._refuse_strangers()
             return True
-        output, stock = self._output, take_stock(self._output)
-        for name in stock.keys() - self._stock.keys() - {range_name(0, 0)}:
-            logger.warning("Removing %s: it arrived from a run that was shut out", name)
-            output.remove(name)
-        for name in self._stock.keys() - stock.keys():
-            lost = self._stock.pop(name)
-            self.report.rows -= lost.n_rows
-            self.report.rows_failed -= lost.n_failed
-            place = parse_name(name)
-            assert place is not None
-            self._n_done -= self._window.cutter.again(place)
-        return self._window.is_empty
+        if self._n_gone == _MAX_GONE:
+            raise OutputError(
+                f"Parts of {self._output.path!r} are gone again whenever they have been committed."
+                " See what removes them (another program, a clean-up of the filesystem), and run"
+                " the same again to go on."
+            )
+        self._n_gone += 1
+        self._window.cutter = cutter
+        return False
+
+    def _refuse_strangers(self) -> None:
+        """Whatever reads the output would read these as well."""
+        if others := [name for name in self._output.strangers() if name.endswith(".parquet")]:
+            raise OutputError(
+                f"While the run was at work, files that are not ours have come into the output"
+                f" {self._output.path!r}, such as {others[0]!r}. Move them away, and run the same"
+                " again: nothing is computed twice."
+            )
 
     def _sum_up(self) -> None:
         output = self._output

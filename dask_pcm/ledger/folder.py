@@ -23,17 +23,18 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger.journal import FileJournal
+from dask_pcm.ledger.log import commit_line, encode_line
 from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
-from dask_pcm.ledger.parts import Note, commit_line, digest_of, note_of, write_part
+from dask_pcm.ledger.parts import Note, write_part
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -180,11 +181,11 @@ class Folder(Output):
         temporary = self._temporary(name)
         try:
             with self._fenced(temporary), temporary.open("xb") as file:
-                written, counts = write_part(file, tables, note)
+                n_bytes, told = write_part(file, name, tables, note)
                 _sync(file)
                 stamp = str(os.fstat(file.fileno()).st_mtime_ns)
-            # Before it is there: were it replaced and not noted, it would seem to be edited.
-            self.log(commit_line(self.run, name, written, counts, stamp))
+            # Before it is there, and synced as it is: else many would have to be read through.
+            self._log(commit_line(self.run, name, n_bytes, told, stamp), is_synced=True)
             with self._fenced(temporary):
                 if replaces:
                     temporary.replace(self._at(name))
@@ -195,34 +196,29 @@ class Folder(Output):
         _sync_folder(self.path)
         return True
 
-    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        with pq.ParquetFile(self._at(name)) as file:
-            return file.read(columns)
-
-    def read_note(self, name: str) -> dict[str, Any]:
-        return note_of(pq.read_metadata(self._at(name)))
-
-    def digest(self, name: str) -> str:
-        with self._at(name).open("rb") as file:
-            return digest_of(file)
+    def open_part(self, name: str) -> AbstractContextManager[BinaryIO]:
+        return self._at(name).open("rb")
 
     def log(self, line: Mapping[str, Any]) -> None:
+        self._log(line)
+
+    def _log(self, line: Mapping[str, Any], is_synced: bool = False) -> None:
         name = f"{self.run}.{socket.gethostname()}.{os.getpid()}.jsonl"
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
         with self._fenced():
             os.stat(self._at(self.place))  # a run that was replaced notes nothing any more
             descriptor = os.open(self._at(f"{LOG}/{name}"), flags, 0o666)
         try:
             with self._fenced():
-                os.write(descriptor, (json.dumps(line) + "\n").encode())  # one line, one write
+                _append_line(descriptor, encode_line(line))
+                if is_synced:
+                    os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
 
-    def lines(self) -> Iterator[dict[str, Any]]:
+    def log_texts(self) -> Iterator[bytes]:
         for name in self.entries(LOG):
-            for line in self.read(f"{LOG}/{name}").splitlines():
-                with contextlib.suppress(ValueError):  # torn by a lost node
-                    yield json.loads(line)
+            yield from filter(None, self.read(f"{LOG}/{name}").splitlines())
 
     def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> FileJournal:
         name = f"{unit}.{self.run}.{uuid.uuid4().hex}"
@@ -290,6 +286,15 @@ def _link(temporary: Path, final: Path) -> bool:
             return False
         temporary.replace(final)
     return True
+
+
+def _append_line(descriptor: int, data: bytes) -> None:
+    """Append a line in one write, if there is room for all of it."""
+    n_bytes = os.fstat(descriptor).st_size
+    if n_bytes and os.pread(descriptor, 1, n_bytes - 1) != b"\n":  # the line before was torn
+        data = b"\n" + data
+    while data:  # what is written in part is followed by the rest, or by an error that says why
+        data = data[os.write(descriptor, data) :]
 
 
 def _sync(file: BinaryIO) -> None:

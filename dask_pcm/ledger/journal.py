@@ -30,12 +30,15 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from dask_pcm.ledger.decode import are_ranges, are_texts, is_count, parse
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import Cost
 
 #: Seconds after which what was appended is synced.
 SYNC_S = 5.0
 _LENGTHS = struct.Struct("<QQ16s")
+#: Keys of heads whose values are a range of rows.
+_RANGES = ("rows", "begin", "wait", "call")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +200,16 @@ def read_journal(data: bytes) -> Found | None:
         return None
     found = Found(first[0], [], [], set(), [], [], [])
     for head, content in heads:
-        _take_in(found, head, content)
+        if not _take_in(found, head, content):
+            break
     return found
 
 
-def _take_in(found: Found, head: Mapping[str, Any], content: memoryview) -> None:
+def _take_in(found: Found, head: Mapping[str, Any], content: memoryview) -> bool:
+    """Whether a record is one of ours."""
     if "costs" in head:
         found.costs.extend(Cost(*cost) for cost in head["costs"])
-        found.settled.extend(head["settled"])
+        found.settled.extend(head.get("settled", []))
     elif "begin" in head:
         found.begun.append(tuple(head["begin"]))
     elif "wait" in head:
@@ -213,11 +218,49 @@ def _take_in(found: Found, head: Mapping[str, Any], content: memoryview) -> None
         start, stop = head["call"]
         found.called.append((start, stop))
         found.waiting.difference_update([r for r in found.waiting if r[0] <= start < r[1]])
+    elif (record := _to_record(head, content)) is not None:
+        found.records.append(record)
     else:
+        return False
+    return True
+
+
+def _parse_head(text: bytes) -> dict[str, Any] | None:
+    """A head with all that is looked for in it; None for one that is none of ours."""
+    try:
+        head = parse(text)
+    except ValueError:
+        return None
+    if not isinstance(head, dict):
+        return None
+    costs, errors, facts = head.get("costs", []), head.get("errors", []), head.get("facts", {})
+    is_sound = (
+        all(are_ranges([head[key]]) for key in _RANGES if key in head)
+        and isinstance(costs, list)
+        and all(isinstance(cost, list) and len(cost) == 3 for cost in costs)
+        and are_ranges([cost[:2] for cost in costs])
+        and all(is_count(cost[2]) for cost in costs)
+        and are_texts(head.get("settled", []))
+        and is_count(head.get("failed", 0))
+        and are_texts(errors)
+        and isinstance(facts, dict)
+        and are_texts(list(facts.values()))
+    )
+    return head if is_sound else None
+
+
+def _to_record(head: Mapping[str, Any], content: memoryview) -> Record | None:
+    if "rows" not in head:
+        return None
+    start, stop = head["rows"]
+    try:
         table = pa.ipc.open_stream(content).read_all()
-        start, stop = head["rows"]
-        says = head["failed"], head["errors"], head["facts"]
-        found.records.append(Record(start, stop, table, *says, is_kept=True))
+        table.validate()
+    except (pa.ArrowException, OSError):
+        return None
+    says = head.get("failed", 0), head.get("errors", []), head.get("facts", {})
+    fits = 0 < stop - start >= len(table)
+    return Record(start, stop, table, *says, is_kept=True) if fits else None
 
 
 def _heads(data: bytes) -> Iterator[tuple[dict[str, Any], memoryview]]:
@@ -230,7 +273,10 @@ def _heads(data: bytes) -> Iterator[tuple[dict[str, Any], memoryview]]:
         about, content = view[at : at + n_about], view[at + n_about : at + n_about + n_content]
         if _digest(about, content) != digest:
             return
-        yield json.loads(bytes(about)), content
+        head = _parse_head(bytes(about))
+        if head is None:
+            return
+        yield head, content
         at += n_about + n_content
 
 

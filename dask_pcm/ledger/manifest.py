@@ -13,6 +13,7 @@ from dask.dataframe.dask_expr._expr import Expr
 from dask_pcm.dataframe import ContextMap
 from dask_pcm.digest import digest
 from dask_pcm.errors import OutputError
+from dask_pcm.ledger.decode import are_texts, is_count
 from dask_pcm.ledger.output import MANIFEST, Output
 from dask_pcm.pieces import PieceReader, Span
 from dask_pcm.plugins.install import versions
@@ -62,14 +63,14 @@ class Manifest:
         found = output.read_json(MANIFEST)
         if found is None:
             return None
-        if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
+        if not isinstance(found, dict) or not _is_manifest(found):
             raise OutputError(
-                f"{MANIFEST!r} in {output.path!r} is no manifest of dask_pcm. Give another folder."
+                f"{MANIFEST!r} in {output.path!r} is no manifest of dask_pcm, or is damaged. Give"
+                " another folder, or overwrite this one (overwrite=True, --overwrite)."
             )
         if found.get("format") != FORMAT:
-            writer = (
-                found.get("recorded", {}).get("versions", {}).get("dask_pcm", "another version")
-            )
+            versions = found.get("recorded", {}).get("versions", {})
+            writer = versions.get("dask_pcm", "another version")
             raise OutputError(
                 f"The output {output.path!r} has format {found.get('format')}, written by dask_pcm"
                 f" {writer}; this version reads and writes format {FORMAT}. Give another folder,"
@@ -81,6 +82,23 @@ class Manifest:
     def token(self) -> str:
         """Digest of the job, its input files left out: what a part carries."""
         return digest({k: v for k, v in self.identity.items() if k != "input"})
+
+
+def _is_manifest(found: Mapping[str, Any]) -> bool:
+    """Whether all that is looked for in a manifest is of its type."""
+    identity, recorded = found.get("identity"), found.get("recorded", {})
+    if not isinstance(identity, dict) or not isinstance(recorded, dict):
+        return False
+    files = identity.get("input", {})
+    texts = [recorded.get(key, "") for key in ("counted", "begun", "committed_by")]
+    return (
+        isinstance(files, dict)
+        and all(isinstance(file, dict) for file in files.values())
+        and are_texts([*texts, *files])
+        and is_count(recorded.get("total", 0))
+        and isinstance(recorded.get("versions", {}), dict)
+        and are_texts(recorded.get("ran_on", []))
+    )
 
 
 def identify(expr: Expr, is_splittable: bool) -> Manifest:

@@ -22,7 +22,6 @@ import fcntl
 import hashlib
 import io
 import itertools
-import json
 import logging
 import os
 import threading
@@ -30,24 +29,27 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger.journal import Journal
+from dask_pcm.ledger.log import commit_line, encode_line
 from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
-from dask_pcm.ledger.parts import Note, commit_line, digest_of, note_of, write_part
+from dask_pcm.ledger.parts import Note, write_part
 
 logger = logging.getLogger(__name__)
 
 #: Protocols whose fsspec implementation puts conditionally; whether the store does is tried out.
 _CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl"})
+#: A name of an object is no longer than this in any store.
+MAX_NAME_BYTES = 1024
 #: A run whose status is older is not at work; a lock whose holder puts nothing is taken over.
 SILENT_S = 30.0
 _POLL_S = 0.2
@@ -295,10 +297,9 @@ class Objects(Output):
         replaces: bool = False,
     ) -> bool:
         buffer = io.BytesIO()
-        written, counts = write_part(buffer, tables, note)
+        n_bytes, told = write_part(buffer, name, tables, note)
         data = buffer.getvalue()
-        # Before it is there: were it replaced and not noted, it would seem to be edited.
-        self.log(commit_line(self.run, name, written, counts, ""))
+        self.log(commit_line(self.run, name, n_bytes, told, ""))  # before it is there, see Folder
         if replaces:
             self._put(name, data)
         elif self.locks:
@@ -310,7 +311,7 @@ class Objects(Output):
             self._put(name, data)
         with contextlib.suppress(FencedError, OSError):  # it only saves reading it through
             stamp = _stamp(self._fs.info(self._at(name), refresh=True))
-            self.log(commit_line(self.run, name, written, counts, stamp))
+            self.log(commit_line(self.run, name, n_bytes, told, stamp))
         return True
 
     def _put_locked(self, name: str, data: bytes) -> bool:
@@ -344,36 +345,29 @@ class Objects(Output):
         """Whether a part is there that did not arrive from a run that was shut out."""
         return self.exists(name) and self.has_begun(self.read_note(name))
 
-    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        with self._fs.open(self._at(name), "rb") as file:
-            return pq.ParquetFile(file).read(columns)
-
-    def read_note(self, name: str) -> dict[str, Any]:
-        with self._fs.open(self._at(name), "rb") as file:
-            return note_of(pq.ParquetFile(file).metadata)
-
-    def digest(self, name: str) -> str:
-        with self._fs.open(self._at(name), "rb") as file:
-            return digest_of(file)
+    def open_part(self, name: str) -> AbstractContextManager[BinaryIO]:
+        file: AbstractContextManager[BinaryIO] = self._fs.open(self._at(name), "rb")
+        return file
 
     def log(self, line: Mapping[str, Any]) -> None:
         # Nothing can be appended to, and reading many small objects is slow: names hold the lines.
         self._check_fence()
-        said, name = json.dumps(line).encode(), f"{LOG}/{uuid.uuid4().hex[:12]}"
-        if self._is_flat:
-            self._put(f"{name}.{base64.urlsafe_b64encode(said).decode()}", b"-")
+        said, name = encode_line(line), f"{LOG}/{uuid.uuid4().hex[:12]}"
+        telling = f"{name}.{base64.urlsafe_b64encode(said).decode()}"
+        if self._is_flat and len(self._at(telling).encode()) <= MAX_NAME_BYTES:
+            self._put(telling, b"-")
         else:
             self._put(name, said)
 
-    def lines(self) -> Iterator[dict[str, Any]]:
+    def log_texts(self) -> Iterator[bytes]:
         def said(name: str) -> bytes:
             _, dot, text = name.partition(".")
-            return base64.urlsafe_b64decode(text) if dot else self.read(f"{LOG}/{name}")
+            with contextlib.suppress(ValueError, FileNotFoundError, IsADirectoryError):  # not ours
+                return base64.urlsafe_b64decode(text) if dot else self.read(f"{LOG}/{name}")
+            return b""
 
         with ThreadPoolExecutor(_N_READERS) as pool:
-            for line in pool.map(said, self.entries(LOG)):
-                with contextlib.suppress(ValueError):
-                    yield json.loads(line)
+            yield from pool.map(said, self.entries(LOG))
 
     def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> Journal:
         place = f"{JOURNAL}/{unit}.{self.run}.{uuid.uuid4().hex}"

@@ -30,19 +30,25 @@ import abc
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dask_pcm.errors import OutputError
 from dask_pcm.files import path_text
+from dask_pcm.ledger.decode import parse
 from dask_pcm.ledger.journal import Found, Journal, read_journal
-from dask_pcm.ledger.parts import Note, parse_name
+from dask_pcm.ledger.log import parse_line
+from dask_pcm.ledger.parts import Note, is_intact, note_of, parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
+
+logger = logging.getLogger(__name__)
 
 HOME = "_pcm"
 MANIFEST, REPORT, LOG = f"{HOME}/manifest.json", f"{HOME}/report.json", f"{HOME}/log"
@@ -169,23 +175,16 @@ class Output(abc.ABC):
         """
 
     @abc.abstractmethod
-    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table: ...
-
-    @abc.abstractmethod
-    def read_note(self, name: str) -> dict[str, Any]:
-        """What ``commit`` noted in a part."""
-
-    @abc.abstractmethod
-    def digest(self, name: str) -> str:
-        """Digest of a part's bytes as they are now."""
+    def open_part(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """A part, open for reading; FileNotFoundError if there is none."""
 
     @abc.abstractmethod
     def log(self, line: Mapping[str, Any]) -> None:
         """Note something for good; FencedError where the run was replaced."""
 
     @abc.abstractmethod
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Everything that was ever noted here, in no order."""
+    def log_texts(self) -> Iterator[bytes]:
+        """Everything that was ever noted here, in no order, as it stands there."""
 
     @abc.abstractmethod
     def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> Journal:
@@ -222,6 +221,40 @@ class Output(abc.ABC):
         """The parts, in input order."""
         return {k: v for k, v in self.entries().items() if parse_name(k) is not None}
 
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        with self.open_part(name) as file, pq.ParquetFile(file) as part:
+            return part.read(columns)
+
+    def read_note(self, name: str) -> dict[str, Any]:
+        """What ``commit`` noted in a part; empty where it was not written by us.
+
+        Raises
+        ------
+        FileNotFoundError
+            Where there is no such part.
+        OutputError
+            Where it cannot be read.
+        """
+        try:
+            with self.open_part(name) as file, pq.ParquetFile(file) as part:
+                return note_of(part.metadata)
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"The part {name!r} in {self.path!r} cannot be read ({error}). Remove it, and its"
+                " rows are computed again."
+            ) from error
+
+    def is_intact(self, name: str, note: Mapping[str, Any]) -> bool:
+        """Whether a part is as it was committed with this note; reads it through."""
+        with self.open_part(name) as file:
+            return is_intact(file, note)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Everything that was ever noted here, in no order; damaged lines are left out."""
+        return (line for line in map(parse_line, self.log_texts()) if line is not None)
+
     def strangers(self) -> list[str]:
         """Names of files that are not ours; hidden ones are nobody's business."""
         names = (name for name in self.entries() if not name.startswith("."))
@@ -239,7 +272,7 @@ class Output(abc.ABC):
             Where it cannot be read.
         """
         try:
-            return json.loads(self.read(name))
+            return parse(self.read(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -250,13 +283,24 @@ class Output(abc.ABC):
                 " overwrite this one (overwrite=True, --overwrite)."
             ) from error
 
+    def read_told(self, name: str) -> dict[str, Any] | None:
+        """A JSON object that only tells how things stand; None if there is none.
+
+        One that is damaged or something else is empty: nothing depends on it.
+        """
+        try:
+            found = self.read_json(name)
+        except OutputError as error:
+            logger.warning("%s", error)
+            return {}
+        if found is None or isinstance(found, dict):
+            return found
+        logger.warning("%s in %s is no JSON object, and is not looked at", name, self.path)
+        return {}
+
     def read_driver(self, run: str) -> dict[str, Any] | None:
         """What a run says of its driver; None if it is gone, empty if it cannot be read."""
-        try:
-            found: dict[str, Any] | None = self.read_json(f"{HOME}/run-{run}/driver.json")
-        except OutputError:
-            return {}
-        return found
+        return self.read_told(f"{HOME}/run-{run}/driver.json")
 
     def note_start(self, unit: str, n_rows: int | None) -> None:
         """Note that a unit begins whose rows are computed as a whole."""
@@ -280,7 +324,19 @@ class Output(abc.ABC):
         for name in self.journal_names(unit):
             with contextlib.suppress(FileNotFoundError):  # who left it has committed after all
                 found = read_journal(self.read_journal(name))
-                yield name, found if found is not None and self.has_begun(found.about) else None
+                is_ours = found is not None and self._is_journal(name, found)
+                yield name, found if is_ours else None
+
+    def _is_journal(self, name: str, found: Found) -> bool:
+        """Whether a journal is of the output as it is, and tells of the rows that its name says."""
+        about, unit = found.about, found.about.get("unit")
+        if not self.has_begun(about) or not isinstance(about.get("run"), str):
+            return False
+        place = parse_name(unit) if isinstance(unit, str) else None
+        start, stop = place if isinstance(place, tuple) else (0, 0)
+        told = [*((record.start, record.stop) for record in found.records), *found.begun]
+        is_inside = all(start <= first and end <= stop for first, end in told)
+        return name.startswith(f"{JOURNAL}/{unit}.") and is_inside
 
     def wishes(self) -> frozenset[str]:
         """What is asked of this run: to pause, to cancel."""

@@ -9,9 +9,11 @@ from typing import Any
 
 from dask_pcm.ledger.attempt import grouped
 from dask_pcm.ledger.journal import Found, Record, apart
+from dask_pcm.ledger.layout import Layout
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name, range_name
-from dask_pcm.ledger.ranges import Ranges
+from dask_pcm.ledger.ranges import Range, Ranges
+from dask_pcm.ledger.stock import Extent
 from dask_pcm.ledger.suspects import Cost, Suspects
 
 logger = logging.getLogger(__name__)
@@ -20,13 +22,17 @@ logger = logging.getLogger(__name__)
 _COSTS = "costs"
 
 
-def recover(output: Output) -> tuple[Cost, ...]:
+def recover(
+    output: Output, extent: Extent | None = None, layout: Layout | None = None
+) -> tuple[Cost, ...]:
     """Commit what attempts of earlier runs had finished, as parts of their own.
+
+    Never what overlaps with what is committed: a run that was shut out may leave a journal of rows
+    that have been computed since. Nor what is none of the job's (`extent`, `layout`).
 
     Returns which of the other rows have cost processes. Rows that were in hand at the end of a run
     have cost none: nobody can tell any more what ended it.
     """
-    committed = _committed(output)
     names = output.journal_names()
     journals: dict[str, list[Found]] = {}
     costs: list[Cost] = []
@@ -35,11 +41,7 @@ def recover(output: Output) -> tuple[Cost, ...]:
             output.note_called(found.called, name, found.about["run"])
             journals.setdefault(found.about["unit"], []).append(found)
             costs += found.costs
-    for found_of_unit in journals.values():
-        records = apart([record for found in found_of_unit for record in found.records])
-        records = [r for r in records if any(committed.missing(r.start, r.stop))]
-        for neighbours in _runs(records):
-            _commit(neighbours, found_of_unit[0].about, output)
+    _commit_records(output, journals, extent, layout)
     if costs:
         committed = _committed(output)
         costs = [cost for cost in Suspects(costs) if any(committed.missing(*cost[:2]))]
@@ -49,6 +51,39 @@ def recover(output: Output) -> tuple[Cost, ...]:
     for name in names:
         output.remove(name)
     return tuple(costs)
+
+
+def _commit_records(
+    output: Output,
+    journals: Mapping[str, list[Found]],
+    extent: Extent | None,
+    layout: Layout | None,
+) -> None:
+    committed, new = _committed(output), list[Range]()
+    for found_of_unit in journals.values():
+        records = [
+            record
+            for found in found_of_unit
+            for record in found.records
+            if _is_free(record, committed, Ranges(new)) and _is_of_job(record, extent, layout)
+        ]
+        for neighbours in _runs(apart(records)):
+            _commit(neighbours, found_of_unit[0].about, output)
+            new.append((neighbours[0].start, neighbours[-1].stop))
+
+
+def _is_free(record: Record, *committed: Ranges) -> bool:
+    rows = record.start, record.stop
+    return all(list(ranges.missing(*rows)) == [rows] for ranges in committed)
+
+
+def _is_of_job(record: Record, extent: Extent | None, layout: Layout | None) -> bool:
+    rows, schema = (record.start, record.stop), record.table.schema
+    is_fitting = layout is None or list(schema)[: len(layout.schema)] == list(layout.schema)
+    if is_fitting and (extent is None or not extent.fault(rows, len(record.table))):
+        return True
+    logger.warning("Rows %s to %s of a journal are none of this job's, and are left out", *rows)
+    return False
 
 
 def forget(output: Output) -> None:
@@ -79,6 +114,6 @@ def _commit(records: list[Record], about: Mapping[str, Any], output: Output) -> 
     n_rows = sum(len(record.table) for record in records)
     n_failed = sum(record.n_failed for record in records)
     facts = {key: value for record in records for key, value in record.facts.items()}
-    note = {**about, **facts, "unit": name, "rows": n_rows, "failed": n_failed}
+    note = {**about, **facts, "rows": n_rows, "failed": n_failed}
     output.commit(name, grouped(record.table for record in records), lambda: note)
     logger.info("%s: %s rows that were finished but not committed", name, f"{n_rows:,}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dask_pcm.ledger.decode import known_fields
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.status import STARTING
@@ -74,9 +75,8 @@ class Report:
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Report:
-        """From a report file, whatever version of it."""
-        names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in names})
+        """From a report file, whatever version of it, and whatever became of it."""
+        return cls(**known_fields(cls, found))
 
 
 def rows_recomputed(

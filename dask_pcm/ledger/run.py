@@ -15,6 +15,7 @@ from dask_pcm.ledger.manifest import Manifest
 from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import CANCEL, HOME, PAUSE, REPORT, Output, Owner, local_path
 from dask_pcm.ledger.parts import parse_name
+from dask_pcm.ledger.ranges import Ranges
 from dask_pcm.ledger.report import Report
 from dask_pcm.ledger.status import (
     CANCELLED,
@@ -70,9 +71,9 @@ class Run:
         owner = self._owner()
         if owner is None or (not owner.is_alive and self._has_reported(owner.run)):
             return self._of_ended()
-        found = self._output.read_json(f"{HOME}/run-{owner.run}/status.json") or {}
+        found = self._output.read_told(f"{HOME}/run-{owner.run}/status.json") or {}
         if owner.is_alive:
-            return Progress.of(found) if found else self._counted({}, STARTING)
+            return Progress.of(found) if "state" in found else self._counted({}, STARTING)
         return self._counted(found, INTERRUPTED)
 
     @property
@@ -80,8 +81,8 @@ class Run:
         """What came out of it so far; see ``Report``."""
         if self._driver is not None:
             return self._driver.report
-        found = None if self.driver else self._output.read_json(REPORT)
-        if found is not None:
+        found = None if self.driver else self._output.read_told(REPORT)
+        if found:
             return Report.of(found)
         progress = self.progress
         is_counted = progress.counted == "rows"
@@ -178,25 +179,26 @@ class Run:
         output.write(f"{output.place}/{what}", b"")
 
     def _has_reported(self, run: str) -> bool:
-        found = self._output.read_json(REPORT)
-        return found is not None and found.get("run") == run
+        return (self._output.read_told(REPORT) or {}).get("run") == run
 
     def _of_ended(self) -> Progress:
-        report = self._output.read_json(REPORT)
-        if report is None:
+        found = self._output.read_told(REPORT)
+        if not found:
             return self._counted({}, INTERRUPTED)
-        counts = {"failed": report.get("rows_failed", 0), "per_s": report.get("rows_per_s", 0.0)}
-        return self._counted(counts, report.get("state", FINISHED))
+        report = Report.of({"state": FINISHED, **found})
+        counts = {"failed": report.rows_failed, "per_s": report.rows_per_s}
+        return self._counted(counts, report.state)
 
     def _counted(self, found: Mapping[str, Any], state: str) -> Progress:
         """From the names of the parts, whatever became of the run."""
         manifest = Manifest.read(self._output)
         recorded = manifest.recorded if manifest is not None else {}
         places = [parse_name(name) for name in self._output.parts()]
-        done = sum(place[1] - place[0] for place in places if isinstance(place, tuple))
+        done = Ranges(place for place in places if isinstance(place, tuple)).n_rows
         done += sum(isinstance(place, int) for place in places)
-        counts = {"total": recorded.get("total", done), "counted": recorded.get("counted", "rows")}
-        return Progress.of({**counts, **found}, state=state, done=done)
+        total = recorded.get("total", done)
+        counts = {"total": total, "counted": recorded.get("counted", "rows")}
+        return Progress.of({**counts, **found}, state=state, done=min(done, total))
 
     def __repr__(self) -> str:
         if self.status != FINISHED:

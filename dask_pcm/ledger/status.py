@@ -6,9 +6,11 @@ import getpass
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
+
+from dask_pcm.ledger.decode import known_fields
 
 #: While it looks at what is there, it has not counted yet.
 STARTING = "starting"
@@ -63,9 +65,8 @@ class Progress:
 
     @classmethod
     def of(cls, found: Mapping[str, Any], **changed: Any) -> Progress:
-        """From a status file, whatever version of it."""
-        names = {field.name for field in fields(cls)}
-        known = {name: value for name, value in found.items() if name in names}
+        """From a status file, whatever version of it, and whatever became of it."""
+        known = known_fields(cls, found)
         return cls(**{"state": INTERRUPTED, "done": 0, "total": 0, **known, **changed})
 
     def __str__(self) -> str:

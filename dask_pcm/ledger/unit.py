@@ -111,7 +111,7 @@ def run_unit(
             output.note_start(unit.name, unit.n_rows)
         records = _whole(unit, graph, keys, inputs, job)
     tables = grouped(count.of(records))
-    note: Note = lambda: {**_origin(job), "unit": unit.name, **count.as_dict()}  # noqa: E731
+    note: Note = lambda: {**_origin(job), **count.as_dict()}  # noqa: E731
     if unit.again:
         old, old_note = output.read_table(unit.name), output.read_note(unit.name)
         merged = _merged(old, tables, unit.again)
@@ -169,9 +169,9 @@ def _origin(job: Job) -> dict[str, Any]:
 
 def _is_answer(note: Mapping[str, Any], unit: Unit, output: Output) -> bool:
     """Whether a part with this note need not be computed any more."""
-    if not note or not output.has_begun(note):
+    if note.get("unit") != unit.name or not output.has_begun(note):
         return False
-    runs = {note["run"], *(again["run"] for again in note.get("retried", ()))}
+    runs = {note.get("run"), *(again.get("run") for again in note.get("retried", ()))}
     return unit.again is None or output.run in runs
 
 

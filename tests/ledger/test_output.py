@@ -32,6 +32,30 @@ TABLE = pa.table({"x": [1, 2]})
 OTHER = pa.table({"x": [9]})
 NAME = range_name(0, 2)
 NOTE = {"rows": 2, "failed": 0}
+COMMIT_LINE = {"run": "r", "commit": NAME, "rows": 2, "failed": 0, "bytes": 9, "stamp": "1"}
+#: JSON of another kind, types of another kind, keys that a flipped bit has renamed, and no JSON.
+DAMAGED_LINES = [
+    b"5",
+    b"null",
+    b"\xff\xfe{}",
+    b"\0" * 64,
+    b'{"run": "first", "commit',
+    b"[" * 100_000,
+    b"9" * 5_000,
+    b'{"rwn": "first", "start": "part-000000000000-000000000002.parquet", "rows": 2}',
+    b'{"run": "first", "start": 5, "rows": 1}',
+    b'{"run": "first", "start": "part-000000000000-000000000002.parquet", "rest": [5]}',
+    b'{"run": "first", "called": [[2, 0]], "journal": null}',
+    b'{"run": "first", "called": [[0, 1e400]], "journal": 3}',
+    *(
+        json.dumps({**COMMIT_LINE, key: value}).encode()
+        for key, value in [("rows", -1), ("failed", True), ("bytes", 1.5), ("stamp", None)]
+    ),
+    *(
+        json.dumps({k: v for k, v in COMMIT_LINE.items() if k != key}).encode()
+        for key in ("run", "rows", "failed", "bytes", "stamp")
+    ),
+]
 
 
 @pytest.fixture(params=["folder", "conditional put", "lock files", "files by URL"])
@@ -76,7 +100,7 @@ class TestParts:
         assert output.commit(NAME, [TABLE], lambda: NOTE)
         assert not output.commit(NAME, [OTHER], lambda: {"rows": 1, "failed": 0})
         assert values(output) == [1, 2]
-        assert output.read_note(NAME) == NOTE
+        assert output.read_note(NAME).items() >= {**NOTE, "unit": NAME}.items()
         assert list(output.parts()) == [NAME]
 
     def test_a_part_is_replaced_as_a_whole(self, output):
@@ -291,6 +315,56 @@ class TestStock:
         with pytest.raises(OutputError, match=rf"The part '{NAME}' in .* was changed since"):
             take_stock(output)
 
+    def test_a_copy_of_a_part_is_refused_under_any_other_name(self, output):
+        output.commit(NAME, [TABLE], lambda: NOTE)
+        with output.open_part(NAME) as file:
+            content = file.read()
+        for name in (range_name(2, 4), partition_name(7), range_name(0, 3)):
+            output.write(name, content)
+            with pytest.raises(OutputError, match=rf"'{name}' in .* committed as '{NAME}'.*Remove"):
+                take_stock(output)
+            output.remove(name)
+        assert take_stock(output) == {NAME: Counts(2, 0)}
+
+    def test_a_copy_in_the_place_of_a_part_is_refused(self, output):
+        """Also where its size is that of the part that was there."""
+        other = range_name(2, 4)
+        for name in (NAME, other):
+            output.commit(name, [TABLE], lambda: NOTE)
+        with output.open_part(NAME) as file:
+            output.write(other, file.read())
+        with pytest.raises(OutputError, match=f"'{other}' in .* was committed as '{NAME}'"):
+            take_stock(output)
+
+    def test_a_part_written_twice_is_ours_when_its_last_line_is_lost(self, output):
+        """Whatever lost it: a full disk, a lost node, a flipped bit."""
+        output.commit(NAME, [TABLE], lambda: {"rows": 2, "failed": 1})
+        lines = list(output.lines())
+        output.commit(NAME, [OTHER], lambda: {"rows": 1, "failed": 0}, replaces=True)
+        for name in output.entries(LOG):
+            output.remove(f"{LOG}/{name}")
+        for line in lines:
+            output.log(line)
+        assert take_stock(output) == {NAME: Counts(1, 0)}
+
+    def test_damaged_lines_are_left_out(self, output, caplog):
+        output.commit(NAME, [TABLE], lambda: NOTE)
+        whole = list(output.lines())
+        for number, text in enumerate(DAMAGED_LINES):
+            output.write(f"{LOG}/damaged-{number}", text)
+        assert take_stock(output) == {NAME: Counts(2, 0)}
+        assert f"{len(DAMAGED_LINES)} damaged lines in the log" in caplog.text
+        assert sorted(map(str, output.lines())) == sorted(map(str, whole))
+        assert rows_recomputed(output.lines(), "first", lambda name: 0) == 0
+
+    def test_a_part_of_another_output_is_refused(self, output):
+        output.commit(NAME, [TABLE], lambda: {**NOTE, "begun": "elsewhere"})
+        if output.may_get_late_parts:
+            assert take_stock(output) == {}
+        else:
+            with pytest.raises(OutputError, match="is of another output"):
+                take_stock(output)
+
     def test_a_replaced_part_whose_run_died_right_after_is_ours(self, output, monkeypatch):
         output.commit(NAME, [TABLE], lambda: NOTE)
 
@@ -439,6 +513,49 @@ class TestFolder:
         ):
             pass
 
+    @pytest.mark.parametrize(
+        "note", [b"5", b"{", b"\xff", b'{"rows": "2"}', b'{"rows": 3, "failed": 0}', b"[" * 99_999]
+    )
+    def test_a_part_whose_note_is_damaged_is_named(self, output, note):
+        sink = pa.BufferOutputStream()
+        pq.write_table(TABLE.replace_schema_metadata({"dask_pcm": note}), sink)
+        output.write(NAME, sink.getvalue().to_pybytes())
+        with pytest.raises(OutputError, match=f"The part '{NAME}' in .* cannot be read"):
+            take_stock(output)
+
+    def test_a_line_that_is_written_in_part_is_written_to_its_end(self, output, monkeypatch):
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2 + 1]))
+        output.note_start(NAME, 2)
+        assert list(output.lines()) == [{"run": output.run, "start": NAME, "rows": 2}]
+
+    def test_a_line_after_a_torn_one_is_whole(self, output):
+        output.note_start(NAME, 2)
+        with next(Path(output.path, LOG).iterdir()).open("a") as file:
+            file.write('{"run": "torn')
+        output.note_start(NAME, 2)
+        assert list(output.lines()) == [{"run": output.run, "start": NAME, "rows": 2}] * 2
+
+    def test_a_disk_that_is_full_while_a_line_is_written(self, output, monkeypatch):
+        def full(file, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(OutputError, match="no room left"):
+            output.note_start(NAME, 2)
+
+    def test_a_line_is_synced_with_the_part_that_it_tells_of(self, output, monkeypatch):
+        """And before the part is there; of the start of a unit none is."""
+        done = []
+        fdatasync, link = os.fdatasync, os.link
+        monkeypatch.setattr(os, "fdatasync", lambda fd: (done.append("sync"), fdatasync(fd)))
+        monkeypatch.setattr(os, "link", lambda *a, **k: (done.append("link"), link(*a, **k)))
+        output.note_start(NAME, 2)
+        assert "sync" not in done
+        done.clear()
+        output.commit(NAME, [TABLE], lambda: NOTE)
+        assert done == ["sync", "link"]
+
     def test_starts_are_noted_line_by_line(self, output):
         output.note_start(NAME, 2)
         output.note_start(NAME, 2)
@@ -522,9 +639,21 @@ class TestObjects:
             assert take_stock(new) == {NAME: Counts(2, 0)}
             assert list(new.parts()) == [NAME]
             late_bytes = io.BytesIO()
-            write_part(late_bytes, [OTHER], lambda: {"rows": 1, "failed": 0, "begun": "old"})
+            write_part(late_bytes, NAME, [OTHER], lambda: {"rows": 1, "failed": 0, "begun": "old"})
             new._fs.pipe_file(new._at(NAME), late_bytes.getvalue())  # in the place of ours
             assert take_stock(new) == {} and not new.parts()
+
+    def test_names_of_objects_are_no_longer_than_stores_allow(self, bucket):
+        output = Objects.at(f"{bucket}/{'deep/' * 20}out", None)
+        rest = [(2 * n, 2 * n + 1) for n in range(300)]
+        with at_work(output):
+            output.note_start(range_name(0, 600), 600, rest)
+            assert output.commit(NAME, [TABLE], lambda: {**NOTE, "begun": "b" * 500})
+            assert take_stock(dataclasses.replace(output, begun="b" * 500)) == {NAME: Counts(2, 0)}
+            (start,) = (line for line in output.lines() if "start" in line)
+            assert start["rest"] == [list(pair) for pair in rest]
+            names = [f"{output.path}/{LOG}/{name}" for name in output.entries(LOG)]
+        assert max(len(name.partition("//")[2]) for name in names) <= 1024
 
     def test_large_parts_are_put_conditionally_too(self, bucket):
         output = Objects.at(f"{bucket}/out", None)
