@@ -8,11 +8,12 @@ from typing import Any
 
 import dask
 import distributed
-from distributed import Client, Nanny, SpecCluster, default_client
+from distributed import Client, SpecCluster, default_client
 
 from dask_pcm.config import Config
 from dask_pcm.context import Context
 from dask_pcm.errors import InstallError, RecipeError
+from dask_pcm.plugins.local import forget_local_nannies, keep_local_nannies
 from dask_pcm.plugins.nanny import KeeperPlugin
 from dask_pcm.plugins.scheduler import GATE, GatePlugin
 from dask_pcm.plugins.travel import by_value
@@ -47,26 +48,7 @@ def install(client: Client | None = None) -> None:
     client.register_plugin(ContextPlugin(config))
     client.run(_greet)  # a worker that had its side already does not say hello to a new gate
     if isinstance(client.cluster, SpecCluster):
-        _keep_local_nannies(client.cluster)
-
-
-def _keep_local_nannies(cluster: SpecCluster) -> None:
-    """Have a cluster of nannies in this process not end those whose workers are killed often.
-
-    So many seconds after each loss Dask looks once whether the worker is back, and closes its nanny
-    for good if it has just been killed again. These nannies live here: they are not lost.
-    """
-    update = cluster._update_worker_status
-    if not all(isinstance(worker, Nanny) for worker in cluster.workers.values()):
-        return
-
-    def update_patiently(op: str, message: Any) -> None:
-        with dask.config.set({"distributed.deploy.lost-worker-timeout": "1 week"}):
-            update(op, message)
-
-    if not hasattr(update, "is_patient"):
-        update_patiently.is_patient = True  # type: ignore[attr-defined]
-        cluster._update_worker_status = update_patiently
+        keep_local_nannies(client.cluster)
 
 
 def release(*contexts: Context, client: Client | None = None) -> int:
@@ -158,6 +140,8 @@ def uninstall(client: Client | None = None) -> None:
     for name, is_nannys in ((CONTEXTS, False), (KeeperPlugin.name, True)):
         with contextlib.suppress(ValueError):  # there is none
             client.unregister_worker_plugin(name, nanny=is_nannys)
+    if isinstance(client.cluster, SpecCluster):
+        forget_local_nannies(client.cluster)
 
 
 def current_client() -> Client:

@@ -28,6 +28,7 @@ from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import LoadError
 from dask_pcm.plugins import parking
+from dask_pcm.plugins.adaptive import answer_adaptive
 from dask_pcm.plugins.books import Loads, Member, Refs, RunInfo
 from dask_pcm.plugins.lanes import LANES
 from dask_pcm.plugins.losses import Losses
@@ -58,6 +59,7 @@ from dask_pcm.scheduling.events import (
     WorkParked,
     WorkWithdrawn,
 )
+from dask_pcm.scheduling.scaling import is_needed, n_workers_wanted
 from dask_pcm.scheduling.state import GateState
 
 logger = logging.getLogger(__name__)
@@ -121,7 +123,10 @@ class GatePlugin(SchedulerPlugin):
         scheduler.handlers["pcm_lost_device"] = self.on_lost_device
         scheduler.handlers["pcm_losses"] = self.on_losses
         scheduler.handlers["pcm_explain"] = self.on_explain
-        self._unshield = parking.shield_from_timeouts(scheduler, self.asked)
+        self._undo = (
+            parking.shield_from_timeouts(scheduler, self.asked),
+            answer_adaptive(scheduler, self._n_wanted),
+        )
         self._ticker = PeriodicCallback(self._tick, self.config.tick_s * 1000)
         self._ticker.start()
         self._take_in()
@@ -134,7 +139,8 @@ class GatePlugin(SchedulerPlugin):
         """Leave the scheduler; what is parked goes on as plain Dask tasks."""
         self._ticker.stop()
         self.losses.close()
-        self._unshield()
+        for undo in self._undo:
+            undo()
         self.scheduler.remove_plugin(GATE)
         # Workers and runs may still have something to say, and what is set apart may secede:
         # handlers stay, and find nobody.
@@ -241,20 +247,9 @@ class GatePlugin(SchedulerPlugin):
     def valid_workers_downscaling(
         self, scheduler: Scheduler, workers: list[WorkerState]
     ) -> list[WorkerState]:
-        """Keep workers that load, and those that are warm for work that waits."""
-        wanted = {c for group in self.state.groups() for c in group.contexts}
-
-        def is_needed(ws: WorkerState) -> bool:
-            view = self.state.workers.get(ws.address)
-            if view is None:
-                return False
-            standings = view.standings.items()
-            return any(
-                at is Standing.LOADING or (at is Standing.WARM and context in wanted)
-                for context, at in standings
-            )
-
-        return [ws for ws in workers if not is_needed(ws)]
+        """Keep workers that load, that are at work, and that are warm for work that waits."""
+        views = ((ws, self.state.workers.get(ws.address)) for ws in workers)
+        return [ws for ws, view in views if view is None or not is_needed(self.state, view)]
 
     # -- what workers and clients say -------------------------------------------------------
 
@@ -505,6 +500,9 @@ class GatePlugin(SchedulerPlugin):
             cause=ts.key,
         )
         self.scheduler.transitions(recommendations, stimulus_id)
+
+    def _n_wanted(self, target_s: float) -> int:
+        return n_workers_wanted(self.state, target_s)
 
     # -- helpers ----------------------------------------------------------------------------
 

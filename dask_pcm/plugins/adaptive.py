@@ -1,0 +1,43 @@
+"""What a cluster's ``adapt()`` is told: Dask's own count of workers, or the gate's if that is larger.
+
+Dask counts the tasks that the scheduler holds. Of a run these are a window of some units, however
+much is still to come, and those that are at work on lanes are set apart. So the gate, which knows
+the rest, answers as well. Plain work is counted as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import dask
+from dask.utils import parse_timedelta
+from distributed import Scheduler
+
+
+def answer_adaptive(scheduler: Scheduler, n_wanted: Callable[[float], int]) -> Callable[[], None]:
+    """Have ``adaptive_target`` answer with `n_wanted` too; return what undoes it.
+
+    Parameters
+    ----------
+    n_wanted
+        Called with the seconds within which work is to be done.
+    """
+    asked = scheduler.adaptive_target
+
+    def adaptive_target(target_duration: float | str | None = None) -> int:
+        duration = target_duration
+        if duration is None:
+            duration = dask.config.get("distributed.adaptive.target-duration")
+        return max(asked(target_duration), n_wanted(parse_timedelta(duration)))
+
+    def undo() -> None:
+        # Where another plugin has put its own in front since, that one stays.
+        if scheduler.adaptive_target is adaptive_target:
+            scheduler.adaptive_target = asked  # type: ignore[method-assign]
+        if scheduler.handlers.get("adaptive_target") is adaptive_target:
+            scheduler.handlers["adaptive_target"] = asked
+
+    # Dashboards and operators ask the method, clusters the handler.
+    scheduler.adaptive_target = adaptive_target  # type: ignore[method-assign]
+    scheduler.handlers["adaptive_target"] = adaptive_target
+    return undo
