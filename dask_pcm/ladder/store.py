@@ -66,7 +66,7 @@ class Store:
         self._is_closed = False
         # Guards every field of every residency; notified when a load or a turn ends.
         self._changed = threading.Condition()
-        self._turns = Turns(self._changed)
+        self.turns = Turns(self._changed)
         #: Threads that wait for room on the device.
         self._waiting: set[int] = set()
         #: What each thread builds at the moment, the innermost last.
@@ -118,7 +118,7 @@ class Store:
             residency = self._residencies.setdefault(ref.digest, Residency(ref))
             while residency.tier is Tier.LOADING:
                 waited = True
-                self._turns.wait(residency, functools.partial(_is_settled, residency))
+                self.turns.wait(residency, functools.partial(_is_settled, residency))
                 residency = self._residencies.setdefault(ref.digest, Residency(ref))
             if residency.tier is Tier.DEVICE:
                 return residency.value
@@ -290,7 +290,7 @@ class Store:
         """Wait for a change; with the lock. Not where everybody waits for everybody else."""
         me = threading.get_ident()
         holders = {thread for residency in there for thread in residency.holding}
-        if all(self._turns.leads_to(thread, self._waiting | {me}) for thread in holders):
+        if all(self.turns.leads_to(thread, self._waiting | {me}) for thread in holders):
             names = ", ".join(f"{r.ref.name!r} ({r.n_bytes:,})" for r in there)
             raise DeviceBusyError(
                 f"Context {wanted.ref.name!r} takes {wanted.n_bytes:,} bytes; the device has"
@@ -398,7 +398,7 @@ class Store:
                     self._take(residency)
                     break
         try:
-            with self._turns.taken(residency) if ref.is_exclusive else nullcontext():
+            with self.turns.taken(residency) if ref.is_exclusive else nullcontext():
                 yield value
         finally:
             self._let_go(residency)

@@ -28,6 +28,8 @@ class Turns:
         self._changed = changed
         #: What each thread that waits for its turn waits for.
         self._awaited: dict[int, Residency] = {}
+        #: What each thread has its turn with, in the order in which it took them.
+        self._used: dict[int, list[Residency]] = {}
 
     @contextmanager
     def taken(self, residency: Residency) -> Iterator[None]:
@@ -40,22 +42,58 @@ class Turns:
         """
         me = threading.get_ident()
         with self._changed:
-            if residency.user != me:
-                self.wait(residency, lambda: residency.user is None)
-            residency.user = me
-            residency.n_uses += 1
+            self._begin_use(residency, me)
         try:
             yield
         finally:
             is_awaited = False
             with self._changed:
-                residency.n_uses -= 1
-                if not residency.n_uses:
-                    residency.user = None
-                    is_awaited = any(one is residency for one in self._awaited.values())
-                    self._changed.notify_all()
+                if residency.user == me:  # else it was given back, and is another thread's now
+                    residency.n_uses -= 1
+                    if not residency.n_uses:
+                        self._end_use(residency, me)
+                        is_awaited = any(one is residency for one in self._awaited.values())
             if is_awaited:
                 time.sleep(_STEP_ASIDE_S)
+
+    def give_back(self) -> list[tuple[Residency, int]]:
+        """Let others use what the calling thread uses; returns it, for ``take_again``.
+
+        For a thread that is about to wait for what others do, and does not use it meanwhile.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            given = [(residency, residency.n_uses) for residency in self._used.get(me, ())]
+            for residency, _ in given:
+                self._end_use(residency, me)
+        return given
+
+    def take_again(self, given: list[tuple[Residency, int]]) -> None:
+        """Wait for the turns that were given back.
+
+        Raises
+        ------
+        DeadlockError
+            As ``wait``; what comes after that one is not taken then.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            for residency, n_uses in given:
+                self._begin_use(residency, me, n_uses)
+
+    def _begin_use(self, residency: Residency, me: int, n_uses: int = 1) -> None:
+        if residency.user != me:
+            self.wait(residency, lambda: residency.user is None)
+            residency.user = me
+            self._used.setdefault(me, []).append(residency)
+        residency.n_uses += n_uses
+
+    def _end_use(self, residency: Residency, me: int) -> None:
+        residency.user, residency.n_uses = None, 0
+        self._used[me] = [one for one in self._used[me] if one is not residency]
+        if not self._used[me]:
+            del self._used[me]
+        self._changed.notify_all()
 
     def wait(self, residency: Residency, is_so: Callable[[], bool]) -> None:
         """Wait for whoever loads or uses a context; with the guard held.

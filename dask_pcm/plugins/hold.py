@@ -17,6 +17,7 @@ from dask_pcm.context import Context, ContextRef
 from dask_pcm.errors import RecipeError
 from dask_pcm.ladder.store import of_process
 from dask_pcm.ladder.tensors import is_sticky
+from dask_pcm.plugins.seceding import giving_back
 from dask_pcm.plugins.worker import CONTEXTS, ContextPlugin
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def acquire(*contexts: Context) -> Iterator[Any]:
     object
         What the loader returned. An exclusive context has one holder at a time in a worker; until
         the block ends it is not evicted. Outside a cluster it is built in this process and kept.
+        While the task has seceded (``compute()``, ``worker_client()``, ``secede()``), others may
+        use it: do so yourself before that, or after it has rejoined.
 
     Raises
     ------
@@ -118,7 +121,8 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
     scheduler, a worker without the plugin) they are loaded once in this process and kept.
     """
     source = _plugin() or of_process()
-    with source.acquire(refs) as values:
+    store = source.store if isinstance(source, ContextPlugin) else source
+    with source.acquire(refs) as values, giving_back(store.turns):
         start = time.perf_counter()
         for value in values:
             if isinstance(facts := getattr(value, "facts", None), Mapping):

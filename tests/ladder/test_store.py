@@ -232,6 +232,51 @@ def test_the_same_thread_takes_it_again_and_leaves_it_once(store):
         assert waiting.result(10) == "taken"
 
 
+def test_turns_that_are_given_back_are_anothers_until_they_are_taken_again(store):
+    ref = Context(load, "a").ref
+    has_taken, leave = threading.Event(), threading.Event()
+
+    def take():
+        with store.acquire([ref]):
+            has_taken.set()
+            assert leave.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with store.acquire([ref]), store.acquire([ref]):
+            given = store.turns.give_back()
+            other = pool.submit(take)
+            assert has_taken.wait(10)
+            assert not store.evict(ref.digest)  # held all the same
+            leave.set()
+            store.turns.take_again(given)
+            assert other.done()
+            has_taken.clear()
+            other = pool.submit(take)
+        assert has_taken.wait(10)  # not before both blocks had ended
+        other.result(10)
+
+
+def test_who_never_takes_them_again_ends_no_turn_of_another(store):
+    ref = Context(load, "a").ref
+    has_taken, leave = threading.Event(), threading.Event()
+
+    def take():
+        with store.acquire([ref]):
+            has_taken.set()
+            assert leave.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        with store.acquire([ref]):
+            store.turns.give_back()
+            first = pool.submit(take)
+            assert has_taken.wait(10)
+        second = pool.submit(take)
+        with pytest.raises(TimeoutError):
+            second.result(0.1)
+        leave.set()
+        assert first.result(10) is second.result(10) is None
+
+
 def test_what_cannot_be_loaded_rests_ten_times_as_long_as_the_load_took(store, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("dask_pcm.ladder.store.time.monotonic", lambda: now[0])
