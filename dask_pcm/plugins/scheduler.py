@@ -29,6 +29,7 @@ from dask_pcm.context import ContextRef
 from dask_pcm.errors import LoadError
 from dask_pcm.plugins import parking
 from dask_pcm.plugins.books import Loads, Member, Refs, RunInfo
+from dask_pcm.plugins.first_batches import Frames
 from dask_pcm.plugins.lanes import LANES
 from dask_pcm.plugins.losses import Losses
 from dask_pcm.plugins.staging import Desk
@@ -121,6 +122,7 @@ class GatePlugin(SchedulerPlugin):
         scheduler.handlers["pcm_lost_device"] = self.on_lost_device
         scheduler.handlers["pcm_losses"] = self.on_losses
         scheduler.handlers["pcm_explain"] = self.on_explain
+        scheduler.handlers["pcm_failing"] = Frames(scheduler.task_groups.get).on_failing
         self._unshield = parking.shield_from_timeouts(scheduler, self.asked)
         self._ticker = PeriodicCallback(self._tick, self.config.tick_s * 1000)
         self._ticker.start()
