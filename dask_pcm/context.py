@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import cloudpickle
 from dask.utils import funcname, parse_bytes
@@ -16,6 +17,7 @@ from dask.utils import funcname, parse_bytes
 from dask_pcm.bundles import Bundle, bundle_of
 from dask_pcm.digest import digest
 from dask_pcm.errors import RecipeError
+from dask_pcm.given import check_loader
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,13 @@ class Recipe:
     def build(self, places: Mapping[str, str] = MappingProxyType({})) -> Any:
         """Call the loader; `places` are the paths of bundles, by their digests."""
         args, kwargs = _replaced((self.args, dict(self.kwargs)), Place, lambda p: places[p.bundle])
-        return self.load(*args, **kwargs)
+        value = self.load(*args, **kwargs)
+        if value is None or inspect.iscoroutine(value):
+            raise RecipeError(
+                f"The loader {funcname(self.load)} returned {value!r:.80}. It must return the live"
+                " object: that is what functions get."
+            )
+        return value
 
 
 class Context:
@@ -133,8 +141,8 @@ class Context:
     Parameters
     ----------
     load
-        Called on a worker as ``load(*args, **kwargs)``; returns anything: a torch module, an
-        engine, an index.
+        Called on a worker as ``load(*args, **kwargs)``; returns anything but None: a torch module,
+        an engine, an index. A class will do: its object is what functions get.
     *args, **kwargs
         Given to `load`; part of the recipe's identity.
     device_memory
@@ -160,8 +168,9 @@ class Context:
     Raises
     ------
     RecipeError
-        Where the recipe cannot be pickled or identified, no argument is one of `files`, or
-        another parameter is nothing that it could be; here, not when a task runs.
+        Where the recipe cannot be pickled or identified, the loader cannot be called with these
+        arguments, no argument is one of `files`, or another parameter is nothing that it could be;
+        here, not when a task runs.
     InputError
         Where one of `files` is missing.
 
@@ -173,6 +182,18 @@ class Context:
     >>> llm.name, llm.device_memory_bytes
     ('load', 4294967296)
     >>> llm == Context(load, "models/smollm2", name="another name")
+    True
+
+    A class whose ``__init__`` does the work:
+
+    >>> class Matcher:
+    ...     def __init__(self, words):
+    ...         self.words = frozenset(words)
+    ...     def __call__(self, text):
+    ...         return bool(self.words & set(text.split()))
+    >>> from dask_pcm import acquire
+    >>> with acquire(Context(Matcher, ["tennis"])) as matcher:
+    ...     matcher("she played tennis")
     True
     """
 
@@ -193,11 +214,12 @@ class Context:
         reattach: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        if not callable(load):
+        if isinstance(load, Context):
             raise RecipeError(
-                f"Context needs a function that loads, as its first argument; found {load!r:.80}."
-                " Write Context(load, *arguments), not Context(load(*arguments))."
+                f"{load!r} is a Context already: use it as it is, with context=... in"
+                " map_partitions, or acquire it in tasks of your own."
             )
+        check_loader(load, args, kwargs, _OPTIONS)
         _check_hooks(offload=offload, restore=restore, close=close)
         _check_choice("exclusive", exclusive, (True, False))
         _check_choice("reattach", reattach, (True, False, None))
@@ -224,6 +246,24 @@ class Context:
     def device_memory_bytes(self) -> int | None:
         return self.ref.device_memory_bytes
 
+    def _refuse_use(self, *args: Any) -> NoReturn:
+        raise RecipeError(self._is_not_live())
+
+    # What people do with live objects, where they have the recipe of one in their hands.
+    __call__ = __getitem__ = __enter__ = __exit__ = _refuse_use
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"No attribute {name!r}. {self._is_not_live()}")
+
+    @classmethod
+    def _is_not_live(cls) -> str:
+        return (
+            f"This {cls.__name__} is the recipe of a live object, not the object. Use"
+            " dask_pcm.map_partitions(func, ddf, context=..., meta=...), which gives the function"
+            " the live object; or, in a task of your own (Dask's map_partitions, client.map), write"
+            " with dask_pcm.acquire(context) as live: and use that."
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen; make a new one to change {name}.")
 
@@ -245,6 +285,9 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} {self.digest[:8]}>"
+
+
+_OPTIONS = tuple(inspect.signature(Context).parameters)
 
 
 def _revive(cls: type[Context], state: dict[str, Any]) -> Context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,9 @@ from dask.utils import funcname
 
 from dask_pcm.context import Context, ContextRef, Sealed
 from dask_pcm.errors import RecipeError, SchemaError
+from dask_pcm.given import FRAME, LIVE, check_function, checked, frame_refused
 from dask_pcm.mapping import ERROR, Call, infer, row_wise_meta
+from dask_pcm.plugins.first_batches import Position
 
 
 class ContextMap(CumulativeAggregations):
@@ -76,16 +79,16 @@ class ContextMap(CumulativeAggregations):
             return type(self)(picked, *self.operands[1:])
         return None
 
-    def _own_task(self, name: Any, index: int) -> Task:
+    def _own_task(self, name: Any, index: int, position: Position | None = None) -> Task:
         below = TaskRef((self.frame._name, index))
-        return Task(name, infer, below, self.operand("call"), self.operand("refs"))
+        return Task(name, infer, below, self.operand("call"), self.operand("refs"), position)
 
     def _layer(self) -> dict[Any, Task]:
         folded = list(_foldable(self.frame))
         layer = {}
         for index in range(self.frame.npartitions):
             name = (self._name, index)
-            own = self._own_task(name, index)
+            own = self._own_task(name, index, Position(*name, self.frame.npartitions))
             below = (expr._task((expr._name, index), index) for expr in reversed(folded))
             layer[name] = Task.fuse(*below, own, key=name) if folded else own
         return layer
@@ -119,6 +122,7 @@ def _is_reader(func: Any) -> bool:
     return str(func.__module__).partition(".")[0] in ("dask", "dask_pcm")
 
 
+@checked
 def map_partitions(
     func: Callable[..., Any],
     ddf: dd.DataFrame,
@@ -137,7 +141,7 @@ def map_partitions(
     func
         Called on a worker as ``func(frame, live, *args, **kwargs)``, where `frame` is a pandas
         DataFrame and `live` what the context's loader returned. With several contexts they come
-        as keywords instead.
+        as keywords instead. A plain function, or an object with ``__call__``.
     ddf
         Any Dask DataFrame; read by ``dask_pcm.read_parquet`` its pieces make runs resumable to
         the row range.
@@ -152,6 +156,11 @@ def map_partitions(
         `meta` lacks it; columns that cannot be null (integers, booleans) become pandas' nullable
         types. In ``write_parquet`` that holds of a row, too, that ends the worker process. Without
         `batch_rows`, `func` gets the partition and may filter or expand.
+
+        Any number of rows may fail, unless nothing else comes: where every row of the first three
+        batches raises one type of exception (or every row, if there are fewer batches), that
+        exception is raised, with a row that made it. First is what comes first in the frame, so
+        rows that are bad further on, a whole file of them, end nothing.
     required_columns
         Columns that `func` reads; the others are not even read from disk.
     enforce_metadata
@@ -164,14 +173,12 @@ def map_partitions(
 
     Raises
     ------
-    RecipeError, SchemaError
-        At once, where the function cannot be pickled or the arguments do not fit the frame.
+    RecipeError, SchemaError, ArgumentError
+        At once, where the function cannot be pickled or called, or the arguments do not fit the
+        frame.
     """
     if not isinstance(ddf, dd.DataFrame):
-        raise SchemaError(
-            f"map_partitions maps over a Dask DataFrame; found {type(ddf).__name__}. Wrap pandas"
-            " data with dask.dataframe.from_pandas(frame, npartitions=...)."
-        )
+        raise frame_refused("map_partitions", ddf)
     if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
         raise SchemaError(f"batch_rows must be a whole number, at least 1; found {batch_rows!r}.")
     if any(dask.is_dask_collection(value) for value in (*args, *kwargs.values())):
@@ -180,6 +187,9 @@ def map_partitions(
             " them and pass the result."
         )
     names, refs = _contexts(context)
+    live = (LIVE,) if names is None else ()
+    named = dict.fromkeys(names or (), LIVE)
+    check_function(func, (FRAME, *live, *args), {**kwargs, **named}, _OPTIONS)
     if required_columns is not None:
         ddf = ddf[check_columns(ddf, required_columns, "required_columns")]
     out = _meta(meta, ddf)
@@ -195,6 +205,9 @@ def map_partitions(
     sealed = Sealed.of(call, what, identity)
     label = f"pcm_{funcname(func).replace('-', '_')}"
     return new_collection(ContextMap(ddf.expr, sealed, refs, out, label, batch_rows))
+
+
+_OPTIONS = tuple(inspect.signature(map_partitions).parameters)
 
 
 def check_columns(ddf: dd.DataFrame, names: Sequence[str], what: str) -> list[str]:
@@ -230,11 +243,16 @@ def _contexts(
         return None, (context.ref,)
     if not isinstance(context, Mapping) or not context:
         raise RecipeError(
-            f"context= takes a dask_pcm.Context or a dict of them; found {context!r:.80}."
+            "context= takes a dask_pcm.Context or a dict of them by keyword; found"
+            f" {context!r:.80}. A live model does not travel: write dask_pcm.Context(load, path),"
+            " where load is a function that returns it."
         )
     for name, value in context.items():
         if not isinstance(value, Context):
-            raise RecipeError(f"context[{name!r}] is no dask_pcm.Context but {value!r:.80}.")
+            raise RecipeError(
+                f"context[{name!r}] is no dask_pcm.Context but {value!r:.80}."
+                " Write dask_pcm.Context(load, path), where load is a function that returns it."
+            )
     return tuple(context), tuple(value.ref for value in context.values())
 
 

@@ -43,6 +43,14 @@ class RowCountError(PCMError, ValueError):
     """A function called on n rows at a time did not return one row for each."""
 
 
+class UserFunctionError(PCMError, RuntimeError):
+    """A function raised on every row, with an exception that cannot be sent to the client."""
+
+
+class ArgumentError(PCMError, TypeError):
+    """A function was given an option that it does not have; the message names the one that is."""
+
+
 class SchemaError(PCMError, ValueError):
     """Columns are missing, repeated, clash with ours, or differ from what was declared."""
 

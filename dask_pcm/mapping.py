@@ -13,7 +13,10 @@ import pandas as pd
 from dask_pcm.context import ContextRef, Sealed
 from dask_pcm.errors import PCMError, RowCountError, SchemaError
 from dask_pcm.ladder.tensors import is_sticky
+from dask_pcm.plugins.first_batches import Position, is_hopeless
 from dask_pcm.plugins.hold import hold, spent
+from dask_pcm.scheduling.first_batches import N_BATCHES, Failing
+from dask_pcm.tally import Tally
 
 ERROR = "error"
 _MAX_ERROR_CHARS = 2_000
@@ -97,17 +100,19 @@ class Call:
     meta: pd.DataFrame
     is_enforced: bool
 
-    def on(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> list[pd.DataFrame]:
+    def on(
+        self, frame: pd.DataFrame, contexts: Sequence[Any], tally: Tally
+    ) -> Iterator[pd.DataFrame]:
         """Apply the function to a whole partition, as many rows at a time as it takes."""
         if self.batch_rows is None:
-            return [self._call(frame, contexts)]
-        parts = []
+            yield self._call(frame, contexts)
+            return
         for start in range(0, len(frame), self.batch_rows):
             rows = frame.iloc[start : start + self.batch_rows]
             if _notes.on_call is not None and _withheld.error is None:
                 _notes.on_call(start, start + len(rows), len(frame))
-            parts.append(self._batch(rows, contexts))
-        return parts
+            tally.begin_batch()
+            yield self._batch(rows, contexts, tally)
 
     def joined(self, parts: list[pd.DataFrame]) -> pd.DataFrame:
         """What the function returned, put together and held against what was declared."""
@@ -136,9 +141,10 @@ class Call:
         except SystemExit as error:  # it would take the worker with it
             raise RuntimeError(f"{_name(self.func)} called sys.exit({error.code!r})") from error
 
-    def _batch(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> pd.DataFrame:
+    def _batch(self, frame: pd.DataFrame, contexts: Sequence[Any], tally: Tally) -> pd.DataFrame:
         """One call; where it raises, halves are tried, down to the rows that are at fault."""
         if _withheld.error is not None:
+            tally.succeed()
             rows = [frame.iloc[at : at + 1] for at in range(len(frame))]
             return pd.concat([self._failed(row, _withheld.error) for row in rows])
         try:
@@ -148,12 +154,17 @@ class Call:
         except Exception as error:
             if is_sticky(error):  # nothing else would run here, whatever the rows
                 raise
-            if len(frame) == 1:
-                return self._failed(frame, error)
-            half = len(frame) // 2
-            halves = (frame.iloc[:half], frame.iloc[half:])
-            return pd.concat([self._batch(rows, contexts) for rows in halves])
-        return self._one_for_each(frame, result)
+            failed = error
+        else:
+            tally.succeed()
+            return self._one_for_each(frame, result)
+        # Out of reach of the handler: what halves raise is not to tell of this exception as well.
+        if len(frame) == 1:
+            tally.fail(frame, failed)
+            return self._failed(frame, failed)
+        half = len(frame) // 2
+        halves = (frame.iloc[:half], frame.iloc[half:])
+        return pd.concat([self._batch(rows, contexts, tally) for rows in halves])
 
     def _one_for_each(self, frame: pd.DataFrame, result: Any) -> pd.DataFrame:
         name = _name(self.func)
@@ -233,22 +244,61 @@ class Call:
             ) from error
 
 
-def infer(frame: pd.DataFrame, call: Sealed, refs: tuple[ContextRef, ...]) -> pd.DataFrame:
-    """The task: hold the contexts and call; an empty partition needs neither."""
+def infer(
+    frame: pd.DataFrame,
+    call: Sealed,
+    refs: tuple[ContextRef, ...],
+    position: Position | None = None,
+) -> pd.DataFrame:
+    """The task: hold the contexts and call; an empty partition needs neither.
+
+    `position` is where the rows stand in a frame that Dask computes; None in a run, whose driver
+    sees for itself what comes of them.
+
+    Raises
+    ------
+    Exception
+        What the function raised, where it fails on the first rows of the frame, all of them.
+    """
     opened: Call = call.open()
-    if opened.batch_rows is not None:
+    is_by_rows = opened.batch_rows is not None
+    if is_by_rows:
         spent.is_by_rows, spent.errors = True, []
     if not len(frame):
+        if is_by_rows and position is not None:
+            is_hopeless(position, Failing(0))  # what comes after it decides
         return opened.meta.copy()
+    tally = Tally()
+    if is_by_rows and position is None:
+        tally = spent.tallies.setdefault(call.digest, tally)
+    parts = []
     if _notes.on_wait is not None:
         _notes.on_wait()
     with hold(refs) as contexts:
-        parts = opened.on(frame, contexts)
+        for part in opened.on(frame, contexts, tally):
+            parts.append(part)
+            if position is not None and len(parts) == N_BATCHES:
+                _check_hope(position, tally)
     # Without the contexts: another lane is at it by now.
+    if is_by_rows and position is not None and len(parts) < N_BATCHES:
+        _check_hope(position, tally)
     result = opened.joined(parts)
-    if opened.batch_rows is not None and ERROR in result.columns:
+    if is_by_rows and ERROR in result.columns:
         spent.errors = result[ERROR].dropna().tolist()
     return result
+
+
+def _check_hope(position: Position, tally: Tally) -> None:
+    """Raise the function's own exception where nothing else is to be expected of it."""
+    failing = tally.failing
+    if failing is not None and failing.n_batches and is_hopeless(position, failing):
+        error = tally.error
+        error.add_note(
+            "It ends the computation, since nothing else came of the first rows. If these rows are"
+            " bad in themselves, catch the exception in the function and return its text in the"
+            f" column {ERROR!r}."
+        )
+        raise error
 
 
 def row_wise_meta(meta: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:

@@ -32,6 +32,7 @@ from dask_pcm.files import (
     one_schema,
     path_text,
 )
+from dask_pcm.given import checked
 from dask_pcm.reading import BATCH_BYTES, note_inflation, read_rows
 
 ROWS_PER_PIECE = 10_000
@@ -158,6 +159,7 @@ class PieceReader:
         return ("dask_pcm.PieceReader", self.token)
 
 
+@checked
 def read_parquet(
     path: str | os.PathLike[str],
     rows_per_piece: int = ROWS_PER_PIECE,

@@ -13,6 +13,7 @@ import pandas as pd
 from dask_pcm.config import Config
 from dask_pcm.dataframe import check_columns, map_partitions
 from dask_pcm.errors import PromptError, SchemaError
+from dask_pcm.given import checked, frame_refused
 from dask_pcm.inference.llm import LLM
 from dask_pcm.inference.plain import PlainModel
 from dask_pcm.inference.prompts import (
@@ -28,6 +29,7 @@ from dask_pcm.inference.prompts import (
 ANSWER, PROBABILITY, ERROR = "answer", "answer_probability", "error"
 
 
+@checked
 def classify(
     ddf: dd.DataFrame,
     llm: LLM,
@@ -73,12 +75,12 @@ def classify(
     PromptError, SchemaError
         At once, where prompt, choices and columns do not go together.
     """
-    if not isinstance(llm, LLM):
-        raise PromptError(f"classify needs a dask_pcm.LLM; found {type(llm).__name__}.")
     if not isinstance(ddf, dd.DataFrame):
-        raise SchemaError(
-            f"classify works on a Dask DataFrame; found {type(ddf).__name__}. Wrap pandas data with"
-            " dask.dataframe.from_pandas(frame, npartitions=...)."
+        raise frame_refused("classify", ddf)
+    if not isinstance(llm, LLM):
+        raise PromptError(
+            f"classify needs a dask_pcm.LLM; found {type(llm).__name__}. Write"
+            " dask_pcm.LLM('folder or hub id'); a model that is loaded already does not travel."
         )
     if not isinstance(prompt, str):
         raise PromptError(f"The prompt must be a text with columns in braces; found {prompt!r}.")

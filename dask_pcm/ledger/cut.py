@@ -35,6 +35,8 @@ class Cutter:
         self._plan = plan
         self._max_bytes = max_bytes
         self._again: list[Unit] = []
+        #: Units cut so far, those left out that are computed again.
+        self.n_cut = 0
         self._order: list[int] | None = None  # of the plan's spans, by offset
         self._todo: list[tuple[int, Span | None]] = []  # (partition, rows), last first
         done = Ranges(done_ranges)
@@ -108,9 +110,10 @@ class Cutter:
             self.n_rows -= unit.n_rows or 1
             return unit
         partition, span = self._todo.pop()
+        number, self.n_cut = self.n_cut, self.n_cut + 1
         if span is None:
             self.n_rows -= 1
-            return Unit(partition_name(partition), partition, None, None)
+            return Unit(partition_name(partition), partition, None, None, number=number)
         if self._plan.is_splittable:
             spans = self._several(partition, span, max(1, n_rows))
         else:
@@ -118,7 +121,8 @@ class Cutter:
         total = sum(s.n_rows for s in spans)
         self.n_rows -= total
         end = spans[-1].offset + spans[-1].n_rows
-        return Unit(range_name(spans[0].offset, end), partition, tuple(spans), total)
+        name = range_name(spans[0].offset, end)
+        return Unit(name, partition, tuple(spans), total, number=number)
 
     def _several(self, partition: int, span: Span, n_rows: int) -> list[Span]:
         """Rows of a piece, and of those after it up to a batch, or while they are small."""

@@ -38,7 +38,9 @@ from dask_pcm.ledger.stock import Counts, Extent, is_first, take_stock
 from dask_pcm.ledger.unit import Job, UnitResult
 from dask_pcm.ledger.window import Window
 from dask_pcm.mapping import ERROR
+from dask_pcm.scheduling.first_batches import FirstBatches
 from dask_pcm.scheduling.units import Askers
+from dask_pcm.tally import unpack
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +76,9 @@ class Driver:
         self._ran_on: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self._n_done = self._n_before = 0
-        self._n_failed_now = self._n_done_now = self._n_to_retry = 0
-        self._n_gone = 0
+        self._n_to_retry = self._n_gone = 0
+        self._first = FirstBatches()  # of the input, as far as this run computes it
+        self._first_error: tuple[int, bytes] | None = None  # of which unit; packed
         self._status: dict[str, Any] = {}
         self._loads_before: tuple[int, float] | None = None
         self._next_look = 0.0
@@ -233,10 +236,9 @@ class Driver:
             report.rows_retried += unit.n_rows or result.n_rows
         report.infer_s += result.infer_s
         report.units += 1
-        self._n_failed_now += result.n_failed
-        self._n_done_now += result.n_rows
         if unit.again is None:
             report.rows += result.n_rows
+            self._note_failing(unit, result)
         elif not unit.again:
             report.rows += result.n_rows - self._stock[unit.name].n_rows
         if len(self._errors) < _MAX_KINDS:
@@ -251,24 +253,43 @@ class Driver:
 
     def _check_limit(self) -> None:
         """End a run that cannot come to what was wanted of it."""
-        report, is_counted = self.report, self._plan.spans is not None
-        n_rows = self._plan.n_rows if is_counted else report.rows
-        is_over = not self._limit.allows(report.rows_failed - self._n_to_retry, n_rows)
-        if not is_counted and not self._window.is_empty:
-            is_over = is_over and self._limit.number is not None  # a share of what, is not known
-        if is_over:
-            why = f"more than max_failed_rows={self._limit} allows of {n_rows:,}"
-        elif self._limit.is_hopeless(self._n_failed_now, self._n_done_now):
-            why = "and not one succeeded"
-        else:
+        self._check_first()
+        report, is_all = self.report, self._window.is_empty
+        if self._limit.allows(report.rows_failed - self._n_to_retry, report.rows, is_all):
             return
         sample = "".join(f"\n  {text}" for text in report.errors) or "\n  (in an earlier run)"
         n_left = self._plan.n_rows - self._n_done
         raise FailedRowsError(
-            f"{report.rows_failed:,} rows failed, {why}; {n_left:,} {self.progress.counted} are"
-            f" still to be done in {self._output.path!r}. Some of the errors:{sample}\nMend the"
-            " cause and run again with retry_failed=True (--retry-failed), or allow more."
+            f"{report.rows_failed:,} rows failed, more than max_failed_rows={self._limit} allows of"
+            f" {report.rows:,}; {n_left:,} {self.progress.counted} are still to be done in"
+            f" {self._output.path!r}. Some of the errors:{sample}\nMend the cause and run again"
+            " with retry_failed=True (--retry-failed), or allow more."
         )
+
+    def _note_failing(self, unit: Unit, result: UnitResult) -> None:
+        if result.failing is None:
+            return
+        self._first.note(unit.number, result.failing)
+        if result.error:
+            found = (unit.number, result.error)
+            self._first_error = min(self._first_error or found, found)
+
+    def _check_first(self) -> None:
+        """Raise what the function raises where nothing else has ever come of this job."""
+        n_parts = self._window.cutter.n_cut if self._window.is_empty else None
+        if self._first_error is None or not self._first.is_hopeless(n_parts):
+            return
+        has_succeeded = any(counts.n_rows > counts.n_failed for counts in self._stock.values())
+        if has_succeeded or self._limit.allows_all(max(self._plan.n_rows, self.report.rows)):
+            return
+        error = unpack(self._first_error[1])
+        error.add_note(
+            f"This ended the run of {self._output.path!r}, since nothing else came of its first"
+            " rows. Mend the cause and run again with retry_failed=True (--retry-failed), or with"
+            " overwrite=True where the function changes. If these rows are bad in themselves,"
+            " max_failed_rows='100%' goes on."
+        )
+        raise error
 
     def _raise(self, unit: Unit, future: Future) -> None:
         if future.status == "cancelled":

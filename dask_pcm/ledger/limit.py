@@ -1,4 +1,4 @@
-"""How many rows may fail before a run is not worth going on with."""
+"""How many rows may fail before a run ends."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from dask_pcm.errors import LimitError
 
-#: So many rows, and nothing but failures, is no bad luck.
-HOPELESS_ROWS = 1_000
+#: A share of fewer rows says little of the rest.
+SHARE_ROWS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A number of rows, or a share of them all.
+    """A number of rows, or a share of those that are done.
 
-    >>> Limit.of(20).allows(20, 100), Limit.of("1%").allows(2, 100), Limit.of(0.5).allows(50, 100)
+    >>> Limit.of(20).allows(20, 100), Limit.of("1%").allows(12, 1_100), Limit.of(0.5).allows(9, 10)
     (True, False, True)
     """
 
@@ -61,13 +61,16 @@ class Limit:
             return f"{self.number:,}"
         return "any" if self.share is None else f"{self.share:.6g}"
 
-    def allows(self, n_failed: int, n_rows: int) -> bool:
-        """Whether so many of all rows may fail."""
+    def allows(self, n_failed: int, n_done: int, is_all: bool = False) -> bool:
+        """Whether so many of the rows that are done may have failed.
+
+        A share is looked at from ``SHARE_ROWS`` rows on, or where the rows are all that there are.
+        """
         if self.number is not None:
             return n_failed <= self.number
-        return self.share is None or n_failed <= self.share * n_rows
+        is_early = n_done < SHARE_ROWS and not is_all
+        return self.share is None or is_early or n_failed <= self.share * n_done
 
-    def is_hopeless(self, n_failed: int, n_done: int) -> bool:
-        """Whether there is no reason to think that any row will ever succeed."""
-        has_limit = self.number is not None or (self.share is not None and self.share < 1)
-        return has_limit and n_failed == n_done >= HOPELESS_ROWS
+    def allows_all(self, n_rows: int) -> bool:
+        """Whether somebody has said that every row may fail."""
+        return self.share == 1 or (self.number is not None and self.number >= n_rows)

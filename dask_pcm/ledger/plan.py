@@ -43,6 +43,8 @@ class Unit:
     again
         Of a part that is there, the rows to be computed again, counted within it; empty for all of
         them. None for a unit that is computed for the first time.
+    number
+        Its place among those that are computed for the first time, in the order of the input.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Unit:
     spans: tuple[Span, ...] | None
     n_rows: int | None
     again: tuple[int, ...] | None = None
+    number: int = 0
 
 
 class Graph(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,8 @@ from dask_pcm.ledger.plan import Plan, Unit
 from dask_pcm.mapping import ERROR
 from dask_pcm.pieces import Span
 from dask_pcm.plugins.hold import spent
+from dask_pcm.scheduling.first_batches import Failing
+from dask_pcm.tally import pack, unpack
 
 _SEED = 0
 _MAX_ERRORS = 5
@@ -74,6 +77,8 @@ def draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
     ------
     SchemaError
         Where rows cannot be computed one by one.
+    Exception
+        What a function raised, where it raised it on all of these rows.
     """
     if not plan.is_splittable or plan.spans is None:
         raise SchemaError(
@@ -90,8 +95,9 @@ def draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
         for unit, key in zip(units, keys, strict=True)
     ]
     found = client.gather(futures)
-    frame = pd.concat([rows for rows, _ in found]) if found else plan.meta
-    busy_s = sum(seconds for _, seconds in found)
+    _check_hope(found)
+    frame = pd.concat([answer.frame for answer in found]) if found else plan.meta
+    busy_s = sum(answer.seconds for answer in found)
     n_asked = sum(unit.n_rows or 0 for unit in units)
     rows_per_s = n_asked / max(1e-9, busy_s)
     failed = frame.get(ERROR, pd.Series([], dtype="str")).dropna()
@@ -126,9 +132,28 @@ def _units(plan: Plan, n_rows: int, n_workers: int) -> list[Unit]:
     return [Unit(name, 0, tuple(share), len(share)) for share in shares]
 
 
-def _answer(unit: Unit, graph: bytes, refs: Sequence[ContextRef]) -> tuple[pd.DataFrame, float]:
+class _Answer(NamedTuple):
+    """Rows of one unit, the seconds they took, and how they failed if none succeeded."""
+
+    frame: pd.DataFrame
+    seconds: float
+    failing: Failing | None
+    error: bytes
+
+
+def _check_hope(found: Sequence[_Answer]) -> None:
+    """Raise where every row raised the same."""
+    kinds = {answer.failing.kind if answer.failing else None for answer in found}
+    packed = [answer.error for answer in found if answer.error]
+    if packed and len(kinds) == 1:
+        raise unpack(packed[0])
+
+
+def _answer(unit: Unit, graph: bytes, refs: Sequence[ContextRef]) -> _Answer:
     spent.begin()
     start = time.perf_counter()
     max_bytes = Config.read().unit_bytes
     frame = pd.concat([compute(some, graph) for some in chunks(unit, max_bytes)])
-    return frame, spent.infer_s or time.perf_counter() - start
+    seconds = spent.infer_s or time.perf_counter() - start
+    failing, error = spent.failing()
+    return _Answer(frame, seconds, failing, b"" if error is None else pack(error))

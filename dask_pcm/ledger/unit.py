@@ -23,6 +23,8 @@ from dask_pcm.ledger.plan import Unit
 from dask_pcm.ledger.suspects import Cost
 from dask_pcm.mapping import ERROR
 from dask_pcm.plugins.hold import spent
+from dask_pcm.scheduling.first_batches import Failing
+from dask_pcm.tally import pack
 
 #: Libraries whose versions a part names, where they were used.
 _LIBRARIES = ("torch", "transformers")
@@ -70,6 +72,8 @@ class UnitResult:
         A few of the errors.
     facts
         Where and how the contexts ran: device, dtype.
+    failing, error
+        Where no row succeeded, how they failed, and one exception as ``tally.pack`` has packed it.
     """
 
     name: str
@@ -81,6 +85,8 @@ class UnitResult:
     is_resumed: bool = False
     errors: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    failing: Failing | None = None
+    error: bytes = field(default=b"", repr=False)
 
 
 def run_unit(
@@ -121,6 +127,8 @@ def run_unit(
     with contextlib.closing(records):  # whatever comes: its journal is not to stay open
         output.commit(unit.name, tables, note, replaces=unit.again is not None)
     clear(unit.name, output)
+    # What an earlier attempt had computed is not known to have failed alike.
+    failing, error = (None, None) if count.n_kept else spent.failing()
     return UnitResult(
         unit.name,
         count.n_rows,
@@ -130,6 +138,8 @@ def run_unit(
         total_s=time.perf_counter() - start,
         errors=tuple(count.errors[:MAX_ERRORS]),
         facts=count.facts,
+        failing=failing,
+        error=b"" if error is None else pack(error),
     )
 
 

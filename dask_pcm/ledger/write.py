@@ -16,7 +16,8 @@ import dask.dataframe as dd
 from distributed import Client
 
 from dask_pcm.config import Config
-from dask_pcm.errors import BusyError, CancelledError, InputError, OutputError, SchemaError
+from dask_pcm.errors import BusyError, CancelledError, InputError, OutputError
+from dask_pcm.given import checked, frame_refused
 from dask_pcm.ledger import manifest, status
 from dask_pcm.ledger.driver import Driver
 from dask_pcm.ledger.folder import Folder
@@ -75,6 +76,7 @@ def write_parquet(
 ) -> Run: ...
 
 
+@checked
 def write_parquet(
     ddf: dd.DataFrame,
     path: str | os.PathLike[str],
@@ -113,8 +115,12 @@ def write_parquet(
         its input (functions of partitions, filters), the part is computed again as a whole.
     max_failed_rows
         End the run, with some of the errors, as soon as more rows have failed: a number (20), or a
-        share of all rows (0.01, "1%"). Without it, any number may. A run of which the first
-        thousand rows all fail is ended as well, unless there is no limit.
+        share of the rows that are done (0.01, "1%"), looked at from 1,000 rows on and at the end.
+        Without it, any number may, unless nothing else comes: where no row of the output has
+        succeeded, and every row of the first three batches of a run raises one type of exception
+        (or every row, if there are fewer batches), the run ends with that exception and a row that
+        made it. Rows that ``retry_failed`` computes again do not count. "100%" goes on all the
+        same.
     take_over
         Shut out another run that is at work on the output, and go on where it was.
     sample
@@ -147,6 +153,8 @@ def write_parquet(
         was changed then.
     LoadError, FailedRowsError
         Where a context cannot be loaded, or too many rows fail; what was committed stays.
+    Exception
+        What a function raised, where it raised that on all of the first rows.
     CancelledError
         Where somebody cancelled the run while we waited.
     """
@@ -184,7 +192,7 @@ def write_parquet(
 
 def _prepare(ddf: dd.DataFrame, client: Client | None) -> tuple[Client, Plan]:
     if not isinstance(ddf, dd.DataFrame):
-        raise SchemaError(f"write_parquet writes a Dask DataFrame; found {type(ddf).__name__}.")
+        raise frame_refused("write_parquet", ddf)
     return client or current_client(), Plan(ddf)
 
 

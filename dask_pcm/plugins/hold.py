@@ -19,6 +19,8 @@ from dask_pcm.ladder.store import of_process
 from dask_pcm.ladder.tensors import is_sticky
 from dask_pcm.plugins.seceding import giving_back
 from dask_pcm.plugins.worker import CONTEXTS, ContextPlugin
+from dask_pcm.scheduling.first_batches import Failing
+from dask_pcm.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,8 @@ class Spent(threading.local):
         What they say of themselves in a mapping ``facts``: device, dtype.
     is_by_rows, errors
         Whether a function was called by rows, and the errors that it ended with.
+    tallies
+        What functions by rows have come to in a unit of a run, by their digests.
     """
 
     def __init__(self) -> None:
@@ -108,6 +112,14 @@ class Spent(threading.local):
         self.facts: dict[str, str] = {}
         self.is_by_rows = False
         self.errors: list[str] = []
+        self.tallies: dict[str, Tally] = {}
+
+    def failing(self) -> tuple[Failing | None, Exception | None]:
+        """Whether a function failed on all rows of a unit, and how; no batches where none ran."""
+        for tally in self.tallies.values():
+            if (failing := tally.failing) is not None:
+                return failing, tally.error
+        return (None, None) if self.tallies else (Failing(0), None)
 
 
 spent = Spent()

@@ -30,6 +30,7 @@ from dask_pcm.errors import LoadError
 from dask_pcm.plugins import parking
 from dask_pcm.plugins.adaptive import answer_adaptive
 from dask_pcm.plugins.books import Loads, Member, Refs, RunInfo
+from dask_pcm.plugins.first_batches import Frames
 from dask_pcm.plugins.lanes import LANES
 from dask_pcm.plugins.losses import Losses
 from dask_pcm.plugins.staging import Desk
@@ -123,6 +124,7 @@ class GatePlugin(SchedulerPlugin):
         scheduler.handlers["pcm_lost_device"] = self.on_lost_device
         scheduler.handlers["pcm_losses"] = self.on_losses
         scheduler.handlers["pcm_explain"] = self.on_explain
+        scheduler.handlers["pcm_failing"] = Frames(scheduler.task_groups.get).on_failing
         self._undo = (
             parking.shield_from_timeouts(scheduler, self.asked),
             answer_adaptive(scheduler, self._n_wanted),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -523,6 +524,14 @@ class TestTooManyFailures:
         with pytest.raises(FailedRowsError, match=r"max_failed_rows=0\.005 allows of 200"):
             write(job(noted), out, max_failed_rows="0.5%")
 
+    def test_a_share_says_nothing_before_1000_rows(self, client, claims, out, noted):
+        """Half of the first rows fail, and of all rows too many: looked at once there are 1,000."""
+        frame = pcm.read_parquet(claims(n_files=40, n_rows=100))
+        verdicts = pcm.map_partitions(noted, frame, context=LLM, meta=META, batch_rows=20)
+        noted.fail(range(0, 4000, 2))
+        with pytest.raises(FailedRowsError, match=r"max_failed_rows=0\.3 allows of 1,\d\d\d;"):
+            write(verdicts, out, max_failed_rows="30%")
+
     def test_of_a_frame_whose_rows_nobody_counted(self, client, job, out, noted):
         read = dd.read_parquet(job.folder)
         frame = pcm.map_partitions(noted, read, context=LLM, meta=META, batch_rows=8)
@@ -533,10 +542,65 @@ class TestTooManyFailures:
     def test_nothing_but_failures(self, client, claims, out, noted):
         frame = pcm.read_parquet(claims(n_files=40, n_rows=100))
         noted.fail(range(4000))
-        verdicts = pcm.map_partitions(noted, frame, context=LLM, meta=META, batch_rows=50)
-        with pytest.raises(FailedRowsError, match="and not one succeeded"):
-            write(verdicts, out, max_failed_rows="90%")
-        assert len(pd.read_parquet(out)) < 4000
+        verdicts = pcm.map_partitions(noted, frame, context=LLM, meta=META, batch_rows=10)
+        for options in ({}, {"max_failed_rows": "90%"}):
+            with pytest.raises(ValueError, match="is bad") as raised:
+                write(verdicts, out, **options, overwrite=True)
+            assert not isinstance(raised.value, pcm.PCMError)
+            last = traceback.extract_tb(raised.value.__traceback__)[-1]
+            assert last.name == "infer" and "is bad" in last.line
+            notes = "".join(raised.value.__notes__)
+            assert "index 0: id=0, claim='claim 0'" in notes and "retry_failed=True" in notes
+        report = pcm.attach(out).report
+        assert report.state == "failed" and report.error == "ValueError: row 0 is bad"
+        assert 30 <= report.rows == report.rows_failed < 1000  # at once
+        noted.fail([])
+        assert write(verdicts, out, retry_failed=True).report.rows_failed == 0
+
+    @pytest.mark.parametrize("n_rows", [1, 12])
+    def test_all_of_few_rows(self, client, claims, out, noted, n_rows):
+        frame = pcm.read_parquet(claims(n_files=1, n_rows=n_rows))
+        noted.fail(range(n_rows))
+        verdicts = pcm.map_partitions(noted, frame, context=LLM, meta=META, batch_rows=8)
+        with pytest.raises(ValueError, match="row 0 is bad"):
+            write(verdicts, out)
+        # Rows computed again do not count, nor does it where all may fail.
+        assert write(verdicts, out, retry_failed=True).report.rows_failed == n_rows
+        done = write(verdicts, out, max_failed_rows="100%", overwrite=True)
+        assert done.report.rows_failed == n_rows
+
+    def test_all_rows_of_a_frame_whose_rows_nobody_counted(self, client, job, out, noted):
+        read = dd.read_parquet(job.folder)
+        frame = pcm.map_partitions(noted, read, context=LLM, meta=META, batch_rows=8)
+        noted.fail(range(200))
+        with pytest.raises(ValueError, match="is bad"):
+            write(frame, out)
+
+    def test_bad_rows_late_in_the_input(self, client, job, out, noted):
+        noted.fail(range(60, 200))
+        assert write(job(noted), out).report.rows_failed == 140
+
+    def test_what_has_succeeded_once_is_no_mistake_of_the_function(self, client, job, out, noted):
+        """A run that goes on among bad rows."""
+        noted.fail(range(50, 200))
+        write(job(noted), out)
+        for name in Folder(out, "r").parts():
+            if int(name.split("-")[1]) >= 50:
+                os.remove(f"{out}/{name}")
+        assert write(job(noted), out).report.rows_failed == 150
+
+    def test_a_function_behind_another_one(self, client, job, out, noted):
+        """Where the first has answered, and the second fails on all that is left."""
+        first = job()
+
+        def second(f, model):
+            raise KeyError("second")
+
+        failing = pcm.map_partitions(
+            second, first[first.error.isna()], context=LLM, meta=META, batch_rows=8
+        )
+        with pytest.raises(KeyError, match="second"):
+            write(failing, out)
 
     def test_a_limit_that_is_none(self, client, job, out):
         with pytest.raises(pcm.PCMError, match="takes a number of rows or a share"):
@@ -545,6 +609,13 @@ class TestTooManyFailures:
 
 
 class TestSample:
+    def test_where_every_row_fails_alike(self, client, job, out, noted):
+        noted.fail(range(200))
+        with pytest.raises(ValueError, match="is bad"):
+            write(job(noted), out, sample=20)
+        noted.fail(range(150))
+        assert 0 < write(job(noted), out, sample=20).n_failed < 20
+
     def test_rows_of_the_whole_and_what_the_rest_would_take(self, client, job, out, noted):
         found = write(job(noted), out, sample=20)
         assert len(found.frame) == 20 and found.frame.id.is_monotonic_increasing

@@ -1,0 +1,269 @@
+"""What people give, held against what is needed: functions, options, frames, live models.
+
+Each mistake is told where it was made, with the sentence that helps. Nothing here imports what it
+looks for: libraries are known by their names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import dis
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from dask_pcm.errors import ArgumentError, RecipeError, SchemaError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Other names of our options, as other libraries call them.
+_ALIASES = {
+    "batch_rows": "batch_size batchsize bs num_rows n_rows nrows chunk_size chunksize",
+    "rows_per_piece": "chunk_size chunksize batch_size num_rows n_rows nrows rows_per_partition",
+    "bytes_per_piece": "blocksize block_size",
+    "path": "output output_dir output_path out out_dir outdir folder directory filename",
+    "sample": "limit n head",
+    "context": "contexts model llm ctx",
+    "llm": "model context",
+    "choices": "labels classes candidate_labels options answers",
+    "prompt": "template prompt_template",
+    "keep": "columns keep_columns",
+    "required_columns": "columns",
+    "device_memory": "memory gpu_memory vram",
+    "max_failed_rows": "max_errors max_failures",
+}
+#: Libraries whose objects are live: models, engines, indexes.
+_LIVE = frozenset(
+    "torch transformers sentence_transformers peft diffusers optimum vllm llama_cpp ctranslate2"
+    " tensorflow keras jax flax onnxruntime sklearn xgboost lightgbm catboost spacy faiss".split()
+)
+_CALLS = {
+    "map_partitions": "map_partitions(func, ddf, context=..., meta=...)",
+    "classify": "classify(ddf, llm, prompt=..., choices=...)",
+    "write_parquet": "write_parquet(ddf, path)",
+}
+#: How data of other libraries are written as Parquet, by library and class; "" for the others.
+_WRITERS = {
+    ("polars", ""): "frame.write_parquet(path)",
+    ("polars", "LazyFrame"): "frame.sink_parquet(path)",
+    ("datasets", ""): "dataset.to_parquet(path)",
+    ("datasets", "DatasetDict"): "dataset['train'].to_parquet(path), one split at a time,",
+    ("datasets", "IterableDatasetDict"): "dataset['train'].to_parquet(path), one split at a time,",
+    ("pyspark", ""): "frame.write.parquet(path)",
+}
+#: How data of other libraries become a pandas frame.
+_PANDAS = {
+    "pandas": "frame",
+    "pyarrow": "table.to_pandas()",
+    "numpy": "pandas.DataFrame(array)",
+    "cudf": "frame.to_pandas()",
+    "modin": "frame._to_pandas()",
+}
+
+
+def name_of(func: Any) -> str:
+    """How a callable is called in messages."""
+    return getattr(func, "__qualname__", None) or type(func).__qualname__
+
+
+def is_live(value: Any) -> bool:
+    """Whether it is an object of a library for models, or a method of one."""
+    owner = getattr(value, "__self__", None)
+    value = value if owner is None or inspect.ismodule(owner) else owner
+    if isinstance(value, type) or inspect.isroutine(value):
+        return False
+    return any(cls.__module__.partition(".")[0] in _LIVE for cls in type(value).__mro__)
+
+
+def checked(func: Callable[P, R]) -> Callable[P, R]:
+    """Have a function refuse arguments that it does not take with the name that is meant."""
+    signature = inspect.signature(func)
+
+    @functools.wraps(func)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            hint = _hint(kwargs, signature.parameters, func.__name__)
+            raise ArgumentError(f"{func.__name__}: {error}.{hint}") from None
+        return func(*args, **kwargs)
+
+    return call
+
+
+def _hint(given: Iterable[str], options: Iterable[str], owner: str) -> str:
+    """Which options may be meant by names that are none."""
+    options = set(options)
+    found = ((name, _meant(name, options)) for name in given if name not in options)
+    meant = [f"{name}= may be meant as {owner}'s {option}=." for name, option in found if option]
+    return "".join(f" {text}" for text in meant)
+
+
+def _meant(name: str, options: Iterable[str]) -> str | None:
+    """
+    >>> _meant("batchsize", ["batch_rows", "meta"]), _meant("max_failed_row", ["max_failed_rows"])
+    ('batch_rows', 'max_failed_rows')
+    >>> _meant("threshold", ["batch_rows", "meta"])
+    """
+    options = list(options)
+    plain = name.lower().replace("-", "_")
+    for option in options:
+        if plain in _ALIASES.get(option, "").split():
+            return option
+    return next(iter(difflib.get_close_matches(plain, options, 1)), None)
+
+
+def check_function(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: Sequence[str]
+) -> None:
+    """Refuse a function that could not be called on a partition; `options` are those of the verb.
+
+    Raises
+    ------
+    RecipeError
+        Where it is no plain function, or does not take these arguments.
+    """
+    if not callable(func):
+        raise RecipeError(
+            "map_partitions needs a function as its first argument; found"
+            f" {type(func).__qualname__}. Write {_CALLS['map_partitions']}."
+        )
+    if isinstance(func, type):
+        raise RecipeError(
+            f"map_partitions needs a function; found the class {func.__qualname__}, of which every"
+            " call would make an object. Give a function, or an object of the class that has"
+            " __call__; what is expensive to make belongs into a Context."
+        )
+    _check_plain(func, "map_partitions calls", "Return a DataFrame")
+    _bind(func, args, kwargs, "map_partitions", options)
+
+
+def check_loader(
+    load: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: Sequence[str]
+) -> None:
+    """Refuse a loader that could not be called, or whose result is of no use.
+
+    Raises
+    ------
+    RecipeError
+        Where it is no plain function or class, does not take these arguments, or returns None.
+    """
+    if is_live(load):
+        raise RecipeError(
+            f"Context needs a function that loads, and found a live object, {load!r:.80}. Models"
+            " do not travel: write a function that returns it, and Context(load, path), so that"
+            " each worker loads it by itself."
+        )
+    if not callable(load):
+        raise RecipeError(
+            f"Context needs a function that loads, as its first argument; found {load!r:.80}."
+            " Write Context(load, *arguments), not Context(load(*arguments))."
+        )
+    _check_plain(load, "Context calls", "Return the live object")
+    if _returns_none(load):
+        raise RecipeError(
+            f"The loader {name_of(load)} returns None wherever it ends. Return the live object: it"
+            " is what functions get."
+        )
+    _bind(load, args, kwargs, "Context", options)
+
+
+def _check_plain(func: Any, who: str, instead: str) -> None:
+    """Refuse functions whose call does not run them."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    called = func if inspect.isroutine(func) or isinstance(func, type) else type(func).__call__
+    kinds = (
+        (inspect.iscoroutinefunction, "a coroutine function (async def)", "def"),
+        (inspect.isasyncgenfunction, "an asynchronous generator (async def, yield)", "def"),
+        (inspect.isgeneratorfunction, "a generator (it yields)", "return"),
+    )
+    for is_kind, kind, word in kinds:
+        if is_kind(called):
+            raise RecipeError(
+                f"{name_of(func)} is {kind}: {who} it, and what comes back would be nothing but an"
+                f" object that waits to be run. {instead} from a plain function, with {word!r}."
+            )
+
+
+def _bind(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], verb: str, options: Sequence[str]
+) -> None:
+    try:
+        # Not that of what it wraps: a decorator may take and give other arguments.
+        signature = inspect.signature(func, follow_wrapped=False)
+    except (TypeError, ValueError):  # builtins
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        shown = [str(arg) if isinstance(arg, _Shown) else f"{arg!r:.20}" for arg in args]
+        shown += [
+            f"{name}={value}" if isinstance(value, _Shown) else f"{name}={value!r:.20}"
+            for name, value in kwargs.items()
+        ]
+        hint = _hint([name for name in kwargs if name not in signature.parameters], options, verb)
+        raise RecipeError(
+            f"{name_of(func)}{signature} cannot be called as {verb} would call it,"
+            f" {name_of(func)}({', '.join(shown)}): {error}.{hint}"
+        ) from None
+
+
+class _Shown(str):
+    """Stands for a value that is there when the function is called."""
+
+    __slots__ = ()
+
+
+FRAME, LIVE = _Shown("frame"), _Shown("live")
+
+
+def _returns_none(func: Any) -> bool:
+    """Whether every way out of a Python function returns the constant None.
+
+    >>> def fills_a_global():
+    ...     global model
+    ...     model = 1
+    >>> _returns_none(fills_a_global), _returns_none(lambda: {} or None), _returns_none(len)
+    (True, False, False)
+    """
+    if (code := getattr(func, "__code__", None)) is None:
+        return False
+    steps = list(dis.get_instructions(code))
+    nones = []
+    for before, step in zip([None, *steps], steps, strict=False):
+        if step.opname == "RETURN_CONST":
+            nones.append(step.argval is None)
+        elif step.opname == "RETURN_VALUE":
+            # Where a jump leads to it, another value may lie on the stack.
+            is_constant = before is not None and before.opname == "LOAD_CONST"
+            nones.append(is_constant and before.argval is None and not step.is_jump_target)  # type: ignore[union-attr] # is_constant says so
+    return bool(nones) and all(nones)
+
+
+def frame_refused(verb: str, found: Any) -> SchemaError:
+    """The error where `verb` was given something else than a Dask DataFrame."""
+    kind = type(found)
+    name = f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}".removeprefix("builtins.")
+    return SchemaError(f"{verb} needs a Dask DataFrame; found {name}. {_way_to_frame(verb, found)}")
+
+
+def _way_to_frame(verb: str, found: Any) -> str:
+    kind = type(found)
+    library, name = kind.__module__.partition(".")[0], kind.__name__
+    if isinstance(found, (str, os.PathLike)):
+        return f"Read the files first: dask_pcm.read_parquet({os.fspath(found)!r:.80})."
+    if library == "dask":
+        return "Make one of it: .to_frame() of a series, .to_dataframe() of a bag or an array."
+    if library == "pyarrow" and not hasattr(found, "to_pandas"):
+        return "Read its files: dask_pcm.read_parquet(path)."
+    if writer := _WRITERS.get((library, name)) or _WRITERS.get((library, "")):
+        return f"Write it with {writer} and read it with dask_pcm.read_parquet(path)."
+    if library in _PANDAS or isinstance(found, (list, tuple, dict)):
+        frame = _PANDAS.get(library, "pandas.DataFrame(...)")
+        frame = "series.to_frame()" if name == "Series" else frame
+        return f"Wrap it: dask.dataframe.from_pandas({frame}, npartitions=8)."
+    return f"Write {_CALLS[verb]}."

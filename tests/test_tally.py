@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import traceback
+
+import pandas as pd
+import pytest
+
+from dask_pcm.errors import UserFunctionError
+from dask_pcm.scheduling.first_batches import Failing
+from dask_pcm.tally import Tally, pack, unpack
+
+ROW = pd.DataFrame({"id": [7], "claim": ["x" * 1_000]}, index=[3])
+
+
+class TwoArgumentsError(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+        self.one = one
+
+
+class NeedsKeywordError(Exception):
+    def __init__(self, *, lock):
+        super().__init__("of a keyword")
+        self.lock = lock
+
+
+def raised(error):
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+def test_one_type_of_exception():
+    tally = Tally()
+    for number in range(3):
+        tally.begin_batch()
+        tally.fail(ROW, ValueError(number))
+    assert tally.failing == Failing(3, "builtins.ValueError")
+    assert str(tally.error) == "0"
+    (note,) = tally.error.__notes__
+    assert "index 3: id=7, claim='xxx" in note and len(note) < 500
+    tally.fail(ROW, KeyError())
+    assert tally.failing is None
+
+
+def test_a_row_that_succeeds():
+    tally = Tally()
+    tally.begin_batch()
+    tally.fail(ROW, ValueError())
+    tally.succeed()
+    assert tally.failing is None
+
+
+@pytest.mark.parametrize("error", [ValueError("v"), TwoArgumentsError(1, 2)])
+def test_an_exception_comes_as_it_was_raised(error):
+    error = raised(error)
+    error.add_note("noted")
+    found = unpack(pack(error))
+    assert type(found) is type(error) and found.args == error.args
+    assert found.__notes__ == ["noted"]
+    assert [frame.name for frame in traceback.extract_tb(found.__traceback__)] == ["raised"]
+
+
+def test_one_that_cannot_be_sent_comes_in_words():
+    import threading
+
+    found = unpack(pack(raised(NeedsKeywordError(lock=threading.Lock()))))
+    assert isinstance(found, UserFunctionError)
+    assert "of a keyword" in str(found) and "in raised" in str(found)
