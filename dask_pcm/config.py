@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,16 +81,29 @@ class Config:
 
 
 def _read(key: str, reader: Callable[[Any], Any], wanted: str) -> Any:
-    found = dask.config.get(f"pcm.{key}")
+    found = _find(key)
     try:
         return reader(found)
     except Exception:  # Dask's own parsers raise a bit of everything
         raise ValueError(f"pcm.{key} must be {wanted}; found {found!r}.") from None
 
 
+def _find(key: str) -> Any:
+    """What is set in this process; the default where Dask's configuration has been reset."""
+    for section in accumulate(f"pcm.{key}".split(".")[:-1], "{}.{}".format):
+        found = dask.config.get(section, default=None)
+        if found is not None and not isinstance(found, Mapping):
+            raise ValueError(f"{section} must be a section of settings; found {found!r}.")
+    return dask.config.get(f"pcm.{key}", default=_default(key))
+
+
+def _default(key: str) -> Any:
+    return dask.config.get(key, config=_DEFAULTS["pcm"])
+
+
 def _is_set(key: str) -> bool:
-    """Whether anybody has set it in this process: the defaults say nothing."""
-    return bool(dask.config.get(f"pcm.{key}") != dask.config.get(key, config=_DEFAULTS["pcm"]))
+    """Whether it has been set in this process: the defaults say nothing."""
+    return bool(_find(key) != _default(key))
 
 
 def _check(is_right: bool) -> None:

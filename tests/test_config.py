@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import contextlib
+import copy
+from dataclasses import fields, replace
 from datetime import timedelta
 
 import dask
@@ -100,3 +102,40 @@ def test_what_belongs_to_a_workers_own_job_is_as_it_is_set_there():
     with dask.config.set({"pcm.worker.pool": "owners", "pcm.worker.lanes": 1}):
         here = sent.here()
     assert (here.pool, here.notice_s, here.n_lanes) == ("owners", 60.0, 3)
+
+
+@contextlib.contextmanager
+def configured():
+    """Dask's configuration, put back afterwards."""
+    before = copy.deepcopy(dask.config.config)
+    try:
+        yield
+    finally:
+        dask.config.config.clear()
+        dask.config.config.update(before)
+
+
+@pytest.mark.parametrize("key", ["pcm", "pcm.worker", "pcm.ladder.device"])
+@pytest.mark.parametrize("value", [{}, None])
+def test_what_has_been_reset_is_as_by_default(key, value):
+    default = Config.read()
+    with configured(), dask.config.set({key: value}):
+        assert Config.read() == Config.read().here() == default
+
+
+def test_a_configuration_that_was_cleared_is_as_by_default():
+    default = Config.read()
+    with configured():
+        dask.config.config.clear()
+        assert Config.read() == Config.read().here() == default
+        dask.config.set({"pcm.worker.lanes": 5})  # for good, beside nothing else
+        assert Config.read() == replace(default, n_lanes=5)
+        dask.config.refresh()
+        assert Config.read() == default
+
+
+@pytest.mark.parametrize(("key", "value"), [("pcm", 5), ("pcm.worker", "gpu"), ("pcm.gate", [1])])
+def test_a_section_that_is_a_value_is_named(key, value):
+    with dask.config.set({key: value}), pytest.raises(ValueError, match="section") as caught:
+        Config.read()
+    assert str(caught.value) == f"{key} must be a section of settings; found {value!r}."

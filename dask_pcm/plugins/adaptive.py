@@ -1,4 +1,4 @@
-"""What a cluster's ``adapt()`` is told: Dask's own count of workers, or the gate's if that is larger.
+"""What a cluster's ``adapt()`` is told: the larger of Dask's own count of workers and the gate's.
 
 Dask counts the tasks that the scheduler holds. Of a run these are a window of some units, however
 much is still to come, and those that are at work on lanes are set apart. So the gate, which knows

@@ -1,23 +1,28 @@
 """Lanes of a worker: threads for context tasks, beside those that it has for plain ones.
 
 A worker starts ready tasks in the order of their priorities for as long as fewer are executing than
-it has threads. Lanes come on top of these, and two kinds of tasks must not take each other's: so
-what is ready waits in two queues, and only what has a thread or a lane of its own is shown.
+it has threads. Lanes come on top of these, and neither kind of task may take the other's places: so
+what is ready waits in two queues, and the worker's state gets a class of its own, whose step that
+starts tasks counts threads and lanes apart. Nothing else of the state changes: ``nthreads`` stays
+what the user has set.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import operator
-from collections.abc import Iterator, MutableSet
+from collections.abc import Iterable, Iterator, MutableSet, Sequence
 
 from distributed import Worker
 from distributed.collections import HeapSet
 from distributed.threadpoolexecutor import ThreadPoolExecutor
-from distributed.worker_state_machine import TaskState, WorkerState
+from distributed.worker_state_machine import RecsInstrs, TaskState, WorkerState
 
 #: The executor in which context tasks run.
 LANES = "pcm"
 _LOOK_S = 0.5
+_PRIORITY = operator.attrgetter("priority")
 
 
 def is_on_lane(ts: TaskState) -> bool:
@@ -26,95 +31,142 @@ def is_on_lane(ts: TaskState) -> bool:
 
 
 class Startable(MutableSet[TaskState]):
-    """Stands in for a ``HeapSet`` of a worker's state: ready tasks by priority, in two queues.
+    """Takes the place of a ``HeapSet`` of a worker's state: tasks by priority, in two queues.
 
-    All are in it, but it is true, and shows a first one, only where that one could start.
+    It has all that a ``HeapSet`` has, of both queues together.
+
+    Attributes
+    ----------
+    plain, on_lanes
+        Tasks that wait for a thread, and for a lane.
+    n_lanes
+        How many tasks may be on lanes at the same time.
     """
 
-    def __init__(self, state: WorkerState, n_threads: int, n_lanes: int) -> None:
-        self._state = state
-        self._n_threads, self._n_lanes = n_threads, n_lanes
-        self._plain: HeapSet[TaskState] = _heap()
-        self._on_lanes: HeapSet[TaskState] = _heap()
+    key = staticmethod(_PRIORITY)
+
+    def __init__(self, tasks: Iterable[TaskState], n_lanes: int) -> None:
+        self.n_lanes = n_lanes
+        self.plain: HeapSet[TaskState] = HeapSet(key=_PRIORITY)
+        self.on_lanes: HeapSet[TaskState] = HeapSet(key=_PRIORITY)
+        for ts in tasks:
+            self.add(ts)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self)} items>"
 
     def _queue(self, ts: TaskState) -> HeapSet[TaskState]:
-        return self._on_lanes if is_on_lane(ts) else self._plain
+        return self.on_lanes if is_on_lane(ts) else self.plain
 
-    def _first(self) -> HeapSet[TaskState] | None:
-        """The queue of the first task that could start; None if none could."""
-        executing = self._state.executing
-        n_on_lanes = sum(map(is_on_lane, executing))
-        n_plain = len(executing) - n_on_lanes
-        queues = []
-        if self._plain and n_plain < self._n_threads:
-            queues.append(self._plain)
-        if self._on_lanes and n_on_lanes < self._n_lanes:
-            queues.append(self._on_lanes)
-        return min(queues, key=lambda queue: queue.peek().priority or (), default=None)
-
-    def __bool__(self) -> bool:
-        return self._first() is not None
-
-    def peek(self) -> TaskState:
-        """The first that could start."""
-        queue = self._first()
-        if queue is None:
-            raise KeyError("nothing that could start")
-        return queue.peek()
-
-    def pop(self) -> TaskState:
-        """Take out the first that could start."""
-        ts = self.peek()
-        self.discard(ts)
-        return ts
+    def _filled(self) -> list[HeapSet[TaskState]]:
+        if not self:
+            raise KeyError("peek into empty set")
+        return [queue for queue in (self.plain, self.on_lanes) if queue]
 
     def add(self, ts: TaskState) -> None:
         self._queue(ts).add(ts)
 
     def discard(self, ts: TaskState) -> None:
-        for queue in (self._plain, self._on_lanes):
-            queue.discard(ts)
+        # Of both: an annotation may have changed since.
+        self.plain.discard(ts)
+        self.on_lanes.discard(ts)
 
-    def __contains__(self, ts: object) -> bool:
-        return ts in self._plain or ts in self._on_lanes
+    def clear(self) -> None:
+        self.plain.clear()
+        self.on_lanes.clear()
 
-    def __iter__(self) -> Iterator[TaskState]:
-        yield from self._plain
-        yield from self._on_lanes
+    def peek(self) -> TaskState:
+        """The first by priority."""
+        return min((queue.peek() for queue in self._filled()), key=_PRIORITY)
 
-    def __len__(self) -> int:
-        return len(self._plain) + len(self._on_lanes)
+    def pop(self) -> TaskState:
+        """Take out the first by priority."""
+        return min(self._filled(), key=lambda queue: _PRIORITY(queue.peek())).pop()
+
+    def peekn(self, n: int) -> Iterator[TaskState]:
+        """The first `n` by priority."""
+        return itertools.islice(self.sorted(), max(0, n))
+
+    def peekright(self) -> TaskState:
+        """One of the last by priority, not necessarily the very last."""
+        return max((queue.peekright() for queue in self._filled()), key=_PRIORITY)
+
+    def popright(self) -> TaskState:
+        """Take out one of the last by priority."""
+        return max(self._filled(), key=lambda queue: _PRIORITY(queue.peekright())).popright()
 
     def sorted(self) -> Iterator[TaskState]:
         """All of them by priority."""
-        return iter(sorted(self, key=operator.attrgetter("priority")))
+        return heapq.merge(self.plain.sorted(), self.on_lanes.sorted(), key=_PRIORITY)
+
+    def __contains__(self, ts: object) -> bool:
+        return ts in self.plain or ts in self.on_lanes
+
+    def __iter__(self) -> Iterator[TaskState]:
+        yield from self.plain
+        yield from self.on_lanes
+
+    def __len__(self) -> int:
+        return len(self.plain) + len(self.on_lanes)
+
+
+class LanedState(WorkerState):
+    """The state of a worker with lanes.
+
+    Its slots are those of its base, so that an object of one can become one of the other.
+    """
+
+    __slots__ = ()
+
+    def _ensure_computing(self) -> RecsInstrs:
+        """As Dask's own, with places of two kinds."""
+        if not self.running:
+            return {}, []
+        n_on_lanes = sum(map(is_on_lane, self.executing))
+        n_plain = len(self.executing) - n_on_lanes
+        recs: dict[TaskState, str] = {}
+        while True:
+            kinds = ["plain"] * (n_plain < self.nthreads)
+            kinds += ["on_lanes"] * (n_on_lanes < self.ready.n_lanes)
+            if (ts := self._pop_first(kinds)) is None:
+                return recs, []
+            recs[ts] = "executing"
+            self._acquire_resources(ts)
+            self.executing.add(ts)
+            n_on_lanes += is_on_lane(ts)
+            n_plain += not is_on_lane(ts)
+
+    def _pop_first(self, kinds: Sequence[str]) -> TaskState | None:
+        """Take out the first task of these kinds that has the resources it needs."""
+        waiting = (self.ready, self.constrained)
+        queues = [queue for kind in kinds for has in waiting if (queue := getattr(has, kind))]
+        for queue in sorted(queues, key=lambda queue: _PRIORITY(queue.peek())):
+            if self._resource_restrictions_satisfied(queue.peek()):
+                return queue.pop()
+        return None
 
 
 def open_lanes(worker: Worker, n_lanes: int) -> None:
     """Give a worker lanes; a task that secedes leaves its own to the next, as on other threads."""
     state = worker.state
     worker.executors[LANES] = ThreadPoolExecutor(n_lanes, thread_name_prefix="pcm-lane")
-    n_threads = state.nthreads
-    for name in ("ready", "constrained"):
-        queue = Startable(state, n_threads, n_lanes)
-        for ts in getattr(state, name).sorted():
-            queue.add(ts)
-        setattr(state, name, queue)
-    state.nthreads += n_lanes
+    state.ready = Startable(state.ready, n_lanes)
+    state.constrained = Startable(state.constrained, n_lanes)
+    state.__class__ = LanedState
 
 
-def close_lanes(worker: Worker, n_lanes: int) -> None:
+def close_lanes(worker: Worker) -> None:
     """Undo it; what is still on its way runs on the worker's threads.
 
     What is on a lane stays there; one that has seceded comes back to it at its end.
     """
     state = worker.state
+    state.__class__ = WorkerState
     for name in ("ready", "constrained"):
-        heap = _heap()
+        heap: HeapSet[TaskState] = HeapSet(key=_PRIORITY)
         for ts in getattr(state, name).sorted():
             heap.add(ts)
         setattr(state, name, heap)
-    state.nthreads -= n_lanes
     lanes = worker.executors.pop(LANES)
     worker.executors[LANES] = worker.executors["default"]
     on_lanes = {ts for ts in state.all_running_tasks if is_on_lane(ts)}
@@ -127,7 +179,3 @@ def close_lanes(worker: Worker, n_lanes: int) -> None:
             lanes.shutdown(wait=False)
 
     end()
-
-
-def _heap() -> HeapSet[TaskState]:
-    return HeapSet(key=operator.attrgetter("priority"))

@@ -151,7 +151,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         signals().leave(self)
         self.fetcher.close()
         if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
-            close_lanes(worker, self.config.n_lanes)
+            close_lanes(worker)
             self.memory.forget()
         self.nanny.close()
         # Also where the process ends: engines with processes of their own are closed by hooks.
