@@ -1,38 +1,35 @@
-"""Parquet files as their footers describe them: found, fingerprinted, held against each other."""
+"""Parquet files as their footers describe them."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import fsspec
-import pandas as pd
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from dask.utils import natural_sort_key
 
+from dask_pcm.arrow_types import Bounds, is_bounded, n_leaves, plain
+from dask_pcm.conversion import NULLABLE
 from dask_pcm.errors import InputError, SchemaError
 
 SUFFIXES = (".parquet", ".parq", ".pq")
-_MAGIC = b"PAR1"
+MAGIC = b"PAR1"
 _TAIL_BYTES = 64 * 1024
 _N_READERS = 16
-#: Pandas types that can hold a null where numpy's cannot.
-NULLABLE = {
-    **{getattr(pa, f"int{n}")(): getattr(pd, f"Int{n}Dtype")() for n in (8, 16, 32, 64)},
-    **{getattr(pa, f"uint{n}")(): getattr(pd, f"UInt{n}Dtype")() for n in (8, 16, 32, 64)},
-    pa.bool_(): pd.BooleanDtype(),
-}
 
 
-def path_text(path: str | os.PathLike[str]) -> str:
+def path_text(path: str | bytes | os.PathLike[str]) -> str:
     """A path or URL as text.
 
     Raises
@@ -40,7 +37,7 @@ def path_text(path: str | os.PathLike[str]) -> str:
     InputError
         Where it was a URL before pathlib took one of its slashes.
     """
-    text = os.fspath(path)
+    text = os.fsdecode(path)
     if isinstance(path, PurePath) and re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", text):
         url = text.replace(":/", "://", 1)
         raise InputError(
@@ -59,7 +56,15 @@ class RowGroup(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """An input file as its footer describes it; the fingerprint tells whether it changed."""
+    """An input file as its footer describes it; the fingerprint tells whether it changed.
+
+    Attributes
+    ----------
+    nullable
+        Integer and boolean columns in which a null stands, or may stand for all that is known.
+    bounds
+        The least and the greatest value of columns of integers and moments, where they are known.
+    """
 
     path: str
     size_bytes: int
@@ -69,77 +74,55 @@ class File:
     row_groups: tuple[RowGroup, ...]
     schema: pa.Schema
     nullable: frozenset[str]
+    bounds: Mapping[str, Bounds]
 
     @property
     def fingerprint(self) -> dict[str, str | int]:
         return {"size": self.size_bytes, "modified": self.modified, "footer": self.footer}
 
 
-def list_files(path: str, columns: Sequence[str] | None = None) -> list[File]:
-    """Find the Parquet files of an input and read their footers, in natural order of names.
+def describe_files(urls: Sequence[str], columns: Sequence[str] | None = None) -> list[File]:
+    """Read the footers of files.
 
     Bytes are counted of `columns`; of all if left out.
     """
-    try:
-        fs, root = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"Cannot open the input {path!r}: {error}") from error
-    fs.invalidate_cache()  # files may have come or changed since it was listed last
-    if "*" in root:
-        found = fs.glob(root)
-    elif fs.isdir(root):
-        found = fs.find(root)
-    elif fs.exists(root):
-        found = [root]
-    else:
-        raise InputError(f"There is no input at {path!r}.")
-    paths = [name for name in found if len(found) == 1 or _is_data(name, root)]
-    if not paths or (fs.isdir(root) and not _is_data(paths[0], root)):
-        others = f"; it holds {len(found)} other files, such as {found[0]!r}" if found else ""
-        raise InputError(f"There are no Parquet files ({', '.join(SUFFIXES)}) in {path!r}{others}.")
-    if partitioned := [name for name in paths if "=" in name[len(root) :].rpartition("/")[0]]:
-        raise InputError(
-            f"{path!r} is partitioned by folder names ({partitioned[0]!r}), whose columns"
-            " pcm.read_parquet does not read. Read it with dask.dataframe.read_parquet."
-        )
-    paths.sort(key=natural_sort_key)
     with ThreadPoolExecutor(_N_READERS) as pool:
-        return list(pool.map(lambda name: _describe(fs.unstrip_protocol(name), columns), paths))
-
-
-def _is_data(name: str, root: str) -> bool:
-    below = name[len(root.partition("*")[0]) :] if name != root else name.rpartition("/")[2]
-    is_hidden = any(part.startswith(("_", ".")) for part in below.split("/"))
-    return name.endswith(SUFFIXES) and not is_hidden
+        return list(pool.map(lambda url: _describe(url, columns), urls))
 
 
 def _describe(url: str, columns: Sequence[str] | None) -> File:
     try:
         fs, path = fsspec.core.url_to_fs(url)
-        info = fs.info(path)
+        info = file_info(fs, path)
         with fs.open(path, "rb") as file:
             footer = _footer(file, info["size"], url)
             file.seek(0)
             metadata = pq.read_metadata(file)
         schema = metadata.schema.to_arrow_schema()
-    except (OSError, pa.ArrowInvalid, EOFError) as error:
+    except (OSError, pa.ArrowException, EOFError) as error:
         raise InputError(f"Cannot read {url!r} as Parquet: {error}") from error
+    row_groups = tuple(_row_groups(metadata, schema, columns))
+    nullable, bounds = _with_nulls(schema, metadata), _bounds(schema, metadata)
+    counted = counted_index(schema)
+    if counted is not None and counted.name not in schema.names:
+        schema = schema.append(pa.field(counted.name, pa.int64()))
     return File(
         path=url,
         size_bytes=info["size"],
         modified=version_of(info),
         footer=hashlib.sha256(footer).hexdigest()[:32],
         n_rows=metadata.num_rows,
-        row_groups=tuple(_row_groups(metadata, schema, columns)),
+        row_groups=row_groups,
         schema=schema,
-        nullable=_with_nulls(schema, metadata),
+        nullable=nullable,
+        bounds=bounds,
     )
 
 
 def _row_groups(
     metadata: pq.FileMetaData, schema: pa.Schema, columns: Sequence[str] | None
 ) -> Iterator[RowGroup]:
-    leaves = [field.name for field in schema for _ in range(_n_leaves(field.type))]
+    leaves = [field.name for field in schema for _ in range(n_leaves(field.type))]
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         n_bytes = group.total_byte_size
@@ -149,13 +132,6 @@ def _row_groups(
         yield RowGroup(group.num_rows, n_bytes)
 
 
-def _n_leaves(kind: pa.DataType) -> int:
-    """Columns that a type takes in a Parquet file."""
-    if pa.types.is_dictionary(kind):
-        return _n_leaves(kind.value_type)
-    return sum(_n_leaves(kind.field(i).type) for i in range(kind.num_fields)) or 1
-
-
 def _footer(file: Any, size: int, url: str) -> bytes:
     """The raw footer: it names every column chunk's sizes, offsets and statistics."""
     if size < 12:
@@ -163,9 +139,9 @@ def _footer(file: Any, size: int, url: str) -> bytes:
     head = file.read(4)
     file.seek(max(0, size - _TAIL_BYTES))
     tail = file.read()
-    if head != _MAGIC:
-        raise InputError(f"{url!r} is not a Parquet file: it begins with {head!r}, not {_MAGIC!r}.")
-    if tail[-4:] != _MAGIC:
+    if head != MAGIC:
+        raise InputError(f"{url!r} is not a Parquet file: it begins with {head!r}, not {MAGIC!r}.")
+    if tail[-4:] != MAGIC:
         raise InputError(
             f"{url!r} is torn: it begins as a Parquet file but its end is missing. Whoever wrote"
             " it was interrupted; write it again."
@@ -179,89 +155,104 @@ def _footer(file: Any, size: int, url: str) -> bytes:
 
 def _with_nulls(schema: pa.Schema, metadata: pq.FileMetaData) -> frozenset[str]:
     """Integer and boolean columns in which a null stands, or may stand for all we know."""
-    names = {field.name for field in schema if field.type in NULLABLE}
+    names = {field.name for field in schema if plain(field.type) in NULLABLE}
     found = set()
-    for group in range(metadata.num_row_groups):
-        if not metadata.row_group(group).num_rows:
-            continue
-        for index in range(metadata.num_columns):
-            column = metadata.row_group(group).column(index)
-            statistics = column.statistics
-            is_known = statistics is not None and statistics.has_null_count
-            if column.path_in_schema in names and (not is_known or statistics.null_count):
-                found.add(column.path_in_schema)
+    for column in _chunks(metadata, names):
+        statistics = column.statistics
+        is_known = statistics is not None and statistics.has_null_count
+        if not is_known or statistics.null_count:
+            found.add(column.path_in_schema)
     return frozenset(found)
 
 
-def check_columns(file: File, columns: Sequence[str] | None) -> list[str]:
-    names = file.schema.names
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise SchemaError(f"Columns of {file.path!r} stand more than once: {', '.join(repeated)}.")
-    if columns is None:
-        return [name for name in names if name not in index_columns(file.schema)]
-    if missing := [name for name in columns if name not in names]:
-        raise SchemaError(
-            f"{file.path!r} has no column {', '.join(map(repr, missing))}; it has"
-            f" {', '.join(map(repr, names))}."
-        )
-    return list(columns)
+def _bounds(schema: pa.Schema, metadata: pq.FileMetaData) -> dict[str, Bounds]:
+    """Least and greatest values of columns of integers, timestamps and durations."""
+    kinds = {field.name: field.type for field in schema if is_bounded(field.type)}
+    found: dict[str, Bounds] = dict.fromkeys(kinds, (0, 0))
+    unknown = set()
+    for column in _chunks(metadata, kinds.keys()):
+        name, statistics = column.path_in_schema, column.statistics
+        if statistics is not None and statistics.has_min_max:
+            low, high = int(statistics.min_raw), int(statistics.max_raw)
+            is_unsigned = pa.types.is_unsigned_integer(kinds[name])
+            low, high = (low % 2**64, high % 2**64) if is_unsigned else (low, high)
+            found[name] = min(low, found[name][0]), max(high, found[name][1])
+        elif statistics is None or statistics.null_count != column.num_values:
+            unknown.add(name)
+    return {name: bounds for name, bounds in found.items() if name not in unknown}
 
 
-def one_schema(files: Sequence[File]) -> pa.Schema:
-    """The schema of all files, in the order of the first.
+def _chunks(metadata: pq.FileMetaData, names: Set[str]) -> Iterator[pq.ColumnChunkMetaData]:
+    """Column chunks with values of columns that are not nested."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = (group.column(i) for i in range(metadata.num_columns) if group.num_rows)
+        yield from (column for column in columns if column.path_in_schema in names)
 
-    A column that has no type in one file (it is empty, or all null, and pandas wrote it) has that
-    of the others.
+
+def column_names(names: Iterable[str] | str, what: str) -> list[str]:
+    """Names of columns as a list; of a single one, too.
 
     Raises
     ------
-    InputError
-        Where the types of a column differ.
+    SchemaError
+        Where something is no name, or stands twice.
     """
-    found = {field.name: field for field in files[0].schema}
-    source = dict.fromkeys(found, files[0].path)
-    for file in files[1:]:
-        if file.schema.equals(files[0].schema):
-            continue
-        other = {field.name: field for field in file.schema}
-        for name in sorted(found.keys() | other.keys()):
-            mine, theirs = found.get(name), other.get(name)
-            if mine is not None and theirs is not None and _is_typed(mine, theirs):
-                found[name], source[name] = theirs, file.path
-            elif mine is None or theirs is None or not _is_alike(mine, theirs):
-                raise InputError(
-                    f"The schema of {file.path!r} differs from that of"
-                    f" {source.get(name, files[0].path)!r}: column {name!r} is"
-                    f" {'missing' if theirs is None else theirs.type} here and"
-                    f" {'missing' if mine is None else mine.type} there."
-                )
-    return pa.schema(list(found.values()), files[0].schema.metadata)
+    found = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    if wrong := [name for name in found if not isinstance(name, str)]:
+        raise SchemaError(
+            f"{what} takes a list of names of columns, which are texts in Parquet files; found"
+            f" {wrong[0]!r:.80} in it."
+        )
+    if repeated := sorted({name for name in found if found.count(name) > 1}):
+        raise SchemaError(f"{what} names {', '.join(map(repr, repeated))} more than once.")
+    return found
 
 
-def _is_typed(mine: pa.Field, theirs: pa.Field) -> bool:
-    """Whether only the second field says what its values are."""
-    return pa.types.is_null(mine.type) and not pa.types.is_null(theirs.type)
+@dataclass(frozen=True, slots=True)
+class CountedIndex:
+    """A pandas index that is not stored, since its values can be counted."""
+
+    name: str
+    start: int
+    step: int
+
+    def column(self, first: int, n_rows: int) -> pa.Array:
+        """The values of rows `first` and on."""
+        return pa.array(self.start + self.step * np.arange(first, first + n_rows), pa.int64())
 
 
-def _is_alike(mine: pa.Field, theirs: pa.Field) -> bool:
-    """Whether types are the same, whatever may be null in them."""
-    return bool(pa.types.is_null(theirs.type) or _loose(mine.type) == _loose(theirs.type))
+def counted_index(schema: pa.Schema) -> CountedIndex | None:
+    """The index of a file whose values are counted and have a name; others say nothing."""
+    noted = _index_notes((schema.metadata or {}).get(b"pandas", b"{}"))
+    for about in noted:
+        if isinstance(about, dict) and isinstance(name := about.get("name"), str):
+            return CountedIndex(name, about["start"], about["step"])
+    return None
 
 
-def _loose(kind: pa.DataType) -> pa.DataType:
-    """A type in which everything may be null."""
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _loose(field.type)) for field in kind])
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
-        return make(pa.field("item", _loose(kind.value_type)))
-    return kind
+def index_columns(schema: pa.Schema) -> tuple[str, ...]:
+    """Columns that pandas has as an index; none for a plain range."""
+    noted = _index_notes((schema.metadata or {}).get(b"pandas", b"{}"))
+    names = (about.get("name") if isinstance(about, dict) else about for about in noted)
+    return tuple(name for name in names if isinstance(name, str) and name in schema.names)
 
 
-def index_columns(schema: pa.Schema) -> list[str]:
-    """Columns that pandas stored an index in; none for a plain range."""
-    stored = (schema.pandas_metadata or {}).get("index_columns", [])
-    return [name for name in stored if isinstance(name, str) and name in schema.names]
+@lru_cache(maxsize=1024)
+def _index_notes(notes: bytes) -> tuple[Any, ...]:
+    try:
+        return tuple(json.loads(notes).get("index_columns", ()))
+    except (ValueError, TypeError, AttributeError):  # somebody else's notes
+        return ()
+
+
+def file_info(fs: Any, path: str) -> dict[str, Any]:
+    """What a filesystem says of a file; of a link, what it says of the file that it leads to."""
+    info: dict[str, Any] = fs.info(path)
+    if not info.get("islink"):
+        return info
+    status = os.stat(path)
+    return {**info, "size": status.st_size, "mtime": status.st_mtime}
 
 
 def version_of(info: Mapping[str, Any]) -> str:

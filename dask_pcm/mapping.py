@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from dask_pcm.context import ContextRef, Sealed
+from dask_pcm.conversion import MISFITS, cast
 from dask_pcm.errors import PCMError, RowCountError, SchemaError
 from dask_pcm.ladder.tensors import is_sticky
 from dask_pcm.plugins.first_batches import Position, is_hopeless
@@ -234,14 +235,16 @@ class Call:
             for name, dtype in self.meta.dtypes.items()
             if _plain(frame[name].dtype) != _plain(dtype)
         }
-        try:
-            return frame.astype(different) if different else frame
-        except (TypeError, ValueError) as error:
-            found = {name: str(frame[name].dtype) for name in different}
-            raise SchemaError(
-                f"{_name(self.func)} returned types {found}, which do not convert to those of meta,"
-                f" { {name: str(dtype) for name, dtype in different.items()} }: {error}"
-            ) from error
+        frame = frame.copy(deep=False)
+        for name, dtype in different.items():
+            try:
+                frame[name] = cast(frame[name], dtype)
+            except MISFITS as error:
+                raise SchemaError(
+                    f"{_name(self.func)} returned {name!r} as {frame[name].dtype}, which does not"
+                    f" convert to what meta says, {dtype}: {error}."
+                ) from error
+        return frame
 
 
 def infer(

@@ -6,8 +6,7 @@ renumber partitions; it cannot regroup files, so a piece means the same rows in 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,21 +18,16 @@ import pyarrow as pa
 from dask.dataframe.utils import clear_known_categories
 from dask.utils import parse_bytes
 
+from dask_pcm.arrow_types import plain
 from dask_pcm.config import Config
+from dask_pcm.conversion import MISFITS, NULLABLE, extension_dtypes, to_pandas
 from dask_pcm.digest import digest
 from dask_pcm.errors import InputError
-from dask_pcm.files import (
-    NULLABLE,
-    File,
-    RowGroup,
-    check_columns,
-    index_columns,
-    list_files,
-    one_schema,
-    path_text,
-)
+from dask_pcm.files import File, RowGroup, column_names, describe_files
 from dask_pcm.given import checked
+from dask_pcm.listing import Path, find_files, path_texts
 from dask_pcm.reading import BATCH_BYTES, note_inflation, read_rows
+from dask_pcm.schemas import CommonSchema, is_unnamed_index
 
 ROWS_PER_PIECE = 10_000
 
@@ -76,25 +70,31 @@ class PieceReader:
     Attributes
     ----------
     schema
-        Arrow schema of every file, in the order of the first.
+        Arrow types of the columns and of the index, which hold the values of every file.
+    columns
+        Names, in the order of the first file.
+    index
+        The column that is the index; None where rows are numbered.
     files
         By path; for the ledger, not pickled with tasks.
-    root
-        What the user named: a file, a folder or a pattern.
+    roots
+        What the user named: files and folders.
     """
 
-    def __init__(self, root: str, files: Sequence[File], columns: Sequence[str]) -> None:
-        self.root = root
+    def __init__(
+        self, roots: Sequence[str], files: Sequence[File], columns: Sequence[str] | None = None
+    ) -> None:
+        common = CommonSchema.of(files, columns)
+        self.roots = tuple(roots)
         self.files = {file.path: file for file in files}
-        self.schema = one_schema(files)
-        self.columns = tuple(columns)
-        untyped = (f.name for file in files for f in file.schema if pa.types.is_null(f.type))
-        nullable = frozenset(untyped).union(*(file.nullable for file in files))
-        self.nullable = frozenset(
-            name for name in nullable if self.schema.field(name).type in NULLABLE
-        )
-        self.has_own_index = bool(index_columns(self.schema))
+        self.columns, self.index = common.columns, common.index
+        self._dtypes = extension_dtypes(common.schema, _nullable(common.schema, files))
+        self.schema = common.schema.remove_metadata()
         self.token = digest([file.fingerprint for file in files], self.columns, str(self.schema))
+
+    @property
+    def has_own_index(self) -> bool:
+        return self.index is not None
 
     def __call__(self, spans: Span | tuple[Span, ...], columns: Sequence[str]) -> pd.DataFrame:
         """Return the rows of `spans`, one below the other.
@@ -102,12 +102,12 @@ class PieceReader:
         Raises
         ------
         InputError
-            Where a file has changed since it was listed.
+            Where a file has changed since it was listed, or holds what cannot be converted.
         """
         names = list(columns)
         spans = (spans,) if isinstance(spans, Span) else spans
         # A little at a time, so that only a little is there twice; but many small files at once.
-        frames = [self.to_pandas(table)[names] for table in self._tables(spans, names)]
+        frames = [self._to_pandas(table, spans)[names] for table in self._tables(spans, names)]
         frame = frames[0] if len(frames) == 1 else pd.concat(frames)
         if not self.has_own_index:
             frame.index = _row_numbers(spans)
@@ -115,41 +115,45 @@ class PieceReader:
 
     def _tables(self, spans: Sequence[Span], names: Sequence[str]) -> Iterator[pa.Table]:
         """The rows of `spans` in tables of some megabytes, at least one."""
-        wanted = tuple(dict.fromkeys([*names, *index_columns(self.schema)]))
-        fields = [self.schema.field(name).with_nullable(True) for name in wanted]
-        schema = pa.schema(fields, self.schema.metadata)
+        schema = self._as_read(names)
         # Categories differ from table to table, so columns of them are converted in one piece.
-        is_whole = any(pa.types.is_dictionary(field.type) for field in fields)
+        is_whole = any(pa.types.is_dictionary(field.type) for field in schema)
         found: list[pa.Table] = []
         n_bytes = 0
         for span in spans:
             rows = (span.start, span.stop, span.row_bytes)
             n_decoded = 0
-            for table in read_rows(span.path, span.version, wanted, *rows):
+            for table in read_rows(span.path, span.version, tuple(schema.names), *rows):
                 if found and not is_whole and n_bytes + table.nbytes > BATCH_BYTES:
                     yield pa.concat_tables(found)
                     found, n_bytes = [], 0
-                found.append(table.cast(schema))
+                found.append(_cast(table, schema, span.path))
                 n_bytes += table.nbytes
                 n_decoded += table.nbytes
             note_inflation(span.path, n_decoded, span.n_bytes)
         yield pa.concat_tables(found)
 
-    def to_pandas(self, table: pa.Table) -> pd.DataFrame:
-        """Convert; integers and booleans that can be null get types that can say so."""
-        frame = table.to_pandas()
-        for name in self.nullable & set(frame.columns):
-            if NULLABLE.get(table.schema.field(name).type) and frame[name].dtype.kind in "fO":
-                frame[name] = table[name].to_pandas(types_mapper=NULLABLE.get).array
-            elif frame[name].dtype.kind in "iub" and not _is_extension(frame[name]):
-                frame[name] = frame[name].astype(NULLABLE[table.schema.field(name).type])
-        return frame
+    def _as_read(self, names: Sequence[str]) -> pa.Schema:
+        """Columns of a table, with the types that values are converted from."""
+        own = [] if self.index is None else [self.index]
+        return pa.schema([(name, plain(self.schema.field(name).type)) for name in [*names, *own]])
+
+    def _to_pandas(self, table: pa.Table, spans: Sequence[Span] = ()) -> pd.DataFrame:
+        dtypes = {name: self._dtypes[name] for name in table.column_names if name in self._dtypes}
+        try:
+            frame = to_pandas(table, dtypes)
+        except MISFITS as error:
+            paths = [span.path for span in spans] or list(self.files)
+            raise _unreadable(table, dtypes, paths, error) from error
+        if self.index is None:
+            return frame
+        frame = frame.set_index(self.index)
+        return frame.rename_axis(index=None) if is_unnamed_index(self.index) else frame
 
     def meta(self) -> pd.DataFrame:
         """An empty frame with the columns and types of every piece."""
-        names = [*self.columns, *index_columns(self.schema)]
-        table = self.schema.empty_table().select(list(dict.fromkeys(names)))
-        frame = clear_known_categories(self.to_pandas(table)[list(self.columns)])
+        table = self._as_read(self.columns).empty_table()
+        frame = clear_known_categories(self._to_pandas(table)[list(self.columns)])
         return frame if self.has_own_index else frame.set_axis(pd.RangeIndex(0))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,9 +165,9 @@ class PieceReader:
 
 @checked
 def read_parquet(
-    path: str | os.PathLike[str],
+    path: Path | Iterable[Path],
     rows_per_piece: int = ROWS_PER_PIECE,
-    columns: Sequence[str] | None = None,
+    columns: str | Iterable[str] | None = None,
     bytes_per_piece: int | str | None = None,
 ) -> dd.DataFrame:
     """Read a Parquet file or folder as an ordinary Dask DataFrame whose partitions are pieces.
@@ -171,13 +175,18 @@ def read_parquet(
     Parameters
     ----------
     path
-        A file, a folder (searched below; names that begin with ``_`` or ``.`` are left out), a
-        pattern with ``*``, or an fsspec URL of these.
+        A file of any name; a folder; a pattern with ``*``, ``?``, ``[0-9]``, ``**`` (any depth)
+        or ``{a,b}``, whose folders are read like these; an fsspec URL of these; or several of
+        them as a list or another iterable. A folder is searched to any depth and through links,
+        and each file in it is read once. Names that begin with ``_`` or ``.`` are left out, and
+        so are files that neither have a suffix of Parquet (``.parquet``, ``.parq``, ``.pq``) nor
+        begin as one; in object stores only those without a suffix are looked into.
     rows_per_piece
         Row groups of a file are put together until they have as many rows; a larger row group is
         split. Files are never put together.
     columns
-        Columns to read; all by default.
+        Columns to read, as names or as one name; all by default. Others may differ from file to
+        file.
     bytes_per_piece
         No piece has more, as a number or as text ("64 MiB"), as far as a file's footer tells: bytes
         of its columns before compression. ``pcm.run.unit-bytes`` by default.
@@ -185,26 +194,29 @@ def read_parquet(
     Returns
     -------
     dask.dataframe.DataFrame
-        Indexed by the row's number in the whole input, with known divisions, unless the files
-        carry a pandas index of their own. Integers and booleans with nulls become pandas'
-        nullable types.
+        Indexed by the row's number in the whole input, with known divisions, unless all files
+        have the same pandas index, of one level. Integers and booleans with nulls become pandas'
+        nullable types. A column whose type differs from file to file has one that holds the values
+        of all (``docs/types.md``).
 
     Raises
     ------
     InputError
-        Where there is no such input, a file is not Parquet or torn, or schemas differ.
+        Where there is no such input, rows in it could not be read (a link that leads nowhere, a
+        file that is torn or no Parquet), or no type holds the values of a column in all files.
     SchemaError
         Where a column is asked for that is not there, or a name stands twice.
     """
-    path = path_text(path)
+    paths = path_texts(path)
     if rows_per_piece < 1:
         raise InputError(f"rows_per_piece must be at least 1; found {rows_per_piece}.")
     limit = Config.read().unit_bytes if bytes_per_piece is None else parse_bytes(bytes_per_piece)
     if limit < 1:
         raise InputError(f"bytes_per_piece must be at least 1; found {bytes_per_piece}.")
-    files = list_files(path, columns)
-    names = check_columns(files[0], columns)
-    reader = PieceReader(path, files, names)
+    names = None if columns is None else column_names(columns, "columns")
+    roots, urls = find_files(paths)
+    files = describe_files(urls, names)
+    reader = PieceReader(roots, files, names)
     spans = list(_pieces(files, rows_per_piece, limit)) or [
         Span(0, files[0].path, files[0].modified, 0, 0, 0)
     ]
@@ -260,5 +272,40 @@ def _row_numbers(spans: Sequence[Span]) -> pd.Index:
     return pd.Index(np.concatenate([np.arange(s.offset, s.offset + s.n_rows) for s in spans]))
 
 
-def _is_extension(series: pd.Series) -> bool:
-    return isinstance(series.dtype, pd.api.extensions.ExtensionDtype)
+def _nullable(schema: pa.Schema, files: Sequence[File]) -> set[str]:
+    """Columns that hold nulls, or may, and whose usual types of pandas cannot."""
+    found = set()
+    for name in schema.names:
+        if plain(schema.field(name).type) in NULLABLE:
+            own = (file for file in files if name in file.nullable)
+            untyped = (f for f in files if pa.types.is_null(f.schema.field(name).type))
+            if any(True for _ in own) or any(True for _ in untyped):
+                found.add(name)
+    return found
+
+
+def _cast(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
+    try:
+        return table.cast(schema)
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{path!r} holds what its footer does not tell of: {error}. Write it anew, or leave the"
+            " column out with columns=[...]."
+        ) from error
+
+
+def _unreadable(
+    table: pa.Table, dtypes: Mapping[str, Any], paths: Sequence[str], error: Exception
+) -> InputError:
+    """Which column it is that pandas or Python have no values for."""
+    where = repr(paths[0]) + (f" or one of {len(paths) - 1} others" if len(paths) > 1 else "")
+    for name in table.column_names:
+        try:
+            to_pandas(table.select([name]), dtypes if name in dtypes else {})
+        except MISFITS as own:
+            kind = table.schema.field(name).type
+            return InputError(
+                f"Column {name!r} of {where} is {kind} and has values that Python does not: {own}."
+                " Leave it out with columns=[...], or cast it to text or a number in the files."
+            )
+    return InputError(f"Cannot convert rows of {where}: {error}")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_pcm.errors import InputError
-from dask_pcm.files import version_of
+from dask_pcm.files import counted_index, file_info, version_of
 
 #: What is decoded at a time, and what is read ahead of each column.
 BATCH_BYTES = 2 << 20
@@ -42,11 +42,16 @@ class Cursor:
         #: The row that comes next; before `begin`, none.
         self.at = -1
         self._rest: pa.RecordBatch | None = None
-        self._columns = list(columns)
         self._source = _open(path)
         # Without a buffer, or with one for all columns, a whole row group would be in memory.
         self._file = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         self._batches: Iterator[pa.RecordBatch] = iter(())
+        schema = self._file.schema_arrow
+        counted = counted_index(schema)
+        self._columns = list(columns)
+        self._stored = [name for name in columns if name in schema.names]
+        #: The index that the file does not store, if it is wanted.
+        self._counted = counted if len(self._stored) < len(columns) else None
 
     def starts(self) -> tuple[int, ...]:
         """First rows of the row groups, and the number of rows in all."""
@@ -59,12 +64,11 @@ class Cursor:
         groups = range(group, self._file.metadata.num_row_groups)
         self.at = at
         self._batches = self._file.iter_batches(
-            self.batch_rows, row_groups=list(groups), columns=self._columns, use_threads=False
+            self.batch_rows, row_groups=list(groups), columns=self._stored, use_threads=False
         )
 
     def read(self, start: int, stop: int) -> Iterator[pa.Table]:
         """Rows `start` to `stop`, which must not lie before the cursor."""
-        metadata = self._file.schema_arrow.metadata
         while self.at < stop:
             batch = self._rest if self._rest is not None else next(self._batches)
             first, self._rest = self.at, None
@@ -73,12 +77,19 @@ class Cursor:
                 self._rest = batch.slice(stop - first)
                 batch, self.at = batch.slice(0, stop - first), stop
             if self.at > start:
-                batch = batch.slice(max(0, start - first))
-                yield pa.Table.from_batches([batch]).replace_schema_metadata(metadata)
+                n_before = max(0, start - first)
+                yield self._wanted(pa.Table.from_batches([batch.slice(n_before)]), first + n_before)
+
+    def _wanted(self, table: pa.Table, first: int) -> pa.Table:
+        """The columns asked for; a name with a dot may have brought others along."""
+        if self._counted is not None:
+            column = self._counted.column(first, len(table))
+            table = table.append_column(self._counted.name, column)
+        return table.select(self._columns)
 
     def nothing(self) -> pa.Table:
         """No rows of these columns."""
-        return self._file.schema_arrow.empty_table().select(self._columns)
+        return self._wanted(self._file.schema_arrow.empty_table(), 0)
 
     def close(self) -> None:
         self._file.close()
@@ -225,7 +236,7 @@ def _open(path: str) -> Any:
 def _check_version(path: str, version: str) -> None:
     fs, name = fsspec.core.url_to_fs(path)
     fs.invalidate_cache(fs._parent(name))
-    if version_of(fs.info(name)) != version:
+    if version_of(file_info(fs, name)) != version:
         raise InputError(
             f"{path!r} has changed since it was listed. Call pcm.read_parquet again; an output that"
             " has rows of it already can go on only with the file as it was, or be begun anew"

@@ -14,7 +14,7 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import InputError, SchemaError
-from dask_pcm.files import RowGroup, list_files
+from dask_pcm.files import RowGroup, describe_files
 from dask_pcm.pieces import cuts
 from dask_pcm.reading import idle
 
@@ -192,7 +192,7 @@ def test_bytes_are_those_of_the_wanted_columns_whatever_their_names(tmp_path):
     pq.write_table(pa.table({"deep": deep, "a.b": blobs, "n": range(50)}), path)
 
     def n_bytes(columns):
-        (file,) = list_files(str(path), columns)
+        (file,) = describe_files([str(path)], columns)
         return file.row_groups[0].n_bytes
 
     assert n_bytes(["a.b"]) >= 50_000 > n_bytes(["n"]) > 0

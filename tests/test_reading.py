@@ -14,7 +14,7 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm import reading
-from dask_pcm.files import list_files
+from dask_pcm.files import describe_files
 from dask_pcm.reading import read_rows
 
 
@@ -41,7 +41,7 @@ def made(monkeypatch):
 
 def write(path, n_rows, row_group_size):
     pq.write_table(pa.table({"x": range(n_rows)}), path, row_group_size=row_group_size)
-    (file,) = list_files(str(path))
+    (file,) = describe_files([str(path)])
     return file.path, file.modified, ("x",)
 
 
@@ -94,9 +94,9 @@ def test_two_threads_have_a_cursor_each_and_few_stay_open(tmp_path, made):
 
 MEASURED = """
 import sys, psutil, pyarrow as pa
-from dask_pcm.files import list_files
+from dask_pcm.files import describe_files
 from dask_pcm.reading import read_rows
-(file,) = list_files(sys.argv[1])
+(file,) = describe_files([sys.argv[1]])
 n, row_bytes = file.n_rows, sum(g.n_bytes for g in file.row_groups) / file.n_rows
 process = psutil.Process()
 list(read_rows(file.path, file.modified, ("id", "blob"), 0, 2, row_bytes))
@@ -164,7 +164,7 @@ def test_few_rows_at_a_time_until_it_is_known_what_they_take(tmp_path):
     path = tmp_path / "same.parquet"
     table = pa.table({"x": pa.array(["x" * 300_000] * 200)})
     pq.write_table(table, path)
-    (file,) = list_files(str(path))
+    (file,) = describe_files([str(path)])
     at = (file.path, file.modified, ("x",))
     footer_bytes = path.stat().st_size / 200
     sizes = [table.nbytes for table in read_rows(*at, 0, 50, footer_bytes)]

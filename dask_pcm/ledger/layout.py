@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from dask_pcm.arrow_types import canonical
+from dask_pcm.conversion import MISFITS, readable_notes, to_arrow
 from dask_pcm.errors import SchemaError
 from dask_pcm.pieces import PieceReader
 
@@ -54,7 +55,7 @@ class Layout:
             if reader is not None and given is not None and _is_passed(name, given, meta):
                 kind = reader.schema.field(name).type
             elif pa.types.is_dictionary(kind):
-                kind = pa.dictionary(pa.int32(), kind.value_type)
+                kind = canonical(kind)
             elif pa.types.is_null(kind):
                 raise SchemaError(
                     f"Column {name!r} has dtype {meta[name].dtype}, which says nothing of what it"
@@ -67,7 +68,8 @@ class Layout:
             is_counted or isinstance(meta.index, pd.RangeIndex)
         )
         notes = pa.Schema.from_pandas(meta, preserve_index=has_index).metadata or {}
-        return cls(pa.schema(fields), has_index, dict(notes))
+        schema = pa.schema(fields)
+        return cls(schema, has_index, readable_notes(notes, schema))
 
     def tables(self, frame: pd.DataFrame) -> Iterator[pa.Table]:
         """Convert a part, a row group at a time; at least one.
@@ -98,26 +100,12 @@ class Layout:
 
     def _array(self, column: pd.Series, field: pa.Field) -> pa.Array:
         try:
-            if pd.api.types.is_object_dtype(column.dtype) and not pa.types.is_map(field.type):
-                # By what it holds first: told the type, Arrow would drop a time's hours silently.
-                found = pa.array(column, from_pandas=True)
-                if found.type != field.type and not pa.types.is_null(found.type):
-                    _check_fits(found, field.type)
-            array = pa.array(column, type=field.type, from_pandas=True)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            return to_arrow(column, field.type)
+        except MISFITS as error:
             raise SchemaError(
                 f"Column {field.name!r} is {field.type} in the input and in other parts, and what"
                 f" it holds now does not fit: {error}. Give the function's column another name."
             ) from error
-        return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-
-
-def _check_fits(found: pa.Array, kind: pa.DataType) -> None:
-    """Raise ArrowInvalid where values are not the same in another type."""
-    fitted = found.cast(kind)
-    with contextlib.suppress(pa.ArrowNotImplementedError):
-        if not fitted.cast(found.type).equals(found):
-            raise pa.ArrowInvalid(f"{found.type} has more to it than {kind}")
 
 
 def _is_passed(name: str, given: pd.DataFrame, meta: pd.DataFrame) -> bool:

@@ -232,7 +232,7 @@ def _input_paths(expr: Expr) -> Iterator[str]:
     for part in expr.walk():
         parameters = type(part)._parameters
         if "func" in parameters and isinstance(reader := part.operand("func"), PieceReader):
-            yield from (reader.root, *reader.files)
+            yield from (*reader.roots, *reader.files)
         if "path" in parameters:
             paths = part.operand("path")
             paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths

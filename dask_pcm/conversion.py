@@ -1,0 +1,220 @@
+"""Tables of Arrow as frames of pandas and back, so that what went in comes out.
+
+What cannot be converted without losing something is refused, by the names of column and type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from dask_pcm.arrow_types import contains, has_own_storage, is_list, plain
+from dask_pcm.nans import has_floats, mark, unmark
+
+#: What pandas and Arrow raise where values do not fit a type.
+MISFITS = (pa.ArrowException, OverflowError, TypeError, ValueError)
+#: Pandas types that can hold a null where numpy's cannot.
+NULLABLE = {
+    **{getattr(pa, f"int{n}")(): getattr(pd, f"Int{n}Dtype")() for n in (8, 16, 32, 64)},
+    **{getattr(pa, f"uint{n}")(): getattr(pd, f"UInt{n}Dtype")() for n in (8, 16, 32, 64)},
+    pa.bool_(): pd.BooleanDtype(),
+}
+
+
+def extension_dtypes(schema: pa.Schema, nullable: Iterable[str]) -> dict[str, Any]:
+    """Types of pandas for columns that have others than Arrow would give them.
+
+    Those that pandas has noted in the file, those that can hold the nulls there are, and those that
+    hold what Python's own types do not.
+    """
+    found = {}
+    noted = _noted_dtypes(schema)
+    for field in schema:
+        kind = plain(field.type)
+        if field.name in noted and _is_same(noted[field.name], kind):
+            found[field.name] = noted[field.name]
+        elif field.name in nullable:
+            found[field.name] = NULLABLE[kind]
+        elif kind == pa.time64("ns"):  # Python's time has no nanoseconds
+            found[field.name] = pd.ArrowDtype(kind)
+    return found
+
+
+def _noted_dtypes(schema: pa.Schema) -> dict[str, Any]:
+    noted = {}
+    for column in (schema.pandas_metadata or {}).get("columns", ()):
+        with contextlib.suppress(TypeError, ValueError):  # pandas does not understand all it notes
+            noted[column["field_name"]] = pd.api.types.pandas_dtype(column["numpy_type"])
+    return noted
+
+
+def _is_same(dtype: Any, kind: pa.DataType) -> bool:
+    """Whether a dtype of pandas is for what an Arrow type holds, and holds all of it."""
+    if not hasattr(dtype, "__from_arrow__") or isinstance(
+        dtype, (pd.Float32Dtype, pd.Float64Dtype)
+    ):
+        return False  # masked floats take NaN for null
+    with contextlib.suppress(*MISFITS):
+        own = pa.array(pd.Series([], dtype=dtype)).type
+        texts = all(pa.types.is_string(k) or pa.types.is_large_string(k) for k in (own, kind))
+        return bool(texts or own == kind)
+    return False
+
+
+def to_pandas(table: pa.Table, dtypes: Mapping[str, Any]) -> pd.DataFrame:
+    """Convert; the columns of `dtypes` to those.
+
+    Lists of numbers become arrays; structs dicts; maps lists of pairs; dates, times and decimals
+    Python's own.
+    """
+    ordinary = [name for name in table.column_names if name not in dtypes]
+    marked = table.select(ordinary)
+    for at, name in enumerate(ordinary):
+        if has_floats(marked.schema.field(at).type):
+            chunks = [mark(chunk) for chunk in marked.column(at).chunks]
+            marked = marked.set_column(at, name, pa.chunked_array(chunks, marked.column(at).type))
+    frame = marked.to_pandas(integer_object_nulls=True, ignore_metadata=True)
+    for name in table.column_names:
+        if name in dtypes:
+            frame[name] = dtypes[name].__from_arrow__(table.column(name))
+    return frame if len(ordinary) == table.num_columns else frame[table.column_names]
+
+
+def to_arrow(column: pd.Series, kind: pa.DataType) -> pa.Array:
+    """Convert a column to a type that its values have room in.
+
+    Raises
+    ------
+    pyarrow.ArrowException, OverflowError, TypeError, ValueError
+        Where they do not fit.
+    """
+    as_read = plain(kind)
+    array = _typed(column, as_read)
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
+    if array.type != as_read:
+        array = array.cast(as_read)
+    if has_floats(as_read) and not _is_extension(column):
+        array = unmark(array)
+    return array if as_read == kind else array.cast(kind)
+
+
+def _typed(column: pd.Series, kind: pa.DataType) -> pa.Array:
+    is_object = bool(column.dtype == object)
+    if is_object:
+        _check_fits(column, kind)
+    if has_floats(kind) and not _is_extension(column):
+        values = column.where(column.notna(), None) if is_object else column
+        with contextlib.suppress(pa.ArrowInvalid, pa.ArrowTypeError):  # NaN where a text would be
+            return pa.array(values, type=kind, from_pandas=False)
+    return pa.array(column, type=kind, from_pandas=True)
+
+
+def _check_fits(column: pd.Series, kind: pa.DataType) -> None:
+    """Raise ArrowInvalid where Arrow, told the type, would drop some of a value without a word.
+
+    Such as a time's hours, a fraction within a list, or a struct's field. Floats may be narrowed.
+    """
+    if contains(kind, pa.types.is_map):  # what Python has for them is taken for lists
+        return
+    try:
+        found = pa.array(column, from_pandas=True)
+    except MISFITS:  # nothing that Arrow would know without being told
+        return
+    if found.type == kind or pa.types.is_null(found.type):
+        return
+    found = found.cast(_narrowed(found.type, kind))
+    with contextlib.suppress(pa.ArrowNotImplementedError):
+        if not found.cast(kind).cast(found.type).equals(found):
+            raise pa.ArrowInvalid(f"{found.type} has more to it than {kind}")
+
+
+def _narrowed(found: pa.DataType, kind: pa.DataType) -> pa.DataType:
+    """A type with the widths of floats that another has."""
+    if pa.types.is_floating(found) and pa.types.is_floating(kind):
+        return kind
+    if pa.types.is_struct(found) and pa.types.is_struct(kind):
+        theirs = {field.name: field.type for field in kind}
+        fields = [(f.name, _narrowed(f.type, theirs.get(f.name, f.type))) for f in found]
+        return pa.struct(fields)
+    if pa.types.is_list(found) and is_list(kind):
+        return pa.list_(_narrowed(found.value_type, kind.value_type))
+    return found
+
+
+def cast(column: pd.Series, dtype: Any) -> pd.Series:
+    """Convert to a dtype that was declared; floats may be narrowed.
+
+    Raises
+    ------
+    pyarrow.ArrowException, OverflowError, TypeError, ValueError
+        Where values would not be the same.
+    """
+    if isinstance(dtype, pd.ArrowDtype) and column.dtype == object:
+        array = to_arrow(column, dtype.pyarrow_dtype)
+        return pd.Series(pd.arrays.ArrowExtensionArray(array), index=column.index)
+    is_object = column.dtype == object
+    if is_object and isinstance(dtype, pd.StringDtype):
+        _check_no_lists(column)
+    kind = getattr(dtype, "kind", "")
+    if kind == "b" and getattr(column.dtype, "kind", "O") == "O":
+        column = column.astype("boolean")  # to numpy's, any text is true
+    elif is_object and kind in "iu" and "float" in pd.api.types.infer_dtype(column, skipna=True):
+        column = column.astype("float64")
+    with np.errstate(invalid="ignore"):
+        result = column.astype(dtype)
+        if _is_checked(column.dtype, kind) and _differ(column, result):
+            raise ValueError(f"{column.dtype} has values that {dtype} does not hold")
+    return result
+
+
+def _check_no_lists(column: pd.Series) -> None:
+    nested = [value for value in column if pd.api.types.is_list_like(value)]
+    if nested:
+        raise TypeError(f"{nested[0]!r:.80} is no text")
+
+
+def _is_checked(given: Any, kind: str) -> bool:
+    """Whether pandas casts these without looking whether the values stay the same."""
+    pairs = {"i": "iufb", "u": "iufb", "f": "iub", "M": "M", "m": "m"}
+    return kind != "" and kind in pairs.get(getattr(given, "kind", ""), "")
+
+
+def _differ(given: pd.Series, result: pd.Series) -> bool:
+    back = result.astype(given.dtype)
+    is_other = ((back != given) & given.notna()) | (given.isna() & result.notna())
+    if given.dtype.kind in "iuf":
+        is_other |= (result < 0) != (given < 0)  # wrapped around, and back again
+    return bool(is_other.fillna(False).any())
+
+
+def readable_notes(notes: Mapping[bytes, bytes], schema: pa.Schema) -> dict[bytes, bytes]:
+    """What pandas notes in a file, without names of types that it would not understand itself."""
+    if b"pandas" not in notes:
+        return dict(notes)
+    about = json.loads(notes[b"pandas"])
+    for column in about["columns"]:
+        name = column["field_name"]
+        if not _is_understood(column["numpy_type"]) or (
+            name in schema.names and has_own_storage(schema.field(name).type)
+        ):
+            column["numpy_type"] = "object"
+    return {**notes, b"pandas": json.dumps(about).encode()}
+
+
+def _is_understood(name: str) -> bool:
+    try:
+        pd.api.types.pandas_dtype(name)
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
+def _is_extension(column: pd.Series) -> bool:
+    return isinstance(column.dtype, pd.api.extensions.ExtensionDtype)
