@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
 from blake3 import blake3
 from fsspec.implementations.local import LocalFileSystem
 
+from dask_pcm import memory
 from dask_pcm.errors import InputError
 from dask_pcm.files import path_text, version_of
 
@@ -33,6 +34,8 @@ _N_CHUNKS, _MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 64, 256 << 10, 16 << 20
 _DIGEST_BYTES = 16
 _N_READERS = 8
 _SLOW_S = 5.0
+#: What is remembered here is called so in the user's cache folder.
+_KIND = "blobs"
 
 
 def digest_of(data: Any) -> bytes:
@@ -259,8 +262,8 @@ class _Memory:
 
     def recall(self, key: str) -> Blob | None:
         if key not in self._known:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                found = json.loads((_folder() / f"{key}.json").read_bytes())
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                found = memory.recall(_KIND, key)
                 chunk_digests = bytes.fromhex(found["chunk_digests"])
                 blob = Blob(int(found["n_bytes"]), int(found["chunk_bytes"]), chunk_digests)
                 if blob.n_chunks == -(-blob.n_bytes // blob.chunk_bytes):
@@ -269,24 +272,12 @@ class _Memory:
 
     def note(self, key: str, blob: Blob) -> None:
         self._known[key] = blob
-        text = json.dumps(
-            {
-                "n_bytes": blob.n_bytes,
-                "chunk_bytes": blob.chunk_bytes,
-                "chunk_digests": blob.chunk_digests.hex(),
-            }
-        )
-        with contextlib.suppress(OSError):  # a home that cannot be written: digested again
-            folder = _folder()
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary = folder / f"{key}.{os.getpid()}.{time.monotonic_ns()}"
-            temporary.write_text(text)
-            temporary.replace(folder / f"{key}.json")
+        found = {
+            "n_bytes": blob.n_bytes,
+            "chunk_bytes": blob.chunk_bytes,
+            "chunk_digests": blob.chunk_digests.hex(),
+        }
+        memory.note(_KIND, key, found)
 
 
 _memory = _Memory()
-
-
-def _folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "dask_pcm", "blobs")

@@ -14,7 +14,9 @@ from dask_pcm.config import Config
 from dask_pcm.dataframe import check_columns, map_partitions
 from dask_pcm.errors import PromptError, SchemaError
 from dask_pcm.given import checked, frame_refused
+from dask_pcm.inference.fields import rows_of
 from dask_pcm.inference.llm import LLM
+from dask_pcm.inference.origins import check_fields
 from dask_pcm.inference.plain import PlainModel
 from dask_pcm.inference.prompts import (
     Scoring,
@@ -39,12 +41,14 @@ def classify(
     truncate: str | None = None,
     keep: Sequence[str] | None = None,
     batch_rows: int | None = None,
+    special_tokens_in_fields: bool = False,
 ) -> dd.DataFrame:
     """Have a model choose an answer for every row.
 
     A choice scores the sum of the log-probabilities of its tokens after the prompt, prompt and
-    choice tokenised together (with a space between, unless the prompt ends with white space).
-    Where one choice begins another, the end of the answer is scored as well.
+    choice tokenised together (with a space between, unless the prompt ends with white space). White
+    space around a choice does not count. Where one choice begins another, the end of the answer is
+    scored as well. A prompt begins with one token that begins a text, if the model has such.
 
     Parameters
     ----------
@@ -53,7 +57,9 @@ def classify(
     llm
         The model.
     prompt
-        Text with columns in braces: ``"Claim: {claim}\\nAnswer:"``.
+        Text with columns in braces: ``"Claim: {claim}\\nAnswer:"``. Columns may hold texts,
+        integers (``3``), floats (``3.0``, as many digits as needed), booleans (``True``), decimals,
+        dates and times (ISO 8601), and lists of texts, which are put one on a line.
     choices
         The answers to choose from, at least two.
     truncate
@@ -63,6 +69,9 @@ def classify(
         Columns of the input to keep; all by default.
     batch_rows
         Rows whose lengths are sorted together; ``pcm.inference.batch-rows`` by default.
+    special_tokens_in_fields
+        Whether control tokens, such as ``<|im_end|>``, count as such where a row spells them out.
+        They do in the prompt's own text; in a row they are text like any other by default.
 
     Returns
     -------
@@ -73,7 +82,8 @@ def classify(
     Raises
     ------
     PromptError, SchemaError
-        At once, where prompt, choices and columns do not go together.
+        At once, where prompt, choices and columns do not go together, or a column of the prompt is
+        of a type that has no form there.
     """
     if not isinstance(ddf, dd.DataFrame):
         raise frame_refused("classify", ddf)
@@ -92,6 +102,7 @@ def classify(
         )
     if repeated := sorted({str(name) for name in ddf.columns[ddf.columns.duplicated()]}):
         raise SchemaError(f"The frame has columns more than once: {', '.join(repeated)}.")
+    check_fields(ddf, tuple(fields))
     kept = list(ddf.columns) if keep is None else check_columns(ddf, keep, "keep")
     if repeated := sorted({name for name in kept if kept.count(name) > 1}):
         raise SchemaError(f"keep names columns more than once: {', '.join(repeated)}.")
@@ -100,8 +111,19 @@ def classify(
             f"The input already has {', '.join(map(repr, taken))}, which classify adds. Rename it,"
             " or choose the columns to keep with keep=[...]."
         )
+    if not isinstance(special_tokens_in_fields, bool):
+        raise PromptError(
+            f"special_tokens_in_fields must be True or False; found {special_tokens_in_fields!r}."
+        )
     config = Config.read()
-    func = Classify(template, check_choices(choices), truncate, tuple(kept), config.batch_tokens)
+    func = Classify(
+        template,
+        check_choices(choices),
+        truncate,
+        tuple(kept),
+        config.batch_tokens,
+        special_tokens_in_fields,
+    )
     needed = list(dict.fromkeys([*kept, *fields]))
     added = {
         ANSWER: pd.Series([], dtype="str"),
@@ -128,6 +150,7 @@ class Classify:
     truncate: str | None
     kept: tuple[str, ...]
     batch_tokens: int
+    special_tokens_in_fields: bool = False
 
     __name__ = "classify"
 
@@ -138,6 +161,7 @@ class Classify:
             "choices": list(self.choices),
             "truncate": self.truncate,
             "columns": list(self.kept),
+            "special_tokens_in_fields": self.special_tokens_in_fields,
         }
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
@@ -145,8 +169,7 @@ class Classify:
         return ("dask_pcm.classify", *self.about().values())
 
     def __call__(self, frame: pd.DataFrame, model: PlainModel) -> pd.DataFrame:
-        fields = self.template.fields
-        rows: list[dict[str, Any]] = frame[list(fields)].to_dict("records")  # type: ignore[assignment]
+        rows = rows_of(frame, self.template.fields)
         planned = self._plan(model, rows)
         scorings = [scoring for scoring in planned if isinstance(scoring, Scoring)]
         scores = iter(model.score(scorings, self.batch_tokens))
@@ -160,36 +183,39 @@ class Classify:
         out[ERROR] = pd.array([error for _, _, error in answers], dtype="str")
         return out
 
-    def _plan(self, model: PlainModel, rows: list[dict[str, Any]]) -> list[Scoring | str]:
+    def _plan(self, model: PlainModel, rows: Sequence[dict[str, str] | str]) -> list[Scoring | str]:
         """What is to be run for each row, or why it cannot be answered."""
-        errors = [_null_fields(row) for row in rows]
-        good = [row for row, error in zip(rows, errors, strict=True) if error is None]
+        good = [row for row in rows if not isinstance(row, str)]
         plans = iter(zip(good, self._scorings(model, good), strict=True))
-        return [self._fit(model, *next(plans)) if error is None else error for error in errors]
+        return [row if isinstance(row, str) else self._fit(model, *next(plans)) for row in rows]
 
     def _scorings(
-        self, model: PlainModel, rows: Sequence[Mapping[str, Any]]
+        self, model: PlainModel, rows: Sequence[Mapping[str, str]]
     ) -> list[Scoring | str]:
-        prompts = [self.template.fill(row) for row in rows]
+        prompts = [self.template.text_of(row, self.special_tokens_in_fields) for row in rows]
         texts = [
-            prompt + separator(prompt) + choice for prompt in prompts for choice in self.choices
+            prompt.followed_by(separator(str(prompt)) + choice.strip())
+            for prompt in prompts
+            for choice in self.choices
         ]
         tokens = model.tokenize(texts) if texts else []
         n = len(self.choices)
         found: list[Scoring | str] = []
         for i in range(len(rows)):
             try:
-                found.append(plan_scoring(tokens[i * n : i * n + n], model.eos))
+                scoring = plan_scoring(tokens[i * n : i * n + n], model.eos)
+                model.check_tokens(scoring)
+                found.append(scoring)
             except ScoringError as error:
                 found.append(str(error))
         return found
 
-    def _fit(self, model: PlainModel, row: dict[str, Any], scoring: Scoring | str) -> Scoring | str:
+    def _fit(self, model: PlainModel, row: dict[str, str], scoring: Scoring | str) -> Scoring | str:
         limit = model.max_tokens
         if isinstance(scoring, str) or limit is None or scoring.n_tokens <= limit:
             return scoring
 
-        def count(cut: Mapping[str, Any]) -> int:
+        def count(cut: Mapping[str, str]) -> int:
             (found,) = self._scorings(model, [cut])
             return found.n_tokens if isinstance(found, Scoring) else limit + 1
 
@@ -205,12 +231,3 @@ class Classify:
         best = max(range(len(scores)), key=lambda i: (scores[i], -i))
         total = sum(math.exp(score - scores[best]) for score in scores)
         return self.choices[best], 1.0 / total, None
-
-
-def _null_fields(row: dict[str, Any]) -> str | None:
-    nulls = [name for name, value in row.items() if _is_null(value)]
-    return f"Null in prompt field {', '.join(map(repr, nulls))}." if nulls else None
-
-
-def _is_null(value: Any) -> bool:
-    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))

@@ -1,16 +1,18 @@
-"""A transformers model on one device, run on padded batches: right for every architecture."""
+"""A transformers model on one device, run on padded batches: right for every causal one."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dask_pcm.errors import ModelError
-from dask_pcm.inference.prompts import Scoring, batches_by_length
+from dask_pcm.inference.model_folder import weight_files
+from dask_pcm.inference.probe import ensure_exact
+from dask_pcm.inference.prompts import Scoring, ScoringError, Text, batches_by_length
+from dask_pcm.inference.tokens import Encoder
 from dask_pcm.ladder.checkpoint import Checkpoint
 from dask_pcm.ladder.device import check_device
 
@@ -20,7 +22,9 @@ logger = logging.getLogger(__name__)
 _NO_LIMIT = 10**9
 
 
-def load_model(path: str, dtype: str = "auto", device: str = "auto") -> PlainModel:
+def load_model(
+    path: str, dtype: str = "auto", device: str = "auto", content: str | None = None
+) -> PlainModel:
     """Load a model folder; the loader of ``LLM``, run on workers.
 
     Parameters
@@ -28,13 +32,15 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> PlainMod
     device
         Of torch, or "auto": the accelerator that the worker was given, and the CPU only where it
         was given none.
+    content
+        Identity of the files, by which it is remembered that the model passed its probe.
 
     Raises
     ------
     DeviceUnusableError
         Where the worker was given a device that torch cannot use. "cpu" does without it.
     ModelError
-        Where the weights do not fit the architecture.
+        Where the weights do not fit the architecture, or the model fails its probe.
     """
     import torch
     import transformers
@@ -50,10 +56,10 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> PlainMod
             else "cpu"
         )
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    files = _weight_files(Path(path))
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    is_as_stored = files and kind and getattr(config, "quantization_config", None) is None
-    if device != "cpu" and is_as_stored:
+    files = weight_files(Path(path))
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    is_safetensors = all(file.suffix == ".safetensors" for file in files)
+    if device != "cpu" and kind is not None and is_safetensors:
         model = load_onto(path, kind, config, files, dtype, device)
     else:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -62,7 +68,9 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> PlainMod
         _check(found, path)
         model = model.to(device)
     model.requires_grad_(False)
-    return PlainModel(model.eval(), tokenizer)
+    plain = PlainModel(model.eval(), tokenizer)
+    ensure_exact(plain, content)
+    return plain
 
 
 def load_onto(
@@ -92,16 +100,6 @@ def load_onto(
     return model
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """Safetensors files with all the weights of a model folder; none where it has no such."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [path / name for name in sorted(set(names))]
-    single = path / "model.safetensors"
-    return [single] if single.exists() else []
-
-
 def _check(found: Mapping[str, Any], path: str) -> None:
     if found["missing_keys"] or found["mismatched_keys"]:
         wrong = [*found["missing_keys"], *found["mismatched_keys"]]
@@ -115,6 +113,8 @@ class PlainModel:
     ----------
     max_tokens
         The longest sequence it takes; None where neither model nor tokenizer says.
+    n_embeddings
+        Tokens that it knows; a tokenizer may have more.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -126,9 +126,9 @@ class PlainModel:
         limits.append(getattr(tokenizer, "model_max_length", None))
         known = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
         self.max_tokens: int | None = min(known) if known else None
-        forward = inspect.signature(model.forward).parameters
-        self._has_positions = "position_ids" in forward
-        self._keeps_last = "logits_to_keep" in forward
+        self.n_embeddings = _n_embeddings(model)
+        self._encoder = Encoder(tokenizer)
+        self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
     def facts(self) -> dict[str, str]:
@@ -141,14 +141,22 @@ class PlainModel:
         eos = self.tokenizer.eos_token_id
         return None if eos is None else int(eos)
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with the model's own beginning but no ending."""
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=True, verbose=False)[
-            "input_ids"
-        ]
-        eos = self.eos
-        # Some tokenizers append an end of text: an answer could not follow it.
-        return [row[:-1] if len(row) > 1 and row[-1] == eos else row for row in ids]
+    def tokenize(self, texts: Sequence[str | Text]) -> list[list[int]]:
+        """Token ids of each text, with the model's own beginning but no ending.
+
+        Control tokens that a text spells out are text, unless they are a template's own.
+        """
+        return self._encoder(texts)
+
+    def check_tokens(self, scoring: Scoring) -> None:
+        """Raise ScoringError where a token is none that the model knows."""
+        last = max(max(scoring.shared), *map(max, scoring.endings))
+        if last >= self.n_embeddings:
+            (name,) = self.tokenizer.convert_ids_to_tokens([last])
+            raise ScoringError(
+                f"Token {name!r} has id {last}, and the model's embedding has {self.n_embeddings}"
+                " rows: the tokenizer is larger than the model."
+            )
 
     def score(self, scorings: Sequence[Scoring], batch_tokens: int) -> list[list[float]]:
         """Log-probability of every choice of every row.
@@ -171,43 +179,60 @@ class PlainModel:
         for group in batches_by_length(lengths, batch_tokens):
             batch = [runs[position] for position in group]
             sequences = [scorings[row].shared + run for row, run in batch]
-            n_last = max(len(run) for _, run in batch) + 1
             wanted = [
-                (line, n_last - 1 - len(run) + offset, token, row, choice)
+                (line, len(scorings[row].shared) - 1 + offset, token, row, choice)
                 for line, (row, run) in enumerate(batch)
                 for choice in _owned(scorings[row], run)
                 for offset, token in enumerate(scorings[row].endings[choice])
             ]
-            found = self._logprobs(sequences, n_last, [want[:3] for want in wanted])
+            found = self._logprobs(sequences, [want[:3] for want in wanted])
             for value, (*_, row, choice) in zip(found, wanted, strict=True):
                 scores[row][choice] += value
         return scores
 
-    def _logprobs(
-        self,
-        sequences: Sequence[Sequence[int]],
-        n_last: int,
-        wanted: Sequence[tuple[int, int, int]],
-    ) -> list[float]:
-        """One forward; log P of each wanted (sequence, position among the last, token)."""
+    def logits(self, sequences: Sequence[Sequence[int]], positions: Sequence[int]) -> Any:
+        """One forward; logits of shape (sequences, positions, tokens).
+
+        Padded on the right, where a causal model's earlier logits see nothing of it: no mask and no
+        position ids are needed, which many kinds of model handle in ways of their own, or not.
+
+        Parameters
+        ----------
+        positions
+            At which logits are wanted, in ascending order.
+        """
         import torch
 
         n_tokens = max(map(len, sequences))
-        ids = torch.zeros(len(sequences), n_tokens, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):  # padded on the left: endings are aligned
-            ids[row, n_tokens - len(sequence) :] = torch.tensor(sequence)
-            mask[row, n_tokens - len(sequence) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._has_positions:
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        options = {"logits_to_keep": n_last} if self._keeps_last else {}
+        # With its own last token: every model knows that one.
+        padded = [[*tokens, *[tokens[-1]] * (n_tokens - len(tokens))] for tokens in sequences]
+        ids = torch.tensor(padded, device=self.model.device)
+        kept = torch.tensor(positions, device=self.model.device)
+        options = {"logits_to_keep": kept} if self._keeps_some else {}
         with torch.inference_mode():
-            logits = self.model(**inputs, use_cache=False, **options).logits[:, -n_last:]
-            line, position, token = torch.tensor(wanted, device=logits.device).unbind(1)
+            logits = self.model(input_ids=ids, use_cache=False, **options).logits
+            return logits if self._keeps_some else logits[:, kept]
+
+    def _logprobs(
+        self, sequences: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int, int]]
+    ) -> list[float]:
+        """One forward; log P of each wanted (sequence, position, token)."""
+        import torch
+
+        positions = sorted({position for _, position, _ in wanted})
+        column = {position: at for at, position in enumerate(positions)}
+        logits = self.logits(sequences, positions)
+        at = [(line, column[position], token) for line, position, token in wanted]
+        line, position, token = torch.tensor(at, device=logits.device).unbind(1)
+        with torch.inference_mode():
             kept = torch.log_softmax(logits[line, position].float(), dim=-1)
             return kept.gather(1, token[:, None])[:, 0].tolist()
+
+
+def _n_embeddings(model: Any) -> int:
+    """Tokens that can be put in and scored."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(len(layer.weight) for layer in layers if layer is not None)
 
 
 def _owned(scoring: Scoring, run: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask_pcm.errors import PromptError
+from dask_pcm.inference.fields import as_text
 
 Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some of a text, and whether control tokens that are spelt out in it are meant as such."""
+
+    text: str
+    is_own: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text that a template and a row have made together."""
+
+    parts: tuple[Part, ...]
+
+    def __str__(self) -> str:
+        return "".join(part.text for part in self.parts)
+
+    def followed_by(self, text: str) -> Text:
+        """This text and more that is meant as written."""
+        return Text((*self.parts, Part(text, is_own=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +60,7 @@ class Template:
         >>> Template("{claim} and {evidence}").fields
         ('claim', 'evidence')
         """
-        names = []
-        try:
-            for _, name, form, conversion in string.Formatter().parse(self.text):
-                if name is None:
-                    continue
-                if not name or form or conversion:
-                    raise PromptError(
-                        f"The prompt's field {{{name}}} must be the plain name of a column, such as"
-                        " {claim}; write {{ and }} for literal braces."
-                    )
-                names.append(name)
-        except PromptError:
-            raise
-        except ValueError as error:
-            raise PromptError(
-                f"The prompt cannot be parsed: {error}. Write {{{{ and }}}} for literal braces."
-            ) from error
+        names = [name for _, name in _parsed(self.text) if name is not None]
         if not names:
             raise PromptError(
                 f"The prompt has no field, so every row would get the same answer: {self.text!r}."
@@ -61,15 +69,52 @@ class Template:
         return tuple(dict.fromkeys(names))
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The prompt of one row."""
+        """The prompt of one row, as one text."""
+        return str(self.text_of(row))
+
+    def text_of(self, row: Mapping[str, Any], is_trusted: bool = False) -> Text:
+        """The prompt of one row.
+
+        Parameters
+        ----------
+        is_trusted
+            Whether control tokens that a row spells out are meant as such.
+
+        Raises
+        ------
+        FieldError
+            Where a value has no form in a prompt.
+        """
         parts = []
-        for literal, name, _, _ in string.Formatter().parse(self.text):
-            parts += [literal, "" if name is None else str(row[name])]
-        return "".join(parts)
+        for literal, name in _parsed(self.text):
+            parts.append(Part(literal, is_own=True))
+            if name is not None:
+                parts.append(Part(as_text(row[name]), is_own=is_trusted))
+        return Text(tuple(parts))
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> tuple[tuple[str, str | None], ...]:
+    """Literal texts, and the field after each; None after the last."""
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise PromptError(
+            f"The prompt cannot be parsed: {error}. Write {{{{ and }}}} for literal braces."
+        ) from error
+    for _, name, form, conversion in parts:
+        if name is not None and (not name or form or conversion):
+            raise PromptError(
+                f"The prompt's field {{{name}}} must be the plain name of a column, such as"
+                " {claim}; write {{ and }} for literal braces."
+            )
+    return tuple((literal, name) for literal, name, _, _ in parts)
 
 
 def check_choices(choices: Sequence[str]) -> tuple[str, ...]:
     """Return the choices; raise PromptError where they cannot be told apart.
+
+    White space around a choice does not count: it is neither compared nor scored.
 
     >>> check_choices(["yes", "no"])
     ('yes', 'no')
@@ -204,7 +249,7 @@ def cut_to_fit(
     dict or None
         The row with the longest beginning of the field that fits; None if nothing of it does.
     """
-    text = str(row[field])
+    text = as_text(row[field])
     low, high = 0, len(text)  # the most characters that fit lie in [low, high)
     while low + 1 < high:
         middle = (low + high) // 2

@@ -9,7 +9,8 @@ import transformers
 from dask_pcm.errors import ModelError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
-from dask_pcm.inference.plain import _weight_files, load_model, load_onto
+from dask_pcm.inference.model_folder import weight_files
+from dask_pcm.inference.plain import load_model, load_onto
 from dask_pcm.inference.prompts import plan_scoring
 
 
@@ -103,7 +104,7 @@ def test_weights_read_straight_into_place_are_those_of_transformers(tmp_path, fa
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     kind = getattr(transformers, config.architectures[0])
-    files = _weight_files(tmp_path)
+    files = weight_files(tmp_path)
     assert len(files) > 1 if shard == "20KB" else len(files) == 1
     found = load_onto(str(tmp_path), kind, config, files, dtype, "cpu")
     for path in files:  # nothing of it is needed any more
@@ -123,6 +124,6 @@ def test_weights_that_are_missing_are_named(tmp_path):
     state = made.state_dict()
     del state["model.layers.1.mlp.up_proj.weight"]
     made.save_pretrained(tmp_path, state_dict=state)
-    files = _weight_files(tmp_path)
+    files = weight_files(tmp_path)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
         load_onto(str(tmp_path), type(made), made.config, files, "auto", "cpu")

@@ -1,0 +1,116 @@
+"""Whether a checkpoint's tensors are those that its architecture needs, by transformers itself.
+
+Names in files are not those in memory: experts that are stored one by one are one tensor there,
+tied ones are stored once. Only transformers knows, and it takes torch to ask it. So it is asked in
+a process of its own, with tensors that have shapes and no memory, once for a content.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dask_pcm import memory
+from dask_pcm.bundles import digest_of
+from dask_pcm.ladder.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+_KIND = "fits"
+_TIMEOUT_S = 300
+_N_NAMED = 3
+
+
+def misfits(path: Path, files: Sequence[Path], content: str) -> list[str]:
+    """What a checkpoint lacks, in words; nothing where that cannot be found out here.
+
+    Parameters
+    ----------
+    path
+        A model folder.
+    files
+        Its weights.
+    content
+        Identity of all its files.
+    """
+    key = digest_of(json.dumps([content, _version("transformers"), _version("torch")]).encode())
+    known = memory.recall(_KIND, key.hex())
+    if known is None:
+        known = _asked(path, files)
+        if known is None:
+            return []  # workers will say
+        memory.note(_KIND, key.hex(), known)
+    return [str(problem) for problem in known]
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _asked(path: Path, files: Sequence[Path]) -> list[str] | None:
+    # Loading in threads, as transformers does, goes past the mode that gives tensors no memory.
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "dask_pcm.inference.fit", str(path), *map(str, files)]
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, timeout=_TIMEOUT_S, check=True)
+        return list(json.loads(done.stdout.splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        told = getattr(error, "stderr", None) or b""
+        last = told.decode(errors="replace").strip().rpartition("\n")[2]
+        logger.info("The tensors of %s are not compared here: %r %s", path, error, last)
+        return None
+
+
+def problems(path: str, files: Sequence[str]) -> list[str]:
+    """What a checkpoint lacks; imports torch and transformers."""
+    import torch
+    import transformers
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    stored = _stored(files)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _, found = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict={n: torch.empty(shape, dtype=t) for n, (shape, t) in stored.items()},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    for name, found_shape, expected in sorted(found["mismatched_keys"], key=str):
+        shapes = f"{list(found_shape)}, and config.json makes it {list(expected)}"
+        wrong.append(f"{name} has shape {shapes}")
+    more = [f"{len(wrong) - _N_NAMED} more"] if len(wrong) > _N_NAMED else []
+    return wrong[:_N_NAMED] + more
+
+
+def _stored(files: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Shape and type of each tensor, by name."""
+    import torch
+
+    if all(file.endswith(".safetensors") for file in files):
+        with Checkpoint(files) as checkpoint:
+            return {name: (t.shape, t.dtype) for name, t in checkpoint.tensors.items()}
+    found = {}
+    for file in files:
+        stored = torch.load(file, map_location="meta", weights_only=True)
+        found.update({name: (t.shape, t.dtype) for name, t in stored.items()})
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(problems(sys.argv[1], sys.argv[2:])))

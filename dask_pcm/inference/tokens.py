@@ -1,0 +1,158 @@
+"""Texts to token ids: one beginning, and no control token that only a row has spelt out.
+
+A tokenizer makes control tokens of their names wherever they stand. A template's are meant; a row
+that has ``<|im_end|>`` in it could end its own turn. Where a row spells one out, a second tokenizer
+is used that differs in one thing: its control tokens have names that nobody can guess, and the
+template's are replaced by those. All else, seams included, is as the model's own tokenizer has it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from dask_pcm.inference.prompts import Part, Text
+
+#: How a byte is spelt that has no token in a vocabulary of characters: it controls nothing.
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class Encoder:
+    """Token ids by a tokenizer of transformers.
+
+    Parameters
+    ----------
+    tokenizer
+        Whose own settings for padding and truncation do not count.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        names = {str(token) for token in added if token.special} | {*tokenizer.all_special_tokens}
+        control = [name for name in names if name and not _BYTE.fullmatch(name)]
+        longest_first = sorted(control, key=lambda name: (-len(name), name))
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._guarded: _Guarded | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_guarded": None}  # large, and seldom needed
+
+    def __call__(self, texts: Sequence[str | Text]) -> list[list[int]]:
+        """Token ids of each text, with the model's own beginning but no ending.
+
+        Parameters
+        ----------
+        texts
+            Of plain ones nothing is a control token.
+        """
+        given = [Text((Part(t, is_own=False),)) if isinstance(t, str) else t for t in texts]
+        is_guarded = [self._spells_control(text) for text in given]
+        plain = [text for text, guarded in zip(given, is_guarded, strict=True) if not guarded]
+        found = iter(self._encode([str(text) for text in plain]))
+        return [
+            self._trimmed(self._encode_guarded(text) if guarded else next(found))
+            for text, guarded in zip(given, is_guarded, strict=True)
+        ]
+
+    def _spells_control(self, text: Text) -> bool:
+        """Whether a control token stands in what is not the template's own, or reaches into it."""
+        spans = [match.span() for match in self._control.finditer(str(text))]
+        if not spans:
+            return False
+        start = 0
+        for part in text.parts:
+            stop = start + len(part.text)
+            if not part.is_own and any(first < stop and start < end for first, end in spans):
+                return True
+            start = stop
+        return False
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        found = self._tokenizer(texts, add_special_tokens=True, verbose=False)
+        return [list(ids) for ids in found["input_ids"]]
+
+    def _encode_guarded(self, text: Text) -> list[int]:
+        if getattr(self._tokenizer, "backend_tokenizer", None) is None:
+            return self._encode_apart(text)
+        if self._guarded is None:
+            self._guarded = _Guarded(self._tokenizer.backend_tokenizer)
+        return self._guarded.encode(text, self._control)
+
+    def _encode_apart(self, text: Text) -> list[int]:
+        """For tokenizers in Python: what stands between the template's control tokens, apart."""
+        ids: list[int] = []
+        pending = ""
+        for part in text.parts:
+            at = 0
+            for match in self._control.finditer(part.text) if part.is_own else ():
+                ids += self._plain(pending + part.text[at : match.start()])
+                ids.append(self._tokenizer.convert_tokens_to_ids(match.group()))
+                pending, at = "", match.end()
+            pending += part.text[at:]
+        ids += self._plain(pending)
+        return list(self._tokenizer.build_inputs_with_special_tokens(ids))
+
+    def _plain(self, text: str) -> list[int]:
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return list(self._tokenizer(text, **options)["input_ids"]) if text else []
+
+    def _trimmed(self, ids: list[int]) -> list[int]:
+        # The template may begin with what the tokenizer puts in front of all texts.
+        while self._bos is not None and ids[:2] == [self._bos, self._bos]:
+            ids = ids[1:]
+        # Some tokenizers append an end of text: an answer could not follow it.
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self._eos else ids
+
+
+class _Guarded:
+    """A copy of a tokenizer whose control tokens have names that stand in no text.
+
+    Parameters
+    ----------
+    backend
+        A ``tokenizers.Tokenizer``.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        from tokenizers import Tokenizer
+
+        state = json.loads(backend.to_str())
+        secret = secrets.token_hex(8)
+        self._names: dict[str, str] = {}
+        for token in state["added_tokens"]:
+            if token["special"] and not _BYTE.fullmatch(token["content"]):
+                name = self._names[token["content"]] = f"\ue000{secret}.{token['id']}\ue001"
+                token.update(content=name, normalized=False)
+        _rename(state["model"], self._names)
+        state.update(padding=None, truncation=None)
+        self._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+    def encode(self, text: Text, control: re.Pattern[str]) -> list[int]:
+        renamed = [
+            control.sub(lambda match: self._names.get(match.group(), match.group()), part.text)
+            if part.is_own
+            else part.text
+            for part in text.parts
+        ]
+        return list(self._tokenizer.encode("".join(renamed)).ids)
+
+
+def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
+    """Have a model of a tokenizer know tokens by other names: it finds none of the old in texts."""
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(token, token): at for token, at in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        merges = (pair for pair in model["merges"] if not {*pair, "".join(pair)} & names.keys())
+        model["merges"] = list(merges)
