@@ -185,7 +185,7 @@ def write_parquet(
 def _prepare(ddf: dd.DataFrame, client: Client | None) -> tuple[Client, Plan]:
     if not isinstance(ddf, dd.DataFrame):
         raise SchemaError(f"write_parquet writes a Dask DataFrame; found {type(ddf).__name__}.")
-    return client or current_client(), Plan(ddf)
+    return current_client(client), Plan(ddf)
 
 
 def _draw(

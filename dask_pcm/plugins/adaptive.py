@@ -1,4 +1,4 @@
-"""What a cluster's ``adapt()`` is told: Dask's own count of workers, or the gate's if that is larger.
+"""What a cluster's ``adapt()`` is told: Dask's count of workers, or the gate's if that is larger.
 
 Dask counts the tasks that the scheduler holds. Of a run these are a window of some units, however
 much is still to come, and those that are at work on lanes are set apart. So the gate, which knows
@@ -33,11 +33,11 @@ def answer_adaptive(scheduler: Scheduler, n_wanted: Callable[[float], int]) -> C
     def undo() -> None:
         # Where another plugin has put its own in front since, that one stays.
         if scheduler.adaptive_target is adaptive_target:
-            scheduler.adaptive_target = asked  # type: ignore[method-assign]
+            scheduler.adaptive_target = asked
         if scheduler.handlers.get("adaptive_target") is adaptive_target:
             scheduler.handlers["adaptive_target"] = asked
 
     # Dashboards and operators ask the method, clusters the handler.
-    scheduler.adaptive_target = adaptive_target  # type: ignore[method-assign]
+    scheduler.adaptive_target = adaptive_target
     scheduler.handlers["adaptive_target"] = adaptive_target
     return undo

@@ -12,9 +12,9 @@ from dask_pcm.scheduling.views import WorkerView
 def n_workers_wanted(state: GateState, target_s: float) -> int:
     """Workers that would finish all known work within `target_s`.
 
-    A worker that would not be ready before the work has drained is not asked for: where a load takes
-    longer than `target_s`, the load is the target. Before a row's cost is known, each piece of work
-    asks for a worker, as it does where workers are warmed.
+    A worker that would not be ready before the work has drained is not asked for: where a load
+    takes longer than `target_s`, the load is the target. Before a row's cost is known, each piece
+    of work asks for a worker, as it does where workers are warmed.
     """
     working = (group for view in state.workers.values() for group in view.n_works)
     groups = dict.fromkeys([*state.groups(), *working])
