@@ -6,7 +6,9 @@ workers that join. Settings are read where the scheduler runs, from its Dask con
 
 With ``dask worker --preload-nanny dask_pcm.preload``, or
 ``LocalCluster(preload_nanny=["dask_pcm.preload"])``, workers begin in a process that has torch and
-transformers imported. Without it, they do so from the first restart on. (On workers ``--preload``
+transformers imported. Without it, they do so from the first restart on. Workers of a
+``LocalCluster`` also live on when the client is interrupted; without the preload they do so from
+``install`` on. (On workers ``--preload``
 is allowed and does nothing: they get their side from the scheduler.)
 """
 
@@ -18,6 +20,7 @@ from distributed import Nanny, Scheduler
 from distributed.protocol.pickle import dumps
 
 from dask_pcm.config import Config
+from dask_pcm.plugins.interrupts import interrupts
 from dask_pcm.plugins.nanny import KeeperPlugin
 from dask_pcm.plugins.rebirth import rebirth
 from dask_pcm.plugins.scheduler import GatePlugin
@@ -27,6 +30,7 @@ from dask_pcm.plugins.worker import ContextPlugin
 async def dask_setup(server: Any) -> None:
     """Called by Dask with the scheduler, worker or nanny that starts."""
     if isinstance(server, Nanny):
+        interrupts().block(server)
         rebirth().use(server, Config.read().imports)
     if not isinstance(server, Scheduler):
         return
@@ -42,4 +46,5 @@ async def dask_setup(server: Any) -> None:
 def dask_teardown(server: Any) -> None:
     """Called by Dask with what ends."""
     if isinstance(server, Nanny):
+        interrupts().unblock(server)
         rebirth().leave(server)

@@ -63,7 +63,7 @@ class Store:
         self._builder = Builder(staging or Staging(), self._host, is_mapped)
         self._budget = budget
         self._residencies: dict[str, Residency] = {}
-        self._is_closed = False
+        self._is_closed = self._is_over = False
         # Guards every field of every residency; notified when a load or a turn ends.
         self._changed = threading.Condition()
         self.turns = Turns(self._changed)
@@ -124,6 +124,8 @@ class Store:
                 return residency.value
             if residency.tier is Tier.FAILED and (waited or not again):
                 raise LoadError(residency.error)
+            if self._is_over:
+                raise LoadError(f"Context {ref.name!r} is not loaded: this process is ending.")
             self._begin_move(residency)
             residency.ref = ref  # the same recipe, but perhaps pickled so that it can be opened
             if residency.live is None:  # else it has been measured
@@ -423,6 +425,10 @@ class Store:
         """Drop everything for good; what is held as soon as it is not."""
         self._is_closed = True
         self.clear()
+
+    def end(self) -> None:
+        """Load nothing any more: the process ends, and whoever still asks works for nobody."""
+        self._is_over = True
 
     def clear(self) -> None:
         """Drop whatever nobody holds."""

@@ -193,7 +193,7 @@ def write_parquet(
 def _prepare(ddf: dd.DataFrame, client: Client | None) -> tuple[Client, Plan]:
     if not isinstance(ddf, dd.DataFrame):
         raise frame_refused("write_parquet", ddf)
-    return client or current_client(), Plan(ddf)
+    return current_client(client), Plan(ddf)
 
 
 def _draw(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import dask
 import distributed
 from distributed import Client, SpecCluster, default_client
+from distributed.protocol.pickle import dumps
 
 from dask_pcm.config import Config
 from dask_pcm.context import Context
 from dask_pcm.errors import InstallError, RecipeError
+from dask_pcm.plugins.delivery import ask_workers, deliver, deliver_to_nannies, withdraw
 from dask_pcm.plugins.local import forget_local_nannies, keep_local_nannies
 from dask_pcm.plugins.nanny import KeeperPlugin
 from dask_pcm.plugins.scheduler import GATE, GatePlugin
@@ -38,15 +40,17 @@ def install(client: Client | None = None) -> None:
     Notes
     -----
     Blocking; for synchronous clients. The scheduler's side goes first: the workers' sides say
-    hello to it as soon as they are set up. Workers that join later get theirs by themselves.
+    hello to it as soon as they are set up. Workers that join later get theirs by themselves, and so
+    do workers that do not answer within seconds, frozen or out of reach, once they are back.
     """
-    client = _synchronous(client or current_client())
+    client = current_client(client)
     _check_versions(client)
     config = Config.read()
     client.register_plugin(GatePlugin(config))
-    client.register_plugin(KeeperPlugin(config))
-    client.register_plugin(ContextPlugin(config))
-    client.run(_greet)  # a worker that had its side already does not say hello to a new gate
+    keeper, contexts = KeeperPlugin(config), ContextPlugin(config)
+    client.run_on_scheduler(deliver_to_nannies, dumps(keeper), keeper.name)
+    # A worker that had its side already does not say hello to a new gate unasked.
+    client.run_on_scheduler(deliver, dumps(contexts), contexts.name, _greet)
     if isinstance(client.cluster, SpecCluster):
         keep_local_nannies(client.cluster)
 
@@ -73,7 +77,7 @@ def release(*contexts: Context, client: Client | None = None) -> int:
     RecipeError
         Where something else than a context is given.
     """
-    client = _synchronous(client or current_client())
+    client = current_client(client)
     for context in contexts:
         if not isinstance(context, Context):
             raise RecipeError(f"release takes a dask_pcm.Context; found {context!r:.80}.")
@@ -107,7 +111,7 @@ def explain(what: Any, client: Client | None = None) -> str:
     'verify-3' waits (2 of 40 like it go first) for context 'load'.
       2 workers: loading, for about 3.1 s more
     """
-    client = _synchronous(client or current_client())
+    client = current_client(client)
     if not is_installed(client):
         return "The toolkit is not installed on this cluster: call dask_pcm.install(client) first."
     key = getattr(what, "key", what)
@@ -127,7 +131,7 @@ def uninstall(client: Client | None = None) -> None:
     client
         A client of the cluster; the one made last if left out.
     """
-    client = _synchronous(client or current_client())
+    client = current_client(client)
 
     def leave(dask_scheduler: Any = None) -> bool:
         gate = dask_scheduler.plugins.get(GATE)
@@ -137,42 +141,44 @@ def uninstall(client: Client | None = None) -> None:
 
     client.run_on_scheduler(leave)
     # Also where there was no gate: an earlier attempt may have got no further.
-    for name, is_nannys in ((CONTEXTS, False), (KeeperPlugin.name, True)):
-        with contextlib.suppress(ValueError):  # there is none
-            client.unregister_worker_plugin(name, nanny=is_nannys)
+    client.run_on_scheduler(withdraw, CONTEXTS, is_nannys=False)
+    client.run_on_scheduler(withdraw, KeeperPlugin.name, is_nannys=True)
     if isinstance(client.cluster, SpecCluster):
         forget_local_nannies(client.cluster)
 
 
-def current_client() -> Client:
-    """The client made last.
+def current_client(client: Client | None = None) -> Client:
+    """A client that can be used: the one given, or else the one made last.
 
     Raises
     ------
     InstallError
-        Where there is none.
+        Where there is none, or it is asynchronous or closed.
     """
-    try:
-        return default_client()
-    except ValueError:
+    if client is None:
+        try:
+            client = default_client()
+        except ValueError:
+            raise InstallError(
+                "There is no Dask client yet. Make one first: client = Client(cluster)."
+            ) from None
+    if client.asynchronous:
         raise InstallError(
-            "There is no Dask client yet. Make one first: client = Client(cluster)."
-        ) from None
+            "This client is asynchronous; the toolkit is installed, and runs are driven, with an"
+            " ordinary one: Client(address), in a thread of its own if need be."
+        )
+    if client.status in ("closed", "closing"):
+        raise InstallError(
+            f"The client {client.id} is {client.status}. Make another one: client ="
+            " Client(cluster), or Client(address)."
+        )
+    return client
 
 
 def _greet(dask_worker: Any = None) -> None:
     plugin = dask_worker.plugins.get(CONTEXTS)
     if isinstance(plugin, ContextPlugin):
         plugin.greet()
-
-
-def _synchronous(client: Client) -> Client:
-    if client.asynchronous:
-        raise InstallError(
-            "This client is asynchronous; the toolkit is installed, and runs are driven, with an"
-            " ordinary one: Client(address), in a thread of its own if need be."
-        )
-    return client
 
 
 def is_installed(client: Client) -> bool:
@@ -217,7 +223,12 @@ def _versions_there() -> dict[str, str]:
 
 def _check_versions(client: Client) -> None:
     ask = by_value(_versions_there)
-    found = {"the scheduler": client.run_on_scheduler(ask), **client.run(ask)}
+    _compare({"the scheduler": client.run_on_scheduler(ask)})
+    # A worker that does not answer says by itself, when it is back, that it has another version.
+    _compare(client.run_on_scheduler(ask_workers, dumps(ask)))
+
+
+def _compare(found: Mapping[str, Mapping[str, str]]) -> None:
     mine = versions()
     for where, theirs in found.items():
         for package, version in mine.items():

@@ -24,6 +24,7 @@ from distributed.system import MEMORY_LIMIT
 
 from dask_pcm.config import Config
 from dask_pcm.ladder.host import max_files
+from dask_pcm.plugins.interrupts import interrupts
 from dask_pcm.plugins.rebirth import rebirth
 from dask_pcm.plugins.signals import is_command, signals
 from dask_pcm.plugins.travel import Travels
@@ -125,11 +126,13 @@ class KeeperPlugin(Travels, NannyPlugin):
         self._shelf: Shelf | None = _shelves().setdefault(nanny.scheduler_addr, shelf)
         nanny.handlers.update(self._handlers)
         self._notice: asyncio.Task[None] | None = None
+        interrupts().block(self)
         if is_command():
             signals().heed(self, self.on_notice, self.config.here().notice_s)
 
     def teardown(self, nanny: Any) -> None:
         signals().leave(self)
+        interrupts().unblock(self)
         for name in self._handlers:
             nanny.handlers.pop(name, None)
         self.allow_memory(0)

@@ -31,6 +31,8 @@ import psutil
 from distributed import Nanny
 from distributed.utils import get_mp_context
 
+from dask_pcm.plugins.interrupts import uninterrupted
+
 _METHOD, _DEFAULT = "distributed.worker.multiprocessing-method", "spawn"
 #: Variables that nothing which is imported looks at before a worker uses it.
 _READ_LATE = frozenset({"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"})
@@ -98,7 +100,8 @@ def _begin(nanny: Nanny, modules: Sequence[str]) -> int | None:
     # What Dask sets before it starts a worker: else hashes would differ among workers.
     os.environ.update(nanny.pre_spawn_env)
     multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD])
-    with _environ(_IMPORTS, repr(list(modules))):  # how settings get there
+    # How settings get there.
+    with _environ(_IMPORTS, repr(list(modules))), uninterrupted():
         forkserver.ensure_running()
     distributed.nanny.get_mp_context = distributed.process.get_mp_context = _mp_context
     pid: int | None = _server()._forkserver_pid

@@ -34,6 +34,7 @@ from dask_pcm.ladder.residency import Change, Tier
 from dask_pcm.ladder.staging import Staging
 from dask_pcm.ladder.store import Store, of_process
 from dask_pcm.ladder.tensors import device_bytes
+from dask_pcm.plugins.interrupts import Ignored
 from dask_pcm.plugins.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.leaving import Leaving, ends_in_s, free, is_unbegun
 from dask_pcm.plugins.memory import MemoryAllowance, keep_freed_memory
@@ -45,6 +46,8 @@ from dask_pcm.plugins.travel import Travels
 logger = logging.getLogger(__name__)
 
 CONTEXTS = "pcm-contexts"
+#: A worker on its way out, which takes plugins away before the threads of its tasks end.
+ENDING = (Status.closing, Status.closed, Status.failed)
 #: How long a lane that reads or commits keeps Python's lock from the one that infers; Python's own
 #: 5 ms are an eighth of a batch.
 _SWITCH_S = 5e-4
@@ -92,7 +95,9 @@ class ContextPlugin(Travels, WorkerPlugin):
         of_process.cache_clear()
         self._loader.submit(before.close)
         self._loader.submit(self.memory.begin)
+        self._interrupts = Ignored()
         if worker.nanny:
+            self._interrupts.begin()
             self._loader.submit(self._heed_signals_as_nanny)
         elif is_command():
             self._heed_signals()
@@ -151,8 +156,11 @@ class ContextPlugin(Travels, WorkerPlugin):
         signals().leave(self)
         self.fetcher.close()
         if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
+            self._interrupts.end()
             close_lanes(worker)
             self.memory.forget()
+        else:
+            self.store.end()
         self.nanny.close()
         # Also where the process ends: engines with processes of their own are closed by hooks.
         closing = self._loader.submit(self.store.close)
@@ -258,15 +266,18 @@ class ContextPlugin(Travels, WorkerPlugin):
     @contextmanager
     def acquire(self, refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
         """Hold the live objects of `refs`, on the thread of a task."""
-        for ref in refs:
-            if ref.digest not in self._wanted and self.store.tier(ref.digest) is not Tier.DEVICE:
-                self._load_in_place(ref)
         try:
+            for ref in refs:
+                is_there = self.store.tier(ref.digest) is Tier.DEVICE
+                if ref.digest not in self._wanted and not is_there:
+                    self._load_in_place(ref)
             # When to try again what has failed, the gate knows.
             with self.store.acquire(refs, again=False) as values:
                 self._set_threads()
                 yield values
         except LoadError as error:
+            if self.worker.status in ENDING:  # whatever this task comes to, it is done elsewhere
+                raise Reschedule from error
             is_busy = isinstance(error.__cause__, DeviceBusyError)
             if is_busy and all(ref.digest in self._wanted for ref in refs):
                 # What the gate saw to has been moved since: it is to see to it again.

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dask
+import psutil
 import pytest
 from distributed import (
     Client,
@@ -32,6 +33,7 @@ from distributed.utils_test import gen_cluster, inc
 import dask_pcm as pcm
 from dask_pcm.errors import RecipeError
 from dask_pcm.ladder.store import of_process
+from dask_pcm.plugins import delivery
 from dask_pcm.plugins.parking import PARKED
 from dask_pcm.plugins.scheduler import GATE
 from dask_pcm.plugins.worker import CONTEXTS
@@ -266,11 +268,113 @@ def test_installing_again_and_again_leaves_no_threads(own_client):
     until(lambda: not any(own_client.run(n_threads).values()), 10)
 
 
-@gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])
-async def test_an_asynchronous_client_is_refused(c, s, a):
-    for verb in (pcm.install, pcm.uninstall):
-        with pytest.raises(pcm.PCMError, match="This client is asynchronous"):
-            verb(c)
+def run_all(made, out, client):
+    return pcm.write_parquet(made, out, client=client)
+
+
+def draw(made, out, client):
+    return pcm.write_parquet(made, out, sample=2, client=client)
+
+
+DOORS = (
+    lambda made, out, client: pcm.install(client),
+    lambda made, out, client: pcm.uninstall(client),
+    lambda made, out, client: pcm.release(A, client=client),
+    lambda made, out, client: pcm.explain("key", client=client),
+    run_all,
+    draw,
+)
+
+
+def job(claims):
+    frame = pcm.read_parquet(claims())
+    return pcm.map_partitions(rows, frame, context=A, meta={"id": "i8"}, batch_rows=8)
+
+
+def rows(frame, model):
+    return frame[["id"]]
+
+
+def test_an_asynchronous_client_is_refused(claims, tmp_path):
+    """At every door, with the toolkit's own message, before anything is begun."""
+    made = job(claims)
+
+    @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])
+    async def on_cluster(c, s, a):
+        for client in (c, None):  # given, or the one made last
+            with c.as_current():
+                for door in DOORS:
+                    with pytest.raises(pcm.PCMError, match="This client is asynchronous"):
+                        door(made, tmp_path / "out", client)
+        assert GATE not in s.plugins
+
+    on_cluster()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_client_that_is_closed_is_refused(claims, tmp_path):
+    made = job(claims)
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        client.close()
+        for door in DOORS:
+            with pytest.raises(pcm.PCMError, match=r"The client \S+ is closed\. Make another one"):
+                door(made, tmp_path / "out", client)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def frozen(own_client, monkeypatch):
+    """The process of one of two workers, stopped; the other answers."""
+    monkeypatch.setattr(delivery, "PATIENCE_S", 1.0)
+    process = psutil.Process(next(iter(own_client.run(os.getpid).values())))
+    process.suspend()
+    yield process
+    with contextlib.suppress(psutil.Error):
+        process.resume()
+
+
+def until(is_true, what, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def members(client):
+    gate = client.cluster.scheduler.plugins.get(GATE)
+    return [] if gate is None else list(gate.members)
+
+
+def test_a_frozen_worker_gets_its_side_when_it_is_back(own_client, frozen, claims, tmp_path):
+    """Workers that answer are enough, to install and for a run."""
+    assert pcm.write_parquet(job(claims), tmp_path / "out", progress=False).report.rows == 200
+    assert len(members(own_client)) == 1
+    frozen.resume()
+    until(lambda: len(members(own_client)) == 2, "the other worker says hello")
+    pcm.install(own_client)  # again: changes nothing
+    assert len(members(own_client)) == 2
+
+
+def test_a_frozen_worker_does_not_hold_up_uninstall(own_client, frozen):
+    pcm.install(own_client)
+    pcm.uninstall(own_client)
+    frozen.resume()
+
+    def has_plugin(dask_worker):
+        return CONTEXTS in dask_worker.plugins
+
+    until(lambda: not any(own_client.run(has_plugin).values()), "all have dropped theirs")
+
+
+def test_a_worker_that_is_lost_while_the_toolkit_comes(own_client, frozen):
+    killing = threading.Timer(0.5, frozen.kill)
+    killing.start()
+    pcm.install(own_client)  # no error
+    killing.join()
+    until(lambda: len(members(own_client)) == 2, "its successor says hello")
 
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)] * 2)
