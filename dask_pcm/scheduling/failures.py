@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 #: How a load fails that ends its process, or whose process is ended meanwhile.
@@ -48,6 +48,8 @@ class Failures:
     #: row it has.
     resting: dict[tuple[str, str], float] = field(default_factory=dict)
     n_rested: dict[tuple[str, str], int] = field(default_factory=dict)
+    #: What workers whose device could not be used for a context said, since it last loaded there.
+    of_device: dict[tuple[str, str], str] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
     #: Nodes whose worker ended while it loaded a context, which and when.
     ended_loading: list[tuple[str, str, float]] = field(default_factory=list)
@@ -58,6 +60,7 @@ class Failures:
             books.clear()
         self.resting.clear()
         self.n_rested.clear()
+        self.of_device.clear()
         self.given_up.clear()
         self.ended_loading.clear()
 
@@ -69,8 +72,10 @@ class Failures:
         if kind == DEVICE or has_loaded:
             self.of_host.setdefault(host, []).append((context, kind, error))
 
-    def rest(self, worker: str, context: str, now: float) -> None:
+    def rest(self, worker: str, context: str, kind: str, now: float) -> None:
         """A worker that has failed to load a context is asked again, but not soon."""
+        if kind == DEVICE:
+            self.of_device[worker, context] = self.errors[context]
         n_rested = self.n_rested.get((worker, context), 0)
         self.resting[worker, context] = now + _wait_s(n_rested)
         self.n_rested[worker, context] = n_rested + 1
@@ -84,14 +89,16 @@ class Failures:
 
     def leave(self, worker: str) -> None:
         """A worker is gone."""
-        for books in (self.resting, self.n_rested):
-            for pair in [pair for pair in books if pair[0] == worker]:
+        self._forget(lambda pair: pair[0] == worker)
+
+    def _forget(self, is_over: Callable[[tuple[str, str]], bool]) -> None:
+        for books in (self.resting, self.n_rested, self.of_device):
+            for pair in [pair for pair in books if is_over(pair)]:
                 del books[pair]
 
     def loaded(self, worker: str, host: str, context: str) -> None:
         """A context has been loaded on a node."""
-        self.resting.pop((worker, context), None)
-        self.n_rested.pop((worker, context), None)
+        self._forget((worker, context).__eq__)
         self.of_context.pop(context, None)
         self.of_host.pop(host, None)
         self.shunned.pop(host, None)
@@ -141,6 +148,7 @@ class Failures:
         for context in forgiven:
             self.given_up.discard(context)
             self.of_context.pop(context, None)
+        self._forget(lambda pair: pair[1] in forgiven)
         if forgiven:
             self.shunned.clear()
             self.n_shunned.clear()

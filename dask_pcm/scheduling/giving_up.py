@@ -49,8 +49,8 @@ def give_up(
     views
         Its candidates.
     """
-    if not views:
-        yield from _give_up_devices(state, group, n_load_attempts)
+    if all(device_error(state, view, group) is not None for view in views):
+        yield from _give_up_devices(state, group, views, n_load_attempts)
         return
     failed = [context for view in views if (context := view.failed(group.contexts)) is not None]
     if not failed or is_hopeful(views, group):
@@ -62,16 +62,30 @@ def give_up(
         yield GivenUp(worst)
 
 
-def _give_up_devices(state: GateState, group: Group, n_load_attempts: int) -> Iterator[Action]:
-    """All nodes that there are have been left alone, each as often as a load is tried."""
-    hosts = {view.host for view in state.workers.values() if not view.is_paused}
+def _give_up_devices(
+    state: GateState, group: Group, views: Sequence[WorkerView], n_load_attempts: int
+) -> Iterator[Action]:
+    """No device can be used, and each node, or worker of one that is not left alone, was tried."""
     failures = state.failures
-    if not hosts or not hosts <= failures.shunned.keys():
+    allowed = state.workers.keys() if group.allowed is None else group.allowed
+    there = [view for view in state.workers.values() if view.address in allowed]
+    hosts = {view.host for view in there if not view.is_paused}
+    alone = hosts - {view.host for view in views}
+    if not hosts or not alone <= failures.shunned.keys() or is_hopeful(views, group):
         return
-    if min(failures.n_shunned[host] for host in hosts) < n_load_attempts:
+    n_tried = [failures.n_shunned[host] for host in alone]
+    n_tried += [
+        failures.n_rested[view.address, context]
+        for view in views
+        for context in group.contexts
+        if (view.address, context) in failures.of_device
+    ]
+    if min(n_tried) < n_load_attempts:
         return
-    errors = "\n".join(sorted({failures.shunned[host].error for host in hosts}))
+    said = {failures.shunned[host].error for host in alone}
+    said |= {error for view in views if (error := device_error(state, view, group)) is not None}
     context = group.contexts[0]
+    errors = "\n".join(sorted(said))
     error = f"No node can be used, and all have been tried {n_load_attempts} times:\n{errors}"
     yield from (Fail(key, context, error) for key in state.keys(group))
     yield GivenUp(context)
@@ -93,6 +107,12 @@ def _has_failed_enough(
         if len(nodes) >= n_load_attempts and len(set(nodes)) >= n_nodes:
             return True
     return False
+
+
+def device_error(state: GateState, view: WorkerView, group: Group) -> str | None:
+    """What a worker said when its device could not be used for what a group needs."""
+    of_device = state.failures.of_device
+    return next((e for c in group.contexts if (e := of_device.get((view.address, c)))), None)
 
 
 def n_failures(state: GateState, view: WorkerView, group: Group) -> int:

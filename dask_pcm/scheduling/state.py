@@ -470,7 +470,7 @@ class GateState:
             error = report.error or "no reason was given"
             has_loaded = self.cost.has_loaded(report.context)
             self.failures.add(view.host, report.context, report.kind, error, has_loaded)
-            self.failures.rest(view.address, report.context, now)
+            self.failures.rest(view.address, report.context, report.kind, now)
 
     def _warmed(self, view: WorkerView, report: ResidencyReported, now: float) -> None:
         context = report.context

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dask_pcm.scheduling.events import Group, Warm
 from dask_pcm.scheduling.eviction import Claims, make_room, room
 from dask_pcm.scheduling.forecast import Water, drain_s, offers
-from dask_pcm.scheduling.giving_up import is_hopeful, n_failures
+from dask_pcm.scheduling.giving_up import device_error, is_hopeful, n_failures
 from dask_pcm.scheduling.state import GateState
 from dask_pcm.scheduling.views import WorkerView
 
@@ -50,7 +50,9 @@ def warm(
     could = [v for v in views if not v.has(group.contexts) and not v.failed(group.contexts)]
     is_given_up = not state.failures.given_up.isdisjoint(group.contexts)
     if not could and not is_given_up and not is_hopeful(views, group):
-        could = list(views)  # every worker has failed to load: that need not be for good
+        # Every worker has failed to load: that need not be for good. Where it is the device, it is
+        # asked again only once it has rested.
+        could = [view for view in views if device_error(state, view, group) is None]
     if not could:
         return
     cold = list(_cold(state, group, could, claims, now))

@@ -188,3 +188,65 @@ def test_a_worker_whose_node_failed_once_is_not_why_others_stay_cold():
     world.decide()
     world.tell(RunReported("run", A, 1000.0, 10))
     assert "failed-0" in warmed(world.decide())
+
+
+def test_a_device_that_fails_beside_another_warm_context_is_not_tried_for_ever():
+    """Nor soon: it rests as others do, and in the end the work is told."""
+    world = on_nodes(one=1, two=1)
+    for worker in ("one-0", "two-0"):
+        world.warm(worker, "b", seconds=1.0)
+    world.park(2)
+    tried_at, ended = {"one-0": [], "two-0": []}, []
+    while not ended and world.now < 200.0:
+        actions = world.decide()
+        for worker in warmed(actions):
+            tried_at[worker].append(world.now)
+            fail(world, worker, error=f"{worker}: the driver 470 is too old")
+        ended = [action for action in world.decide() if isinstance(action, Fail)]
+        world.now += 0.25
+    assert {action.key for action in ended} == {"a0", "a1"}
+    assert "one-0: the driver 470" in ended[0].error and "two-0: the driver" in ended[0].error
+    for times in tried_at.values():
+        assert len(times) == 3
+        assert [later - before for before, later in pairwise(times)] == [10.0, 20.0]
+    world.park(1, start=5)  # asked for anew, it is tried anew
+    assert warmed(world.decide())
+
+
+def test_beside_a_node_that_is_left_alone_it_ends_as_well():
+    world = on_nodes(broken=1, mixed=1)
+    world.warm("mixed-0", "b", seconds=1.0)
+    world.park(2)
+    ended = []
+    while not ended and world.now < 300.0:
+        for worker in warmed(world.decide()):
+            fail(world, worker, error=f"{worker}: no driver")
+        ended = [action for action in world.decide() if isinstance(action, Fail)]
+        world.now += 0.25
+    assert ended and "broken-0: no driver" in ended[0].error and "mixed-0" in ended[0].error
+
+
+def test_work_that_may_go_nowhere_else_ends_though_others_are_well():
+    world = on_nodes(broken=1, well=1)
+    world.warm("broken-0", "b", seconds=1.0)
+    bound = Group(("a",), "infer", frozenset({"broken-0"}))
+    world.park(1, bound)
+    ended = []
+    while not ended and world.now < 100.0:
+        for worker in warmed(world.decide()):
+            fail(world, worker)
+        ended = [action for action in world.decide() if isinstance(action, Fail)]
+        world.now += 0.25
+    assert ended and 30.0 <= world.now < 32.0
+
+
+def test_a_worker_that_loads_it_after_all_begins_anew():
+    world = on_nodes(node=1)
+    world.warm("node-0", "b", seconds=1.0)
+    world.tell(RunReported("run", A, 1e6, 10))
+    assert warmed(world.decide())
+    fail(world, "node-0")
+    world.now += 11.0
+    assert warmed(world.decide())
+    world.warm("node-0", "a")
+    assert not world.state.failures.of_device and not world.state.failures.n_rested
