@@ -19,6 +19,7 @@ from distributed.utils_test import inc
 import dask_pcm as pcm
 from dask_pcm.plugins.scheduler import GATE
 from tests.plugins.gated import gated, poll
+from tests.support.patience import until
 
 PATIENCE_S = 60.0
 
@@ -30,13 +31,6 @@ def load():
 def slow(frame, model):
     time.sleep(0.001 * len(frame))
     return frame[["id"]]
-
-
-def until(is_true, what):
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def run_of(tmp_path, n_rows):
@@ -64,10 +58,10 @@ def test_a_run_reaches_the_maximum_and_gives_its_workers_back(tmp_path):
         def n_warm():
             return sum(bool(view.standings) for view in list(state.workers.values()))
 
-        until(lambda: n_warm() == 3, "three workers are warm")
+        until(lambda: n_warm() == 3, PATIENCE_S, "three workers are warm")
         report = run.wait(PATIENCE_S)
         assert (report.rows, report.workers, report.context_loads) == (20_000, 3, 3)
-        until(lambda: not cluster.scheduler.workers, "the workers are given back")
+        until(lambda: not cluster.scheduler.workers, PATIENCE_S, "the workers are given back")
 
 
 @gated()
@@ -160,8 +154,8 @@ def test_a_lost_job_is_replaced_where_the_toolkit_came_before_it(soon):
         client.wait_for_workers(1, PATIENCE_S)
         job = next(iter(cluster.workers.values()))
         job.process.kill()
-        until(lambda: job not in cluster.workers.values(), "the lost job is dropped")
-        until(lambda: len(cluster.workers) == 1, "another is submitted")
+        until(lambda: job not in cluster.workers.values(), PATIENCE_S, "the lost job is dropped")
+        until(lambda: len(cluster.workers) == 1, PATIENCE_S, "another is submitted")
         client.wait_for_workers(1, PATIENCE_S)
         assert client.submit(inc, 1).result(PATIENCE_S) == 2
 
@@ -178,7 +172,9 @@ def test_a_local_worker_that_is_killed_stays_its_nannys_business(soon):
         for _ in range(2):
             pid = nanny.pid
             os.kill(pid, signal.SIGKILL)
-            until(lambda pid=pid: nanny.pid not in (None, pid), "its nanny starts another")
+            until(
+                lambda pid=pid: nanny.pid not in (None, pid), PATIENCE_S, "its nanny starts another"
+            )
         client.wait_for_workers(1, PATIENCE_S)
         assert list(cluster.workers.values()) == [nanny]
         pcm.uninstall(client)
@@ -194,6 +190,6 @@ def test_a_nanny_that_has_given_up_is_replaced(soon):
         cluster.adapt(minimum=1, maximum=1, interval="100ms")
         (nanny,) = cluster.workers.values()
         client.sync(nanny.close)
-        until(lambda: nanny not in cluster.workers.values(), "it is dropped")
+        until(lambda: nanny not in cluster.workers.values(), PATIENCE_S, "it is dropped")
         client.wait_for_workers(1, PATIENCE_S)
         assert client.submit(inc, 1).result(PATIENCE_S) == 2

@@ -336,13 +336,6 @@ def frozen(own_client, monkeypatch):
         process.resume()
 
 
-def until(is_true, what, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
 def members(client):
     gate = client.cluster.scheduler.plugins.get(GATE)
     return [] if gate is None else list(gate.members)
@@ -353,7 +346,7 @@ def test_a_frozen_worker_gets_its_side_when_it_is_back(own_client, frozen, claim
     assert pcm.write_parquet(job(claims), tmp_path / "out", progress=False).report.rows == 200
     assert len(members(own_client)) == 1
     frozen.resume()
-    until(lambda: len(members(own_client)) == 2, "the other worker says hello")
+    until(lambda: len(members(own_client)) == 2, 60, "the other worker says hello")
     pcm.install(own_client)  # again: changes nothing
     assert len(members(own_client)) == 2
 
@@ -366,7 +359,7 @@ def test_a_frozen_worker_does_not_hold_up_uninstall(own_client, frozen):
     def has_plugin(dask_worker):
         return CONTEXTS in dask_worker.plugins
 
-    until(lambda: not any(own_client.run(has_plugin).values()), "all have dropped theirs")
+    until(lambda: not any(own_client.run(has_plugin).values()), 60, "all have dropped theirs")
 
 
 def test_a_worker_that_is_lost_while_the_toolkit_comes(own_client, frozen):
@@ -374,7 +367,7 @@ def test_a_worker_that_is_lost_while_the_toolkit_comes(own_client, frozen):
     killing.start()
     pcm.install(own_client)  # no error
     killing.join()
-    until(lambda: len(members(own_client)) == 2, "its successor says hello")
+    until(lambda: len(members(own_client)) == 2, 60, "its successor says hello")
 
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)] * 2)

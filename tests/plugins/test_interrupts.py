@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from dask_pcm.plugins.interrupts import Ignored, Interrupts, uninterrupted
+from tests.support.patience import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,10 +44,8 @@ def test_workers_outlive_an_interrupt_and_the_same_call_is_resumed(claims, tmp_p
 
 
 def wait_for_parts(folder):
-    deadline = time.monotonic() + 60
-    while not len(list(folder.glob("*.parquet"))) > 1:  # one is empty: it has the schema
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    # One is empty: it has the schema.
+    until(lambda: len(list(folder.glob("*.parquet"))) > 1, 60, "parts are there")
 
 
 def mask():

@@ -27,11 +27,14 @@ def patient(seconds: float) -> float:
     return seconds * patience()
 
 
-def until(condition: Callable[[], T], seconds: float = 30.0) -> T:
-    """Wait until a condition holds, and return its value; fail after so many seconds."""
+def until(condition: Callable[[], T], seconds: float = 30.0, what: str = "") -> T:
+    """Wait until a condition holds, and return its value; fail after so many seconds.
+
+    `what` says in words what is waited for.
+    """
     begun = time.monotonic()
     while not (value := condition()):
         waited_s = time.monotonic() - begun
-        assert waited_s < patient(seconds), f"{condition} does not hold after {waited_s:.0f} s"
+        assert waited_s < patient(seconds), f"{what or condition}: not after {waited_s:.0f} s"
         time.sleep(_POLL_S)
     return value
