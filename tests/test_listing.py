@@ -157,6 +157,11 @@ class TestRefused:
         with pytest.raises(InputError, match=f"found {type(given).__name__}.*from_pandas"):
             pcm.read_parquet(given)
 
+    @pytest.mark.parametrize("given", ["", [""], b""])
+    def test_an_empty_path(self, given):
+        with pytest.raises(InputError, match="path is empty"):
+            pcm.read_parquet(given)
+
     def test_a_list_with_something_else(self, days):
         with pytest.raises(InputError, match=r"Every item.*found 7"):
             pcm.read_parquet([days, 7])
@@ -188,6 +193,8 @@ class TestRefused:
         for given in (tmp_path, f"{tmp_path}/*/a.parquet", f"{tmp_path}/y=*", f"{tmp_path}/**"):
             with pytest.raises(InputError, match="partitioned by folder names"):
                 pcm.read_parquet(given)
+        with pytest.raises(InputError, match=r"y=1' and '.*y=2' are partitioned"):
+            pcm.read_parquet([tmp_path / "y=1", tmp_path / "y=2"])
         assert read(tmp_path / "y=1") == read(f"{tmp_path}/y=1/*") == [1]
 
 

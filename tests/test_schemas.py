@@ -13,6 +13,7 @@ import pytest
 import dask_pcm as pcm
 from dask_pcm.arrow_types import canonical, wider
 from dask_pcm.errors import InputError, SchemaError
+from dask_pcm.ledger.layout import Layout
 from dask_pcm.ledger.manifest import identify
 from tests.arrow_values import VALUES, shown
 
@@ -216,6 +217,16 @@ class TestIndexOfPandas:
         found = read(self.put(tmp_path, kept, kept))
         assert found.index.tolist() == [0, 2, 3, 0, 2, 3] and found.index.name is None
         assert list(found.columns) == ["claim", "n"]
+
+    def test_its_type_is_that_of_the_input_in_every_part(self, tmp_path):
+        index = pa.array([dt.date(2020, 1, 1), None], pa.date64())
+        given = pd.DataFrame({"x": [1, 2]}, index=pd.Index(index.to_pylist(), name="day"))
+        given.to_parquet(tmp_path / "a.parquet")
+        frame = pcm.read_parquet(tmp_path)
+        layout = Layout.of(frame._meta, frame.expr.operand("func"))
+        found = frame.compute(scheduler="sync")
+        parts = [layout.table(part) for part in (found[:1], found[1:], found[:0])]
+        assert {part.schema.field("day").type for part in parts} == {pa.date32()}
 
     def test_texts_without_a_name_that_only_some_have_are_refused(self, tmp_path):
         self.put(tmp_path, self.BASE.set_axis(list("abcd")), self.BASE)
