@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,25 @@ def extension_dtypes(schema: pa.Schema, nullable: Iterable[str]) -> dict[str, An
 
 def _noted_dtypes(schema: pa.Schema) -> dict[str, Any]:
     noted = {}
-    for column in (schema.pandas_metadata or {}).get("columns", ()):
-        with contextlib.suppress(TypeError, ValueError):  # pandas does not understand all it notes
+    for column in pandas_notes(schema).get("columns", ()):
+        # Pandas does not understand all it notes, and notes may be somebody else's.
+        with contextlib.suppress(TypeError, ValueError, KeyError, NotImplementedError):
             noted[column["field_name"]] = pd.api.types.pandas_dtype(column["numpy_type"])
     return noted
+
+
+def pandas_notes(schema: pa.Schema) -> dict[str, Any]:
+    """What pandas has noted in a file; nothing if it has not, or nothing that can be read."""
+    return _read_notes((schema.metadata or {}).get(b"pandas", b"{}"))
+
+
+@lru_cache(maxsize=1024)
+def _read_notes(notes: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(notes)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_same(dtype: Any, kind: pa.DataType) -> bool:

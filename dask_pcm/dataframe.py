@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import dask
@@ -130,7 +130,7 @@ def map_partitions(
     context: Context | Mapping[str, Context],
     meta: Any,
     batch_rows: int | None = None,
-    required_columns: Sequence[str] | None = None,
+    required_columns: str | Iterable[str] | None = None,
     enforce_metadata: bool = True,
     **kwargs: Any,
 ) -> dd.DataFrame:
@@ -210,14 +210,15 @@ def map_partitions(
 _OPTIONS = tuple(inspect.signature(map_partitions).parameters)
 
 
-def check_columns(ddf: dd.DataFrame, names: Sequence[str], what: str) -> list[str]:
-    """Return `names` as a list; raise SchemaError where one is no column."""
+def check_columns(ddf: dd.DataFrame, names: str | Iterable[str], what: str) -> list[str]:
+    """Return `names`, or the one name, as a list; raise SchemaError where one is no column."""
+    names = [names] if isinstance(names, str) else list(names)
     if missing := [name for name in names if name not in ddf.columns]:
         raise SchemaError(
             f"{what} names {', '.join(map(repr, missing))}, which the frame does not have; its"
             f" columns are {', '.join(map(repr, ddf.columns))}."
         )
-    return list(names)
+    return names
 
 
 def _check_error_column(out: pd.DataFrame, ddf: dd.DataFrame) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_pcm.arrow_types import Bounds, is_bounded, n_leaves, plain
-from dask_pcm.conversion import NULLABLE
+from dask_pcm.conversion import NULLABLE, pandas_notes
 from dask_pcm.errors import InputError, SchemaError
 
 SUFFIXES = (".parquet", ".parq", ".pq")
@@ -224,8 +222,7 @@ class CountedIndex:
 
 def counted_index(schema: pa.Schema) -> CountedIndex | None:
     """The index of a file whose values are counted and have a name; others say nothing."""
-    noted = _index_notes((schema.metadata or {}).get(b"pandas", b"{}"))
-    for about in noted:
+    for about in pandas_notes(schema).get("index_columns") or ():
         if isinstance(about, dict) and isinstance(name := about.get("name"), str):
             return CountedIndex(name, about["start"], about["step"])
     return None
@@ -233,17 +230,9 @@ def counted_index(schema: pa.Schema) -> CountedIndex | None:
 
 def index_columns(schema: pa.Schema) -> tuple[str, ...]:
     """Columns that pandas has as an index; none for a plain range."""
-    noted = _index_notes((schema.metadata or {}).get(b"pandas", b"{}"))
+    noted = pandas_notes(schema).get("index_columns") or ()
     names = (about.get("name") if isinstance(about, dict) else about for about in noted)
     return tuple(name for name in names if isinstance(name, str) and name in schema.names)
-
-
-@lru_cache(maxsize=1024)
-def _index_notes(notes: bytes) -> tuple[Any, ...]:
-    try:
-        return tuple(json.loads(notes).get("index_columns", ()))
-    except (ValueError, TypeError, AttributeError):  # somebody else's notes
-        return ()
 
 
 def file_info(fs: Any, path: str) -> dict[str, Any]:

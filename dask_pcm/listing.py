@@ -22,7 +22,7 @@ from fsspec.utils import glob_translate
 from dask_pcm.errors import InputError
 from dask_pcm.files import MAGIC, SUFFIXES, path_text
 
-Path = str | bytes | os.PathLike[str]
+AnyPath = str | bytes | os.PathLike[str]
 _N_READERS = 16
 _WILD = re.compile(r"[*?[]")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
@@ -30,7 +30,7 @@ _BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _MAY_BE_DATA = re.compile(r"[^.]+|.*\.\d+|.*parq.*", re.IGNORECASE)
 
 
-def path_texts(given: Path | Iterable[Path]) -> list[str]:
+def path_texts(given: AnyPath | Iterable[AnyPath]) -> list[str]:
     """The paths of an input as texts, in their order; those of a set are sorted.
 
     Raises
@@ -39,7 +39,7 @@ def path_texts(given: Path | Iterable[Path]) -> list[str]:
         Where there is none, or something is no path.
     """
     if isinstance(given, (str, bytes, os.PathLike)):
-        return [path_text(given)]
+        given = [given]
     if isinstance(given, Mapping) or hasattr(given, "columns") or not isinstance(given, Iterable):
         raise InputError(
             "read_parquet takes the path of a file or folder, or a list of paths; found"
@@ -52,6 +52,8 @@ def path_texts(given: Path | Iterable[Path]) -> list[str]:
     if not paths:
         raise InputError("The list of input paths is empty. Give at least one file or folder.")
     texts = [path_text(path) for path in paths]
+    if not all(texts):
+        raise InputError("An input path is empty. Give '.' for the folder that you are in.")
     return sorted(texts, key=natural_sort_key) if isinstance(given, Set) else texts
 
 
@@ -76,6 +78,7 @@ def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
                 again = "" if urls[url] == path else f", by {urls[url]!r} and by {path!r}"
                 raise InputError(f"The input names {url!r} twice{again}. Name each file once.")
             urls[url] = path
+    _check_same_partition(urls)
     return roots, list(urls)
 
 
@@ -227,6 +230,20 @@ def _check_plain(below: str, given: str) -> None:
             f"{given!r} is partitioned by folder names ({below.strip('/')!r}), whose columns"
             " pcm.read_parquet does not read. Read it with dask.dataframe.read_parquet."
         )
+
+
+def _check_same_partition(urls: Mapping[str, str]) -> None:
+    """Refuse files from folders that are named as several values of a column."""
+    found: dict[str, tuple[str, str]] = {}
+    for url, given in urls.items():
+        for part in url.split("/")[:-1] if "=" in url else ():
+            key, _, value = part.partition("=")
+            if value and found.setdefault(key, (value, given))[0] != value:
+                raise InputError(
+                    f"{found[key][1]!r} and {given!r} are partitioned by folder names"
+                    f" ({part!r}), whose columns pcm.read_parquet does not read. Read them with"
+                    " dask.dataframe.read_parquet, or one by one."
+                )
 
 
 def _data(fs: Any, names: Sequence[str]) -> list[str]:

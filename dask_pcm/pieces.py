@@ -25,7 +25,7 @@ from dask_pcm.digest import digest
 from dask_pcm.errors import InputError
 from dask_pcm.files import File, RowGroup, column_names, describe_files
 from dask_pcm.given import checked
-from dask_pcm.listing import Path, find_files, path_texts
+from dask_pcm.listing import AnyPath, find_files, path_texts
 from dask_pcm.reading import BATCH_BYTES, note_inflation, read_rows
 from dask_pcm.schemas import CommonSchema, is_unnamed_index
 
@@ -165,7 +165,7 @@ class PieceReader:
 
 @checked
 def read_parquet(
-    path: Path | Iterable[Path],
+    path: AnyPath | Iterable[AnyPath],
     rows_per_piece: int = ROWS_PER_PIECE,
     columns: str | Iterable[str] | None = None,
     bytes_per_piece: int | str | None = None,

@@ -75,6 +75,8 @@ def _distinct(files: Sequence[File]) -> list[File]:
     """The first file of each schema."""
     found: list[File] = []
     for file in files:
+        if found and file.schema.equals(found[-1].schema, check_metadata=True):
+            continue
         index = index_columns(file.schema)
         if not any(
             file.schema.equals(other.schema) and index == index_columns(other.schema)

@@ -48,6 +48,14 @@ def test_whole_partitions(client, frame):
     assert verdicts.divisions == frame.divisions
 
 
+@pytest.mark.parametrize("names", ["id", ("id",), (name for name in ["id"])])
+def test_columns_that_are_required_are_named_as_people_do(frame, names):
+    verdicts = pcm.map_partitions(
+        lambda frame, model: frame, frame, context=LLM, meta={"id": "i8"}, required_columns=names
+    )
+    assert list(verdicts.expr.frame.columns) == ["id"]
+
+
 @pytest.fixture
 def tasks_of(client, shared_cluster):
     """Prefixes of the tasks that a computation ran, with how many of each."""

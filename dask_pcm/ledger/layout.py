@@ -29,12 +29,15 @@ class Layout:
         Arrow types of the columns whose types are known beforehand.
     has_index
         Whether the index is stored.
+    index
+        Arrow type of an index that comes from the input; None where it is as pandas has it.
     notes
         What pandas notes in a file's metadata, so that it finds its own types again.
     """
 
     schema: pa.Schema
     has_index: bool
+    index: pa.DataType | None
     notes: Mapping[bytes, bytes]
 
     @classmethod
@@ -69,7 +72,7 @@ class Layout:
         )
         notes = pa.Schema.from_pandas(meta, preserve_index=has_index).metadata or {}
         schema = pa.schema(fields)
-        return cls(schema, has_index, readable_notes(notes, schema))
+        return cls(schema, has_index, _index_type(meta, reader), readable_notes(notes, schema))
 
     def tables(self, frame: pd.DataFrame) -> Iterator[pa.Table]:
         """Convert a part, a row group at a time; at least one.
@@ -95,7 +98,11 @@ class Layout:
         columns = pa.Table.from_arrays(arrays, schema=self.schema)
         index = pa.Table.from_pandas(frame[[]], preserve_index=self.has_index)
         for name in index.column_names:
-            columns = columns.append_column(name, index.column(name))
+            column = index.column(name)
+            if self.index is not None:
+                field = pa.field(name, self.index)
+                column = self._array(frame.index.to_series(), field)
+            columns = columns.append_column(name, column)
         return columns.replace_schema_metadata(self.notes)
 
     def _array(self, column: pd.Series, field: pa.Field) -> pa.Array:
@@ -106,6 +113,15 @@ class Layout:
                 f"Column {field.name!r} is {field.type} in the input and in other parts, and what"
                 f" it holds now does not fit: {error}. Give the function's column another name."
             ) from error
+
+
+def _index_type(meta: pd.DataFrame, reader: PieceReader | None) -> pa.DataType | None:
+    """The type of the input's index, where the output still has that index."""
+    if reader is None or reader.index is None:
+        return None
+    given = reader.meta().index
+    is_same = given.name == meta.index.name and given.dtype == meta.index.dtype
+    return reader.schema.field(reader.index).type if is_same else None
 
 
 def _is_passed(name: str, given: pd.DataFrame, meta: pd.DataFrame) -> bool:
