@@ -25,7 +25,10 @@ _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 #: How files of torch before 1.6 begin; nothing in them says how long they are.
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
+#: transformers' mappings, and how most classes of causal models end.
+_CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+_SEQ2SEQ = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"
+_CAUSAL_ENDS = ("ForCausalLM", "LMHeadModel")
 _OWN = "Use a Context with a loader of your own for it."
 
 
@@ -76,29 +79,37 @@ def _check_architecture(config: Path, found: Mapping[str, Any]) -> None:
             f"{str(config)!r} says model_type {kind!r}, which transformers does not know here."
         )
     known = _mappings()
-    if not known:
-        return  # no transformers here: workers will say
-    causal = known["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"].get(kind)
-    is_both = kind in known["MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"]
-    is_decoder = bool(found.get("is_decoder")) or not is_both
-    base = known["MODEL_MAPPING_NAMES"].get(kind, "")
-    is_base = name.lower() in ("", *(each.lower() for each in _several(base))) and is_decoder
-    is_causal = name.lower() in [each.lower() for each in _several(causal or ())]
-    if causal and (is_causal or is_base or name.endswith(_CAUSAL)):
+    if _CAUSAL not in known or _continues_texts(found, kind, name, known):
         return
+    causal = _several(known[_CAUSAL].get(kind))
     what = f"of {name}" if name else f"of model_type {kind!r}"
     raise ModelError(
         f"{str(config)!r} is {what}, which is no causal model{_other(name, kind, known)}. LLM takes"
         " models that continue texts, which transformers loads with AutoModelForCausalLM."
-        + (f" Of this type that would be {' or '.join(_several(causal))}." if causal else "")
+        + (f" Of this type that would be {' or '.join(causal)}." if causal else "")
     )
+
+
+def _continues_texts(
+    config: Mapping[str, Any], kind: str, name: str, known: Mapping[str, Mapping[str, Any]]
+) -> bool:
+    if kind not in known[_CAUSAL]:
+        return False
+    if name.endswith(_CAUSAL_ENDS):
+        return True
+    names = [each.lower() for each in _several(known[_CAUSAL][kind])]
+    if kind not in known.get(_SEQ2SEQ, {}) or config.get("is_decoder"):
+        # Saved without its head, or without a name: what is missing shows by its tensors.
+        bases = _several(known.get("MODEL_MAPPING_NAMES", {}).get(kind))
+        names += ["", *(base.lower() for base in bases if "ForConditional" not in base)]
+    return name.lower() in names
 
 
 def _other(name: str, kind: str, known: Mapping[str, Mapping[str, Any]]) -> str:
     """What it is instead, in words."""
     kinds = {
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "a model of images and text",
-        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "an encoder-decoder (seq2seq)",
+        _SEQ2SEQ: "an encoder-decoder (seq2seq)",
         "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "a model of speech",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "a classifier",
         "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "a model that fills in masked words",
@@ -119,10 +130,10 @@ def _several(names: Any) -> tuple[str, ...]:
 def _is_known(model_type: str) -> bool:
     # Most types have a folder of their name; to ask transformers itself is to import torch.
     spec = importlib.util.find_spec("transformers")
-    if spec is not None and spec.origin is not None:
-        folder = Path(spec.origin).parent / "models" / model_type.replace("-", "_")
-        if folder.is_dir():
-            return True
+    if spec is None or spec.origin is None:
+        return True  # workers will say
+    if (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir():
+        return True
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return model_type in CONFIG_MAPPING_NAMES

@@ -82,12 +82,10 @@ def probe(model: PlainModel) -> dict[str, float]:
 
 
 def _later_tokens(model: PlainModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
-    """Logits of a text's first half, and of the same before another second half."""
+    """Logits of a text's first half, before one token again and again and before other ones."""
     whole = rows[0]
     half = (len(whole) + 1) // 2
-    other = [*whole[:half], *reversed(whole[half:])]
-    if other == whole:  # of a text of two tokens, or a vocabulary of one
-        other = [*whole[:half], *whole[: len(whole) - half]]
+    other = [*whole[:half], *[whole[half - 1]] * (len(whole) - half)]
     positions = _some(half)
     return [(model.logits([other], positions)[0], model.logits([whole], positions)[0])]
 
@@ -104,18 +102,19 @@ def _beside_others(model: PlainModel, rows: Sequence[list[int]]) -> list[tuple[A
 
 
 def _measured(pairs: Sequence[tuple[Any, Any]], is_half: bool) -> float:
-    """Root mean square of differences over the spread: of the worst position, or the median."""
-    import torch
+    """Root mean square of differences over the spread, of the worst text.
 
+    By its worst position, or the median one.
+    """
     found = []
     for changed, expected in pairs:
         changed, expected = changed.float(), expected.float()
         spread = expected.std(dim=-1)
         # What is no number is said of each row when it is scored.
         differences = (changed - expected).nan_to_num(0.0, 0.0, 0.0).square().mean(dim=-1).sqrt()
-        found.append(differences / spread.nan_to_num(1.0).clamp(min=1e-12))
-    ratios = torch.cat(found)
-    return float(ratios.median() if is_half else ratios.max())
+        ratios = differences / spread.nan_to_num(1.0).clamp(min=1e-12)
+        found.append(float(ratios.median() if is_half else ratios.max()))
+    return max(found)
 
 
 def _some(n_tokens: int) -> list[int]:

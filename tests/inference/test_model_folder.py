@@ -47,7 +47,9 @@ def as_bin(folder: Path, n_files: int = 1, **options) -> list[Path]:
     of = {tensor: names[at % n_files] for at, tensor in enumerate(weights)}
     for name in names:
         torch.save({n: t for n, t in weights.items() if of[n] == name}, folder / name)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": of}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": of})
+    )
     return [folder / name for name in names]
 
 
@@ -61,7 +63,9 @@ def in_shards(folder: Path, index: bool = True) -> dict[str, str]:
         chosen = {n: t for n, t in weights.items() if of[n] == name}
         save_file(chosen, folder / name, metadata={"format": "pt"})
     if index:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": of}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": of})
+        )
     return of
 
 
@@ -125,7 +129,7 @@ def with_a_lying_index(folder: Path) -> None:
     of = in_shards(folder)
     name = "model.safetensors.index.json"
     of["model.layers.9.mlp.up_proj.weight"] = min(of.values())
-    (folder / name).write_text(json.dumps({"weight_map": of}))
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": of}))
 
 
 WRONG = {

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
+from distributed import Client
 
+import dask_pcm as pcm
 from dask_pcm.errors import ModelError
 from dask_pcm.inference import plain
 from dask_pcm.inference.llm import LLM
 from dask_pcm.inference.plain import PlainModel, load_model
 from dask_pcm.inference.probe import probe
 from dask_pcm.inference.prompts import plan_scoring
+from tests.conftest import validated_cluster
 from tests.inference import tiny
 
 WINDOW = {**tiny.ATTENTION, "sliding_window": 8, "max_position_embeddings": 256}
@@ -164,3 +170,22 @@ class TestRemembered:
         llm: LLM = demo_model()
         recipe_of(llm.ref).build({bundle.digest: llm.path for bundle in llm.ref.bundles})
         assert asked == [llm.ref.bundles[0].digest]
+
+    def test_a_context_that_outlived_its_process_is_not_probed(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        noted = tmp_path / "cache" / "dask_pcm" / "probes"
+        llm = LLM(tiny.saved(tmp_path / "model", tiny.llama()), device="cpu")
+        with validated_cluster(n_workers=1) as cluster, Client(cluster) as client:
+            pcm.install(client)
+            pid = client.submit(process_of, llm).result(100)
+            (note,) = noted.iterdir()
+            note.unlink()
+            os.kill(pid, signal.SIGKILL)
+            assert client.submit(process_of, llm, pure=False).result(100) != pid
+        assert not list(noted.iterdir())
+
+
+def process_of(llm: LLM) -> int:
+    with pcm.acquire(llm) as model:
+        model.tokenize(["the moon"])
+        return os.getpid()
