@@ -41,6 +41,7 @@ import pyarrow.parquet as pq
 
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger.journal import Journal
+from dask_pcm.ledger.object_store import Store
 from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
 from dask_pcm.ledger.parts import Note, commit_line, digest_of, note_of, write_part
 
@@ -87,6 +88,8 @@ class Objects(Output):
                 output.remove(f"{HOME}/probe-{output.run}")
                 return output
             is_conditional = output._puts_conditionally()
+        except OutputError:
+            raise
         except Exception as error:  # each store has its own
             raise OutputError(
                 f"Cannot write to the output {url!r}: {type(error).__name__}: {error}."
@@ -117,7 +120,7 @@ class Objects(Output):
     @property
     def _fs(self) -> Any:
         fs, _ = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
-        return fs
+        return Store(fs, self.path)
 
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
