@@ -21,13 +21,14 @@ from dask_pcm.errors import (
     FencedError,
     InputError,
     OutputError,
-    PCMError,
 )
 from dask_pcm.ledger import status
 from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.heart import Heart
 from dask_pcm.ledger.interrupt import deferred
 from dask_pcm.ledger.limit import Limit
+from dask_pcm.ledger.lost import lost, unreachable
+from dask_pcm.ledger.object_store import is_of_client
 from dask_pcm.ledger.output import CANCEL, PAUSE, Output
 from dask_pcm.ledger.parts import parse_name, range_name
 from dask_pcm.ledger.plan import Plan, Unit
@@ -293,11 +294,10 @@ class Driver:
 
     def _raise(self, unit: Unit, future: Future) -> None:
         if future.status == "cancelled":
-            raise PCMError(
-                f"The cluster dropped {unit.name} of {self._output.path!r}: it was restarted, or is"
-                " gone. What was committed stays; run the same again to go on."
-            )
+            raise lost(self._output.path, unit.name)
         error: BaseException = future.exception()
+        if is_of_client(error):
+            raise unreachable(self._output.path, unit.name, error) from error
         text = (
             f"This ended the run of {unit.name} in {self._output.path!r}. What was committed stays"
         )

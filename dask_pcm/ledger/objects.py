@@ -41,6 +41,7 @@ import pyarrow as pa
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger.journal import Journal
 from dask_pcm.ledger.log import commit_line, encode_line
+from dask_pcm.ledger.object_store import Store
 from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
 from dask_pcm.ledger.parts import Note, write_part
 
@@ -89,6 +90,8 @@ class Objects(Output):
                 output.remove(f"{HOME}/probe-{output.run}")
                 return output
             is_conditional = output._puts_conditionally()
+        except OutputError:
+            raise
         except Exception as error:  # each store has its own
             raise OutputError(
                 f"Cannot write to the output {url!r}: {type(error).__name__}: {error}."
@@ -119,7 +122,7 @@ class Objects(Output):
     @property
     def _fs(self) -> Any:
         fs, _ = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
-        return fs
+        return Store(fs, self.path)
 
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path

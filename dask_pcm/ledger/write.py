@@ -23,6 +23,7 @@ from dask_pcm.ledger.driver import Driver
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.layout import Layout
 from dask_pcm.ledger.limit import Limit
+from dask_pcm.ledger.lost import cluster_errors_told
 from dask_pcm.ledger.manifest import Manifest
 from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import MANIFEST, REPORT, Output, local_path
@@ -171,7 +172,8 @@ def write_parquet(
     output = output_at(path, lock_folder)
     _check_apart(output, plan)
     session = _Session(client, plan, output, options)
-    session.begin(mine)
+    with cluster_errors_told(client, output.path):
+        session.begin(mine)
     run = Run(output, session.driver)
     if wait:
         session.drive(is_shown=progress is not False)
@@ -201,9 +203,10 @@ def _draw(
 ) -> Sample:
     found = manifest.check(output, mine, options.overwrite, options.extend)
     n_done = Run(output).progress.done if found is not None else 0
-    if not is_installed(client):
-        install(client)
-    return draw(client, plan, n_rows, n_done)
+    with cluster_errors_told(client, output.path):
+        if not is_installed(client):
+            install(client)
+        return draw(client, plan, n_rows, n_done)
 
 
 def output_at(
@@ -321,7 +324,8 @@ class _Session:
         report = self.driver.report
         with self._stack:
             try:
-                self.driver.drive(is_shown)
+                with cluster_errors_told(self._client, self._output.path):
+                    self.driver.drive(is_shown)
                 self._output.drop_aside()
             except BaseException as error:
                 is_meant = isinstance(error, (CancelledError, KeyboardInterrupt))

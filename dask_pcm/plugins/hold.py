@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from distributed import get_worker, warn
+from distributed import Reschedule, get_worker, warn
 
 from dask_pcm.context import Context, ContextRef
 from dask_pcm.errors import RecipeError
 from dask_pcm.ladder.store import of_process
 from dask_pcm.ladder.tensors import is_sticky
 from dask_pcm.plugins.seceding import giving_back
-from dask_pcm.plugins.worker import CONTEXTS, ContextPlugin
+from dask_pcm.plugins.worker import CONTEXTS, ENDING, ContextPlugin
 from dask_pcm.scheduling.first_batches import Failing
 from dask_pcm.tally import Tally
 
@@ -190,6 +190,8 @@ def _plugin() -> ContextPlugin | None:
     plugin = worker.plugins.get(CONTEXTS)
     if isinstance(plugin, ContextPlugin):
         return plugin
+    if worker.status in ENDING:  # what goes on here is done elsewhere
+        raise Reschedule
     _warn_not_installed()
     return None
 
