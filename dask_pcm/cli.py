@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import pandas as pd
-from distributed import Client, LocalCluster, Worker
-from distributed.diagnostics.plugin import WorkerPlugin
-from rich.console import Console
 
 from dask_pcm import simulation
-from dask_pcm.errors import (
-    CancelledError,
-    FailedRowsError,
-    InstallError,
-    LimitError,
-    PCMError,
-)
-from dask_pcm.factcheck import demo as factcheck
-from dask_pcm.factcheck import demo_model
-from dask_pcm.inference import LLM, classify
-from dask_pcm.ledger import Report, Run, Sample, attach, write_parquet
-from dask_pcm.ledger.limit import Limit
-from dask_pcm.pieces import read_parquet
+from dask_pcm.errors import CancelledError, FailedRowsError, LimitError, PCMError
 from dask_pcm.version import __version__
+
+# What takes seconds to import is imported by the commands that need it: help is there at once, and
+# `demo` says first what it starts.
+if TYPE_CHECKING:
+    from dask_pcm.inference import LLM
+    from dask_pcm.ledger import Report, Run, Sample
 
 EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_INTERRUPTED = 3, 1, 130
 _MIN_WIDTH = 110
@@ -94,6 +83,12 @@ def run(
     report: str | None,
 ) -> None:
     """Have a model choose an answer for every row of INPUT, a Parquet file or folder."""
+    from dask_pcm.inference import classify
+    from dask_pcm.ledger import write_parquet
+    from dask_pcm.ledger.limit import Limit
+    from dask_pcm.own_cluster import client_of
+    from dask_pcm.pieces import read_parquet
+
     if workers and scheduler:
         raise click.UsageError("Give --workers or --scheduler, not both.")
     if sample and report:
@@ -113,12 +108,12 @@ def run(
             truncate=truncate,
             keep=_list(keep) or None,
         )
-        with _client(workers, scheduler) as client:
+        with client_of(workers, scheduler) as client:
             options = {"overwrite": overwrite, "extend": extend, "client": client}
             if sample:
                 _show_sample(write_parquet(verdicts, output, sample=sample, **options))
                 return
-            try:
+            with _report_of_failed(report, output):
                 done = write_parquet(
                     verdicts,
                     output,
@@ -128,10 +123,6 @@ def run(
                     max_failed_rows=limit,
                     **options,
                 )
-            except FailedRowsError:
-                if report:
-                    _write_report(report, attach(output).report)
-                raise
     if report:
         _write_report(report, done.report)
     _summarise(done)
@@ -142,6 +133,8 @@ def run(
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def show_status(output: str, as_json: bool) -> None:
     """Show how the run of OUTPUT stands, from anywhere that sees it."""
+    from dask_pcm.ledger import attach
+
     with _reported_errors(output):
         run = attach(output)
         progress, report, driver = run.progress, run.report, run.driver
@@ -162,6 +155,8 @@ def _ask(name: str, what: str) -> None:
     @main.command(name, help=f"{what} the run of OUTPUT, from anywhere that sees it.")
     @click.argument("output", metavar="OUTPUT")
     def ask(output: str) -> None:
+        from dask_pcm.ledger import attach
+
         with _reported_errors(output):
             getattr(attach(output), name)()
 
@@ -177,12 +172,23 @@ for _name, _what in {"pause": "Pause", "resume": "Go on with", "cancel": "End"}.
 @click.option("--overwrite", is_flag=True, help="Drop what another run left in DIR.")
 def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
     """Verify generated claims with the model shipped in the package."""
+    many = f"{workers} workers" if workers > 1 else "1 worker"
+    click.echo(
+        f"Starting {many} on this machine, to verify {rows:,} generated claims with the model that"
+        " the package ships. The start takes some seconds.",
+        err=True,
+    )
+    from dask_pcm.factcheck import demo as factcheck
+    from dask_pcm.ledger import write_parquet
+    from dask_pcm.own_cluster import client_of
+    from dask_pcm.pieces import read_parquet
+
     with tempfile.TemporaryDirectory(prefix="dask-pcm-demo-") as scratch:
         target = Path(output) if output else Path(scratch, "verdicts")
         claims = Path(scratch, "claims")
         with _reported_errors(str(target)):
             factcheck.write_claims(claims, rows)
-            with _client(workers, None) as client:
+            with client_of(workers, None) as client:
                 verdicts = factcheck.verify(read_parquet(str(claims)))
                 done = write_parquet(verdicts, target, overwrite=overwrite, client=client)
         _summarise(done, is_kept=output is not None)
@@ -218,6 +224,8 @@ def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None)
             for variant, world in simulation.variants(played)
             for name in policies
         ]
+        from rich.console import Console
+
         width = max(_MIN_WIDTH, Console().width)  # figures are not cut short
         Console(width=width).print(simulation.table(played.title, results))
         if report:
@@ -246,46 +254,10 @@ def _list(values: tuple[str, ...]) -> list[str]:
 
 
 def _model(model: str, revision: str | None) -> LLM:
+    from dask_pcm.factcheck import demo_model
+    from dask_pcm.inference import LLM
+
     return demo_model() if model == "demo" else LLM(model, revision=revision)
-
-
-@contextmanager
-def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
-    if scheduler:
-        try:
-            client = Client(scheduler)
-        except (OSError, ValueError) as error:
-            raise InstallError(f"No scheduler answers at {scheduler!r}: {error}.") from error
-        with client:
-            yield client
-        return
-    with (
-        LocalCluster(
-            n_workers=workers or 2,
-            threads_per_worker=1,
-            dashboard_address=":0",
-            preload_nanny=["dask_pcm.preload"],
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        client.register_plugin(_EndsWithDriver())
-        yield client
-
-
-class _EndsWithDriver(WorkerPlugin):  # type: ignore[misc] # its types are not shipped
-    """A worker of the command's own cluster, one that a nanny started again as well."""
-
-    name = "dask_pcm-cli"
-
-    def setup(self, worker: Worker) -> None:
-        """Leave Ctrl-C to the driver, which cancels; a scheduler that is gone is no news."""
-        with suppress(ValueError):  # worker in a thread: its process handles Ctrl-C
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        logging.getLogger("distributed.worker").addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "Failed to communicate with scheduler during heartbeat" not in record.getMessage()
 
 
 @contextmanager
@@ -309,7 +281,23 @@ def _reported_errors(output: str) -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
 
 
+@contextmanager
+def _report_of_failed(report: str | None, output: str) -> Iterator[None]:
+    """Write the report of a run that fails, too."""
+    from dask_pcm.ledger import attach
+
+    try:
+        yield
+    except Exception as error:
+        # Others of ours come before the run: a report would be another run's.
+        if report and (isinstance(error, FailedRowsError) or not isinstance(error, PCMError)):
+            _write_report(report, attach(output).report)
+        raise
+
+
 def _show_sample(sample: Sample) -> None:
+    import pandas as pd
+
     with pd.option_context("display.max_rows", 40, "display.width", 100):
         click.echo(sample.frame.to_string(index=False, max_rows=40, max_colwidth=40))
     click.echo(str(sample))

@@ -18,9 +18,10 @@ import pytest
 from click.testing import CliRunner
 from distributed import rpc
 
-from dask_pcm import cli
+import dask_pcm as pcm
 from dask_pcm.cli import main
 from dask_pcm.factcheck import PROMPT, generate
+from dask_pcm.own_cluster import client_of
 from tests.support.patience import patient, until
 
 DATA = Path(__file__).parents[1] / "data"
@@ -70,10 +71,38 @@ def test_the_demo(tmp_path):
         assert word in done.stdout
     accuracy = float(done.stdout.split("accuracy")[1].strip().rstrip("%"))
     assert accuracy >= 95
+    assert done.stderr.startswith("Starting 2 workers on this machine, to verify 1,200 generated")
     assert "1,200/1,200 rows" in done.stderr
     found = pd.read_parquet(out)
     assert found.id.tolist() == list(range(1200))
     assert {"label", "answer"} <= set(found.columns)
+
+
+def test_the_demo_says_what_it_starts_before_it_imports_anything_large(tmp_path):
+    """What is imported by then takes under 2 s on a machine of its own."""
+    script = """
+import sys
+from types import ModuleType
+package = ModuleType("dask_pcm")  # without the names that it has for users
+package.__path__ = [sys.argv[1]]
+sys.modules["dask_pcm"] = package
+from dask_pcm.cli import main
+import click
+
+def echo(text, err):
+    found = {"pandas", "pyarrow", "distributed", "torch", "dask.dataframe"} & set(sys.modules)
+    print(text, found)
+    sys.exit(7)
+
+click.echo = echo
+main(["demo", "--workers", "3"])
+"""
+    package = str(Path(pcm.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script, package], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stdout.startswith("Starting 3 workers") and done.stdout.endswith("set()\n")
 
 
 def test_the_demo_overwrites_no_other_job(invoke, source, tmp_path):
@@ -174,7 +203,7 @@ def test_workers_of_the_command_end_without_a_word():
             dask_worker.scheduler = scheduler
         return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
-    with cli._client(1, None) as client:
+    with client_of(1, None) as client:
         client.restart()
         assert list(client.run(lose_the_scheduler).values()) == [True]
         (said,) = client.get_worker_logs().values()

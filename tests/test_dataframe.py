@@ -309,7 +309,7 @@ class TestRefusedAtOnce:
             pcm.map_partitions(verify, frame, context={"a": 1}, meta=META)
 
     def test_not_a_dask_dataframe(self):
-        with pytest.raises(SchemaError, match=r"found DataFrame.*from_pandas"):
+        with pytest.raises(SchemaError, match=r"found pandas\.DataFrame.*from_pandas"):
             pcm.map_partitions(verify, pd.DataFrame(), context=LLM, meta=META)
 
     def test_a_function_that_cannot_be_pickled(self, frame):

@@ -10,18 +10,55 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_every_cell_runs(path, tmp_path, monkeypatch):
-    """In a kernel of this very environment, whatever kernels are installed elsewhere."""
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """Run the cells in a kernel of this very environment, whatever kernels are elsewhere."""
     kernels = tmp_path / "kernels" / "python3"
     kernels.mkdir(parents=True)
     command = f'["{sys.executable}", "-m", "ipykernel_launcher", "-f", "{{connection_file}}"]'
     spec = f'{{"argv": {command}, "display_name": "Python 3", "language": "python"}}'
     (kernels / "kernel.json").write_text(spec)
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=100, resources={"metadata": {"path": path.parent}})
-    client.execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert outputs and not [o for o in outputs if o.output_type == "error"]
+
+    def run(notebook, folder):
+        resources = {"metadata": {"path": folder}}
+        NotebookClient(notebook, timeout=100, resources=resources).execute()
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        assert outputs and not [o for o in outputs if o.output_type == "error"]
+        return outputs
+
+    return run
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_cell_runs(path, execute):
+    execute(nbformat.read(path, as_version=4), path.parent)
+
+
+RUN = """
+import sys
+import pandas as pd
+import dask_pcm as pcm
+from dask.distributed import Client, LocalCluster
+
+pd.DataFrame({"id": range(400)}).to_parquet("claims.parquet", index=False)
+with LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster:
+    with Client(cluster):
+        verdicts = pcm.map_partitions(
+            lambda frame, model: frame, pcm.read_parquet("claims.parquet"),
+            context=pcm.Context(dict), meta={"id": "i8"}, batch_rows=10,
+        )
+        pcm.write_parquet(verdicts, "verdicts")
+assert "ipywidgets" not in sys.modules
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_bar_without_widgets_whose_last_state_is_100_per_cent(execute, tmp_path):
+    """One output, replaced as the run goes on."""
+    cell = nbformat.v4.new_code_cell(RUN)
+    outputs = execute(nbformat.v4.new_notebook(cells=[cell]), tmp_path)
+    shown = [o["data"]["text/plain"] for o in outputs if o.output_type == "display_data"]
+    assert len(shown) == 1, outputs
+    assert "━━━━━━━━━━ 400/400 rows, 100%, 0 failed" in shown[0] and "ETA" not in shown[0]

@@ -138,10 +138,9 @@ class Driver:
         self._heart.beat()
         if not self._window.cutter.is_empty:
             self._plan.start_below(self._client)
-        counted = self.progress.counted
         with (
             self._clock,
-            meter(self._plan.n_rows, self._n_before, counted, is_shown) as shown,
+            meter(is_shown) as shown,
             deferred() as interrupt_if_asked,
         ):
             try:
@@ -318,9 +317,7 @@ class Driver:
             n_rows = 0 if self._is_paused else self._window.cutter.n_rows
             n_units = 0 if self._is_paused else max(1, len(self._window))
             self._tell(float(n_rows), n_units)
-            progress = self.progress
-            note = f"{progress.n_warm}/{progress.n_workers} warm, {progress.n_loads} loads"
-            shown.show(self._n_done, progress.per_s, "paused" if self._is_paused else note)
+            shown.show(self.progress)
 
     def _heed(self, wishes: frozenset[str]) -> None:
         if CANCEL in wishes:

@@ -1,25 +1,28 @@
-"""How a run is going: a bar on a terminal and in a notebook, plain lines elsewhere."""
+"""How a run is going: a bar on a terminal and in a notebook, plain lines elsewhere.
+
+All of them show the same fields; where there is little room, whole fields are left out.
+"""
 
 from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.live import Live
+from rich.text import Text
+
+from dask_pcm.ledger.status import PAUSED, Progress, span
 
 LINE_EVERY_S = 10.0
+_BAR_CHARS = 10
+#: A notebook does not say how wide it is.
+_NOTEBOOK_CHARS = 100
 
 
 class Meter(Protocol):
-    """Shows rows done; `note` says how the cluster stands."""
+    """Shows how a run stands; `note` is what it waits for, and goes before how fast it was."""
 
     def __enter__(self) -> Meter: ...
 
@@ -30,17 +33,76 @@ class Meter(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def show(self, n_done: int, per_s: float, note: str) -> None: ...
+    def show(self, progress: Progress, note: str = "") -> None: ...
 
 
-def meter(n_total: int, n_before: int, unit: str, is_shown: bool) -> Meter:
+def meter(is_shown: bool) -> Meter:
     """The meter that fits where we are writing to (standard error)."""
     console = Console(stderr=True)
     if not is_shown:
         return _Silence()
-    if console.is_terminal or console.is_jupyter:
-        return _Bar(console, n_total, n_before, unit)
-    return _Lines(console, n_total, unit)
+    if console.is_jupyter:
+        return _Notebook()
+    if console.is_terminal and not console.is_dumb_terminal:
+        return _Bar(console)
+    return _Lines(console)
+
+
+class _Field(NamedTuple):
+    """A text of the line; those of a high rank are the first to be left out."""
+
+    rank: int
+    text: str
+
+
+def line(progress: Progress, width: int | None = None, note: str = "") -> str:
+    """How a run stands, in as many fields as there is room for.
+
+    >>> now = Progress("running", 450, 1_000, failed=3, per_s=110, n_warm=2, n_workers=2)
+    >>> line(now)
+    '450/1,000 rows, 45%, 3 failed, 110/s, ETA 5 s, 2/2 warm, 0 loads'
+    >>> line(now, 80)
+    '━━━━────── 450/1,000 rows, 45%, 3 failed, 110/s, ETA 5 s, 2/2 warm, 0 loads'
+    >>> line(now, 40)
+    '450/1,000 rows, 45%, 3 failed, ETA 5 s'
+    >>> line(now, 40, "no workers: the cluster has 0")
+    'no workers: the cluster has 0, 3 failed'
+    """
+    bar = "" if width is None else _bar(progress)
+    fields = [field for field in _fields(progress, note) if field.text]
+    kept: list[_Field] = []
+    for field in sorted(fields):
+        if width is None or len(", ".join(one.text for one in [*kept, field])) <= width:
+            kept.append(field)
+    text = ", ".join(field.text for field in fields if field in kept)
+    return f"{bar} {text}" if width is not None and len(f"{bar} {text}") <= width else text
+
+
+def _fields(progress: Progress, note: str) -> list[_Field]:
+    is_paused = progress.state == PAUSED
+    is_slow = is_paused or note != ""  # what it did before says nothing of when it will be done
+    is_done = progress.done >= progress.total
+    eta = "" if is_slow or is_done or progress.eta_s is None else f"ETA {span(progress.eta_s)}"
+    return [
+        _Field(0, "paused" if is_paused else note),
+        _Field(3, f"{progress.done:,}/{progress.total:,} {progress.counted}"),
+        _Field(2, f"{_percent(progress)}%"),
+        _Field(1, f"{progress.failed:,} failed"),
+        _Field(5, "" if is_slow else f"{progress.per_s:,.0f}/s"),
+        _Field(4, eta),
+        _Field(6, "" if note else f"{progress.n_warm}/{progress.n_workers} warm"),
+        _Field(7, f"{progress.n_loads} loads"),
+    ]
+
+
+def _percent(progress: Progress) -> int:
+    """100 at the end, and not before."""
+    return 100 * progress.done // progress.total if progress.total else 100
+
+
+def _bar(progress: Progress) -> str:
+    n_full = _BAR_CHARS * _percent(progress) // 100
+    return "━" * n_full + "─" * (_BAR_CHARS - n_full)
 
 
 class _Silence:
@@ -49,60 +111,66 @@ class _Silence:
 
     def __exit__(self, *args: object) -> None: ...
 
-    def show(self, n_done: int, per_s: float, note: str) -> None: ...
+    def show(self, progress: Progress, note: str = "") -> None: ...
 
 
 class _Bar:
-    def __init__(self, console: Console, n_total: int, n_before: int, unit: str) -> None:
-        # Fits a terminal of 80 columns, so that nothing is cut in the middle.
-        self._progress = Progress(
-            BarColumn(bar_width=10),
-            TaskProgressColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-        self._task = self._progress.add_task(
-            "run", total=n_total, completed=n_before, rate="", note=""
-        )
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False)
 
     def __enter__(self) -> _Bar:
-        self._progress.start()
+        self._live.start()
         return self
 
     def __exit__(self, *args: object) -> None:
-        self._progress.stop()
+        self._live.stop()
 
-    def show(self, n_done: int, per_s: float, note: str) -> None:
-        self._progress.update(self._task, completed=n_done, rate=f"{per_s:,.0f}/s", note=note)
+    def show(self, progress: Progress, note: str = "") -> None:
+        text = line(progress, self._console.width, note)
+        self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+class _Notebook:
+    """An output of the cell that is replaced; needs no widgets."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def __enter__(self) -> _Notebook:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def show(self, progress: Progress, note: str = "") -> None:
+        from IPython.display import display
+
+        shown = {"text/plain": line(progress, _NOTEBOOK_CHARS, note)}
+        if self._handle is None:
+            self._handle = display(shown, raw=True, display_id=True)  # type: ignore[no-untyped-call] # IPython's own
+        else:
+            self._handle.update(shown, raw=True)
 
 
 class _Lines:
-    def __init__(self, console: Console, n_total: int, unit: str) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._n_total = n_total
-        self._unit = unit
         self._next = 0.0
-        self._shown = -1
+        self._shown: tuple[int, str, str] | None = None
 
     def __enter__(self) -> _Lines:
         return self
 
     def __exit__(self, *args: object) -> None: ...
 
-    def show(self, n_done: int, per_s: float, note: str) -> None:
+    def show(self, progress: Progress, note: str = "") -> None:
         now = time.monotonic()
-        if n_done == self._shown or (now < self._next and n_done < self._n_total):
+        new = (progress.done, progress.state, note)
+        if new == self._shown or (now < self._next and progress.done < progress.total):
             return
-        self._shown = n_done
+        self._shown = new
         self._next = now + LINE_EVERY_S
-        left_s = (self._n_total - n_done) / per_s if per_s else float("nan")
-        eta = f"ETA {left_s:.0f} s, " if left_s == left_s and n_done < self._n_total else ""
-        text = f"{n_done:,}/{self._n_total:,} {self._unit}, {per_s:,.0f}/s, {eta}{note}"
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(line(progress, note=note), highlight=False, soft_wrap=True)
 
 
 class Stopwatch:

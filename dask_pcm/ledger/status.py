@@ -72,10 +72,10 @@ class Progress:
     def __str__(self) -> str:
         share = f" ({self.done / self.total:.1%})" if self.total else ""
         text = f"{self.state}: {self.done:,}/{self.total:,} {self.counted}{share}"
-        text += f", {self.failed:,} failed" if self.failed else ""
+        text += f", {self.failed:,} failed"
         if self.state in (RUNNING, PAUSED):
             text += f", {self.per_s:,.0f}/s, {self.n_warm}/{self.n_workers} workers warm"
-        return text + (f", ETA {_span(self.eta_s)}" if self.eta_s is not None else "")
+        return text + (f", ETA {span(self.eta_s)}" if self.eta_s is not None else "")
 
 
 def whoami() -> dict[str, Any]:
@@ -88,9 +88,10 @@ def whoami() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "user": user, "begun": begun}
 
 
-def _span(seconds: float) -> str:
-    """
-    >>> _span(5), _span(300), _span(7300), _span(200_000)
+def span(seconds: float) -> str:
+    """A duration for people.
+
+    >>> span(5), span(300), span(7300), span(200_000)
     ('5 s', '5 min', '2.0 h', '2.3 d')
     """
     for unit, size, digits in (("d", 86_400, 1), ("h", 3_600, 1), ("min", 60, 0)):

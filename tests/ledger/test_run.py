@@ -498,7 +498,7 @@ def test_a_broken_promise_ends_the_run(client, job, out):
 
 
 def test_not_a_dask_dataframe(out):
-    with pytest.raises(SchemaError, match="write_parquet writes a Dask DataFrame"):
+    with pytest.raises(SchemaError, match="write_parquet needs a Dask DataFrame"):
         pcm.write_parquet(pd.DataFrame(), out)
 
 
