@@ -12,7 +12,7 @@ from typing import Any
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.prompts import Scoring, batches_by_length
 from dask_pcm.ladder.checkpoint import Checkpoint
-from dask_pcm.ladder.device import check_device
+from dask_pcm.ladder.device import check_device, chosen_device
 
 logger = logging.getLogger(__name__)
 
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 _NO_LIMIT = 10**9
 
 
-def load_model(path: str, dtype: str = "auto", device: str = "auto") -> PlainModel:
+def load_model(path: str, dtype: str = "auto", device: str | None = "auto") -> PlainModel:
     """Load a model folder; the loader of ``LLM``, run on workers.
 
     Parameters
     ----------
     device
         Of torch, or "auto": the accelerator that the worker was given, and the CPU only where it
-        was given none.
+        was given none, or ``pcm.worker.accelerator`` says so.
 
     Raises
     ------
@@ -36,19 +36,14 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> PlainMod
     ModelError
         Where the weights do not fit the architecture.
     """
-    import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     if device != "cpu":
         check_device()
-    if device == "auto":
-        device = (
-            torch.accelerator.current_accelerator().type
-            if torch.accelerator.is_available()
-            else "cpu"
-        )
+    if device is None or device == "auto":
+        device = chosen_device()
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     files = _weight_files(Path(path))
     kind = getattr(transformers, (config.architectures or [""])[0], None)
