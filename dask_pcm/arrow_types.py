@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 # So that files with pandas' periods and intervals are read alike in every process.
-import pandas.core.arrays.arrow.extension_types  # noqa: F401
+import pandas.core.arrays.arrow.extension_types  # type: ignore[import-not-found] # noqa: F401
 import pyarrow as pa
 
 Bounds = tuple[int, int]

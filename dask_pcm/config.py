@@ -38,6 +38,7 @@ class Config:
     n_threads: int | None
     imports: tuple[str, ...]
     device: str | None
+    is_cpu_only: bool
     pool: str | None
     walltime_s: float | None
     notice_s: float
@@ -177,6 +178,11 @@ def _is_always(value: Any) -> bool:
     return bool(value == "always")
 
 
+def _is_cpu(value: Any) -> bool:
+    _check(value in ("auto", "cpu"))
+    return bool(value == "cpu")
+
+
 def _or(nothing: T, reader: Callable[[Any], T]) -> Callable[[Any], T]:
     """A reader that takes null, too."""
     return lambda value: nothing if value is None else reader(value)
@@ -188,7 +194,7 @@ _NAME = "a name"
 _SIZE = "a size in bytes, for instance 500MB or 8GiB"
 _NUMBER = "a whole number, at least 1"
 #: What is said of the job that a worker runs in.
-_OF_JOB = ("device", "pool", "walltime_s", "notice_s")
+_OF_JOB = ("device", "is_cpu_only", "pool", "walltime_s", "notice_s")
 #: For each field of ``Config`` the setting, what reads it, and what it must be.
 _SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "pipeline_s": ("gate.pipeline", _seconds, _TIME),
@@ -200,6 +206,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "n_threads": ("worker.threads", _or(None, _count), f"{_NUMBER}, or null"),
     "imports": ("worker.imports", _or((), _names), "a list of modules, for instance [torch] or []"),
     "device": ("worker.device", _or(None, _name), f"{_NAME}, for instance NVIDIA A10; or null"),
+    "is_cpu_only": ("worker.accelerator", _is_cpu, "auto or cpu"),
     "pool": ("worker.pool", _or(None, _name), f"{_NAME}, for instance owners; or null"),
     "walltime_s": ("worker.walltime", _or(None, _some_seconds), f"{_MORE_TIME}; or null"),
     "notice_s": ("worker.notice", _some_seconds, _MORE_TIME),

@@ -23,6 +23,7 @@ WRONG = {
     "worker.threads": [0, "all"],
     "worker.imports": ["torch", 0, [1], [""], {"torch": 1}],
     "worker.device": ["", " ", 5, ["a10"]],
+    "worker.accelerator": ["", "gpu", None, True, "CPU"],
     "worker.pool": ["", b"owners"],
     "worker.walltime": [0, "0s", "4 o'clock", True],
     "worker.notice": [0, None, "soon"],
@@ -61,6 +62,8 @@ def test_what_cannot_be_used_is_named_with_what_was_found_and_what_could_be(key,
         ("worker.imports", None, "imports", ()),
         ("worker.imports", ["torch"], "imports", ("torch",)),
         ("worker.device", "NVIDIA A10", "device", "NVIDIA A10"),
+        ("worker.accelerator", "cpu", "is_cpu_only", True),
+        ("worker.accelerator", "auto", "is_cpu_only", False),
         ("worker.pool", None, "pool", None),
         ("worker.walltime", "4h", "walltime_s", 14_400.0),
         ("worker.walltime", None, "walltime_s", None),
@@ -99,9 +102,11 @@ def test_what_belongs_to_a_workers_own_job_is_as_it_is_set_there():
         sent = Config.read()
     here = sent.here()  # nothing is said
     assert here == sent
-    with dask.config.set({"pcm.worker.pool": "owners", "pcm.worker.lanes": 1}):
+    with dask.config.set(
+        {"pcm.worker.pool": "owners", "pcm.worker.lanes": 1, "pcm.worker.accelerator": "cpu"}
+    ):
         here = sent.here()
-    assert (here.pool, here.notice_s, here.n_lanes) == ("owners", 60.0, 3)
+    assert (here.pool, here.notice_s, here.n_lanes, here.is_cpu_only) == ("owners", 60.0, 3, True)
 
 
 @contextlib.contextmanager

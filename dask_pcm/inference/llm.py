@@ -33,7 +33,8 @@ class LLM(Context):
         Of the weights: "auto" (as stored), or "float32", "bfloat16", "float16".
     device
         "auto" takes the accelerator that the worker was given, and the CPU only where it was given
-        none: one that torch cannot use is an error. "cpu" asks for the CPU.
+        none, or ``pcm.worker.accelerator`` is "cpu": one that torch cannot use is an error. "cpu"
+        asks for the CPU everywhere. None is "auto".
     name, device_memory
         As for ``Context``; by default the size of the weights, and nothing on the CPU.
 
@@ -60,7 +61,7 @@ class LLM(Context):
         *,
         revision: str | None = None,
         dtype: str = "auto",
-        device: str = "auto",
+        device: str | None = "auto",
         name: str | None = None,
         device_memory: int | str | None = None,
     ) -> None:
@@ -84,7 +85,7 @@ class LLM(Context):
             str(path),
             files=[files],
             dtype=dtype,
-            device=device,
+            device=device or "auto",
             content=files.digest,
             name=name,
             device_memory=memory,

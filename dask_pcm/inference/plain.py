@@ -14,7 +14,7 @@ from dask_pcm.inference.probe import ensure_exact
 from dask_pcm.inference.prompts import Scoring, ScoringError, Text, batches_by_length
 from dask_pcm.inference.tokens import Encoder
 from dask_pcm.ladder.checkpoint import Checkpoint
-from dask_pcm.ladder.device import check_device
+from dask_pcm.ladder.device import check_device, chosen_device
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _NO_LIMIT = 10**9
 
 
 def load_model(
-    path: str, dtype: str = "auto", device: str = "auto", content: str | None = None
+    path: str, dtype: str = "auto", device: str | None = "auto", content: str | None = None
 ) -> PlainModel:
     """Load a model folder; the loader of ``LLM``, run on workers.
 
@@ -31,7 +31,7 @@ def load_model(
     ----------
     device
         Of torch, or "auto": the accelerator that the worker was given, and the CPU only where it
-        was given none.
+        was given none, or ``pcm.worker.accelerator`` says so.
     content
         Identity of the files, by which it is remembered that the model passed its probe.
 
@@ -42,19 +42,14 @@ def load_model(
     ModelError
         Where the weights do not fit the architecture, or the model fails its probe.
     """
-    import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     if device != "cpu":
         check_device()
-    if device == "auto":
-        device = (
-            torch.accelerator.current_accelerator().type
-            if torch.accelerator.is_available()
-            else "cpu"
-        )
+    if device is None or device == "auto":
+        device = chosen_device()
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     files = weight_files(Path(path))
     kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from dask_pcm.context import ContextRef, Recipe, Sealed
-from dask_pcm.ladder.device import check_device
+from dask_pcm.ladder.device import built_for_cpu, check_device
 from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.live import Live, frozen
 from dask_pcm.ladder.staging import Staging
@@ -28,12 +28,15 @@ class Builder:
     is_mapped
         Whether tensors on the CPU use the memory of their image: there is then one copy of them on
         a host. Not where the CPU stands in for a device with memory of its own.
+    is_cpu_only
+        Whether all is built for the CPU, whatever devices the process was given.
     """
 
-    def __init__(self, staging: Staging, host: Host, is_mapped: bool) -> None:
+    def __init__(self, staging: Staging, host: Host, is_mapped: bool, is_cpu_only: bool) -> None:
         self._staging = staging
         self._host = host
         self._is_mapped = is_mapped
+        self._is_cpu_only = is_cpu_only
         #: Seconds in which files came here, by the digest of what was built last.
         self.staged_s: dict[str, float] = {}
 
@@ -47,7 +50,7 @@ class Builder:
         """
         recipe = recipe_of(ref)
         image = None if recipe.reattach is False else self._host.find(ref.digest)
-        if image is None:
+        if image is None or (self._is_cpu_only and image.is_on_device):
             return None
         try:
             # The object may read on in its files.
@@ -72,14 +75,8 @@ class Builder:
         start = time.monotonic()
         placed = files.enter_context(self._staging.placed(ref.bundles))
         self.staged_s = {ref.digest: time.monotonic() - start}
-        value = recipe.build(placed)
-        if ref.device_memory_bytes:
-            try:
-                # Its loader may have taken the CPU instead: nobody else is to find that either.
-                check_device()
-            except BaseException:
-                close(ref, value)
-                raise
+        with built_for_cpu(self._is_cpu_only):
+            value = self._checked(ref, recipe.build(placed))
         apart = frozen(value, recipe, ref.name)
         live = Live(value, recipe, apart)
         if not self._is_mapped or apart.is_on_device:
@@ -97,6 +94,16 @@ class Builder:
             logger.warning("Context %r cannot outlive its process: %r", ref.name, error)
             self._host.drop(ref.digest)
             return live
+
+    def _checked(self, ref: ContextRef, value: Any) -> Any:
+        if ref.device_memory_bytes:
+            try:
+                # Its loader may have taken the CPU unasked: nobody else is to find that either.
+                check_device()
+            except BaseException:
+                close(ref, value)
+                raise
+        return value
 
     def keep(self, ref: ContextRef, live: Live) -> None:
         """Have a device's object outlive its process, unless it does."""

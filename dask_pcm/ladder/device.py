@@ -10,6 +10,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 
@@ -17,11 +19,44 @@ from dask_pcm.errors import DeviceUnusableError
 from dask_pcm.ladder.tensors import is_out_of_memory, is_sticky
 
 _PROC = Path("/proc")
-#: What says which devices a process may use; the first that says anything holds.
-_NVIDIA, _AMD = "CUDA_VISIBLE_DEVICES", ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_NVIDIA = "CUDA_VISIBLE_DEVICES"
+#: What says which devices a process may use. Batch systems set several of them at once, whatever
+#: make of device the node has.
+_DECLARING = (
+    _NVIDIA,
+    "ROCR_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "GPU_DEVICE_ORDINAL",
+    "ZE_AFFINITY_MASK",
+)
 #: What batch systems write where there is none to use.
 _NONE = frozenset({"", "-1", "NoDevFiles"})
+#: Whether what is built in this context is to use the CPU, whatever the process was given.
+_is_cpu_only: ContextVar[bool] = ContextVar("is_cpu_only", default=False)
 _ARCH = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
+
+
+@contextmanager
+def built_for_cpu(is_cpu_only: bool) -> Iterator[None]:
+    """What is built on this thread meanwhile uses the CPU, if `is_cpu_only`."""
+    token = _is_cpu_only.set(is_cpu_only)
+    try:
+        yield
+    finally:
+        _is_cpu_only.reset(token)
+
+
+def chosen_device() -> str:
+    """The type of device, for torch, that a loader is to use unless it was told another.
+
+    The accelerator that torch can use here; "cpu" where there is none, or the worker is to use the
+    CPU (``pcm.worker.accelerator: cpu``).
+    """
+    import torch
+
+    if _is_cpu_only.get() or not torch.accelerator.is_available():
+        return "cpu"
+    return str(torch.accelerator.current_accelerator().type)
 
 
 def device_model(proc: Path = _PROC) -> str:
@@ -31,28 +66,29 @@ def device_model(proc: Path = _PROC) -> str:
     one (MIG) is told from a whole. Of other accelerators torch's name, once torch uses them. Else
     the CPU's, or "cpu".
     """
-    return _nvidia_model(proc) or _torch_model() or _cpu_model(proc)
+    return _nvidia_model(proc) or _torch_model() or cpu_model(proc)
 
 
 def declared_device(proc: Path = _PROC) -> str | None:
     """What says that this process was given an accelerator, in words; None where nothing does."""
-    visible = os.environ.get(_NVIDIA)
-    if visible is not None and visible.strip() not in _NONE:
-        return f"{_NVIDIA}={visible}"
-    for name in _AMD:
-        if (given := os.environ.get(name, "").strip()) not in _NONE:
-            return f"{name}={given}"
-    if visible is None and (devices := _nvidia_devices(proc)):
+    said = [f"{name}={os.environ[name]}" for name in _DECLARING if _is_given(name)]
+    if said:
+        return ", ".join(said)
+    if _NVIDIA not in os.environ and (devices := _nvidia_devices(proc)):
         models = ", ".join(sorted({device.get("Model", "unknown") for device in devices}))
         return f"{len(devices)} in {proc / 'driver/nvidia/gpus'}: {models}"
     return None
+
+
+def _is_given(name: str) -> bool:
+    return os.environ.get(name, "").strip() not in _NONE
 
 
 def check_device(proc: Path = _PROC) -> None:
     """See that torch can use the device that this process was given, if it was given one.
 
     For where something is about to use it, or has just been built to; nothing happens where torch
-    is not imported. What has been found right is not looked at again.
+    is not imported, or for what is to use the CPU. What has been found right is looked at once.
 
     Raises
     ------
@@ -60,8 +96,9 @@ def check_device(proc: Path = _PROC) -> None:
         With what was declared and what was found, versions, and what to do.
     """
     torch = sys.modules.get("torch")
-    declared = declared_device(proc)
-    if torch is not None and declared is not None:
+    if torch is None or _is_cpu_only.get():
+        return
+    if (declared := declared_device(proc)) is not None:
         _check(torch, declared, proc)
 
 
@@ -86,6 +123,8 @@ def _fault(torch: ModuleType) -> str | None:
     RuntimeError
         What the driver says, for instance that it is too old.
     """
+    if getattr(torch.version, "xpu", None) is not None:
+        return None if torch.xpu.is_available() else "torch.xpu.is_available() is False"
     if torch.version.cuda is None and torch.version.hip is None:
         return "this torch is built without support for devices"
     torch.cuda.init()
@@ -124,6 +163,8 @@ def _explain(torch: ModuleType, declared: str, wrong: str, proc: Path) -> str:
         built = f"built for CUDA {versions.cuda}"
     elif versions.hip is not None:
         built = f"built for ROCm {versions.hip}"
+    elif getattr(versions, "xpu", None) is not None:
+        built = f"built for XPU {versions.xpu}"
     else:
         built = "built for CPUs"
     found = _nvidia_model(proc) or "a device that the driver does not name"
@@ -132,8 +173,10 @@ def _explain(torch: ModuleType, declared: str, wrong: str, proc: Path) -> str:
     return (
         f"This worker was given a device ({declared}; found: {found}), and torch cannot use it:"
         f" {wrong}. Here are torch {torch.__version__}, {built}, and {on}. Install a torch that is"
-        " built for this device and driver, or keep work off this node. To use the CPU instead, say"
-        f" device='cpu', or start the worker with {_NVIDIA} set to nothing."
+        " built for this device and driver, or keep work off this node. To use the CPU instead, set"
+        " pcm.worker.accelerator to cpu: DASK_PCM__WORKER__ACCELERATOR=cpu in the job script of the"
+        " workers, or dask.config.set({'pcm.worker.accelerator': 'cpu'}) on the client before"
+        " dask_pcm.install(); where it is installed already, after dask_pcm.uninstall()."
     )
 
 
@@ -177,7 +220,8 @@ def _torch_model() -> str | None:
     return " ".join(str(cuda.get_device_name()).split()) or None
 
 
-def _cpu_model(proc: Path) -> str:
+def cpu_model(proc: Path = _PROC) -> str:
+    """The name of the CPU's model; "cpu" where the system does not say."""
     fields = dict(reversed(list(_fields(_read(proc / "cpuinfo")))))
     return fields.get("model name") or "cpu"
 

@@ -21,7 +21,6 @@ from fsspec.implementations.local import LocalFileSystem
 from dask_pcm.bundles import Blob, Bundle, BundledFile, shown
 from dask_pcm.config import Config
 from dask_pcm.errors import DiskError, StageError
-from dask_pcm.files import version_of
 from dask_pcm.ladder.disk import Disk, is_node_local
 from dask_pcm.ladder.filling import Filling
 
@@ -140,6 +139,8 @@ def open_disk(config: Config) -> Disk:
 
 def is_in_place(bundle: Bundle) -> bool:
     """Whether a bundle lies on this host's own disks, as it was when it was digested."""
+    from dask_pcm.files import version_of  # with pandas, which not every worker needs
+
     local = LocalFileSystem()
     for file in bundle.files:
         if not os.path.isabs(file.url) or not is_node_local(file.url):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import DeviceBusyError, DeviceMemoryError, DeviceUnusableError, LoadError
 from dask_pcm.ladder.build import Builder, close
@@ -46,7 +47,7 @@ class Store:
         The host rung; by default one that nobody keeps.
     budget
         Says what contexts may take on the device, in bytes; None for no limit.
-    is_mapped
+    is_mapped, is_cpu_only
         See ``Builder``.
     """
 
@@ -57,10 +58,11 @@ class Store:
         host: Host | None = None,
         budget: Callable[[], int | None] = lambda: None,
         is_mapped: bool = True,
+        is_cpu_only: bool = False,
     ) -> None:
         self._on_change = on_change or (lambda change: None)
         self._host = host or Host()
-        self._builder = Builder(staging or Staging(), self._host, is_mapped)
+        self._builder = Builder(staging or Staging(), self._host, is_mapped, is_cpu_only)
         self._budget = budget
         self._residencies: dict[str, Residency] = {}
         self._is_closed = self._is_over = False
@@ -455,7 +457,7 @@ class Store:
 @functools.cache
 def of_process() -> Store:
     """The store of tasks that no worker plugin cares for."""
-    return Store()
+    return Store(is_cpu_only=Config.read().is_cpu_only)
 
 
 def _explain(ref: ContextRef, cause: BaseException) -> str:

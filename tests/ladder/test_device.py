@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
+import dask
 import pytest
 
 from dask_pcm import errors
@@ -13,9 +14,16 @@ from dask_pcm.context import Context
 from dask_pcm.factcheck.demo import MODEL_PATH
 from dask_pcm.inference import LLM
 from dask_pcm.inference.plain import load_model
-from dask_pcm.ladder.device import check_device, declared_device, device_model, driver_version
+from dask_pcm.ladder.device import (
+    built_for_cpu,
+    check_device,
+    chosen_device,
+    declared_device,
+    device_model,
+    driver_version,
+)
 from dask_pcm.ladder.residency import Tier
-from dask_pcm.ladder.store import Store
+from dask_pcm.ladder.store import Store, of_process
 
 A100, TITAN = "NVIDIA A100-SXM4-40GB", "NVIDIA TITAN X (Pascal)"
 VERSIONS = {
@@ -24,7 +32,13 @@ VERSIONS = {
     "open": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build"
     "  (dvs-builder@U22-I3-B17)\nGCC version:  gcc version 12.2.0\n",
 }
-VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+VISIBLE = (
+    "CUDA_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "GPU_DEVICE_ORDINAL",
+    "ZE_AFFINITY_MASK",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +166,12 @@ def test_the_version_of_the_driver(proc, kind, version):
         ({"ROCR_VISIBLE_DEVICES": "2"}, "ROCR_VISIBLE_DEVICES=2"),
         ({"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "0"}, "HIP_VISIBLE_DEVICES=0"),
         ({"ROCR_VISIBLE_DEVICES": "-1"}, None),
+        ({"GPU_DEVICE_ORDINAL": "0"}, "GPU_DEVICE_ORDINAL=0"),
+        ({"ZE_AFFINITY_MASK": "0.1"}, "ZE_AFFINITY_MASK=0.1"),
+        (  # as Slurm sets them, whatever the device
+            dict.fromkeys((*VISIBLE[:2], VISIBLE[3]), "0,1"),
+            "CUDA_VISIBLE_DEVICES=0,1, ROCR_VISIBLE_DEVICES=0,1, GPU_DEVICE_ORDINAL=0,1",
+        ),
     ],
 )
 def test_what_declares_a_device(proc, monkeypatch, says, declared):
@@ -209,6 +229,9 @@ def for_newer_devices(torch):
     torch.cuda.get_device_name = lambda: TITAN
 
 
+ASKS_FOR_CPU = "DASK_PCM__WORKER__ACCELERATOR=cpu"
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -225,7 +248,7 @@ def test_what_is_wrong_is_said_with_versions_and_what_to_do(proc, torch, spoil, 
         with pytest.raises(errors.DeviceUnusableError) as caught:
             check_device(there)
     said = str(caught.value)
-    for text in (*says, TITAN, str(there), "NVIDIA driver 535.129.03", "device='cpu'"):
+    for text in (*says, TITAN, str(there), "NVIDIA driver 535.129.03", ASKS_FOR_CPU):
         assert text in said
     assert isinstance(caught.value, errors.DeviceError)
 
@@ -284,6 +307,18 @@ def test_rocm_is_not_held_against_architectures_of_cuda(tmp_path, torch, monkeyp
     check_device(tmp_path)
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_other_accelerators_are_asked_for_themselves(tmp_path, torch, monkeypatch, is_there):
+    monkeypatch.setenv("ZE_AFFINITY_MASK", "0")
+    torch.version.cuda, torch.version.xpu = None, "20250301"
+    torch.xpu = SimpleNamespace(is_available=lambda: is_there)
+    if is_there:
+        check_device(tmp_path)
+    else:
+        with pytest.raises(errors.DeviceUnusableError, match="built for XPU 20250301"):
+            check_device(tmp_path)
+
+
 # -- what is loaded ------------------------------------------------------------------------------
 
 
@@ -333,6 +368,24 @@ def test_what_is_meant_for_a_device_does_not_stay_where_there_is_none(
     assert isinstance(store.load(context.ref), Built)
 
 
+@pytest.mark.parametrize("name", VISIBLE)
+def test_a_worker_that_is_to_use_the_cpu_has_what_is_meant_for_a_device(
+    changes, torch, monkeypatch, name
+):
+    monkeypatch.setenv(name, "0")
+    built_for_cpus(torch)
+    context = Context(load, device_memory=10)
+    with pytest.raises(errors.LoadError, match=rf"(?s){name}=0.*{ASKS_FOR_CPU}"):
+        Store().load(context.ref)
+    store = Store(changes.append, is_cpu_only=True)
+    assert isinstance(store.load(context.ref), Built)
+    assert changes[-1].tier is Tier.DEVICE
+    with dask.config.set({"pcm.worker.accelerator": "cpu"}):  # outside a cluster
+        of_process.cache_clear()
+        assert isinstance(of_process().load(context.ref), Built)
+    of_process.cache_clear()
+
+
 def test_what_asks_for_no_memory_of_a_device_stays_anywhere(store, changes, torch, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     built_for_cpus(torch)
@@ -358,11 +411,25 @@ def test_a_model_is_not_loaded_onto_the_cpu_unasked(monkeypatch):
     ):
         load_model(str(MODEL_PATH))
     assert load_model(str(MODEL_PATH), device="cpu").facts["device"] == "cpu"
+    with built_for_cpu(True):
+        assert load_model(str(MODEL_PATH)).facts["device"] == "cpu"
+        assert load_model(str(MODEL_PATH), device=None).facts["device"] == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert load_model(str(MODEL_PATH)).facts["device"] == "cpu"
+
+
+def test_whoever_has_an_accelerator_can_be_told_to_use_the_cpu(torch):
+    torch.accelerator = SimpleNamespace(
+        is_available=lambda: True, current_accelerator=lambda: SimpleNamespace(type="cuda")
+    )
+    assert chosen_device() == "cuda"
+    with built_for_cpu(True):
+        assert chosen_device() == "cpu"
+    assert chosen_device() == "cuda"
 
 
 def test_an_llm_for_the_cpu_takes_nothing_on_a_device():
     assert LLM(MODEL_PATH, device="cpu").device_memory_bytes is None
     assert LLM(MODEL_PATH, device="cpu", device_memory=5).device_memory_bytes == 5
     assert LLM(MODEL_PATH).device_memory_bytes
+    assert LLM(MODEL_PATH, device=None).digest == LLM(MODEL_PATH).digest
