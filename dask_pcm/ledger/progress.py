@@ -86,7 +86,7 @@ class _Lines:
         self._n_total = n_total
         self._unit = unit
         self._next = 0.0
-        self._shown = -1
+        self._shown = (-1, "")
 
     def __enter__(self) -> _Lines:
         return self
@@ -95,9 +95,9 @@ class _Lines:
 
     def show(self, n_done: int, per_s: float, note: str) -> None:
         now = time.monotonic()
-        if n_done == self._shown or (now < self._next and n_done < self._n_total):
+        if (n_done, note) == self._shown or (now < self._next and n_done < self._n_total):
             return
-        self._shown = n_done
+        self._shown = (n_done, note)
         self._next = now + LINE_EVERY_S
         left_s = (self._n_total - n_done) / per_s if per_s else float("nan")
         eta = f"ETA {left_s:.0f} s, " if left_s == left_s and n_done < self._n_total else ""
