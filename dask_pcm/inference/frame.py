@@ -37,6 +37,7 @@ def classify(
     truncate: str | None = None,
     keep: Sequence[str] | None = None,
     batch_rows: int | None = None,
+    batch_timeout: float | str | None = None,
 ) -> dd.DataFrame:
     """Have a model choose an answer for every row.
 
@@ -61,6 +62,8 @@ def classify(
         Columns of the input to keep; all by default.
     batch_rows
         Rows whose lengths are sorted together; ``pcm.inference.batch-rows`` by default.
+    batch_timeout
+        What so many rows may take, in seconds or as a text ("10m"); see ``map_partitions``.
 
     Returns
     -------
@@ -113,6 +116,7 @@ def classify(
         context=llm,
         meta=meta,
         batch_rows=config.batch_rows if batch_rows is None else batch_rows,
+        batch_timeout=batch_timeout,
         required_columns=needed,
     )
 

@@ -7,10 +7,11 @@ later run commits it as it is (``recover.py``).
 from __future__ import annotations
 
 import heapq
+import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -27,7 +28,10 @@ from dask_pcm.ledger.plan import Unit
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
 from dask_pcm.mapping import ERROR, withheld
+from dask_pcm.plugins.deadline import ruled
 from dask_pcm.plugins.hold import n_losses, spent, was_lost
+
+logger = logging.getLogger(__name__)
 
 #: Errors that are told of each batch.
 MAX_ERRORS = 3
@@ -51,12 +55,15 @@ class _Earlier:
         Rows that have cost processes, as far as that is settled.
     in_hand
         Rows that the last one had begun and not finished; nobody knows yet whether they ended it.
+    late
+        Those of which that is known: their call took too long.
     """
 
     names: list[str]
     records: list[Record]
     costs: list[Cost]
     in_hand: list[Range]
+    late: list[Range] = field(default_factory=list)
 
     @classmethod
     def of(cls, unit: Unit, output: Output, batch_rows: int) -> _Earlier:
@@ -69,11 +76,20 @@ class _Earlier:
         last = [found for name, found in useful.items() if name not in settled]
         for found in useful.values():
             note_unbegun(output, found, unit.name)
+        late = [found for found in last if found.last_words]
+        for found in late:
+            logger.warning(
+                "A call on rows %s of the input took longer than batch_timeout; its process was"
+                " ended. Where its threads were:\n%s",
+                ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in found.in_hand),
+                found.last_words,
+            )
         return cls(
             list(found_by_name),
             apart([record for found in useful.values() for record in found.records]),
             [cost for found in useful.values() for cost in found.costs],
             [rows for found in last for rows in found.in_hand],
+            [rows for found in late for rows in found.in_hand],
         )
 
 
@@ -100,6 +116,7 @@ def attempt(
     max_bytes: int,
     origin: Mapping[str, Any],
     costs: Iterable[Cost] = (),
+    timeout_s: float | None = None,
 ) -> Generator[Record, None, None]:
     """Rows of a unit in their order: what earlier attempts had finished, and the rest.
 
@@ -116,13 +133,17 @@ def attempt(
         What a part made of it would tell.
     costs
         Processes that rows have cost in earlier runs.
+    timeout_s
+        What a call may take; None for no limit.
 
     Raises
     ------
     LostProcessError
         Where processes end with row after row.
     """
-    earlier = _Earlier.of(unit, output, batch_rows)
+    # So that a call that hangs is known to be the one, each is noted before it begins.
+    shortest = batch_rows if timeout_s is None else 0
+    earlier = _Earlier.of(unit, output, shortest)
     kept, suspects = earlier.records, _suspects(unit, earlier, costs)
     done = Ranges((record.start, record.stop) for record in kept)
     spans = [left for span in unit.spans or () for left in cut_to(span, done)]
@@ -130,7 +151,7 @@ def attempt(
     output.note_start(unit.name, unit.n_rows, rest if kept else None)
     with ExitStack() as stack:
         journal = None
-        is_long = sum(span.n_rows for span in spans) > batch_rows
+        is_long = sum(span.n_rows for span in spans) > shortest
         if kept or suspects or (output.has_journals and is_long):
             journal = output.begin_journal(unit.name, origin)
         if journal is not None:
@@ -144,7 +165,7 @@ def attempt(
         pace = Pace(batch_rows, suspects)
         left = replace(unit, spans=tuple(spans))
         todo = batches(left, graph, max_bytes, pace.end) if spans else ()
-        fresh = _computed(todo, output, layout, journal, pace)
+        fresh = _computed(todo, output, layout, journal, pace, timeout_s)
         yield from heapq.merge(kept, fresh, key=lambda record: record.start)
 
 
@@ -160,9 +181,10 @@ def _suspects(unit: Unit, earlier: _Earlier, costs: Iterable[Cost]) -> Suspects:
     first, end = place if isinstance(place, tuple) else (0, 0)
     mine = (cost for cost in costs if cost.start < end and first < cost.stop)
     suspects = Suspects([*mine, *earlier.costs])
-    if earlier.in_hand and n_losses():
-        for rows in earlier.in_hand:
-            suspects.blame(rows)
+    is_blamed = bool(earlier.in_hand and n_losses())
+    for rows in earlier.in_hand:
+        if is_blamed or rows in earlier.late:
+            suspects.blame(rows, rows in earlier.late)
     return suspects
 
 
@@ -174,24 +196,32 @@ def _check_hope(unit: Unit, suspects: Suspects) -> None:
         if n_rows == _HOPELESS_ROWS:
             raise LostProcessError(
                 f"{n_rows} rows of {unit.name} in succession, up to row {row:,} of the input, have"
-                f" each ended the worker process that computed them alone, {N_TRIES} times. It may"
+                f" each ended the worker process that computed them alone (or took longer than"
+                f" batch_timeout there), {N_TRIES} times. It may"
                 " be the function, a library or the memory of the workers, whatever the rows; what"
                 " the workers logged may say more. Mend the cause, and run the same again to go on."
             )
 
 
 def _computed(
-    todo: Iterable[Batch], output: Output, layout: Layout, journal: Journal | None, pace: Pace
+    todo: Iterable[Batch],
+    output: Output,
+    layout: Layout,
+    journal: Journal | None,
+    pace: Pace,
+    timeout_s: float | None,
 ) -> Iterator[Record]:
     for batch in todo:
         is_given_up = pace.suspects.gives_up(batch.start)  # and if so, it is alone
         if is_given_up:
-            record = _given_up(batch, layout)
+            record = _given_up(batch, layout, pace.suspects, timeout_s)
         else:
             if journal is not None:
                 journal.begin(batch.start, batch.stop)
             begun = time.perf_counter()
-            record = make_record(batch.start, batch.stop, batch.compute(), layout)
+            with ruled(timeout_s, None if journal is None else journal.descriptor):
+                frame = batch.compute()
+            record = make_record(batch.start, batch.stop, frame, layout)
             pace.observe(batch.start, time.perf_counter() - begun)
         if journal is not None:
             journal.append(record)
@@ -200,16 +230,19 @@ def _computed(
         yield record
 
 
-def _given_up(batch: Batch, layout: Layout) -> Record:
+def _given_up(batch: Batch, layout: Layout, suspects: Suspects, timeout_s: float | None) -> Record:
     """A row that fails without being computed.
 
     It is not noted as begun: should what else is done with it end a process as well, nobody asks
     whether it did, and the gate ends the task.
     """
+    causes = "killed for its memory, or by a crash of native code"
+    causes += "" if timeout_s is None else ", or because it took longer than batch_timeout"
+    what = f"the worker process ended {N_TRIES} times while it was computed alone ({causes})"
+    if suspects.is_late(batch.start) and timeout_s is not None:
+        what = f"took longer than batch_timeout ({timeout_s:g} s), computed alone"
     error = LostProcessError(
-        f"Row {batch.start:,} of the input: the worker process ended {N_TRIES} times while it was"
-        " computed alone (killed for its memory, or by a crash of native code). What the workers"
-        " logged may say more."
+        f"Row {batch.start:,} of the input: {what}. What the workers logged may say more."
     )
     with withheld(error):
         frame = batch.compute()

@@ -8,7 +8,8 @@ later run commits it.
 
 ``OUTPUT/_pcm/journal/<name of the part>.<run>.<attempt>`` holds records: their lengths and their
 digest, a head in JSON, and a table as an Arrow IPC stream. What a lost node has torn, and all that
-comes after it, counts as not written.
+comes after it, counts as not written. If a call took too long, the last words of its process
+follow: where its threads were when it was ended.
 
 It says which rows are begun as well, and so which were in hand when a process ended. What rows have
 cost in processes (see ``suspects.py``) is carried from journal to journal.
@@ -73,6 +74,9 @@ class Journal(abc.ABC):
         Which attempt this is (``run``, ``begun``, ``unit``), and what a part of it would tell.
     """
 
+    #: An open file that takes the last words of this process; None where there is none.
+    descriptor: int | None = None
+
     def __init__(self, about: Mapping[str, Any]) -> None:
         self._append(about)
 
@@ -119,7 +123,7 @@ class FileJournal(Journal):
     """
 
     def __init__(self, descriptor: int, about: Mapping[str, Any]) -> None:
-        self._descriptor = descriptor
+        self._descriptor = self.descriptor = descriptor
         self._synced_at = time.monotonic()
         try:
             super().__init__(about)
@@ -155,6 +159,8 @@ class Found(NamedTuple):
     settled
         Names of journals that it had taken over: whether their last batch was to blame for the end
         of their process has been asked.
+    last_words
+        Where the threads of its process were when a call took too long; else empty.
     """
 
     about: Mapping[str, Any]
@@ -162,6 +168,7 @@ class Found(NamedTuple):
     begun: list[Range]
     costs: list[Cost]
     settled: list[str]
+    last_words: str = ""
 
     @property
     def in_hand(self) -> list[Range]:
@@ -176,8 +183,8 @@ def read_journal(data: bytes) -> Found | None:
     first = next(heads, None)
     if first is None:
         return None
-    found = Found(first[0], [], [], [], [])
-    for head, content in heads:
+    found, end = Found(first[0], [], [], [], []), first[2]
+    for head, content, end in heads:  # noqa: B007
         if "costs" in head:
             found.costs.extend(Cost(*cost) for cost in head["costs"])
             found.settled.extend(head["settled"])
@@ -189,10 +196,17 @@ def read_journal(data: bytes) -> Found | None:
         start, stop = head["rows"]
         says = head["failed"], head["errors"], head["facts"]
         found.records.append(Record(start, stop, table, *says, is_kept=True))
-    return found
+    rest = data[end:]
+    return found._replace(last_words=rest.decode("utf-8", "replace")) if is_late(rest) else found
 
 
-def _heads(data: bytes) -> Iterator[tuple[dict[str, Any], memoryview]]:
+def is_late(rest: bytes) -> bool:
+    """Whether what follows the last whole record are last words, as ``faulthandler`` has them."""
+    return rest.startswith(b"Timeout (")
+
+
+def _heads(data: bytes) -> Iterator[tuple[dict[str, Any], memoryview, int]]:
+    """Heads and tables of records, and where each ends."""
     view, at = memoryview(data), 0
     while at + _LENGTHS.size <= len(view):
         n_about, n_content, digest = _LENGTHS.unpack_from(view, at)
@@ -202,8 +216,8 @@ def _heads(data: bytes) -> Iterator[tuple[dict[str, Any], memoryview]]:
         about, content = view[at : at + n_about], view[at + n_about : at + n_about + n_content]
         if _digest(about, content) != digest:
             return
-        yield json.loads(bytes(about)), content
         at += n_about + n_content
+        yield json.loads(bytes(about)), content, at
 
 
 def apart(records: Sequence[Record]) -> list[Record]:

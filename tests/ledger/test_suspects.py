@@ -209,7 +209,17 @@ def test_a_unit_that_left_no_journal_is_tried_in_batches():
 
 
 def test_of_what_several_tell_of_the_same_rows_the_most_counts():
-    assert list(Suspects([Cost(0, 8, 2), Cost(0, 8, 1)])) == [(0, 8, 2)]
+    assert list(Suspects([Cost(0, 8, 2), Cost(0, 8, 1)])) == [(0, 8, 2, 0)]
+
+
+def test_that_a_row_took_too_long_is_known_where_it_did_so_alone():
+    suspects = Suspects([Cost(0, 8, 2, 2)])
+    assert not suspects.is_late(3)
+    suspects.blame((3, 4))
+    assert not suspects.is_late(3)
+    suspects.blame((3, 4), is_late=True)
+    assert suspects.is_late(3) and suspects.gives_up(3)
+    assert list(Suspects(list(suspects))) == [(0, 8, 2, 2), (3, 4, 2, 1)]
 
 
 # -- over journals ----------------------------------------------------------------------------
