@@ -13,6 +13,8 @@ from distributed import Client
 
 import dask_pcm as pcm
 from dask_pcm.errors import SchemaError
+from dask_pcm.ledger import manifest
+from dask_pcm.ledger.plan import Plan
 from tests.conftest import validated_cluster
 
 pytestmark = pytest.mark.timeout(300)
@@ -116,3 +118,11 @@ def test_it_needs_rows_that_can_be_called_apart(claims):
         pcm.map_partitions(
             judge, frame, context=pcm.Context(str, "x"), meta={"id": "i8"}, batch_timeout=5
         )
+
+
+def test_it_tells_no_jobs_apart_only_tasks(claims):
+    folder = claims(n_files=1)
+    one, other = job(folder, "log", {}), job(folder, "log", {}, batch_timeout="10m")
+    assert manifest.identify(one.expr, True) == manifest.identify(other.expr, True)
+    assert one._name != other._name
+    assert Plan(other).timeout_s == 600.0
