@@ -46,6 +46,7 @@ class Config:
     max_unit_rows: int
     unit_bytes: int
     ready_s: float
+    batch_timeout_s: float | None
     batch_tokens: int
     batch_rows: int
     device_budget_bytes: int | None
@@ -121,7 +122,8 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
-def _some_seconds(value: Any) -> float:
+def some_seconds(value: Any) -> float:
+    """A time of more than 0 in seconds, from a number or from a text as "10m"; else ValueError."""
     seconds = _seconds(value)
     _check(seconds > 0)
     return seconds
@@ -198,8 +200,8 @@ _OF_JOB = ("device", "is_cpu_only", "pool", "walltime_s", "notice_s")
 #: For each field of ``Config`` the setting, what reads it, and what it must be.
 _SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "pipeline_s": ("gate.pipeline", _seconds, _TIME),
-    "tick_s": ("gate.tick", _some_seconds, _MORE_TIME),
-    "stall_s": ("gate.stall", _some_seconds, _MORE_TIME),
+    "tick_s": ("gate.tick", some_seconds, _MORE_TIME),
+    "stall_s": ("gate.stall", some_seconds, _MORE_TIME),
     "n_load_attempts": ("gate.load-attempts", _count, _NUMBER),
     "idle_s": ("context.idle-timeout", _or(None, _seconds), f"{_TIME}, or null"),
     "n_lanes": ("worker.lanes", _count, _NUMBER),
@@ -208,12 +210,17 @@ _SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "device": ("worker.device", _or(None, _name), f"{_NAME}, for instance NVIDIA A10; or null"),
     "is_cpu_only": ("worker.accelerator", _is_cpu, "auto or cpu"),
     "pool": ("worker.pool", _or(None, _name), f"{_NAME}, for instance owners; or null"),
-    "walltime_s": ("worker.walltime", _or(None, _some_seconds), f"{_MORE_TIME}; or null"),
-    "notice_s": ("worker.notice", _some_seconds, _MORE_TIME),
+    "walltime_s": ("worker.walltime", _or(None, some_seconds), f"{_MORE_TIME}; or null"),
+    "notice_s": ("worker.notice", some_seconds, _MORE_TIME),
     "unit_s": ("run.unit-seconds", _seconds, _TIME),
     "max_unit_rows": ("run.max-unit-rows", _count, _NUMBER),
     "unit_bytes": ("run.unit-bytes", _some_bytes, f"{_SIZE}; 1 or more"),
     "ready_s": ("run.ready-seconds", _seconds, _TIME),
+    "batch_timeout_s": (
+        "run.batch-timeout",
+        _or(None, some_seconds),
+        f"{_MORE_TIME}; or null",
+    ),
     "batch_tokens": ("inference.batch-tokens", _count, _NUMBER),
     "batch_rows": ("inference.batch-rows", _count, _NUMBER),
     "device_budget_bytes": (
@@ -233,6 +240,6 @@ _SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         f"{_SIZE}; 1 or more; or null",
     ),
     "is_staged_always": ("ladder.stage", _is_always, "auto or always"),
-    "store_timeout_s": ("ladder.store.timeout", _some_seconds, _MORE_TIME),
+    "store_timeout_s": ("ladder.store.timeout", some_seconds, _MORE_TIME),
     "ports": ("ladder.transfer.ports", _ports, "0, a port or first:last, for instance 9000:9010"),
 }

@@ -29,6 +29,7 @@ from dask.dataframe.dask_expr.io.io import BlockwiseIO, FromMap
 from dask.dataframe.utils import make_meta
 from dask.utils import funcname
 
+from dask_pcm.config import some_seconds
 from dask_pcm.context import Context, ContextRef, Sealed
 from dask_pcm.errors import RecipeError, SchemaError
 from dask_pcm.given import FRAME, LIVE, check_function, checked, frame_refused
@@ -49,7 +50,15 @@ class ContextMap(CumulativeAggregations):
     otherwise, which is wrong where every file counts its rows from 0.
     """
 
-    _parameters = ["frame", "call", "refs", "meta", "label", "batch_rows"]  # noqa: RUF012 Dask's
+    _parameters = [  # noqa: RUF012 Dask's
+        "frame",
+        "call",
+        "refs",
+        "meta",
+        "label",
+        "batch_rows",
+        "timeout_s",
+    ]
     _defaults: dict[str, Any] = {}  # noqa: RUF012
     _preserves_partitioning_information = True
 
@@ -130,6 +139,7 @@ def map_partitions(
     context: Context | Mapping[str, Context],
     meta: Any,
     batch_rows: int | None = None,
+    batch_timeout: float | str | None = None,
     required_columns: str | Iterable[str] | None = None,
     enforce_metadata: bool = True,
     **kwargs: Any,
@@ -161,6 +171,13 @@ def map_partitions(
         batches raises one type of exception (or every row, if there are fewer batches), that
         exception is raised, with a row that made it. First is what comes first in the frame, so
         rows that are bad further on, a whole file of them, end nothing.
+    batch_timeout
+        What a call of `func` on `batch_rows` rows may take, in seconds or as a text ("10m"); no
+        limit if left out (but see ``pcm.run.batch-timeout``). A call that takes longer is ended
+        with its worker process, which a nanny starts anew; waiting for an exclusive context does
+        not count. In ``write_parquet`` its rows are then halved, as those of calls that end their
+        process, until those that take too long are alone: they fail with that reason. Elsewhere
+        the task ends with ``KilledWorker`` once it has cost several processes.
     required_columns
         Columns that `func` reads; the others are not even read from disk.
     enforce_metadata
@@ -181,6 +198,7 @@ def map_partitions(
         raise frame_refused("map_partitions", ddf)
     if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
         raise SchemaError(f"batch_rows must be a whole number, at least 1; found {batch_rows!r}.")
+    timeout_s = _timeout_s(batch_timeout, batch_rows)
     if any(dask.is_dask_collection(value) for value in (*args, *kwargs.values())):
         raise SchemaError(
             "map_partitions maps over one Dask DataFrame; join the others to it first, or compute"
@@ -196,15 +214,34 @@ def map_partitions(
     if batch_rows is not None:
         _check_error_column(out, ddf)
         out = row_wise_meta(out, ddf._meta)
-    call = Call(func, names, args, kwargs, batch_rows, out, enforce_metadata)
-    # How many rows are called at a time changes no answer: it tells no jobs apart, only tasks. So
+    call = Call(func, names, args, kwargs, batch_rows, out, enforce_metadata, timeout_s)
+    # How many rows are called at a time, and how long that may take, changes no answer: it tells no
+    # jobs apart, only tasks. So
     # with types: which numbers can be null changes with the files that there are.
     is_row_wise = batch_rows is not None
     identity = (func, names, args, kwargs, list(out.columns), is_row_wise, enforce_metadata)
     what = f"The function {funcname(func)!r}, or an argument of it,"
     sealed = Sealed.of(call, what, identity)
     label = f"pcm_{funcname(func).replace('-', '_')}"
-    return new_collection(ContextMap(ddf.expr, sealed, refs, out, label, batch_rows))
+    return new_collection(ContextMap(ddf.expr, sealed, refs, out, label, batch_rows, timeout_s))
+
+
+def _timeout_s(given: float | str | None, batch_rows: int | None) -> float | None:
+    """What a call may take; SchemaError where that is no time, or nothing would be left to do."""
+    if given is None:
+        return None
+    if batch_rows is None:
+        raise SchemaError(
+            f"batch_timeout={given!r} needs batch_rows: only rows that can be called apart can be"
+            " told from others. Give batch_rows, and let the function return a row for each."
+        )
+    try:
+        return some_seconds(given)
+    except (TypeError, ValueError, KeyError):
+        raise SchemaError(
+            f"batch_timeout must be a time of more than 0, for instance 90 or '10m'; found"
+            f" {given!r}."
+        ) from None
 
 
 _OPTIONS = tuple(inspect.signature(map_partitions).parameters)

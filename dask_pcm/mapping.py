@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from dask_pcm.context import ContextRef, Sealed
 from dask_pcm.conversion import MISFITS, cast
 from dask_pcm.errors import PCMError, RowCountError, SchemaError
 from dask_pcm.ladder.tensors import is_sticky
+from dask_pcm.plugins.deadline import in_time
 from dask_pcm.plugins.first_batches import Position, is_hopeless
 from dask_pcm.plugins.hold import hold, spent
 from dask_pcm.scheduling.first_batches import N_BATCHES, Failing
@@ -91,6 +92,8 @@ class Call:
         An empty frame of what comes out.
     is_enforced
         Whether columns and types are held against `meta`.
+    timeout_s
+        What one call may take; None for no limit of its own.
     """
 
     func: Callable[..., Any]
@@ -100,6 +103,7 @@ class Call:
     batch_rows: int | None
     meta: pd.DataFrame
     is_enforced: bool
+    timeout_s: float | None = None
 
     def on(
         self, frame: pd.DataFrame, contexts: Sequence[Any], tally: Tally
@@ -134,11 +138,13 @@ class Call:
         # What the function does to its frame stays its own (pandas copies on write): rows may be
         # given to it again, and a persisted partition is everybody's.
         frame = frame.copy(deep=False)
+        limit = nullcontext() if self.batch_rows is None else in_time(self.timeout_s)
         try:
-            if self.names is None:
-                return self.func(frame, *contexts, *self.args, **self.kwargs)
-            named = dict(zip(self.names, contexts, strict=True))
-            return self.func(frame, *self.args, **self.kwargs, **named)
+            with limit:
+                if self.names is None:
+                    return self.func(frame, *contexts, *self.args, **self.kwargs)
+                named = dict(zip(self.names, contexts, strict=True))
+                return self.func(frame, *self.args, **self.kwargs, **named)
         except SystemExit as error:  # it would take the worker with it
             raise RuntimeError(f"{_name(self.func)} called sys.exit({error.code!r})") from error
 

@@ -41,6 +41,7 @@ def classify(
     truncate: str | None = None,
     keep: Sequence[str] | None = None,
     batch_rows: int | None = None,
+    batch_timeout: float | str | None = None,
     special_tokens_in_fields: bool = False,
 ) -> dd.DataFrame:
     """Have a model choose an answer for every row.
@@ -69,6 +70,8 @@ def classify(
         Columns of the input to keep; all by default.
     batch_rows
         Rows whose lengths are sorted together; ``pcm.inference.batch-rows`` by default.
+    batch_timeout
+        What so many rows may take, in seconds or as a text ("10m"); see ``map_partitions``.
     special_tokens_in_fields
         Whether control tokens, such as ``<|im_end|>``, count as such where a row spells them out.
         They do in the prompt's own text; in a row they are text like any other by default.
@@ -137,6 +140,7 @@ def classify(
         context=llm,
         meta=meta,
         batch_rows=config.batch_rows if batch_rows is None else batch_rows,
+        batch_timeout=batch_timeout,
         required_columns=needed,
     )
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import pandas as pd
@@ -28,7 +29,10 @@ from dask_pcm.ledger.plan import Unit
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
 from dask_pcm.mapping import ERROR, noting, withheld
+from dask_pcm.plugins.deadline import ruled
 from dask_pcm.plugins.hold import n_losses, spent, was_lost
+
+logger = logging.getLogger(__name__)
 
 #: Errors that are told of each batch.
 MAX_ERRORS = 3
@@ -54,6 +58,8 @@ class _Earlier:
         Rows that the last one had begun and not finished; nobody knows yet whether they ended it.
     was_waiting
         Whether the last one waited for a context when it ended.
+    late
+        Rows in flight of which it is known that their call took too long.
     """
 
     names: list[str]
@@ -61,6 +67,7 @@ class _Earlier:
     costs: list[Cost]
     in_flight: list[Range]
     was_waiting: bool = False
+    late: list[Range] = field(default_factory=list)
 
     @classmethod
     def of(cls, unit: Unit, output: Output, batch_rows: int) -> _Earlier:
@@ -73,12 +80,21 @@ class _Earlier:
         last = [found for name, found in useful.items() if name not in settled]
         for name, found in useful.items():
             output.note_called(found.called, name, found.about["run"])
+        late = [found for found in last if found.last_words]
+        for found in late:
+            logger.warning(
+                "A call on rows %s of the input took longer than batch_timeout; its process was"
+                " ended. Where its threads were:\n%s",
+                ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in found.in_flight),
+                found.last_words,
+            )
         return cls(
             list(found_by_name),
             apart([record for found in useful.values() for record in found.records]),
             [cost for found in useful.values() for cost in found.costs],
             [rows for found in last for rows in found.in_flight],
             any(found.waiting for found in last),
+            [rows for found in late for rows in found.in_flight],
         )
 
 
@@ -105,6 +121,7 @@ def attempt(
     max_bytes: int,
     origin: Mapping[str, Any],
     costs: Iterable[Cost] = (),
+    timeout_s: float | None = None,
 ) -> Generator[Record, None, None]:
     """Rows of a unit in their order: what earlier attempts had finished, and the rest.
 
@@ -121,19 +138,23 @@ def attempt(
         What a part made of it would tell.
     costs
         Processes that rows have cost in earlier runs.
+    timeout_s
+        What a call may take; None for no limit.
 
     Raises
     ------
     LostProcessError
         Where processes end with row after row.
     """
-    earlier = _Earlier.of(unit, output, batch_rows)
+    # So that a call that hangs is known to be the one, each is noted before it begins.
+    shortest = batch_rows if timeout_s is None else 0
+    earlier = _Earlier.of(unit, output, shortest)
     kept, suspects = earlier.records, _suspects(unit, earlier, costs)
     done = Ranges((record.start, record.stop) for record in kept)
     spans = [left for span in unit.spans or () for left in cut_to(span, done)]
     with ExitStack() as stack:
         journal = None
-        is_long = sum(span.n_rows for span in spans) > batch_rows
+        is_long = sum(span.n_rows for span in spans) > shortest
         if kept or suspects or (output.has_journals and is_long):
             journal = output.begin_journal(unit.name, origin)
             stack.callback(journal.close)
@@ -148,7 +169,7 @@ def attempt(
         pace = Pace(batch_rows, suspects)
         left = replace(unit, spans=tuple(spans))
         todo = batches(left, graph, max_bytes, pace.end) if spans else ()
-        fresh = _computed(todo, layout, journal, calls, pace)
+        fresh = _computed(todo, layout, journal, calls, pace, timeout_s)
         yield from heapq.merge(kept, fresh, key=lambda record: record.start)
 
 
@@ -165,9 +186,10 @@ def _suspects(unit: Unit, earlier: _Earlier, costs: Iterable[Cost]) -> Suspects:
     mine = (cost for cost in costs if cost.start < end and first < cost.stop)
     suspects = Suspects([*mine, *earlier.costs])
     # What waited is innocent, but has the gate count anew all the same.
-    if (earlier.in_flight or earlier.was_waiting) and n_losses():
-        for rows in earlier.in_flight:
-            suspects.blame(rows)
+    is_blamed = bool((earlier.in_flight or earlier.was_waiting) and n_losses())
+    for rows in earlier.in_flight:
+        if is_blamed or rows in earlier.late:
+            suspects.blame(rows, rows in earlier.late)
     return suspects
 
 
@@ -179,7 +201,8 @@ def _check_hope(unit: Unit, suspects: Suspects) -> None:
         if n_rows == _HOPELESS_ROWS:
             raise LostProcessError(
                 f"{n_rows} rows of {unit.name} in succession, up to row {row:,} of the input, have"
-                f" each ended the worker process that computed them alone, {N_TRIES} times. It may"
+                f" each ended the worker process that computed them alone (or took longer than"
+                f" batch_timeout there), {N_TRIES} times. It may"
                 " be the function, a library or the memory of the workers, whatever the rows; what"
                 " the workers logged may say more. Mend the cause, and run the same again to go on."
             )
@@ -234,31 +257,41 @@ class _Calls:
 
 
 def _computed(
-    todo: Iterable[Batch], layout: Layout, journal: Journal | None, calls: _Calls, pace: Pace
+    todo: Iterable[Batch],
+    layout: Layout,
+    journal: Journal | None,
+    calls: _Calls,
+    pace: Pace,
+    timeout_s: float | None,
 ) -> Iterator[Record]:
+    descriptor = None if journal is None else journal.descriptor
     for batch in todo:
         if pace.suspects.gives_up(batch.start):  # and if so, it is alone
-            record = _given_up(batch, layout)
+            record = _given_up(batch, layout, pace.suspects, timeout_s)
         else:
             begun = time.perf_counter()
-            with calls.of(batch):
-                record = make_record(batch.start, batch.stop, batch.compute(), layout)
+            with calls.of(batch), ruled(timeout_s, descriptor):
+                frame = batch.compute()
+            record = make_record(batch.start, batch.stop, frame, layout)
             pace.observe(batch.start, time.perf_counter() - begun)
         if journal is not None:
             journal.append(record)
         yield record
 
 
-def _given_up(batch: Batch, layout: Layout) -> Record:
+def _given_up(batch: Batch, layout: Layout, suspects: Suspects, timeout_s: float | None) -> Record:
     """A row that fails without being computed.
 
     It is not noted as begun: should what else is done with it end a process as well, nobody asks
     whether it did, and the gate ends the task.
     """
+    causes = "killed for its memory, or by a crash of native code"
+    causes += "" if timeout_s is None else ", or because it took longer than batch_timeout"
+    what = f"the worker process ended {N_TRIES} times while it was computed alone ({causes})"
+    if suspects.is_late(batch.start) and timeout_s is not None:
+        what = f"took longer than batch_timeout ({timeout_s:g} s), computed alone"
     error = LostProcessError(
-        f"Row {batch.start:,} of the input: the worker process ended {N_TRIES} times while it was"
-        " computed alone (killed for its memory, or by a crash of native code). What the workers"
-        " logged may say more."
+        f"Row {batch.start:,} of the input: {what}. What the workers logged may say more."
     )
     with withheld(error):
         frame = batch.compute()

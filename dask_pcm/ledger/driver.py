@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import Future as Answer
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.heart import Heart
 from dask_pcm.ledger.interrupt import deferred
 from dask_pcm.ledger.limit import Limit
+from dask_pcm.ledger.link import Link
 from dask_pcm.ledger.lost import lost, unreachable
 from dask_pcm.ledger.object_store import is_of_client
 from dask_pcm.ledger.output import CANCEL, PAUSE, Output
@@ -72,6 +74,10 @@ class Driver:
         self._is_paused = False
         self._clock = Stopwatch()
         self._window = Window(client, plan, job, config)
+        self._link = Link(client, job.output.run, plan.refs, self._window.kind)
+        #: Units that have ended, and their results on their way here.
+        self._arriving: list[tuple[Sequence[tuple[Unit, Future]], Answer[list[UnitResult]]]] = []
+        self._lack = ""
         self._stock: dict[str, Counts] = {}
         self._seconds = self._rows = 0.0  # of inference and reading, over units that ended
         self._ran_on: Counter[str] = Counter()
@@ -107,6 +113,7 @@ class Driver:
             self._status.get("n_warm", 0),
             self._status.get("n_workers", 0),
             self.report.context_loads,
+            self._lack,
         )
 
     def warm(self) -> None:
@@ -115,8 +122,8 @@ class Driver:
             self._tell(float(self._plan.n_partitions), self._plan.n_partitions)
 
     def close(self) -> None:
-        """Nothing more will come: the gate need not keep workers for it."""
-        self._tell(0.0, 0)
+        """Nothing more will come."""
+        self._link.close()
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
@@ -144,6 +151,7 @@ class Driver:
             deferred() as interrupt_if_asked,
         ):
             try:
+                self._link.begin_waiting()
                 self._heed(self._output.wishes())
                 while not (self._window.is_empty and self._is_whole()):
                     interrupt_if_asked()
@@ -213,13 +221,33 @@ class Driver:
         self._window.feed([one._replace(row_s=one.row_s or row_s) for one in askers])
 
     def _gather(self) -> None:
-        """Take in every unit that has ended; wait a moment if none has."""
-        ended = self._window.ended(_WAIT_S)
-        for unit, future in ended:
-            if future.status in ("error", "cancelled"):
-                self._raise(unit, future)
-        results: list[UnitResult] = self._client.gather([future for _, future in ended])
-        for (unit, future), result in zip(ended, results, strict=True):
+        """Take in every unit that has ended and whose result is here; wait a moment if none is.
+
+        A result may be lost with its worker on its way. It is computed again, which asks the ledger
+        first, as soon as there is a worker; nothing else is held up until then.
+        """
+        if ended := self._window.ended(0.0 if self._arriving else _WAIT_S):
+            for unit, future in ended:
+                if future.status in ("error", "cancelled"):
+                    self._raise(unit, future)
+            self._arriving.append((ended, self._link.gather([future for _, future in ended])))
+        wait([results for _, results in self._arriving], _WAIT_S, FIRST_COMPLETED)
+        arrived = [one for one in self._arriving if one[1].done()]
+        self._arriving = [one for one in self._arriving if one not in arrived]
+        for units, results in arrived:
+            self._take_in(units, results)
+
+    def _take_in(
+        self, units: Sequence[tuple[Unit, Future]], results: Answer[list[UnitResult]]
+    ) -> None:
+        if results.exception() is not None:
+            for (
+                unit,
+                future,
+            ) in units:  # one of them was lost on its way, and could not be had again
+                if future.status in ("error", "cancelled"):
+                    self._raise(unit, future)
+        for (unit, future), result in zip(units, results.result(), strict=True):
             self._window.take_out(future)
             self._n_done += unit.n_rows or 1
             self._count(unit, result)
@@ -317,7 +345,15 @@ class Driver:
             n_rows = 0 if self._is_paused else self._window.cutter.n_rows
             n_units = 0 if self._is_paused else max(1, len(self._window))
             self._tell(float(n_rows), n_units)
-            shown.show(self.progress)
+            self._complain()
+            shown.show(self.progress, self._lack)
+
+    def _complain(self) -> None:
+        """Say once what the run cannot go on without."""
+        lack = "" if self._is_paused else self._link.lack
+        if lack and not self._lack:
+            logger.warning("The run of %s waits: %s.", self._output.path, lack)
+        self._lack = lack
 
     def _heed(self, wishes: frozenset[str]) -> None:
         if CANCEL in wishes:
@@ -328,35 +364,26 @@ class Driver:
         if self._is_paused != (PAUSE in wishes):
             self._is_paused = not self._is_paused
             if self._is_paused:
-                self._window.hold_back()
+                self._window.hold_back(self._link.processing())
             self._heart.beat()
 
     def _tell(self, n_rows: float, n_units: int) -> None:
         """Report to the gate what is still to come, and learn how the contexts stand."""
-        answer: Any
-        # A scheduler that is gone shows in the futures; one without the gate has nothing to tell.
-        with contextlib.suppress(OSError, AttributeError):
-            answer = self._client.sync(
-                self._client.scheduler.pcm_run,
-                run=self._output.run,
-                client=self._client.id,
-                refs=pickle.dumps(self._plan.refs),
-                kind=self._window.kind,
-                n_rows=n_rows,
-                n_units=n_units,
-            )
-            if not isinstance(answer, dict):  # the gate has left
-                return
-            self._status = answer
-            n_loads, load_s = self._status["n_loads"], self._status["load_s"]
-            if self._loads_before is None:
-                self._loads_before = (n_loads, load_s)
-            self.report.context_loads = n_loads - self._loads_before[0]
-            self.report.load_s = load_s - self._loads_before[1]
-            self.report.workers = max(self.report.workers, self._status["n_workers"])
+        answer = self._link.report(n_rows, n_units)
+        if answer is None:
+            return
+        self._status = answer
+        n_loads, load_s = self._status["n_loads"], self._status["load_s"]
+        if self._loads_before is None:
+            self._loads_before = (n_loads, load_s)
+        self.report.context_loads = n_loads - self._loads_before[0]
+        self.report.load_s = load_s - self._loads_before[1]
+        self.report.workers = max(self.report.workers, self._status["n_workers"])
 
     def _cancel(self, error: BaseException) -> None:
         """Take back what has not run; what runs on is shut out when the output is closed."""
+        for _, results in self._arriving:
+            results.cancel()
         with contextlib.suppress(Exception):
             self._window.cancel()
         if isinstance(error, KeyboardInterrupt):

@@ -13,6 +13,9 @@ from dask_pcm.errors import FencedError
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.status import Progress
 
+#: How long the end of a run waits for a last sign of life.
+_LAST_S = 30.0
+
 
 class Heart:
     """Writes ``status.json`` until it is left."""
@@ -31,7 +34,7 @@ class Heart:
 
     def __exit__(self, *args: object) -> None:
         self._is_over.set()
-        self._thread.join()
+        self._thread.join(_LAST_S)  # a filesystem that hangs keeps it for ever
 
     def beat(self) -> None:
         """Write how the run stands."""

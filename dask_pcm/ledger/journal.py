@@ -8,7 +8,8 @@ later run commits it.
 
 ``OUTPUT/_pcm/journal/<name of the part>.<run>.<attempt>`` holds records: their lengths and their
 digest, a head in JSON, and a table as an Arrow IPC stream. What a lost node has torn, and all that
-comes after it, counts as not written.
+comes after it, counts as not written. If a call took too long, the last words of its process
+follow: where its threads were when it was ended.
 
 It also says how far the rows at hand are: begun, waiting for a context, given to the function. So
 it tells which rows were in flight when a process ended, and which the function has ever seen. What
@@ -79,6 +80,9 @@ class Journal(abc.ABC):
         Which attempt this is (``run``, ``begun``, ``unit``), and what a part of it would tell.
     """
 
+    #: An open file that takes the last words of this process; None where there is none.
+    descriptor: int | None = None
+
     def __init__(self, name: str, about: Mapping[str, Any]) -> None:
         self.name = name
         self._append(about)
@@ -134,7 +138,7 @@ class FileJournal(Journal):
     """
 
     def __init__(self, descriptor: int, name: str, about: Mapping[str, Any]) -> None:
-        self._descriptor = descriptor
+        self._descriptor = self.descriptor = descriptor
         self._synced_at = time.monotonic()
         try:
             super().__init__(name, about)
@@ -174,6 +178,8 @@ class Found(NamedTuple):
     settled
         Names of journals that it had taken over: whether their last batch was to blame for the end
         of their process has been asked.
+    last_words
+        Where the threads of its process were when a call took too long; else empty.
     """
 
     about: Mapping[str, Any]
@@ -183,6 +189,7 @@ class Found(NamedTuple):
     called: list[Range]
     costs: list[Cost]
     settled: list[str]
+    last_words: str = ""
 
     @property
     def in_flight(self) -> list[Range]:
@@ -198,11 +205,13 @@ def read_journal(data: bytes) -> Found | None:
     first = next(heads, None)
     if first is None:
         return None
-    found = Found(first[0], [], [], set(), [], [], [])
-    for head, content in heads:
+    found, end = Found(first[0], [], [], set(), [], [], []), first[2]
+    for head, content, after in heads:
         if not _take_in(found, head, content):
             break
-    return found
+        end = after
+    rest = data[end:]
+    return found._replace(last_words=rest.decode("utf-8", "replace")) if is_late(rest) else found
 
 
 def _take_in(found: Found, head: Mapping[str, Any], content: memoryview) -> bool:
@@ -237,9 +246,9 @@ def _parse_head(text: bytes) -> dict[str, Any] | None:
     is_sound = (
         all(are_ranges([head[key]]) for key in _RANGES if key in head)
         and isinstance(costs, list)
-        and all(isinstance(cost, list) and len(cost) == 3 for cost in costs)
+        and all(isinstance(cost, list) and len(cost) in (3, 4) for cost in costs)
         and are_ranges([cost[:2] for cost in costs])
-        and all(is_count(cost[2]) for cost in costs)
+        and all(is_count(count) for cost in costs for count in cost[2:])
         and are_texts(head.get("settled", []))
         and is_count(head.get("failed", 0))
         and are_texts(errors)
@@ -263,7 +272,13 @@ def _to_record(head: Mapping[str, Any], content: memoryview) -> Record | None:
     return Record(start, stop, table, *says, is_kept=True) if fits else None
 
 
-def _heads(data: bytes) -> Iterator[tuple[dict[str, Any], memoryview]]:
+def is_late(rest: bytes) -> bool:
+    """Whether what follows the last whole record are last words, as ``faulthandler`` has them."""
+    return rest.startswith(b"Timeout (")
+
+
+def _heads(data: bytes) -> Iterator[tuple[dict[str, Any], memoryview, int]]:
+    """Heads and tables of records, and where each ends."""
     view, at = memoryview(data), 0
     while at + _LENGTHS.size <= len(view):
         n_about, n_content, digest = _LENGTHS.unpack_from(view, at)
@@ -276,8 +291,8 @@ def _heads(data: bytes) -> Iterator[tuple[dict[str, Any], memoryview]]:
         head = _parse_head(bytes(about))
         if head is None:
             return
-        yield head, content
         at += n_about + n_content
+        yield head, content, at
 
 
 def apart(records: Sequence[Record]) -> list[Record]:

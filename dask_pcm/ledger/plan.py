@@ -86,6 +86,8 @@ class Plan:
         Whether, besides, there is a row of output for each row of input.
     batch_rows
         Rows of one call; 1 where the function takes partitions.
+    timeout_s
+        What a call may take, as its function says; None where none says anything.
     n_rows
         Rows of the input; partitions where rows are not known.
     """
@@ -112,6 +114,8 @@ class Plan:
         self.refs: tuple[ContextRef, ...] = tuple(refs[digest] for digest in sorted(refs))
         self.label = maps[0].operand("label") if maps else "pcm_write"
         self.batch_rows = max([expr.operand("batch_rows") or 1 for expr in maps] or [1])
+        timeouts = [expr.operand("timeout_s") for expr in maps]
+        self.timeout_s: float | None = max((s for s in timeouts if s is not None), default=None)
         self._leaf = self._find_leaf()
         self.reader: PieceReader | None = None if self._leaf is None else self._leaf.operand("func")
         self.spans = self._find_spans()

@@ -41,6 +41,9 @@ class Progress:
         Workers that hold the contexts, and all.
     n_loads
         Contexts built for this run.
+    lack
+        What it has been without for 10 s and cannot go on without, in words: no workers, no answer
+        from the scheduler; else empty.
     """
 
     state: str
@@ -52,11 +55,12 @@ class Progress:
     n_warm: int = 0
     n_workers: int = 0
     n_loads: int = 0
+    lack: str = ""
 
     @property
     def eta_s(self) -> float | None:
         """Seconds until all is done at this pace; None if it cannot be told."""
-        if self.state != RUNNING or not self.per_s:
+        if self.state != RUNNING or not self.per_s or self.lack:
             return None
         return (self.total - self.done) / self.per_s
 
@@ -74,7 +78,8 @@ class Progress:
         text = f"{self.state}: {self.done:,}/{self.total:,} {self.counted}{share}"
         text += f", {self.failed:,} failed"
         if self.state in (RUNNING, PAUSED):
-            text += f", {self.per_s:,.0f}/s, {self.n_warm}/{self.n_workers} workers warm"
+            warm = f"{self.n_warm}/{self.n_workers} workers warm"
+            text += f", {self.per_s:,.0f}/s, {self.lack or warm}"
         return text + (f", ETA {span(self.eta_s)}" if self.eta_s is not None else "")
 
 

@@ -18,11 +18,15 @@ N_TRIES = 2
 
 
 class Cost(NamedTuple):
-    """Rows of the input that were in hand when so many processes ended."""
+    """Rows of the input that were in hand when so many processes ended.
+
+    Some of these were ended because a call took too long.
+    """
 
     start: int
     stop: int
     n_processes: int
+    n_late: int = 0
 
 
 class Suspects:
@@ -34,18 +38,21 @@ class Suspects:
 
     def __init__(self, costs: Iterable[Cost] = ()) -> None:
         self._costs: dict[Range, int] = {}
-        for start, stop, n_processes in costs:  # who took over from whom may tell of the same
+        self._late: dict[Range, int] = {}
+        for start, stop, n_processes, n_late in costs:  # who took over may tell of the same
             self._costs[start, stop] = max(n_processes, self._costs.get((start, stop), 0))
+            self._late[start, stop] = max(n_late, self._late.get((start, stop), 0))
 
     def __bool__(self) -> bool:
         return bool(self._costs)
 
     def __iter__(self) -> Iterator[Cost]:
-        return (Cost(*rows, n_processes) for rows, n_processes in sorted(self._costs.items()))
+        return (Cost(*rows, n, self._late.get(rows, 0)) for rows, n in sorted(self._costs.items()))
 
-    def blame(self, rows: Range) -> None:
-        """One more process has ended with these rows in hand."""
+    def blame(self, rows: Range, is_late: bool = False) -> None:
+        """One more process has ended with these rows in hand, perhaps as they took too long."""
         self._costs[rows] = self._costs.get(rows, 0) + 1
+        self._late[rows] = self._late.get(rows, 0) + is_late
 
     def include(self, row: int) -> bool:
         return any(start <= row < stop for start, stop in self._costs)
@@ -76,6 +83,10 @@ class Suspects:
     def gives_up(self, row: int) -> bool:
         """Whether a row is not computed any more: alone, it has cost too much."""
         return self._costs.get((row, row + 1), 0) >= N_TRIES
+
+    def is_late(self, row: int) -> bool:
+        """Whether a row has taken too long, alone."""
+        return self._late.get((row, row + 1), 0) > 0
 
     def given_up(self) -> list[int]:
         """All such rows, in their order."""

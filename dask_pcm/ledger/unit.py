@@ -44,6 +44,8 @@ class Job:
         Rows of one call, where rows can be computed apart; else 0.
     costs
         Processes that rows have cost in earlier runs.
+    timeout_s
+        What a call may take; None for no limit.
     """
 
     output: Output
@@ -52,6 +54,7 @@ class Job:
     max_bytes: int = 0
     batch_rows: int = 0
     costs: tuple[Cost, ...] = ()
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ def run_unit(
     if unit.again is None and job.batch_rows:
         origin = _origin(job)
         how = job.layout, job.batch_rows, job.max_bytes
-        records = attempt(unit, graph, output, *how, origin, job.costs)
+        records = attempt(unit, graph, output, *how, origin, job.costs, job.timeout_s)
     else:
         if unit.again is None:
             output.note_start(unit.name, unit.n_rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import dask
@@ -123,12 +123,14 @@ class Window:
         self._stock.remove(self._cut_for.pop(unit.name, ""), unit.n_rows or 1)
         return unit
 
-    def hold_back(self) -> None:
+    def hold_back(self, on_workers: Container[Any] | None) -> None:
         """Take back the units that no worker has yet; they are handed over again as they are.
 
         Cut anew, one that has been begun in this moment would have rows in common with another.
+        Where nobody knows what workers have, nothing is taken back.
         """
-        on_workers = {key for keys in self._client.processing().values() for key in keys}
+        if on_workers is None:
+            return
         waiting = [key for key, (_, future) in self._units.items() if future.status == "pending"]
         taken = [key for key in waiting if key not in on_workers]
         futures = []

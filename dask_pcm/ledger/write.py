@@ -247,8 +247,9 @@ class _Session:
             install(self._client)
         layout = Layout.of(self._plan.meta, self._plan.reader)
         config, options = Config.read(), self._options
-        how = (config.unit_bytes, self._plan.batch_rows) if self._plan.is_splittable else ()
-        job = Job(self._output, layout, {}, *how)
+        timeout_s = self._plan.timeout_s or config.batch_timeout_s
+        sizes = (config.unit_bytes, self._plan.batch_rows) if self._plan.is_splittable else (0, 0)
+        job = Job(self._output, layout, {}, *sizes, timeout_s=timeout_s)
         self.driver = Driver(
             self._client, self._plan, job, config, options.limit, options.retry_failed
         )

@@ -344,6 +344,7 @@ class GatePlugin(SchedulerPlugin):
         views = self.state.workers.values()
         return {
             "n_workers": len(self.state.workers),
+            "n_on_cluster": len(self.scheduler.workers),
             "n_warm": sum(view.holds(contexts) for view in views),
             "n_loads": sum(load.n for load in loads),
             "load_s": sum(load.seconds for load in loads),

@@ -20,6 +20,7 @@ from distributed.threadpoolexecutor import thread_state
 
 from dask_pcm.ladder.residency import Residency
 from dask_pcm.ladder.turns import Turns
+from dask_pcm.plugins.deadline import stopped
 
 
 class _Telling:
@@ -44,11 +45,12 @@ class _Telling:
         with self._executor._rejoin_lock:  # else it has been let in already
             let_in = [event for one, event in self._executor._rejoin_list if one is me]
         woken: Future[Any] = self._executor.submit(func, *args, **kwargs)
-        for event in let_in:
-            event.wait()
-        thread_state.proceed = True  # also where the turns are refused: it has its place
-        given, self._given = self._given, []
-        self._turns.take_again(given)
+        with stopped():
+            for event in let_in:
+                event.wait()
+            thread_state.proceed = True  # also where the turns are refused: it has its place
+            given, self._given = self._given, []
+            self._turns.take_again(given)
         return woken
 
 

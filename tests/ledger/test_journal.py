@@ -265,3 +265,17 @@ def test_what_is_noted_is_synced_every_few_seconds_and_no_more(tmp_path, monkeyp
         journal.append(Record(second, second + 1, pa.table({"id": [second]})))
     journal.close()
     assert synced == [6.0, 12.0]
+
+
+def test_the_last_words_of_a_process_whose_call_took_too_long(tmp_path):
+    path = tmp_path / "journal"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    journal = FileJournal(descriptor, {"run": "r"})
+    journal.append(Record(0, 10, pa.table({"x": ["Timeout (0:00:01)!"]})))
+    journal.begin(10, 20)
+    assert read_journal(path.read_bytes()).last_words == ""
+    os.write(journal.descriptor, b"Timeout (0:00:01)!\nThread 1 (most recent call first)")
+    journal.close()
+    found = read_journal(path.read_bytes())
+    assert found.last_words.startswith("Timeout (0:00:01)!\nThread 1")
+    assert (found.in_hand, len(found.records)) == ([(10, 20)], 1)

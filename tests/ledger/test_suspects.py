@@ -209,7 +209,17 @@ def test_a_unit_that_left_no_journal_is_tried_in_batches():
 
 
 def test_of_what_several_tell_of_the_same_rows_the_most_counts():
-    assert list(Suspects([Cost(0, 8, 2), Cost(0, 8, 1)])) == [(0, 8, 2)]
+    assert list(Suspects([Cost(0, 8, 2), Cost(0, 8, 1)])) == [(0, 8, 2, 0)]
+
+
+def test_that_a_row_took_too_long_is_known_where_it_did_so_alone():
+    suspects = Suspects([Cost(0, 8, 2, 2)])
+    assert not suspects.is_late(3)
+    suspects.blame((3, 4))
+    assert not suspects.is_late(3)
+    suspects.blame((3, 4), is_late=True)
+    assert suspects.is_late(3) and suspects.gives_up(3)
+    assert list(Suspects(list(suspects))) == [(0, 8, 2, 2), (3, 4, 2, 1)]
 
 
 # -- over journals ----------------------------------------------------------------------------
@@ -323,7 +333,7 @@ def test_what_rows_have_cost_is_carried_from_run_to_run(work):
         work.losses.count()
     later = work.opened("r2")
     costs = recover(later)
-    counted = {(16, 24, 2), (20, 24, 1)} if work.is_folder else {(16, 24, 1), (20, 24, 1)}
+    counted = {(16, 24, 2 if work.is_folder else 1, 0), (20, 24, 1, 0)}
     assert counted <= set(costs) and work.losses.n == 1  # the last end is nobody's
     assert recover(work.opened("r3")) == costs  # where the second came to nothing
     last = work.opened("r4")
