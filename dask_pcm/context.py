@@ -17,7 +17,7 @@ from dask.utils import funcname, parse_bytes
 from dask_pcm.bundles import Bundle, bundle_of
 from dask_pcm.digest import digest
 from dask_pcm.errors import RecipeError
-from dask_pcm.given import check_loader
+from dask_pcm.given import check_arguments, check_loader
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,13 +219,14 @@ class Context:
                 f"{load!r} is a Context already: use it as it is, with context=... in"
                 " map_partitions, or acquire it in tasks of your own."
             )
-        check_loader(load, args, kwargs, _OPTIONS)
+        check_loader(load)
         _check_hooks(offload=offload, restore=restore, close=close)
         _check_choice("exclusive", exclusive, (True, False))
         _check_choice("reattach", reattach, (True, False, None))
         name = name or funcname(load)
         bundles = tuple(f if isinstance(f, Bundle) else bundle_of(f) for f in _several(files))
         args, kwargs = _placed(args, kwargs, bundles)
+        check_arguments(load, args, kwargs, "Context", _OPTIONS)
         recipe = Recipe(load, args, kwargs, offload, restore, close, reattach)
         identity = (load, args, kwargs, offload, restore, close)
         sealed = Sealed.of(recipe, f"The recipe of context {name!r}", identity)

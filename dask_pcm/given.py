@@ -138,18 +138,16 @@ def check_function(
             " __call__; what is expensive to make belongs into a Context."
         )
     _check_plain(func, "map_partitions calls", "Return a DataFrame")
-    _bind(func, args, kwargs, "map_partitions", options)
+    check_arguments(func, args, kwargs, "map_partitions", options)
 
 
-def check_loader(
-    load: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: Sequence[str]
-) -> None:
+def check_loader(load: Any) -> None:
     """Refuse a loader that could not be called, or whose result is of no use.
 
     Raises
     ------
     RecipeError
-        Where it is no plain function or class, does not take these arguments, or returns None.
+        Where it is no plain function or class, or returns None.
     """
     if is_live(load):
         raise RecipeError(
@@ -168,7 +166,6 @@ def check_loader(
             f"The loader {name_of(load)} returns None wherever it ends. Return the live object: it"
             " is what functions get."
         )
-    _bind(load, args, kwargs, "Context", options)
 
 
 def _check_plain(func: Any, who: str, instead: str) -> None:
@@ -189,9 +186,10 @@ def _check_plain(func: Any, who: str, instead: str) -> None:
             )
 
 
-def _bind(
+def check_arguments(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], verb: str, options: Sequence[str]
 ) -> None:
+    """Raise RecipeError where a function does not take what `verb` would call it with."""
     try:
         # Not that of what it wraps: a decorator may take and give other arguments.
         signature = inspect.signature(func, follow_wrapped=False)

@@ -18,7 +18,7 @@ from dask_pcm.plugins.deadline import in_time
 from dask_pcm.plugins.first_batches import Position, is_hopeless
 from dask_pcm.plugins.hold import hold, spent
 from dask_pcm.scheduling.first_batches import N_BATCHES, Failing
-from dask_pcm.tally import Tally
+from dask_pcm.tally import Tally, unpack
 
 ERROR = "error"
 _MAX_ERROR_CHARS = 2_000
@@ -161,14 +161,13 @@ class Call:
         except Exception as error:
             if is_sticky(error):  # nothing else would run here, whatever the rows
                 raise
-            failed = error
+            if len(frame) == 1:
+                tally.fail(frame, error)
+                return self._failed(frame, error)
         else:
             tally.succeed()
             return self._one_for_each(frame, result)
         # Out of reach of the handler: what halves raise is not to tell of this exception as well.
-        if len(frame) == 1:
-            tally.fail(frame, failed)
-            return self._failed(frame, failed)
         half = len(frame) // 2
         halves = (frame.iloc[:half], frame.iloc[half:])
         return pd.concat([self._batch(rows, contexts, tally) for rows in halves])
@@ -301,7 +300,7 @@ def _check_hope(position: Position, tally: Tally) -> None:
     """Raise the function's own exception where nothing else is to be expected of it."""
     failing = tally.failing
     if failing is not None and failing.n_batches and is_hopeless(position, failing):
-        error = tally.error
+        error = unpack(tally.error)
         error.add_note(
             "It ends the computation, since nothing else came of the first rows. If these rows are"
             " bad in themselves, catch the exception in the function and return its text in the"

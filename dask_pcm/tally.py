@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-import numpy as np
-import pandas as pd
 from tblib import pickling_support  # type: ignore[import-untyped] # its types are not shipped
 
 from dask_pcm.errors import UserFunctionError
 from dask_pcm.scheduling.first_batches import Failing
+
+if TYPE_CHECKING:  # a worker without such work imports no pandas
+    import pandas as pd
 
 _MAX_VALUE_CHARS, _MAX_ROW_CHARS = 200, 1_000
 _MAX_BYTES = 200_000
@@ -29,7 +30,8 @@ class Tally:
         self._n_batches = 0
         self._has_succeeded = False
         self._kinds: set[type[Exception]] = set()
-        self._error: Exception | None = None
+        #: The first exception, packed: its traceback would keep the live object from being freed.
+        self.error = b""
 
     def begin_batch(self) -> None:
         self._n_batches += 1
@@ -41,9 +43,9 @@ class Tally:
     def fail(self, row: pd.DataFrame, error: Exception) -> None:
         """The function raised `error` on one row alone."""
         self._kinds.add(type(error))
-        if self._error is None:
+        if not self.error:
             error.add_note(f"Every row so far raised this; one of them: {_text_of(row)}")
-            self._error = error
+            self.error = pack(error)
 
     @property
     def failing(self) -> Failing | None:
@@ -52,12 +54,6 @@ class Tally:
             return None
         kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in self._kinds]
         return Failing(self._n_batches, "".join(kinds))
-
-    @property
-    def error(self) -> Exception:
-        """The first exception."""
-        assert self._error is not None
-        return self._error
 
 
 def pack(error: Exception) -> bytes:
@@ -88,7 +84,8 @@ def _text_of(row: pd.DataFrame) -> str:
 
 def _short(value: Any) -> str:
     try:
-        text = repr(value.item() if isinstance(value, np.generic) else value)
+        is_scalar = getattr(value, "ndim", None) == 0  # of numpy, whose repr names its type
+        text = repr(value.item() if is_scalar else value)
     except Exception as broken:
         text = f"(no text: {type(broken).__name__})"
     return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}…"

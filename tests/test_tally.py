@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import traceback
+import weakref
 
 import pandas as pd
 import pytest
@@ -37,11 +38,29 @@ def test_one_type_of_exception():
         tally.begin_batch()
         tally.fail(ROW, ValueError(number))
     assert tally.failing == Failing(3, "builtins.ValueError")
-    assert str(tally.error) == "0"
-    (note,) = tally.error.__notes__
+    error = unpack(tally.error)
+    assert str(error) == "0"
+    (note,) = error.__notes__
     assert "index 3: id=7, claim='xxx" in note and len(note) < 500
     tally.fail(ROW, KeyError())
     assert tally.failing is None
+
+
+def test_what_is_kept_keeps_no_object_alive():
+    class Live:
+        pass
+
+    def infer(model):
+        raise ValueError
+
+    tally, live = Tally(), Live()
+    gone = weakref.ref(live)
+    try:
+        infer(live)
+    except ValueError as error:
+        tally.fail(ROW, error)
+    del live
+    assert gone() is None and tally.error
 
 
 def test_a_row_that_succeeds():

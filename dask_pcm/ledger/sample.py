@@ -21,7 +21,7 @@ from dask_pcm.mapping import ERROR
 from dask_pcm.pieces import Span
 from dask_pcm.plugins.hold import spent
 from dask_pcm.scheduling.first_batches import Failing
-from dask_pcm.tally import pack, unpack
+from dask_pcm.tally import unpack
 
 _SEED = 0
 _MAX_ERRORS = 5
@@ -155,5 +155,4 @@ def _answer(unit: Unit, graph: bytes, refs: Sequence[ContextRef]) -> _Answer:
     max_bytes = Config.read().unit_bytes
     frame = pd.concat([compute(some, graph) for some in chunks(unit, max_bytes)])
     seconds = spent.infer_s or time.perf_counter() - start
-    failing, error = spent.failing()
-    return _Answer(frame, seconds, failing, b"" if error is None else pack(error))
+    return _Answer(frame, seconds, *spent.failing())

@@ -24,7 +24,6 @@ from dask_pcm.ledger.suspects import Cost
 from dask_pcm.mapping import ERROR
 from dask_pcm.plugins.hold import spent
 from dask_pcm.scheduling.first_batches import Failing
-from dask_pcm.tally import pack
 
 #: Libraries whose versions a part names, where they were used.
 _LIBRARIES = ("torch", "transformers")
@@ -76,7 +75,7 @@ class UnitResult:
     facts
         Where and how the contexts ran: device, dtype.
     failing, error
-        Where no row succeeded, how they failed, and one exception as ``tally.pack`` has packed it.
+        Where no row succeeded, how they failed, and one exception packed.
     """
 
     name: str
@@ -131,7 +130,7 @@ def run_unit(
         output.commit(unit.name, tables, note, replaces=unit.again is not None)
     clear(unit.name, output)
     # What an earlier attempt had computed is not known to have failed alike.
-    failing, error = (None, None) if count.n_kept else spent.failing()
+    failing, error = (None, b"") if count.n_kept else spent.failing()
     return UnitResult(
         unit.name,
         count.n_rows,
@@ -142,7 +141,7 @@ def run_unit(
         errors=tuple(count.errors[:MAX_ERRORS]),
         facts=count.facts,
         failing=failing,
-        error=b"" if error is None else pack(error),
+        error=error,
     )
 
 

@@ -114,12 +114,12 @@ class Spent(threading.local):
         self.errors: list[str] = []
         self.tallies: dict[str, Tally] = {}
 
-    def failing(self) -> tuple[Failing | None, Exception | None]:
+    def failing(self) -> tuple[Failing | None, bytes]:
         """Whether a function failed on all rows of a unit, and how; no batches where none ran."""
         for tally in self.tallies.values():
             if (failing := tally.failing) is not None:
                 return failing, tally.error
-        return (None, None) if self.tallies else (Failing(0), None)
+        return None if self.tallies else Failing(0), b""
 
 
 spent = Spent()

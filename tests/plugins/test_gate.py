@@ -525,6 +525,7 @@ async def test_what_an_earlier_life_of_a_worker_says_is_ignored(c, s, gate, a, b
 async def test_loading_and_wanted_workers_are_not_scaled_down(c, s, gate, a, b):
     def slow_load():
         time.sleep(0.5)
+        return "model"
 
     futures = c.map(numbers, range(4), ctx=Context(slow_load))
     await poll(lambda: any(view.loading_since for view in gate.state.workers.values()), 5)

@@ -139,7 +139,7 @@ def test_who_restarts_the_cluster_wants_nothing_of_before(log):
 
 
 def end_process():
-    os._exit(1)
+    return os._exit(1)
 
 
 def test_a_loader_that_ends_its_process_ends_its_tasks():
