@@ -43,7 +43,7 @@ class Cursor:
         #: The row that comes next; before `begin`, none.
         self.at = -1
         self._rest: pa.RecordBatch | None = None
-        self._source = _open(path)
+        self._fs, self._source = _open(path)  # an archive is closed with its filesystem
         # Without a buffer, or with one for all columns, a whole row group would be in memory.
         self._file = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         self._batches: Iterator[pa.RecordBatch] = iter(())
@@ -234,10 +234,10 @@ def _named(path: str) -> Iterator[None]:
         raise InputError(f"Cannot read {path!r}: {error}") from error
 
 
-def _open(path: str) -> Any:
+def _open(path: str) -> tuple[Any, Any]:
     fs, name = fsspec.core.url_to_fs(path)
     is_local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
-    return pa.OSFile(name, "rb") if is_local else fs.open(name, "rb")
+    return fs, pa.OSFile(name, "rb") if is_local else fs.open(name, "rb")
 
 
 def _check_version(path: str, version: str) -> None:
