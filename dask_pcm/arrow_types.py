@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 # So that files with pandas' periods and intervals are read alike in every process.
-import pandas.core.arrays.arrow.extension_types  # type: ignore[import-not-found] # noqa: F401
+import pandas.core.arrays.arrow.extension_types  # type: ignore[import-not-found]  # noqa: F401
 import pyarrow as pa
 
 Bounds = tuple[int, int]
@@ -101,6 +101,11 @@ def contains(kind: pa.DataType, is_wanted: Callable[[pa.DataType], bool]) -> boo
         return contains(kind.value_type, is_wanted)
     fields = [] if is_extension(kind) else [kind.field(i) for i in range(kind.num_fields)]
     return any(contains(field.type, is_wanted) for field in fields)
+
+
+def has_categories_within(kind: pa.DataType) -> bool:
+    """Whether a nested type has dictionaries in it."""
+    return not pa.types.is_dictionary(kind) and contains(kind, pa.types.is_dictionary)
 
 
 def wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:

@@ -122,6 +122,11 @@ def to_arrow(column: pd.Series, kind: pa.DataType) -> pa.Array:
 
 
 def _typed(column: pd.Series, kind: pa.DataType) -> pa.Array:
+    if isinstance(column.dtype, pd.CategoricalDtype) and pa.types.is_dictionary(kind):
+        values = pa.array(column.cat.categories.to_series(), type=kind.value_type)
+        codes = column.cat.codes.to_numpy()
+        indices = pa.array(codes, kind.index_type, mask=codes < 0)
+        return pa.DictionaryArray.from_arrays(indices, values, ordered=kind.ordered)
     is_object = bool(column.dtype == object)
     if is_object:
         _check_fits(column, kind)
@@ -146,8 +151,9 @@ def _check_fits(column: pd.Series, kind: pa.DataType) -> None:
     if found.type == kind or pa.types.is_null(found.type):
         return
     found = found.cast(_narrowed(found.type, kind))
+    fitted = found.cast(kind)
     with contextlib.suppress(pa.ArrowNotImplementedError):
-        if not found.cast(kind).cast(found.type).equals(found):
+        if not fitted.cast(found.type).equals(found):
             raise pa.ArrowInvalid(f"{found.type} has more to it than {kind}")
 
 

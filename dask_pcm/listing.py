@@ -70,10 +70,16 @@ def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
     roots: list[str] = []
     urls: dict[str, str] = {}
     for path in given:
-        fs, named = _resolve(path)
-        roots += map(fs.unstrip_protocol, named)
-        for name in sorted(_files(fs, named, path), key=natural_sort_key):
-            url = fs.unstrip_protocol(name)
+        try:
+            fs, named = _resolve(path)
+            names = sorted(_files(fs, named, path), key=natural_sort_key)
+        except InputError:
+            raise
+        except (OSError, ValueError, ImportError) as error:  # whatever a filesystem has to say
+            raise InputError(f"Cannot open the input {path!r}: {error}") from error
+        roots += (_url(fs, name, path) for name in named)
+        for name in names:
+            url = _url(fs, name, path)
             if url in urls:
                 again = "" if urls[url] == path else f", by {urls[url]!r} and by {path!r}"
                 raise InputError(f"The input names {url!r} twice{again}. Name each file once.")
@@ -82,16 +88,27 @@ def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
     return roots, list(urls)
 
 
+def _url(fs: Any, name: str, given: str) -> str:
+    """The URL of a file; within an archive, that of the archive stays with it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The name {os.fsencode(name)!r} is no text in UTF-8. Rename the file."
+        ) from error
+    inner, chain, archive = given.partition("::")
+    if not chain or "://" not in inner:
+        return str(fs.unstrip_protocol(name))
+    return f"{inner.partition('://')[0]}://{name}{chain}{archive}"
+
+
 def is_local(fs: Any) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
 def _resolve(given: str) -> tuple[Any, list[str]]:
     """The filesystem of a path or pattern, and the files and folders that it stands for."""
-    try:
-        fs, path = fsspec.core.url_to_fs(given)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"Cannot open the input {given!r}: {error}") from error
+    fs, path = fsspec.core.url_to_fs(given)
     fs.invalidate_cache()  # files may have come or changed since it was listed last
     if fs.exists(path):  # whatever characters its name has
         return fs, [path]

@@ -19,6 +19,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dask_pcm.arrow_types import has_categories_within
 from dask_pcm.errors import InputError
 from dask_pcm.files import counted_index, file_info, version_of
 
@@ -42,7 +43,7 @@ class Cursor:
         #: The row that comes next; before `begin`, none.
         self.at = -1
         self._rest: pa.RecordBatch | None = None
-        self._source = _open(path)
+        self._fs, self._source = _open(path)  # an archive is closed with its filesystem
         # Without a buffer, or with one for all columns, a whole row group would be in memory.
         self._file = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         self._batches: Iterator[pa.RecordBatch] = iter(())
@@ -63,8 +64,14 @@ class Cursor:
         """Go to row `at`, with which row group `group` begins."""
         groups = range(group, self._file.metadata.num_row_groups)
         self.at = at
-        self._batches = self._file.iter_batches(
-            self.batch_rows, row_groups=list(groups), columns=self._stored, use_threads=False
+        # Arrow does not put categories within lists and structs together from several row groups.
+        kinds = (self._file.schema_arrow.field(name).type for name in self._stored)
+        is_apart = any(has_categories_within(kind) for kind in kinds)
+        self._batches = itertools.chain.from_iterable(
+            self._file.iter_batches(
+                self.batch_rows, row_groups=together, columns=self._stored, use_threads=False
+            )
+            for together in ([[each] for each in groups] if is_apart else [list(groups)])
         )
 
     def read(self, start: int, stop: int) -> Iterator[pa.Table]:
@@ -227,10 +234,10 @@ def _named(path: str) -> Iterator[None]:
         raise InputError(f"Cannot read {path!r}: {error}") from error
 
 
-def _open(path: str) -> Any:
+def _open(path: str) -> tuple[Any, Any]:
     fs, name = fsspec.core.url_to_fs(path)
     is_local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
-    return pa.OSFile(name, "rb") if is_local else fs.open(name, "rb")
+    return fs, pa.OSFile(name, "rb") if is_local else fs.open(name, "rb")
 
 
 def _check_version(path: str, version: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,14 @@ def test_files_without_a_suffix_are_looked_into(tmp_path):
     assert read(tmp_path / "more.dat") == [7]
 
 
+def test_files_within_an_archive(days):
+    archive = zipfile.ZipFile(days / "in.zip", "w")
+    with archive:
+        archive.write(days / "day-1" / "a.parquet", "in/a.parquet")
+    for name in ("in", "in/a.parquet", "in/*.parquet"):
+        assert read(f"zip://{name}::file://{days}/in.zip") == [2, 3]
+
+
 def test_thousands_of_other_files_are_no_trouble(days):
     for n in range(3_000):
         (days / "day-0" / f"{n}.json").write_text("{}")
@@ -162,13 +171,24 @@ class TestRefused:
         with pytest.raises(InputError, match="path is empty"):
             pcm.read_parquet(given)
 
+    @pytest.mark.parametrize("given", ["nope://x", "s3://", "zip://x::file:///nowhere"])
+    def test_what_a_filesystem_does_not_open(self, given):
+        with pytest.raises(InputError, match=f"Cannot open the input '{given}'"):
+            pcm.read_parquet(given)
+
+    def test_a_name_that_is_no_text(self, tmp_path):
+        put(tmp_path / "a.parquet", 1)
+        os.rename(tmp_path / "a.parquet", os.fsencode(tmp_path) + b"/\xff.parquet")
+        with pytest.raises(InputError, match=r"xff.parquet' is no text in UTF-8"):
+            pcm.read_parquet(tmp_path)
+
     def test_a_list_with_something_else(self, days):
         with pytest.raises(InputError, match=r"Every item.*found 7"):
             pcm.read_parquet([days, 7])
 
     @pytest.mark.parametrize("pattern", ["day-9", "day-[7-9]", "{day-0,day-9}", "**/x*.parquet"])
     def test_nothing_there(self, days, pattern):
-        with pytest.raises(InputError, match="no input at"):
+        with pytest.raises(InputError, match=r"^There is no input at"):
             pcm.read_parquet(f"{days}/{pattern}")
 
     def test_a_folder_that_cannot_be_listed(self, days, monkeypatch):

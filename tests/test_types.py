@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from decimal import Decimal
 
 import dask.dataframe as dd
 import duckdb
@@ -14,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import dask_pcm as pcm
+from dask_pcm import conversion
 from dask_pcm.conversion import cast, to_arrow, to_pandas
 from dask_pcm.errors import InputError, SchemaError
+from dask_pcm.ledger.layout import Layout
 from dask_pcm.nans import mark, unmark
 from tests.arrow_values import NAN, VALUES, shown
 
@@ -76,6 +79,26 @@ def test_frames_have_the_types_that_they_say(every):
     frame = pcm.read_parquet(every)
     found = frame.compute(scheduler="sync")
     assert found.dtypes.astype(str).to_dict() == frame.dtypes.astype(str).to_dict()
+
+
+def test_rows_that_fail_and_pieces_of_many_row_groups_change_no_value(tmp_path):
+    table = pa.concat_tables([pa.table(VALUES)] * 3)
+    table = table.append_column("id", pa.array(range(9)))
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=4)
+
+    def fails(frame, context):
+        if (frame.id == 4).any():
+            raise ValueError("four")
+        return frame.assign(o=1)
+
+    frame = mapped(tmp_path / "in.parquet", fails)
+    layout = Layout.of(frame._meta, pcm.read_parquet(tmp_path).expr.operand("func"))
+    found = pa.concat_tables(layout.tables(frame.compute(scheduler="sync")))
+    assert found["error"].to_pylist()[4] == "ValueError: four"
+    assert found["error"].null_count == 8
+    given = pq.read_table(tmp_path / "in.parquet", use_threads=False)
+    for name in VALUES:
+        assert shown(found[name]) == shown(given[name]), name
 
 
 @pytest.mark.parametrize(
@@ -223,6 +246,34 @@ def test_a_function_that_returns_more_than_it_declares_is_told(values, dtype):
 )
 def test_what_stays_the_same_is_converted(values, dtype, expected):
     assert str(cast(pd.Series(values), pd.api.types.pandas_dtype(dtype)).tolist()) == str(expected)
+
+
+MISFITS = {
+    "a text for a list": (["ab"], pa.list_(pa.string())),
+    "a number for a text": ([1], pa.string()),
+    "a list for a map": ([["a"]], pa.map_(pa.string(), pa.string())),
+    "a number for a category": (pd.Categorical([1]), pa.dictionary(pa.int32(), pa.string())),
+    "hours of a date": ([dt.datetime(2020, 1, 1, 5)], pa.date32()),
+    "digits of a decimal": ([Decimal("1.234")], pa.decimal128(5, 2)),
+    "no uuid": (["x"], pa.uuid()),
+    "a shorter tensor": ([np.zeros(3)], VALUES["tensor"].type),
+    "a field": ([{"a": 1, "b": 2}], pa.struct([("a", pa.int64())])),
+}
+
+
+@pytest.mark.parametrize(("values", "kind"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_the_type_of_a_part_is_refused(values, kind):
+    column = pd.Series(values)
+    column = column if isinstance(column.dtype, pd.CategoricalDtype) else column.astype(object)
+    with pytest.raises(conversion.MISFITS):
+        to_arrow(column, kind)
+
+
+@pytest.mark.parametrize("values", [["q", "a", None], ["a", "a", "a"], [None, None, None]])
+def test_categories_of_any_part_fit(values):
+    kind = pa.dictionary(pa.int32(), pa.string(), ordered=True)
+    array = to_arrow(pd.Series(pd.Categorical(values)), kind)
+    assert array.type == kind and array.to_pylist() == values
 
 
 def test_the_column_is_named_where_a_function_returns_more_than_it_declares(claims):
