@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from distributed import Scheduler
@@ -21,8 +21,9 @@ from distributed.protocol.pickle import dumps
 
 logger = logging.getLogger(__name__)
 
-#: How long a client waits for answers; and between two attempts at what cannot be reached.
-PATIENCE_S, _AGAIN_S = 5.0, 1.0
+#: How long a client waits for answers (a worker imports the package first); and between two
+#: attempts at what cannot be reached.
+PATIENCE_S, _AGAIN_S = 15.0, 1.0
 
 
 async def ask_workers(function: bytes, dask_scheduler: Scheduler) -> dict[str, Any]:
@@ -36,9 +37,16 @@ async def ask_workers(function: bytes, dask_scheduler: Scheduler) -> dict[str, A
 
 
 async def deliver(
-    plugin: bytes, name: str, again: Callable[..., Any], dask_scheduler: Scheduler
+    plugin: bytes,
+    name: str,
+    again: Callable[..., Any],
+    awaited: Collection[str],
+    dask_scheduler: Scheduler,
 ) -> None:
-    """Have all workers set up a plugin, or call `again` on them where it is registered already."""
+    """Have all workers set up a plugin, or call `again` on them where it is registered already.
+
+    Only those in `awaited` are waited for: the others have been silent before.
+    """
     plugins = dask_scheduler.worker_plugins
     message: dict[str, Any] = {"op": "plugin-add", "plugin": plugin, "name": name}
     if name in plugins:
@@ -51,11 +59,16 @@ async def deliver(
 
         return await _persist(dask_scheduler, address, is_wanted, message)
 
-    await _gather(dask_scheduler, list(dask_scheduler.workers), send)
+    await _gather(dask_scheduler, list(dask_scheduler.workers), send, awaited)
 
 
-async def deliver_to_nannies(plugin: bytes, name: str, dask_scheduler: Scheduler) -> None:
-    """Have all nannies set up a plugin, those as well that are about to start their worker."""
+async def deliver_to_nannies(
+    plugin: bytes, name: str, awaited: Collection[str], dask_scheduler: Scheduler
+) -> None:
+    """Have all nannies set up a plugin, those as well that are about to start their worker.
+
+    Only those of the workers in `awaited` are waited for.
+    """
     plugins = dask_scheduler.nanny_plugins
     if name in plugins:
         return
@@ -68,7 +81,9 @@ async def deliver_to_nannies(plugin: bytes, name: str, dask_scheduler: Scheduler
 
         return await _persist(dask_scheduler, address, is_wanted, message)
 
-    await _gather(dask_scheduler, _nannies(dask_scheduler), send)
+    workers = dask_scheduler.workers
+    of_awaited = {ws.nanny for each in awaited if (ws := workers.get(each)) and ws.nanny}
+    await _gather(dask_scheduler, _nannies(dask_scheduler), send, of_awaited)
 
 
 async def withdraw(name: str, is_nannys: bool, dask_scheduler: Scheduler) -> None:
@@ -91,9 +106,17 @@ def _nannies(scheduler: Scheduler) -> list[str]:
 
 
 async def _gather(
-    scheduler: Scheduler, addresses: Iterable[str], ask: Callable[[str], Awaitable[Any]]
+    scheduler: Scheduler,
+    addresses: Collection[str],
+    ask: Callable[[str], Awaitable[Any]],
+    awaited: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Ask all at once; the answers that came in time, without those that cannot be reached.
+
+    Parameters
+    ----------
+    awaited
+        Which of them are waited for; all if left out.
 
     Raises
     ------
@@ -102,7 +125,7 @@ async def _gather(
     """
     answers: dict[str, Any] = {}
     answered = asyncio.Event()
-    left = set(addresses)
+    left = set(addresses if awaited is None else awaited).intersection(addresses)
 
     async def ask_one(address: str) -> None:
         try:
@@ -114,7 +137,7 @@ async def _gather(
             if not left:
                 answered.set()
 
-    for address in list(left):
+    for address in addresses:
         scheduler._ongoing_background_tasks.call_soon(ask_one, address)
     try:
         if left:

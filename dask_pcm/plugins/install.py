@@ -44,13 +44,13 @@ def install(client: Client | None = None) -> None:
     do workers that do not answer within seconds, frozen or out of reach, once they are back.
     """
     client = current_client(client)
-    _check_versions(client)
+    answering = _check_versions(client)
     config = Config.read()
     client.register_plugin(GatePlugin(config))
     keeper, contexts = KeeperPlugin(config), ContextPlugin(config)
-    client.run_on_scheduler(deliver_to_nannies, dumps(keeper), keeper.name)
+    client.run_on_scheduler(deliver_to_nannies, dumps(keeper), keeper.name, answering)
     # A worker that had its side already does not say hello to a new gate unasked.
-    client.run_on_scheduler(deliver, dumps(contexts), contexts.name, _greet)
+    client.run_on_scheduler(deliver, dumps(contexts), contexts.name, _greet, answering)
     if isinstance(client.cluster, SpecCluster):
         keep_local_nannies(client.cluster)
 
@@ -221,11 +221,16 @@ def _versions_there() -> dict[str, str]:
     return found
 
 
-def _check_versions(client: Client) -> None:
+def _check_versions(client: Client) -> list[str]:
+    """Compare versions everywhere; return the workers that have answered.
+
+    One that does not answer says by itself, when it is back, that it has another version.
+    """
     ask = by_value(_versions_there)
     _compare({"the scheduler": client.run_on_scheduler(ask)})
-    # A worker that does not answer says by itself, when it is back, that it has another version.
-    _compare(client.run_on_scheduler(ask_workers, dumps(ask)))
+    found: dict[str, dict[str, str]] = client.run_on_scheduler(ask_workers, dumps(ask))
+    _compare(found)
+    return list(found)
 
 
 def _compare(found: Mapping[str, Mapping[str, str]]) -> None:

@@ -30,6 +30,7 @@ from dask_pcm.errors import LoadError
 from dask_pcm.plugins import parking
 from dask_pcm.plugins.adaptive import answer_adaptive
 from dask_pcm.plugins.books import Loads, Member, Refs, RunInfo
+from dask_pcm.plugins.delivery import PATIENCE_S
 from dask_pcm.plugins.first_batches import Frames
 from dask_pcm.plugins.lanes import LANES
 from dask_pcm.plugins.losses import Losses
@@ -391,12 +392,20 @@ class GatePlugin(SchedulerPlugin):
             n_holding += bool(held)
             for digest in digests:
                 self._tell(address, {"op": "pcm-release", "digest": digest})
-        for digest in digests:  # also where the worker that had it is gone
-            await self._tell_nannies({"op": "pcm_drop", "digest": digest})
+        # Also where the worker that had it is gone.
+        drops: list[dict[str, Any]] = [{"op": "pcm_drop", "digest": digest} for digest in digests]
+        await self._tell_nannies(*drops)
         return n_holding
 
-    async def _tell_nannies(self, message: dict[str, Any]) -> None:
-        await self.scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
+    async def _tell_nannies(self, *messages: dict[str, Any]) -> None:
+        """Tell all nannies; those that do not answer soon are not waited for."""
+        told = (
+            self.scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
+            for message in messages
+        )
+        telling = [asyncio.ensure_future(one) for one in told]
+        if telling:
+            await asyncio.wait(telling, timeout=PATIENCE_S)
 
     # -- what the policy says ---------------------------------------------------------------
 

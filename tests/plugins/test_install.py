@@ -328,7 +328,7 @@ def test_a_client_that_is_closed_is_refused(claims, tmp_path):
 @pytest.fixture
 def frozen(own_client, monkeypatch):
     """The process of one of two workers, stopped; the other answers."""
-    monkeypatch.setattr(delivery, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(delivery, "PATIENCE_S", 4.0)
     process = psutil.Process(next(iter(own_client.run(os.getpid).values())))
     process.suspend()
     yield process
@@ -363,7 +363,7 @@ def test_a_frozen_worker_does_not_hold_up_uninstall(own_client, frozen):
 
 
 def test_a_worker_that_is_lost_while_the_toolkit_comes(own_client, frozen):
-    killing = threading.Timer(0.5, frozen.kill)
+    killing = threading.Timer(1.0, frozen.kill)
     killing.start()
     pcm.install(own_client)  # no error
     killing.join()
