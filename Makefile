@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCHMARKS := main_job doors ladder policy
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-dask lint bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    verify 5,000 generated claims on a local cluster"
 	@echo "make test    set up and run the tests"
+	@echo "make test-dask DISTRIBUTED=CHECKOUT    distributed's own tests, without and with the toolkit"
 	@echo "make lint    format, lint, types, import layers"
 	@echo "make bench   run the benchmarks and print their tables"
 
@@ -19,6 +20,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-dask: $(READY)
+	@test -d "$(DISTRIBUTED)/distributed/tests" || { \
+	  echo "Say where a checkout of dask/distributed is: make test-dask DISTRIBUTED=/path/to/it."; exit 1; }
+	$(BIN)/python -m benchmarks.dask_tests "$(DISTRIBUTED)" $(if $(ONLY),--only "$(ONLY)")
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
