@@ -13,8 +13,6 @@ import pytest
 from distributed.core import Status
 
 import dask_pcm as pcm
-from dask_pcm.factcheck.demo import MODEL_PATH
-from dask_pcm.inference import LLM
 from dask_pcm.plugins import tuning as tuning_module
 from dask_pcm.plugins.tuning import Tuning
 
@@ -178,24 +176,28 @@ def test_plugins_cost_a_worker_without_frames_no_pandas(own_client):
     assert list(own_client.run(heavy).values()) == [[], []]
 
 
-def device(i, llm):
-    with pcm.acquire(llm) as live:
-        return live.facts["device"]
-
-
-def test_a_worker_that_is_to_use_the_cpu_loads_a_model_whatever_it_was_given(
-    own_client,
-):
+def test_a_worker_that_is_to_use_the_cpu_loads_a_model_whatever_it_was_given(own_client):
     """Variables of batch systems name devices, and torch is one for CPUs."""
+
+    def build():
+        import torch  # noqa: F401
+
+        from dask_pcm.ladder.device import chosen_device
+
+        return chosen_device()
+
+    def using(i, ctx):
+        with pcm.acquire(ctx) as live:
+            return live
+
     own_client.run(os.environ.update, {"ROCR_VISIBLE_DEVICES": "0", "GPU_DEVICE_ORDINAL": "0"})
-    llm = LLM(MODEL_PATH)
+    context = pcm.Context(build, device_memory=1000)
     with dask.config.set({"pcm.worker.accelerator": "cpu"}):
         pcm.install(own_client)
-    assert llm.device_memory_bytes
-    assert own_client.submit(device, 0, llm).result() == "cpu"
-    names = own_client.run_on_scheduler(
-        lambda dask_scheduler: {
-            view.device_bytes for view in dask_scheduler.plugins["pcm-gate"].state.workers.values()
-        }
-    )
-    assert names == {None}
+    assert own_client.submit(using, 0, context).result() == "cpu"
+
+    def budgets(dask_scheduler):
+        workers = dask_scheduler.plugins["pcm-gate"].state.workers
+        return {view.device_bytes for view in workers.values()}
+
+    assert own_client.run_on_scheduler(budgets) == {None}
