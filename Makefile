@@ -8,12 +8,13 @@ BENCHMARKS := main_job doors ladder policy
 # What needs a device runs on the torch that is there, which need not be that of .venv.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test test-dask lint bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    verify 5,000 generated claims on a local cluster"
 	@echo "make test    set up and run the tests"
+	@echo "make test-dask DISTRIBUTED=CHECKOUT    distributed's own tests, without and with the toolkit"
 	@echo "make lint    format, lint, types, import layers"
 	@echo "make bench   run the benchmarks and print their tables"
 	@echo "make gpu     run all that needs a GPU, with the torch that is there (GPU_PYTHON=...)"
@@ -23,6 +24,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-dask: $(READY)
+	@test -d "$(DISTRIBUTED)/distributed/tests" || { \
+	  echo "Say where a checkout of dask/distributed is: make test-dask DISTRIBUTED=/path/to/it."; exit 1; }
+	$(BIN)/python -m benchmarks.dask_tests "$(DISTRIBUTED)" $(if $(ONLY),--only "$(ONLY)")
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

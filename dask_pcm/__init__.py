@@ -1,19 +1,46 @@
 """Batch inference on GPUs that come and go, with Dask.
 
 The model is loaded once a worker and kept, work goes where it is warm, and nothing finished is
-ever done again. Importing this imports neither torch nor transformers.
+ever done again. Importing this imports neither torch nor transformers, nor pandas: each name is
+looked up when it is first used, so a worker pays for what its tasks need.
 """
 
-import dask_pcm.accessor as _accessor  # registers ddf.pcm with Dask  # noqa: F401
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
 import dask_pcm.config as _config  # registers the defaults with Dask  # noqa: F401
-from dask_pcm.context import Context
-from dask_pcm.dataframe import map_partitions
 from dask_pcm.errors import PCMError
-from dask_pcm.inference import LLM, classify
-from dask_pcm.ledger import Progress, Report, Run, Sample, attach, write_parquet
-from dask_pcm.pieces import read_parquet
-from dask_pcm.plugins import acquire, explain, install, release, uninstall
+from dask_pcm.registration import register_accessor as _register_accessor
 from dask_pcm.version import __version__
+
+if TYPE_CHECKING:
+    from dask_pcm.context import Context
+    from dask_pcm.dataframe import map_partitions
+    from dask_pcm.inference import LLM, classify
+    from dask_pcm.ledger import Progress, Report, Run, Sample, attach, write_parquet
+    from dask_pcm.pieces import read_parquet
+    from dask_pcm.plugins.hold import acquire
+    from dask_pcm.plugins.install import explain, install, release, uninstall
+
+_HOMES = {
+    "Context": "dask_pcm.context",
+    "map_partitions": "dask_pcm.dataframe",
+    "LLM": "dask_pcm.inference",
+    "classify": "dask_pcm.inference",
+    "Progress": "dask_pcm.ledger",
+    "Report": "dask_pcm.ledger",
+    "Run": "dask_pcm.ledger",
+    "Sample": "dask_pcm.ledger",
+    "attach": "dask_pcm.ledger",
+    "write_parquet": "dask_pcm.ledger",
+    "read_parquet": "dask_pcm.pieces",
+    "acquire": "dask_pcm.plugins.hold",
+    "explain": "dask_pcm.plugins.install",
+    "install": "dask_pcm.plugins.install",
+    "release": "dask_pcm.plugins.install",
+    "uninstall": "dask_pcm.plugins.install",
+}
 
 __all__ = [
     "LLM",
@@ -35,3 +62,18 @@ __all__ = [
     "uninstall",
     "write_parquet",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    setattr(sys.modules[__name__], name, value)  # from now on it is found without this
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_register_accessor()

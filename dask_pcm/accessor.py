@@ -1,4 +1,4 @@
-"""``ddf.pcm``: the verbs on a Dask DataFrame, for notebooks."""
+"""``ddf.pcm``: the verbs on a Dask DataFrame, for notebooks; see ``registration``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import dask.dataframe as dd
-from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_pcm.dataframe import map_partitions
 from dask_pcm.inference import LLM, classify
@@ -29,7 +28,6 @@ def _like(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[.
     return decorate
 
 
-@register_dataframe_accessor("pcm")
 class Accessor:
     """The toolkit's verbs on a frame: ``ddf.pcm.classify(llm, ...).pcm.write_parquet(path)``.
 

@@ -25,7 +25,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_pcm import memory
 from dask_pcm.errors import InputError
-from dask_pcm.files import path_text, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +147,8 @@ def bundle_of(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) ->
     InputError
         Where there is no such file, or it changes while it is read.
     """
+    from dask_pcm.files import path_text  # with pandas, which not every worker needs
+
     given = path_text(path)
     try:
         fs, root = fsspec.core.url_to_fs(os.path.expanduser(given))
@@ -219,6 +220,8 @@ def _listed(fs: Any, root: str, patterns: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def _bundled(fs: Any, name: str, path: str) -> BundledFile:
+    from dask_pcm.files import version_of  # see above
+
     url = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
     try:
         info = fs.info(path)

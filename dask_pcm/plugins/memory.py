@@ -1,8 +1,7 @@
-"""Memory of a worker that holds weights: what is freed stays at hand, and weights are no leak."""
+"""Memory limits of a worker that holds weights: these are no leak."""
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,24 +10,6 @@ import psutil
 from distributed import Worker
 
 from dask_pcm.plugins.nanny import NannyLink
-
-# Parameters of mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def keep_freed_memory() -> bool:
-    """Have the allocator keep what is freed, for the next batch; False where it is not glibc.
-
-    Dask's nanny asks for the opposite (``MALLOC_TRIM_THRESHOLD_``), which makes torch map and
-    unmap every sizeable tensor: twice the CPU time of a batch.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        trims = libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-        maps = libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-    except (OSError, AttributeError):
-        return False
-    return bool(trims and maps)
 
 
 class MemoryAllowance:

@@ -28,7 +28,7 @@ from distributed.worker import _worker_cvar
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
 from dask_pcm.errors import DeviceBusyError, DeviceError, LoadError
-from dask_pcm.ladder.device import device_model
+from dask_pcm.ladder.device import cpu_model, device_model
 from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.residency import Change, Tier
 from dask_pcm.ladder.staging import Staging
@@ -37,20 +37,18 @@ from dask_pcm.ladder.tensors import device_bytes
 from dask_pcm.plugins.interrupts import Ignored
 from dask_pcm.plugins.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.leaving import Leaving, ends_in_s, free, is_unbegun
-from dask_pcm.plugins.memory import MemoryAllowance, keep_freed_memory
+from dask_pcm.plugins.memory import MemoryAllowance
 from dask_pcm.plugins.nanny import NannyLink
 from dask_pcm.plugins.signals import is_command, signals
 from dask_pcm.plugins.staging import Fetcher
 from dask_pcm.plugins.travel import Travels
+from dask_pcm.plugins.tuning import give_back_memory, tuning
 
 logger = logging.getLogger(__name__)
 
 CONTEXTS = "pcm-contexts"
 #: A worker on its way out, which takes plugins away before the threads of its tasks end.
 ENDING = (Status.closing, Status.closed, Status.failed)
-#: How long a lane that reads or commits keeps Python's lock from the one that infers; Python's own
-#: 5 ms are an eighth of a batch.
-_SWITCH_S = 5e-4
 _TIMEOUT_S, _FAREWELL_S, _CLOSING_S = 30.0, 0.05, 2.0
 
 
@@ -85,6 +83,7 @@ class ContextPlugin(Travels, WorkerPlugin):
             Host(self.nanny if worker.nanny else None),
             self._budget,
             is_mapped=self.config.device_budget_bytes is None,
+            is_cpu_only=self.config.is_cpu_only,
         )
         # Dask's executor: a worker that ends does not wait for its threads.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")
@@ -102,9 +101,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         elif is_command():
             self._heed_signals()
         self._lane = threading.local()
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        keep_freed_memory()
-        sys.setswitchinterval(_SWITCH_S)
+        tuning().join(worker)
         open_lanes(worker, self.config.n_lanes)
         worker.stream_handlers["pcm-load"] = self.on_load
         worker.stream_handlers["pcm-return"] = self.on_return
@@ -118,7 +115,8 @@ class ContextPlugin(Travels, WorkerPlugin):
     def greet(self) -> None:
         """Say hello to the gate; said again to the same one it changes nothing."""
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        device = self.config.device or device_model()
+        found = cpu_model() if self.config.is_cpu_only else device_model()
+        device = self.config.device or found
         self.worker.batched_stream.send(
             {
                 "op": "pcm-hello",
@@ -164,6 +162,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         self.nanny.close()
         # Also where the process ends: engines with processes of their own are closed by hooks.
         closing = self._loader.submit(self.store.close)
+        self._loader.submit(tuning().leave, worker)
         self._loader.shutdown(wait=False)
         self._mover.shutdown(wait=False)
         if worker.status in (Status.running, Status.paused):
@@ -213,8 +212,8 @@ class ContextPlugin(Travels, WorkerPlugin):
             self._report(Change(ref.digest, Tier.DEVICE))  # as long as it took before
             return
         try:
-            self._set_threads()
             with self._growing(ref):
+                self._set_threads()
                 self.store.load(ref)
         except LoadError:
             self._wanted.discard(ref.digest)  # the store has reported it; hidden, it is tried anew
@@ -227,18 +226,24 @@ class ContextPlugin(Travels, WorkerPlugin):
 
     @contextmanager
     def _growing(self, ref: ContextRef) -> Iterator[None]:
-        with self.memory.growing(ref.digest, self.store.mapped_bytes):
+        with (
+            tuning().in_use(self.n_threads),
+            self.memory.growing(ref.digest, self.store.mapped_bytes),
+        ):
             yield
         if "torch" in sys.modules:  # whoever comes after a kill will need it, too
             self.nanny.use_fork_server()
 
     def _budget(self) -> int | None:
         """What contexts may take on the device; None for no limit."""
-        return self.config.device_budget_bytes or device_bytes()
+        own_bytes = None if self.config.is_cpu_only else device_bytes()
+        return self.config.device_budget_bytes or own_bytes
 
     def _report(self, change: Change) -> None:
         if change.tier is Tier.ABSENT:
             self.memory.freed(change.digest)
+        if change.tier in (Tier.ABSENT, Tier.HOST):
+            give_back_memory()
         if change.is_sticky:
             self._restart("its device was lost while a context was loaded")
         message = {
@@ -272,7 +277,10 @@ class ContextPlugin(Travels, WorkerPlugin):
                 if ref.digest not in self._wanted and not is_there:
                     self._load_in_place(ref)
             # When to try again what has failed, the gate knows.
-            with self.store.acquire(refs, again=False) as values:
+            with (
+                tuning().in_use(self.n_threads),
+                self.store.acquire(refs, again=False) as values,
+            ):
                 self._set_threads()
                 yield values
         except LoadError as error:
@@ -354,7 +362,6 @@ class ContextPlugin(Travels, WorkerPlugin):
 
     def _set_threads(self) -> None:
         """Give torch the cores of this worker; its setting is the calling thread's own."""
-        os.environ["OMP_NUM_THREADS"] = str(self.n_threads)  # for what is not yet imported
         torch = sys.modules.get("torch")
         if torch is None or getattr(self._lane, "n_threads", None) == self.n_threads:
             return

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from distributed import Client, LocalCluster, get_worker, wait
+from distributed import Client, LocalCluster, wait
 
 import dask_pcm as pcm
 from dask_pcm.errors import InstallError
@@ -96,17 +96,13 @@ def test_threads_are_this_workers_share_of_the_cores(own_client):
         import torch
 
         with hold([ctx.ref]):
-            return get_worker().address, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
+            return torch.get_num_threads(), [
+                os.environ[name] for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+            ]
 
     found = own_client.gather(own_client.map(threads, range(12), ctx=A))
     share = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert {n for _, n, _ in found} == {share}
-    assert {n for *_, n in found} == {str(share)}
-
-    def tokenizers():
-        return os.environ["TOKENIZERS_PARALLELISM"]
-
-    assert set(own_client.run(tokenizers).values()) == {"false"}
+    assert all(said == (share, [str(share), "false"]) for said in found)
 
 
 def heavy():
@@ -179,8 +175,8 @@ def length(i, ctx):
 
 
 def test_the_allocator_keeps_what_is_freed(own_client):
-    """In a worker, where the nanny asks for the opposite: a freed 20 MB block comes again without
-    page faults, which a fresh mapping of it would cost."""
+    """While a context is held in a worker, where the nanny asks for the opposite: a freed 20 MB
+    block comes again without page faults, which a fresh mapping of it would cost."""
 
     def faults():
         import resource
@@ -195,11 +191,14 @@ def test_the_allocator_keeps_what_is_freed(own_client):
             once()
         return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
 
+    def faults_in_use(ctx):
+        with pcm.acquire(ctx):
+            return faults()
+
     fresh = max(own_client.run(faults).values())
     pcm.install(own_client)
-    kept = max(own_client.run(faults).values())
-    assert fresh > 10_000
-    assert kept < fresh / 10
+    assert min(own_client.run(faults).values()) > 0.9 * fresh > 10_000
+    assert own_client.submit(faults_in_use, A).result() < fresh / 10
 
 
 def test_a_worker_without_the_plugin_loads_once_and_warns(own_client):
