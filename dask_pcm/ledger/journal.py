@@ -29,12 +29,15 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from dask_pcm.errors import OutputError
 from dask_pcm.ledger.decode import are_ranges, are_texts, is_count, parse
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import Cost
 
 #: Seconds after which what was appended is synced.
 SYNC_S = 5.0
+#: What the kernel says where nothing more can be written.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _LENGTHS = struct.Struct("<QQ16s")
 
 
@@ -129,12 +132,19 @@ class FileJournal(Journal):
             raise
 
     def _write(self, blocks: Sequence[bytes | memoryview]) -> None:
-        n_written = os.writev(self._descriptor, blocks)
-        if n_written < sum(map(len, blocks)):
-            raise OSError(errno.ENOSPC, "a record could only be written in part")
-        if time.monotonic() - self._synced_at > SYNC_S:
-            os.fdatasync(self._descriptor)
-            self._synced_at = time.monotonic()
+        try:
+            if os.writev(self._descriptor, blocks) < sum(map(len, blocks)):
+                raise OSError(errno.ENOSPC, "a record could only be written in part")
+            if time.monotonic() - self._synced_at > SYNC_S:
+                os.fdatasync(self._descriptor)
+                self._synced_at = time.monotonic()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise OutputError(
+                f"There is no room left for the journals of the output: {error}. Make room, and run"
+                " the same again to go on."
+            ) from error
 
     def close(self) -> None:
         os.close(self._descriptor)

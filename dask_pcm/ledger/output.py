@@ -90,11 +90,14 @@ class Output(abc.ABC):
     begun
         Identity of the output since it was last begun anew; every part and every line carries it,
         so that those of a run that was shut out then are told from its own.
+    owner
+        The user who drives the run.
     """
 
     path: str
     run: str
     begun: str = field(default="", kw_only=True)
+    owner: int = field(default_factory=os.geteuid, kw_only=True)
 
     #: How often a run looks at what is asked of it, and says how it stands.
     look_every_s: ClassVar[float] = 0.25
@@ -351,7 +354,9 @@ class Output(abc.ABC):
             if the_living or not owner.is_alive:
                 self._restore(self.shut_out(owner.run))
         for name in self.entries(HOME):
-            if name.startswith(("old-", "new-")):  # whoever made it did not live to go on
+            if name.startswith(("old-", "new-")) and name.endswith(
+                "/"
+            ):  # whoever made it did not live to go on
                 self._restore(f"{HOME}/{name[:-1]}")
 
     def set_aside(self) -> None:

@@ -241,4 +241,6 @@ def output_to_look_at(path: str | os.PathLike[str]) -> Output:
     """An output that is only read."""
     local = local_path(path)
     run = uuid.uuid4().hex
-    return Folder(local, run) if local is not None else Objects(os.fspath(path).rstrip("/"), run)
+    if local is not None:
+        return Folder(local, run, is_guarded=False)  # anybody's, if it can be read
+    return Objects(os.fspath(path).rstrip("/"), run)
