@@ -32,8 +32,9 @@ import pyarrow as pa
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger.journal import NO_ROOM, FileJournal
 from dask_pcm.ledger.log import commit_line, encode_line
-from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
+from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output
 from dask_pcm.ledger.parts import Note, write_part
+from dask_pcm.ledger.status import Owner
 from dask_pcm.ledger.tree import Tree
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
@@ -230,7 +231,8 @@ class Folder(Output):
 
     def log_texts(self) -> Iterator[bytes]:
         for name in self.entries(LOG):
-            yield from filter(None, self.read(f"{LOG}/{name}").splitlines())
+            if not name.endswith("/"):  # a folder is none of ours
+                yield from filter(None, self.read(f"{LOG}/{name}").splitlines())
 
     def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> FileJournal:
         name = f"{JOURNAL}/{unit}.{self.run}.{uuid.uuid4().hex}"

@@ -31,6 +31,7 @@ import pyarrow as pa
 
 from dask_pcm.errors import OutputError
 from dask_pcm.ledger.decode import are_ranges, are_texts, is_count, parse
+from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import Cost
 
@@ -179,6 +180,16 @@ class Found(NamedTuple):
         """Rows that it had begun and not finished."""
         finished = Ranges((record.start, record.stop) for record in self.records)
         return [rows for rows in self.begun if any(finished.missing(*rows))]
+
+    def is_named(self, name: str) -> bool:
+        """Whether this is what a journal of this name tells of: its unit, and rows of that."""
+        unit = self.about.get("unit")
+        if not isinstance(unit, str) or not isinstance(self.about.get("run"), str):
+            return False
+        place = parse_name(unit)
+        start, stop = place if isinstance(place, tuple) else (0, 0)
+        told = [*((record.start, record.stop) for record in self.records), *self.begun]
+        return name.startswith(f"{unit}.") and all(start <= a and b <= stop for a, b in told)
 
 
 def read_journal(data: bytes) -> Found | None:

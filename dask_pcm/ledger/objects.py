@@ -40,8 +40,9 @@ from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger.journal import Journal
 from dask_pcm.ledger.lockfiles import LockFiles, refreshing
 from dask_pcm.ledger.log import commit_line, encode_line
-from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
+from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output
 from dask_pcm.ledger.parts import Note, write_part
+from dask_pcm.ledger.status import Owner
 from dask_pcm.ledger.tree import Tree
 
 logger = logging.getLogger(__name__)

@@ -47,6 +47,7 @@ from dask_pcm.ledger.journal import Found, Journal, read_journal
 from dask_pcm.ledger.log import parse_line
 from dask_pcm.ledger.parts import Note, is_intact, note_of, parse_name
 from dask_pcm.ledger.ranges import Range
+from dask_pcm.ledger.status import Owner
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +63,6 @@ class Entry(NamedTuple):
 
     n_bytes: int
     stamp: str
-
-
-class Owner(NamedTuple):
-    """Who drives a run."""
-
-    run: str
-    says: dict[str, Any]
-    is_alive: bool
-
-    def __str__(self) -> str:
-        about = self.says
-        who = f"process {about.get('pid')} of {about.get('user')} on {about.get('host')}"
-        return f"run {self.run[:8]} ({who}, begun {about.get('begun')})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,19 +314,9 @@ class Output(abc.ABC):
         for name in self.journal_names(unit):
             with contextlib.suppress(FileNotFoundError):  # who left it has committed after all
                 found = read_journal(self.read_journal(name))
-                is_ours = found is not None and self._is_journal(name, found)
-                yield name, found if is_ours else None
-
-    def _is_journal(self, name: str, found: Found) -> bool:
-        """Whether a journal is of the output as it is, and tells of the rows that its name says."""
-        about, unit = found.about, found.about.get("unit")
-        if not self.has_begun(about) or not isinstance(about.get("run"), str):
-            return False
-        place = parse_name(unit) if isinstance(unit, str) else None
-        start, stop = place if isinstance(place, tuple) else (0, 0)
-        told = [*((record.start, record.stop) for record in found.records), *found.begun]
-        is_inside = all(start <= first and end <= stop for first, end in told)
-        return name.startswith(f"{JOURNAL}/{unit}.") and is_inside
+                is_ours = found is not None and self.has_begun(found.about)
+                own = name.removeprefix(f"{JOURNAL}/")
+                yield name, found if found and is_ours and found.is_named(own) else None
 
     def wishes(self) -> frozenset[str]:
         """What is asked of this run: to pause, to cancel."""

@@ -13,7 +13,7 @@ from dask_pcm.errors import CancelledError, OutputError, PCMError
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.manifest import Manifest
 from dask_pcm.ledger.objects import Objects
-from dask_pcm.ledger.output import CANCEL, HOME, PAUSE, REPORT, Output, Owner, local_path
+from dask_pcm.ledger.output import CANCEL, HOME, PAUSE, REPORT, Output, local_path
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Ranges
 from dask_pcm.ledger.report import Report
@@ -24,6 +24,7 @@ from dask_pcm.ledger.status import (
     PAUSED,
     RUNNING,
     STARTING,
+    Owner,
     Progress,
 )
 
