@@ -19,128 +19,139 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from dask_pcm.errors import FencedError, OutputError
-from dask_pcm.ledger.journal import FileJournal
+from dask_pcm.ledger.journal import NO_ROOM, FileJournal
 from dask_pcm.ledger.log import commit_line, encode_line
-from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
+from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output
 from dask_pcm.ledger.parts import Note, write_part
+from dask_pcm.ledger.status import Owner
+from dask_pcm.ledger.tree import Tree
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_FOLDER = (FileNotFoundError, NotADirectoryError)
+#: Of the name of a file, in that of its temporary one.
+_MAX_STEM = 100
 #: Of a run on another host, or without locks: with an older status it is not at work.
 SILENT_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class Folder(Output):
-    """An output in a folder."""
+    """An output in a folder.
+
+    Attributes
+    ----------
+    is_guarded
+        Whether folders of others are refused below ``_pcm``; see ``Tree``.
+    """
 
     has_journals = True
+    is_guarded: bool = field(default=True, kw_only=True)
 
     @property
     def how(self) -> str:
         return "hard links" if self._has_links() else "renaming (there are no hard links here)"
 
-    # -- files ------------------------------------------------------------------------------
+    @property
+    def _tree(self) -> Tree:
+        return Tree(self.path, self.is_guarded, self.owner)
 
-    def _at(self, name: str) -> Path:
-        return Path(self.path, name)
+    # -- files ------------------------------------------------------------------------------
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         found = {}
-        with contextlib.suppress(*_NO_FOLDER), os.scandir(self._at(folder)) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):  # gone since it was listed
-                    status = entry.stat()
-                    name = f"{entry.name}/" if entry.is_dir() else entry.name
-                    found[name] = Entry(status.st_size, str(status.st_mtime_ns))
+        with contextlib.suppress(*_NO_FOLDER):
+            for name, status in self._tree.entries(folder):
+                shown = f"{name}/" if stat.S_ISDIR(status.st_mode) else name
+                found[shown] = Entry(status.st_size, str(status.st_mtime_ns))
         return dict(sorted(found.items()))
 
     def read(self, name: str) -> bytes:
-        return self._at(name).read_bytes()
+        with self._tree.reader(name) as file:
+            return file.read()
 
     def write(self, name: str, data: bytes) -> None:
-        temporary = self._temporary(os.path.basename(name))
-        with self._fenced(temporary), temporary.open("xb") as file:
-            file.write(data)
-            _sync(file)
+        temporary, tree = self._temporary(os.path.basename(name)), self._tree
         with self._fenced(temporary):
-            temporary.replace(self._at(name))
-        _sync_folder(self._at(name).parent)
+            with tree.creator(temporary) as file:
+                file.write(data)
+                _sync(file)
+            tree.rename(temporary, name)
+            tree.sync_folder(os.path.dirname(name))
 
     def exists(self, name: str) -> bool:
-        return self._at(name).exists()
+        return self._tree.exists(name)
 
     def move(self, name: str, target: str) -> None:
-        self._at(target).parent.mkdir(parents=True, exist_ok=True)
-        self._at(name).rename(self._at(target))
+        self._tree.make_folder(os.path.dirname(target))
+        self._tree.rename(name, target)
 
     def remove(self, name: str) -> None:
-        path = self._at(name)
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        self._tree.remove(name)
 
     # -- runs -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def taking_over(self) -> Iterator[None]:
         try:
-            self._at(LOG).mkdir(parents=True, exist_ok=True)
-            lock = self._at(f"{HOME}/lock").open("w")
+            os.makedirs(self.path, exist_ok=True)
+            for folder in (LOG, JOURNAL):
+                self._tree.make_folder(folder)
+            lock = self._tree.open(f"{HOME}/lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise self._unwritable(error) from error
-        with lock:
+        try:
             with contextlib.suppress(OSError):  # without locks the last one shuts the others out
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            self._tree.check(HOME)
             yield
+        finally:
+            os.close(lock)
 
     @contextlib.contextmanager
     def open(self, says: Mapping[str, Any]) -> Iterator[None]:
-        begun = self._at(f"{HOME}/new-{self.run}")
+        begun, tree = f"{HOME}/new-{self.run}", self._tree
         try:
-            begun.mkdir(parents=True)
-            (begun / "driver.json").write_text(json.dumps(says))
-            lock = (begun / "alive").open("w")
+            tree.make_folder(begun)
+            with tree.creator(f"{begun}/driver.json") as file:
+                file.write(json.dumps(says).encode())
+            lock = tree.creator(f"{begun}/alive")
         except OSError as error:
             raise self._unwritable(error) from error
         with lock:
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            begun.rename(self._at(self.place))  # seen by others from now on, and with its lock
+            tree.rename(begun, self.place)  # seen by others from now on, and with its lock
             try:
                 yield
             finally:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, OutputError):
                     # By another name first: nothing may be written while it is being removed.
                     self.remove(self.shut_out(self.run))
 
     def others(self) -> list[Owner]:
         found = []
         for name in self.entries(HOME):
-            if name.startswith("run-") and name != f"run-{self.run}/":
+            if name.startswith("run-") and name.endswith("/") and name != f"run-{self.run}/":
                 run = name[len("run-") : -1]
                 says = self.read_driver(run) or {}
                 is_alive = self._is_alive(f"{HOME}/{name[:-1]}", says.get("host"))
                 found.append(Owner(run, says, is_alive))
         return found
 
-    def _is_alive(self, place: str, host: str | None) -> bool:
+    def _is_alive(self, place: str, host: Any) -> bool:
         try:
-            with self._at(f"{place}/alive").open("r") as lock:
+            with self._tree.reader(f"{place}/alive") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -152,21 +163,22 @@ class Folder(Output):
         return host != socket.gethostname() and self._is_fresh(f"{place}/status.json")
 
     def _is_fresh(self, name: str) -> bool:
-        probe = self._at(f"{HOME}/clock-{uuid.uuid4().hex}")
+        probe, tree = f"{HOME}/clock-{uuid.uuid4().hex}", self._tree
         try:
-            probe.write_bytes(b"now")
-            age_s = probe.stat().st_mtime - self._at(name).stat().st_mtime
+            with tree.creator(probe) as file:
+                file.write(b"now")
+            age_s = tree.status(probe).st_mtime - tree.status(name).st_mtime
         except OSError:
             return False
         finally:
             with contextlib.suppress(OSError):
-                probe.unlink(missing_ok=True)
+                tree.remove(probe)
         return age_s < SILENT_S
 
     def shut_out(self, run: str) -> str:
         renamed = f"{HOME}/old-{uuid.uuid4().hex}"
         with contextlib.suppress(*_NO_FOLDER):
-            self._at(f"{HOME}/run-{run}").rename(self._at(renamed))
+            self._tree.rename(f"{HOME}/run-{run}", renamed)
         return renamed
 
     # -- parts ------------------------------------------------------------------------------
@@ -178,9 +190,9 @@ class Folder(Output):
         note: Note,
         replaces: bool = False,
     ) -> bool:
-        temporary = self._temporary(name)
+        temporary, tree = self._temporary(name), self._tree
         try:
-            with self._fenced(temporary), temporary.open("xb") as file:
+            with self._fenced(temporary), tree.creator(temporary) as file:
                 n_bytes, told = write_part(file, name, tables, note)
                 _sync(file)
                 stamp = str(os.fstat(file.fileno()).st_mtime_ns)
@@ -188,59 +200,73 @@ class Folder(Output):
             self._log(commit_line(self.run, name, n_bytes, told, stamp), is_synced=True)
             with self._fenced(temporary):
                 if replaces:
-                    temporary.replace(self._at(name))
-                elif not _link(temporary, self._at(name)):
+                    tree.rename(temporary, name)
+                elif not _link(tree, temporary, name):
                     return False
         finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(self.path)
+            tree.remove(temporary)
+        tree.sync_folder()
         return True
 
     def open_part(self, name: str) -> AbstractContextManager[BinaryIO]:
-        return self._at(name).open("rb")
+        return self._tree.reader(name)
 
     def log(self, line: Mapping[str, Any]) -> None:
         self._log(line)
 
     def _log(self, line: Mapping[str, Any], is_synced: bool = False) -> None:
-        name = f"{self.run}.{socket.gethostname()}.{os.getpid()}.jsonl"
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        name = f"{LOG}/{self.run}.{socket.gethostname()}.{os.getpid()}.jsonl"
         with self._fenced():
-            os.stat(self._at(self.place))  # a run that was replaced notes nothing any more
-            descriptor = os.open(self._at(f"{LOG}/{name}"), flags, 0o666)
-        try:
-            with self._fenced():
+            self._tree.status(self.place)  # a run that was replaced notes nothing any more
+            try:
+                descriptor = self._tree.open(name, os.O_RDWR | os.O_APPEND)
+            except FileNotFoundError:
+                descriptor = self._create(name, os.O_RDWR | os.O_APPEND)
+            try:
                 _append_line(descriptor, encode_line(line))
                 if is_synced:
                     os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)
+            finally:
+                os.close(descriptor)
 
     def log_texts(self) -> Iterator[bytes]:
         for name in self.entries(LOG):
-            yield from filter(None, self.read(f"{LOG}/{name}").splitlines())
+            if not name.endswith("/"):  # a folder is none of ours
+                yield from filter(None, self.read(f"{LOG}/{name}").splitlines())
 
     def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> FileJournal:
-        name = f"{unit}.{self.run}.{uuid.uuid4().hex}"
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+        name = f"{JOURNAL}/{unit}.{self.run}.{uuid.uuid4().hex}"
         with self._fenced():
-            os.stat(self._at(self.place))
-            self._at(JOURNAL).mkdir(exist_ok=True)
-            descriptor = os.open(self._at(f"{JOURNAL}/{name}"), flags, 0o666)
+            descriptor = self._create(name, os.O_WRONLY | os.O_APPEND)
         about = {**origin, "run": self.run, "begun": self.begun, "unit": unit}
-        return FileJournal(descriptor, f"{JOURNAL}/{name}", about)
+        return FileJournal(descriptor, name, about)
 
     def read_journal(self, name: str) -> bytes:
         return self.read(name)
 
+    def _create(self, name: str, flags: int) -> int:
+        """A file that is there from now on, unless the run was replaced; open.
+
+        Made in the run's folder, and linked from there as a part is: however long any of these
+        calls takes, none makes a file once the run is shut out.
+        """
+        temporary, tree = self._temporary(os.path.basename(name)), self._tree
+        try:
+            tree.creator(temporary).close()
+            _link(tree, temporary, name)  # another thread may have been first
+        finally:
+            tree.remove(temporary)
+        tree.sync_folder(os.path.dirname(name))
+        return tree.open(name, flags)
+
     # -- helpers ----------------------------------------------------------------------------
 
-    def _temporary(self, name: str) -> Path:
-        own = f"{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
-        return self._at(f"{self.place}/{own}")
+    def _temporary(self, name: str) -> str:
+        own = f"{name[:_MAX_STEM]}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
+        return f"{self.place}/{own}"
 
     @contextlib.contextmanager
-    def _fenced(self, temporary: Path | None = None) -> Iterator[None]:
+    def _fenced(self, temporary: str | None = None) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError as error:
@@ -250,8 +276,8 @@ class Folder(Output):
             ) from error
         except OSError as error:
             if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            if error.errno in _NO_ROOM:
+                self._tree.remove(temporary)
+            if error.errno in NO_ROOM:
                 raise OutputError(
                     f"There is no room left for the output {self.path!r}: {error}. Make room, and"
                     " run the same again to go on."
@@ -264,27 +290,27 @@ class Folder(Output):
     def _has_links(self) -> bool:
         source, target = self._temporary("probe"), self._temporary("probe")
         try:
-            source.write_bytes(b"")
-            os.link(source, target)
+            self._tree.creator(source).close()
+            self._tree.link(source, target)
         except OSError as error:
             return error.errno not in _NO_LINKS
         finally:
-            source.unlink(missing_ok=True)
-            target.unlink(missing_ok=True)
+            self._tree.remove(source)
+            self._tree.remove(target)
         return True
 
 
-def _link(temporary: Path, final: Path) -> bool:
+def _link(tree: Tree, temporary: str, final: str) -> bool:
     try:
-        os.link(temporary, final)
+        tree.link(temporary, final)
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if final.exists():
+        if tree.exists(final):
             return False
-        temporary.replace(final)
+        tree.rename(temporary, final)
     return True
 
 
@@ -300,11 +326,3 @@ def _append_line(descriptor: int, data: bytes) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(path: str | os.PathLike[str]) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,12 +31,16 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from dask_pcm.errors import OutputError
 from dask_pcm.ledger.decode import are_ranges, are_texts, is_count, parse
+from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import Cost
 
 #: Seconds after which what was appended is synced.
 SYNC_S = 5.0
+#: What the kernel says where nothing more can be written.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _LENGTHS = struct.Struct("<QQ16s")
 #: Keys of heads whose values are a range of rows.
 _RANGES = ("rows", "begin", "wait", "call")
@@ -147,12 +151,19 @@ class FileJournal(Journal):
             raise
 
     def _write(self, blocks: Sequence[bytes | memoryview]) -> None:
-        n_written = os.writev(self._descriptor, blocks)
-        if n_written < sum(map(len, blocks)):
-            raise OSError(errno.ENOSPC, "a record could only be written in part")
-        if time.monotonic() - self._synced_at > SYNC_S:
-            os.fdatasync(self._descriptor)
-            self._synced_at = time.monotonic()
+        try:
+            if os.writev(self._descriptor, blocks) < sum(map(len, blocks)):
+                raise OSError(errno.ENOSPC, "a record could only be written in part")
+            if time.monotonic() - self._synced_at > SYNC_S:
+                os.fdatasync(self._descriptor)
+                self._synced_at = time.monotonic()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise OutputError(
+                f"There is no room left for the journals of the output: {error}. Make room, and run"
+                " the same again to go on."
+            ) from error
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -197,6 +208,16 @@ class Found(NamedTuple):
         done = Ranges((record.start, record.stop) for record in self.records)
         begun = (rows for rows in self.begun if rows not in self.waiting)
         return [rows for rows in begun if any(done.missing(*rows))]
+
+    def is_named(self, name: str) -> bool:
+        """Whether this is what a journal of this name tells of: its unit, and rows of that."""
+        unit = self.about.get("unit")
+        if not isinstance(unit, str) or not isinstance(self.about.get("run"), str):
+            return False
+        place = parse_name(unit)
+        start, stop = place if isinstance(place, tuple) else (0, 0)
+        told = [*((record.start, record.stop) for record in self.records), *self.begun]
+        return name.startswith(f"{unit}.") and all(start <= a and b <= stop for a, b in told)
 
 
 def read_journal(data: bytes) -> Found | None:

@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
-import hashlib
 import io
 import itertools
 import logging
 import os
-import threading
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,10 +38,13 @@ import pyarrow as pa
 
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger.journal import Journal
+from dask_pcm.ledger.lockfiles import LockFiles, refreshing
 from dask_pcm.ledger.log import commit_line, encode_line
 from dask_pcm.ledger.object_store import Store
-from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output, Owner
+from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output
 from dask_pcm.ledger.parts import Note, write_part
+from dask_pcm.ledger.status import Owner
+from dask_pcm.ledger.tree import Tree
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ _CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl"
 MAX_NAME_BYTES = 1024
 #: A run whose status is older is not at work; a lock whose holder puts nothing is taken over.
 SILENT_S = 30.0
+_LOCK = re.compile(r"lock-\d{9}")
 _POLL_S = 0.2
 _N_READERS = 16
 
@@ -195,14 +197,12 @@ class Objects(Output):
     @contextlib.contextmanager
     def taking_over(self) -> Iterator[None]:
         if self.locks:
-            with self._lock_of("run").open("w") as file:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX)
+            with self._lock_files.taking_over():
                 yield
             return
         lock, mine = self._take_lock(), self.run.encode()
         try:
-            with _refreshing(lambda: self._put(lock, mine)):
+            with refreshing(lambda: self._put(lock, mine), SILENT_S):
                 yield
         finally:
             self._put(lock, b"")
@@ -241,7 +241,7 @@ class Objects(Output):
         return (int(names[-1].partition("-")[2]), f"{HOME}/{names[-1]}") if names else (0, None)
 
     def _locks(self) -> list[str]:
-        return [name for name in self.entries(HOME) if name.startswith("lock-")]
+        return [name for name in self.entries(HOME) if _LOCK.fullmatch(name)]
 
     @contextlib.contextmanager
     def open(self, says: Mapping[str, Any]) -> Iterator[None]:
@@ -255,7 +255,7 @@ class Objects(Output):
     def others(self) -> list[Owner]:
         found = []
         for name in self.entries(HOME):
-            if name.startswith("run-") and name != f"run-{self.run}/":
+            if name.startswith("run-") and name.endswith("/") and name != f"run-{self.run}/":
                 says = self.read_driver(name[len("run-") : -1])
                 is_alive = says is not None and self._age_s(f"{HOME}/{name}status.json") < SILENT_S
                 found.append(Owner(name[len("run-") : -1], says or {}, is_alive))
@@ -319,30 +319,20 @@ class Objects(Output):
 
     def _put_locked(self, name: str, data: bytes) -> bool:
         """Put a part under a lock file; False if it is there, or comes while we wait for it."""
-        lock = self._lock_of(name)
         while not self._is_there(name):
-            try:
-                descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-            except FileExistsError:
-                _break_lock(lock)
-                time.sleep(_POLL_S)
-                continue
-            try:
-                if self._is_there(name):  # put by whoever held the lock before us
-                    return False
-                self._check_fence()
-                with _refreshing(lock.touch):
+            with self._lock_files.hold(name) as is_held:
+                if is_held:
+                    if self._is_there(name):  # put by whoever held the lock before us
+                        return False
+                    self._check_fence()
                     self._put(name, data)
-                return True
-            finally:
-                os.close(descriptor)
-                lock.unlink(missing_ok=True)
+                    return True
+            time.sleep(_POLL_S)
         return False
 
-    def _lock_of(self, name: str) -> Path:
-        """The lock file of something of this output; other runs of it have the same."""
-        place = hashlib.sha256(self.path.encode()).hexdigest()[:16]
-        return Path(str(self.locks), f"{place}.{name}.lock")
+    @property
+    def _lock_files(self) -> LockFiles:
+        return LockFiles(Tree(str(self.locks), owner=self.owner), self.path, SILENT_S)
 
     def _is_there(self, name: str) -> bool:
         """Whether a part is there that did not arrive from a run that was shut out."""
@@ -404,32 +394,3 @@ def _stamp(info: Mapping[str, Any]) -> str:
         if info.get(key):
             return str(info[key])
     return ""
-
-
-@contextlib.contextmanager
-def _refreshing(touch: Callable[[], Any]) -> Iterator[None]:
-    """Show from time to time that whoever holds a lock is at work."""
-    is_over = threading.Event()
-
-    def refresh() -> None:
-        while not is_over.wait(SILENT_S / 5):
-            with contextlib.suppress(Exception):  # a store that is away for a while
-                touch()
-
-    refreshing = threading.Thread(target=refresh, name="pcm-lock", daemon=True)
-    refreshing.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        refreshing.join()
-
-
-def _break_lock(lock: Path) -> None:
-    """Remove a lock whose holder puts nothing; by the clock of the filesystem that it is on."""
-    probe = lock.with_suffix(f".{uuid.uuid4().hex}")
-    with contextlib.suppress(FileNotFoundError):
-        probe.write_bytes(b"now")
-        if probe.stat().st_mtime - lock.stat().st_mtime > SILENT_S:
-            lock.rename(probe)  # of several who see it, one
-    probe.unlink(missing_ok=True)

@@ -47,6 +47,7 @@ from dask_pcm.ledger.journal import Found, Journal, read_journal
 from dask_pcm.ledger.log import parse_line
 from dask_pcm.ledger.parts import Note, is_intact, note_of, parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
+from dask_pcm.ledger.status import Owner
 
 logger = logging.getLogger(__name__)
 
@@ -64,19 +65,6 @@ class Entry(NamedTuple):
     stamp: str
 
 
-class Owner(NamedTuple):
-    """Who drives a run."""
-
-    run: str
-    says: dict[str, Any]
-    is_alive: bool
-
-    def __str__(self) -> str:
-        about = self.says
-        who = f"process {about.get('pid')} of {about.get('user')} on {about.get('host')}"
-        return f"run {self.run[:8]} ({who}, begun {about.get('begun')})"
-
-
 @dataclass(frozen=True, slots=True)
 class Output(abc.ABC):
     """An output; travels to the workers. Names are relative to it.
@@ -90,11 +78,14 @@ class Output(abc.ABC):
     begun
         Identity of the output since it was last begun anew; every part and every line carries it,
         so that those of a run that was shut out then are told from its own.
+    owner
+        The user who drives the run.
     """
 
     path: str
     run: str
     begun: str = field(default="", kw_only=True)
+    owner: int = field(default_factory=os.geteuid, kw_only=True)
 
     #: How often a run looks at what is asked of it, and says how it stands.
     look_every_s: ClassVar[float] = 0.25
@@ -324,19 +315,9 @@ class Output(abc.ABC):
         for name in self.journal_names(unit):
             with contextlib.suppress(FileNotFoundError):  # who left it has committed after all
                 found = read_journal(self.read_journal(name))
-                is_ours = found is not None and self._is_journal(name, found)
-                yield name, found if is_ours else None
-
-    def _is_journal(self, name: str, found: Found) -> bool:
-        """Whether a journal is of the output as it is, and tells of the rows that its name says."""
-        about, unit = found.about, found.about.get("unit")
-        if not self.has_begun(about) or not isinstance(about.get("run"), str):
-            return False
-        place = parse_name(unit) if isinstance(unit, str) else None
-        start, stop = place if isinstance(place, tuple) else (0, 0)
-        told = [*((record.start, record.stop) for record in found.records), *found.begun]
-        is_inside = all(start <= first and end <= stop for first, end in told)
-        return name.startswith(f"{JOURNAL}/{unit}.") and is_inside
+                is_ours = found is not None and self.has_begun(found.about)
+                own = name.removeprefix(f"{JOURNAL}/")
+                yield name, found if found and is_ours and found.is_named(own) else None
 
     def wishes(self) -> frozenset[str]:
         """What is asked of this run: to pause, to cancel."""
@@ -352,7 +333,9 @@ class Output(abc.ABC):
             if the_living or not owner.is_alive:
                 self._restore(self.shut_out(owner.run))
         for name in self.entries(HOME):
-            if name.startswith(("old-", "new-")):  # whoever made it did not live to go on
+            if name.startswith(("old-", "new-")) and name.endswith(
+                "/"
+            ):  # whoever made it did not live to go on
                 self._restore(f"{HOME}/{name[:-1]}")
 
     def set_aside(self) -> None:

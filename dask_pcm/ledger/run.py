@@ -13,7 +13,7 @@ from dask_pcm.errors import CancelledError, OutputError, PCMError
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.manifest import Manifest
 from dask_pcm.ledger.objects import Objects
-from dask_pcm.ledger.output import CANCEL, HOME, PAUSE, REPORT, Output, Owner, local_path
+from dask_pcm.ledger.output import CANCEL, HOME, PAUSE, REPORT, Output, local_path
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Ranges
 from dask_pcm.ledger.report import Report
@@ -24,6 +24,7 @@ from dask_pcm.ledger.status import (
     PAUSED,
     RUNNING,
     STARTING,
+    Owner,
     Progress,
 )
 
@@ -241,4 +242,6 @@ def output_to_look_at(path: str | os.PathLike[str]) -> Output:
     """An output that is only read."""
     local = local_path(path)
     run = uuid.uuid4().hex
-    return Folder(local, run) if local is not None else Objects(os.fspath(path).rstrip("/"), run)
+    if local is not None:
+        return Folder(local, run, is_guarded=False)  # anybody's, if it can be read
+    return Objects(os.fspath(path).rstrip("/"), run)

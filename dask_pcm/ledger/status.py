@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from dask_pcm.ledger.decode import known_fields
 
@@ -81,6 +81,19 @@ class Progress:
             warm = f"{self.n_warm}/{self.n_workers} workers warm"
             text += f", {self.per_s:,.0f}/s, {self.lack or warm}"
         return text + (f", ETA {span(self.eta_s)}" if self.eta_s is not None else "")
+
+
+class Owner(NamedTuple):
+    """Who drives a run."""
+
+    run: str
+    says: dict[str, Any]
+    is_alive: bool
+
+    def __str__(self) -> str:
+        about = self.says
+        who = f"process {about.get('pid')} of {about.get('user')} on {about.get('host')}"
+        return f"run {self.run[:8]} ({who}, begun {about.get('begun')})"
 
 
 def whoami() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
@@ -13,19 +14,22 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.ledger import attempt as attempts
+from dask_pcm.ledger import journal as journals
 from dask_pcm.ledger import manifest
 from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.journal import FileJournal, Record, apart, read_journal
 from dask_pcm.ledger.layout import Layout
+from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.plan import Plan
 from dask_pcm.ledger.ranges import Ranges
 from dask_pcm.ledger.recover import recover
 from dask_pcm.ledger.report import rows_recomputed
-from dask_pcm.ledger.stock import take_stock
+from dask_pcm.ledger.stock import Extent, take_stock
 from dask_pcm.ledger.unit import Job, run_unit
 
 N_ROWS, BATCH = 100, 10
+OWN = {"rows": 27, "failed": 0, "begun": "b"}
 #: Rows that were given to the function; its code finds this list by its module's name.
 DONE: list[int] = []
 ENDS_AT: list[int] = []
@@ -175,11 +179,103 @@ def test_what_was_committed_after_all_is_not_committed_again(work):
         left = output.read(name)
         ENDS_AT.clear()
         work.run(output)
-        (output._at(name)).write_bytes(left)
+        Path(output.path, name).write_bytes(left)
     later, at_work = work.opened("r2")
     with at_work:
         recover(later)
         assert len(later.parts()) == 1 and not later.journal_names()
+
+
+def left_by_zombie(output, start, stop, **about):
+    """A journal of a run that was shut out, of units as it had cut them."""
+    rows = range(start, stop)
+    table = pa.table({"id": rows, "twice": [2 * i for i in rows], "error": pa.nulls(len(rows))})
+    name = f"_pcm/journal/part-{start:012d}-{stop:012d}.parquet.zombie.1"
+    descriptor = os.open(Path(output.path, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    told = {"run": "zombie", "begun": "b", "unit": name.split("/")[-1].split(".zombie")[0]}
+    journal = FileJournal(descriptor, {**told, **about})
+    for first in range(start, stop, BATCH):
+        journal.append(Record(first, first + BATCH, table.slice(first - start, BATCH)))
+    journal.close()
+
+
+def test_what_overlaps_is_never_committed(work):
+    """A run that was shut out leaves journals of rows that have been computed since."""
+    output, at_work = work.opened("r1")
+    with at_work:
+        output.commit(range_name(35, 62), [pa.table({"id": range(35, 62)})], lambda: OWN)
+        left_by_zombie(output, 0, 50)
+        left_by_zombie(output, 20, 100)
+        recover(output)
+        ranges = sorted(place(name) for name in output.parts())
+        assert ranges == [(0, 30), (35, 62), (70, 100)]
+        assert not output.journal_names()
+        take_stock(output)
+
+
+@pytest.mark.parametrize(
+    "about", [{"begun": "other"}, {"run": 5}, {"unit": 7}, {"unit": range_name(0, 10)}]
+)
+def test_a_journal_that_is_not_ours_is_removed(work, about):
+    output, at_work = work.opened("r1")
+    with at_work:
+        left_by_zombie(output, 0, 50, **about)
+        recover(output)
+        assert not output.parts() and not output.journal_names()
+
+
+def test_rows_of_a_journal_that_the_job_does_not_have(work, caplog):
+    """Another input, or other columns: else a part would be there that is never accepted."""
+    output, at_work = work.opened("r1")
+    layout = Layout.of(work.plan.meta, work.plan.reader)
+    with at_work:
+        left_by_zombie(output, 40, 60)
+        recover(output, Extent(Ranges([(0, 50)]), 1, keeps_rows=True), None)
+        assert list(output.parts()) == [range_name(40, 50)]
+        left_by_zombie(output, 0, 20)  # its errors have no type
+        recover(output, Extent.of(work.plan), layout)
+        assert list(output.parts()) == [range_name(40, 50)]
+    assert "Rows 50 to 60 of a journal are none of this job's" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"5",
+        b"{",
+        b"\xff",
+        b"[" * 99_999,
+        b'{"rows": [9, 0]}',
+        b'{"rows": 5}',
+        b'{"begin": [0]}',
+        b'{"costs": [[0, 1]], "settled": []}',
+        b'{"costs": [], "settled": [5]}',
+        b'{"rows": [0, 10], "failed": "1", "errors": [], "facts": {}}',
+        b'{"rows": [0, 10], "failed": 1, "errors": 5, "facts": {}}',
+        b'{"rows": [0, 10], "failed": 0, "errors": [], "facts": {}}',  # and no table
+        b"{}",
+    ],
+)
+def test_a_record_of_other_content_counts_as_not_written(tmp_path, head):
+    path = tmp_path / "journal"
+    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"run": "r"})
+    journal.append(records()[0])
+    lengths = journals._LENGTHS.pack(len(head), 4, journals._digest(head, b"junk"))
+    journal._write([lengths, head, b"junk"])
+    journal.append(records()[1])
+    journal.close()
+    found = read_journal(path.read_bytes())
+    assert [(r.start, r.stop) for r in found.records] == [(0, 10)]
+    assert (found.begun, found.costs, found.settled) == ([], [], [])
+
+
+def test_a_full_disk_is_told_of(tmp_path, monkeypatch):
+    path = tmp_path / "journal"
+    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"run": "r"})
+    monkeypatch.setattr(os, "writev", lambda file, blocks: 5)
+    with pytest.raises(pcm.PCMError, match="no room left for the journals"):
+        journal.begin(0, 1)
+    journal.close()
 
 
 def test_a_journal_of_another_job_in_the_same_place_is_removed(work):

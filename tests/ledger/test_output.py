@@ -26,6 +26,7 @@ from dask_pcm.ledger.output import LOG, MANIFEST, Output
 from dask_pcm.ledger.parts import parse_name, partition_name, range_name, write_part
 from dask_pcm.ledger.report import rows_recomputed
 from dask_pcm.ledger.stock import Counts, take_stock
+from dask_pcm.ledger.tree import Tree
 from tests.support.patience import patient
 
 TABLE = pa.table({"x": [1, 2]})
@@ -253,6 +254,7 @@ class TestSettingAside:
         assert output.read_json("_pcm/report.json") == {"job": "old"}
         assert take_stock(output) == {NAME: Counts(2, 0), range_name(2, 4): Counts(2, 0)}
         assert {p.name for p in Path(output.path, "_pcm").iterdir()} == {
+            "journal",
             "lock",
             "log",
             "manifest.json",
@@ -371,9 +373,7 @@ class TestStock:
         def dies(*args):
             raise KeyboardInterrupt
 
-        target, name = (
-            (folder, "_sync_folder") if isinstance(output, Folder) else (objects, "_stamp")
-        )
+        target, name = (Tree, "sync_folder") if isinstance(output, Folder) else (objects, "_stamp")
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(target, name, dies)
             output.commit(NAME, [OTHER], lambda: {"rows": 1, "failed": 0}, replaces=True)
@@ -420,9 +420,9 @@ class TestFolder:
             yield output
 
     def test_a_run_that_is_replaced_between_write_and_link(self, output, monkeypatch):
-        def fence_first(temporary, final):
+        def fence_first(tree, temporary, final):
             output.as_run("newer").fence()
-            return link(temporary, final)
+            return link(tree, temporary, final)
 
         link = folder._link
         monkeypatch.setattr(folder, "_link", fence_first)
@@ -430,11 +430,42 @@ class TestFolder:
             output.commit(NAME, [TABLE], lambda: NOTE)
         assert not output.parts()
 
+    @pytest.mark.parametrize("step", ["creator", "link"])
+    @pytest.mark.parametrize("what", ["journal", "log"])
+    def test_no_file_is_created_once_the_run_is_replaced(self, output, monkeypatch, step, what):
+        """However long the filesystem takes between a look at the fence and the creation."""
+        newer, call = output.as_run("newer"), getattr(Tree, step)
+
+        def slow(tree, *names):
+            if f"/{what}/" in "/".join(names) or step == "creator":
+                newer.fence()
+            return call(tree, *names)
+
+        monkeypatch.setattr(Tree, step, slow)
+        with pytest.raises(FencedError, match="replaced by a newer one"):
+            if what == "journal":
+                output.begin_journal(NAME, {})
+            else:
+                output.note_start(NAME, 2)
+        assert not newer.journal_names() and not newer.entries(LOG)
+        assert not [name for name in newer.entries("_pcm") if name.startswith(("run-", "old-"))]
+
+    def test_replaced_between_rename_and_sync_of_the_folder(self, output, monkeypatch):
+        def fence_first(tree, name=""):
+            if name == output.place:
+                output.as_run("newer").fence()
+            sync(tree, name)
+
+        sync = Tree.sync_folder
+        monkeypatch.setattr(Tree, "sync_folder", fence_first)
+        with pytest.raises(FencedError, match="was replaced by a newer one"):
+            output.write_json(f"{output.place}/status.json", {})
+
     @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
     def test_without_hard_links_a_part_is_still_whole_and_kept(self, output, monkeypatch, code):
         assert output.how == "hard links"
 
-        def no_links(source, target):
+        def no_links(*args, **options):
             raise OSError(code, "no links here")
 
         monkeypatch.setattr(os, "link", no_links)
@@ -466,11 +497,13 @@ class TestFolder:
         with at_work(newer):
             newer.fence()
             assert {p.name for p in Path(output.path, "_pcm").iterdir()} == {
+                "journal",
                 "lock",
                 "log",
                 "run-newer",
             }
-        assert {p.name for p in Path(output.path, "_pcm").iterdir()} == {"lock", "log"}
+        left = {p.name for p in Path(output.path, "_pcm").iterdir()}
+        assert left == {"journal", "lock", "log"}
 
     def test_a_run_whose_process_died_is_not_at_work(self, output):
         place = Path(output.path, "_pcm", "run-dead")
@@ -595,11 +628,11 @@ class TestObjects:
     def test_a_lock_whose_holder_died_is_taken_over(self, bucket, tmp_path, monkeypatch):
         output = Objects.at(f"{bucket}/out", str(tmp_path))
         with at_work(output):
-            lock = output._lock_of(NAME)
+            lock = Path(output.locks, output._lock_files._at(NAME))
             lock.write_text("")
             os.utime(lock, (1, 1))
             assert output.commit(NAME, [TABLE], lambda: NOTE)
-        assert not list(tmp_path.glob("*part*"))
+        assert not list(tmp_path.glob("*/*part*"))
 
     def test_of_many_who_find_a_dead_holders_lock_one_at_a_time_goes_on(self, bucket, monkeypatch):
         """However they come to stand between looking, creating and removing."""
