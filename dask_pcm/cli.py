@@ -25,6 +25,7 @@ from dask_pcm.errors import (
     InstallError,
     LimitError,
     PCMError,
+    printable,
 )
 from dask_pcm.factcheck import demo as factcheck
 from dask_pcm.factcheck import demo_model
@@ -153,9 +154,9 @@ def show_status(output: str, as_json: bool) -> None:
     if report.error:
         lines["ended by"] = report.error
     for name, value in lines.items():
-        click.echo(f"{name:15} {value}")
+        _say(f"{name:15} {value}")
     for error in report.errors:
-        click.echo(f"a failed row    {error}")
+        _say(f"a failed row    {error}".replace("\n", "\\n"))
 
 
 def _ask(name: str, what: str) -> None:
@@ -187,7 +188,7 @@ def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
                 done = write_parquet(verdicts, target, overwrite=overwrite, client=client)
         _summarise(done, is_kept=output is not None)
         if rows:
-            click.echo(f"accuracy        {factcheck.accuracy(target):.1%}")
+            _say(f"accuracy        {factcheck.accuracy(target):.1%}")
 
 
 @main.command("simulate")
@@ -222,7 +223,7 @@ def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None)
         Console(width=width).print(simulation.table(played.title, results))
         if report:
             simulation.write_report(Path(report), results)
-            click.echo(f"The report is in {Path(report, 'report.html')}")
+            _say(f"The report is in {Path(report, 'report.html')}")
 
 
 def _text(value: str) -> str:
@@ -288,21 +289,26 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "Failed to communicate with scheduler during heartbeat" not in record.getMessage()
 
 
+def _say(text: str, err: bool = False) -> None:
+    """Print what may quote files and rows."""
+    click.echo(printable(text), err=err)
+
+
 @contextmanager
 def _reported_errors(output: str) -> Iterator[None]:
     """Errors of ours as one message, without a traceback; Ctrl-C says how to go on."""
     try:
         yield
     except (CancelledError, FailedRowsError) as error:
-        click.echo(f"{error}", err=True)
+        _say(f"{error}", err=True)
         is_failed = isinstance(error, FailedRowsError)
         sys.exit(EXIT_FAILED_ROWS if is_failed else EXIT_INTERRUPTED)
     except PCMError as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        click.echo(f"Error: {error}{notes}", err=True)
+        _say(f"Error: {error}{notes}", err=True)
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
-        click.echo(
+        _say(
             f"Interrupted. What was committed stays in {output}; run the same command to go on.",
             err=True,
         )
@@ -311,10 +317,10 @@ def _reported_errors(output: str) -> Iterator[None]:
 
 def _show_sample(sample: Sample) -> None:
     with pd.option_context("display.max_rows", 40, "display.width", 100):
-        click.echo(sample.frame.to_string(index=False, max_rows=40, max_colwidth=40))
-    click.echo(str(sample))
+        _say(sample.frame.to_string(index=False, max_rows=40, max_colwidth=40))
+    _say(str(sample))
     for error in sample.errors:
-        click.echo(f"a failed row    {error}")
+        _say(f"a failed row    {error}".replace("\n", "\\n"))
 
 
 def _write_report(path: str, report: Report) -> None:
@@ -333,6 +339,6 @@ def _summarise(done: Run, is_kept: bool = True) -> None:
         f" {report.infer_s:.1f} inferring (summed over workers)",
     }
     for name, value in lines.items():
-        click.echo(f"{name:15} {value}")
+        _say(f"{name:15} {value}")
     for error in report.errors:
-        click.echo(f"a failed row    {error}")
+        _say(f"a failed row    {error}".replace("\n", "\\n"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from dask.utils import natural_sort_key
 
-from dask_pcm.errors import InputError, SchemaError
+from dask_pcm.errors import InputError, SchemaError, redacted
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 _MAGIC = b"PAR1"
@@ -50,6 +51,31 @@ def path_text(path: str | os.PathLike[str]) -> str:
     return text
 
 
+def redacted_repr(value: Any) -> str:
+    """What ``repr`` shows of a dataclass, without the secrets of URLs in it."""
+    shown = (field.name for field in fields(value) if field.repr)
+    texts = (f"{name}={redacted(repr(getattr(value, name)))}" for name in shown)
+    return f"{type(value).__name__}({', '.join(texts)})"
+
+
+def names_of(paths: Iterable[str]) -> dict[str, str]:
+    """Input files by paths, as a manifest names them: without what may be a secret.
+
+    A new signature is no other file. Where URLs differ in nothing else, they are numbered.
+
+    >>> names_of(["https://host/a?sig=1", "https://host/get?id=1", "https://host/get?id=2"])
+    {'https://host/a?sig=1': 'https://host/a', 'https://host/get?id=1': 'https://host/get', \
+'https://host/get?id=2': 'https://host/get (2)'}
+    """
+    names: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for path in paths:
+        name = redacted(path)
+        counts[name] += 1
+        names[path] = name if counts[name] == 1 else f"{name} ({counts[name]})"
+    return names
+
+
 class RowGroup(NamedTuple):
     """Rows, and the bytes of the wanted columns before compression."""
 
@@ -57,7 +83,7 @@ class RowGroup(NamedTuple):
     n_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class File:
     """An input file as its footer describes it; the fingerprint tells whether it changed."""
 
@@ -69,6 +95,8 @@ class File:
     row_groups: tuple[RowGroup, ...]
     schema: pa.Schema
     nullable: frozenset[str]
+
+    __repr__ = redacted_repr
 
     @property
     def fingerprint(self) -> dict[str, str | int]:
@@ -82,16 +110,11 @@ def list_files(path: str, columns: Sequence[str] | None = None) -> list[File]:
     """
     try:
         fs, root = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
+        fs.invalidate_cache()  # files may have come or changed since it was listed last
+        found = _found(fs, root)
+    except Exception as error:  # each store has its own
         raise InputError(f"Cannot open the input {path!r}: {error}") from error
-    fs.invalidate_cache()  # files may have come or changed since it was listed last
-    if "*" in root:
-        found = fs.glob(root)
-    elif fs.isdir(root):
-        found = fs.find(root)
-    elif fs.exists(root):
-        found = [root]
-    else:
+    if found is None:
         raise InputError(f"There is no input at {path!r}.")
     paths = [name for name in found if len(found) == 1 or _is_data(name, root)]
     if not paths or (fs.isdir(root) and not _is_data(paths[0], root)):
@@ -105,6 +128,14 @@ def list_files(path: str, columns: Sequence[str] | None = None) -> list[File]:
     paths.sort(key=natural_sort_key)
     with ThreadPoolExecutor(_N_READERS) as pool:
         return list(pool.map(lambda name: _describe(fs.unstrip_protocol(name), columns), paths))
+
+
+def _found(fs: Any, root: str) -> list[str] | None:
+    if "*" in root:
+        return list(fs.glob(root))
+    if fs.isdir(root):
+        return list(fs.find(root))
+    return [root] if fs.exists(root) else None
 
 
 def _is_data(name: str, root: str) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dask_pcm.bundles import Blob, Bundle, BundledFile, shown
+from dask_pcm.bundles import Blob, Bundle, BundledFile
 from dask_pcm.config import Config
 from dask_pcm.errors import DiskError, StageError
 from dask_pcm.files import version_of
@@ -94,7 +94,7 @@ class Staging:
                 yield path
                 return
             raise StageError(
-                f"{shown(bundle.given)!r} does not stay in the cache {str(disk.root)!r}: it is"
+                f"{bundle.given!r} does not stay in the cache {str(disk.root)!r}: it is"
                 " evicted as fast as it is staged. Give it more room (pcm.ladder.disk.quota)."
             )
 
@@ -213,7 +213,7 @@ def read_chunk(file: BundledFile, chunk: int, timeout_s: float) -> bytes:
 def unreadable(file: BundledFile, error: Exception) -> str:
     """What is wrong where a file cannot be read."""
     return (
-        f"{shown(file.url)!r}, which a recipe names, cannot be read on this worker"
+        f"{file.url!r}, which a recipe names, cannot be read on this worker"
         f" ({type(error).__name__}: {error}). Put it where driver and workers see it, or in an"
         " object store."
     )
@@ -221,6 +221,4 @@ def unreadable(file: BundledFile, error: Exception) -> str:
 
 def changed(file: BundledFile) -> str:
     """What is wrong where a file holds something else."""
-    return (
-        f"{shown(file.url)!r} is not what it was when the recipe was made. Make the Context again."
-    )
+    return f"{file.url!r} is not what it was when the recipe was made. Make the Context again."
