@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from dask_pcm.context import ContextRef, Sealed
-from dask_pcm.errors import PCMError, RowCountError, SchemaError
+from dask_pcm.errors import PCMError, RowCountError, SchemaError, redacted
 from dask_pcm.ladder.tensors import is_sticky
 from dask_pcm.plugins.hold import hold, spent
 
@@ -251,7 +251,7 @@ def _reason(error: Exception) -> str:
         text = str(error)
     except Exception as broken:
         text = f"(its text cannot be had: {type(broken).__name__})"
-    text = f"{type(error).__name__}: {text}"[:_MAX_ERROR_CHARS]
+    text = redacted(f"{type(error).__name__}: {text}")[:_MAX_ERROR_CHARS]
     return text.encode("utf-8", "backslashreplace").decode()
 
 

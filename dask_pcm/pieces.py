@@ -31,13 +31,14 @@ from dask_pcm.files import (
     list_files,
     one_schema,
     path_text,
+    redacted_repr,
 )
 from dask_pcm.reading import BATCH_BYTES, note_inflation, read_rows
 
 ROWS_PER_PIECE = 10_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Span:
     """Rows `start` to `stop` of a file; `piece` numbers the piece, `offset` counts rows before.
 
@@ -52,6 +53,8 @@ class Span:
     stop: int
     offset: int
     n_bytes: int = 0
+
+    __repr__ = redacted_repr
 
     @property
     def n_rows(self) -> int:
