@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections import Counter
@@ -31,6 +32,17 @@ NULLABLE = {
     **{getattr(pa, f"uint{n}")(): getattr(pd, f"UInt{n}Dtype")() for n in (8, 16, 32, 64)},
     pa.bool_(): pd.BooleanDtype(),
 }
+
+
+class _Redacts(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redacted(record.getMessage()), ()
+        return True
+
+
+#: fsspec logs the URLs that it asks for, passwords and signatures included.
+for _name in ("fsspec", "fsspec.http"):
+    logging.getLogger(_name).addFilter(_Redacts())
 
 
 def path_text(path: str | os.PathLike[str]) -> str:

@@ -132,7 +132,8 @@ def test_files_that_are_denied_are_named_without_their_signature(site, client, t
     assert is_clean("".join(ours))
 
 
-def test_passwords_in_urls_stand_in_no_message(client, tmp_path):
+def test_passwords_in_urls_stand_in_no_message(client, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
     url = "http://me:PASSWORD@127.0.0.1:9/none?sig=SIGNATURE1"
     pd.DataFrame({"id": range(2)}).to_parquet(tmp_path / "claims.parquet")
     frame = job(tmp_path / "claims.parquet", pcm.Context(load, "x"))
@@ -145,6 +146,7 @@ def test_passwords_in_urls_stand_in_no_message(client, tmp_path):
         with pytest.raises(PCMError, match=r"127\.0\.0\.1:9/") as refused:
             attempt()
         assert is_clean(str(refused.value))
+    assert "127.0.0.1:9/none" in caplog.text and is_clean(caplog.text)
 
 
 def test_what_is_a_secret_in_a_url():
