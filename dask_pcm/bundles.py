@@ -24,12 +24,13 @@ from blake3 import blake3
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_pcm import memory
-from dask_pcm.errors import InputError
+from dask_pcm.errors import InputError, redacted
+from dask_pcm.paths import path_text, redacted_repr, version_of
 
 logger = logging.getLogger(__name__)
 
 #: A file is cut into so many chunks, as far as the bounds allow.
-_N_CHUNKS, _MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 64, 256 << 10, 16 << 20
+_N_CHUNKS, _MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 64, 256 << 10, 16 << 20
 _DIGEST_BYTES = 16
 _N_READERS = 8
 _SLOW_S = 5.0
@@ -85,7 +86,7 @@ class Blob:
         return digest_of(data) == self.chunk_digests[at : at + _DIGEST_BYTES]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class BundledFile:
     """A file of a bundle.
 
@@ -106,8 +107,10 @@ class BundledFile:
     version: str
     blob: Blob
 
+    __repr__ = redacted_repr
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Bundle:
     """What a recipe names as one path or URL.
 
@@ -128,6 +131,8 @@ class Bundle:
     files: tuple[BundledFile, ...]
     digest: str
 
+    __repr__ = redacted_repr
+
     @property
     def n_bytes(self) -> int:
         return sum(file.blob.n_bytes for file in self.files)
@@ -147,8 +152,6 @@ def bundle_of(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) ->
     InputError
         Where there is no such file, or it changes while it is read.
     """
-    from dask_pcm.files import path_text  # with pandas, which not every worker needs
-
     given = path_text(path)
     try:
         fs, root = fsspec.core.url_to_fs(os.path.expanduser(given))
@@ -157,34 +160,19 @@ def bundle_of(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) ->
     except InputError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"The files of a recipe cannot be listed: {shown(given)!r}: {error}."
-        ) from error
+        raise InputError(f"The files of a recipe cannot be listed: {given!r}: {error}.") from error
     if not found:
         raise InputError(
-            f"There is no file at {shown(given)!r}, which a recipe names; no worker could have it."
+            f"There is no file at {given!r}, which a recipe names; no worker could have it."
         )
     start = time.monotonic()
     with ThreadPoolExecutor(_N_READERS) as pool:
         files = tuple(pool.map(lambda item: _bundled(fs, *item), found))
     if (seconds := time.monotonic() - start) > _SLOW_S:
-        logger.info("Digesting %s took %.0f s; it is remembered", shown(given), seconds)
+        logger.info("Digesting %s took %.0f s; it is remembered", redacted(given), seconds)
     named = [[file.name, file.blob.digest] for file in files]
     digest = digest_of(json.dumps([is_folder, named]).encode()).hex()
     return Bundle(given, is_folder, files, digest)
-
-
-def shown(url: str) -> str:
-    """A path or URL for people to read: without what may be a secret.
-
-    >>> shown("https://me:secret@host/model/weights.bin?signature=secret")
-    'https://host/model/weights.bin'
-    """
-    protocol, mark, rest = url.partition("://")
-    if not mark:
-        return url
-    place, slash, path = rest.partition("?")[0].partition("/")
-    return f"{protocol}://{place.rpartition('@')[2]}{slash}{path}"
 
 
 def checked_name(name: str) -> str:
@@ -204,7 +192,7 @@ def checked_name(name: str) -> str:
 def _listed(fs: Any, root: str, patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Names in the bundle, and paths."""
     if fs.isfile(root):
-        yield PurePosixPath(root).name, root
+        yield PurePosixPath(redacted(root)).name, root
         return
     for path in fs.find(root):
         name = PurePosixPath(path).relative_to(root)
@@ -220,8 +208,6 @@ def _listed(fs: Any, root: str, patterns: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def _bundled(fs: Any, name: str, path: str) -> BundledFile:
-    from dask_pcm.files import version_of  # see above
-
     url = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
     try:
         info = fs.info(path)
@@ -232,20 +218,16 @@ def _bundled(fs: Any, name: str, path: str) -> BundledFile:
             blob = _digested(fs, path, info["size"])
             fs.invalidate_cache()
             if version_of(fs.info(path)) != version:
-                raise InputError(
-                    f"{shown(url)!r}, which a recipe names, was changed while it was read."
-                )
+                raise InputError(f"{url!r}, which a recipe names, was changed while it was read.")
             if version:  # else nobody could tell whether it is still the same
                 _memory.note(key, blob)
     except OSError as error:
-        raise InputError(
-            f"{shown(url)!r}, which a recipe names, cannot be read: {error}."
-        ) from error
+        raise InputError(f"{url!r}, which a recipe names, cannot be read: {error}.") from error
     return BundledFile(name, url, version, blob)
 
 
 def _digested(fs: Any, path: str, n_bytes: int) -> Blob:
-    chunk_bytes = min(max(-(-n_bytes // _N_CHUNKS), _MIN_CHUNK_BYTES), _MAX_CHUNK_BYTES)
+    chunk_bytes = min(max(-(-n_bytes // _N_CHUNKS), _MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
     starts = range(0, n_bytes, chunk_bytes)
 
     def digested(start: int) -> bytes:

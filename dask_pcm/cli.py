@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 import click
 
 from dask_pcm import simulation
-from dask_pcm.errors import CancelledError, FailedRowsError, LimitError, PCMError
+from dask_pcm.errors import (
+    CancelledError,
+    FailedRowsError,
+    LimitError,
+    PCMError,
+    printable,
+)
 from dask_pcm.version import __version__
 
 # What takes seconds to import is imported by the commands that need it: help is there at once, and
@@ -146,9 +152,9 @@ def show_status(output: str, as_json: bool) -> None:
     if report.error:
         lines["ended by"] = report.error
     for name, value in lines.items():
-        click.echo(f"{name:15} {value}")
+        _say(f"{name:15} {value}")
     for error in report.errors:
-        click.echo(f"a failed row    {error}")
+        _say(f"a failed row    {error}".replace("\n", "\\n"))
 
 
 def _ask(name: str, what: str) -> None:
@@ -193,7 +199,7 @@ def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
                 done = write_parquet(verdicts, target, overwrite=overwrite, client=client)
         _summarise(done, is_kept=output is not None)
         if rows:
-            click.echo(f"accuracy        {factcheck.accuracy(target):.1%}")
+            _say(f"accuracy        {factcheck.accuracy(target):.1%}")
 
 
 @main.command("simulate")
@@ -230,7 +236,7 @@ def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None)
         Console(width=width).print(simulation.table(played.title, results))
         if report:
             simulation.write_report(Path(report), results)
-            click.echo(f"The report is in {Path(report, 'report.html')}")
+            _say(f"The report is in {Path(report, 'report.html')}")
 
 
 def _text(value: str) -> str:
@@ -261,20 +267,26 @@ def _model(model: str, revision: str | None) -> LLM:
 
 
 @contextmanager
+def _say(text: str, err: bool = False) -> None:
+    """Print what may quote files and rows."""
+    click.echo(printable(text), err=err)
+
+
+@contextmanager
 def _reported_errors(output: str) -> Iterator[None]:
     """Errors of ours as one message, without a traceback; Ctrl-C says how to go on."""
     try:
         yield
     except (CancelledError, FailedRowsError) as error:
-        click.echo(f"{error}", err=True)
+        _say(f"{error}", err=True)
         is_failed = isinstance(error, FailedRowsError)
         sys.exit(EXIT_FAILED_ROWS if is_failed else EXIT_INTERRUPTED)
     except PCMError as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        click.echo(f"Error: {error}{notes}", err=True)
+        _say(f"Error: {error}{notes}", err=True)
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
-        click.echo(
+        _say(
             f"Interrupted. What was committed stays in {output}; run the same command to go on.",
             err=True,
         )
@@ -299,10 +311,10 @@ def _show_sample(sample: Sample) -> None:
     import pandas as pd
 
     with pd.option_context("display.max_rows", 40, "display.width", 100):
-        click.echo(sample.frame.to_string(index=False, max_rows=40, max_colwidth=40))
-    click.echo(str(sample))
+        _say(sample.frame.to_string(index=False, max_rows=40, max_colwidth=40))
+    _say(str(sample))
     for error in sample.errors:
-        click.echo(f"a failed row    {error}")
+        _say(f"a failed row    {error}".replace("\n", "\\n"))
 
 
 def _write_report(path: str, report: Report) -> None:
@@ -321,6 +333,6 @@ def _summarise(done: Run, is_kept: bool = True) -> None:
         f" {report.infer_s:.1f} inferring (summed over workers)",
     }
     for name, value in lines.items():
-        click.echo(f"{name:15} {value}")
+        _say(f"{name:15} {value}")
     for error in report.errors:
-        click.echo(f"a failed row    {error}")
+        _say(f"a failed row    {error}".replace("\n", "\\n"))

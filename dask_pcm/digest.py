@@ -1,26 +1,27 @@
 """Digests of functions and values that are equal across processes, kernels and machines.
 
 A function counts by what it does: bytecode, constants, defaults, closure and the globals that it
-refers to. Where it was written (file, line, cell) does not count, and neither do pickle's bytes,
-which differ between two kernels for the same source. Whatever is installed (the standard
-library, site-packages) counts by its name alone.
+refers to. A class counts by what its author wrote: bases, annotations, members and, where its
+source can be found, the whole statement; what metaclasses and decorators of libraries add to it
+does not count. Neither do docstrings, nor where something was written (file, line, cell), nor
+pickle's bytes, which differ between two kernels for the same source. What is installed (the
+standard library, site-packages) counts by its name alone.
 
-Digests of functions depend on the minor version of Python, as bytecode does.
+Digests of functions and classes depend on the minor version of Python, as bytecode does.
 """
 
 from __future__ import annotations
 
-import ast
-import builtins
-import contextlib
-import dis
 import functools
+import gc
 import hashlib
-import importlib.util
 import inspect
-import sysconfig
+import re
+import sys
+import warnings
+import weakref
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -32,7 +33,16 @@ from typing import Any
 
 import cloudpickle
 
-from dask_pcm.errors import RecipeError
+from dask_pcm.bytecode import imported, instructions, referenced, signature, stored
+from dask_pcm.classes import (
+    annotations_of,
+    class_statement,
+    is_written,
+    kept_member,
+    parameters_of,
+)
+from dask_pcm.errors import IdentityWarning, RecipeError
+from dask_pcm.sources import is_installed, origin, user_modules
 
 #: Attributes of a class that say where it was written, or that every class has.
 _INCIDENTAL = frozenset(
@@ -40,14 +50,18 @@ _INCIDENTAL = frozenset(
     "__annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
     "__abstractmethods__ _abc_impl __dataclass_fields__ __match_args__".split()
 )
-#: Instructions that look a name up among the globals; the others stand in class bodies.
-_GLOBAL_LOADS = frozenset("LOAD_GLOBAL LOAD_NAME LOAD_CLASSDEREF LOAD_FROM_DICT_OR_GLOBALS".split())
-_INSTALLED_FOLDERS = tuple(
-    {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
-    | {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
-)
-#: Counted by name wherever they lie: this package and the frameworks of a notebook.
-_INSTALLED_PACKAGES = frozenset({"dask_pcm", "dask", "distributed", "builtins"})
+#: What weak references lead to is somebody else's.
+_WEAK = (weakref.ref, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
+#: What may be where an object lies in memory.
+_ADDRESS = re.compile(r"(?P<of> (?:object )?at )?\b(?P<number>0x[0-9a-f]{6,16}|[1-9]\d{8,19})\b")
+#: Packages whose objects are pickled the same each time, and may be large.
+_DATA_PACKAGES = frozenset("builtins datetime decimal numpy pandas pyarrow re torch".split())
+#: Where libraries keep fields that were written as members of a class.
+_FIELD_TABLES = ("__pydantic_fields__", "__attrs_attrs__", "__dataclass_fields__")
+_TYPING = frozenset({"typing", "typing_extensions"})
+_TYPING_KINDS = frozenset("TypeVar ParamSpec TypeVarTuple NewType TypeAliasType ForwardRef".split())
+#: What makes up objects of typing that pickle knows by their names alone.
+_TYPING_PARTS = "__name__ __bound__ __constraints__ __supertype__ __value__ __forward_arg__".split()
 
 
 def digest(*values: Any) -> str:
@@ -78,6 +92,10 @@ class _Walk:
         # Digests of data without functions of the user's or back-references inside, by id.
         self._plain: dict[int, bytes] = {}
         self._n_references = 0
+        self._is_in_state = False
+        self._is_shallow = False
+        self._checked: set[type] = set()
+        self._addresses: set[int] = set()
 
     def digest(self, value: Any) -> str:
         sha = hashlib.sha256()
@@ -88,7 +106,10 @@ class _Walk:
 
     def _tokens(self, value: Any) -> Iterator[bytes]:
         if type(value) in (bool, int, float, complex, str, type(None)):
-            yield f"{type(value).__name__}={value!r}".encode()
+            shown = repr(value)
+            if self._is_in_state and type(value) in (int, str):
+                shown = _ADDRESS.sub(self._without_address, shown)
+            yield f"{type(value).__name__}={shown}".encode()
             return
         if type(value) is bytes:
             yield b"bytes"
@@ -118,6 +139,20 @@ class _Walk:
         else:
             yield from tokens
 
+    def _of_state(self, value: Any) -> str:
+        """Digest of an object as it is pickled now, functions and classes by name."""
+        walk = _Walk()
+        walk._addresses = self._addresses
+        walk._is_strict, walk._is_in_state, walk._is_shallow = False, True, True
+        return walk.digest(value)
+
+    def _without_address(self, found: re.Match[str]) -> str:
+        """Where an object lies in memory is no part of what another one holds."""
+        if not self._addresses:
+            self._addresses |= {id(value) for value in gc.get_objects()}
+        is_address = found["of"] or int(found["number"], 0) in self._addresses
+        return "address" if is_address else found[0]
+
     def _compound(self, value: Any) -> Iterator[bytes]:
         match value:
             case tuple() | list() if type(value) in (tuple, list):
@@ -131,6 +166,8 @@ class _Walk:
                 yield from sorted(digest(item).encode() for item in value)
             case PurePath():
                 yield f"path={value}".encode()
+            case FunctionType() | type() if self._is_shallow:
+                yield value.__qualname__.encode()
             case CodeType():
                 yield from self._code(value)
             case FunctionType():
@@ -158,25 +195,42 @@ class _Walk:
             yield from self._tokens(value[key])
 
     def _function(self, func: FunctionType) -> Iterator[bytes]:
-        if _is_installed(func.__module__) and "<locals>" not in func.__qualname__:
-            yield f"function={func.__module__}:{func.__qualname__}".encode()
+        # Wrappers take on the module and the name of what they wrap, but not its globals and code.
+        module, name = func.__globals__.get("__name__"), func.__code__.co_qualname
+        if is_installed(module):
+            yield f"function={module}:{name}".encode()
+            if "<" in name:  # its name does not say what was given to it
+                yield from self._wrapper(func)
             return
         yield b"function"
         yield from self._code(func.__code__)
         yield from self._tokens([func.__defaults__, func.__kwdefaults__])
+        yield from self._closure(func)
+        yield from self._globals(func.__code__, func.__globals__)
+        yield from self._tokens(dict(vars(func)))  # attributes; __wrapped__ among them
+
+    def _wrapper(self, func: FunctionType) -> Iterator[bytes]:
+        registry = getattr(func, "registry", None)
+        if (
+            func.__globals__.get("__name__") == "functools" and registry is not None
+        ):  # singledispatch
+            yield from self._global(dict(registry))
+            return
+        if func.__code__.co_name == "<lambda>":
+            yield from self._code(func.__code__)
+        if wrapped := vars(func).get("__wrapped__", vars(func).get("raw_function")):
+            # What else the wrapper holds is the library's own: namespaces, counters, caches.
+            yield from self._global([wrapped, getattr(wrapped, "__annotations__", None)])
+            return
+        was_strict, self._is_strict = self._is_strict, False
+        yield from self._tokens([func.__defaults__, func.__kwdefaults__])
+        yield from self._closure(func)
+        self._is_strict = was_strict
+
+    def _closure(self, func: FunctionType) -> Iterator[bytes]:
         for name, cell in zip(func.__code__.co_freevars, func.__closure__ or (), strict=True):
             yield f"closure={name}".encode()
             yield from self._cell(cell)
-        for name, value in _referenced(func):
-            yield f"global={name}".encode()
-            yield from self._global(value)
-        yield from self._tokens(dict(vars(func)))  # attributes; __wrapped__ among them
-
-    def _global(self, value: Any) -> Iterator[bytes]:
-        """A module's locks, loggers and open files are no part of what its functions do."""
-        was_strict, self._is_strict = self._is_strict, False
-        yield from self._tokens(value)
-        self._is_strict = was_strict
 
     def _cell(self, cell: Any) -> Iterator[bytes]:
         try:
@@ -184,31 +238,56 @@ class _Walk:
         except ValueError:
             yield b"empty"
 
+    def _globals(self, code: CodeType, namespace: Mapping[str, Any]) -> Iterator[bytes]:
+        for name, value in referenced(code, namespace):
+            yield f"global={name}".encode()
+            yield from self._global(value)
+
+    def _global(self, value: Any) -> Iterator[bytes]:
+        """A module's locks, loggers and open files are no part of what its functions do."""
+        was_strict, self._is_strict = self._is_strict, False
+        yield from self._tokens(value)
+        self._is_strict = was_strict
+
     def _code(self, code: CodeType) -> Iterator[bytes]:
+        steps, constants = instructions(code)
         yield b"code"
-        yield code.co_code
+        yield repr((signature(code), steps)).encode()
         yield code.co_exceptiontable
-        signature = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
-        yield repr((signature, code.co_flags, code.co_names, code.co_varnames)).encode()
-        yield repr((code.co_freevars, code.co_cellvars)).encode()
-        for constant in code.co_consts:
+        for constant in constants:
             yield from self._tokens(constant)
-        for name in _imported(code):
-            yield from self._module(name)
+        for name in imported(code):
+            if not is_installed(name) and origin(name):
+                yield from self._module(name)
 
     def _module(self, name: str) -> Iterator[bytes]:
         yield f"module={name}".encode()
-        for user_module, source in sorted(_user_modules(name).items()):
+        for user_module, source in sorted(user_modules(name).items()):
             yield f"{user_module}={source}".encode()
 
     def _class(self, cls: type) -> Iterator[bytes]:
         yield f"class={cls.__qualname__}".encode()
-        if _is_installed(cls.__module__) and "<locals>" not in cls.__qualname__:
+        if is_installed(cls.__module__) and "<locals>" not in cls.__qualname__:
             yield cls.__module__.encode()
             return
-        yield from self._tokens(cls.__bases__)
-        own = {name: value for name, value in vars(cls).items() if name not in _INCIDENTAL}
-        yield from self._mapping("body", own)
+        if type(cls) is not type:
+            yield from self._tokens(type(cls))
+        yield from self._global(vars(cls).get("__orig_bases__", cls.__bases__))
+        yield from self._global(noted := annotations_of(cls))
+        statement = class_statement(cls)
+        if statement is None or "<locals>" in cls.__qualname__:  # fields may hold a variable
+            yield from self._global([vars(cls).get(name) for name in _FIELD_TABLES])
+            yield from self._global(parameters_of(cls) if noted else None)
+        if statement is None:
+            members = {name: v for name, v in vars(cls).items() if is_written(cls, name, v)}
+        else:
+            yield from self._code(statement)
+            yield from self._globals(statement, vars(sys.modules[cls.__module__]))
+            members = {name: vars(cls)[name] for name in stored(statement) & vars(cls).keys()}
+        own = {name: value for name, value in members.items() if name not in _INCIDENTAL}
+        yield from self._global(
+            {name: kept_member(v) if statement is not None else v for name, v in own.items()}
+        )
 
     def _object(self, value: Any) -> Iterator[bytes]:
         if tokenize := getattr(type(value), "__dask_tokenize__", None):
@@ -223,10 +302,17 @@ class _Walk:
         if isinstance(value, BuiltinFunctionType):
             yield f"builtin={value.__module__}:{value.__qualname__}".encode()
             return
+        if type(value).__module__ in _TYPING and type(value).__name__ in _TYPING_KINDS:
+            yield type(value).__qualname__.encode()
+            yield from self._tokens([getattr(value, name, None) for name in _TYPING_PARTS])
+            return
+        if isinstance(value, _WEAK):
+            yield type(value).__qualname__.encode()
+            return
         if type(value).__module__ == "torch" and type(value).__name__ == "Tensor":
             yield from self._tensor(value)
             return
-        if not isinstance(value, type) and callable(wrapped := getattr(value, "__wrapped__", None)):
+        if callable(wrapped := inspect.getattr_static(value, "__wrapped__", None)):
             yield type(value).__qualname__.encode()  # such as a function with a cache
             yield from self._tokens(wrapped)
             return
@@ -245,10 +331,22 @@ class _Walk:
         yield b"object"
         if isinstance(reduced, str):
             yield reduced.encode()
-        else:
-            build, args, *rest = reduced
-            items = [list(part) if isinstance(part, Iterator) else part for part in rest]
+            return
+        build, args, *rest = reduced
+        items = [list(part) if isinstance(part, Iterator) else part for part in rest]
+        if self._is_in_state:
             yield from self._tokens([build, args, *items])
+            return
+        if (
+            type(value) not in self._checked
+            and type(value).__module__.partition(".")[0] not in _DATA_PACKAGES
+        ):
+            self._checked.add(type(value))
+            if self._of_state(value) != self._of_state(value):
+                _warn_of_state(value)
+        self._is_in_state = True
+        yield from self._tokens([build, args, *items])
+        self._is_in_state = False
 
     def _tensor(self, tensor: Any) -> Iterator[bytes]:
         import torch  # it is imported: somebody made a tensor
@@ -257,91 +355,12 @@ class _Walk:
         yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _referenced(func: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Globals that `func` and the functions inside it refer to, by name, builtins left out."""
-    names: set[str] = set()
-    todo = [func.__code__]
-    while todo:
-        code = todo.pop()
-        todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        names |= {i.argval for i in dis.get_instructions(code) if i.opname in _GLOBAL_LOADS}
-    for name in sorted(names):
-        if name in func.__globals__:
-            yield name, func.__globals__[name]
-        elif not hasattr(builtins, name):
-            yield name, None
-
-
-def _imported(code: CodeType) -> list[str]:
-    """Modules that a function imports in its body; what it takes from them may be one as well."""
-    names: set[str] = set()
-    module = ""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "IMPORT_NAME":
-            module = instruction.argval
-            names.add(module)
-        elif instruction.opname == "IMPORT_FROM":
-            names.add(f"{module}.{instruction.argval}")
-    return sorted(name for name in names if not _is_installed(name) and _origin(name))
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_installed(module: str | None) -> bool:
-    if module is None or module == "__main__":
-        return False
-    if module.partition(".")[0] in _INSTALLED_PACKAGES:
-        return True
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
-        return False
-    if spec is None:
-        return False
-    if spec.origin in (None, "built-in", "frozen"):
-        return spec.origin is not None
-    path = Path(str(spec.origin)).resolve()
-    return any(path.is_relative_to(folder) for folder in _INSTALLED_FOLDERS)
-
-
-def _user_modules(name: str) -> dict[str, str]:
-    """Digests of a user's module and of the users' modules that it imports, and so on."""
-    found: dict[str, str] = {}
-    todo = [name]
-    while todo:
-        module = todo.pop()
-        if module in found or _is_installed(module) or (path := _origin(module)) is None:
-            continue
-        status = path.stat()
-        found[module], imports = _parsed(str(path), status.st_mtime_ns, status.st_size)
-        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        for imported in imports:
-            with contextlib.suppress(ImportError):  # a relative import beyond the top
-                todo.append(importlib.util.resolve_name(imported, package))
-    return found
-
-
-def _origin(module: str) -> Path | None:
-    """The source file of a module; None if there is no such module, or no source of it."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except Exception:  # finding a submodule imports its package, which may raise anything
-        return None
-    is_source = spec is not None and spec.has_location and str(spec.origin).endswith(".py")
-    return Path(str(spec.origin)) if spec is not None and is_source else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed(path: str, modified_ns: int, size: int) -> tuple[str, tuple[str, ...]]:
-    """Digest of a source file without its comments and lines, and the modules it may import."""
-    tree = ast.parse(Path(path).read_bytes())
-    imports: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imports += (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            start = "." * node.level + (node.module or "")
-            joint = "" if start.endswith(".") else "."
-            imports += [start, *(f"{start}{joint}{alias.name}" for alias in node.names)]
-    dump = ast.dump(tree).encode()
-    named = tuple(name for name in imports if name.strip("."))
-    return hashlib.sha256(dump).hexdigest()[:32], named
+def _warn_of_state(value: Any) -> None:
+    warnings.warn(
+        f"{type(value).__qualname__} object {value!r:.80} is pickled differently each time, so what"
+        " uses it has another identity in every process: such a run cannot be resumed by another"
+        " process. Build the object inside the function or the loader, or give its class a"
+        " __dask_tokenize__ method that returns what makes it up.",
+        IdentityWarning,
+        stacklevel=2,
+    )

@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
+import re
+
+_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)([^\s/'\"<>]+)@")
+#: All but line feeds and tabs; also what changes the direction of text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>]*=[^\s'\"<>]*")
+
+
+def redacted(text: str) -> str:
+    """Text whose URLs show no password, token or signature.
+
+    What stands before the host is kept where it is the name of a container or a user alone.
+
+    >>> redacted("cannot read https://me:secret@host/model/weights.bin?signature=secret")
+    'cannot read https://host/model/weights.bin'
+    >>> redacted("abfs://box@account.dfs.core.windows.net/a?.parquet")
+    'abfs://box@account.dfs.core.windows.net/a?.parquet'
+    """
+    return _QUERY.sub(r"\1", _USER.sub(_without_password, text))
+
+
+def _without_password(found: re.Match[str]) -> str:
+    scheme, user = found.groups()
+    is_secret = ":" in user or scheme.lower().startswith(("http", "ftp"))
+    return scheme if is_secret else found[0]
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal but show: control characters are escaped.
+
+    >>> printable("rows \\x1b[2Jgone")
+    'rows \\\\x1b[2Jgone'
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 class PCMError(Exception):
-    """Base of every error that dask_pcm raises on purpose."""
+    """Base of every error that dask_pcm raises on purpose.
+
+    Its message holds no secrets of URLs, and no control characters: it may quote files.
+    """
+
+    def __init__(self, *args: object) -> None:
+        shown = (printable(redacted(arg)) if isinstance(arg, str) else arg for arg in args)
+        super().__init__(*shown)
 
 
 class RecipeError(PCMError, TypeError):
     """A context's recipe, or a function to be mapped, cannot be identified or pickled."""
+
+
+class IdentityWarning(UserWarning):
+    """Something cannot tell one recipe or job from another as well as it should."""
 
 
 class LoadError(PCMError, RuntimeError):

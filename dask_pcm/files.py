@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import fsspec
@@ -20,29 +17,12 @@ import pyarrow.parquet as pq
 from dask_pcm.arrow_types import Bounds, is_bounded, n_leaves, plain
 from dask_pcm.conversion import NULLABLE, pandas_notes
 from dask_pcm.errors import InputError, SchemaError
+from dask_pcm.paths import redacted_repr, version_of
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 MAGIC = b"PAR1"
 _TAIL_BYTES = 64 * 1024
 _N_READERS = 16
-
-
-def path_text(path: str | bytes | os.PathLike[str]) -> str:
-    """A path or URL as text.
-
-    Raises
-    ------
-    InputError
-        Where it was a URL before pathlib took one of its slashes.
-    """
-    text = os.fsdecode(path)
-    if isinstance(path, PurePath) and re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", text):
-        url = text.replace(":/", "://", 1)
-        raise InputError(
-            f"{path!r} would be a local folder: pathlib takes a URL for a path. Give {url!r}, as"
-            " text."
-        )
-    return text
 
 
 class RowGroup(NamedTuple):
@@ -52,7 +32,7 @@ class RowGroup(NamedTuple):
     n_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class File:
     """An input file as its footer describes it; the fingerprint tells whether it changed.
 
@@ -73,6 +53,8 @@ class File:
     schema: pa.Schema
     nullable: frozenset[str]
     bounds: Mapping[str, Bounds]
+
+    __repr__ = redacted_repr
 
     @property
     def fingerprint(self) -> dict[str, str | int]:
@@ -242,13 +224,3 @@ def file_info(fs: Any, path: str) -> dict[str, Any]:
         return info
     status = os.stat(path)
     return {**info, "size": status.st_size, "mtime": status.st_mtime}
-
-
-def version_of(info: Mapping[str, Any]) -> str:
-    """When a file was written, or another sign that it is the same; empty if there is none."""
-    keys = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified")
-    signs = (info[key] for key in keys if info.get(key) not in (None, ""))
-    sign = next(signs, None)
-    if sign is None:
-        return ""
-    return sign.isoformat() if isinstance(sign, datetime) else repr(sign)

@@ -20,7 +20,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from dask_pcm.errors import InputError
-from dask_pcm.files import MAGIC, SUFFIXES, path_text
+from dask_pcm.files import MAGIC, SUFFIXES
+from dask_pcm.paths import path_text
 
 AnyPath = str | bytes | os.PathLike[str]
 _N_READERS = 16

@@ -12,7 +12,7 @@ import pandas as pd
 
 from dask_pcm.context import ContextRef, Sealed
 from dask_pcm.conversion import MISFITS, cast
-from dask_pcm.errors import PCMError, RowCountError, SchemaError
+from dask_pcm.errors import PCMError, RowCountError, SchemaError, redacted
 from dask_pcm.ladder.tensors import is_sticky
 from dask_pcm.plugins.deadline import in_time
 from dask_pcm.plugins.first_batches import Position, is_hopeless
@@ -343,7 +343,7 @@ def _reason(error: Exception) -> str:
         text = str(error)
     except Exception as broken:
         text = f"(its text cannot be had: {type(broken).__name__})"
-    text = f"{type(error).__name__}: {text}"[:_MAX_ERROR_CHARS]
+    text = redacted(f"{type(error).__name__}: {text}")[:_MAX_ERROR_CHARS]
     return text.encode("utf-8", "backslashreplace").decode()
 
 

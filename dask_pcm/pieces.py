@@ -26,13 +26,14 @@ from dask_pcm.errors import InputError
 from dask_pcm.files import File, RowGroup, column_names, describe_files
 from dask_pcm.given import checked
 from dask_pcm.listing import AnyPath, find_files, path_texts
+from dask_pcm.paths import redacted_repr
 from dask_pcm.reading import BATCH_BYTES, note_inflation, read_rows
 from dask_pcm.schemas import CommonSchema, is_unnamed_index
 
 ROWS_PER_PIECE = 10_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Span:
     """Rows `start` to `stop` of a file; `piece` numbers the piece, `offset` counts rows before.
 
@@ -47,6 +48,8 @@ class Span:
     stop: int
     offset: int
     n_bytes: int = 0
+
+    __repr__ = redacted_repr
 
     @property
     def n_rows(self) -> int:

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from dask_pcm.arrow_types import has_categories_within
 from dask_pcm.errors import InputError
-from dask_pcm.files import counted_index, file_info, version_of
+from dask_pcm.files import counted_index, file_info
+from dask_pcm.paths import version_of
 
 #: What is decoded at a time, and what is read ahead of each column.
 BATCH_BYTES = 2 << 20

@@ -27,6 +27,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import stat
 import time
@@ -34,7 +35,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dask_pcm.bundles import Blob, Bundle, checked_name, digest_of, shown
+from dask_pcm.bundles import Blob, Bundle, checked_name, digest_of
 from dask_pcm.errors import DiskError
 from dask_pcm.ladder.filling import Filling, read_note, state, verified_chunks, write_note
 from dask_pcm.ladder.locks import is_held, locked
@@ -49,6 +50,8 @@ _SHARED = (
 #: Half-written blobs that nobody has gone on with for so long are removed.
 _STALE_S = 86_400.0
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
+#: How blobs are named.
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 #: What it takes to begin staging anything; so small files are worth more for their bytes.
 _FIXED_S = 0.1
 
@@ -154,7 +157,7 @@ class Disk:
         """Raise DiskError where a bundle could not even have the cache for itself."""
         if self._quota_bytes is not None and bundle.n_bytes > self._quota_bytes:
             raise DiskError(
-                f"{shown(bundle.given)!r} has {bundle.n_bytes:,} bytes, more than the quota of"
+                f"{bundle.given!r} has {bundle.n_bytes:,} bytes, more than the quota of"
                 f" {self._quota_bytes:,} of the cache {str(self.root)!r} (pcm.ladder.disk.quota)."
             )
 
@@ -186,13 +189,20 @@ class Disk:
         """A descriptor of a file that has a chunk at its place; None where there is none.
 
         Also of a blob that this process is staging at the moment.
+
+        Raises
+        ------
+        DiskError
+            Where `digest` is none: it comes from peers, and is joined to a path.
         """
+        if not is_digest(digest):
+            raise DiskError(f"{digest!r:.80} is no digest of a blob: 32 hexadecimal digits.")
         filling, descriptor = self._fillings.get(digest), None
         if filling is not None and chunk in filling.have:
             descriptor = filling.reopened()
         if descriptor is None:  # or it has been completed in this moment
             with contextlib.suppress(FileNotFoundError):
-                descriptor = os.open(self._blobs / digest, os.O_RDONLY)
+                descriptor = os.open(self._blobs / digest, os.O_RDONLY | os.O_NOFOLLOW)
         try:
             yield descriptor
         finally:
@@ -280,6 +290,11 @@ class Disk:
                 if _is_dangling(tree):
                     shutil.rmtree(tree, ignore_errors=True)
                     lock.unlink()
+
+
+def is_digest(name: object) -> bool:
+    """Whether a name is that of a blob: nothing else may be joined to the folder of blobs."""
+    return isinstance(name, str) and _DIGEST.fullmatch(name) is not None
 
 
 def is_node_local(path: str | os.PathLike[str]) -> bool:

@@ -18,11 +18,12 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dask_pcm.bundles import Blob, Bundle, BundledFile, shown
+from dask_pcm.bundles import Blob, Bundle, BundledFile
 from dask_pcm.config import Config
 from dask_pcm.errors import DiskError, StageError
 from dask_pcm.ladder.disk import Disk, is_node_local
 from dask_pcm.ladder.filling import Filling
+from dask_pcm.paths import version_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Staging:
                 yield path
                 return
             raise StageError(
-                f"{shown(bundle.given)!r} does not stay in the cache {str(disk.root)!r}: it is"
+                f"{bundle.given!r} does not stay in the cache {str(disk.root)!r}: it is"
                 " evicted as fast as it is staged. Give it more room (pcm.ladder.disk.quota)."
             )
 
@@ -139,8 +140,6 @@ def open_disk(config: Config) -> Disk:
 
 def is_in_place(bundle: Bundle) -> bool:
     """Whether a bundle lies on this host's own disks, as it was when it was digested."""
-    from dask_pcm.files import version_of  # with pandas, which not every worker needs
-
     local = LocalFileSystem()
     for file in bundle.files:
         if not os.path.isabs(file.url) or not is_node_local(file.url):
@@ -214,7 +213,7 @@ def read_chunk(file: BundledFile, chunk: int, timeout_s: float) -> bytes:
 def unreadable(file: BundledFile, error: Exception) -> str:
     """What is wrong where a file cannot be read."""
     return (
-        f"{shown(file.url)!r}, which a recipe names, cannot be read on this worker"
+        f"{file.url!r}, which a recipe names, cannot be read on this worker"
         f" ({type(error).__name__}: {error}). Put it where driver and workers see it, or in an"
         " object store."
     )
@@ -222,6 +221,4 @@ def unreadable(file: BundledFile, error: Exception) -> str:
 
 def changed(file: BundledFile) -> str:
     """What is wrong where a file holds something else."""
-    return (
-        f"{shown(file.url)!r} is not what it was when the recipe was made. Make the Context again."
-    )
+    return f"{file.url!r} is not what it was when the recipe was made. Make the Context again."

@@ -17,7 +17,13 @@ from typing import Any
 
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
-from dask_pcm.errors import DeviceBusyError, DeviceMemoryError, DeviceUnusableError, LoadError
+from dask_pcm.errors import (
+    DeviceBusyError,
+    DeviceMemoryError,
+    DeviceUnusableError,
+    LoadError,
+    redacted,
+)
 from dask_pcm.ladder.build import Builder, close
 from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.live import Live
@@ -461,7 +467,7 @@ def of_process() -> Store:
 
 
 def _explain(ref: ContextRef, cause: BaseException) -> str:
-    text = "".join(traceback.format_exception(cause)).rstrip()
+    text = redacted("".join(traceback.format_exception(cause)).rstrip())
     return f"Context {ref.name!r} could not be loaded:\n\n{text}"
 
 

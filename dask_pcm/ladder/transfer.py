@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from dask_pcm.bundles import Blob
+from dask_pcm.bundles import MAX_CHUNK_BYTES, Blob
 from dask_pcm.errors import TransferError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ _AHEAD = 3
 #: A peer that sends nothing for so long is taken for gone.
 TIMEOUT_S = 15.0
 _MAX_CONNECTIONS = 256
+#: Connections that have not proved yet that they know the token: so many, for so long.
+_MAX_STRANGERS, _INTRODUCTION_S = 64, 5.0
 _PAUSE_S = 0.5
 
 
@@ -105,6 +107,8 @@ class Server:
         self._listening = _bound(host, list(ports))
         self.address: tuple[str, int] = self._listening.getsockname()[:2]
         self._connections: set[socket.socket] = set()
+        #: Those that have not introduced themselves, the oldest first.
+        self._strangers: dict[socket.socket, None] = {}
         self._changing = threading.Lock()
         self._is_closed = False
         threading.Thread(target=self._accept, name="pcm-serve", daemon=True).start()
@@ -130,9 +134,10 @@ class Server:
                     time.sleep(_PAUSE_S)
                 continue
             with self._changing:
-                is_welcome = len(self._connections) < _MAX_CONNECTIONS and not self._is_closed
+                is_welcome = not self._is_closed and self._has_room()
                 if is_welcome:
                     self._connections.add(connection)
+                    self._strangers[connection] = None
             if is_welcome:
                 args = (connection, address)
                 threading.Thread(
@@ -141,14 +146,46 @@ class Server:
             else:
                 connection.close()
 
+    def _has_room(self) -> bool:
+        """Whether one more may connect; the oldest that have said nothing make room for it.
+
+        So those who know the token get in, however many others hold connections open.
+        """
+        while self._strangers and (
+            len(self._strangers) >= _MAX_STRANGERS or len(self._connections) >= _MAX_CONNECTIONS
+        ):
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            self._connections.discard(oldest)
+            with contextlib.suppress(OSError):  # its thread sees the end
+                oldest.shutdown(socket.SHUT_RDWR)
+        return len(self._connections) < _MAX_CONNECTIONS
+
+    def _encrypted(self, connection: socket.socket, tls: ssl.SSLContext) -> socket.socket:
+        stream = tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        with self._changing:  # what was a connection is none any more
+            if connection in self._strangers:
+                del self._strangers[connection]
+                self._connections.discard(connection)
+                self._strangers[stream] = None
+                self._connections.add(stream)
+            else:
+                stream.close()
+                raise TransferError("others were let in instead")
+        stream.do_handshake()
+        return stream
+
     def _serve(self, connection: socket.socket, address: object) -> None:
         stream = connection
         try:
-            connection.settimeout(TIMEOUT_S)
+            connection.settimeout(_INTRODUCTION_S)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._access.listens is not None:
-                stream = self._access.listens.wrap_socket(connection, server_side=True)
+                stream = self._encrypted(connection, self._access.listens)
             if self._is_known(stream):
+                with self._changing:
+                    self._strangers.pop(stream, None)
+                stream.settimeout(TIMEOUT_S)
                 while request := _received(stream, _REQUEST.size, may_end=True):
                     self._answer(stream, *_REQUEST.unpack(request))
             else:
@@ -159,7 +196,9 @@ class Server:
             stream.close()
             connection.close()
             with self._changing:
-                self._connections.discard(connection)
+                for ended in (stream, connection):
+                    self._connections.discard(ended)
+                    self._strangers.pop(ended, None)
 
     def _is_known(self, stream: socket.socket) -> bool:
         mine = secrets.token_bytes(_NONCE_BYTES)
@@ -174,6 +213,8 @@ class Server:
     def _answer(
         self, stream: socket.socket, digest: bytes, chunk: int, start: int, n_bytes: int
     ) -> None:
+        if n_bytes > MAX_CHUNK_BYTES:
+            raise TransferError(f"{n_bytes:,} bytes were asked for, more than a chunk has")
         with self._shelf.opened(digest.hex(), chunk) as descriptor:
             if descriptor is None or os.fstat(descriptor).st_size < start + n_bytes:
                 stream.sendall(_ANSWER.pack(0))

@@ -12,9 +12,10 @@ from dask.dataframe.dask_expr._expr import Expr
 
 from dask_pcm.dataframe import ContextMap
 from dask_pcm.digest import digest
-from dask_pcm.errors import OutputError
+from dask_pcm.errors import OutputError, redacted
 from dask_pcm.ledger.decode import are_texts, is_count
 from dask_pcm.ledger.output import MANIFEST, Output
+from dask_pcm.paths import names_of
 from dask_pcm.pieces import PieceReader, Span
 from dask_pcm.plugins.install import versions
 
@@ -120,11 +121,12 @@ def identify(expr: Expr, is_splittable: bool) -> Manifest:
         identity.update(about() if about else {})
     readers = [reader for part in _walk(expr) if (reader := _reader_of(part)) is not None]
     if readers:
-        files = [file for reader in readers for file in reader.files.values()]
-        identity["input"] = {file.path: dict(file.fingerprint) for file in files}
+        files = {file.path: file for reader in readers for file in reader.files.values()}
+        names = names_of(files)
+        identity["input"] = {names[path]: dict(file.fingerprint) for path, file in files.items()}
         if not is_splittable:
             for path, pieces in _pieces(expr).items():
-                identity["input"][path]["pieces"] = digest(pieces)
+                identity["input"][names[path]]["pieces"] = digest(pieces)
     refs = [ref for part in maps for ref in part.operand("refs")]
     recorded = {
         "versions": versions(),
@@ -258,4 +260,4 @@ def _picked(expr: Expr) -> Any:
     if not expr._filtered:
         return None
     spans: list[Span] = [expr.operand("iterables")[0][index] for index in expr._partitions]
-    return [(span.path, span.start, span.stop) for span in spans]
+    return [(redacted(span.path), span.start, span.stop) for span in spans]

@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, ClassVar
 import fsspec
 import pyarrow as pa
 
-from dask_pcm.errors import FencedError, OutputError
+from dask_pcm.errors import FencedError, OutputError, redacted
 from dask_pcm.ledger.journal import Journal
 from dask_pcm.ledger.lockfiles import LockFiles, refreshing
 from dask_pcm.ledger.log import commit_line, encode_line
@@ -218,7 +218,7 @@ class Objects(Output):
         for attempt in itertools.count():
             if attempt and time.monotonic() - begun > SILENT_S:
                 begun = time.monotonic()
-                logger.warning("Waiting for another run that takes over %s", self.path)
+                logger.warning("Waiting for another run that takes over %s", redacted(self.path))
             number, last = self._last_lock()
             lock = f"{HOME}/lock-{number + 1:09d}"
             if (last is None or self._is_free(last)) and self._create(lock, self.run.encode()):

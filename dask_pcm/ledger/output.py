@@ -41,13 +41,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_pcm.errors import OutputError
-from dask_pcm.files import path_text
 from dask_pcm.ledger.decode import parse
 from dask_pcm.ledger.journal import Found, Journal, read_journal
 from dask_pcm.ledger.log import parse_line
 from dask_pcm.ledger.parts import Note, is_intact, note_of, parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.status import Owner
+from dask_pcm.paths import path_text
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from distributed import Client, Future, futures_of
 from dask_pcm.context import ContextRef
 from dask_pcm.dataframe import ContextMap
 from dask_pcm.errors import InputError, SchemaError
+from dask_pcm.paths import names_of
 from dask_pcm.pieces import PieceReader, Span
 
 #: The key of the rows to read, in the graph of a unit.
@@ -148,12 +149,13 @@ class Plan:
                 " with frame.rename(columns=str)."
             )
 
-    def arrange(self, paths: Sequence[str]) -> None:
-        """Count the rows of the input in another order of its files."""
+    def arrange(self, names: Sequence[str]) -> None:
+        """Count the rows of the input in another order of its files, named as in a manifest."""
         if self.spans is None or self.reader is None:
             return
         first, n_rows = {}, 0
-        for path in paths:
+        paths = {name: path for path, name in names_of(self.reader.files).items()}
+        for path in map(paths.__getitem__, names):
             first[path] = n_rows
             n_rows += self.reader.files[path].n_rows
         self.spans = [replace(s, offset=first[s.path] + s.start) for s in self.spans]

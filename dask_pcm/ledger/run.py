@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from dask_pcm.errors import CancelledError, OutputError, PCMError
+from dask_pcm.errors import CancelledError, OutputError, PCMError, redacted
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.manifest import Manifest
 from dask_pcm.ledger.objects import Objects
@@ -203,10 +203,10 @@ class Run:
 
     def __repr__(self) -> str:
         if self.status != FINISHED:
-            return f"<Run {self.path!r}: {self.progress}>"
+            return f"<Run {redacted(self.path)!r}: {self.progress}>"
         r = self.report
         return (
-            f"<Run {self.path!r}: {r.rows:,} rows, {r.rows_failed:,} failed,"
+            f"<Run {redacted(self.path)!r}: {r.rows:,} rows, {r.rows_failed:,} failed,"
             f" {r.rows_resumed:,} resumed, {r.rows_per_s:,.0f} rows/s, {r.context_loads} loads>"
         )
 

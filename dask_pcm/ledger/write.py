@@ -16,7 +16,7 @@ import dask.dataframe as dd
 from distributed import Client
 
 from dask_pcm.config import Config
-from dask_pcm.errors import BusyError, CancelledError, InputError, OutputError
+from dask_pcm.errors import BusyError, CancelledError, InputError, OutputError, redacted
 from dask_pcm.given import checked, frame_refused
 from dask_pcm.ledger import manifest, status
 from dask_pcm.ledger.driver import Driver
@@ -185,7 +185,7 @@ def write_parquet(
         except BaseException as error:
             run._error = error
             if not isinstance(error, CancelledError):
-                logger.error("The run of %s ended: %s", output.path, error)
+                logger.error("The run of %s ended: %s", redacted(output.path), redacted(str(error)))
 
     run._thread = threading.Thread(target=drive, name=f"pcm-run-{output.run[:8]}", daemon=True)
     run._thread.start()
@@ -331,7 +331,7 @@ class _Session:
             except BaseException as error:
                 is_meant = isinstance(error, (CancelledError, KeyboardInterrupt))
                 report.state = status.CANCELLED if is_meant else status.FAILED
-                report.error = f"{type(error).__name__}: {error}"
+                report.error = redacted(f"{type(error).__name__}: {error}")
                 with contextlib.suppress(Exception):  # the first error is the one to be told
                     self._conclude()
                 raise

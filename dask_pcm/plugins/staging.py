@@ -24,10 +24,10 @@ from distributed.comm import get_address_host
 from distributed.metrics import monotonic
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
-from dask_pcm.bundles import Blob, BundledFile, shown
+from dask_pcm.bundles import MAX_CHUNK_BYTES, Blob, BundledFile
 from dask_pcm.config import Config
-from dask_pcm.errors import DiskError, PCMError, StageError, TransferError
-from dask_pcm.ladder.disk import Disk
+from dask_pcm.errors import DiskError, PCMError, StageError, TransferError, redacted
+from dask_pcm.ladder.disk import Disk, is_digest
 from dask_pcm.ladder.filling import Filling
 from dask_pcm.ladder.staging import changed, fetch, read_chunk, unreadable
 from dask_pcm.ladder.transfer import TIMEOUT_S, Access, Peer, Server
@@ -233,7 +233,13 @@ class Fetcher:
         self._tell({"op": "pcm-serves", "host": host, "port": self._server.address[1]})
 
     async def give(self, blob: str, chunk: int, start: int, n_bytes: int) -> bytes | None:
-        """A chunk over this worker's own comms, for peers that reach nothing else."""
+        """A chunk over this worker's own comms, for peers that reach nothing else.
+
+        None where it is not here; and where no peer of ours would ask for that.
+        """
+        if not (is_digest(blob) and start >= 0 and 0 <= n_bytes <= MAX_CHUNK_BYTES):
+            logger.warning("Refused a request for %r bytes of %.80r: no chunk", n_bytes, blob)
+            return None
 
         def read() -> bytes | None:
             with self._disk().opened(blob, chunk) as descriptor:
@@ -265,7 +271,9 @@ class Fetcher:
                 self.staged(file.blob, is_there=False)
                 raise staging.error
             if filling.missing:
-                logger.warning("No chunk of %s has come for long: reading it here", shown(file.url))
+                logger.warning(
+                    "No chunk of %s has come for long: reading it here", redacted(file.url)
+                )
                 self.staged(file.blob, is_there=False)
         fetch(file, filling, self._config.store_timeout_s)
 
@@ -282,7 +290,9 @@ class Fetcher:
         except (StageError, DiskError) as error:
             outcome, staging.error = "absent", error  # no source is to blame
         except Exception as error:  # a store's own errors, too
-            logger.info("Chunk %s of %s not copied from %s: %s", chunk, blob, source, error)
+            logger.info(
+                "Chunk %s of %s not copied from %s: %s", chunk, blob, source, redacted(str(error))
+            )
         says = {"blob": blob, "chunk": chunk, "source": source, "outcome": outcome}
         self._tell({"op": "pcm-copied", **says})
         staging.news()

@@ -27,7 +27,7 @@ from distributed.worker import _worker_cvar
 
 from dask_pcm.config import Config
 from dask_pcm.context import ContextRef
-from dask_pcm.errors import DeviceBusyError, DeviceError, LoadError
+from dask_pcm.errors import DeviceBusyError, DeviceError, LoadError, redacted
 from dask_pcm.ladder.device import cpu_model, device_model
 from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.residency import Change, Tier
@@ -222,7 +222,8 @@ class ContextPlugin(Travels, WorkerPlugin):
                 return
             # Not the loader's fault, but the gate waits for an answer all the same.
             logger.exception("Context %r could not be loaded", ref.name)
-            self._report(Change(ref.digest, Tier.FAILED, error=f"{type(error).__name__}: {error}"))
+            text = redacted(f"{type(error).__name__}: {error}")
+            self._report(Change(ref.digest, Tier.FAILED, error=text))
 
     @contextmanager
     def _growing(self, ref: ContextRef) -> Iterator[None]:

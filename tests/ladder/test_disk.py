@@ -404,3 +404,15 @@ def test_where_locks_hold(tmp_path, monkeypatch):
     monkeypatch.setattr(disk_module, "open", lambda path, *args: real_open(mounts), raising=False)
     assert is_node_local("/scratch/x") and not is_node_local("/home/me/cache")
     assert is_node_local("/home/a b/cache") and is_node_local("/homes")
+
+
+def test_only_digests_are_joined_to_a_path(tmp_path):
+    disk, secret = Disk(tmp_path / "disk"), tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    linked = "0" * 32
+    (disk.root / "blobs" / linked).symlink_to(secret)
+    for name in (str(secret), "../../secret", "", ".", f"{linked}.lock", linked[:-1] + "/"):
+        with pytest.raises(DiskError, match="is no digest"), disk.opened(name, 0):
+            pass
+    with pytest.raises(OSError), disk.opened(linked, 0):
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import signal
@@ -165,6 +166,26 @@ def test_with_the_certificates_of_the_cluster(disk, model, tmp_path, monkeypatch
         with pytest.raises(TransferError, match=r"certificate|SSL|ALERT|closed"):
             Peer(server.address, other).__enter__().chunks(model.files[0].blob, [0]).__next__()
     assert isinstance(access.listens, ssl.SSLContext)
+
+
+@pytest.mark.parametrize("has_tls", [False, True])
+def test_connections_that_say_nothing_shut_nobody_out(disk, model, tmp_path, has_tls):
+    access, target = tls() if has_tls else Access(TOKEN), Disk(tmp_path / "target")
+    fill(disk, model)
+    with serving(disk, access) as server, contextlib.ExitStack() as stack:
+        for _ in range(transfer._MAX_CONNECTIONS + 10):
+            stack.enter_context(socket.create_connection(server.address, 60))
+        fetch(server, model, target, access)
+        assert len(server._connections) <= transfer._MAX_CONNECTIONS
+    assert target.has(model.files[0].blob)
+
+
+def test_more_than_a_chunk_is_not_served(disk, model):
+    fill(disk, model)
+    blob = dataclasses.replace(model.files[0].blob, chunk_bytes=17 << 20, n_bytes=17 << 20)
+    refused = pytest.raises(TransferError, match="closed")
+    with serving(disk) as server, Peer(server.address, Access(TOKEN)) as peer, refused:
+        next(peer.chunks(blob, [0]))
 
 
 def test_a_flipped_bit_is_not_taken(disk, model, tmp_path):

@@ -20,10 +20,12 @@ from pathlib import Path
 import dask
 import pandas as pd
 import pytest
-from distributed import Client, Security, wait
+from distributed import Client, LocalCluster, Security, wait
+from distributed.core import rpc
 
 import dask_pcm as pcm
 from dask_pcm.ladder import transfer
+from dask_pcm.ladder.disk import Disk
 from dask_pcm.plugins import staging as staging_module
 from dask_pcm.plugins.scheduler import GATE
 from dask_pcm.plugins.worker import CONTEXTS
@@ -353,3 +355,25 @@ async def test_a_worker_that_hears_nothing_helps_itself(c, s, gate, a):
         model = pcm.Context(load, str(path), files=[path])
         await poll(lambda: a.plugins[CONTEXTS].fetcher._access is not None, 5)
         assert await c.submit(use, 1, model) == 3 * CHUNK
+
+
+def test_workers_hand_out_blobs_and_nothing_else(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    settings = dask.config.set({"pcm.ladder.disk.path": str(tmp_path / "disk")})
+    options = {"processes": False, "dashboard_address": None, "threads_per_worker": 1}
+    with settings, LocalCluster(n_workers=1, **options) as cluster, Client(cluster) as client:
+        pcm.install(client)
+        Disk(tmp_path / "disk")
+        (worker,) = client.scheduler_info()["workers"]
+
+        async def ask(**asked):
+            async with rpc(worker) as peer:
+                return await peer.pcm_chunk(chunk=0, start=0, **asked)
+
+        for name in (str(secret), "../../secret", "/etc/passwd", None, "0" * 31 + "/"):
+            assert client.sync(ask, blob=name, n_bytes=6) is None
+        assert client.sync(ask, blob="0" * 32, n_bytes=1 << 30) is None
+        held = tmp_path / "disk" / "blobs" / ("0" * 32)
+        held.write_bytes(b"a blob")
+        assert client.sync(ask, blob="0" * 32, n_bytes=6) == b"a blob"
