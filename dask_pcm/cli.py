@@ -266,7 +266,6 @@ def _model(model: str, revision: str | None) -> LLM:
     return demo_model() if model == "demo" else LLM(model, revision=revision)
 
 
-@contextmanager
 def _say(text: str, err: bool = False) -> None:
     """Print what may quote files and rows."""
     click.echo(printable(text), err=err)
