@@ -79,8 +79,10 @@ def test_a_loader_that_fails_lets_go_of_what_it_has_acquired(store):
     inner = Context(load, 1)
 
     def fail(inner):
-        with pcm.acquire(inner):
-            raise ValueError("no")
+        with pcm.acquire(inner) as found:
+            if found is not None:
+                raise ValueError("no")
+        return found
 
     with pytest.raises(LoadError):
         store.load(Context(fail, inner).ref)
