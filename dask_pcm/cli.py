@@ -49,6 +49,16 @@ def main() -> None:
     "--choices", required=True, multiple=True, help="A,B,C (repeatable), or @FILE, one a line."
 )
 @click.option("--truncate", metavar="FIELD", help="Field to cut where a row is too long.")
+@click.option(
+    "--special-tokens-in-fields",
+    is_flag=True,
+    help="Control tokens that a row spells out count as such; else they are text.",
+)
+@click.option(
+    "--batch-timeout",
+    metavar="TIME",
+    help="End calls that take longer, such as 10m, and fail the rows that make them hang.",
+)
 @click.option("--keep", multiple=True, metavar="COLUMNS", help="Columns to keep, A,B (repeatable).")
 @click.option("--workers", type=click.IntRange(1), help="Workers of a local cluster.")
 @click.option("--scheduler", metavar="ADDRESS", help="A cluster that runs already.")
@@ -76,6 +86,8 @@ def run(
     prompt: str,
     choices: tuple[str, ...],
     truncate: str | None,
+    special_tokens_in_fields: bool,
+    batch_timeout: str | None,
     keep: tuple[str, ...],
     workers: int | None,
     scheduler: str | None,
@@ -112,6 +124,8 @@ def run(
             prompt=_text(prompt),
             choices=_list(choices),
             truncate=truncate,
+            special_tokens_in_fields=special_tokens_in_fields,
+            batch_timeout=batch_timeout,
             keep=_list(keep) or None,
         )
         with client_of(workers, scheduler) as client:

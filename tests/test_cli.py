@@ -252,6 +252,7 @@ def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_
     args = ["run", source, tmp_path / "out", "--model", "demo"]
     args += ["--prompt", f"@{tmp_path}/prompt.txt", "--choices", f"@{tmp_path}/choices.txt"]
     args += ["--choices", "NOT ENOUGH INFO", "--keep", "id,label", "--keep", "claim"]
+    args += ["--special-tokens-in-fields", "--batch-timeout", "10m"]
     done = invoke(*args)
     assert done.exit_code == 0, done.output
     found = pd.read_parquet(tmp_path / "out")
@@ -274,6 +275,7 @@ def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_
         ({"--report": "/nowhere/at/all.json"}, "The report cannot be written"),
         ({"--scheduler": "tcp://127.0.0.1:9"}, "No scheduler answers at 'tcp://127.0.0.1:9'"),
         ({"--truncate": "label"}, "no field of the prompt"),
+        ({"--batch-timeout": "soon"}, "batch_timeout must be a time"),
     ],
 )
 def test_bad_input_is_one_message_and_no_output(source, tmp_path, change, message, monkeypatch):
