@@ -241,10 +241,7 @@ class Driver:
         self, units: Sequence[tuple[Unit, Future]], results: Answer[list[UnitResult]]
     ) -> None:
         if results.exception() is not None:
-            for (
-                unit,
-                future,
-            ) in units:  # one of them was lost on its way, and could not be had again
+            for unit, future in units:  # one was lost on its way, and could not be had again
                 if future.status in ("error", "cancelled"):
                     self._raise(unit, future)
         for (unit, future), result in zip(units, results.result(), strict=True):
