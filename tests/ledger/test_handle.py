@@ -552,7 +552,7 @@ class TestTooManyFailures:
                 write(verdicts, out, **options, overwrite=True)
             assert not isinstance(raised.value, pcm.PCMError)
             last = traceback.extract_tb(raised.value.__traceback__)[-1]
-            assert last.name == "infer" and "is bad" in last.line
+            assert last.name == "infer"
             notes = "".join(raised.value.__notes__)
             assert "index 0: id=0, claim='claim 0'" in notes and "retry_failed=True" in notes
         report = pcm.attach(out).report

@@ -193,7 +193,7 @@ def left_by_zombie(output, start, stop, **about):
     name = f"_pcm/journal/part-{start:012d}-{stop:012d}.parquet.zombie.1"
     descriptor = os.open(Path(output.path, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     told = {"run": "zombie", "begun": "b", "unit": name.split("/")[-1].split(".zombie")[0]}
-    journal = FileJournal(descriptor, {**told, **about})
+    journal = FileJournal(descriptor, "j", {**told, **about})
     for first in range(start, stop, BATCH):
         journal.append(Record(first, first + BATCH, table.slice(first - start, BATCH)))
     journal.close()
@@ -248,6 +248,8 @@ def test_rows_of_a_journal_that_the_job_does_not_have(work, caplog):
         b'{"rows": [9, 0]}',
         b'{"rows": 5}',
         b'{"begin": [0]}',
+        b'{"wait": 3}',
+        b'{"call": [[0, 1]]}',
         b'{"costs": [[0, 1]], "settled": []}',
         b'{"costs": [], "settled": [5]}',
         b'{"rows": [0, 10], "failed": "1", "errors": [], "facts": {}}',
@@ -258,7 +260,7 @@ def test_rows_of_a_journal_that_the_job_does_not_have(work, caplog):
 )
 def test_a_record_of_other_content_counts_as_not_written(tmp_path, head):
     path = tmp_path / "journal"
-    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"run": "r"})
+    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
     journal.append(records()[0])
     lengths = journals._LENGTHS.pack(len(head), 4, journals._digest(head, b"junk"))
     journal._write([lengths, head, b"junk"])
@@ -271,7 +273,7 @@ def test_a_record_of_other_content_counts_as_not_written(tmp_path, head):
 
 def test_a_full_disk_is_told_of(tmp_path, monkeypatch):
     path = tmp_path / "journal"
-    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"run": "r"})
+    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
     monkeypatch.setattr(os, "writev", lambda file, blocks: 5)
     with pytest.raises(pcm.PCMError, match="no room left for the journals"):
         journal.begin(0, 1)
@@ -366,7 +368,7 @@ def test_what_is_noted_is_synced_every_few_seconds_and_no_more(tmp_path, monkeyp
 def test_the_last_words_of_a_process_whose_call_took_too_long(tmp_path):
     path = tmp_path / "journal"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    journal = FileJournal(descriptor, {"run": "r"})
+    journal = FileJournal(descriptor, "j", {"run": "r"})
     journal.append(Record(0, 10, pa.table({"x": ["Timeout (0:00:01)!"]})))
     journal.begin(10, 20)
     assert read_journal(path.read_bytes()).last_words == ""
@@ -374,4 +376,4 @@ def test_the_last_words_of_a_process_whose_call_took_too_long(tmp_path):
     journal.close()
     found = read_journal(path.read_bytes())
     assert found.last_words.startswith("Timeout (0:00:01)!\nThread 1")
-    assert (found.in_hand, len(found.records)) == ([(10, 20)], 1)
+    assert (found.in_flight, len(found.records)) == ([(10, 20)], 1)
