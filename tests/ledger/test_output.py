@@ -45,7 +45,7 @@ DAMAGED_LINES = [
     b"9" * 5_000,
     b'{"rwn": "first", "start": "part-000000000000-000000000002.parquet", "rows": 2}',
     b'{"run": "first", "start": 5, "rows": 1}',
-    b'{"run": "first", "start": "part-000000000000-000000000002.parquet", "rest": [5]}',
+    b'{"run": "first", "started": "part-000000000000-000000000002.parquet"}',
     b'{"run": "first", "called": [[2, 0]], "journal": null}',
     b'{"run": "first", "called": [[0, 1e400]], "journal": 3}',
     *(
@@ -680,11 +680,11 @@ class TestObjects:
         output = Objects.at(f"{bucket}/{'deep/' * 20}out", None)
         rest = [(2 * n, 2 * n + 1) for n in range(300)]
         with at_work(output):
-            output.note_start(range_name(0, 600), 600, rest)
+            output.note_called(rest, "a journal", output.run)
             assert output.commit(NAME, [TABLE], lambda: {**NOTE, "begun": "b" * 500})
             assert take_stock(dataclasses.replace(output, begun="b" * 500)) == {NAME: Counts(2, 0)}
-            (start,) = (line for line in output.lines() if "start" in line)
-            assert start["rest"] == [list(pair) for pair in rest]
+            (line,) = (line for line in output.lines() if "called" in line)
+            assert line["called"] == [list(pair) for pair in rest]
             names = [f"{output.path}/{LOG}/{name}" for name in output.entries(LOG)]
         assert max(len(name.partition("//")[2]) for name in names) <= 1024
 
