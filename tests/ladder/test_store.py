@@ -249,7 +249,7 @@ def test_turns_that_are_given_back_are_anothers_until_they_are_taken_again(store
             assert not store.evict(ref.digest)  # held all the same
             leave.set()
             store.turns.take_again(given)
-            assert other.done()
+            other.result(10)
             has_taken.clear()
             other = pool.submit(take)
         assert has_taken.wait(10)  # not before both blocks had ended
