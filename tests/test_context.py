@@ -32,7 +32,7 @@ def test_declared_numbers():
     assert context.name == "load"
     assert Context(load, "a").device_memory_bytes is None
     with pytest.raises(RecipeError, match="negative"):
-        Context(load, device_memory=-1)
+        Context(load, "a", device_memory=-1)
 
 
 def test_frozen():

@@ -257,4 +257,5 @@ def answered(says):
 
 def test_progress_says_what_is_lacking_instead_of_a_time():
     waiting = Progress("running", 50, 100, per_s=10.0, lack="no workers: the cluster has 0")
-    assert str(waiting) == "running: 50/100 rows (50.0%), 10/s, no workers: the cluster has 0"
+    text = "running: 50/100 rows (50.0%), 0 failed, 10/s, no workers: the cluster has 0"
+    assert str(waiting) == text
