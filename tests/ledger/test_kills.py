@@ -170,7 +170,7 @@ def test_a_disk_that_is_full_in_the_midst_of_a_run(client, claims, small_disk):
         batch_rows=10,
     )
     out = small_disk.place / "out"
-    with pytest.raises(pcm.PCMError, match="no room left for .*the output"):
+    with pytest.raises(pcm.PCMError, match=r"no room left for .*the output"):
         pcm.write_parquet(verdicts, out, progress=False)
     n_there = len(pd.read_parquet(out))  # whatever is there is whole
     assert 0 < n_there < N_ROWS
