@@ -23,6 +23,7 @@ from dask_pcm.cli import main
 from dask_pcm.factcheck import PROMPT, generate
 from dask_pcm.own_cluster import client_of
 from tests.support.patience import patient, until
+from tests.support.signals import heed_interrupts
 
 DATA = Path(__file__).parents[1] / "data"
 CHOICES = "SUPPORTED,REFUTED,NOT ENOUGH INFO"
@@ -296,17 +297,12 @@ def test_bad_input_is_one_message_and_no_output(source, tmp_path, change, messag
     assert not out.exists()
 
 
-def heed_interrupts():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def test_ctrl_c_leaves_a_resumable_output_and_says_so(tmp_path):
     """SIGINT to the process group, as a terminal sends it; then the same command finishes."""
     generate(8_000, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
     out, report = tmp_path / "out", tmp_path / "report.json"
     args = command(*run_args(tmp_path / "claims.parquet", out, "--report", report))
     options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    # Whoever starts the tests in the background of a shell has them ignore the signal.
     with subprocess.Popen(args, preexec_fn=heed_interrupts, **options) as first:
         until(lambda: len(list(out.glob("part-*.parquet"))) >= 4 or first.poll() is not None, 60)
         os.killpg(first.pid, signal.SIGINT)

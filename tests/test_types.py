@@ -32,7 +32,7 @@ CHANGED = {"text view", "bytes view", "ordered", "list of categories"}
 
 
 def load():
-    return None
+    return "live"
 
 
 def passed(frame, context):

@@ -14,6 +14,7 @@ import pytest
 
 from dask_pcm.plugins.interrupts import Ignored, Interrupts, uninterrupted
 from tests.support.patience import until
+from tests.support.signals import heed_interrupts
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,12 @@ def test_workers_outlive_an_interrupt_and_the_same_call_is_resumed(claims, tmp_p
     """The client is interrupted; its workers, what starts them and what they run are not."""
     command = [sys.executable, "-m", "tests.plugins.interrupted", claims(), str(tmp_path / "out")]
     with subprocess.Popen(
-        [*command, how], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        [*command, how],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
     ) as script:
         killer = threading.Timer(150, os.killpg, (script.pid, signal.SIGKILL))
         killer.start()

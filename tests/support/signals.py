@@ -1,0 +1,10 @@
+"""Signals of processes that tests start."""
+
+from __future__ import annotations
+
+import signal
+
+
+def heed_interrupts() -> None:
+    """As ``preexec_fn``: a shell has what it starts in the background ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
