@@ -20,7 +20,7 @@ from dask_pcm.context import Recipe
 from dask_pcm.ladder.checkpoint import Checkpoint
 from dask_pcm.ladder.host import Image
 from dask_pcm.ladder.live import Live, frozen
-from dask_pcm.plugins.memory import keep_freed_memory
+from dask_pcm.plugins.tuning import keep_freed_memory
 from dask_pcm.plugins.worker import CONTEXTS
 
 GIB, MIB = 1 << 30, 1 << 20
