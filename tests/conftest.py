@@ -67,6 +67,15 @@ def no_swallowed_errors() -> Iterator[SwallowedErrors]:
     assert not handler.records, "\n".join(handler.records)
 
 
+@pytest.fixture(autouse=True)
+def default_scheduler_as_before() -> Iterator[None]:
+    """A client that loses its cluster leaves itself as Dask's default scheduler."""
+    before = dask.config.get("scheduler", None)
+    yield
+    if dask.config.get("scheduler", None) != before:
+        dask.config.set(scheduler=before)
+
+
 @contextmanager
 def validated_cluster(n_workers: int = 2, **options: Any) -> Iterator[LocalCluster]:
     """Worker processes; state machines are validated, and logs looked through at the end."""

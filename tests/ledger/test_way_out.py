@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -227,7 +228,8 @@ def test_it_says_that_it_has_no_workers_and_goes_on_when_there_are_some(
 
 def test_what_is_lacking_is_told_with_how_much_is_wanted(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("dask_pcm.ledger.link.time.monotonic", lambda: now[0])
+    clock = SimpleNamespace(monotonic=lambda: now[0])  # that of the link alone
+    monkeypatch.setattr("dask_pcm.ledger.link.time", clock)
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
         Client(cluster) as client,
