@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -142,8 +144,8 @@ def _check_fits(column: pd.Series, kind: pa.DataType) -> None:
 
     Such as a time's hours, a fraction within a list, or a struct's field. Floats may be narrowed.
     """
-    if contains(kind, pa.types.is_map):  # what Python has for them is taken for lists
-        return
+    if contains(kind, pa.types.is_map):  # Arrow would take what Python has for them for lists
+        column, kind = column.map(lambda value: _pairs(value, kind)), _without_maps(kind)
     try:
         found = pa.array(column, from_pandas=True)
     except MISFITS:  # nothing that Arrow would know without being told
@@ -155,6 +157,32 @@ def _check_fits(column: pd.Series, kind: pa.DataType) -> None:
     with contextlib.suppress(pa.ArrowNotImplementedError):
         if not fitted.cast(found.type).equals(found):
             raise pa.ArrowInvalid(f"{found.type} has more to it than {kind}")
+
+
+def _without_maps(kind: pa.DataType) -> pa.DataType:
+    """A type with lists of pairs for maps; see ``_pairs``."""
+    if pa.types.is_map(kind):
+        return pa.list_(
+            pa.struct([("key", kind.key_type), ("value", _without_maps(kind.item_type))])
+        )
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _without_maps(field.type)) for field in kind])
+    return pa.list_(_without_maps(kind.value_type)) if is_list(kind) else kind
+
+
+def _pairs(value: Any, kind: pa.DataType) -> Any:
+    """A value with its maps, be they dicts or lists of pairs, as lists of structs."""
+    if value is None or value is pd.NA:
+        return None
+    if pa.types.is_map(kind):
+        items = value.items() if isinstance(value, Mapping) else value
+        return [{"key": key, "value": _pairs(item, kind.item_type)} for key, item in items]
+    if pa.types.is_struct(kind) and isinstance(value, Mapping):
+        kinds = {field.name: field.type for field in kind}
+        return {k: _pairs(v, kinds[k]) if k in kinds else v for k, v in value.items()}
+    if is_list(kind) and pd.api.types.is_list_like(value):
+        return [_pairs(item, kind.value_type) for item in value]
+    return value
 
 
 def _narrowed(found: pa.DataType, kind: pa.DataType) -> pa.DataType:
@@ -187,13 +215,30 @@ def cast(column: pd.Series, dtype: Any) -> pd.Series:
     kind = getattr(dtype, "kind", "")
     if kind == "b" and getattr(column.dtype, "kind", "O") == "O":
         column = column.astype("boolean")  # to numpy's, any text is true
-    elif is_object and kind in "iu" and "float" in pd.api.types.infer_dtype(column, skipna=True):
-        column = column.astype("float64")
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         result = column.astype(dtype)
         if _is_checked(column.dtype, kind) and _differ(column, result):
             raise ValueError(f"{column.dtype} has values that {dtype} does not hold")
+    if is_object and kind in tuple("iuf"):
+        _check_numbers(column, result)
     return result
+
+
+def _check_numbers(given: pd.Series, result: pd.Series) -> None:
+    """Raise where objects that became numbers are others now; texts are taken for what they say.
+
+    Floats and decimals may be narrowed to a float.
+    """
+    is_float = result.dtype.kind == "f"
+    for value, number in zip(given, result.tolist(), strict=True):
+        if isinstance(value, str) or pd.isna(number):
+            continue
+        if is_float and isinstance(value, (float, np.floating, Decimal)):
+            is_same = math.isinf(number) == math.isinf(value)
+        else:
+            is_same = bool(value == number)
+        if not is_same:
+            raise ValueError(f"{result.dtype} does not hold {value!r:.80}")
 
 
 def _check_no_lists(column: pd.Series) -> None:
@@ -204,11 +249,13 @@ def _check_no_lists(column: pd.Series) -> None:
 
 def _is_checked(given: Any, kind: str) -> bool:
     """Whether pandas casts these without looking whether the values stay the same."""
-    pairs = {"i": "iufb", "u": "iufb", "f": "iub", "M": "M", "m": "m"}
+    pairs = {"i": "iufb", "u": "iufb", "f": "iufb", "M": "M", "m": "m"}
     return kind != "" and kind in pairs.get(getattr(given, "kind", ""), "")
 
 
 def _differ(given: pd.Series, result: pd.Series) -> bool:
+    if given.dtype.kind == "f" and result.dtype.kind == "f":  # may be narrowed
+        return bool((np.isinf(result) & ~np.isinf(given)).fillna(False).any())
     back = result.astype(given.dtype)
     is_other = ((back != given) & given.notna()) | (given.isna() & result.notna())
     if given.dtype.kind in "iuf":

@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+from dask.base import is_dask_collection
+
 from dask_pcm.errors import ArgumentError, RecipeError, SchemaError
 
 P = ParamSpec("P")
@@ -126,7 +128,7 @@ def check_function(
     RecipeError
         Where it is no plain function, or does not take these arguments.
     """
-    if not callable(func):
+    if not callable(func) or is_dask_collection(func):
         raise RecipeError(
             "map_partitions needs a function as its first argument; found"
             f" {type(func).__qualname__}. Write {_CALLS['map_partitions']}."

@@ -41,6 +41,11 @@ def path_texts(given: AnyPath | Iterable[AnyPath]) -> list[str]:
     """
     if isinstance(given, (str, bytes, os.PathLike)):
         given = [given]
+    if hasattr(given, "read"):  # its lines would be taken for paths
+        raise InputError(
+            f"read_parquet takes paths, not open files ({type(given).__name__}): workers open them"
+            " themselves. Give the path of the file."
+        )
     if isinstance(given, Mapping) or hasattr(given, "columns") or not isinstance(given, Iterable):
         raise InputError(
             "read_parquet takes the path of a file or folder, or a list of paths; found"
@@ -70,10 +75,11 @@ def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     roots: list[str] = []
     urls: dict[str, str] = {}
+    seen: dict[str, tuple[str, str]] = {}
     for path in given:
         try:
             fs, named = _resolve(path)
-            names = sorted(_files(fs, named, path), key=natural_sort_key)
+            names = _distinct(fs, _files(fs, named, path))
         except InputError:
             raise
         except (OSError, ValueError, ImportError) as error:  # whatever a filesystem has to say
@@ -81,12 +87,33 @@ def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
         roots += (_url(fs, name, path) for name in named)
         for name in names:
             url = _url(fs, name, path)
-            if url in urls:
-                again = "" if urls[url] == path else f", by {urls[url]!r} and by {path!r}"
-                raise InputError(f"The input names {url!r} twice{again}. Name each file once.")
+            first_url, first = seen.setdefault(_identity(fs, name, url), (url, path))
+            if url in urls or first_url != url:
+                by = f" ({first!r} and {path!r})" if first != path else ""
+                alias = f": {url!r} is the same file" if first_url != url else ""
+                raise InputError(
+                    f"The input names {first_url!r} twice{by}{alias}. Name each file once."
+                )
             urls[url] = path
     _check_same_partition(urls)
     return roots, list(urls)
+
+
+def _identity(fs: Any, name: str, url: str) -> str:
+    """What two names of one file share."""
+    return os.path.realpath(name) if is_local(fs) else url
+
+
+def _distinct(fs: Any, names: Iterable[str]) -> list[str]:
+    """Names of files in natural order, each file once: under its own name rather than a link's."""
+    if not is_local(fs):
+        return sorted(names, key=natural_sort_key)
+    found: dict[str, str] = {}
+    for name in sorted(names, key=natural_sort_key):
+        real = os.path.realpath(name)
+        if real not in found or name == real:
+            found[real] = name
+    return sorted(found.values(), key=natural_sort_key)
 
 
 def _url(fs: Any, name: str, given: str) -> str:
@@ -185,6 +212,8 @@ def _files(fs: Any, roots: Sequence[str], given: str) -> list[str]:
         data = _data(fs, names)
         for name in data:
             _check_plain(name[len(root) :], given)
+            if is_local(fs):
+                _check_links(name, root, given)
         found += data
         others += set(names).difference(data)
     if not found:
@@ -248,6 +277,13 @@ def _check_plain(below: str, given: str) -> None:
             f"{given!r} is partitioned by folder names ({below.strip('/')!r}), whose columns"
             " pcm.read_parquet does not read. Read it with dask.dataframe.read_parquet."
         )
+
+
+def _check_links(name: str, root: str, given: str) -> None:
+    """The same, for files that links lead to."""
+    folders, own = (os.path.realpath(path).split("/") for path in (os.path.dirname(name), root))
+    if extra := [part for part in folders if "=" in part and part not in own]:
+        _check_plain(f"{extra[0]}/{os.path.basename(name)}", given)
 
 
 def _check_same_partition(urls: Mapping[str, str]) -> None:

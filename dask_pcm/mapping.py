@@ -145,8 +145,14 @@ class Call:
                     return self.func(frame, *contexts, *self.args, **self.kwargs)
                 named = dict(zip(self.names, contexts, strict=True))
                 return self.func(frame, *self.args, **self.kwargs, **named)
-        except SystemExit as error:  # it would take the worker with it
-            raise RuntimeError(f"{_name(self.func)} called sys.exit({error.code!r})") from error
+        except BaseException as error:
+            if (
+                isinstance(error, Exception)
+                or threading.current_thread() is threading.main_thread()
+            ):
+                raise  # in the main thread it may be the user who interrupts
+            # Dask would end the worker, or wait for the task for ever.
+            raise RuntimeError(f"{_name(self.func)} raised {error!r}") from error
 
     def _batch(self, frame: pd.DataFrame, contexts: Sequence[Any], tally: Tally) -> pd.DataFrame:
         """One call; where it raises, halves are tried, down to the rows that are at fault."""

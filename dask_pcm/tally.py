@@ -29,7 +29,8 @@ class Tally:
     def __init__(self) -> None:
         self._n_batches = 0
         self._has_succeeded = False
-        self._kinds: set[type[Exception]] = set()
+        #: By name: a class that is defined in the function is another one in each call.
+        self._kinds: set[str] = set()
         #: The first exception, packed: its traceback would keep the live object from being freed.
         self.error = b""
 
@@ -42,7 +43,7 @@ class Tally:
 
     def fail(self, row: pd.DataFrame, error: Exception) -> None:
         """The function raised `error` on one row alone."""
-        self._kinds.add(type(error))
+        self._kinds.add(f"{type(error).__module__}.{type(error).__qualname__}")
         if not self.error:
             error.add_note(f"Every row so far raised this; one of them: {_text_of(row)}")
             self.error = pack(error)
@@ -52,8 +53,7 @@ class Tally:
         """Its batches, if all of their rows raised one type of exception."""
         if self._has_succeeded or len(self._kinds) > 1:
             return None
-        kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in self._kinds]
-        return Failing(self._n_batches, "".join(kinds))
+        return Failing(self._n_batches, "".join(self._kinds))
 
 
 def pack(error: Exception) -> bytes:
@@ -62,7 +62,7 @@ def pack(error: Exception) -> bytes:
         pickling_support.install(error)
         packed = cloudpickle.dumps(error)
         if len(packed) <= _MAX_BYTES:
-            pickle.loads(packed)
+            f"{pickle.loads(packed)!s} {error!r}"  # Dask asks for both
             return bytes(packed)
     except Exception:  # classes that cannot be made again from their arguments, and the like
         pass

@@ -19,6 +19,11 @@ class TwoArgumentsError(Exception):
         self.one = one
 
 
+class SilentError(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
 class NeedsKeywordError(Exception):
     def __init__(self, *, lock):
         super().__init__("of a keyword")
@@ -44,6 +49,23 @@ def test_one_type_of_exception():
     assert "index 3: id=7, claim='xxx" in note and len(note) < 500
     tally.fail(ROW, KeyError())
     assert tally.failing is None
+
+
+def test_a_type_that_is_defined_in_the_function():
+    def infer():
+        class OwnError(Exception):
+            pass
+
+        raise OwnError
+
+    tally = Tally()
+    for _ in range(2):
+        tally.begin_batch()
+        try:
+            infer()
+        except Exception as error:
+            tally.fail(ROW, error)
+    assert tally.failing is not None and tally.failing.kind.endswith("infer.<locals>.OwnError")
 
 
 def test_what_is_kept_keeps_no_object_alive():
@@ -87,3 +109,8 @@ def test_one_that_cannot_be_sent_comes_in_words():
     found = unpack(pack(raised(NeedsKeywordError(lock=threading.Lock()))))
     assert isinstance(found, UserFunctionError)
     assert "of a keyword" in str(found) and "in raised" in str(found)
+
+
+def test_one_that_has_no_text():
+    found = unpack(pack(raised(SilentError())))
+    assert isinstance(found, UserFunctionError) and "SilentError" in str(found)

@@ -212,6 +212,21 @@ LOSSES = {
     "half a second": (pd.to_datetime(["2020-01-01 00:00:00.5"]), "datetime64[s]"),
     "a text for a truth": (["False"], "bool"),
     "two for a truth": ([2], "bool"),
+    "a decimal's fraction": ([Decimal("1.5")], "int64"),
+    "a fraction of a decimal beside nothing": ([Decimal("1.5"), None], "Int64"),
+    "a moment for a number": (pd.Series([pd.Timestamp(2024, 1, 1)], dtype=object), "int64"),
+    "more than a float32": ([1e300], "float32"),
+    "more than a float16": (pd.Series([1e6], dtype=object), "float16"),
+    "beyond 2^53 among objects": (pd.Series([2**60 + 1, 0.5], dtype=object), "float64"),
+    "fractions in a map": ([{"a": 1.5}], pd.ArrowDtype(pa.map_(pa.string(), pa.int64()))),
+    "fractions in a list of maps": (
+        [[[("a", 1.5)]]],
+        pd.ArrowDtype(pa.list_(pa.map_(pa.string(), pa.int64()))),
+    ),
+    "a field in a map": (
+        [{"a": {"x": 1, "y": 2}}],
+        pd.ArrowDtype(pa.map_(pa.string(), pa.struct({"x": pa.int64()}))),
+    ),
     "nothing for a truth": ([np.nan], "bool"),
     "a list for a text": ([["a"]], "str"),
     "hours of a date": ([dt.datetime(2020, 1, 1, 5)], pd.ArrowDtype(pa.date32())),
@@ -242,6 +257,18 @@ def test_a_function_that_returns_more_than_it_declares_is_told(values, dtype):
         (pd.Series([2**60 + 1, None], dtype=object), "Int64", [2**60 + 1, pd.NA]),
         (pd.Series([1, "b"], dtype=object), "str", ["1", "b"]),
         (pd.Series([True, None], dtype=object), "boolean", [True, pd.NA]),
+        (pd.Series([Decimal("2"), None]), "Int64", [2, pd.NA]),
+        (
+            pd.Series([Decimal("0.1"), np.inf, None]),
+            "float32",
+            [float(np.float32(0.1)), np.inf, np.nan],
+        ),
+        (pd.Series(["3", 4], dtype=object), "int64", [3, 4]),
+        (
+            pd.Series([{"a": 1}, [("b", None)], None]),
+            pd.ArrowDtype(pa.map_(pa.string(), pa.int64())),
+            [[("a", 1)], [("b", None)], pd.NA],
+        ),
     ],
 )
 def test_what_stays_the_same_is_converted(values, dtype, expected):

@@ -52,7 +52,7 @@ class Layout:
             Where a column's type cannot be known before it is computed.
         """
         given = None if reader is None else reader.meta()
-        own = pa.Schema.from_pandas(meta, preserve_index=False)
+        own = _own_types(meta)
         fields = []
         for name, kind in zip(own.names, own.types, strict=True):
             if reader is not None and given is not None and _is_passed(name, given, meta):
@@ -113,6 +113,22 @@ class Layout:
                 f"Column {field.name!r} is {field.type} in the input and in other parts, and what"
                 f" it holds now does not fit: {error}. Give the function's column another name."
             ) from error
+
+
+def _own_types(meta: pd.DataFrame) -> pa.Schema:
+    """Arrow types of the columns, as their dtypes say."""
+    try:
+        return pa.Schema.from_pandas(meta, preserve_index=False)
+    except MISFITS:
+        for name in meta.columns:
+            try:
+                pa.Schema.from_pandas(meta[[name]], preserve_index=False)
+            except MISFITS as error:
+                raise SchemaError(
+                    f"Column {name!r} has dtype {meta[name].dtype}, which Parquet does not hold"
+                    f" ({error}). Convert it in the function, and declare what it is then in meta."
+                ) from error
+        raise
 
 
 def _index_type(meta: pd.DataFrame, reader: PieceReader | None) -> pa.DataType | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import threading
@@ -446,14 +447,17 @@ def test_partitions_picked_twice_are_refused(client, job, out):
         write(verdicts, out)
 
 
-def test_a_function_that_exits_ends_no_worker(client, job, out):
+@pytest.mark.parametrize(
+    "leaving", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()], ids=repr
+)
+def test_a_function_that_exits_ends_no_worker(client, job, out, leaving):
     def leaves(frame, model):
         if (frame["id"] == 7).any():
-            raise SystemExit(3)
+            raise leaving
         return verify(frame, model)
 
     (error,) = write(job(leaves), out).report.errors
-    assert error.startswith("RuntimeError") and error.endswith("called sys.exit(3)")
+    assert error.startswith("RuntimeError") and error.endswith(f"raised {leaving!r}")
 
 
 def test_the_manifest_names_the_job_and_no_secret(client, job, out):
