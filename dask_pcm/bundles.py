@@ -159,7 +159,7 @@ def bundle_of(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) ->
         is_folder = not fs.isfile(root)
     except InputError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # each library of a store has errors of its own
         raise InputError(f"The files of a recipe cannot be listed: {given!r}: {error}.") from error
     if not found:
         raise InputError(

@@ -82,7 +82,7 @@ def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
             names = _distinct(fs, _files(fs, named, path))
         except InputError:
             raise
-        except (OSError, ValueError, ImportError) as error:  # whatever a filesystem has to say
+        except Exception as error:  # each library of a store has errors of its own
             raise InputError(f"Cannot open the input {path!r}: {error}") from error
         roots += (_url(fs, name, path) for name in named)
         for name in names:

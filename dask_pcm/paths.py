@@ -14,6 +14,9 @@ from typing import Any
 
 from dask_pcm.errors import InputError, redacted
 
+#: Object stores whose libraries read no user and password from a URL.
+_KEY_IN_BUCKET = re.compile(r"(s3a?|s3n|gs|gcs|oss|r2)://[^/@\s]*:[^/@\s]*@(.*)", re.DOTALL)
+
 
 class _Redacts(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
@@ -32,9 +35,17 @@ def path_text(path: str | bytes | os.PathLike[str]) -> str:
     Raises
     ------
     InputError
-        Where it was a URL before pathlib took one of its slashes.
+        Where it was a URL before pathlib took one of its slashes, or has a key and a secret in it
+        which its store would take for a part of the bucket's name.
     """
     text = os.fsdecode(path)
+    if found := _KEY_IN_BUCKET.match(text):
+        scheme, bucket = found.groups()
+        raise InputError(
+            f"A URL of {scheme} has no place for a key and a secret. Give '{scheme}://{bucket}',"
+            " and the secret where the store's library looks for it: in its environment variables,"
+            " its configuration files, or storage_options."
+        )
     if isinstance(path, PurePath) and re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", text):
         url = text.replace(":/", "://", 1)
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -134,7 +135,8 @@ class TestLinks:
     def test_a_second_name_of_what_is_there_brings_no_rows_twice(self, days):
         os.symlink("day-2", days / "day-1-latest")
         os.symlink("a.parquet", days / "day-0" / "a-latest.parquet")
-        assert read(days) == list(range(6))
+        for given in (days, f"{days}/*", f"{days}/day-*/*.parquet", f"{days}/**"):
+            assert read(given) == list(range(6))
         _, urls = find_files([str(days)])
         assert not any("latest" in url for url in urls)
 
@@ -202,6 +204,33 @@ class TestRefused:
         monkeypatch.setattr(os, "scandir", denied)
         with pytest.raises(InputError, match=r"Cannot list the folder '.*day-1'"):
             pcm.read_parquet(days)
+
+    def test_a_file_by_two_names(self, days):
+        (days / "again").symlink_to(days / "day-0")
+        (days / "one").symlink_to(days / "day-0" / "a.parquet")
+        for other in ("again", "one", "day-1/../day-0", "day-0/../day-0/a.parquet"):
+            with pytest.raises(InputError, match=r"a\.parquet' twice.*is the same file"):
+                read([days / "day-0", days / other])
+
+    def test_files_that_are_open(self, days):
+        path = days / "day-0" / "a.parquet"
+        with open(path, "rb") as file:
+            for given in (file, io.BytesIO(path.read_bytes())):
+                with pytest.raises(InputError, match="not open files"):
+                    pcm.read_parquet(given)
+
+    def test_links_to_folders_that_hold_columns(self, tmp_path):
+        put(tmp_path / "hive" / "k=1" / "a.parquet", 1)
+        (tmp_path / "linked").mkdir()
+        (tmp_path / "linked" / "one").symlink_to(tmp_path / "hive" / "k=1")
+        with pytest.raises(InputError, match="partitioned by folder names"):
+            read(tmp_path / "linked")
+        assert read(tmp_path / "linked" / "one") == [1]
+
+    def test_a_key_and_a_secret_in_the_url_of_a_bucket(self):
+        with pytest.raises(InputError, match=r"no place for a key.*'s3://box/a'") as raised:
+            pcm.read_parquet("s3://key:secret@box/a")
+        assert "secret@" not in str(raised.value)
 
     def test_a_file_that_is_named_twice(self, days):
         with pytest.raises(InputError, match=r"a\.parquet' twice.*day-0' and .*Name each"):

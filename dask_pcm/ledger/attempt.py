@@ -7,10 +7,11 @@ later run commits it as it is (``recover.py``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -18,7 +19,7 @@ from typing import Any, Self
 import pandas as pd
 import pyarrow as pa
 
-from dask_pcm.errors import FencedError, LostProcessError
+from dask_pcm.errors import FencedError, LostProcessError, OutputError
 from dask_pcm.ledger.compute import Batch, batches
 from dask_pcm.ledger.cut import cut_to
 from dask_pcm.ledger.journal import Journal, Record, apart
@@ -38,8 +39,8 @@ logger = logging.getLogger(__name__)
 MAX_ERRORS = 3
 #: Batches that take less are noted several at a time.
 _RECORD_S = 0.02
-#: So many rows given up in succession are no bad luck.
-_HOPELESS_ROWS = 25
+#: So many rows given up in succession are no bad luck; fewer where nothing was ever answered.
+_HOPELESS_ROWS, _HOPELESS_FIRST_ROWS = 25, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ def attempt(
                 journal.append(record)
         for name in earlier.names:  # now that all of it is in ours
             output.remove(name)
-        _check_hope(unit, suspects)
+        _check_hope(unit, suspects, functools.partial(_has_answers, output, kept))
         pace = Pace(batch_rows, suspects)
         left = replace(unit, spans=tuple(spans))
         todo = batches(left, graph, max_bytes, pace.end) if spans else ()
@@ -193,12 +194,24 @@ def _suspects(unit: Unit, earlier: _Earlier, costs: Iterable[Cost]) -> Suspects:
     return suspects
 
 
-def _check_hope(unit: Unit, suspects: Suspects) -> None:
+def _has_answers(output: Output, kept: Iterable[Record]) -> bool:
+    """Whether any row of the job has been answered, as far as can be seen."""
+    if any(record.stop - record.start > record.n_failed for record in kept):
+        return True
+    for name in output.parts():
+        with contextlib.suppress(FileNotFoundError, OutputError):
+            note = output.read_note(name)
+            if note.get("rows", 0) > note.get("failed", 0):
+                return True
+    return False
+
+
+def _check_hope(unit: Unit, suspects: Suspects, has_answers: Callable[[], bool]) -> None:
     """Where row after row ends its process, it is not the rows that are at fault."""
     n_rows = 0
     for row in suspects.given_up():
         n_rows = n_rows + 1 if suspects.gives_up(row - 1) else 1
-        if n_rows == _HOPELESS_ROWS:
+        if n_rows == _HOPELESS_ROWS or (n_rows == _HOPELESS_FIRST_ROWS and not has_answers()):
             raise LostProcessError(
                 f"{n_rows} rows of {unit.name} in succession, up to row {row:,} of the input, have"
                 f" each ended the worker process that computed them alone (or took longer than"

@@ -432,6 +432,12 @@ def test_a_row_that_ends_its_process_though_no_function_sees_it_is_the_gates_to_
     assert n_lost == N_PROCESSES + 3  # after those that are asked about
 
 
+def test_where_nothing_was_ever_answered_a_few_rows_are_enough(work):
+    FATAL.update(range(N_ROWS))
+    with pytest.raises(LostProcessError, match=r"5 rows of part-.* in succession, up to row 4 of"):
+        work.finish(work.opened())
+
+
 def test_where_every_row_ends_its_process_the_unit_does(work, monkeypatch):
     monkeypatch.setattr(attempts, "_HOPELESS_ROWS", 5)
     FATAL.update(range(10, 60))
