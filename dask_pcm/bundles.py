@@ -24,7 +24,7 @@ from blake3 import blake3
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_pcm import memory
-from dask_pcm.errors import InputError, redacted
+from dask_pcm.errors import InputError, redacted, shown_cause
 from dask_pcm.paths import path_text, redacted_repr, version_of
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,9 @@ def bundle_of(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) ->
     except InputError:
         raise
     except Exception as error:  # each library of a store has errors of its own
-        raise InputError(f"The files of a recipe cannot be listed: {given!r}: {error}.") from error
+        raise InputError(
+            f"The files of a recipe cannot be listed: {given!r}: {error}."
+        ) from shown_cause(error)
     if not found:
         raise InputError(
             f"There is no file at {given!r}, which a recipe names; no worker could have it."
@@ -222,7 +224,9 @@ def _bundled(fs: Any, name: str, path: str) -> BundledFile:
             if version:  # else nobody could tell whether it is still the same
                 _memory.note(key, blob)
     except OSError as error:
-        raise InputError(f"{url!r}, which a recipe names, cannot be read: {error}.") from error
+        raise InputError(
+            f"{url!r}, which a recipe names, cannot be read: {error}."
+        ) from shown_cause(error)
     return BundledFile(name, url, version, blob)
 
 

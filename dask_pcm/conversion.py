@@ -80,8 +80,7 @@ def _is_same(dtype: Any, kind: pa.DataType) -> bool:
         return False  # masked floats take NaN for null
     with contextlib.suppress(*MISFITS):
         own = pa.array(pd.Series([], dtype=dtype)).type
-        texts = all(pa.types.is_string(k) or pa.types.is_large_string(k) for k in (own, kind))
-        return bool(texts or own == kind)
+        return (_is_text(own) and _is_text(kind)) or bool(own == kind)
     return False
 
 
@@ -98,10 +97,22 @@ def to_pandas(table: pa.Table, dtypes: Mapping[str, Any]) -> pd.DataFrame:
             chunks = [mark(chunk) for chunk in marked.column(at).chunks]
             marked = marked.set_column(at, name, pa.chunked_array(chunks, marked.column(at).type))
     frame = marked.to_pandas(integer_object_nulls=True, ignore_metadata=True)
+    for name in ordinary:
+        if _has_no_categories(frame[name]) and _is_text(table.schema.field(name).type.value_type):
+            # They would be objects, which Dask does not put together with texts.
+            frame[name] = frame[name].cat.set_categories(pd.Index([], dtype="str"))
     for name in table.column_names:
         if name in dtypes:
             frame[name] = dtypes[name].__from_arrow__(table.column(name))
     return frame if len(ordinary) == table.num_columns else frame[table.column_names]
+
+
+def _has_no_categories(column: pd.Series) -> bool:
+    return isinstance(column.dtype, pd.CategoricalDtype) and not len(column.dtype.categories)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def to_arrow(column: pd.Series, kind: pa.DataType) -> pa.Array:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 
-_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)([^\s/'\"<>]+)@")
+#: Of a password with a slash in it, what stands before that looks like a port that is no number.
+_USER = re.compile(
+    r"(?i)\b([a-z][a-z0-9+.-]*://)([^\s/'\"<>]+|[^\s/:'\"<>]+:(?!\d+/|:)[^\s'\"<>]+)@"
+)
 #: All but line feeds and tabs; also what changes the direction of text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>]*=[^\s'\"<>]*")
+#: Of the web, also a query or fragment that is a word: a pattern there goes on with a dot or slash.
+_TOKEN = re.compile(r"(?i)\b(https?://[^\s?#'\"<>]*)[?#][^\s'\"<>./*?\[\]]{6,}(?=$|[\s'\"<>:,;)])")
 
 
 def redacted(text: str) -> str:
@@ -20,13 +25,24 @@ def redacted(text: str) -> str:
     >>> redacted("abfs://box@account.dfs.core.windows.net/a?.parquet")
     'abfs://box@account.dfs.core.windows.net/a?.parquet'
     """
-    return _QUERY.sub(r"\1", _USER.sub(_without_password, text))
+    return _TOKEN.sub(r"\1", _QUERY.sub(r"\1", _USER.sub(_without_password, text)))
 
 
 def _without_password(found: re.Match[str]) -> str:
     scheme, user = found.groups()
     is_secret = ":" in user or scheme.lower().startswith(("http", "ftp"))
     return scheme if is_secret else found[0]
+
+
+def shown_cause(error: BaseException) -> BaseException | None:
+    """An error to raise ours from; None where its text, or that of its own, shows a secret."""
+    cause: BaseException | None = error
+    while cause is not None:
+        texts = str(cause), repr(cause)
+        if any(redacted(text) != text for text in texts):
+            return None
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from dask_pcm.arrow_types import Bounds, is_bounded, n_leaves, plain
 from dask_pcm.conversion import NULLABLE, pandas_notes
-from dask_pcm.errors import InputError, SchemaError
+from dask_pcm.errors import InputError, SchemaError, shown_cause
 from dask_pcm.paths import redacted_repr, version_of
 
 SUFFIXES = (".parquet", ".parq", ".pq")
@@ -80,7 +80,7 @@ def _describe(url: str, columns: Sequence[str] | None) -> File:
             metadata = pq.read_metadata(file)
         schema = metadata.schema.to_arrow_schema()
     except (OSError, pa.ArrowException, EOFError) as error:
-        raise InputError(f"Cannot read {url!r} as Parquet: {error}") from error
+        raise InputError(f"Cannot read {url!r} as Parquet: {error}") from shown_cause(error)
     row_groups = tuple(_row_groups(metadata, schema, columns))
     nullable, bounds = _with_nulls(schema, metadata), _bounds(schema, metadata)
     counted = counted_index(schema)

@@ -19,7 +19,7 @@ from dask.utils import natural_sort_key
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from dask_pcm.errors import InputError
+from dask_pcm.errors import InputError, shown_cause
 from dask_pcm.files import MAGIC, SUFFIXES
 from dask_pcm.paths import path_text
 
@@ -83,7 +83,7 @@ def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
         except InputError:
             raise
         except Exception as error:  # each library of a store has errors of its own
-            raise InputError(f"Cannot open the input {path!r}: {error}") from error
+            raise InputError(f"Cannot open the input {path!r}: {error}") from shown_cause(error)
         roots += (_url(fs, name, path) for name in named)
         for name in names:
             url = _url(fs, name, path)

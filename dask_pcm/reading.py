@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_pcm.arrow_types import has_categories_within
-from dask_pcm.errors import InputError
+from dask_pcm.errors import InputError, shown_cause
 from dask_pcm.files import counted_index, file_info
 from dask_pcm.paths import version_of
 
@@ -232,7 +232,7 @@ def _named(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, StopIteration, RuntimeError) as error:
-        raise InputError(f"Cannot read {path!r}: {error}") from error
+        raise InputError(f"Cannot read {path!r}: {error}") from shown_cause(error)
 
 
 def _open(path: str) -> tuple[Any, Any]:

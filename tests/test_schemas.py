@@ -291,3 +291,11 @@ class TestIndexOfPandas:
         put(tmp_path, pa.table({"x": [1]}))
         with pytest.raises(SchemaError, match="no column '__index_level_0__'"):
             read(tmp_path, columns=["__index_level_0__"])
+
+
+def test_categories_that_one_file_has_none_of(tmp_path):
+    texts = pa.array(["a", None]).dictionary_encode()
+    for number, column in enumerate([pa.nulls(2), texts, texts.slice(1)]):
+        pq.write_table(pa.table({"x": column}), tmp_path / f"{number}.parquet")
+    found = pcm.read_parquet(tmp_path).compute(scheduler="sync")
+    assert found.x.dtype == "category" and found.x.dropna().tolist() == ["a"] and len(found) == 5

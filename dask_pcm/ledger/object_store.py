@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from dask_pcm.errors import OutputError
+from dask_pcm.errors import OutputError, shown_cause
 
 #: Where libraries come from whose errors tell of a store, or of the way to it.
 _CLIENTS = frozenset(
@@ -38,7 +38,7 @@ class Store:
                 raise OutputError(
                     f"The store of {self._url!r} does not answer: {type(error).__name__}: {error}."
                     " What was committed stays; run the same again to go on."
-                ) from error
+                ) from shown_cause(error)
 
         return call
 

@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, ClassVar
 import fsspec
 import pyarrow as pa
 
-from dask_pcm.errors import FencedError, OutputError, redacted
+from dask_pcm.errors import FencedError, OutputError, redacted, shown_cause
 from dask_pcm.ledger.journal import Journal
 from dask_pcm.ledger.lockfiles import LockFiles, refreshing
 from dask_pcm.ledger.log import commit_line, encode_line
@@ -97,7 +97,7 @@ class Objects(Output):
         except Exception as error:  # each store has its own
             raise OutputError(
                 f"Cannot write to the output {url!r}: {type(error).__name__}: {error}."
-            ) from error
+            ) from shown_cause(error)
         if not is_conditional:
             raise OutputError(
                 f"The store of {url!r} cannot put an object only if there is none yet, so two"

@@ -40,7 +40,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dask_pcm.errors import OutputError
+from dask_pcm.errors import OutputError, shown_cause
 from dask_pcm.ledger.decode import parse
 from dask_pcm.ledger.journal import Found, Journal, read_journal
 from dask_pcm.ledger.log import parse_line
@@ -56,6 +56,8 @@ MANIFEST, REPORT, LOG = f"{HOME}/manifest.json", f"{HOME}/report.json", f"{HOME}
 JOURNAL = f"{HOME}/journal"
 PAUSE, CANCEL = "pause", "cancel"
 _ASIDE = "aside"
+#: Ours, and what a filesystem puts at its root.
+_OWN_FOLDERS = frozenset({f"{HOME}/", "lost+found/"})
 
 
 class Entry(NamedTuple):
@@ -235,7 +237,7 @@ class Output(abc.ABC):
             raise OutputError(
                 f"The part {name!r} in {self.path!r} cannot be read ({error}). Remove it, and its"
                 " rows are computed again."
-            ) from error
+            ) from shown_cause(error)
 
     def is_intact(self, name: str, note: Mapping[str, Any]) -> bool:
         """Whether a part is as it was committed with this note; reads it through."""
@@ -249,7 +251,7 @@ class Output(abc.ABC):
     def strangers(self) -> list[str]:
         """Names of files that are not ours; hidden ones are nobody's business."""
         names = (name for name in self.entries() if not name.startswith("."))
-        return [name for name in names if name != f"{HOME}/" and parse_name(name) is None]
+        return [name for name in names if name not in _OWN_FOLDERS and parse_name(name) is None]
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=1).encode())
@@ -267,12 +269,14 @@ class Output(abc.ABC):
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise OutputError(f"{name!r} in {self.path!r} cannot be read now: {error}.") from error
+            raise OutputError(
+                f"{name!r} in {self.path!r} cannot be read now: {error}."
+            ) from shown_cause(error)
         except ValueError as error:
             raise OutputError(
                 f"{name!r} in {self.path!r} is damaged ({error}). Give another output folder, or"
                 " overwrite this one (overwrite=True, --overwrite)."
-            ) from error
+            ) from shown_cause(error)
 
     def read_told(self, name: str) -> dict[str, Any] | None:
         """A JSON object that only tells how things stand; None if there is none.

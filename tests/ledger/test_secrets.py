@@ -13,7 +13,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
-from dask_pcm.errors import InputError, LoadError, PCMError, redacted
+from dask_pcm.errors import InputError, LoadError, PCMError, redacted, shown_cause
 
 SECRETS = ("SIGNATURE1", "SIGNATURE2", "PASSWORD")
 
@@ -157,4 +157,18 @@ def test_what_is_a_secret_in_a_url():
     assert (
         redacted("zip://a.csv::https://me:p@ss@host/x.zip?s=1") == "zip://a.csv::https://host/x.zip"
     )
+    assert (
+        redacted("http://me:p/w@host/x, http://host:80/a@b") == "http://host/x, http://host:80/a@b"
+    )
+    assert (
+        redacted("at http://h/a?TOKENOFMINE, https://h/a#SECRETS") == "at http://h/a, https://h/a"
+    )
+    assert redacted("https://h/part-?.parquet") == "https://h/part-?.parquet"
     assert str(InputError("at https://h/a?b=c")) == "at https://h/a"
+
+
+def test_a_cause_that_shows_a_secret_is_left_out():
+    harmless, telling = OSError("no"), OSError("no http://me:secret@h/a")
+    assert shown_cause(harmless) is harmless and shown_cause(telling) is None
+    harmless.__context__ = telling
+    assert shown_cause(harmless) is None
