@@ -12,7 +12,9 @@ _USER = re.compile(
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>]*=[^\s'\"<>]*")
 #: Of the web, also a query or fragment that is a word: a pattern there goes on with a dot or slash.
-_TOKEN = re.compile(r"(?i)\b(https?://[^\s?#'\"<>]*)[?#][^\s'\"<>./*?:,;)\[\]]{6,}(?=$|[\s'\"<>:,;)])")
+_TOKEN = re.compile(
+    r"(?i)\b(https?://[^\s?#'\"<>]*)[?#][^\s'\"<>./*?:,;)\[\]]{6,}(?=$|[\s'\"<>:,;)])"
+)
 
 
 def redacted(text: str) -> str:

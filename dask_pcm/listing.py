@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 from dask.utils import natural_sort_key
@@ -147,9 +148,21 @@ def _resolve(given: str) -> tuple[Any, list[str]]:
             raise _broken(pattern)
         if not matched:
             of = "" if pattern == path else f", one of {given!r}"
-            raise InputError(f"There is no input at {pattern if of else given!r}{of}.")
+            raise InputError(
+                f"There is no input at {pattern if of else given!r}{of}.{_hint(fs, given, pattern)}"
+            )
         found += matched
     return fs, list(dict.fromkeys(found))
+
+
+def _hint(fs: Any, given: str, pattern: str) -> str:
+    """Another way to write a path that is there."""
+    literal = re.sub(r"\[", "[[]", pattern)
+    others = [os.path.expandvars(given), unquote(pattern), *([literal] if "[" in pattern else [])]
+    for other in others if is_local(fs) else ():
+        if other not in (given, pattern) and (os.path.exists(other) or glob.glob(other)):
+            return f" Is {other!r} meant?"
+    return ""
 
 
 def _alternatives(pattern: str) -> list[str]:

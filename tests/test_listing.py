@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -211,6 +212,18 @@ class TestRefused:
         for other in ("again", "one", "day-1/../day-0", "day-0/../day-0/a.parquet"):
             with pytest.raises(InputError, match=r"a\.parquet' twice.*is the same file"):
                 read([days / "day-0", days / other])
+
+    def test_another_way_to_write_what_is_there(self, tmp_path, monkeypatch):
+        put(tmp_path / "run [1]" / "a.parquet", 1)
+        monkeypatch.setenv("RUNS", str(tmp_path))
+        for given, meant in {
+            f"{tmp_path}/run [1]/*": "run [[]1]/*",
+            f"{tmp_path}/run%20[1]": "run [1]",
+            "$RUNS": str(tmp_path),
+        }.items():
+            with pytest.raises(InputError, match=re.escape(f"{meant}' meant?")):
+                read(given)
+        assert read(f"{tmp_path}/run [[]1]/*") == [1]
 
     def test_files_that_are_open(self, days):
         path = days / "day-0" / "a.parquet"
