@@ -70,7 +70,7 @@ class TestFunctions:
     @pytest.mark.parametrize(
         "func",
         [verify, Verifier(), functools.partial(verify, limit=2), decorated(lambda f: f), print],
-        ids=str,
+        ids=["function", "object", "partial", "decorated", "builtin"],
     )
     def test_that_can_be_called(self, func):
         over(func)
