@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import os
 import pickle
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import cloudpickle
 from dask.utils import funcname, parse_bytes
 
 from dask_pcm.bundles import Bundle, bundle_of
-from dask_pcm.digest import digest
+from dask_pcm.digest import identify
 from dask_pcm.errors import RecipeError
 from dask_pcm.given import check_arguments, check_loader
 
@@ -26,23 +28,28 @@ class Sealed:
 
     The scheduler deserialises every graph. What is sealed stays bytes there, so neither the
     user's modules nor torch need to be importable on it. Two sealed values are the same if their
-    `digest` is, whatever their bytes.
+    `digest` is, whatever their bytes. What it is made of (`parts`) stays with the client.
     """
 
     digest: str
     payload: bytes = field(repr=False)
+    parts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sealed, (self.digest, self.payload)
 
     @classmethod
     def of(cls, value: Any, what: str, identity: Any = None) -> Sealed:
         """Seal `value`; `what` names it in errors, `identity` stands for it in the digest."""
         try:
-            payload = cloudpickle.dumps(value)
+            payload = _pickled(value)
         except Exception as error:
             raise RecipeError(
                 f"{what} cannot be pickled, so no worker could receive it: {error}. Create open"
                 " files, locks, connections and models inside the function instead of outside it."
             ) from error
-        return cls(digest(value if identity is None else identity), payload)
+        found = identify(value if identity is None else identity)
+        return cls(found.digest, payload, found.parts)
 
     def open(self) -> Any:
         """Unpickle; once a process for equal bytes.
@@ -56,6 +63,27 @@ class Sealed:
 
     def __dask_tokenize__(self) -> tuple[str, str]:
         return ("dask_pcm.Sealed", self.digest)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # its types are not shipped
+    """Pickles cached properties, which hold a lock before Python 3.12."""
+
+    dispatch_table: ClassVar[Any] = ChainMap(
+        {
+            functools.cached_property: lambda value: (
+                functools.cached_property,
+                (value.func,),
+                {"attrname": value.attrname},
+            )
+        },
+        cloudpickle.Pickler.dispatch_table,
+    )
+
+
+def _pickled(value: Any) -> bytes:
+    with io.BytesIO() as file:
+        _Pickler(file).dump(value)
+        return file.getvalue()
 
 
 @functools.lru_cache(maxsize=256)
@@ -90,6 +118,8 @@ class ContextRef:
         What people want to know of it, in pairs: a model's name and commit.
     bundles
         Files that the loader reads; a worker stages them first.
+    parts
+        What the digest is made of; stays with the client.
     """
 
     digest: str
@@ -99,6 +129,10 @@ class ContextRef:
     recipe: bytes = field(repr=False)
     about: tuple[tuple[str, str], ...] = ()
     bundles: tuple[Bundle, ...] = field(default=(), repr=False)
+    parts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ContextRef, tuple(getattr(self, part.name) for part in fields(self)[:-1])
 
     def __dask_tokenize__(self) -> tuple[str, str]:
         return ("dask_pcm.ContextRef", self.digest)
@@ -231,7 +265,15 @@ class Context:
         identity = (load, args, kwargs, offload, restore, close)
         sealed = Sealed.of(recipe, f"The recipe of context {name!r}", identity)
         memory = None if device_memory is None else _bytes(device_memory)
-        ref = ContextRef(sealed.digest, name, memory, exclusive, sealed.payload, bundles=bundles)
+        ref = ContextRef(
+            sealed.digest,
+            name,
+            memory,
+            exclusive,
+            sealed.payload,
+            bundles=bundles,
+            parts=sealed.parts,
+        )
         object.__setattr__(self, "ref", ref)
 
     @property
