@@ -110,7 +110,8 @@ def without_caches(value: Any, state: Any) -> Any:
         return tuple(without_caches(value, part) for part in state)
     if type(state) is not dict:
         return state
-    return {name: held for name, held in state.items() if not _is_cached(type(value), name)}
+    kept = {name: held for name, held in state.items() if not _is_cached(type(value), name)}
+    return kept or None  # as pickle has it of an object without attributes
 
 
 def _is_cached(cls: type, name: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -89,3 +90,33 @@ def test_what_an_unknown_magic_has_run_is_not_known():
     assert list(texts({"In": cells})) == [Text("b = 2", is_run=False), Text("a = 1")]
     assert list(texts({"In": ["broken("]})) == [Text("broken(")]
     assert list(texts({})) == []
+
+
+#: Cells, as a script has them one after the other.
+CELLS = [
+    "import json\nfrom os import environ",
+    "import dataclasses, functools, pydantic",
+    "n_rows: int = 3",
+    "CACHE = {}",
+    "@dataclasses.dataclass\nclass Options:\n    n: set = dataclasses.field(default_factory=set)",
+    "class Claim(pydantic.BaseModel):\n    id: int = pydantic.Field(default=3, gt=2)",
+    "class Table:\n    @functools.cached_property\n    def words(self): return {'x', 'y', 'z'}",
+    "Table.limit = 7",
+    "table = Table()",
+    "def f(x):\n"
+    "    for y in x:\n"
+    "        CACHE[y] = json.loads(y), environ.get('HOME')\n"
+    "    return Claim(), Options(), table.words, n_rows",
+]
+
+
+def test_a_script_and_a_notebook_are_the_same(tmp_path):
+    script = tmp_path / "script.py"
+    shown = "from dask_pcm.digest import digest\nprint(digest(f))\nf(['1'])\nprint(digest(f))\n"
+    script.write_text("\n".join([*CELLS, shown]))
+    command = [sys.executable, script]
+    environment = os.environ | {"SLURM_JOB_ID": "7", "PYTHONHASHSEED": "5"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    before, after = run.stdout.split()
+    assert before == after
+    assert in_notebooks([*CELLS, "f(['1'])"]) == [[before, before]]
