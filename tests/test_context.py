@@ -11,8 +11,8 @@ import pytest
 from dask.tokenize import tokenize
 
 from dask_pcm import Context
-from dask_pcm.context import Sealed
 from dask_pcm.errors import RecipeError
+from dask_pcm.sealed import Sealed
 
 
 def load(path, n=1):
