@@ -6,12 +6,11 @@ import ast
 import contextlib
 import functools
 import inspect
-import linecache
 import sys
-from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 
+from dask_pcm.cells import texts
 from dask_pcm.sources import is_installed, without_docstrings
 
 #: Descriptors that are what was written; those of libraries replace it.
@@ -19,8 +18,12 @@ _PLAIN_DESCRIPTORS = (
     *(FunctionType, classmethod, staticmethod, property, functools.cached_property),
     *(functools.partialmethod, functools.singledispatchmethod),
 )
-#: Functions that attrs has made hold a hash of text, which differs in every process.
-_GENERATED = "<attrs generated"
+#: Where functions say that they are from which libraries have generated. Those of attrs hold a hash
+#: of text, which differs in every process.
+_GENERATED = ("<attrs generated", "<string>")
+#: Packages whose objects are data.
+DATA_PACKAGES = frozenset("builtins datetime decimal numpy pandas pyarrow re torch".split())
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
 def class_statement(cls: type) -> CodeType | None:
@@ -29,23 +32,14 @@ def class_statement(cls: type) -> CodeType | None:
     It has what the author wrote: decorators, bases, keywords, annotations and members, whatever
     metaclasses and decorators have made of them.
     """
-    for source in _sources(sys.modules.get(cls.__module__)):
-        statement = _class_statements(source).get(cls.__qualname__)
+    for text in texts(getattr(sys.modules.get(cls.__module__), "__dict__", {})):
+        statement = _class_statements(text.source).get(cls.__qualname__)
         if statement is not None:
+            if not text.is_run:
+                return None  # it may be the statement, or not
             with contextlib.suppress(SyntaxError):  # it refers to variables of a function around it
                 return compile(statement, "<class>", "exec", dont_inherit=True)
     return None
-
-
-def _sources(module: ModuleType | None) -> Iterator[str]:
-    """The text of a module, or the cells of a notebook, the latest first."""
-    namespace: dict[str, Any] = getattr(module, "__dict__", {})
-    if file := namespace.get("__file__"):
-        with contextlib.suppress(Exception):  # a loader's own errors
-            yield "".join(linecache.getlines(str(file), namespace))
-    cells = namespace.get("In")
-    if isinstance(cells, list):
-        yield from (cell for cell in reversed(cells) if isinstance(cell, str))
 
 
 @functools.lru_cache(maxsize=512)
@@ -94,9 +88,57 @@ def is_written(cls: type, name: str, value: Any) -> bool:
     return (
         isinstance(func, FunctionType)
         and not is_installed(func.__module__)
-        and not func.__code__.co_filename.startswith(_GENERATED)
+        and not func.__code__.co_filename.startswith(_GENERATED[0])
         and func.__qualname__ == f"{cls.__qualname__}.{name}"
     )
+
+
+def is_added(name: str, value: Any) -> bool:
+    """Whether an author, not a library, has set an attribute of a class after its statement.
+
+    That is so for functions of the user's own under any name, and for data under public names:
+    what libraries keep on classes has names with underscores, or is made of their own types.
+    """
+    if _is_own_function(value):
+        return True
+    return not name.startswith("_") and _is_data(value)
+
+
+def _is_own_function(value: Any) -> bool:
+    if isinstance(value, property):
+        return any(_is_own_function(f) for f in (value.fget, value.fset, value.fdel))
+    func = inspect.unwrap(getattr(value, "__func__", value))
+    if not isinstance(func, FunctionType) or is_installed(func.__globals__.get("__name__")):
+        return False
+    return not func.__code__.co_filename.startswith(_GENERATED)
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, (tuple, list, set, frozenset)) and type(value).__module__ == "builtins":
+        return all(_is_data(item) for item in value)
+    if type(value) is dict:
+        return all(_is_data(item) for pair in value.items() for item in pair)
+    kind = value if isinstance(value, type) else type(value)
+    if hasattr(kind, "__get__"):
+        return _is_own_function(value) or not is_installed(kind.__module__)
+    package = kind.__module__.partition(".")[0]
+    return package in DATA_PACKAGES or package == "pathlib" or not is_installed(kind.__module__)
+
+
+def is_known_by_name(cls: type) -> bool:
+    """Whether a class is an installed module's, and is found there by its name.
+
+    Others were made while the program ran, and may say that they are of the module that made them:
+    ``dataclasses.make_dataclass("C", ...)`` gives ``types.C``.
+    """
+    if not is_installed(cls.__module__) or "<locals>" in cls.__qualname__:
+        return False
+    if not cls.__flags__ & _HEAP_TYPE:
+        return True  # of C; some have no name in any module
+    found: Any = sys.modules.get(cls.__module__)
+    for name in cls.__qualname__.split("."):
+        found = getattr(found, "__dict__", {}).get(name)
+    return found is cls
 
 
 def kept_member(member: Any) -> Any:

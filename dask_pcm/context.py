@@ -2,72 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
-import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-import cloudpickle
 from dask.utils import funcname, parse_bytes
 
 from dask_pcm.bundles import Bundle, bundle_of
-from dask_pcm.digest import digest
 from dask_pcm.errors import RecipeError
 from dask_pcm.given import check_arguments, check_loader
-
-
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """A pickled value that passes through the scheduler unopened.
-
-    The scheduler deserialises every graph. What is sealed stays bytes there, so neither the
-    user's modules nor torch need to be importable on it. Two sealed values are the same if their
-    `digest` is, whatever their bytes.
-    """
-
-    digest: str
-    payload: bytes = field(repr=False)
-
-    @classmethod
-    def of(cls, value: Any, what: str, identity: Any = None) -> Sealed:
-        """Seal `value`; `what` names it in errors, `identity` stands for it in the digest."""
-        try:
-            payload = cloudpickle.dumps(value)
-        except Exception as error:
-            raise RecipeError(
-                f"{what} cannot be pickled, so no worker could receive it: {error}. Create open"
-                " files, locks, connections and models inside the function instead of outside it."
-            ) from error
-        return cls(digest(value if identity is None else identity), payload)
-
-    def open(self) -> Any:
-        """Unpickle; once a process for equal bytes.
-
-        Raises
-        ------
-        RecipeError
-            Where a module that the value needs is missing in this process.
-        """
-        return _unpickle(self.payload)
-
-    def __dask_tokenize__(self) -> tuple[str, str]:
-        return ("dask_pcm.Sealed", self.digest)
-
-
-@functools.lru_cache(maxsize=256)
-def _unpickle(payload: bytes) -> Any:
-    try:
-        return pickle.loads(payload)
-    except ImportError as error:
-        raise RecipeError(
-            f"A function or an argument lives in a module that this worker cannot import"
-            f" ({error}). Define it in the notebook, install the module on the workers, send it"
-            " with client.upload_file(...), or call cloudpickle.register_pickle_by_value(module)."
-        ) from error
+from dask_pcm.sealed import Sealed
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +37,8 @@ class ContextRef:
         What people want to know of it, in pairs: a model's name and commit.
     bundles
         Files that the loader reads; a worker stages them first.
+    parts
+        What the digest is made of; stays with the client.
     """
 
     digest: str
@@ -99,6 +48,10 @@ class ContextRef:
     recipe: bytes = field(repr=False)
     about: tuple[tuple[str, str], ...] = ()
     bundles: tuple[Bundle, ...] = field(default=(), repr=False)
+    parts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ContextRef, tuple(getattr(self, part.name) for part in fields(self)[:-1])
 
     def __dask_tokenize__(self) -> tuple[str, str]:
         return ("dask_pcm.ContextRef", self.digest)
@@ -231,7 +184,15 @@ class Context:
         identity = (load, args, kwargs, offload, restore, close)
         sealed = Sealed.of(recipe, f"The recipe of context {name!r}", identity)
         memory = None if device_memory is None else _bytes(device_memory)
-        ref = ContextRef(sealed.digest, name, memory, exclusive, sealed.payload, bundles=bundles)
+        ref = ContextRef(
+            sealed.digest,
+            name,
+            memory,
+            exclusive,
+            sealed.payload,
+            bundles=bundles,
+            parts=sealed.parts,
+        )
         object.__setattr__(self, "ref", ref)
 
     @property

@@ -30,11 +30,12 @@ from dask.dataframe.utils import make_meta
 from dask.utils import funcname
 
 from dask_pcm.config import some_seconds
-from dask_pcm.context import Context, ContextRef, Sealed
+from dask_pcm.context import Context, ContextRef
 from dask_pcm.errors import RecipeError, SchemaError
 from dask_pcm.given import FRAME, LIVE, check_function, checked, frame_refused
 from dask_pcm.mapping import ERROR, Call, infer, row_wise_meta
 from dask_pcm.plugins.first_batches import Position
+from dask_pcm.sealed import Sealed
 
 
 class ContextMap(CumulativeAggregations):

@@ -12,34 +12,39 @@ Digests of functions and classes depend on the minor version of Python, as bytec
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
-import inspect
+import os
 import re
 import sys
 import warnings
-import weakref
-from collections.abc import Iterator, Mapping
-from pathlib import PurePath
-from types import (
-    BuiltinFunctionType,
-    CodeType,
-    FunctionType,
-    MethodType,
-    ModuleType,
-)
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import cloudpickle
 
 from dask_pcm.bytecode import imported, instructions, referenced, signature, stored
+from dask_pcm.caches import initial_values
 from dask_pcm.classes import (
+    DATA_PACKAGES,
     annotations_of,
     class_statement,
+    is_added,
+    is_known_by_name,
     is_written,
     kept_member,
     parameters_of,
+)
+from dask_pcm.components import (
+    components,
+    is_environment,
+    is_hashable,
+    owned_by_process,
+    without_caches,
 )
 from dask_pcm.errors import IdentityWarning, RecipeError
 from dask_pcm.sources import is_installed, origin, user_modules
@@ -50,18 +55,39 @@ _INCIDENTAL = frozenset(
     "__annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
     "__abstractmethods__ _abc_impl __dataclass_fields__ __match_args__".split()
 )
-#: What weak references lead to is somebody else's.
-_WEAK = (weakref.ref, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 #: What may be where an object lies in memory.
 _ADDRESS = re.compile(r"(?P<of> (?:object )?at )?\b(?P<number>0x[0-9a-f]{6,16}|[1-9]\d{8,19})\b")
-#: Packages whose objects are pickled the same each time, and may be large.
-_DATA_PACKAGES = frozenset("builtins datetime decimal numpy pandas pyarrow re torch".split())
 #: Where libraries keep fields that were written as members of a class.
 _FIELD_TABLES = ("__pydantic_fields__", "__attrs_attrs__", "__dataclass_fields__")
-_TYPING = frozenset({"typing", "typing_extensions"})
-_TYPING_KINDS = frozenset("TypeVar ParamSpec TypeVarTuple NewType TypeAliasType ForwardRef".split())
-#: What makes up objects of typing that pickle knows by their names alone.
-_TYPING_PARTS = "__name__ __bound__ __constraints__ __supertype__ __value__ __forward_arg__".split()
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A digest, and digests of the parts that it is made of.
+
+    Attributes
+    ----------
+    digest
+        32 hexadecimal digits.
+    parts
+        Code, globals, closures and attributes by what people call them; what is inside another part
+        comes before it.
+    """
+
+    digest: str
+    parts: Mapping[str, str]
+
+
+def identify(*values: Any) -> Identity:
+    """Return the digest of `values`, and what to compare to say where two of them differ.
+
+    Raises
+    ------
+    RecipeError
+        Where a value can be neither walked nor reduced as ``pickle`` does.
+    """
+    walk = _Walk()
+    return Identity(walk.digest(values), walk.parts)
 
 
 def digest(*values: Any) -> str:
@@ -79,13 +105,14 @@ def digest(*values: Any) -> str:
     >>> digest(lambda x: x + 1) == digest(lambda x: x + 2)
     False
     """
-    return _Walk().digest(values)
+    return identify(*values).digest
 
 
 class _Walk:
     """One traversal; objects that contain themselves are met again as back-references."""
 
     def __init__(self) -> None:
+        self.parts: dict[str, str] = {}
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # ids stay unique while we hold the objects
         self._is_strict = True
@@ -97,12 +124,19 @@ class _Walk:
         self._checked: set[type] = set()
         self._addresses: set[int] = set()
 
+    @functools.cached_property
+    def _owned(self) -> dict[int, str]:
+        return owned_by_process()
+
     def digest(self, value: Any) -> str:
-        sha = hashlib.sha256()
-        for token in self._tokens(value):
-            sha.update(f"{len(token)}:".encode())
-            sha.update(token)
-        return sha.hexdigest()[:32]
+        return _hashed(self._tokens(value))[:32]
+
+    def _part(self, label: str, tokens: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass tokens on, and note what they are the tokens of; of one name, all of them."""
+        passed = list(tokens)
+        known = self.parts.get(label, "").encode()
+        self.parts[label] = _hashed([known, *passed])[:16]
+        yield from passed
 
     def _tokens(self, value: Any) -> Iterator[bytes]:
         if type(value) in (bool, int, float, complex, str, type(None)):
@@ -154,6 +188,11 @@ class _Walk:
         return "address" if is_address else found[0]
 
     def _compound(self, value: Any) -> Iterator[bytes]:
+        if is_environment(value):
+            value = os.environ
+        if not is_hashable(value) and id(value) in self._owned:
+            yield f"process={self._owned[id(value)]}".encode()
+            return
         match value:
             case tuple() | list() if type(value) in (tuple, list):
                 yield f"{type(value).__name__}={len(value)}".encode()
@@ -161,30 +200,19 @@ class _Walk:
                     yield from self._tokens(item)
             case dict() if type(value) is dict:
                 yield from self._mapping("dict", value)
-            case set() | frozenset():
+            case set() | frozenset() if type(value) in (set, frozenset):
                 yield f"set={len(value)}".encode()
                 yield from sorted(digest(item).encode() for item in value)
-            case PurePath():
-                yield f"path={value}".encode()
             case FunctionType() | type() if self._is_shallow:
                 yield value.__qualname__.encode()
             case CodeType():
                 yield from self._code(value)
             case FunctionType():
                 yield from self._function(value)
-            case MethodType():
-                yield b"method"
-                yield from self._tokens([value.__func__, value.__self__])
             case ModuleType():
                 yield from self._module(value.__name__)
             case type():
-                yield from self._class(value)
-            case functools.partial():
-                yield b"partial"
-                yield from self._tokens([value.func, value.args, value.keywords])
-            case functools.cached_property():
-                yield b"cached_property"
-                yield from self._tokens(value.func)
+                yield from self._part(f"class {value.__qualname__}", self._class(value))
             case _:
                 yield from self._object(value)
 
@@ -203,11 +231,13 @@ class _Walk:
                 yield from self._wrapper(func)
             return
         yield b"function"
-        yield from self._code(func.__code__)
-        yield from self._tokens([func.__defaults__, func.__kwdefaults__])
+        yield from self._part(f"the code of {name}", self._code(func.__code__))
+        defaults = [func.__defaults__, func.__kwdefaults__]
+        yield from self._part(f"the defaults of {name}", self._tokens(defaults))
         yield from self._closure(func)
-        yield from self._globals(func.__code__, func.__globals__)
-        yield from self._tokens(dict(vars(func)))  # attributes; __wrapped__ among them
+        yield from self._globals(func.__code__, func.__globals__, name)
+        # Attributes; __wrapped__ is among them.
+        yield from self._part(f"the attributes of {name}", self._tokens(dict(vars(func))))
 
     def _wrapper(self, func: FunctionType) -> Iterator[bytes]:
         registry = getattr(func, "registry", None)
@@ -219,8 +249,9 @@ class _Walk:
         if func.__code__.co_name == "<lambda>":
             yield from self._code(func.__code__)
         if wrapped := vars(func).get("__wrapped__", vars(func).get("raw_function")):
-            # What else the wrapper holds is the library's own: namespaces, counters, caches.
+            # Of what else the wrapper holds only settings count, not namespaces and caches.
             yield from self._global([wrapped, getattr(wrapped, "__annotations__", None)])
+            yield from self._global(list(_settings(func)))
             return
         was_strict, self._is_strict = self._is_strict, False
         yield from self._tokens([func.__defaults__, func.__kwdefaults__])
@@ -230,7 +261,8 @@ class _Walk:
     def _closure(self, func: FunctionType) -> Iterator[bytes]:
         for name, cell in zip(func.__code__.co_freevars, func.__closure__ or (), strict=True):
             yield f"closure={name}".encode()
-            yield from self._cell(cell)
+            label = f"the variable {name!r} around {func.__code__.co_qualname}"
+            yield from self._part(label, self._cell(cell))
 
     def _cell(self, cell: Any) -> Iterator[bytes]:
         try:
@@ -238,10 +270,14 @@ class _Walk:
         except ValueError:
             yield b"empty"
 
-    def _globals(self, code: CodeType, namespace: Mapping[str, Any]) -> Iterator[bytes]:
+    def _globals(
+        self, code: CodeType, namespace: Mapping[str, Any], name_of_code: str
+    ) -> Iterator[bytes]:
+        caches = initial_values(name_of_code, namespace)
         for name, value in referenced(code, namespace):
             yield f"global={name}".encode()
-            yield from self._global(value)
+            label = f"the global {name!r} of {name_of_code}"
+            yield from self._part(label, self._global(caches.get(name, value)))
 
     def _global(self, value: Any) -> Iterator[bytes]:
         """A module's locks, loggers and open files are no part of what its functions do."""
@@ -253,7 +289,6 @@ class _Walk:
         steps, constants = instructions(code)
         yield b"code"
         yield repr((signature(code), steps)).encode()
-        yield code.co_exceptiontable
         for constant in constants:
             yield from self._tokens(constant)
         for name in imported(code):
@@ -267,7 +302,7 @@ class _Walk:
 
     def _class(self, cls: type) -> Iterator[bytes]:
         yield f"class={cls.__qualname__}".encode()
-        if is_installed(cls.__module__) and "<locals>" not in cls.__qualname__:
+        if is_known_by_name(cls):
             yield cls.__module__.encode()
             return
         if type(cls) is not type:
@@ -282,39 +317,18 @@ class _Walk:
             members = {name: v for name, v in vars(cls).items() if is_written(cls, name, v)}
         else:
             yield from self._code(statement)
-            yield from self._globals(statement, vars(sys.modules[cls.__module__]))
-            members = {name: vars(cls)[name] for name in stored(statement) & vars(cls).keys()}
-        own = {name: value for name, value in members.items() if name not in _INCIDENTAL}
-        yield from self._global(
-            {name: kept_member(v) if statement is not None else v for name, v in own.items()}
-        )
+            yield from self._globals(statement, vars(sys.modules[cls.__module__]), cls.__qualname__)
+            names = stored(statement)
+            members = {n: v for n, v in vars(cls).items() if n in names or is_added(n, v)}
+        for name in sorted(members.keys() - _INCIDENTAL):
+            member = members[name] if statement is None else kept_member(members[name])
+            yield f"member={name}".encode()
+            label = f"the attribute {name!r} of {cls.__qualname__}"
+            yield from self._part(label, self._global(member))
 
     def _object(self, value: Any) -> Iterator[bytes]:
-        if tokenize := getattr(type(value), "__dask_tokenize__", None):
-            yield b"token"
-            yield from self._tokens(tokenize(value))
-            return
-        if inspect.isdatadescriptor(value) or isinstance(value, (staticmethod, classmethod)):
-            parts = [getattr(value, name, None) for name in ("__func__", "fget", "fset", "fdel")]
-            yield type(value).__name__.encode()
-            yield from self._tokens(parts if any(parts) else getattr(value, "__name__", ""))
-            return
-        if isinstance(value, BuiltinFunctionType):
-            yield f"builtin={value.__module__}:{value.__qualname__}".encode()
-            return
-        if type(value).__module__ in _TYPING and type(value).__name__ in _TYPING_KINDS:
-            yield type(value).__qualname__.encode()
-            yield from self._tokens([getattr(value, name, None) for name in _TYPING_PARTS])
-            return
-        if isinstance(value, _WEAK):
-            yield type(value).__qualname__.encode()
-            return
-        if type(value).__module__ == "torch" and type(value).__name__ == "Tensor":
-            yield from self._tensor(value)
-            return
-        if callable(wrapped := inspect.getattr_static(value, "__wrapped__", None)):
-            yield type(value).__qualname__.encode()  # such as a function with a cache
-            yield from self._tokens(wrapped)
+        if (made_of := components(value)) is not None:
+            yield from self._tokens(made_of)
             return
         reduce = cloudpickle.CloudPickler.dispatch_table.get(type(value))
         try:
@@ -334,12 +348,13 @@ class _Walk:
             return
         build, args, *rest = reduced
         items = [list(part) if isinstance(part, Iterator) else part for part in rest]
+        items[:1] = [without_caches(value, state) for state in items[:1]]
         if self._is_in_state:
             yield from self._tokens([build, args, *items])
             return
         if (
             type(value) not in self._checked
-            and type(value).__module__.partition(".")[0] not in _DATA_PACKAGES
+            and type(value).__module__.partition(".")[0] not in DATA_PACKAGES
         ):
             self._checked.add(type(value))
             if self._of_state(value) != self._of_state(value):
@@ -348,11 +363,23 @@ class _Walk:
         yield from self._tokens([build, args, *items])
         self._is_in_state = False
 
-    def _tensor(self, tensor: Any) -> Iterator[bytes]:
-        import torch  # it is imported: somebody made a tensor
 
-        yield f"tensor={tensor.dtype} {tuple(tensor.shape)}".encode()
-        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _hashed(tokens: Iterable[bytes]) -> str:
+    sha = hashlib.sha256()
+    for token in tokens:
+        sha.update(f"{len(token)}:".encode())
+        sha.update(token)
+    return sha.hexdigest()
+
+
+def _settings(wrapper: FunctionType) -> Iterator[Any]:
+    """What a decorator of a library was given, as far as its wrapper holds that by itself."""
+    for cell in wrapper.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            value = cell.cell_contents
+            is_autocast = type(value).__module__ == "torch.amp.autocast_mode"
+            if is_autocast or type(value) in (bool, int, float, str, bytes):
+                yield value
 
 
 def _warn_of_state(value: Any) -> None:

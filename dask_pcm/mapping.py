@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from dask_pcm.context import ContextRef, Sealed
+from dask_pcm.context import ContextRef
 from dask_pcm.conversion import MISFITS, cast
 from dask_pcm.errors import PCMError, RowCountError, SchemaError, redacted
 from dask_pcm.ladder.tensors import is_sticky
@@ -18,6 +18,7 @@ from dask_pcm.plugins.deadline import in_time
 from dask_pcm.plugins.first_batches import Position, is_hopeless
 from dask_pcm.plugins.hold import hold, spent
 from dask_pcm.scheduling.first_batches import N_BATCHES, Failing
+from dask_pcm.sealed import Sealed
 from dask_pcm.tally import Tally, unpack
 
 ERROR = "error"

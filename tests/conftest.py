@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -170,3 +172,18 @@ def claims(tmp_path: Path) -> Callable[..., str]:
         return str(folder)
 
     return write
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """Imports a source as a module of the user's, under one name each time anew."""
+
+    def imported(source: str):
+        folder = tmp_path / f"own-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "own_module.py").write_text(source)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, "own_module", raising=False)
+        return importlib.import_module("own_module")
+
+    return imported

@@ -164,7 +164,7 @@ def test_files_that_no_argument_names(tmp_path):
 def test_the_loader_gets_other_paths_wherever_they_stand(tmp_path):
     a, b = write(tmp_path / "a.bin", b"abc"), write(tmp_path / "b.bin", b"def")
     ref = Context(list, [a, (str(b), 1)], files=[a, b]).ref
-    from dask_pcm.context import Sealed
+    from dask_pcm.sealed import Sealed
 
     recipe = Sealed(ref.digest, ref.recipe).open()
     assert str(tmp_path).encode() not in ref.recipe

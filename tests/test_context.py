@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import functools
 import pickle
+import subprocess
+import sys
 import threading
 
 import cloudpickle
@@ -8,8 +11,8 @@ import pytest
 from dask.tokenize import tokenize
 
 from dask_pcm import Context
-from dask_pcm.context import Sealed
 from dask_pcm.errors import RecipeError
+from dask_pcm.sealed import Sealed
 
 
 def load(path, n=1):
@@ -98,3 +101,31 @@ def test_what_a_parameter_cannot_be_is_said_at_once(options, says):
 def test_hooks_that_go_together():
     assert Context(load, "a", offload=print, restore=print, close=print, reattach=False)
     assert Context(load, "a", close=print, exclusive=True, reattach=None)
+
+
+class Lexicon:
+    def __init__(self, words):
+        self.words = words
+
+    @functools.cached_property
+    def table(self):
+        return {word: number for number, word in enumerate(self.words)}
+
+
+def test_a_class_of_the_notebook_may_have_cached_properties(monkeypatch):
+    monkeypatch.setattr(Lexicon, "__module__", "__main__")  # pickled by value
+    recipe = Context(Lexicon, ["a", "b"]).ref.recipe
+    worker = (
+        "import pickle, sys\n"
+        "built = pickle.load(sys.stdin.buffer).build()\n"
+        "print(built.table, vars(built)['table'])"
+    )
+    run = subprocess.run([sys.executable, "-c", worker], input=recipe, capture_output=True)
+    assert run.stdout.decode().strip() == "{'a': 0, 'b': 1} {'a': 0, 'b': 1}", run.stderr
+
+
+def test_what_a_digest_is_made_of_stays_with_the_client():
+    ref = Context(load, 2).ref
+    assert "the code of load" in ref.parts
+    again = pickle.loads(pickle.dumps(ref))
+    assert again == ref and again.parts == {}

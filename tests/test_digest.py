@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import collections
 import functools
 import logging
+import math
+import operator
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dask_pcm.digest import digest
+from dask_pcm.digest import digest, identify
 from dask_pcm.errors import RecipeError
 
 SCALE = 3
@@ -265,3 +269,186 @@ def test_tensors_and_patterns_count_by_what_they_hold():
 def test_what_cannot_be_identified_says_so():
     with pytest.raises(RecipeError, match=r"lock.*neither walked nor pickled"):
         digest(threading.Lock())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: re.compile(x).match,
+        lambda x: re.compile(x).sub,
+        lambda x: {"a": x}.get,
+        lambda x: f"{{}} {x}".format,
+        lambda x: x.join,
+        lambda x: [x].index,
+        lambda x: [x].__contains__,
+        lambda x: functools.partial(map, {"a": x}.get),
+        lambda x: operator.itemgetter(x),
+        lambda x: operator.methodcaller("get", x),
+        lambda x: np.frompyfunc(lambda y: x, 1, 1),
+        lambda x: np.vectorize(lambda y: x),
+        lambda x: Words([x]),
+        lambda x: int.from_bytes if x == "a" else bool.from_bytes,
+        lambda x: np.array([ord(x)]).searchsorted,
+    ],
+)
+def test_methods_of_builtin_objects_count_with_their_objects(make):
+    def user(method):
+        return lambda d: method(d)
+
+    first, again, other = [digest(user(make(x))) for x in ("a", "a", "b")]
+    assert first == again != other
+
+
+class Words(set):
+    """A set whose class is the user's."""
+
+
+def test_what_a_set_of_a_users_class_holds_besides_counts():
+    one, other = Words(["x", "y"]), Words(["y", "x"])
+    assert digest(one) == digest(other)
+    other.language = "en"
+    assert digest(one) != digest(other)
+
+
+def test_builtin_functions_count_by_name():
+    assert digest(math.sin) == digest(math.sin) != digest(math.cos)
+    assert digest(np.sin) == digest(np.sin) != digest(np.cos)
+    assert digest(dict.fromkeys) != digest(collections.OrderedDict.fromkeys)
+
+
+@pytest.mark.parametrize(
+    "find",
+    [
+        *(lambda: os.environ, lambda: os.environ.get, os.environ.copy, lambda: dict(os.environ)),
+        *(lambda: sys.modules, lambda: sys.path, lambda: sys.argv, lambda: sys.path.index),
+    ],
+    ids="environ get copy dict modules path argv index".split(),
+)
+def test_what_belongs_to_the_process_counts_by_name(find, monkeypatch):
+    def looking_up(value):
+        return lambda: value
+
+    before = digest(looking_up(find()))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setitem(sys.modules, "a_new_module", sys)
+    monkeypatch.syspath_prepend("/a/new/folder")
+    monkeypatch.setattr(sys, "argv", ["another", "--new"])
+    assert digest(looking_up(find())) == before != digest(looking_up([1]))
+
+
+def test_a_part_of_the_environment_counts(monkeypatch):
+    monkeypatch.setenv("LANGUAGE", "en")
+    part = {"LANGUAGE": os.environ["LANGUAGE"]}
+    assert digest(part) != digest({"LANGUAGE": "de"})
+
+
+METHOD_CALLS = """
+def load(path, n):
+    found = []
+    while n:
+        try:
+            found.append(json.loads(path, parse_int=json.dumps))
+        except json.JSONDecodeError as error:
+            found.append(json.dumps(error) if n else n.strip())
+        finally:
+            json.dumps(1)
+    return found
+"""
+
+
+def test_an_import_beside_a_function_or_in_another_cell_is_the_same():
+    imported = "import json\n"
+    one, two = cells(imported + METHOD_CALLS), cells(imported, METHOD_CALLS)
+    assert digest(one) == digest(two)
+    assert digest(cells(imported, METHOD_CALLS.replace("(1)", "(2)"))) != digest(two)
+    moved = METHOD_CALLS.replace("            json.dumps(1)", "            pass\n    json.dumps(1)")
+    assert digest(cells(imported, moved)) != digest(two)
+
+
+def test_what_python_gives_a_module_does_not_count():
+    load = "def load():\n    class A:\n        x: int = 1\n    return A, __file__\n"
+    first = digest(cells(load))
+    assert digest(cells("__file__ = 'a/b.py'\nn_rows: int = 5\n", load)) == first
+    assert digest(cells("__version__ = 2\n", load.replace("__file__", "__version__"))) != digest(
+        cells("__version__ = 3\n", load.replace("__file__", "__version__"))
+    )
+
+
+class Vocabulary:
+    def __init__(self, words):
+        self.words = words
+
+    @functools.cached_property
+    def table(self):
+        return {word: number for number, word in enumerate(self.words)}
+
+
+class Slotted(Vocabulary):
+    __slots__ = ("extra",)
+
+
+@pytest.mark.parametrize("kind", [Vocabulary, Slotted])
+def test_values_of_cached_properties_do_not_count(kind):
+    def look_up(word, of=None):
+        return vocabulary.table[word]
+
+    vocabulary = kind(["a", "b"])
+    before = digest(look_up)
+    assert look_up("b") == 1
+    assert digest(look_up) == before
+    vocabulary.words = ["b", "a"]
+    assert digest(look_up) != before
+
+
+def test_a_cache_of_functools_may_be_filled():
+    @functools.lru_cache
+    def slow(x):
+        return x * SCALE
+
+    def load(x):
+        return slow(x)
+
+    before = digest(load)
+    assert load(2) == 6
+    assert digest(load) == before
+
+
+def test_settings_of_a_librarys_decorator_count():
+    import torch
+
+    def decorated(dtype):
+        @torch.autocast("cpu", dtype=dtype)
+        def infer(x):
+            return x @ x
+
+        return infer
+
+    half, again, other = decorated(torch.float16), decorated(torch.float16), torch.bfloat16
+    before = digest(half)
+    half(torch.ones(2, 2))
+    assert digest(half) == before == digest(again) != digest(decorated(other))
+
+
+def test_parts_name_what_differs(monkeypatch):
+    def parts():
+        return identify(scaled, [1]).parts
+
+    before = parts()
+    monkeypatch.setitem(globals(), "SCALE", 4)
+    now = parts()
+    assert [name for name in now if now[name] != before.get(name)] == [
+        "the global 'SCALE' of scaled"
+    ]
+
+
+FILESYSTEM = "import fsspec; from dask_pcm.digest import digest; "
+FILESYSTEM += "print(digest(fsspec.filesystem('file', auto_mkdir={}), fsspec.filesystem('memory')))"
+
+
+def test_a_filesystem_is_the_same_in_every_process():
+    def found(auto_mkdir):
+        code = FILESYSTEM.format(auto_mkdir)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        return run.stdout
+
+    assert found(True) == found(True) != found(False)

@@ -7,11 +7,12 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from dask_pcm.context import ContextRef, Recipe, Sealed
+from dask_pcm.context import ContextRef, Recipe
 from dask_pcm.ladder.device import built_for_cpu, check_device
 from dask_pcm.ladder.host import Host
 from dask_pcm.ladder.live import Live, frozen
 from dask_pcm.ladder.staging import Staging
+from dask_pcm.sealed import Sealed
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,11 @@ ANSWERS = 2
 _MAX_SHOWN_CHARS = 80
 #: Components that say nothing to people.
 _DIGESTS = ("function", "frame")
+#: What makes a function another one without a change in its code.
+_MAY_BE_CACHE = (
+    "; if trying the function filled a cache or a counter there, resume from a process in which it"
+    " was not tried, or keep that in the context"
+)
 #: Components that parts do not repeat.
 UNTOLD = ("input", "contexts", *_DIGESTS)
 
@@ -41,8 +46,8 @@ class Manifest:
         What tells the job from another, component by component. The files of ``input`` stand in
         the order in which their rows are counted.
     recorded
-        What is worth knowing besides: versions, contexts by name, commits of models, rows in
-        all, how parts are committed, what rows ran on.
+        What is worth knowing besides: versions, contexts by name, commits of models, digests of
+        the parts of functions and contexts, rows in all, how parts are committed, what rows ran on.
     """
 
     identity: dict[str, Any]
@@ -98,6 +103,7 @@ def _is_manifest(found: Mapping[str, Any]) -> bool:
         and are_texts([*texts, *files])
         and is_count(recorded.get("total", 0))
         and isinstance(recorded.get("versions", {}), dict)
+        and isinstance(recorded.get("parts", {}), dict)
         and are_texts(recorded.get("ran_on", []))
     )
 
@@ -110,11 +116,12 @@ def identify(expr: Expr, is_splittable: bool) -> Manifest:
     every file that is added.
     """
     maps = [part for part in _walk(expr) if isinstance(part, ContextMap)]
+    numbers = {part._name: number for number, part in enumerate(maps)}
     identity: dict[str, Any] = {
         "answers": ANSWERS,
         "contexts": [ref.digest for part in maps for ref in part.operand("refs")],
         "function": [part.operand("call").digest for part in maps],
-        "frame": digest(_shape(expr)),
+        "frame": digest(_shape(expr, numbers)),
     }
     for part in maps:
         about = getattr(part.operand("call").open().func, "about", None)
@@ -132,6 +139,10 @@ def identify(expr: Expr, is_splittable: bool) -> Manifest:
         "versions": versions(),
         "contexts": {ref.name: ref.digest for ref in refs},
         "models": {ref.name: dict(ref.about) for ref in refs if ref.about},
+        "parts": {
+            "function": [dict(part.operand("call").parts) for part in maps],
+            "contexts": [dict(ref.parts) for ref in refs],
+        },
     }
     return Manifest(json.loads(json.dumps(identity)), recorded)
 
@@ -159,7 +170,7 @@ def check(output: Output, mine: Manifest, overwrite: bool, extend: bool) -> Mani
                 " another folder, or overwrite it (overwrite=True, --overwrite)."
             )
         return None
-    if differences := list(_differences(theirs.identity, mine.identity, extend)):
+    if differences := list(_differences(theirs, mine, extend)):
         raise OutputError(
             f"The output {output.path!r} holds the output of another job:"
             f" {'; '.join(differences)}. Give another folder, or overwrite it (overwrite=True,"
@@ -171,7 +182,8 @@ def check(output: Output, mine: Manifest, overwrite: bool, extend: bool) -> Mani
     return theirs
 
 
-def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], extend: bool) -> Iterator[str]:
+def _differences(of_theirs: Manifest, of_mine: Manifest, extend: bool) -> Iterator[str]:
+    theirs, mine = of_theirs.identity, of_mine.identity
     names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
     # Digests say little: they are named only where nothing readable differs.
     readable = [name for name in names if name not in _DIGESTS] or names
@@ -181,9 +193,24 @@ def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], extend: boo
         elif name == "answers":
             yield "this version of dask_pcm gives other answers than the one that began it"
         elif name == "contexts" or name in _DIGESTS:
-            yield f"its {name.removesuffix('s')} is another"
+            parts = [of.recorded.get("parts", {}).get(name) for of in (of_theirs, of_mine)]
+            yield f"its {name.removesuffix('s')} is another{_changed_part(*parts)}"
         else:
             yield f"its {name} is {_shown(theirs.get(name))}, not {_shown(mine.get(name))}"
+
+
+def _changed_part(theirs: Any, mine: Any) -> str:
+    """How the innermost part differs between two lists of parts by name; "" if unknown."""
+    if not isinstance(theirs, list) or not isinstance(mine, list):
+        return ""  # recorded by an earlier version
+    for before, now in zip(theirs, mine, strict=False):
+        for name in {**now, **before} if isinstance(before, dict) else ():
+            if name not in before or name not in now:
+                return f" ({name} is {'new' if name in now else 'gone'})"
+            if before[name] != now[name]:
+                how = "" if name.startswith(("the code", "class")) else _MAY_BE_CACHE
+                return f" ({name} has changed{how})"
+    return " (in its arguments or options)" if len(theirs) == len(mine) else ""
 
 
 def _different_input(
@@ -230,18 +257,20 @@ def _reader_of(expr: Expr) -> PieceReader | None:
     return func if isinstance(func, PieceReader) else None
 
 
-def _shape(expr: Expr) -> Any:
-    """An expression as nested lists of what it does, without its files or how they were cut."""
+def _shape(expr: Expr, numbers: Mapping[str, int]) -> Any:
+    """An expression as nested lists of what it does, without its files or how they were cut.
+
+    Maps stand there by number: their functions and contexts are components of their own.
+    """
     if isinstance(expr, ContextMap):
-        refs = [ref.digest for ref in expr.operand("refs")]
         types = str(pa.Schema.from_pandas(expr._meta, preserve_index=False).remove_metadata())
-        return ["ContextMap", expr.operand("call").digest, types, refs, _shape(expr.frame)]
+        return ["ContextMap", numbers[expr._name], types, _shape(expr.frame, numbers)]
     if (reader := _reader_of(expr)) is not None:
         types = str(reader.schema.remove_metadata())
         return ["read", list(reader.columns), types, _picked(expr)]
     if "layer" in type(expr)._parameters:  # persisted: known by its keys, not by its futures
         return ["graph", list(map(str, expr.operand("keys")))]
-    operands = [_shape(op) if isinstance(op, Expr) else op for op in expr.operands]
+    operands = [_shape(op, numbers) if isinstance(op, Expr) else op for op in expr.operands]
     return [type(expr).__name__, operands]
 
 

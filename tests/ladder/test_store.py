@@ -286,7 +286,7 @@ def test_what_cannot_be_loaded_rests_ten_times_as_long_as_the_load_took(store, m
         raise RuntimeError
 
     ref = Context(failing).ref
-    monkeypatch.setattr("dask_pcm.context.Sealed.open", lambda sealed: Recipe(failing, (), {}))
+    monkeypatch.setattr("dask_pcm.sealed.Sealed.open", lambda sealed: Recipe(failing, (), {}))
     assert not store.rests(ref.digest)
     with pytest.raises(LoadError):
         store.load(ref)

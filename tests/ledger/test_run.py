@@ -158,7 +158,8 @@ class TestAnotherJob:
     def test_another_context_function_or_frame(self, client, job, out):
         write(job(), out)
         self.refused(job(context=pcm.Context(load, "b")), out, "its context is another")
-        self.refused(job(other), out, "its function is another")
+        says = r"job: its function is another \(the code of other is new\)\. Give"
+        self.refused(job(other), out, says)
         frame = job()
         self.refused(frame[frame.id > 3], out, "its frame is another")
 
