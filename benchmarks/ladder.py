@@ -25,9 +25,9 @@ from distributed import Client
 import dask_pcm as pcm
 from benchmarks import rungs
 from benchmarks.table import Rows, median, parser
-from dask_pcm.bundles import bundle_of
-from dask_pcm.ladder.disk import Disk
-from dask_pcm.ladder.transfer import Access, Peer, Server
+from dask_pcm.context.bundles import bundle_of
+from dask_pcm.ladder.files.cache import Disk
+from dask_pcm.ladder.files.transfer import Access, Peer, Server
 from dask_pcm.scheduling.broadcast import Broadcast, Copy
 
 MIB = 1 << 20

@@ -44,9 +44,9 @@ from dask_pcm.scheduling.events import (
     WorkerJoined,
     WorkParked,
 )
-from dask_pcm.scheduling.forecast import Water
 from dask_pcm.scheduling.policy import decide
-from dask_pcm.scheduling.state import GateState
+from dask_pcm.scheduling.rules.drain_time import Water
+from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.units import Askers, Stock, Wants
 from dask_pcm.simulation import Result, Scenario, read_scenario, simulate, variants
 

@@ -16,12 +16,12 @@ from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
 from benchmarks.table import Rows, median
-from dask_pcm.context import Recipe
-from dask_pcm.ladder.checkpoint import Checkpoint
-from dask_pcm.ladder.host import Image
-from dask_pcm.ladder.live import Live, frozen
-from dask_pcm.plugins.tuning import keep_freed_memory
-from dask_pcm.plugins.worker import CONTEXTS
+from dask_pcm.context.context import Recipe
+from dask_pcm.inference.checkpoint import Checkpoint
+from dask_pcm.ladder.objects.images import Image
+from dask_pcm.ladder.objects.live import Live, frozen
+from dask_pcm.plugins.worker.plugin import CONTEXTS
+from dask_pcm.plugins.worker.tuning import keep_freed_memory
 
 GIB, MIB = 1 << 30, 1 << 20
 

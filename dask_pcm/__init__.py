@@ -15,27 +15,27 @@ from dask_pcm.registration import register_accessor as _register_accessor
 from dask_pcm.version import __version__
 
 if TYPE_CHECKING:
-    from dask_pcm.context import Context
-    from dask_pcm.dataframe import map_partitions
+    from dask_pcm.context.context import Context
+    from dask_pcm.frames.map_partitions import map_partitions
     from dask_pcm.inference import LLM, classify
-    from dask_pcm.ledger import Progress, Report, Run, Sample, attach, write_parquet
-    from dask_pcm.pieces import read_parquet
-    from dask_pcm.plugins.hold import acquire
+    from dask_pcm.parquet.pieces import read_parquet
     from dask_pcm.plugins.install import explain, install, release, uninstall
+    from dask_pcm.plugins.worker.task import acquire
+    from dask_pcm.runs import Progress, Report, Run, Sample, attach, write_parquet
 
 _HOMES = {
-    "Context": "dask_pcm.context",
-    "map_partitions": "dask_pcm.dataframe",
+    "Context": "dask_pcm.context.context",
+    "map_partitions": "dask_pcm.frames.map_partitions",
     "LLM": "dask_pcm.inference",
     "classify": "dask_pcm.inference",
-    "Progress": "dask_pcm.ledger",
-    "Report": "dask_pcm.ledger",
-    "Run": "dask_pcm.ledger",
-    "Sample": "dask_pcm.ledger",
-    "attach": "dask_pcm.ledger",
-    "write_parquet": "dask_pcm.ledger",
-    "read_parquet": "dask_pcm.pieces",
-    "acquire": "dask_pcm.plugins.hold",
+    "Progress": "dask_pcm.runs",
+    "Report": "dask_pcm.runs",
+    "Run": "dask_pcm.runs",
+    "Sample": "dask_pcm.runs",
+    "attach": "dask_pcm.runs",
+    "write_parquet": "dask_pcm.runs",
+    "read_parquet": "dask_pcm.parquet.pieces",
+    "acquire": "dask_pcm.plugins.worker.task",
     "explain": "dask_pcm.plugins.install",
     "install": "dask_pcm.plugins.install",
     "release": "dask_pcm.plugins.install",

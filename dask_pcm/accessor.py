@@ -9,9 +9,9 @@ from typing import Any
 
 import dask.dataframe as dd
 
-from dask_pcm.dataframe import map_partitions
+from dask_pcm.frames.map_partitions import map_partitions
 from dask_pcm.inference import LLM, classify
-from dask_pcm.ledger import write_parquet
+from dask_pcm.runs import write_parquet
 
 
 def _like(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -21,10 +21,10 @@ from distributed.protocol.pickle import dumps
 
 from dask_pcm.config import Config
 from dask_pcm.plugins.interrupts import interrupts
-from dask_pcm.plugins.nanny import KeeperPlugin
-from dask_pcm.plugins.rebirth import rebirth
-from dask_pcm.plugins.scheduler import GatePlugin
-from dask_pcm.plugins.worker import ContextPlugin
+from dask_pcm.plugins.nanny.fork_server import rebirth
+from dask_pcm.plugins.nanny.plugin import KeeperPlugin
+from dask_pcm.plugins.scheduler.plugin import GatePlugin
+from dask_pcm.plugins.worker.plugin import ContextPlugin
 
 
 async def dask_setup(server: Any) -> None:

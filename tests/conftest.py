@@ -21,7 +21,7 @@ from distributed import Client, LocalCluster
 from distributed.comm import CommClosedError
 
 import dask_pcm as pcm
-from dask_pcm.plugins.scheduler import GATE
+from dask_pcm.plugins.scheduler.plugin import GATE
 from tests.support.patience import patient
 
 #: What stands in a traceback that went through our code; the repository's folder may be called

@@ -28,12 +28,12 @@ def told(code):
 
 
 def test_what_a_worker_imports_costs_no_more_than_30_mib():
-    n_mib, heavy = told(COST.format(module="dask_pcm.plugins.worker")).split(" ", 1)
+    n_mib, heavy = told(COST.format(module="dask_pcm.plugins.worker.plugin")).split(" ", 1)
     assert heavy == "[]" and int(n_mib) <= 30
 
 
 @pytest.mark.parametrize(
-    "module", ["dask_pcm", "dask_pcm.plugins.scheduler", "dask_pcm.plugins.nanny"]
+    "module", ["dask_pcm", "dask_pcm.plugins.scheduler.plugin", "dask_pcm.plugins.nanny.plugin"]
 )
 def test_frames_are_imported_by_who_needs_them(module):
     assert told(COST.format(module=module)).endswith("[]")
@@ -48,7 +48,7 @@ ACCESSOR = "print(dd.DataFrame.pcm.__name__, 'pcm' in dir(dd.DataFrame))"
         "import dask_pcm, dask.dataframe as dd",
         "import dask.dataframe as dd, dask_pcm",
         "import dask_pcm; dask_pcm.write_parquet; import dask.dataframe as dd",
-        "import dask_pcm.ledger.unit; import dask.dataframe as dd",
+        "import dask_pcm.runs.units.unit; import dask.dataframe as dd",
         "import dask_pcm.accessor; import dask.dataframe as dd",
         "import dask_pcm, importlib.util as u; u.find_spec('dask.dataframe');"
         " import dask.dataframe as dd",

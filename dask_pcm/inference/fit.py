@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dask_pcm import memory
-from dask_pcm.bundles import digest_of
-from dask_pcm.ladder.checkpoint import Checkpoint
+from dask_pcm import user_cache
+from dask_pcm.context.bundles import digest_of
+from dask_pcm.inference.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,12 @@ def misfits(path: Path, files: Sequence[Path], content: str) -> list[str]:
         Identity of all its files.
     """
     key = digest_of(json.dumps([content, _version("transformers"), _version("torch")]).encode())
-    known = memory.recall(_KIND, key.hex())
+    known = user_cache.recall(_KIND, key.hex())
     if known is None:
         known = _asked(path, files)
         if known is None:
             return []  # workers will say
-        memory.note(_KIND, key.hex(), known)
+        user_cache.note(_KIND, key.hex(), known)
     return [str(problem) for problem in known]
 
 

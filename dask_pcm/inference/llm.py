@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dask_pcm.bundles import bundle_of
-from dask_pcm.context import Context
+from dask_pcm.context.bundles import bundle_of
+from dask_pcm.context.context import Context
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.fit import misfits
 from dask_pcm.inference.model_folder import PATTERNS, check_folder
-from dask_pcm.inference.plain import load_model
+from dask_pcm.inference.padded import load_model
 
 #: What is asked of a hub.
 _PATTERNS = (*PATTERNS, "*.safetensors")

@@ -23,7 +23,7 @@ from dask.dataframe.dask_expr.io.parquet import ReadParquet
 
 from dask_pcm.errors import SchemaError
 from dask_pcm.inference.fields import FieldError, as_text, refusal, way_out
-from dask_pcm.pieces import PieceReader
+from dask_pcm.parquet.pieces import PieceReader
 
 #: What leaves the values of each column as they are.
 _PASSING = (

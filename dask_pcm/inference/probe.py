@@ -12,13 +12,13 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dask_pcm import memory
-from dask_pcm.bundles import digest_of
+from dask_pcm import user_cache
+from dask_pcm.context.bundles import digest_of
 from dask_pcm.errors import ModelError
 from dask_pcm.ladder.device import device_model
 
 if TYPE_CHECKING:
-    from dask_pcm.inference.plain import PlainModel
+    from dask_pcm.inference.padded import PlainModel
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ def ensure_exact(model: PlainModel, content: str | None) -> None:
         Where its answers would depend on what shares a batch.
     """
     key = None if content is None else _key(model, content)
-    if key is not None and memory.recall(_KIND, key) is not None:
+    if key is not None and user_cache.recall(_KIND, key) is not None:
         return
     found = probe(model)
     logger.info("Probe of %s: %s", type(model.model).__name__, found)
     if key is not None:
-        memory.note(_KIND, key, found)
+        user_cache.note(_KIND, key, found)
 
 
 def probe(model: PlainModel) -> dict[str, float]:

@@ -7,12 +7,12 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from dask_pcm.context import ContextRef, Recipe
+from dask_pcm.context.context import ContextRef, Recipe
+from dask_pcm.context.sealed import Sealed
 from dask_pcm.ladder.device import built_for_cpu, check_device
-from dask_pcm.ladder.host import Host
-from dask_pcm.ladder.live import Live, frozen
-from dask_pcm.ladder.staging import Staging
-from dask_pcm.sealed import Sealed
+from dask_pcm.ladder.files.staging import Staging
+from dask_pcm.ladder.objects.images import Host
+from dask_pcm.ladder.objects.live import Live, frozen
 
 logger = logging.getLogger(__name__)
 

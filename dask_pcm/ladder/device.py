@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dask_pcm.errors import DeviceUnusableError
-from dask_pcm.ladder.tensors import is_out_of_memory, is_sticky
+from dask_pcm.ladder.objects.tensors import is_out_of_memory, is_sticky
 
 _PROC = Path("/proc")
 _NVIDIA = "CUDA_VISIBLE_DEVICES"

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from dask_pcm.context import ContextRef
-from dask_pcm.ladder.live import Live
+from dask_pcm.context.context import ContextRef
+from dask_pcm.ladder.objects.live import Live
 
 
 class Tier(enum.Enum):

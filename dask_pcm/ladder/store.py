@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from dask_pcm.config import Config
-from dask_pcm.context import ContextRef
+from dask_pcm.context.context import ContextRef
 from dask_pcm.errors import (
     DeviceBusyError,
     DeviceMemoryError,
@@ -25,11 +25,11 @@ from dask_pcm.errors import (
     redacted,
 )
 from dask_pcm.ladder.build import Builder, close
-from dask_pcm.ladder.host import Host
-from dask_pcm.ladder.live import Live
+from dask_pcm.ladder.files.staging import Staging
+from dask_pcm.ladder.objects.images import Host
+from dask_pcm.ladder.objects.live import Live
+from dask_pcm.ladder.objects.tensors import is_out_of_memory, is_sticky
 from dask_pcm.ladder.residency import Change, Residency, Tier
-from dask_pcm.ladder.staging import Staging
-from dask_pcm.ladder.tensors import is_out_of_memory, is_sticky
 from dask_pcm.ladder.turns import Turns
 
 logger = logging.getLogger(__name__)

@@ -12,14 +12,14 @@ from distributed import Client, SpecCluster, default_client
 from distributed.protocol.pickle import dumps
 
 from dask_pcm.config import Config
-from dask_pcm.context import Context
+from dask_pcm.context.context import Context
 from dask_pcm.errors import InstallError, RecipeError
 from dask_pcm.plugins.delivery import ask_workers, deliver, deliver_to_nannies, withdraw
-from dask_pcm.plugins.local import forget_local_nannies, keep_local_nannies
-from dask_pcm.plugins.nanny import KeeperPlugin
-from dask_pcm.plugins.scheduler import GATE, GatePlugin
-from dask_pcm.plugins.travel import by_value
-from dask_pcm.plugins.worker import CONTEXTS, ContextPlugin
+from dask_pcm.plugins.nanny.local import forget_local_nannies, keep_local_nannies
+from dask_pcm.plugins.nanny.plugin import KeeperPlugin
+from dask_pcm.plugins.scheduler.plugin import GATE, GatePlugin
+from dask_pcm.plugins.shipping import by_value
+from dask_pcm.plugins.worker.plugin import CONTEXTS, ContextPlugin
 from dask_pcm.version import __version__
 
 

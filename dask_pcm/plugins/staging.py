@@ -24,13 +24,13 @@ from distributed.comm import get_address_host
 from distributed.metrics import monotonic
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
-from dask_pcm.bundles import MAX_CHUNK_BYTES, Blob, BundledFile
 from dask_pcm.config import Config
+from dask_pcm.context.bundles import MAX_CHUNK_BYTES, Blob, BundledFile
 from dask_pcm.errors import DiskError, PCMError, StageError, TransferError, redacted
-from dask_pcm.ladder.disk import Disk, is_digest
-from dask_pcm.ladder.filling import Filling
-from dask_pcm.ladder.staging import changed, fetch, read_chunk, unreadable
-from dask_pcm.ladder.transfer import TIMEOUT_S, Access, Peer, Server
+from dask_pcm.ladder.files.cache import Disk, is_digest
+from dask_pcm.ladder.files.partial import Filling
+from dask_pcm.ladder.files.staging import changed, fetch, read_chunk, unreadable
+from dask_pcm.ladder.files.transfer import TIMEOUT_S, Access, Peer, Server
 from dask_pcm.scheduling.broadcast import STORE, Broadcast, Copy
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import math
 from collections import Counter
 
 from dask_pcm.scheduling.events import Assign, Fail, Group, Leave, Shun, Standing, Warm
-from dask_pcm.scheduling.forecast import drain_s, offers
-from dask_pcm.scheduling.state import Decision, GateState
-from dask_pcm.scheduling.views import WorkerView, still_s
+from dask_pcm.scheduling.rules.drain_time import drain_s, offers
+from dask_pcm.scheduling.state.state import Decision, GateState
+from dask_pcm.scheduling.state.worker import WorkerView, still_s
 
 _MAX_LINES = 12
 

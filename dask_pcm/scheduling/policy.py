@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dask_pcm.scheduling.events import Action, Group
-from dask_pcm.scheduling.eviction import Claims, cool, stay, too_large
-from dask_pcm.scheduling.giving_up import give_up, shun
-from dask_pcm.scheduling.placement import Placement, keep
-from dask_pcm.scheduling.state import GateState
-from dask_pcm.scheduling.warming import warm
+from dask_pcm.scheduling.rules.eviction import Claims, cool, stay, too_large
+from dask_pcm.scheduling.rules.placement import Placement, keep
+from dask_pcm.scheduling.rules.quarantine import give_up, shun
+from dask_pcm.scheduling.rules.warming import warm
+from dask_pcm.scheduling.state.state import GateState
 
 #: So many pairs of a group and a worker are looked at whenever something is decided; where there
 #: are more, all are looked at so much less often, for each.

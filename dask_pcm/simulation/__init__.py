@@ -1,10 +1,10 @@
 """A discrete-event simulator that drives the gate's own policy, and those of the papers."""
 
-from dask_pcm.simulation.plots import require_bokeh
-from dask_pcm.simulation.read import read_scenario, shipped
-from dask_pcm.simulation.report import figures, table
-from dask_pcm.simulation.report import write as write_report
-from dask_pcm.simulation.scenario import Scenario
+from dask_pcm.simulation.results.plots import require_bokeh
+from dask_pcm.simulation.results.report import figures, table
+from dask_pcm.simulation.results.report import write as write_report
+from dask_pcm.simulation.scenario.read import read_scenario, shipped
+from dask_pcm.simulation.scenario.scenario import Scenario
 from dask_pcm.simulation.simulate import OURS, POLICIES, Result, simulate, variants
 
 __all__ = [

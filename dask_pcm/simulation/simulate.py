@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dask_pcm.simulation.baselines import Baseline, Manager
-from dask_pcm.simulation.bound import bound_s, lives_until, possible_rows
-from dask_pcm.simulation.gate import Gate
-from dask_pcm.simulation.lives import draw_lives
-from dask_pcm.simulation.record import Record
-from dask_pcm.simulation.scenario import Scenario
-from dask_pcm.simulation.world import Policy, World
+from dask_pcm.simulation.policies.baselines import Baseline, Manager
+from dask_pcm.simulation.policies.bound import bound_s, lives_until, possible_rows
+from dask_pcm.simulation.policies.gate import Gate
+from dask_pcm.simulation.scenario.scenario import Scenario
+from dask_pcm.simulation.world.lives import draw_lives
+from dask_pcm.simulation.world.record import Record
+from dask_pcm.simulation.world.world import Policy, World
 
 OURS = "ours"
 POLICIES = (OURS, *(kind.value for kind in reversed(Baseline)))

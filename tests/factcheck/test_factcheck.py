@@ -10,9 +10,9 @@ from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck import train as training
 from dask_pcm.factcheck.claims import Claim, stream, vocabulary
 from dask_pcm.factcheck.demo import MODEL_PATH, SEED
-from dask_pcm.inference.frame import Classify
-from dask_pcm.inference.plain import load_model
+from dask_pcm.inference.padded import load_model
 from dask_pcm.inference.prompts import Template
+from dask_pcm.inference.verbs import Classify
 
 DATA = Path(__file__).parents[2] / "data"
 

@@ -6,9 +6,9 @@ import pytest
 
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
-from dask_pcm.inference.frame import Classify
-from dask_pcm.inference.plain import load_model
+from dask_pcm.inference.padded import load_model
 from dask_pcm.inference.prompts import Template
+from dask_pcm.inference.verbs import Classify
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")

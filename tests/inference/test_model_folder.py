@@ -17,8 +17,8 @@ from dask_pcm import LLM
 from dask_pcm.errors import ModelError
 from dask_pcm.inference import fit
 from dask_pcm.inference.model_folder import check_folder
-from dask_pcm.inference.plain import load_model
-from tests.inference import tiny
+from dask_pcm.inference.padded import load_model
+from tests.support import models as tiny
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from distributed import Client
 
 import dask_pcm as pcm
 from dask_pcm.errors import ModelError
-from dask_pcm.inference import plain
+from dask_pcm.inference import padded as plain
 from dask_pcm.inference.llm import LLM
-from dask_pcm.inference.plain import PlainModel, load_model
+from dask_pcm.inference.padded import PlainModel, load_model
 from dask_pcm.inference.probe import probe
 from dask_pcm.inference.prompts import plan_scoring
 from tests.conftest import validated_cluster
-from tests.inference import tiny
+from tests.support import models as tiny
 
 WINDOW = {**tiny.ATTENTION, "sliding_window": 8, "max_position_embeddings": 256}
 FAMILIES = {

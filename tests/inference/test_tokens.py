@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_pcm.inference.frame import Classify
-from dask_pcm.inference.plain import PlainModel, load_model
+from dask_pcm.inference.padded import PlainModel, load_model
 from dask_pcm.inference.prompts import Part, Template, Text
 from dask_pcm.inference.tokens import Encoder, _Guarded
-from tests.inference import tiny
+from dask_pcm.inference.verbs import Classify
+from tests.support import models as tiny
 
 KINDS = ("byte", "spaces", "unigram", "words")
 TOKENIZERS = {kind: tiny.tokenizer(kind, bos=True) for kind in KINDS}

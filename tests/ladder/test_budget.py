@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 
-from dask_pcm.context import Context
+from dask_pcm.context.context import Context
 from dask_pcm.errors import LoadError
 from dask_pcm.ladder.build import recipe_of
+from dask_pcm.ladder.objects.tensors import is_out_of_memory
 from dask_pcm.ladder.residency import Tier
 from dask_pcm.ladder.store import Store
-from dask_pcm.ladder.tensors import is_out_of_memory
 
 MIB = 1 << 20
 

@@ -10,10 +10,10 @@ import dask
 import pytest
 
 from dask_pcm import errors
-from dask_pcm.context import Context
+from dask_pcm.context.context import Context
 from dask_pcm.factcheck.demo import MODEL_PATH
 from dask_pcm.inference import LLM
-from dask_pcm.inference.plain import load_model
+from dask_pcm.inference.padded import load_model
 from dask_pcm.ladder.device import (
     built_for_cpu,
     check_device,

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import dask_pcm as pcm
-from dask_pcm.context import Context
+from dask_pcm.context.context import Context
 from dask_pcm.errors import LoadError
-from dask_pcm.ladder.host import Host
+from dask_pcm.ladder.objects.images import Host
 from dask_pcm.ladder.residency import Tier
 from dask_pcm.ladder.store import Store
-from tests.ladder.test_host import OwnShelf
+from tests.ladder.objects.test_images import OwnShelf
 from tests.support.patience import patient
 
 MIB = 1 << 20
@@ -53,7 +53,7 @@ def noted():
 @pytest.fixture
 def store(monkeypatch):
     store = Store(budget=lambda: 6 * MIB, is_mapped=False)
-    monkeypatch.setattr("dask_pcm.plugins.hold.of_process", lambda: store)
+    monkeypatch.setattr("dask_pcm.plugins.worker.task.of_process", lambda: store)
     yield store
     store.validate()
 

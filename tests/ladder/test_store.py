@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dask_pcm import Context
-from dask_pcm.context import ContextRef, Recipe
+from dask_pcm.context.context import ContextRef, Recipe
 from dask_pcm.errors import LoadError
 from dask_pcm.ladder.store import Store, Tier
 from tests.support.patience import patient
@@ -286,7 +286,9 @@ def test_what_cannot_be_loaded_rests_ten_times_as_long_as_the_load_took(store, m
         raise RuntimeError
 
     ref = Context(failing).ref
-    monkeypatch.setattr("dask_pcm.sealed.Sealed.open", lambda sealed: Recipe(failing, (), {}))
+    monkeypatch.setattr(
+        "dask_pcm.context.sealed.Sealed.open", lambda sealed: Recipe(failing, (), {})
+    )
     assert not store.rests(ref.digest)
     with pytest.raises(LoadError):
         store.load(ref)

@@ -13,20 +13,20 @@ import pyarrow.parquet as pq
 import pytest
 
 import dask_pcm as pcm
-from dask_pcm.ledger import attempt as attempts
 from dask_pcm.ledger import journal as journals
-from dask_pcm.ledger import manifest
-from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.inventory import Extent, take_stock
 from dask_pcm.ledger.journal import FileJournal, Record, apart, read_journal
-from dask_pcm.ledger.layout import Layout
 from dask_pcm.ledger.parts import range_name
-from dask_pcm.ledger.plan import Plan
 from dask_pcm.ledger.ranges import Ranges
-from dask_pcm.ledger.recover import recover
-from dask_pcm.ledger.report import rows_recomputed
-from dask_pcm.ledger.stock import Extent, take_stock
-from dask_pcm.ledger.unit import Job, run_unit
+from dask_pcm.runs import identity as manifest
+from dask_pcm.runs.cutter import Cutter
+from dask_pcm.runs.plan import Plan
+from dask_pcm.runs.progress.report import rows_recomputed
+from dask_pcm.runs.recover import recover
+from dask_pcm.runs.units import attempt as attempts
+from dask_pcm.runs.units.schema import Layout
+from dask_pcm.runs.units.unit import Job, run_unit
 
 N_ROWS, BATCH = 100, 10
 OWN = {"rows": 27, "failed": 0, "begun": "b"}
@@ -51,7 +51,7 @@ def compute(frame, context):
 @pytest.fixture(autouse=True)
 def each_batch_is_noted(monkeypatch):
     monkeypatch.setattr(attempts, "_RECORD_S", 0.0)
-    monkeypatch.setattr("dask_pcm.ledger.compute._PROBE_ROWS", N_ROWS)  # all is read at once
+    monkeypatch.setattr("dask_pcm.runs.units.compute._PROBE_ROWS", N_ROWS)  # all is read at once
     DONE.clear()
     ENDS_AT.clear()
 

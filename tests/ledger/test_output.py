@@ -21,12 +21,12 @@ import pytest
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger import folder, objects
 from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.inventory import Counts, take_stock
 from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import LOG, MANIFEST, Output
 from dask_pcm.ledger.parts import parse_name, partition_name, range_name, write_part
-from dask_pcm.ledger.report import rows_recomputed
-from dask_pcm.ledger.stock import Counts, take_stock
 from dask_pcm.ledger.tree import Tree
+from dask_pcm.runs.progress.report import rows_recomputed
 from tests.support.patience import patient
 
 TABLE = pa.table({"x": [1, 2]})

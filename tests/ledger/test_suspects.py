@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 
 import dask_pcm as pcm
 from dask_pcm.errors import LostProcessError
-from dask_pcm.ledger import attempt as attempts
-from dask_pcm.ledger import manifest
-from dask_pcm.ledger.cut import Cutter
 from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.layout import Layout
+from dask_pcm.ledger.inventory import take_stock
 from dask_pcm.ledger.objects import Objects
-from dask_pcm.ledger.plan import Plan
-from dask_pcm.ledger.recover import forget, recover
-from dask_pcm.ledger.report import rows_recomputed
-from dask_pcm.ledger.stock import take_stock
 from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
-from dask_pcm.ledger.unit import Job, run_unit
+from dask_pcm.runs import identity as manifest
+from dask_pcm.runs.cutter import Cutter
+from dask_pcm.runs.plan import Plan
+from dask_pcm.runs.progress.report import rows_recomputed
+from dask_pcm.runs.recover import forget, recover
+from dask_pcm.runs.units import attempt as attempts
+from dask_pcm.runs.units.schema import Layout
+from dask_pcm.runs.units.unit import Job, run_unit
 
 N_ROWS, BATCH = 96, 8
 #: What a row to blame costs: its batch twice, then 4 and 2 rows of it, and the row alone twice.
@@ -78,7 +78,7 @@ def losses(monkeypatch):
 @pytest.fixture(autouse=True)
 def each_batch_is_noted(monkeypatch):
     monkeypatch.setattr(attempts, "_RECORD_S", 0.0)
-    monkeypatch.setattr("dask_pcm.ledger.compute._PROBE_ROWS", N_ROWS)  # all is read at once
+    monkeypatch.setattr("dask_pcm.runs.units.compute._PROBE_ROWS", N_ROWS)  # all is read at once
     for found in (FATAL, BROKEN, CALLS):
         found.clear()
 

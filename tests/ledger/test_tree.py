@@ -16,9 +16,9 @@ import pytest
 import dask_pcm as pcm
 from dask_pcm.errors import OutputError
 from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.inventory import take_stock
 from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.parts import range_name
-from dask_pcm.ledger.stock import take_stock
 from dask_pcm.ledger.tree import Tree
 
 NAME = range_name(0, 2)

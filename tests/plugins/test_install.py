@@ -34,10 +34,10 @@ import dask_pcm as pcm
 from dask_pcm.errors import RecipeError
 from dask_pcm.ladder.store import of_process
 from dask_pcm.plugins import delivery
-from dask_pcm.plugins.parking import PARKED
-from dask_pcm.plugins.scheduler import GATE
-from dask_pcm.plugins.worker import CONTEXTS
-from tests.plugins.gated import gated, install, poll
+from dask_pcm.plugins.scheduler.parking import PARKED
+from dask_pcm.plugins.scheduler.plugin import GATE
+from dask_pcm.plugins.worker.plugin import CONTEXTS
+from tests.support.gated import gated, install, poll
 from tests.support.patience import patient, until
 
 
@@ -567,8 +567,8 @@ def test_another_version_on_a_worker():
     """What arrives there says which version it found; it holds no context."""
     import pickle
 
-    from dask_pcm.plugins import travel
-    from dask_pcm.plugins.worker import ContextPlugin
+    from dask_pcm.plugins import shipping as travel
+    from dask_pcm.plugins.worker.plugin import ContextPlugin
 
     same = pickle.loads(_dumped(ContextPlugin()))
     assert isinstance(same, ContextPlugin) and same.config == ContextPlugin().config

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("how", ["plain", "preloaded"])
 def test_workers_outlive_an_interrupt_and_the_same_call_is_resumed(claims, tmp_path, how):
     """The client is interrupted; its workers, what starts them and what they run are not."""
-    command = [sys.executable, "-m", "tests.plugins.interrupted", claims(), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "tests.support.interrupted", claims(), str(tmp_path / "out")]
     with subprocess.Popen(
         [*command, how],
         stdout=subprocess.PIPE,

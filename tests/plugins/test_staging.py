@@ -24,12 +24,12 @@ from distributed import Client, LocalCluster, Security, wait
 from distributed.core import rpc
 
 import dask_pcm as pcm
-from dask_pcm.ladder import transfer
-from dask_pcm.ladder.disk import Disk
+from dask_pcm.ladder.files import transfer
+from dask_pcm.ladder.files.cache import Disk
 from dask_pcm.plugins import staging as staging_module
-from dask_pcm.plugins.scheduler import GATE
-from dask_pcm.plugins.worker import CONTEXTS
-from tests.plugins.gated import gated, poll
+from dask_pcm.plugins.scheduler.plugin import GATE
+from dask_pcm.plugins.worker.plugin import CONTEXTS
+from tests.support.gated import gated, poll
 from tests.support.patience import patient, until
 
 CHUNK = 256 << 10

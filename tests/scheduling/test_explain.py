@@ -17,7 +17,7 @@ from dask_pcm.scheduling.events import (
     WorkParked,
 )
 from dask_pcm.scheduling.explain import decisions, explain, said
-from tests.scheduling.world import A, World
+from tests.support.gate_world import A, World
 
 
 def why(world, key="a0"):

@@ -29,9 +29,9 @@ from dask_pcm.scheduling.events import (
     WorkWithdrawn,
 )
 from dask_pcm.scheduling.explain import explain, said
-from dask_pcm.scheduling.failures import DEVICE
+from dask_pcm.scheduling.learned.failures import DEVICE
 from dask_pcm.scheduling.policy import decide
-from dask_pcm.scheduling.state import GateState
+from dask_pcm.scheduling.state.state import GateState
 
 WORKERS, CONTEXTS, DEVICES = ["w0", "w1", "w2"], ["a", "b"], ["T4", "H100"]
 GROUPS = [

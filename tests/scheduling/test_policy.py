@@ -26,10 +26,10 @@ from dask_pcm.scheduling.events import (
     WorkParked,
     WorkWithdrawn,
 )
-from dask_pcm.scheduling.forecast import drain_s
 from dask_pcm.scheduling.policy import decide
-from dask_pcm.scheduling.state import GateState
-from tests.scheduling.world import A, B, World, assigned, warmed
+from dask_pcm.scheduling.rules.drain_time import drain_s
+from dask_pcm.scheduling.state.state import GateState
+from tests.support.gate_world import A, B, World, assigned, warmed
 
 
 def test_first_work_warms_a_worker_for_each_piece():

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dask_pcm.simulation import POLICIES, figures, read_scenario, simulate, variants
-from tests.simulation.worlds import EXACT, FREE, pool, run, world
+from tests.support.scenarios import EXACT, FREE, pool, run, world
 
 FILES = {"files": [{"bytes": 100}]}
 

@@ -1,0 +1,1 @@
+"""Recipes of live objects: what builds them, and what identifies them."""

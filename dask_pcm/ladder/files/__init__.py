@@ -1,0 +1,1 @@
+"""Files of recipes: staged from stores and peers, cached on a host's disk."""

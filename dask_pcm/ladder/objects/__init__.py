@@ -1,0 +1,1 @@
+"""Live objects: taken apart, kept in host memory, and put together again."""

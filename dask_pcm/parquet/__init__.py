@@ -1,0 +1,1 @@
+"""Parquet input: which files, which schema, and rows as a stream."""

@@ -1,0 +1,271 @@
+"""The toolkit's side in a nanny: what outlives the worker process; and the worker's link to it.
+
+The plugin's methods run on the nanny's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import logging
+import os
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distributed import Nanny, Worker
+from distributed.core import Status
+from distributed.diagnostics.plugin import NannyPlugin
+from distributed.system import MEMORY_LIMIT
+
+from dask_pcm.config import Config
+from dask_pcm.ladder.objects.images import max_files
+from dask_pcm.plugins.interrupts import interrupts
+from dask_pcm.plugins.nanny.fork_server import rebirth
+from dask_pcm.plugins.shipping import Travels
+from dask_pcm.plugins.signals import is_command, signals
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 10.0
+_MODELS = "transformers.models."
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A memory file that is held open."""
+
+    fd: int
+    n_bytes: int
+
+
+class Shelf:
+    """Memory files of a cluster's workers on this host, kept until its last nanny here leaves.
+
+    Parameters
+    ----------
+    budget_bytes
+        What all of them may take; whoever was least lately used makes room. Where there are too
+        many files it is the smallest.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        weakref.finalize(self, _close, self._kept)
+
+    def find(self, name: str) -> str | None:
+        """Where a file can be opened by this user's processes."""
+        if name not in self._kept:
+            return None
+        self._kept.move_to_end(name)
+        return f"/proc/{os.getpid()}/fd/{self._kept[name].fd}"
+
+    def keep(self, name: str, path: str, n_bytes: int) -> bool | None:
+        """Hold a file open; False where there is no room, None where it is gone."""
+        if n_bytes > self.budget_bytes:
+            return False
+        self.drop(name)
+        while sum(kept.n_bytes for kept in self._kept.values()) + n_bytes > self.budget_bytes:
+            self.drop(next(iter(self._kept)))
+        while len(self._kept) >= max_files():
+            self.drop(min(self._kept, key=lambda name: self._kept[name].n_bytes))
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # others have taken what was left
+                return False
+            raise
+        if os.fstat(fd).st_size != n_bytes:  # who asked has closed it since
+            os.close(fd)
+            return None
+        self._kept[name] = Kept(fd, n_bytes)
+        return True
+
+    def clear(self, suffix: str = "") -> None:
+        """Keep nothing, or nothing whose name ends so."""
+        for name in [name for name in self._kept if name.endswith(suffix)]:
+            self.drop(name)
+
+    def drop(self, name: str) -> None:
+        """Keep it no longer; processes that use it have it open themselves."""
+        if (kept := self._kept.pop(name, None)) is not None:
+            os.close(kept.fd)
+
+
+def _close(kept: OrderedDict[str, Kept]) -> None:
+    for file in kept.values():
+        os.close(file.fd)
+
+
+@functools.cache
+def _shelves() -> weakref.WeakValueDictionary[str, Shelf]:
+    """By the scheduler's address; each lives for as long as one of its nannies holds it."""
+    return weakref.WeakValueDictionary()
+
+
+class KeeperPlugin(Travels, NannyPlugin):
+    """Keeps what a worker that is killed finds again, and has it back soon."""
+
+    name = "pcm-keeper"
+    idempotent = True
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config.read()
+
+    def setup(self, nanny: Nanny) -> None:
+        self._nanny = nanny
+        manager = nanny.memory_manager
+        self._limit = manager.memory_limit if manager else None
+        budget = self.config.host_budget_bytes
+        shelf = Shelf(MEMORY_LIMIT // 2 if budget is None else budget)
+        self._shelf: Shelf | None = _shelves().setdefault(nanny.scheduler_addr, shelf)
+        nanny.handlers.update(self._handlers)
+        self._notice: asyncio.Task[None] | None = None
+        interrupts().block(self)
+        if is_command():
+            signals().heed(self, self.on_notice, self.config.here().notice_s)
+
+    def teardown(self, nanny: Any) -> None:
+        signals().leave(self)
+        interrupts().unblock(self)
+        for name in self._handlers:
+            nanny.handlers.pop(name, None)
+        self.allow_memory(0)
+        if self._shelf is not None:
+            self._shelf.clear(self._own(""))
+        self._shelf = None
+        rebirth().leave(nanny)
+
+    @property
+    def _handlers(self) -> dict[str, Any]:
+        return {
+            "pcm_allow_memory": self.allow_memory,
+            "pcm_rebirth": self.use_fork_server,
+            "pcm_find": self.find,
+            "pcm_keep": self.keep,
+            "pcm_drop": self.drop,
+            "pcm_clear": self.clear,
+            "pcm_heeds_signals": self.heeds_signals,
+            "pcm_end": self.end,
+        }
+
+    def on_notice(self, seconds: float) -> None:
+        """The batch system ends this process in so many seconds: the worker is to leave."""
+        self._notice = asyncio.get_running_loop().create_task(self._give_notice(seconds))
+
+    async def _give_notice(self, seconds: float) -> None:
+        nanny = self._nanny
+        try:
+            told = nanny.rpc(nanny.worker_address).pcm_notice(seconds=seconds)
+            await asyncio.wait_for(told, min(_TIMEOUT_S, seconds / 2))
+        except Exception as error:  # it starts, has just ended, or does not answer
+            logger.warning("The worker of %s cannot take its leave: %r", nanny.address, error)
+            await nanny.close(timeout=_TIMEOUT_S, reason="notice")
+
+    def heeds_signals(self) -> bool:
+        """Whether signals are notices in this process, and so in its workers'."""
+        return signals().are_heeded
+
+    async def end(self, seconds: float) -> bool:
+        """End the worker process, which has handed over what it had, and this nanny with it.
+
+        What still runs there is not waited for: after `seconds` it is killed.
+        """
+        nanny = self._nanny
+        if nanny.process is None:
+            return False
+        nanny.close_gracefully(reason="notice")
+        # Not from the worker's own side: its process would wait for two seconds before it ends.
+        self._ending = asyncio.get_running_loop().create_task(
+            nanny.process.kill(timeout=seconds, executor_wait=False, reason="notice")
+        )
+        return True
+
+    def allow_memory(self, n_bytes: int) -> None:
+        """Kill the worker for so many bytes more than the user has set; see ``MemoryAllowance``."""
+        if self._limit:
+            self._nanny.memory_manager.memory_limit = self._limit + n_bytes
+
+    def use_fork_server(self, models: Sequence[str]) -> None:
+        """Have the next worker process begin with everything imported, these models too."""
+        if self.config.imports:
+            models = [name for name in models if name.startswith(_MODELS)]
+            rebirth().use(self._nanny, [*self.config.imports, *models])
+
+    def find(self, digest: str) -> str | None:
+        """Where the memory file of a context is: one of this worker, or of all on this host."""
+        assert self._shelf is not None
+        return self._shelf.find(self._own(digest)) or self._shelf.find(digest)
+
+    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
+        """Keep a memory file that the worker has open, as ``Shelf.keep``."""
+        assert self._shelf is not None
+        return self._shelf.keep(digest if is_shared else self._own(digest), path, n_bytes)
+
+    def drop(self, digest: str) -> None:
+        """Keep it no longer."""
+        if self._shelf is not None:
+            self._shelf.drop(digest)
+            self._shelf.drop(self._own(digest))
+
+    def clear(self) -> None:
+        """Keep nothing of what there is."""
+        if self._shelf is not None:
+            self._shelf.clear()
+
+    def _own(self, digest: str) -> str:
+        return f"{digest} {self._nanny.address}"
+
+
+class NannyLink:
+    """A worker's way to its nanny; for any thread but the event loop's.
+
+    It is the ``Keeper`` of the worker's contexts.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._has_fork_server = self._is_over = False
+
+    def close(self) -> None:
+        """The toolkit leaves, as it does from the nanny."""
+        self._is_over = True
+
+    def ask(self, op: str, **says: Any) -> Any:
+        """Call a handler of the nanny; None where it does not answer, or there is none."""
+        worker = self._worker
+        if not worker.nanny or self._is_over:
+            return None
+        asked = getattr(worker.rpc(worker.nanny), op)(**says)
+        try:
+            told = asyncio.run_coroutine_threadsafe(asked, worker.loop.asyncio_loop)
+            return told.result(_TIMEOUT_S)
+        except Exception as error:
+            # Else it is on its way out, and so are we.
+            if worker.status is Status.running and not self._is_over:
+                logger.warning("The nanny of %s does not answer %s: %r", worker, op, error)
+            return None
+
+    def use_fork_server(self) -> None:
+        """Have this worker's successor begin with everything imported."""
+        if not self._has_fork_server:
+            self._has_fork_server = True
+            imported = list(sys.modules)  # at once: other threads go on importing
+            self.ask("pcm_rebirth", models=[name for name in imported if name.startswith(_MODELS)])
+
+    def find(self, digest: str) -> str | None:
+        path: str | None = self.ask("pcm_find", digest=digest)
+        return path
+
+    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
+        says = {"digest": digest, "path": path, "n_bytes": n_bytes, "is_shared": is_shared}
+        is_kept: bool | None = self.ask("pcm_keep", **says)
+        return is_kept
+
+    def drop(self, digest: str) -> None:
+        self.ask("pcm_drop", digest=digest)

@@ -1,0 +1,68 @@
+"""The policy under watch: where it stalls or fails, work goes on as it would in plain Dask."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from contextlib import suppress
+from typing import Any
+
+from distributed.metrics import monotonic
+
+from dask_pcm.scheduling.events import Action
+from dask_pcm.scheduling.explain import decisions, explain
+from dask_pcm.scheduling.policy import decide
+from dask_pcm.scheduling.rules.fallback import assign_plainly, stalled
+from dask_pcm.scheduling.state.state import GateState
+
+logger = logging.getLogger(__name__)
+
+
+class Watch:
+    """Asks the policy, and looks whether it gets anywhere.
+
+    Parameters
+    ----------
+    stall_s
+        Seconds for which work may wait while all its workers idle and nothing is decided.
+    """
+
+    def __init__(self, state: GateState, stall_s: float) -> None:
+        self.state = state
+        self._stall_s = stall_s
+
+    def decide(self, now: float, *rules: Any) -> list[Action]:
+        """What the policy decides; what plain Dask would do, where it fails or has stalled."""
+        try:
+            decide(self.state, now, *rules)
+            key = stalled(self.state, now, self._stall_s)
+        except Exception:
+            logger.exception("The policy failed; what waits goes to idle workers, warm or not")
+            with suppress(Exception):  # what has been decided is to be carried out in any case
+                assign_plainly(self.state, now)
+            return self.state.actions
+        if key is None:
+            return self.state.actions
+        logger.warning(
+            "Work waits, workers idle, and nothing has been decided for %.3g s; what waits goes to"
+            " idle workers, warm or not. %s\nThe last decisions:\n%s",
+            self._stall_s,
+            explain(self.state, key, now),
+            decisions(self.state, now),
+        )
+        assign_plainly(self.state, now)
+        return self.state.actions
+
+    def explain(self, key: Any) -> str:
+        """What the gate knows of a task, or of a unit by the name of its part."""
+        state = self.state
+        try:
+            hash(key)
+        except TypeError:
+            return f"{key!r:.80} is no key: a future, a task's key or the name of a part is wanted."
+        if isinstance(key, str) and key.startswith("part-"):
+            ending = "-" + key.removesuffix(".parquet")
+            decided = (getattr(d.action, "key", None) for d in reversed(state.decisions))
+            known = itertools.chain(state.placed, state.waiting.works, decided)
+            key = next((k for k in known if isinstance(k, str) and k.endswith(ending)), key)
+        return explain(state, key, monotonic())

@@ -1,0 +1,371 @@
+"""The ladder's door in a worker: messages become loads, changes become reports.
+
+``ContextPlugin.setup`` and the message handlers run on the worker's event loop; contexts are
+built on a thread of their own and used on the lanes, so that neither holds up a heartbeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from distributed import Reschedule, Worker, warn
+from distributed.comm import CommClosedError
+from distributed.core import Status
+from distributed.diagnostics.plugin import WorkerPlugin
+from distributed.threadpoolexecutor import ThreadPoolExecutor
+from distributed.worker import _worker_cvar
+
+from dask_pcm.config import Config
+from dask_pcm.context.context import ContextRef
+from dask_pcm.errors import DeviceBusyError, DeviceError, LoadError, redacted
+from dask_pcm.ladder.device import cpu_model, device_model
+from dask_pcm.ladder.files.staging import Staging
+from dask_pcm.ladder.objects.images import Host
+from dask_pcm.ladder.objects.tensors import device_bytes
+from dask_pcm.ladder.residency import Change, Tier
+from dask_pcm.ladder.store import Store, of_process
+from dask_pcm.plugins.interrupts import Ignored
+from dask_pcm.plugins.nanny.plugin import NannyLink
+from dask_pcm.plugins.shipping import Travels
+from dask_pcm.plugins.signals import is_command, signals
+from dask_pcm.plugins.staging import Fetcher
+from dask_pcm.plugins.worker.drain import Leaving, ends_in_s, free, is_unbegun
+from dask_pcm.plugins.worker.lanes import close_lanes, open_lanes
+from dask_pcm.plugins.worker.memory import MemoryAllowance
+from dask_pcm.plugins.worker.tuning import give_back_memory, tuning
+
+logger = logging.getLogger(__name__)
+
+CONTEXTS = "pcm-contexts"
+#: A worker on its way out, which takes plugins away before the threads of its tasks end.
+ENDING = (Status.closing, Status.closed, Status.failed)
+_TIMEOUT_S, _FAREWELL_S, _CLOSING_S = 30.0, 0.05, 2.0
+
+
+class ContextPlugin(Travels, WorkerPlugin):
+    """Keeps the contexts of one worker, and two lanes to use them in."""
+
+    name = CONTEXTS
+    idempotent = True  # a second registration must not tear down what is warm
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config.read()
+
+    def setup(self, worker: Worker) -> None:
+        self.worker = worker
+        self.config = self.config.here()
+        self.epoch = uuid.uuid4().hex
+        self.n_threads = 1
+        #: Contexts that the gate has asked for; what a task wants besides was hidden from it.
+        self._wanted: set[str] = set()
+        self._warned: set[str] = set()
+        #: Whether nothing more will run on the device in this process.
+        self._is_lost = False
+        self._warning = threading.Lock()
+        self.fetcher = Fetcher(worker, self.config, lambda: self.staging.disk, self._tell)
+        self.staging = Staging(self.config, self.fetcher.fetch, self.fetcher.staged)
+        self.nanny = NannyLink(worker)
+        self.leaving = Leaving(worker, self._tell)
+        self.memory = MemoryAllowance(worker, self.nanny)
+        self.store = Store(
+            self._report,
+            self.staging,
+            Host(self.nanny if worker.nanny else None),
+            self._budget,
+            is_mapped=self.config.device_budget_bytes is None,
+            is_cpu_only=self.config.is_cpu_only,
+        )
+        # Dask's executor: a worker that ends does not wait for its threads.
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")
+        # What is to make room does not wait behind what loads.
+        self._mover = ThreadPoolExecutor(1, thread_name_prefix="pcm-move")
+        # What tasks loaded before would be here twice.
+        before = of_process()
+        of_process.cache_clear()
+        self._loader.submit(before.close)
+        self._loader.submit(self.memory.begin)
+        self._interrupts = Ignored()
+        if worker.nanny:
+            self._interrupts.begin()
+            self._loader.submit(self._heed_signals_as_nanny)
+        elif is_command():
+            self._heed_signals()
+        self._lane = threading.local()
+        tuning().join(worker)
+        open_lanes(worker, self.config.n_lanes)
+        worker.stream_handlers["pcm-load"] = self.on_load
+        worker.stream_handlers["pcm-return"] = self.on_return
+        worker.stream_handlers["pcm-lower"] = self._if_now(self.on_lower)
+        worker.stream_handlers["pcm-release"] = self._if_now(self.on_release)
+        worker.stream_handlers["pcm-welcome"] = self._if_now(self.fetcher.on_welcome)
+        worker.stream_handlers["pcm-copy"] = self._if_now(self.fetcher.on_copy)
+        worker.handlers["pcm_notice"] = self.notice
+        self.greet()
+
+    def greet(self) -> None:
+        """Say hello to the gate; said again to the same one it changes nothing."""
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        found = cpu_model() if self.config.is_cpu_only else device_model()
+        device = self.config.device or found
+        self.worker.batched_stream.send(
+            {
+                "op": "pcm-hello",
+                "epoch": self.epoch,
+                "n_lanes": self.config.n_lanes,
+                "cores": cores or list(range(os.cpu_count() or 1)),
+                "device_bytes": self.config.device_budget_bytes,
+                "device": device,
+                "pool": self.config.pool or device,
+                "ends_in_s": ends_in_s(self.config.walltime_s),
+            }
+        )
+
+    def notice(self, seconds: float) -> None:
+        """The batch system ends this worker in so many seconds: be gone by then.
+
+        The gate is told once, and sends what ends in time at most. The worker works on until what
+        it has has ended or the time is nearly up; then its results go to peers, and its nanny
+        starts no other. For the worker's event loop; said again it changes nothing.
+        """
+        self.leaving.begin(seconds)
+
+    def _heed_signals_as_nanny(self) -> None:
+        """Batch systems signal all processes of a job, or one of them."""
+        if self.nanny.ask("pcm_heeds_signals"):
+            self.worker.loop.add_callback(self._heed_signals)
+
+    def _heed_signals(self) -> None:
+        if self.epoch:  # else the toolkit has left meanwhile
+            signals().heed(self, self.notice, self.config.notice_s)
+
+    def teardown(self, worker: Worker) -> Awaitable[Any] | None:
+        self.epoch = ""  # whatever the scheduler still says is of no account
+        worker.handlers.pop("pcm_notice", None)
+        signals().leave(self)
+        self.fetcher.close()
+        if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
+            self._interrupts.end()
+            close_lanes(worker)
+            self.memory.forget()
+        else:
+            self.store.end()
+        self.nanny.close()
+        # Also where the process ends: engines with processes of their own are closed by hooks.
+        closing = self._loader.submit(self.store.close)
+        self._loader.submit(tuning().leave, worker)
+        self._loader.shutdown(wait=False)
+        self._mover.shutdown(wait=False)
+        if worker.status in (Status.running, Status.paused):
+            return None
+        return asyncio.wait([asyncio.wrap_future(closing)], timeout=_CLOSING_S)
+
+    def _if_now(self, handle: Callable[..., None]) -> Callable[..., None]:
+        """A handler that ignores what was meant for an earlier life of this worker."""
+
+        def handle_now(epoch: str, **says: Any) -> None:
+            if epoch == self.epoch:
+                handle(**says)
+
+        return handle_now
+
+    def on_load(self, epoch: str, ref: bytes, n_threads: int, **kwargs: Any) -> None:
+        """The scheduler wants a context here."""
+        if epoch != self.epoch:
+            return
+        wanted: ContextRef = pickle.loads(ref)
+        self.n_threads = n_threads
+        self._wanted.add(wanted.digest)
+        self._loader.submit(self._load, wanted)
+
+    def on_lower(self, digest: str) -> None:
+        """Another context is wanted more, or nobody has used this one for long."""
+        self._mover.submit(self.store.lower, digest)
+
+    def on_release(self, digest: str) -> None:
+        """Nobody wants a context any more."""
+        self._mover.submit(self.store.release, digest)
+
+    def on_return(self, epoch: str, keys: Sequence[Any], **kwargs: Any) -> None:
+        """The scheduler wants back what has not begun; it is told what that was."""
+        if epoch != self.epoch:
+            return
+        tasks = ((key, self.worker.state.tasks.get(key)) for key in keys)
+        unbegun = [key for key, ts in tasks if ts is not None and is_unbegun(ts)]
+        free(self.worker, unbegun)
+        message = {"op": "pcm-returned", "epoch": self.epoch, "keys": unbegun}
+        self.worker.batched_stream.send(message)
+
+    def _load(self, ref: ContextRef) -> None:
+        _worker_cvar.set(self.worker)  # a loader may acquire other contexts
+        self._lane.is_loader = True
+        if self.store.tier(ref.digest) is Tier.DEVICE:
+            self._report(Change(ref.digest, Tier.DEVICE))  # as long as it took before
+            return
+        try:
+            with self._growing(ref):
+                self._set_threads()
+                self.store.load(ref)
+        except LoadError:
+            self._wanted.discard(ref.digest)  # the store has reported it; hidden, it is tried anew
+        except Exception as error:
+            if self.worker.status in (Status.closing, Status.closed):
+                return
+            # Not the loader's fault, but the gate waits for an answer all the same.
+            logger.exception("Context %r could not be loaded", ref.name)
+            text = redacted(f"{type(error).__name__}: {error}")
+            self._report(Change(ref.digest, Tier.FAILED, error=text))
+
+    @contextmanager
+    def _growing(self, ref: ContextRef) -> Iterator[None]:
+        with (
+            tuning().in_use(self.n_threads),
+            self.memory.growing(ref.digest, self.store.mapped_bytes),
+        ):
+            yield
+        if "torch" in sys.modules:  # whoever comes after a kill will need it, too
+            self.nanny.use_fork_server()
+
+    def _budget(self) -> int | None:
+        """What contexts may take on the device; None for no limit."""
+        own_bytes = None if self.config.is_cpu_only else device_bytes()
+        return self.config.device_budget_bytes or own_bytes
+
+    def _report(self, change: Change) -> None:
+        if change.tier is Tier.ABSENT:
+            self.memory.freed(change.digest)
+        if change.tier in (Tier.ABSENT, Tier.HOST):
+            give_back_memory()
+        if change.is_sticky:
+            self._restart("its device was lost while a context was loaded")
+        message = {
+            "op": "pcm-residency",
+            "digest": change.digest,
+            "tier": change.tier.value,
+            "seconds": change.seconds,
+            "error": change.error,
+            "is_built": change.is_built,
+            "n_bytes": change.n_bytes,
+            "kind": change.kind,
+            "staged_s": change.staged_s,
+            "device_bytes": self._budget() if change.tier is Tier.DEVICE else None,
+        }
+        self._tell(message)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        """Send a message to the scheduler, from any thread."""
+        self.worker.loop.add_callback(self._send, {**message, "epoch": self.epoch})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with suppress(CommClosedError):  # the scheduler is gone, and this worker will be soon
+            self.worker.batched_stream.send(message)
+
+    @contextmanager
+    def acquire(self, refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
+        """Hold the live objects of `refs`, on the thread of a task."""
+        try:
+            for ref in refs:
+                is_there = self.store.tier(ref.digest) is Tier.DEVICE
+                if ref.digest not in self._wanted and not is_there:
+                    self._load_in_place(ref)
+            # When to try again what has failed, the gate knows.
+            with (
+                tuning().in_use(self.n_threads),
+                self.store.acquire(refs, again=False) as values,
+            ):
+                self._set_threads()
+                yield values
+        except LoadError as error:
+            if self.worker.status in ENDING:  # whatever this task comes to, it is done elsewhere
+                raise Reschedule from error
+            is_busy = isinstance(error.__cause__, DeviceBusyError)
+            if is_busy and all(ref.digest in self._wanted for ref in refs):
+                # What the gate saw to has been moved since: it is to see to it again.
+                raise Reschedule from error
+            raise
+
+    def _load_in_place(self, ref: ContextRef) -> None:
+        with self._warning:
+            # What a loader acquires belongs to its context: nobody could have shown it to the gate.
+            is_new = ref.digest not in self._warned and not getattr(self._lane, "is_loader", False)
+            self._warned.add(ref.digest)
+        if is_new:
+            self._warn(ref)
+        try:
+            with self._growing(ref):
+                self.store.load(ref, again=not self.store.rests(ref.digest))
+        except LoadError as error:
+            error.add_note("Tasks that come soon after get this error without another try.")
+            raise
+
+    def _warn(self, ref: ContextRef) -> None:
+        warn(
+            f"Context {ref.name!r} is loaded in the middle of a task: the gate could not see that"
+            " the task needs it, because it is hidden in a closure, a callable object, a scattered"
+            " value or a very long list. Hand it over as an argument of the task, for instance"
+            " client.map(func, items, model=context)."
+        )
+
+    def lose_device(self, error: BaseException) -> None:
+        """A task's device is lost to this process: have a new one, and the task done there.
+
+        Raises
+        ------
+        Reschedule
+            So that the task begins anew.
+        DeviceError
+            Where that has been tried often enough: it may be the task that does it.
+        """
+        if not self.worker.nanny:
+            raise DeviceError(
+                f"The device of {self.worker.address} is lost to its process, which has no nanny"
+                f" that could start another: {error}"
+            ) from error
+        is_first = not self._is_lost
+        self._restart(f"its device is lost to this process ({error})")
+        key = self.worker.get_current_task()
+        told = asyncio.run_coroutine_threadsafe(
+            self.worker.scheduler.pcm_lost_device(key=key, is_cause=is_first),
+            self.worker.loop.asyncio_loop,
+        )
+        n_times: int = told.result(_TIMEOUT_S)
+        if n_times < self.config.n_load_attempts:
+            raise Reschedule from error
+        raise DeviceError(
+            f"Task {key!r} has lost {n_times} worker processes their device; the last one said:"
+            f" {error}"
+        ) from error
+
+    def _restart(self, why: str) -> None:
+        if not self._is_lost and self.worker.nanny:
+            self._is_lost = True
+            logger.error("Worker %s begins a new process: %s", self.worker.address, why)
+            self.worker.loop.add_callback(self._leave, why)
+
+    async def _leave(self, why: str) -> None:
+        """Begin a new process, once what is to be told of running tasks has been sent."""
+        if self.worker.status is Status.running:
+            self.worker.status = Status.paused  # nothing more begins here
+        deadline = time.monotonic() + _CLOSING_S
+        while self.worker.state.executing and time.monotonic() < deadline:
+            await asyncio.sleep(_FAREWELL_S)
+        await asyncio.sleep(_FAREWELL_S)
+        await self.worker.close_gracefully(restart=not self.leaving.is_begun, reason=why)
+
+    def _set_threads(self) -> None:
+        """Give torch the cores of this worker; its setting is the calling thread's own."""
+        torch = sys.modules.get("torch")
+        if torch is None or getattr(self._lane, "n_threads", None) == self.n_threads:
+            return
+        if hasattr(torch, "set_num_threads"):  # not while another thread still imports it
+            torch.set_num_threads(self.n_threads)
+            self._lane.n_threads = self.n_threads

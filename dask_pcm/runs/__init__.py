@@ -1,0 +1,9 @@
+"""Runs: what drives the work on an output from the client, and what a unit does on a worker."""
+
+from dask_pcm.ledger.status import Progress
+from dask_pcm.runs.handle import Run, attach
+from dask_pcm.runs.progress.report import Report
+from dask_pcm.runs.progress.sample import Sample
+from dask_pcm.runs.write import write_parquet
+
+__all__ = ["Progress", "Report", "Run", "Sample", "attach", "write_parquet"]

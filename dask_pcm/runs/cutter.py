@@ -1,0 +1,171 @@
+"""What is still to be done, cut into units."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+
+from dask_pcm.ledger.parts import partition_name, range_name
+from dask_pcm.ledger.ranges import Range, Ranges
+from dask_pcm.parquet.pieces import Span
+from dask_pcm.runs.plan import Plan, Unit
+from dask_pcm.scheduling.units import goes_along, rows_of
+
+
+class Cutter:
+    """Cuts what is still to be done into units, in input order.
+
+    Parameters
+    ----------
+    plan
+        The frame.
+    done_ranges, done_partitions
+        Row ranges, or partitions, that have been committed.
+    max_bytes
+        No unit of several pieces has more input.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        done_ranges: Sequence[Range] = (),
+        done_partitions: frozenset[int] = frozenset(),
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        self._plan = plan
+        self._max_bytes = max_bytes
+        self._again: list[Unit] = []
+        #: Units cut so far, those left out that are computed again.
+        self.n_cut = 0
+        self._order: list[int] | None = None  # of the plan's spans, by offset
+        self._todo: list[tuple[int, Span | None]] = []  # (partition, rows), last first
+        done = Ranges(done_ranges)
+        if plan.spans is None:
+            self._todo = [
+                (index, None) for index in range(plan.n_partitions) if index not in done_partitions
+            ]
+        else:
+            for index, span in enumerate(plan.spans):
+                missing = cut_to(span, done)
+                if missing and not plan.is_splittable:
+                    missing = [span]
+                self._todo += [(index, rest) for rest in missing]
+        self._todo.reverse()
+        #: Rows left to be cut; partitions where rows are not known.
+        self.n_rows = sum(1 if span is None else span.n_rows for _, span in self._todo)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._todo and not self._again
+
+    def again(self, place: Range | int, failed: Sequence[int]) -> None:
+        """Have the failed rows of a part computed again.
+
+        Parameters
+        ----------
+        place
+            The part's row range, or its partition.
+        failed
+            Which of its rows failed. Where a part's rows are not those of its input (functions of
+            partitions, filters), the part is computed again as a whole.
+        """
+        again: tuple[int, ...] = ()
+        if isinstance(place, int):
+            unit = Unit(partition_name(place), place, None, None, again=again)
+        else:
+            partition, spans = self._spans_of(place)
+            if self._plan.keeps_rows and failed:
+                again = tuple(failed)
+                spans = list(_rows(spans, [place[0] + number for number in failed]))
+            n_rows = sum(span.n_rows for span in spans)
+            unit = Unit(range_name(*place), partition, tuple(spans), n_rows, again=again)
+        self._again.append(unit)
+        self.n_rows += unit.n_rows or 1
+
+    def _spans_of(self, place: Range) -> tuple[int, list[Span]]:
+        """The rows of a part as spans, and a partition that has some of them."""
+        spans = self._plan.spans or []
+        if self._order is None:
+            self._order = sorted(range(len(spans)), key=lambda index: spans[index].offset)
+        start, stop = place
+        first = bisect.bisect_right(self._order, start, key=lambda index: spans[index].offset) - 1
+        found = []
+        for index in self._order[first:]:
+            span = spans[index]
+            if span.offset >= stop:
+                break
+            inside = max(start - span.offset, 0), min(stop - span.offset, span.n_rows)
+            if inside[0] < inside[1]:
+                found.append(span.cut(*inside))
+        return self._order[first], found
+
+    def cut(self, n_rows: int) -> Unit:
+        """Take the next unit: up to `n_rows` rows of a piece or of several small ones, or one
+        partition.
+
+        A piece is not cut so that less than a batch is left of it.
+        """
+        if self._again:
+            unit = self._again.pop()
+            self.n_rows -= unit.n_rows or 1
+            return unit
+        partition, span = self._todo.pop()
+        number, self.n_cut = self.n_cut, self.n_cut + 1
+        if span is None:
+            self.n_rows -= 1
+            return Unit(partition_name(partition), partition, None, None, number=number)
+        if self._plan.is_splittable:
+            spans = self._several(partition, span, max(1, n_rows))
+        else:
+            spans = [span]
+        total = sum(s.n_rows for s in spans)
+        self.n_rows -= total
+        end = spans[-1].offset + spans[-1].n_rows
+        name = range_name(spans[0].offset, end)
+        return Unit(name, partition, tuple(spans), total, number=number)
+
+    def _several(self, partition: int, span: Span, n_rows: int) -> list[Span]:
+        """Rows of a piece, and of those after it up to a batch, or while they are small."""
+        batch = self._plan.batch_rows
+        taken = [self._take(partition, span, n_rows)]
+        total, n_bytes = taken[0].n_rows, taken[0].n_bytes
+        while self._todo:
+            partition_after, after = self._todo[-1]
+            end = taken[-1].offset + taken[-1].n_rows
+            if after is None or after.offset != end or n_bytes + after.n_bytes > self._max_bytes:
+                break
+            if not goes_along(after.n_rows, total, n_rows, batch):
+                break
+            room = n_rows - total
+            self._todo.pop()
+            taken.append(self._take(partition_after, after, room))
+            total, n_bytes = total + taken[-1].n_rows, n_bytes + taken[-1].n_bytes
+        return taken
+
+    def _take(self, partition: int, span: Span, n_rows: int) -> Span:
+        n_rows = rows_of(span.n_rows, n_rows, self._plan.batch_rows)
+        if n_rows >= span.n_rows:
+            return span
+        self._todo.append((partition, span.cut(n_rows, span.n_rows)))
+        return span.cut(0, n_rows)
+
+
+def _rows(spans: Sequence[Span], numbers: Sequence[int]) -> Iterator[Span]:
+    """Rows of the input by their sorted numbers; neighbours are one span."""
+    at = 0
+    for span in spans:
+        first, end = span.offset, span.offset + span.n_rows
+        while at < len(numbers) and numbers[at] < end:
+            start = numbers[at]
+            stop = start + 1
+            at += 1
+            while at < len(numbers) and numbers[at] == stop < end:
+                stop, at = stop + 1, at + 1
+            yield span.cut(start - first, stop - first)
+
+
+def cut_to(span: Span, done: Ranges) -> list[Span]:
+    """What is left of a span."""
+    first = span.offset
+    missing = done.missing(first, first + span.n_rows)
+    return [span.cut(start - first, stop - first) for start, stop in missing]

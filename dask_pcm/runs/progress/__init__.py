@@ -1,0 +1,1 @@
+"""How a run stands: its status, its meter and its report."""

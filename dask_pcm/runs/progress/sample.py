@@ -1,0 +1,158 @@
+"""A few rows drawn from the whole, to look at before a run is begun."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from distributed import Client
+
+from dask_pcm.config import Config
+from dask_pcm.context.context import ContextRef
+from dask_pcm.errors import SchemaError
+from dask_pcm.frames.call import ERROR
+from dask_pcm.ledger.parts import range_name
+from dask_pcm.parquet.pieces import Span
+from dask_pcm.plugins.worker.tally import unpack
+from dask_pcm.plugins.worker.task import spent
+from dask_pcm.runs.plan import Plan, Unit
+from dask_pcm.runs.units.compute import chunks, compute
+from dask_pcm.scheduling.rules.first_batches import Failing
+
+_SEED = 0
+_MAX_ERRORS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Answers to some rows; nothing of it is committed.
+
+    Attributes
+    ----------
+    frame
+        The rows, in input order.
+    n_rows, n_left
+        Rows of the whole input, and those that are not in the output yet.
+    n_failed, errors
+        Rows of the sample with an error, and some of the errors.
+    rows_per_s
+        What one device did a second, loading apart. It is small where the sample is: the first
+        batches are the slow ones, and small ones too.
+    device_hours
+        What the rows that are left would take one device at that pace.
+    total_s
+        How long the sample took in all.
+    """
+
+    frame: pd.DataFrame
+    n_rows: int
+    n_left: int
+    n_failed: int
+    errors: tuple[str, ...]
+    rows_per_s: float
+    device_hours: float
+    total_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.frame):,} of {self.n_rows:,} rows, {self.n_failed:,} failed;"
+            f" {self.rows_per_s:,.1f} rows/s a device, about {self.device_hours:,.2g} device-hours"
+            f" for the {self.n_left:,} that are left"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Sample: {self}>"
+
+
+def draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
+    """Answer `n_rows` rows drawn at random, the same ones every time, from the whole input.
+
+    `n_done` rows of it are in the output already.
+
+    Raises
+    ------
+    SchemaError
+        Where rows cannot be computed one by one.
+    Exception
+        What a function raised, where it raised it on all of these rows.
+    """
+    if not plan.is_splittable or plan.spans is None:
+        raise SchemaError(
+            "A sample needs rows that can be computed apart from others: a frame that"
+            " pcm.read_parquet made, and functions by rows (batch_rows=...)."
+        )
+    if n_rows < 1:
+        raise SchemaError(f"A sample has at least 1 row; found {n_rows}.")
+    start = time.monotonic()
+    units = list(_units(plan, n_rows, len(client.nthreads())))
+    keys = [f"{plan.label}_sample-{start}-{number}" for number in range(len(units))]
+    futures = [
+        client.submit(_answer, unit, plan.graph(unit)[0], plan.refs, key=key)
+        for unit, key in zip(units, keys, strict=True)
+    ]
+    found = client.gather(futures)
+    _check_hope(found)
+    frame = pd.concat([answer.frame for answer in found]) if found else plan.meta
+    busy_s = sum(answer.seconds for answer in found)
+    n_asked = sum(unit.n_rows or 0 for unit in units)
+    rows_per_s = n_asked / max(1e-9, busy_s)
+    failed = frame.get(ERROR, pd.Series([], dtype="str")).dropna()
+    n_left = plan.n_rows - n_done
+    return Sample(
+        frame,
+        plan.n_rows,
+        n_left,
+        len(failed),
+        tuple(map(str, failed.value_counts().index[:_MAX_ERRORS])),
+        rows_per_s,
+        n_left / rows_per_s / 3600 if n_asked else 0.0,
+        time.monotonic() - start,
+    )
+
+
+def _units(plan: Plan, n_rows: int, n_workers: int) -> list[Unit]:
+    """Rows drawn without replacement, in input order, a share for each worker."""
+    assert plan.spans is not None
+    n_rows = min(n_rows, plan.n_rows)
+    drawn = np.sort(np.random.default_rng(_SEED).choice(plan.n_rows, n_rows, replace=False))
+    ends = np.cumsum([span.n_rows for span in plan.spans])
+    pieces = np.searchsorted(ends, drawn, side="right")
+    rows: list[Span] = []
+    for number, piece in zip(drawn.tolist(), pieces.tolist(), strict=True):
+        span = plan.spans[piece]
+        within = number - (int(ends[piece]) - span.n_rows)
+        rows.append(span.cut(within, within + 1))
+    n_each = max(plan.batch_rows, -(-n_rows // max(1, n_workers)))
+    name = range_name(0, 0)
+    shares = (rows[at : at + n_each] for at in range(0, len(rows), n_each))
+    return [Unit(name, 0, tuple(share), len(share)) for share in shares]
+
+
+class _Answer(NamedTuple):
+    """Rows of one unit, the seconds they took, and how they failed if none succeeded."""
+
+    frame: pd.DataFrame
+    seconds: float
+    failing: Failing | None
+    error: bytes
+
+
+def _check_hope(found: Sequence[_Answer]) -> None:
+    """Raise where every row raised the same."""
+    kinds = {answer.failing.kind if answer.failing else None for answer in found}
+    packed = [answer.error for answer in found if answer.error]
+    if packed and len(kinds) == 1:
+        raise unpack(packed[0])
+
+
+def _answer(unit: Unit, graph: bytes, refs: Sequence[ContextRef]) -> _Answer:
+    spent.begin()
+    start = time.perf_counter()
+    max_bytes = Config.read().unit_bytes
+    frame = pd.concat([compute(some, graph) for some in chunks(unit, max_bytes)])
+    seconds = spent.infer_s or time.perf_counter() - start
+    return _Answer(frame, seconds, *spent.failing())

@@ -1,0 +1,1 @@
+"""What a unit of a run does on a worker."""

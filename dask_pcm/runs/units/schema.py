@@ -1,0 +1,144 @@
+"""How frames become tables: the same columns and types in every part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from dask_pcm.errors import SchemaError
+from dask_pcm.parquet.arrow_types import canonical
+from dask_pcm.parquet.conversion import MISFITS, readable_notes, to_arrow
+from dask_pcm.parquet.pieces import PieceReader
+
+#: Bytes of a row group of a part: what is converted and encoded at a time.
+GROUP_BYTES = 32 << 20
+_N_SAMPLED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How frames become tables: the same columns and types in every part.
+
+    Attributes
+    ----------
+    schema
+        Arrow types of the columns whose types are known beforehand.
+    has_index
+        Whether the index is stored.
+    index
+        Arrow type of an index that comes from the input; None where it is as pandas has it.
+    notes
+        What pandas notes in a file's metadata, so that it finds its own types again.
+    """
+
+    schema: pa.Schema
+    has_index: bool
+    index: pa.DataType | None
+    notes: Mapping[bytes, bytes]
+
+    @classmethod
+    def of(cls, meta: pd.DataFrame, reader: PieceReader | None) -> Layout:
+        """From the empty output, and from the reader of our own input, if it is that.
+
+        A column that comes through unchanged keeps the type that it has in the file.
+
+        Raises
+        ------
+        SchemaError
+            Where a column's type cannot be known before it is computed.
+        """
+        given = None if reader is None else reader.meta()
+        own = _own_types(meta)
+        fields = []
+        for name, kind in zip(own.names, own.types, strict=True):
+            if reader is not None and given is not None and _is_passed(name, given, meta):
+                kind = reader.schema.field(name).type
+            elif pa.types.is_dictionary(kind):
+                kind = canonical(kind)
+            elif pa.types.is_null(kind):
+                raise SchemaError(
+                    f"Column {name!r} has dtype {meta[name].dtype}, which says nothing of what it"
+                    " will hold, so its parts could not be stored alike. Declare it in meta, for"
+                    f" instance {name}=pandas.ArrowDtype(pyarrow.list_(pyarrow.string()))."
+                )
+            fields.append(pa.field(name, kind))
+        is_counted = reader is not None and not reader.has_own_index  # our own row numbers
+        has_index = meta.index.name is not None or not (
+            is_counted or isinstance(meta.index, pd.RangeIndex)
+        )
+        notes = pa.Schema.from_pandas(meta, preserve_index=has_index).metadata or {}
+        schema = pa.schema(fields)
+        return cls(schema, has_index, _index_type(meta, reader), readable_notes(notes, schema))
+
+    def tables(self, frame: pd.DataFrame) -> Iterator[pa.Table]:
+        """Convert a part, a row group at a time; at least one.
+
+        Raises
+        ------
+        SchemaError
+            Where a column does not have the type that it has in other parts.
+        """
+        if len(frame) <= _N_SAMPLED:
+            yield self.table(frame)
+            return
+        sampled = np.linspace(0, len(frame) - 1, _N_SAMPLED, dtype=int)
+        row_bytes = self.table(frame.iloc[sampled]).nbytes / _N_SAMPLED
+        n_rows = max(1, int(GROUP_BYTES / max(1.0, row_bytes)))
+        for start in range(0, len(frame), n_rows):
+            yield self.table(frame.iloc[start : start + n_rows])
+
+    def table(self, frame: pd.DataFrame) -> pa.Table:
+        """Convert rows."""
+        frame = frame if self.has_index else frame.reset_index(drop=True)
+        arrays = [self._array(frame[field.name], field) for field in self.schema]
+        columns = pa.Table.from_arrays(arrays, schema=self.schema)
+        index = pa.Table.from_pandas(frame[[]], preserve_index=self.has_index)
+        for name in index.column_names:
+            column = index.column(name)
+            if self.index is not None:
+                field = pa.field(name, self.index)
+                column = self._array(frame.index.to_series(), field)
+            columns = columns.append_column(name, column)
+        return columns.replace_schema_metadata(self.notes)
+
+    def _array(self, column: pd.Series, field: pa.Field) -> pa.Array:
+        try:
+            return to_arrow(column, field.type)
+        except MISFITS as error:
+            raise SchemaError(
+                f"Column {field.name!r} is {field.type} in the input and in other parts, and what"
+                f" it holds now does not fit: {error}. Give the function's column another name."
+            ) from error
+
+
+def _own_types(meta: pd.DataFrame) -> pa.Schema:
+    """Arrow types of the columns, as their dtypes say."""
+    try:
+        return pa.Schema.from_pandas(meta, preserve_index=False)
+    except MISFITS:
+        for name in meta.columns:
+            try:
+                pa.Schema.from_pandas(meta[[name]], preserve_index=False)
+            except MISFITS as error:
+                raise SchemaError(
+                    f"Column {name!r} has dtype {meta[name].dtype}, which Parquet does not hold"
+                    f" ({error}). Convert it in the function, and declare what it is then in meta."
+                ) from error
+        raise
+
+
+def _index_type(meta: pd.DataFrame, reader: PieceReader | None) -> pa.DataType | None:
+    """The type of the input's index, where the output still has that index."""
+    if reader is None or reader.index is None:
+        return None
+    given = reader.meta().index
+    is_same = given.name == meta.index.name and given.dtype == meta.index.dtype
+    return reader.schema.field(reader.index).type if is_same else None
+
+
+def _is_passed(name: str, given: pd.DataFrame, meta: pd.DataFrame) -> bool:
+    return name in given.columns and bool(given[name].dtype == meta[name].dtype)

@@ -1,0 +1,1 @@
+"""What the policy has learned: costs, lifetimes, fairness, failures."""

@@ -1,0 +1,1 @@
+"""What the policy decides, a rule a file."""

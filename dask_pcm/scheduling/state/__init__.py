@@ -1,0 +1,1 @@
+"""What the policy knows: workers, contexts, runs and work that waits."""

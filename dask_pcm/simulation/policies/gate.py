@@ -1,0 +1,227 @@
+"""Our policy in a simulated world: its events, and what becomes of its actions.
+
+``scheduling.policy.decide`` is the real one, with the settings of this process; units go through a
+window as in a run. What a worker's two lanes and its device do is played in ``lanes.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from dask_pcm.config import Config
+from dask_pcm.scheduling.events import (
+    Assign,
+    ContextDeclared,
+    Cool,
+    Event,
+    Fail,
+    Group,
+    ResidencyReported,
+    RunClosed,
+    RunReported,
+    Standing,
+    Warm,
+    Work,
+    WorkEnded,
+    WorkerJoined,
+    WorkerLeft,
+    WorkerTold,
+    WorkParked,
+    WorkWithdrawn,
+)
+from dask_pcm.scheduling.policy import decide
+from dask_pcm.scheduling.state.state import GateState
+from dask_pcm.simulation.policies.lanes import Lanes
+from dask_pcm.simulation.policies.window import Unit, Window
+from dask_pcm.simulation.scenario.scenario import RunSpec
+from dask_pcm.simulation.world.staging import Swarm
+from dask_pcm.simulation.world.world import Worker, World
+
+#: How often a run tells the gate what is still to come (``ledger/output.py``).
+_LOOK_S = 0.25
+
+
+class Gate:
+    """The scheduler's plugin and the clients of all runs, in one."""
+
+    def __init__(self, world: World) -> None:
+        world.staging = Swarm(world.clock, world.links)
+        self.state = GateState()
+        self.n_decisions = 0
+        self._world = world
+        self._config = Config.read()
+        self._overheads = world.scenario.overheads
+        self._windows: dict[str, Window] = {}
+        self._n_to_come = len(world.scenario.runs)
+        self._lanes: dict[str, Lanes] = {}
+        self._lowered: set[tuple[str, str]] = set()
+        self._is_woken = False
+        self._decided_s = float("-inf")
+
+    @property
+    def is_done(self) -> bool:
+        return not self._n_to_come and not self._windows
+
+    def begin(self) -> None:
+        for spec in self._world.scenario.contexts.values():
+            self._apply(ContextDeclared(spec.name, spec.name, spec.device_bytes or None))
+        for run in self._world.scenario.runs:
+            self._world.clock.at(run.starts_s, functools.partial(self._open, run))
+        self._tick()
+
+    # -- runs -----------------------------------------------------------------------------------
+
+    def _open(self, run: RunSpec) -> None:
+        self._n_to_come -= 1
+        window = self._windows[run.name] = Window(run, self._config)
+        if not run.is_run:
+            self._park(window.pieces())
+            return
+        # While the output is looked through, only the number of pieces is known.
+        n_pieces = -(-run.n_rows // run.task_rows)
+        self._apply(RunReported(run.name, self._group(run), float(n_pieces), n_pieces))
+        self._look(window)
+
+    def _look(self, window: Window) -> None:
+        run = window.run
+        if run.name in self._windows:
+            n_units = max(1, len(window.units))
+            report = RunReported(run.name, self._group(run), float(window.n_uncut), n_units)
+            self._apply(report)
+            window.told(self.state.askers(self._group(run)))
+            self._feed(window)
+            self._world.clock.after(_LOOK_S, lambda: self._look(window))
+
+    def _feed(self, window: Window) -> None:
+        if window.run.is_run:
+            self._park(window.feed())
+        if window.is_empty and window.run.name in self._windows:
+            del self._windows[window.run.name]
+            self._apply(RunClosed(window.run.name))
+
+    def _park(self, units: list[Unit], is_again: bool = False) -> None:
+        for unit in units:
+            # As Dask does: what users say, then in order; rows are told by runs only.
+            priority = (-unit.run.priority, unit.run.starts_s, float(unit.number))
+            n_rows = float(max(1, unit.n_rows)) if unit.run.is_run else 1.0
+            work = Work(unit.key, self._group(unit.run), priority, n_rows, unit.cut_for, is_again)
+            self._apply(WorkParked(work))
+
+    def _group(self, run: RunSpec) -> Group:
+        return Group(run.contexts, run.name)
+
+    # -- workers --------------------------------------------------------------------------------
+
+    def joined(self, worker: Worker) -> None:
+        n_lanes = self._config.n_lanes
+        self._lanes[worker.name] = Lanes(self._world, worker, n_lanes, self._ended)
+        life = worker.life
+        device_bytes = self._world.scenario.device_bytes[life.device]
+        ends_in_s = life.walltime_s
+        self._apply(
+            WorkerJoined(
+                worker.name, n_lanes, device_bytes, worker.name, life.device, life.pool, ends_in_s
+            )
+        )
+
+    def told(self, worker: Worker) -> None:
+        """It takes nothing that does not end in time, and hands back what it has not begun."""
+        if worker.is_here:
+            self._apply(WorkerTold(worker.name, worker.life.ends_s - self._world.clock.now))
+            for unit in self._lanes[worker.name].hand_back():
+                self._apply(WorkEnded(unit.key, False))
+                self._park([unit])
+
+    def left(self, worker: Worker) -> None:
+        self._apply(WorkerLeft(worker.name))
+        is_journalled = self._overheads.is_journalled
+        for unit, n_kept in self._lanes.pop(worker.name).lose(is_journalled):
+            self._windows[unit.run.name].shrink(unit, n_kept)
+            self._world.record.done(n_kept, self._world.clock.now)
+            self._park([unit], is_again=True)
+
+    def _ended(self, worker: Worker, unit: Unit, seconds: float) -> None:
+        """A unit is committed, and the scheduler knows."""
+        self._world.record.done(unit.n_rows, self._world.clock.now)
+        self._apply(WorkEnded(unit.key, True))
+        window = self._windows[unit.run.name]
+        window.ended(unit.key, seconds)
+        self._feed(window)
+
+    # -- the policy -----------------------------------------------------------------------------
+
+    def _apply(self, event: Event) -> None:
+        self.state.apply(event, self._world.clock.now)
+        if not self._is_woken:
+            self._is_woken = True
+            self._world.clock.at(self._decided_s + self._overheads.decide_every_s, self._decide)
+
+    def _tick(self) -> None:
+        if self._windows and not self._is_woken:
+            self._decide()
+        self._world.clock.after(self._config.tick_s, self._tick)
+
+    def _decide(self) -> None:
+        self._is_woken = False
+        self._decided_s = now = self._world.clock.now
+        self.n_decisions += 1
+        config = self._config
+        actions = decide(self.state, now, config.pipeline_s, config.n_load_attempts, config.idle_s)
+        for action in actions:
+            match action:
+                case Assign(key, name):
+                    self._assign(key, self._lanes[name])
+                case Warm(name, context):
+                    self._to(name, functools.partial(self._warm, self._lanes[name].worker, context))
+                case Cool(name, context):
+                    self._lowered.add((name, context))
+                case Fail(key):
+                    self._fail(key)
+
+    def _to(self, name: str, act: Callable[[], object]) -> None:
+        """A message to a worker."""
+        self._world.later(self._lanes[name].worker, self._overheads.message_s, act)
+
+    def _assign(self, key: object, lanes: Lanes) -> None:
+        self._world.record.n_dispatches += 1
+        lanes.send(self._unit(key))
+
+    def _unit(self, key: object) -> Unit:
+        assert isinstance(key, tuple)
+        return self._windows[key[0]].units[key]
+
+    def _warm(self, worker: Worker, context: str) -> None:
+        start_s = self._world.clock.now
+        spec = self._world.scenario.contexts[context]
+
+        def report(is_built: bool, standing: Standing) -> None:
+            error = "it is broken" if standing is Standing.FAILED else None
+            seconds = self._world.clock.now - start_s
+            said = ResidencyReported(
+                worker.name,
+                context,
+                standing,
+                seconds,
+                error,
+                is_built,
+                spec.device_bytes,
+                self._world.scenario.device_bytes[worker.life.device],
+                "broken" if error else "",
+            )
+            self._to(worker.name, lambda: self._apply(said))
+
+        if (worker.name, context) in self._lowered:
+            self._lowered.discard((worker.name, context))
+            self._world.later(worker, spec.restore_s, lambda: report(False, Standing.WARM))
+            return
+        standings = {True: Standing.WARM, False: Standing.FAILED}
+        self._world.load(worker, context, lambda is_built: report(is_built, standings[is_built]))
+
+    def _fail(self, key: object) -> None:
+        unit = self._unit(key)
+        window = self._windows[unit.run.name]
+        self._world.record.rows_failed += unit.n_rows
+        window.failed(unit.key)
+        self._apply(WorkWithdrawn(key))
+        self._feed(window)

@@ -1,0 +1,106 @@
+"""The window of a simulated run: what ``ledger/window.py`` and ``ledger/cut.py`` do, without files.
+
+It and ``gate.py`` are all that knows the gate's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dask_pcm.config import Config
+from dask_pcm.scheduling.units import Askers, Stock, Wants, goes_along, rows_of
+from dask_pcm.simulation.scenario.scenario import RunSpec
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """Rows that are handed over as a whole, the `number`-th of their run."""
+
+    number: int
+    run: RunSpec
+    n_rows: int
+    cut_for: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.run.name, self.number
+
+
+class Window:
+    """Cuts a run's pieces into units, and keeps enough of them at hand for the workers."""
+
+    def __init__(self, run: RunSpec, config: Config) -> None:
+        self.run = run
+        wants = (config.unit_s, config.max_unit_rows, config.n_lanes, config.ready_s)
+        self._stock = Stock(Wants(run.batch_rows, *wants))
+        self.n_uncut = run.n_rows
+        self.units: dict[tuple[str, int], Unit] = {}  # handed over
+        self._n_keys = 0
+        self._askers: list[Askers] = []
+        self._seconds = self._rows_done = 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.n_uncut and not self.units
+
+    def told(self, askers: Sequence[Askers]) -> None:
+        """The gate says who works at it, and how fast."""
+        self._askers = list(askers)
+
+    def feed(self) -> list[Unit]:
+        """Units to hand over now, so that lanes are filled and a little more is at hand."""
+        row_s = self._seconds / self._rows_done if self._rows_done else None
+        askers = [one._replace(row_s=one.row_s or row_s) for one in self._askers]
+        fed: list[Unit] = []
+        while (size := self._stock.next(self.n_uncut, askers, len(fed))) is not None:
+            fed.append(self._add(self._cut(size.n_rows), size.device))
+        return fed
+
+    def pieces(self) -> list[Unit]:
+        """All at once: each piece is a task."""
+        cut = []
+        while self.n_uncut:
+            cut.append(self._add(min(self.run.task_rows, self.n_uncut)))
+        return cut
+
+    def ended(self, key: tuple[str, int], seconds: float) -> None:
+        """A unit is committed; it took so long to infer, this time."""
+        unit = self._drop(key)
+        self._seconds, self._rows_done = self._seconds + seconds, self._rows_done + unit.n_rows
+
+    def failed(self, key: tuple[str, int]) -> None:
+        self._drop(key)
+
+    def _drop(self, key: tuple[str, int]) -> Unit:
+        unit = self.units.pop(key)
+        self._stock.remove(unit.cut_for, unit.n_rows)
+        return unit
+
+    def shrink(self, unit: Unit, n_rows: int) -> None:
+        """So many rows of a unit are in its journal."""
+        unit.n_rows -= n_rows
+        self._stock.shrink(unit.cut_for, n_rows)
+
+    def _add(self, n_rows: int, cut_for: str = "") -> Unit:
+        self._n_keys += 1
+        self.n_uncut -= n_rows
+        unit = Unit(self._n_keys, self.run, n_rows, cut_for)
+        self.units[unit.key] = unit
+        self._stock.add(cut_for, n_rows)
+        return unit
+
+    def _cut(self, wanted: int) -> int:
+        """Rows of a piece, and of those after it up to a batch, or while they are small."""
+        batch, left = self.run.batch_rows, self.n_uncut
+        begun = (self.run.n_rows - left) % self.run.task_rows
+        piece = min(self.run.task_rows - begun, left)
+        rows = rows_of(piece, wanted, batch)
+        is_whole = rows == piece
+        while is_whole and rows < left:
+            piece = min(self.run.task_rows, left - rows)
+            if not goes_along(piece, rows, wanted, batch):
+                break
+            taken = rows_of(piece, wanted - rows, batch)
+            rows, is_whole = rows + taken, taken == piece
+        return rows

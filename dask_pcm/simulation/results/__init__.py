@@ -1,0 +1,1 @@
+"""Tables, CSV files and plots of a simulation."""

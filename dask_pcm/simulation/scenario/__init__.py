@@ -1,0 +1,1 @@
+"""Scenarios: pools, contexts, links and runs, read from YAML."""

@@ -1,0 +1,89 @@
+"""Who joins when, how fast, and for how long: drawn once, the same for every policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dask_pcm.simulation.scenario.scenario import Broken, Pool, Scenario
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """A worker, from its joining to its end.
+
+    Attributes
+    ----------
+    told_s
+        When it is told of its end; infinity where it is not.
+    slowness
+        Its seconds a row, over those of its device.
+    link_bytes_s
+        Of its link, each way.
+    walltime_s
+        It is known to live no longer.
+    """
+
+    worker: str
+    pool: str
+    device: str
+    joins_s: float
+    ends_s: float
+    told_s: float
+    slowness: float
+    link_bytes_s: float
+    broken: Broken | None
+    walltime_s: float = math.inf
+
+
+def draw_lives(scenario: Scenario, seed: int) -> Iterator[Iterator[Life]]:
+    """For each place of each pool, whoever takes it, one after another.
+
+    Each place has a random stream of its own: how far one is drawn changes nothing elsewhere.
+    """
+    for index, pool in enumerate(scenario.pools):
+        for place in range(pool.n_workers):
+            yield _take_place(pool, place, np.random.default_rng([seed, index, place]))
+
+
+def _take_place(pool: Pool, place: int, random: np.random.Generator) -> Iterator[Life]:
+    joins_s = (
+        pool.joins_s[place] if pool.joins_s else random.uniform(*pool.joins_within_s or (0, 0))
+    )
+    is_broken = pool.broken is not None and place < pool.broken.n_workers
+    number = 0
+    while True:
+        slowness = math.exp(pool.row_spread * random.standard_normal())
+        link_bytes_s = _link(pool, random.random())
+        lasts_s = random.exponential(pool.life_s) if pool.life_s else math.inf
+        ends_s = joins_s + min(lasts_s, pool.walltime_s or math.inf)
+        lost_s = pool.lost_s[place] if pool.lost_s and not number else None
+        ends_s = ends_s if lost_s is None else min(ends_s, max(joins_s, lost_s))
+        told_s = math.inf if pool.notice_s is None else max(joins_s, ends_s - pool.notice_s)
+        yield Life(
+            f"{pool.name}-{place}" + (f".{number}" if number else ""),
+            pool.name,
+            pool.device,
+            joins_s,
+            ends_s,
+            told_s,
+            slowness,
+            link_bytes_s,
+            pool.broken if is_broken else None,
+            pool.walltime_s or math.inf,
+        )
+        if pool.rejoins_after_s is None or math.isinf(ends_s):
+            return
+        joins_s, number = ends_s + pool.rejoins_after_s, number + 1
+
+
+def _link(pool: Pool, at: float) -> float:
+    """The bandwidth at a point of the shares that are laid end to end."""
+    for bytes_s, share in pool.link_bytes_s:
+        if at < share:
+            return bytes_s
+        at -= share
+    return pool.link_bytes_s[-1][0]

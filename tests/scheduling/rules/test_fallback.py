@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dask_pcm.scheduling.events import Standing, WorkEnded, WorkerPaused, WorkerTold
+from dask_pcm.scheduling.rules.fallback import assign_plainly, stalled
+from dask_pcm.scheduling.rules.placement import Placement
+from tests.support.gate_world import A, B, World, assigned, warmed
+
+STALL_S = 30.0
+
+
+def idle(world, seconds):
+    """Nobody decides anything for so long."""
+    world.now += seconds
+    return stalled(world.state, world.now, STALL_S)
+
+
+def test_work_that_waits_for_idle_workers_has_stalled():
+    world = World("w0", "w1")
+    world.park(3)
+    assert idle(world, 29.0) is None
+    assert idle(world, 2.0) == "a0"
+
+
+def test_whoever_works_or_loads_has_not_stalled():
+    world = World("w0")
+    world.park(3)
+    world.decide()
+    assert idle(world, 1000.0) is None  # it loads
+    world.warm("w0")
+    world.decide()
+    assert idle(world, 1000.0) is None  # it works
+    world.tell(WorkEnded("a0", True), WorkEnded("a1", True))
+    assert idle(world, 31.0) == "a2"
+
+
+def test_where_nobody_could_work_nothing_has_stalled():
+    world = World("w0", "w1")
+    world.tell(WorkerPaused("w0", True), WorkerTold("w1", 5.0))
+    world.park(1)
+    assert idle(world, 1000.0) is None
+    assert stalled(World().state, 1e9, STALL_S) is None
+
+
+def test_then_idle_workers_are_given_what_waits_warm_or_not():
+    world = World("w0", "w1")
+    world.warm("w0")
+    world.park(3)
+    world.state.actions = []
+    assign_plainly(world.state, world.now)
+    assert assigned(world.state.actions) == [("a0", "w0"), ("a1", "w1")]
+    assert warmed(world.state.actions) == {"w1"}
+    world.state.validate()
+    assert world.state.peek(A).key == "a2"
+
+
+def test_what_others_do_hides_no_stall():
+    world = World("w0", "w1")
+    world.warm("w0", "b")
+    world.park(100, B)
+    world.park(1)
+    world.state.workers["w1"].standings["a"] = Standing.FAILED
+    for _ in range(40):
+        world.state.forecasts.clear()
+        Placement(world.state, world.now, 0.05).assign([world.state.workers["w0"]])
+        world.now += 1.0
+        world.tell(*(WorkEnded(key, True) for key in list(world.state.placed)))
+    assert stalled(world.state, world.now, STALL_S) == "a0"

@@ -1,0 +1,88 @@
+"""How many workers the work at the gate asks for."""
+
+from __future__ import annotations
+
+import pytest
+
+from dask_pcm.scheduling.events import RunClosed, RunReported, WorkEnded, WorkWithdrawn
+from dask_pcm.scheduling.rules.scaling import is_needed, n_workers_wanted
+from tests.support.gate_world import A, B, World, assigned
+
+TARGET_S = 5.0
+
+
+def wanted(world, target_s=TARGET_S):
+    return n_workers_wanted(world.state, target_s)
+
+
+def needed(world):
+    return {a for a, view in world.state.workers.items() if is_needed(world.state, view)}
+
+
+def test_nothing_asks_for_nothing():
+    assert wanted(World()) == wanted(World("w")) == 0
+
+
+def test_before_costs_are_known_each_piece_asks():
+    world = World()
+    world.park(3)
+    assert wanted(world) == 3
+    world.tell(RunReported("run", A, 20_000.0, 3))  # those that wait are of this run
+    assert wanted(world) == 3
+    world.tell(RunReported("other", B, 20_000.0, 2))
+    assert wanted(world) == 5
+
+
+@pytest.mark.parametrize(("row_s", "n"), [(0.0001, 1), (0.001, 4), (0.01, 40)])
+def test_a_run_asks_by_all_of_its_rows_not_by_what_the_scheduler_holds(row_s, n):
+    world = World("w")
+    world.learn(A, "w", row_s)
+    world.tell(RunReported("run", A, 20_000.0, 3))
+    assert wanted(world) == n
+
+
+def test_costs_outlive_the_workers_that_they_were_learned_on():
+    world = World("w")
+    world.learn(A, "w", 0.001)
+    del world.state.workers["w"]
+    world.tell(RunReported("run", A, 20_000.0, 3))
+    assert wanted(world) == 4
+
+
+def test_no_worker_is_asked_for_that_would_load_for_longer_than_the_work_lasts():
+    world = World("w")
+    world.learn(A, "w", 0.001)
+    world.warm("w", seconds=0.0)
+    world.state.cost.observe_warm("a", "", 60.0, is_built=True)
+    world.tell(RunReported("run", A, 20_000.0, 3))
+    assert wanted(world) == 1
+    world.tell(RunReported("run", A, 600_000.0, 3))
+    assert wanted(world) == 10
+
+
+def test_no_worker_is_asked_for_without_a_piece():
+    world = World("w")
+    world.learn(A, "w", 100.0)
+    world.park(2)
+    assert wanted(world) == 2
+
+
+def test_what_is_at_work_counts_until_it_ends():
+    world = World("w", "idle")
+    world.warm("w")
+    world.park(1)
+    assert assigned(world.decide()) == [("a0", "w")]
+    assert wanted(world) == 1 and needed(world) == {"w"}
+    world.tell(WorkEnded("a0", True), WorkWithdrawn("a0"))
+    assert wanted(world) == 0 and needed(world) == set()
+
+
+def test_a_worker_that_is_warm_for_what_is_to_come_is_needed():
+    world = World("w", "idle")
+    world.warm("w")
+    world.tell(RunReported("run", A, 10.0, 1))
+    assert needed(world) == {"w"}
+    world.tell(RunReported("run", A, 0.0, 0))  # paused
+    assert needed(world) == set()
+    world.tell(RunClosed("run"))
+    assert wanted(world) == 0
