@@ -15,11 +15,11 @@ from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import PCMError, RowCountError, SchemaError, redacted
 from dask_pcm.ladder.objects.tensors import is_sticky
 from dask_pcm.parquet.conversion import MISFITS, cast
-from dask_pcm.plugins.scheduler.first_batches import Position, is_hopeless
 from dask_pcm.plugins.worker.deadline import in_time
+from dask_pcm.plugins.worker.first_batches import is_hopeless
 from dask_pcm.plugins.worker.tally import Tally, unpack
 from dask_pcm.plugins.worker.task import hold, spent
-from dask_pcm.scheduling.rules.first_batches import N_BATCHES, Failing
+from dask_pcm.scheduling.rules.first_batches import N_BATCHES, Failing, Position
 
 ERROR = "error"
 _MAX_ERROR_CHARS = 2_000

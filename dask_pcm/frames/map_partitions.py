@@ -35,7 +35,7 @@ from dask_pcm.context.context import Context, ContextRef
 from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import RecipeError, SchemaError
 from dask_pcm.frames.call import ERROR, Call, infer, row_wise_meta
-from dask_pcm.plugins.scheduler.first_batches import Position
+from dask_pcm.scheduling.rules.first_batches import Position
 
 
 class ContextMap(CumulativeAggregations):

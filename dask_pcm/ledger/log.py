@@ -41,8 +41,8 @@ def _is_sound(line: Mapping[str, Any]) -> bool:
     if "commit" in line:
         counts = [line.get(key) for key in ("rows", "failed", "bytes")]
         texts = [line.get("stamp"), line.get("begun", "")]
-        is_told = all(map(is_count, counts)) and all(isinstance(text, str) for text in texts)
-        return is_told and _is_part(line["commit"])
+        is_draining = all(map(is_count, counts)) and all(isinstance(text, str) for text in texts)
+        return is_draining and _is_part(line["commit"])
     if "start" in line:
         return _is_part(line["start"])
     is_named = isinstance(line.get("journal"), str | None)

@@ -115,7 +115,7 @@ class WorkerLeft:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerTold:
+class WorkerDraining:
     """A worker has been told that it will end in so many seconds."""
 
     worker: str
@@ -222,7 +222,7 @@ Event: TypeAlias = (
     WorkerJoined
     | WorkerLeft
     | WorkerPaused
-    | WorkerTold
+    | WorkerDraining
     | WorkParked
     | WorkEnded
     | WorkWithdrawn

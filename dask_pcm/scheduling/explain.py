@@ -113,7 +113,7 @@ def _why_cold(state: GateState, group: Group, view: WorkerView, now: float) -> s
             " are free, and what is there has work or its turn"
         )
     ready_s = state.backlog_s(view, now) + sum(state.warm_s(view, context) for context in missing)
-    if view.is_told or now + ready_s > view.ends_at:
+    if view.is_draining or now + ready_s > view.ends_at:
         return f"cold, and ends in {_seconds(view.ends_at - now)}"
     made = offers(state, group, state.candidates(group), now)
     drained_s = drain_s(state.rows_ahead(group), made)

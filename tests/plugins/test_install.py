@@ -341,7 +341,7 @@ def frozen(own_client, monkeypatch):
 
 def members(client):
     gate = client.cluster.scheduler.plugins.get(GATE)
-    return [] if gate is None else list(gate.members)
+    return [] if gate is None else list(gate.workers.members)
 
 
 def test_a_frozen_worker_gets_its_side_when_it_is_back(own_client, frozen, claims, tmp_path):
@@ -388,11 +388,11 @@ async def test_install_while_a_graph_waits(c, s, a, b):
     await poll(lambda: bool(s.queued) and bool(s.unrunnable), 10)
     await install(c)
     gate = s.plugins[GATE]
-    assert not any(ts.key in gate.asked for ts in s.queued)
+    assert not any(ts.key in gate.parked.asked for ts in s.queued)
     assert await c.gather(waiting) == list(range(4))
     assert await c.gather(queued) == list(range(40))
     assert all(s.tasks[f.key].worker_restrictions == {PARKED} for f in waiting + queued)
-    assert gate.loads[A.digest].n >= 1
+    assert gate.contexts.loads[A.digest].n >= 1
     assert restricted.status == "pending"
     async with Worker(s.address, resources={"NO": 1}):
         assert await restricted == 1
@@ -427,13 +427,13 @@ def test_another_plugin_that_restricts(is_before):
         if not is_before:
             s.add_plugin(other, name=other.name)
             await poll(lambda: list(s.plugins)[-1] == GATE, 5)
-        await poll(lambda: len(gate.members) == 2, 5)
+        await poll(lambda: len(gate.workers.members) == 2, 5)
         futures = c.map(use, range(8), model=A)
         assert await asyncio.wait_for(c.gather(futures), 20) == [(i, "a") for i in range(8)]
         assert {w for ws in (await c.who_has(futures)).values() for w in ws} == {b.address}
         assert a.plugins[CONTEXTS].store.n_loads(A.digest) == 0
         assert b.plugins[CONTEXTS].store.n_loads(A.digest) == 1
-        assert gate.loads[A.digest].n == 1
+        assert gate.contexts.loads[A.digest].n == 1
         gate.state.validate()
 
     on_cluster()

@@ -26,8 +26,8 @@ from distributed.core import rpc
 import dask_pcm as pcm
 from dask_pcm.ladder.files import transfer
 from dask_pcm.ladder.files.cache import Disk
-from dask_pcm.plugins import staging as staging_module
 from dask_pcm.plugins.scheduler.plugin import GATE
+from dask_pcm.plugins.worker import staging as staging_module
 from dask_pcm.plugins.worker.plugin import CONTEXTS
 from tests.support.gated import gated, poll
 from tests.support.patience import patient, until
@@ -130,7 +130,7 @@ def copied(client):
     """Chunks that came from the store, and from peers."""
 
     def count(dask_scheduler):
-        found = dask_scheduler.plugins[GATE].desk.n_copied
+        found = dask_scheduler.plugins[GATE].staging.n_copied
         return found["store"], found.total() - found["store"]
 
     return client.run_on_scheduler(count)
@@ -209,7 +209,7 @@ def test_where_only_dasks_ports_are_open(hosts, weights):
         assert from_store + from_peers == 2 * N_CHUNKS and from_peers > 0
 
         def servers(dask_scheduler):
-            return dict(dask_scheduler.plugins[GATE].desk._servers)
+            return dict(dask_scheduler.plugins[GATE].staging._servers)
 
         assert not client.run_on_scheduler(servers)
 
@@ -333,7 +333,7 @@ def test_a_second_file_long_after_the_first_comes_from_peers_too(hosts, weights)
     from_store, from_peers = copied(client)
     assert from_store + from_peers == 4 * N_CHUNKS and from_peers >= N_CHUNKS + 1
     failures = client.run_on_scheduler(
-        lambda dask_scheduler: dict(dask_scheduler.plugins[GATE].desk._plan._n_failures)
+        lambda dask_scheduler: dict(dask_scheduler.plugins[GATE].staging._plan._n_failures)
     )
     assert not failures
 
@@ -345,7 +345,7 @@ async def test_a_worker_that_hears_nothing_helps_itself(c, s, gate, a):
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         patched.setenv("XDG_CACHE_HOME", scratch)
         patched.setattr(staging_module, "PATIENCE_S", 0.5)
-        patched.setattr(gate.desk, "dispatch", lambda: None)
+        patched.setattr(gate.staging, "dispatch", lambda: None)
         path = Path(scratch, "weights.bin")
         path.write_bytes(os.urandom(3 * CHUNK))
         staging = a.plugins[CONTEXTS].staging

@@ -539,6 +539,6 @@ def test_no_file_or_task_is_left_behind(client, job, out):
     assert not [name for name in names if name.startswith(("run-", "old-"))]
 
     def n_tasks(dask_scheduler):
-        return len(dask_scheduler.tasks), len(dask_scheduler.plugins["pcm-gate"].runs)
+        return len(dask_scheduler.tasks), len(dask_scheduler.plugins["pcm-gate"].runs.runs)
 
     until(lambda: client.run_on_scheduler(n_tasks) == (0, 0), 10)

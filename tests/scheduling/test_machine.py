@@ -21,10 +21,10 @@ from dask_pcm.scheduling.events import (
     Warm,
     Work,
     WorkEnded,
+    WorkerDraining,
     WorkerJoined,
     WorkerLeft,
     WorkerPaused,
-    WorkerTold,
     WorkParked,
     WorkWithdrawn,
 )
@@ -136,7 +136,7 @@ class Gate(RuleBasedStateMachine):
     @rule(worker=workers, seconds=st.floats(0.0, 20.0))
     def notice(self, worker, seconds):
         """It is told of its end, and hands back what it has not begun: here, all but one."""
-        self.tell(WorkerTold(worker, seconds), WorkerTold(worker, seconds))
+        self.tell(WorkerDraining(worker, seconds), WorkerDraining(worker, seconds))
         view = self.state.workers.get(worker)
         for work in list(view.running.values())[1:] if view else []:
             self.tell(WorkEnded(work.key, False), WorkParked(work))
@@ -216,7 +216,7 @@ class Gate(RuleBasedStateMachine):
             case Warm(worker, _):
                 # It was made sure that there is room, as far as sizes are known.
                 assert self.state.free_bytes(views[worker]) >= 0 or over[worker]
-                assert not views[worker].is_told
+                assert not views[worker].is_draining
             case Assign(key, worker):
                 view, work = views[worker], self.wanted[key]
                 assert view.running[key] == work

@@ -9,6 +9,7 @@ from distributed.utils_test import async_poll_for, gen_cluster
 
 from dask_pcm.config import Config
 from dask_pcm.plugins.nanny.plugin import KeeperPlugin
+from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.plugin import GATE, GatePlugin
 from dask_pcm.plugins.worker.plugin import ContextPlugin
 from tests.support.patience import patient
@@ -30,20 +31,26 @@ async def install(client: Any, is_held: bool = False) -> Any:
     return client
 
 
-class HeldGate(GatePlugin):
-    """Everything parks until the test says so."""
+class HeldHub(Hub):
+    """Decides nothing until it is released."""
 
     is_held = True
 
-    def _dispatch(self) -> None:
+    def _decide(self) -> None:
         if self.is_held:
             self._is_woken = False
         else:
-            super()._dispatch()
+            super()._decide()
+
+
+class HeldGate(GatePlugin):
+    """Everything parks until the test says so."""
+
+    hub_type = HeldHub
 
     def release(self) -> None:
-        self.is_held = False
-        self._wake()
+        self.hub.is_held = False
+        self.hub.wake()
 
 
 def gated(nthreads: Any = 2, is_held: bool = False, **options: Any) -> Callable[..., Any]:
@@ -59,7 +66,7 @@ def gated(nthreads: Any = 2, is_held: bool = False, **options: Any) -> Callable[
         async def on_cluster(c: Any, s: Any, *workers: Any) -> None:
             await install(c, is_held)
             gate = s.plugins[GATE]
-            await poll(lambda: len(gate.members) == len(s.workers), 10)
+            await poll(lambda: len(gate.workers.members) == len(s.workers), 10)
             await test(c, s, gate, *workers)
             gate.state.validate()
 

@@ -1,155 +1,102 @@
-"""Whose fault it is that a worker is gone: its machine's, or that of what ran there.
-
-A worker process that ends while its nanny lives on has ended by itself: killed for its memory, or
-by a crash of native code. What it had in work is to blame, and runs alone from then on, so that the
-next loss tells which. Where the nanny or the machine went too, nobody is: that was preemption.
-
-Dask blames every task that a lost worker had, and ends one with ``KilledWorker`` after the fourth
-loss. For tasks of the gate it counts only those that were theirs.
-"""
+"""Workers that are lost: which tasks had begun there, and how these go on."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
-from distributed import Scheduler
-from distributed.metrics import monotonic
+from distributed.scheduler import KilledWorker, TaskState, WorkerState
 
-logger = logging.getLogger(__name__)
-
-#: A nanny that is taken down as well may live so much longer.
-_GRACE_S = 1.0
-_LOOK_S, _TIMEOUT_S = 0.5, 2.0
-#: A nanny that has started no other worker by then does not do that.
-_LONGEST_S = 20.0
-#: A nanny that was out of reach is back within so many seconds, if it is.
-_BACK_S = 60.0
-#: Without a nanny, so many losses are too many for preemption.
-_MANY = 20
+from dask_pcm.plugins.scheduler.attribution import Attribution
+from dask_pcm.plugins.scheduler.dispatch import end_with
+from dask_pcm.plugins.scheduler.hub import Hub
+from dask_pcm.plugins.scheduler.members import Member
+from dask_pcm.plugins.scheduler.parked import ParkedTasks
+from dask_pcm.plugins.scheduler.service import Service
 
 
-@dataclass(eq=False, slots=True)
-class Loss:
-    """A worker that is gone, and the tasks that it had in work."""
+class Losses(Service):
+    """Tasks that are lost with their worker.
 
-    nanny: str
-    keys: tuple[Any, ...]
-    judged: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class Losses:
-    """Losses of workers, and what they mean for the tasks that they had.
-
-    Parameters
-    ----------
-    judged
-        Called with the keys of a loss once it is clear whose fault it was.
+    A task that had begun there waits until it is clear who is to blame (see ``attribution.py``) if
+    it was lost before; then it is parked again, isolated if it is a suspect, or ends.
     """
 
-    def __init__(self, scheduler: Scheduler, judged: Callable[[Iterable[Any]], None]) -> None:
-        self._scheduler = scheduler
-        self._tell = judged
-        self._open: list[Loss] = []
-        self._forgiven: deque[tuple[float, Loss]] = deque(maxlen=100)
-        self._tasks: set[asyncio.Task[None]] = set()
-        #: Losses that each task was there for; those that are its fault, since it last asked.
-        self.n_lost: Counter[Any] = Counter()
-        self.n_blamed: Counter[Any] = Counter()
-        #: Tasks that run alone.
-        self.suspects: set[Any] = set()
+    def __init__(self, hub: Hub, parked: ParkedTasks, attribution: Attribution) -> None:
+        self._hub = hub
+        self._parked = parked
+        self._attribution = attribution
+        attribution.on_judged = self._on_judged
+        #: Tasks that a worker had which is about to be removed unasked.
+        self._lost_with: dict[str, list[Any]] = {}
+        self._last_lost: WorkerState | None = None
+        #: How many worker processes have lost their device with a task.
+        self._n_lost_devices: Counter[Any] = Counter()
 
-    def lost(self, nanny: str, keys: Iterable[Any]) -> None:
-        """A worker is gone that nobody had asked to go, with tasks in work."""
-        loss = Loss(nanny, tuple(keys))
-        self.n_lost.update(loss.keys)
-        self._open.append(loss)
-        task = asyncio.get_running_loop().create_task(self._look(loss))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        return {"pcm_losses": self.on_losses, "pcm_lost_device": self.on_lost_device}
 
-    def joined(self, nanny: str) -> None:
-        """A nanny has started a worker."""
-        if not nanny:
+    async def on_losses(self, key: Any) -> int:
+        """How many processes a task has cost since it last asked.
+
+        Waits until it is clear what its last loss means.
+        """
+        return await self._attribution.ask(key)
+
+    async def on_lost_device(self, key: Any, is_cause: bool) -> int:
+        """A worker process loses its device in a task; returns how often that has been so."""
+        self._n_lost_devices[key] += is_cause
+        return self._n_lost_devices[key]
+
+    def task_left(self, ts: TaskState) -> None:
+        """A task has left its worker, perhaps since that is gone."""
+        worker = self._hub.state.placed.get(ts.key)
+        if ts.suspicious and worker is not None and worker not in self._hub.scheduler.workers:
+            self._lost_with.setdefault(worker, []).append(ts.key)
+            ts.suspicious = 0  # Dask blames every task that was there
+
+    def worker_joined(self, worker: str, member: Member) -> None:
+        self._attribution.joined(member.ws.nanny)
+
+    def worker_left(self, worker: str, member: Member, is_lost: bool) -> None:
+        if not (lost_with := self._lost_with.pop(worker, [])):
             return
-        for loss in [loss for loss in self._open if loss.nanny == nanny]:
-            self._judge(loss, True)
-        now = monotonic()
-        for at, loss in list(self._forgiven):
-            if loss.nanny == nanny and now - at < _BACK_S:  # it was only out of reach
-                self._blame(loss.keys)
-            if loss.nanny == nanny or now - at >= _BACK_S:
-                self._forgiven.remove((at, loss))
+        tasks = self._hub.scheduler.tasks
+        found = [ts for key in lost_with if (ts := tasks.get(key)) is not None]
+        view = self._hub.state.workers.get(worker)
+        priorities = {ts.key: tuple(ts.priority or ()) for ts in found}
+        keys = view.begun_of(priorities) if view else list(priorities)
+        self._last_lost = member.ws.clean()
+        self._attribution.lost(member.ws.nanny or "", keys)
+        for key in keys:
+            ts = tasks[key]
+            lost = {"pcm_lost": self._attribution.n_lost[key]}  # the next attempt is told
+            ts.annotations = {**(ts.annotations or {}), **lost}
+            if self.is_open(key):
+                self._parked.withdraw(key)
 
     def is_open(self, key: Any) -> bool:
-        """Whether a task was lost again, and it is not clear yet what its losses mean."""
-        return self.n_lost[key] > 1 and any(key in loss.keys for loss in self._open)
+        """Whether a task has to wait until it is clear who is to blame for its last loss."""
+        return self._attribution.is_open(key)
 
-    async def ask(self, key: Any) -> int:
-        """How many processes a task has cost since it was last asked; a task that goes on asks."""
-        for loss in [loss for loss in self._open if key in loss.keys]:
-            await loss.judged.wait()
-        return self.n_blamed.pop(key, 0)
+    def _on_judged(self, keys: Iterable[Any]) -> None:
+        """It is clear who is to blame for a loss: its tasks go on, or have cost too much."""
+        allowed = self._hub.scheduler.allowed_failures
+        for key in self._hub.states_of(keys, "no-worker"):
+            if key not in self._parked.asked or self.is_open(key):  # there was another loss
+                continue
+            if self._attribution.n_blamed[key] > allowed:
+                self._parked.withdraw(key)
+                error = KilledWorker(key, self._last_lost, allowed)
+                end_with(self._hub, self._hub.scheduler.tasks[key], error)
+            else:
+                self._parked.park(key)
 
     def forget(self, key: Any) -> None:
-        """A task is over; whatever comes out of its losses, a later one of that key is another."""
-        self.n_lost.pop(key, None)
-        self.n_blamed.pop(key, None)
-        self.suspects.discard(key)
+        """The scheduler has forgotten a task."""
+        self._n_lost_devices.pop(key, None)
+        self._attribution.forget(key)
 
     def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        for loss in self._open:
-            loss.judged.set()
-        self._open.clear()
-
-    async def _look(self, loss: Loss) -> None:
-        """Forgive a loss where the nanny is gone as well; else it starts another worker.
-
-        Where there was no nanny nobody can say: forgiven, but not for ever.
-        """
-        if not loss.nanny:
-            self._judge(loss, any(self.n_lost[key] > _MANY for key in loss.keys))
-            return
-        deadline = monotonic() + _LONGEST_S
-        await asyncio.sleep(_GRACE_S)
-        while not loss.judged.is_set() and monotonic() < deadline:
-            if not await self._lives(loss.nanny):
-                self._judge(loss, False)
-                return
-            await asyncio.sleep(_LOOK_S)
-        self._judge(loss, True)
-
-    async def _lives(self, nanny: str) -> bool:
-        try:
-            await asyncio.wait_for(self._scheduler.rpc(nanny).identity(), _TIMEOUT_S)
-        except (OSError, TimeoutError):
-            return False
-        return True
-
-    def _judge(self, loss: Loss, is_blamed: bool) -> None:
-        if loss.judged.is_set():
-            return
-        self._open.remove(loss)
-        loss.judged.set()
-        logger.info(
-            "A worker of %s was lost with %d tasks: %s",
-            loss.nanny or "no nanny",
-            len(loss.keys),
-            "its process has ended by itself" if is_blamed else "the machine took it away",
-        )
-        if is_blamed:
-            self._blame(loss.keys)
-        else:
-            self._forgiven.append((monotonic(), loss))
-        self._tell(loss.keys)
-
-    def _blame(self, keys: Iterable[Any]) -> None:
-        present = [key for key in keys if key in self.n_lost]  # not over meanwhile
-        self.n_blamed.update(present)
-        self.suspects.update(present)
+        self._attribution.close()

@@ -12,6 +12,31 @@ from collections.abc import Callable
 import dask
 from dask.utils import parse_timedelta
 from distributed import Scheduler
+from distributed.scheduler import WorkerState
+
+from dask_pcm.plugins.scheduler.hub import Hub
+from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.scheduling.rules.scaling import n_workers_wanted, needed_workers
+
+
+class Scaling(Service):
+    """Tells clusters how many workers are worth having, and which they may stop."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._undo = answer_adaptive(hub.scheduler, lambda seconds: self.n_wanted(seconds))
+
+    def n_wanted(self, target_s: float) -> int:
+        """Workers that would finish the work at the gate within `target_s`."""
+        return n_workers_wanted(self._hub.state, target_s)
+
+    def removable(self, workers: list[WorkerState]) -> list[WorkerState]:
+        """Those of the workers that the work at the gate does not need."""
+        needed = needed_workers(self._hub.state, (ws.address for ws in workers))
+        return [ws for ws in workers if ws.address not in needed]
+
+    def uninstall(self) -> None:
+        self._undo()
 
 
 def answer_adaptive(scheduler: Scheduler, n_wanted: Callable[[float], int]) -> Callable[[], None]:

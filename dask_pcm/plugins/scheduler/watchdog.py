@@ -18,7 +18,7 @@ from dask_pcm.scheduling.state.state import GateState
 logger = logging.getLogger(__name__)
 
 
-class Watch:
+class Watchdog:
     """Asks the policy, and looks whether it gets anywhere.
 
     Parameters
@@ -27,35 +27,33 @@ class Watch:
         Seconds for which work may wait while all its workers idle and nothing is decided.
     """
 
-    def __init__(self, state: GateState, stall_s: float) -> None:
-        self.state = state
+    def __init__(self, stall_s: float) -> None:
         self._stall_s = stall_s
 
-    def decide(self, now: float, *rules: Any) -> list[Action]:
+    def decide(self, state: GateState, now: float, *rules: Any) -> list[Action]:
         """What the policy decides; what plain Dask would do, where it fails or has stalled."""
         try:
-            decide(self.state, now, *rules)
-            key = stalled(self.state, now, self._stall_s)
+            decide(state, now, *rules)
+            key = stalled(state, now, self._stall_s)
         except Exception:
             logger.exception("The policy failed; what waits goes to idle workers, warm or not")
             with suppress(Exception):  # what has been decided is to be carried out in any case
-                assign_plainly(self.state, now)
-            return self.state.actions
+                assign_plainly(state, now)
+            return state.actions
         if key is None:
-            return self.state.actions
+            return state.actions
         logger.warning(
             "Work waits, workers idle, and nothing has been decided for %.3g s; what waits goes to"
             " idle workers, warm or not. %s\nThe last decisions:\n%s",
             self._stall_s,
-            explain(self.state, key, now),
-            decisions(self.state, now),
+            explain(state, key, now),
+            decisions(state, now),
         )
-        assign_plainly(self.state, now)
-        return self.state.actions
+        assign_plainly(state, now)
+        return state.actions
 
-    def explain(self, key: Any) -> str:
+    def explain(self, state: GateState, key: Any) -> str:
         """What the gate knows of a task, or of a unit by the name of its part."""
-        state = self.state
         try:
             hash(key)
         except TypeError:

@@ -1,72 +1,127 @@
-"""What the gate keeps of workers, runs and recipes, besides what the policy decides by."""
+"""The workers of the cluster: who is there, in which life, and how to tell them something."""
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from distributed.scheduler import WorkerState
-
-from dask_pcm.context.context import ContextRef
-
-
-@dataclass(slots=True)
-class Member:
-    """A worker whose plugin has said hello."""
-
-    epoch: str
-    cores: tuple[int, ...]
-    ws: WorkerState
-
-    @property
-    def host(self) -> str:
-        return self.ws.host
+from dask_pcm.plugins.delivery import PATIENCE_S
+from dask_pcm.plugins.scheduler.hub import Hub
+from dask_pcm.plugins.scheduler.members import Member
+from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.scheduling.events import WorkerDraining, WorkerJoined, WorkerLeft, WorkerPaused
+from dask_pcm.scheduling.rules.warming import n_threads
 
 
-@dataclass(slots=True)
-class Loads:
-    """Loads of one context, cluster-wide, since the gate started."""
+class Workers(Service):
+    """Workers whose plugin has said hello.
 
-    n: int = 0
-    seconds: float = 0.0
+    Attributes
+    ----------
+    members
+        By address.
+    """
 
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self.members: dict[str, Member] = {}
+        #: Workers that share a host and its cores.
+        self._n_on: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
-@dataclass(slots=True)
-class RunInfo:
-    client: str
-    contexts: tuple[str, ...] = field(default_factory=tuple)
+    def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
+        return {"pcm-notice": self.on_notice}
 
+    def on_hello(
+        self,
+        worker: str,
+        epoch: str,
+        n_lanes: int,
+        cores: Iterable[int],
+        device_bytes: int | None = None,
+        device: str = "",
+        pool: str = "",
+        ends_in_s: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A worker's plugin is ready."""
+        ws, known = self._hub.scheduler.workers.get(worker), self.members.get(worker)
+        if ws is None or (known is not None and known.epoch == epoch):
+            return
+        member = self.members[worker] = Member(epoch, tuple(cores), ws)
+        if known is not None:
+            self._n_on[known.host, known.cores] -= 1
+        self._n_on[member.host, member.cores] += 1
+        lasts_s = math.inf if ends_in_s is None else ends_in_s
+        joined = WorkerJoined(worker, n_lanes, device_bytes, ws.host, device, pool, lasts_s)
+        self._hub.apply(joined)
+        for service in self._hub.services:
+            service.worker_joined(worker, member)
 
-class Refs:
-    """Recipes of the contexts that tasks or runs ask for, kept for as long as any does."""
+    def remove_worker(self, worker: str, is_lost: bool) -> None:
+        """A worker is gone; its tasks have left it already."""
+        member = self.members.pop(worker, None)
+        if member is None:
+            return
+        self._n_on[member.host, member.cores] -= 1
+        for service in self._hub.services:  # while the state still has the worker
+            service.worker_left(worker, member, is_lost)
+        self._hub.apply(WorkerLeft(worker, is_lost))
 
-    def __init__(self) -> None:
-        self._refs: dict[str, ContextRef] = {}
-        self._n_asking: Counter[str] = Counter()
+    def on_notice(self, worker: str, seconds: float) -> None:
+        """A worker will end in so many seconds: what it has not begun goes elsewhere."""
+        self._hub.apply(WorkerDraining(worker, seconds))
+        self.call_back(worker, list(self._hub.state.workers[worker].running))
 
-    def __getitem__(self, digest: str) -> ContextRef:
-        return self._refs[digest]
+    def is_current(self, worker: str, epoch: str) -> bool:
+        """Whether a message comes from the present life of a worker."""
+        member = self.members.get(worker)
+        return member is not None and member.epoch == epoch
 
-    def get(self, digest: str) -> ContextRef | None:
-        return self._refs.get(digest)
+    def tell(self, worker: str, message: Mapping[str, Any]) -> None:
+        """Send a message to a worker's plugin; dropped if the worker is gone."""
+        member = self.members.get(worker)
+        if member is not None:
+            self._hub.scheduler.worker_send(worker, {**message, "epoch": member.epoch})
 
-    def __len__(self) -> int:
-        return len(self._refs)
+    def call_back(self, worker: str, keys: list[Any]) -> None:
+        """Ask for tasks that a worker has not begun; freed from here, they might run twice."""
+        self.tell(worker, {"op": "pcm-return", "keys": keys})
 
-    def __contains__(self, digest: object) -> bool:
-        return digest in self._refs
+    async def tell_nannies(self, *messages: dict[str, Any]) -> None:
+        """Tell all nannies; those that do not answer soon are not waited for."""
+        told = (
+            self._hub.scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
+            for message in messages
+        )
+        telling = [asyncio.ensure_future(one) for one in told]
+        if telling:
+            await asyncio.wait(telling, timeout=PATIENCE_S)
 
-    def add(self, refs: Iterable[ContextRef]) -> tuple[str, ...]:
-        """One more asks for `refs`; return their digests."""
-        for ref in refs:
-            self._refs[ref.digest] = ref
-            self._n_asking[ref.digest] += 1
-        return tuple(ref.digest for ref in refs)
+    def n_threads(self, worker: str) -> int:
+        """How many threads a context may use on a worker."""
+        member = self.members[worker]
+        n_neighbors = self._n_on[member.host, member.cores]
+        return self._hub.config.n_threads or n_threads(len(member.cores), n_neighbors)
 
-    def discard(self, digests: Iterable[str]) -> None:
-        """One fewer asks for them."""
-        for digest in digests:
-            self._n_asking[digest] -= 1
-            if not self._n_asking[digest]:
-                del self._n_asking[digest], self._refs[digest]
+    def restarted(self) -> None:
+        # Whoever asks for new processes does not want what the old ones had.
+        asyncio.get_running_loop().create_task(self.tell_nannies({"op": "pcm_clear"}))
+
+    def tick(self) -> None:
+        self.sync_pauses()
+
+    def sync_pauses(self) -> None:
+        """Learn which workers Dask has paused; ask those for what they have not begun."""
+        scheduler = self._hub.scheduler
+        for address, view in self._hub.state.workers.items():
+            is_paused = scheduler.workers.get(address) not in scheduler.running
+            if is_paused != view.is_paused:
+                self._hub.apply(WorkerPaused(address, is_paused))
+                if is_paused and view.running:
+                    self.call_back(address, list(view.running))
+
+    def uninstall(self) -> None:
+        self.members.clear()  # later messages of workers are stale

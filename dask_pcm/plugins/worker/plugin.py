@@ -38,10 +38,10 @@ from dask_pcm.plugins.interrupts import Ignored
 from dask_pcm.plugins.nanny.plugin import NannyLink
 from dask_pcm.plugins.shipping import Travels
 from dask_pcm.plugins.signals import is_command, signals
-from dask_pcm.plugins.staging import Fetcher
 from dask_pcm.plugins.worker.drain import Leaving, ends_in_s, free, is_unbegun
 from dask_pcm.plugins.worker.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.worker.memory import MemoryAllowance
+from dask_pcm.plugins.worker.staging import Fetcher
 from dask_pcm.plugins.worker.tuning import give_back_memory, tuning
 
 logger = logging.getLogger(__name__)

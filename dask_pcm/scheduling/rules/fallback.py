@@ -22,7 +22,7 @@ def stalled(state: GateState, now: float, stall_s: float) -> object | None:
         loaded_at = max(state.moved_at.get(context, -math.inf) for context in group.contexts)
         if now - max(moved_at, loaded_at) < stall_s:
             continue
-        views = [view for view in state.candidates(group) if not view.is_told]
+        views = [view for view in state.candidates(group) if not view.is_draining]
         if any(map(_is_idle, views)) and not any(_is_at_it(view, group) for view in views):
             work = state.peek(group)
             return work.key if work else None
@@ -42,7 +42,7 @@ def _is_at_it(view: WorkerView, group: Group) -> bool:
 def assign_plainly(state: GateState, now: float) -> None:
     """Give what waits to idle workers, warm or not: they load first where they have to."""
     for group in list(state.waiting.queues):
-        idle = [v for v in state.candidates(group) if not v.running and not v.is_told]
+        idle = [v for v in state.candidates(group) if not v.running and not v.is_draining]
         for view in idle:
             work = state.peek(group, view.device)
             if work is None:

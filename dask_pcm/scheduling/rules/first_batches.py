@@ -6,6 +6,7 @@ nothing has come but the same exception is: the mistake is most likely in the fu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple
 
@@ -67,3 +68,50 @@ class FirstBatches:
             if n_batches >= N_BATCHES:
                 return True
         raise AssertionError
+
+
+#: Frames that are kept in mind where nothing tells that they are not computed any more.
+_MAX_FRAMES = 100
+
+
+class Position(NamedTuple):
+    """Which partition of a frame a task computes."""
+
+    frame: str
+    number: int
+    n_partitions: int
+
+
+class Frames:
+    """What is known of frames that are computed.
+
+    Parameters
+    ----------
+    computation
+        Returns an object that is another one for each time that a frame is computed; None where
+        the frame is not computed any more.
+    """
+
+    def __init__(self, computation: Callable[[str], object | None]) -> None:
+        self._computation = computation
+        self._frames: dict[str, tuple[object, FirstBatches]] = {}
+
+    def note(self, position: Position, failing: Failing) -> bool:
+        """All rows of a partition failed; return whether that makes the computation hopeless."""
+        frame, number, n_partitions = position
+        self._forget()
+        now = self._computation(frame)
+        found = self._frames.get(frame)
+        first = found[1] if found is not None else FirstBatches()
+        self._frames[frame] = (now, first)
+        first.note(number, failing)
+        is_hopeless = first.is_hopeless(n_partitions)
+        if is_hopeless:  # what comes of it afterwards begins anew
+            del self._frames[frame]
+        return is_hopeless
+
+    def _forget(self) -> None:
+        """Drop frames that are not computed any more, or are computed anew."""
+        for frame, (then, _) in list(self._frames.items()):
+            if self._computation(frame) is not then or len(self._frames) > _MAX_FRAMES:
+                del self._frames[frame]

@@ -140,7 +140,7 @@ class Placement:
 
     def _last_resort(self, group: Group, doomed: list[WorkerView], heap: list[_Free]) -> bool:
         """What no worker lasts for goes to the one that lasts longest: some of it gets done."""
-        doomed = [view for view in doomed if not view.is_told]
+        doomed = [view for view in doomed if not view.is_draining]
         if not doomed:
             return False
         state, now = self._state, self._now
@@ -181,7 +181,9 @@ def keep(state: GateState, now: float) -> None:
             if view.kept_for in (None, group) and state.may_serve(view, group)
         ]
         lasting = [view for view in serving if _lasts(state, view, group, now)]
-        longest = sorted((v for v in serving if not v.is_told), key=lambda view: view.ends_at)[-1:]
+        longest = sorted((v for v in serving if not v.is_draining), key=lambda view: view.ends_at)[
+            -1:
+        ]
         fit = lasting or longest
         kept = [view for view in fit if view.kept_for == group]
         for view in serving:

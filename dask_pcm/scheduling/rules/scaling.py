@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from dask_pcm.scheduling.events import Group, Standing
 from dask_pcm.scheduling.state.state import GateState
@@ -19,6 +20,12 @@ def n_workers_wanted(state: GateState, target_s: float) -> int:
     working = (group for view in state.workers.values() for group in view.n_works)
     groups = dict.fromkeys([*state.groups(), *working])
     return math.ceil(sum(_share(state, group, target_s) for group in groups))
+
+
+def needed_workers(state: GateState, workers: Iterable[str]) -> set[str]:
+    """Those that are loading, at work, or warm for work that waits or is expected."""
+    views = ((worker, state.workers.get(worker)) for worker in workers)
+    return {worker for worker, view in views if view is not None and is_needed(state, view)}
 
 
 def is_needed(state: GateState, view: WorkerView) -> bool:

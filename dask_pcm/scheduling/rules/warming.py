@@ -86,7 +86,7 @@ def _cold(
 ) -> Iterator[_Cold]:
     for view in views:
         leaving = room(state, view, group, claims, now)
-        if view.is_told or leaving is None:
+        if view.is_draining or leaving is None:
             continue
         missing_s = sum(state.warm_s(view, context) for context in view.missing(group.contexts))
         ready_s = state.backlog_s(view, now) + state.expected_s(view, missing_s, now)
@@ -180,3 +180,12 @@ def _pays(
         before_s = max(before_s, drain_s(n_rows, offers(state, rival, servers, now)))
         after_s = max(after_s, drain_s(n_rows, offers(state, rival, others, now)))
     return after_s < _GAIN * before_s
+
+
+def n_threads(n_cores: int, n_neighbors: int) -> int:
+    """A worker's share of the cores that it and its neighbors on the host may run on.
+
+    >>> n_threads(8, 2), n_threads(1, 4), n_threads(4, 0)
+    (4, 1, 4)
+    """
+    return max(1, n_cores // max(1, n_neighbors))

@@ -27,10 +27,10 @@ from dask_pcm.scheduling.events import (
     Warm,
     Work,
     WorkEnded,
+    WorkerDraining,
     WorkerJoined,
     WorkerLeft,
     WorkerPaused,
-    WorkerTold,
     WorkParked,
     WorkWithdrawn,
 )
@@ -141,10 +141,10 @@ class GateState:
                 if worker in self.workers:
                     self.workers[worker].is_paused = is_paused
                     self.changed[worker] = None
-            case WorkerTold(worker, seconds):
+            case WorkerDraining(worker, seconds):
                 if worker in self.workers:
                     view = self.workers[worker]
-                    view.is_told, view.ends_at = True, min(view.ends_at, now + seconds)
+                    view.is_draining, view.ends_at = True, min(view.ends_at, now + seconds)
             case RunReported(run, group, n_rows, n_units):
                 if run not in self.runs:
                     self._forgive(group)
@@ -228,7 +228,7 @@ class GateState:
 
     def askers(self, group: Group) -> list[Askers]:
         """Workers that may take work of `group`, by device model, and how fast they are."""
-        counts = Counter(view.device for view in self.candidates(group) if not view.is_told)
+        counts = Counter(view.device for view in self.candidates(group) if not view.is_draining)
         return [
             Askers(device, n_workers, self.cost.row_s(group.costs, "", device))
             for device, n_workers in counts.items()
@@ -431,7 +431,7 @@ class GateState:
         view = self.workers.pop(worker, None)
         if view is None:
             return
-        self.pools[view.pool].leave(view.joined_at, now, is_lost or view.is_told)
+        self.pools[view.pool].leave(view.joined_at, now, is_lost or view.is_draining)
         for context in view.begun:
             self.failures.ended(view.host, context, now)
         self.cost.forget_worker(worker)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from dask_pcm.scheduling.events import Group, Standing, Work
+
+K = TypeVar("K", bound=Hashable)
 
 #: Standings that take room on a device.
 THERE = (Standing.WARM, Standing.LOADING)
@@ -25,7 +29,7 @@ class WorkerView:
     #: When the batch system ends it, as far as that is known.
     ends_at: float = math.inf
     #: Whether it has been told of its end.
-    is_told: bool = False
+    is_draining: bool = False
     is_paused: bool = False
     #: What is cold has none.
     standings: dict[str, Standing] = field(default_factory=dict)
@@ -72,6 +76,10 @@ class WorkerView:
         if not self.n_works[work.group]:
             del self.n_rows[work.group], self.n_works[work.group]
         return work
+
+    def begun_of(self, priorities: Mapping[K, tuple[float, ...]]) -> list[K]:
+        """Of tasks that it had, those that it had begun: as many as lanes, the first to go."""
+        return sorted(priorities, key=lambda key: priorities[key])[: self.n_lanes]
 
     def serves(self, contexts: tuple[str, ...]) -> bool:
         """Whether work that needs these may be sent here now."""

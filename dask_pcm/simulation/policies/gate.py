@@ -24,9 +24,9 @@ from dask_pcm.scheduling.events import (
     Warm,
     Work,
     WorkEnded,
+    WorkerDraining,
     WorkerJoined,
     WorkerLeft,
-    WorkerTold,
     WorkParked,
     WorkWithdrawn,
 )
@@ -128,7 +128,7 @@ class Gate:
     def told(self, worker: Worker) -> None:
         """It takes nothing that does not end in time, and hands back what it has not begun."""
         if worker.is_here:
-            self._apply(WorkerTold(worker.name, worker.life.ends_s - self._world.clock.now))
+            self._apply(WorkerDraining(worker.name, worker.life.ends_s - self._world.clock.now))
             for unit in self._lanes[worker.name].hand_back():
                 self._apply(WorkEnded(unit.key, False))
                 self._park([unit])

@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 
 import dask_pcm as pcm
-from dask_pcm.plugins.scheduler.first_batches import Frames, Position
-from dask_pcm.scheduling.rules.first_batches import Failing
+from dask_pcm.scheduling.rules.first_batches import Failing, Frames, Position
 from tests.support.patience import until
 
 LLM = pcm.Context(lambda: "model")

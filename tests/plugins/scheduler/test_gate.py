@@ -69,7 +69,7 @@ async def test_loads_once_a_worker_and_runs_where_it_is_warm(c, s, gate, a, b):
     futures = c.map(work, range(20), ctx=A)
     assert await c.gather(futures) == [(i, "a") for i in range(20)]
     assert [is_warm(a), is_warm(b)] == [1, 1]
-    assert sum(loads.n for loads in gate.loads.values()) == 2
+    assert sum(loads.n for loads in gate.contexts.loads.values()) == 2
     more = c.map(work, range(20, 40), ctx=A)
     await wait(more)
     assert [is_warm(a), is_warm(b)] == [1, 1]
@@ -197,7 +197,7 @@ async def test_cancel_while_parked(c, s, gate, a, b):
     await poll(lambda: len(s.unrunnable) == 5, 5)
     await c.cancel(futures)
     await poll(lambda: not s.tasks, 5)
-    assert not gate.asked and not s.unrunnable and not gate.state.waiting
+    assert not gate.parked.asked and not s.unrunnable and not gate.state.waiting
 
 
 @gated(is_held=True)
@@ -208,7 +208,7 @@ async def test_disconnect_while_parked(c, s, gate, a, b):
         await poll(lambda: len(s.unrunnable) == 5, 5)
         del futures
     await poll(lambda: not s.tasks, 5)
-    assert not gate.asked and not gate.state.waiting
+    assert not gate.parked.asked and not gate.state.waiting
 
 
 @gated(is_held=True, Worker=Nanny, timeout=60)
@@ -217,7 +217,7 @@ async def test_restart_while_parked(c, s, gate, a, b):
     await poll(lambda: len(s.unrunnable) == 5, 5)
     await c.restart()
     del futures
-    assert not s.tasks and not gate.asked and not s.unrunnable
+    assert not s.tasks and not gate.parked.asked and not s.unrunnable
     gate.release()
     assert await c.gather(c.map(numbers, range(5), ctx=A)) == list(range(5))
 
@@ -372,7 +372,7 @@ async def test_release_while_processing(c, s, gate, a, b):
         future.release()
     del futures, future
     await poll(lambda: not s.tasks, 10)
-    assert not gate.state.placed and not gate.asked
+    assert not gate.state.placed and not gate.parked.asked
     assert await c.submit(numbers, 1, ctx=A) == 1
 
 
@@ -515,7 +515,7 @@ async def test_what_a_paused_worker_has_not_begun_goes_elsewhere(c, s, gate, a, 
 @gated()
 async def test_what_an_earlier_life_of_a_worker_says_is_ignored(c, s, gate, a, b):
     before = dict(gate.state.workers[a.address].standings)
-    gate.on_residency(
+    s.stream_handlers["pcm-residency"](
         worker=a.address, epoch="before", digest=A.digest, tier="device", seconds=1, error=None
     )
     assert gate.state.workers[a.address].standings == before
@@ -595,11 +595,11 @@ async def test_recipes_are_kept_for_as_long_as_somebody_asks(c, s, gate, a, b):
         many = c.map(numbers, range(3), ctx=Context(load, f"model {number}"))
         other = c.submit(numbers, 1, ctx=Context(load, "model 0"))
         assert await c.gather(many) == [0, 1, 2]
-        assert 1 <= len(gate.refs) <= 2
+        assert 1 <= len(gate.contexts.refs) <= 2
         del many
         await wait(other)
     del other
-    await poll(lambda: not s.tasks and not len(gate.refs), 5)
+    await poll(lambda: not s.tasks and not len(gate.contexts.refs), 5)
     with dask.annotate(priority=1):
         assert await c.submit(numbers, 1, ctx=Context(load, "model 0")) == 1
 
@@ -613,7 +613,7 @@ def closing(name):
 async def test_released_it_leaves_every_worker_and_is_loaded_again_when_wanted(c, s, gate, a, b):
     model = closing("released")
     await c.gather(c.map(work, range(8), ctx=model, seconds=0.05))
-    assert await gate.on_release([model.digest]) == 2
+    assert await gate.contexts.on_release([model.digest]) == 2
     await poll(lambda: not any(v.standings.get(model.digest) for v in held(gate)), 5)
     assert await Event("closed released").is_set()
     assert not any(w.plugins[CONTEXTS].memory._taken for w in (a, b))
@@ -641,7 +641,7 @@ async def test_released_in_use_it_stays_until_it_is_let_go(c, s, gate, a):
 
     future = c.submit(using, 1, ctx=model)
     await Event("using").wait(patient(10))
-    await gate.on_release([model.digest])
+    await gate.contexts.on_release([model.digest])
     await asyncio.sleep(0.2)
     assert not await Event("closed in use").is_set()
     await Event("go").set()

@@ -15,8 +15,8 @@ import pytest
 from distributed import Client, KilledWorker, LocalCluster, Scheduler, secede
 
 import dask_pcm as pcm
-from dask_pcm.plugins.scheduler import losses as plugins_losses
-from dask_pcm.plugins.scheduler.losses import Losses
+from dask_pcm.plugins.scheduler import attribution
+from dask_pcm.plugins.scheduler.attribution import Attribution
 from dask_pcm.plugins.scheduler.plugin import GATE
 from dask_pcm.plugins.worker.task import hold, n_losses
 from tests.support.patience import until
@@ -141,7 +141,7 @@ def test_preemption_is_forgiven_however_often(tmp_path):
             assert future.result(30) == "k"
 
             def blamed(dask_scheduler: Scheduler) -> int:
-                return len(dask_scheduler.plugins[GATE].losses.n_blamed)
+                return len(dask_scheduler.plugins[GATE].losses._attribution.n_blamed)
 
             assert client.run_on_scheduler(blamed) == 0
         finally:
@@ -180,7 +180,7 @@ async def judged(losses):
 
 def test_what_is_over_is_not_blamed_for_what_comes_later(monkeypatch):
     async def lose_and_forget():
-        losses = Losses(Nobody(), lambda keys: None)
+        losses = Attribution(Nobody())
         losses.lost("nanny", ["over", "here"])
         losses.forget("over")
         losses.joined("nanny")
@@ -191,10 +191,10 @@ def test_what_is_over_is_not_blamed_for_what_comes_later(monkeypatch):
 
 
 def test_a_nanny_that_was_only_out_of_reach_is_believed_later(monkeypatch):
-    monkeypatch.setattr(plugins_losses, "_GRACE_S", 0.0)
+    monkeypatch.setattr(attribution, "_GRACE_S", 0.0)
 
     async def lose():
-        losses = Losses(Nobody(), lambda keys: None)
+        losses = Attribution(Nobody())
         losses.lost("nanny", ["k"])
         await judged(losses)
         before = dict(losses.n_blamed)
@@ -206,7 +206,7 @@ def test_a_nanny_that_was_only_out_of_reach_is_believed_later(monkeypatch):
 
 def test_without_a_nanny_it_takes_many_losses():
     async def lose(n):
-        losses = Losses(Nobody(), lambda keys: None)
+        losses = Attribution(Nobody())
         for _ in range(n):
             losses.lost("", ["k"])
             await judged(losses)

@@ -70,7 +70,7 @@ async def test_plain_work_and_a_cluster_without_the_toolkit_are_answered_by_dask
     futures = c.map(inc, range(10))
     assert await c.gather(futures) == list(range(1, 11))
     assert s.adaptive_target() == asked(s) == await c.scheduler.adaptive_target()
-    gate._n_wanted = lambda target_s: 17
+    gate.scaling.n_wanted = lambda target_s: 17
     gate.uninstall()
     assert s.adaptive_target.__func__ is asked
     assert await c.scheduler.adaptive_target() == asked(s)

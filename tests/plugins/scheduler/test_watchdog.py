@@ -77,8 +77,8 @@ async def test_clients_are_told_apart(c, s, gate, a):
     await poll(lambda: len(gate.state.placed) == 1, 10)
     async with Client(s.address, asynchronous=True) as other:
         more = other.map(use, range(3), ctx=LLM)
-        await poll(lambda: len(gate.asked) == 4, 10)
-        assert {asked.client for asked in gate.asked.values()} == {c.id, other.id}
+        await poll(lambda: len(gate.parked.asked) == 4, 10)
+        assert {asked.client for asked in gate.parked.asked.values()} == {c.id, other.id}
         await Event("here").set()
         await other.gather(more)
     await event
@@ -111,7 +111,7 @@ def test_why(tmp_path):
 
 
 def _gate(cluster, key):
-    return cluster.scheduler.plugins["pcm-gate"]._watch.explain(key)
+    return cluster.scheduler.plugins["pcm-gate"].hub.explain(key)
 
 
 def test_why_a_unit_of_a_run(tmp_path):

@@ -326,7 +326,7 @@ def is_noticed(client):
 
 def noticed(scheduler):
     workers = scheduler.plugins[GATE].state.workers.values()
-    return [view.address for view in workers if view.is_told]
+    return [view.address for view in workers if view.is_draining]
 
 
 @pytest.mark.parametrize(

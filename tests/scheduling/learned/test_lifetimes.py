@@ -11,9 +11,9 @@ from dask_pcm.scheduling.events import (
     RunReported,
     Standing,
     WorkEnded,
+    WorkerDraining,
     WorkerJoined,
     WorkerLeft,
-    WorkerTold,
 )
 from dask_pcm.scheduling.learned.lifetimes import Pool, expected_s
 from tests.support.gate_world import A, World, assigned, warmed
@@ -47,7 +47,7 @@ def test_who_was_asked_to_go_is_no_loss_and_who_was_taken_with_notice_is():
     world.now = 10.0
     world.tell(WorkerLeft("w0", is_lost=False))
     assert world.state.pools[""].n_lost == 0
-    world.tell(WorkerTold("w1", 5.0), WorkerLeft("w1", is_lost=False))
+    world.tell(WorkerDraining("w1", 5.0), WorkerLeft("w1", is_lost=False))
     assert world.state.pools[""].n_lost == 1
     world.tell(WorkerLeft("w2"))
     assert world.state.pools[""].n_lost == 2
@@ -84,7 +84,7 @@ def test_a_worker_that_was_told_works_on_until_its_end():
     ending(world, "w", math.inf)
     world.learn(A, "w", 1.0)
     world.park(5)
-    world.tell(WorkerTold("w", 3.0))
+    world.tell(WorkerDraining("w", 3.0))
     assert assigned(world.decide()) == [("a0", "w")]
     world.now = 2.5
     world.tell(WorkEnded("a0", is_finished=True))
@@ -97,7 +97,7 @@ def test_no_worker_is_warmed_that_cannot_pay_it_back():
     world.warm("w", seconds=10.0)
     world.learn(A, "w", 1.0)
     world.tell(WorkerJoined("ends", 1, ends_in_s=10.5), WorkerJoined("told", 1))
-    world.tell(WorkerTold("told", 1000.0))
+    world.tell(WorkerDraining("told", 1000.0))
     world.tell(RunReported("run", A, 1000.0, 100))
     assert warmed(world.decide()) == set()
     world.tell(WorkerJoined("lasts", 1, ends_in_s=20.0))

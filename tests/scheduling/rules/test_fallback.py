@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dask_pcm.scheduling.events import Standing, WorkEnded, WorkerPaused, WorkerTold
+from dask_pcm.scheduling.events import Standing, WorkEnded, WorkerDraining, WorkerPaused
 from dask_pcm.scheduling.rules.fallback import assign_plainly, stalled
 from dask_pcm.scheduling.rules.placement import Placement
 from tests.support.gate_world import A, B, World, assigned, warmed
@@ -35,7 +35,7 @@ def test_whoever_works_or_loads_has_not_stalled():
 
 def test_where_nobody_could_work_nothing_has_stalled():
     world = World("w0", "w1")
-    world.tell(WorkerPaused("w0", True), WorkerTold("w1", 5.0))
+    world.tell(WorkerPaused("w0", True), WorkerDraining("w1", 5.0))
     world.park(1)
     assert idle(world, 1000.0) is None
     assert stalled(World().state, 1e9, STALL_S) is None

@@ -1,9 +1,7 @@
-"""Peer staging, both ends: the scheduler plans copies of chunks, workers carry them out.
+"""Peer staging on a worker: it serves what is on its disk, and copies chunks as it is told.
 
-What a worker needs for a context and has not got, it says (``pcm-stage``); it is told chunk by
-chunk where to get it (``pcm-copy``), and says what became of it (``pcm-copied``). Bytes go from
-worker to worker on sockets of their own (``ladder/transfer.py``) or, where those cannot be reached,
-over the workers' own comms.
+Bytes go from worker to worker on sockets of their own (``ladder/files/transfer.py``). Where those
+cannot be reached, they go over the workers' own comms. ``plugins/scheduler/staging.py`` plans.
 """
 
 from __future__ import annotations
@@ -12,16 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distributed import Worker
 from distributed.comm import get_address_host
-from distributed.metrics import monotonic
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 from dask_pcm.config import Config
@@ -31,7 +26,7 @@ from dask_pcm.ladder.files.cache import Disk, is_digest
 from dask_pcm.ladder.files.partial import Filling
 from dask_pcm.ladder.files.staging import changed, fetch, read_chunk, unreadable
 from dask_pcm.ladder.files.transfer import TIMEOUT_S, Access, Peer, Server
-from dask_pcm.scheduling.broadcast import STORE, Broadcast, Copy
+from dask_pcm.scheduling.broadcast import STORE
 
 logger = logging.getLogger(__name__)
 
@@ -41,71 +36,6 @@ PATIENCE_S = 30.0
 _MAX_PEERS = 8
 #: For so long a server that cannot be reached is not tried again.
 _REST_S = 60.0
-
-
-class Desk:
-    """The scheduler's end.
-
-    Everything runs on the scheduler's event loop.
-
-    Parameters
-    ----------
-    tell
-        Sends a message to a worker.
-    """
-
-    def __init__(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
-        self._tell = tell
-        self._plan = Broadcast()
-        #: Lets the workers of this cluster know each other; it stands nowhere but in memory.
-        self._token = secrets.token_bytes(32)
-        self._servers: dict[str, tuple[str, int]] = {}
-        #: Chunks that were copied, by source.
-        self.n_copied: Counter[str] = Counter()
-
-    def welcome(self, worker: str) -> None:
-        """A worker has joined."""
-        self._tell(worker, {"op": "pcm-welcome", "token": self._token})
-
-    def on_serves(self, worker: str, host: str, port: int) -> None:
-        """A worker serves chunks."""
-        self._servers[worker] = (host, port)
-
-    def on_stage(self, worker: str, blob: str, n_chunks: int, have: Iterable[int]) -> None:
-        """A worker stages a blob."""
-        self._plan.want(worker, blob, n_chunks, have)
-        self.dispatch()
-
-    def on_staged(self, worker: str, blob: str, n_chunks: int, is_there: bool) -> None:
-        """A worker has all of a blob, or stages it no more."""
-        if is_there:
-            self._plan.has(worker, blob, n_chunks)
-        else:
-            self._plan.drop(worker, blob)
-        self.dispatch()
-
-    def on_copied(self, worker: str, blob: str, chunk: int, source: str, outcome: str) -> None:
-        """A copy has ended: it was ``copied``, it ``failed``, or the chunk was ``absent``."""
-        copy = Copy(worker, blob, chunk, source)
-        if outcome == "copied":
-            self.n_copied[source] += 1
-            self._plan.copied(copy)
-        else:
-            self._plan.failed(copy, monotonic(), is_absent=outcome == "absent")
-        self.dispatch()
-
-    def leave(self, worker: str) -> None:
-        """A worker is gone."""
-        self._servers.pop(worker, None)
-        self._plan.leave(worker)
-        self.dispatch()
-
-    def dispatch(self) -> None:
-        """Tell workers what to copy now."""
-        for copy in self._plan.plan(monotonic()):
-            at = self._servers.get(copy.source)
-            says = {"blob": copy.blob, "chunk": copy.chunk, "source": copy.source, "at": at}
-            self._tell(copy.worker, {"op": "pcm-copy", **says})
 
 
 class _Staging:

@@ -1,0 +1,125 @@
+"""The contexts that tasks and runs ask for: their recipes, and where they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dask_pcm.context.context import ContextRef
+from dask_pcm.plugins.scheduler.hub import Hub
+from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.plugins.scheduler.workers import Workers
+from dask_pcm.scheduling.events import ContextDeclared, ResidencyReported, Standing
+
+_STANDINGS = {
+    "loading": Standing.LOADING,
+    "device": Standing.WARM,
+    "host": Standing.LOWERED,
+    "absent": Standing.COLD,
+    "failed": Standing.FAILED,
+}
+_HELD = (Standing.WARM, Standing.LOADING, Standing.LOWERED)
+
+
+@dataclass(slots=True)
+class Loads:
+    """Loads of one context, cluster-wide, since the gate started."""
+
+    n: int = 0
+    seconds: float = 0.0
+
+
+class Refs:
+    """Recipes of the contexts that tasks or runs ask for, kept for as long as any does."""
+
+    def __init__(self) -> None:
+        self._refs: dict[str, ContextRef] = {}
+        self._n_asking: Counter[str] = Counter()
+
+    def __getitem__(self, digest: str) -> ContextRef:
+        return self._refs[digest]
+
+    def get(self, digest: str) -> ContextRef | None:
+        return self._refs.get(digest)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._refs
+
+    def add(self, refs: Iterable[ContextRef]) -> tuple[str, ...]:
+        """One more asks for `refs`; return their digests."""
+        for ref in refs:
+            self._refs[ref.digest] = ref
+            self._n_asking[ref.digest] += 1
+        return tuple(ref.digest for ref in refs)
+
+    def discard(self, digests: Iterable[str]) -> None:
+        """One fewer asks for them."""
+        for digest in digests:
+            self._n_asking[digest] -= 1
+            if not self._n_asking[digest]:
+                del self._n_asking[digest], self._refs[digest]
+
+
+class Contexts(Service):
+    """Recipes that are asked for, and what workers report of them."""
+
+    def __init__(self, hub: Hub, workers: Workers) -> None:
+        self._hub = hub
+        self._workers = workers
+        self.refs = Refs()
+        self.loads: dict[str, Loads] = {}
+
+    def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        return {"pcm_release": self.on_release}
+
+    def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
+        return {"pcm-residency": self.on_residency}
+
+    def declare(self, refs: Sequence[ContextRef]) -> tuple[str, ...]:
+        """One more task or run asks for contexts; return their digests."""
+        for ref in refs:
+            known = self.refs.get(ref.digest)
+            if known is None or known.device_memory_bytes != ref.device_memory_bytes:
+                file_bytes = sum(bundle.n_bytes for bundle in ref.bundles)
+                declared = ref.device_memory_bytes, file_bytes
+                self._hub.apply(ContextDeclared(ref.digest, ref.name, *declared))
+        return self.refs.add(refs)
+
+    def on_residency(
+        self,
+        worker: str,
+        digest: str,
+        tier: str,
+        seconds: float,
+        error: str | None,
+        is_built: bool = False,
+        n_bytes: int = 0,
+        device_bytes: int | None = None,
+        kind: str = "",
+        staged_s: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        """A context moved on a worker, or could not be moved."""
+        standing = _STANDINGS[tier]
+        if standing is Standing.WARM and is_built:
+            loads = self.loads.setdefault(digest, Loads())
+            loads.n, loads.seconds = loads.n + 1, loads.seconds + seconds
+        said = (seconds, error, is_built, n_bytes, device_bytes, kind, staged_s)
+        self._hub.apply(ResidencyReported(worker, digest, standing, *said))
+
+    async def on_release(self, digests: list[str]) -> int:
+        """A client has workers drop contexts; returns how many workers hold one of them."""
+        n_holding = 0
+        for address, view in self._hub.state.workers.items():
+            n_holding += any(view.standings.get(digest) in _HELD for digest in digests)
+            for digest in digests:
+                self._workers.tell(address, {"op": "pcm-release", "digest": digest})
+        # Also where the worker that had it is gone.
+        drops: list[dict[str, Any]] = [{"op": "pcm_drop", "digest": digest} for digest in digests]
+        await self._workers.tell_nannies(*drops)
+        return n_holding

@@ -1,0 +1,131 @@
+"""What the policy decides, carried out: transitions of tasks, and messages to workers."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from distributed.protocol.pickle import dumps
+from distributed.scheduler import TaskState
+
+from dask_pcm.errors import LoadError
+from dask_pcm.plugins.scheduler import parking
+from dask_pcm.plugins.scheduler.contexts import Contexts
+from dask_pcm.plugins.scheduler.hub import Hub
+from dask_pcm.plugins.scheduler.parked import ParkedTasks
+from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.plugins.scheduler.workers import Workers
+from dask_pcm.scheduling.events import Action, Assign, Cool, Fail, Shun, Warm, WorkEnded
+
+logger = logging.getLogger(__name__)
+
+
+class Dispatch(Service):
+    """Carries out the policy's actions.
+
+    To send a task to a worker, it is restricted to that one and moved on to ``processing``.
+    """
+
+    def __init__(self, hub: Hub, workers: Workers, contexts: Contexts, parked: ParkedTasks) -> None:
+        self._hub = hub
+        self._workers = workers
+        self._contexts = contexts
+        self._parked = parked
+
+    def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
+        return {"pcm-returned": self.on_returned}
+
+    def carry_out(self, actions: list[Action]) -> None:
+        try:
+            for action in actions:
+                self._act(action)
+        finally:  # if one fails, the others are carried out all the same
+            self._send([action for action in actions if isinstance(action, Assign)])
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Warm(worker, context):
+                self._load(worker, context)
+            case Cool(worker, context):
+                self._workers.tell(worker, {"op": "pcm-lower", "digest": context})
+            case Fail(key, error=error):
+                ts = self._hub.scheduler.tasks.get(key)
+                if ts is not None and ts.state == "no-worker":
+                    end_with(self._hub, ts, LoadError(error))
+            case Shun(host, seconds, error):
+                logger.warning("Node %s is left alone for %.3g s: %s", host, seconds, error)
+
+    def _load(self, worker: str, context: str) -> None:
+        logger.debug("Worker %s loads %s", worker, context)
+        message = {
+            "op": "pcm-load",
+            "ref": pickle.dumps(self._contexts.refs[context]),
+            "n_threads": self._workers.n_threads(worker),
+        }
+        self._workers.tell(worker, message)
+
+    def _send(self, assigns: list[Assign]) -> None:
+        tasks = self._hub.scheduler.tasks
+        recommendations: dict[Any, str] = {}
+        for assign in reversed(assigns):  # Dask takes the last recommendation first
+            ts = tasks.get(assign.key)
+            if ts is None or ts.state != "no-worker":
+                self._parked.withdraw(assign.key)
+                continue
+            parking.restrict(ts, {assign.worker})
+            recommendations[assign.key] = "processing"
+        self._hub.transition(recommendations, "dispatch")
+        for key in recommendations:
+            ts = tasks.get(key)
+            if ts is not None and ts.state == "processing":
+                self._set_apart(ts)
+            elif ts is not None and ts.state == "no-worker":
+                # The worker was paused or left in between: look again at the next tick.
+                parking.park(ts)
+                self._workers.sync_pauses()
+                self._parked.park(key)
+
+    def _set_apart(self, ts: TaskState) -> None:
+        """Have a dispatched task take no place among plain ones.
+
+        It runs on a lane, not on one of the worker's threads, as a task does that has seceded. Were
+        it counted, a worker that runs context tasks would get no plain task.
+        """
+        ws = ts.processing_on
+        if ws is not None and ts not in ws.long_running:
+            ws.add_to_long_running(ts)
+            self._hub.scheduler.check_idle_saturated(ws)
+
+    def on_long_running(self, key: Any, worker: str, **message: Any) -> None:
+        """A task secedes: if it was on a lane, that is free for what the task waits for.
+
+        To Dask it is nothing new there: such a task has been set apart already.
+        """
+        scheduler = self._hub.scheduler
+        ts = scheduler.tasks.get(key)
+        if ts is None or ts.processing_on is None or ts not in ts.processing_on.long_running:
+            scheduler.handle_long_running(key=key, worker=worker, **message)
+        if self._hub.state.placed.get(key) == worker:
+            self._hub.apply(WorkEnded(key, is_finished=False))
+
+    def on_returned(self, worker: str, keys: list[Any]) -> None:
+        """A worker has not begun these tasks, and does not have them any more."""
+        placed = self._hub.state.placed
+        returned = {key: "released" for key in keys if placed.get(key) == worker}
+        self._hub.transition(returned, "returned")
+
+
+def end_with(hub: Hub, ts: TaskState, error: Exception) -> None:
+    """A parked task ends with an error."""
+    stimulus_id = hub.stimulus("failed")
+    recommendations = hub.scheduler.transition(
+        ts.key,
+        "erred",
+        stimulus_id,
+        exception=dumps(error),
+        exception_text=str(error),
+        cause=ts.key,
+    )
+    hub.scheduler.transitions(recommendations, stimulus_id)

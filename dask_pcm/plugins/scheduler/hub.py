@@ -1,0 +1,100 @@
+"""The gate's state in the scheduler: events go in, the policy decides, actions come out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import Any
+
+from distributed import Scheduler
+from distributed.metrics import monotonic
+
+from dask_pcm.config import Config
+from dask_pcm.plugins.scheduler.service import Observer, Service
+from dask_pcm.plugins.scheduler.watchdog import Watchdog
+from dask_pcm.scheduling.events import Action, Event
+from dask_pcm.scheduling.state.state import GateState
+
+
+class Hub:
+    """What the services of the gate share.
+
+    Attributes
+    ----------
+    services
+        All of them; told of workers that join and leave.
+    observers
+        See every event and action.
+    carry_out
+        Called with the actions of each decision.
+    """
+
+    def __init__(self, scheduler: Scheduler, config: Config) -> None:
+        self.scheduler = scheduler
+        self.config = config
+        self.services: tuple[Service, ...] = ()
+        self.observers: list[Observer] = []
+        self.carry_out: Callable[[list[Action]], None] = lambda actions: None
+        self._watchdog = Watchdog(config.stall_s)
+        self._loop = asyncio.get_running_loop()
+        self._before: list[Callable[[], None]] = []
+        self._is_woken = False
+        self._numbers = count()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all workers and work."""
+        self.state = GateState()
+
+    def apply(self, event: Event) -> None:
+        """Tell the policy what happened; it decides in the loop's next turn."""
+        now = monotonic()
+        self.state.apply(event, now)
+        for observer in self.observers:
+            observer.on_event(event, now)
+        self.wake()
+
+    def wake(self, first: Callable[[], None] | None = None) -> None:
+        """Have the policy decide in the loop's next turn, once `first` has been called."""
+        if first is not None and first not in self._before:
+            self._before.append(first)
+        # Never at once: a transition hook is called in the middle of the scheduler's transitions.
+        if not self._is_woken:
+            self._is_woken = True
+            self._loop.call_soon(self._decide)
+
+    def _decide(self) -> None:
+        self._is_woken = False
+        before, self._before = self._before, []
+        for call in before:
+            call()
+        now, config = monotonic(), self.config
+        rules = (config.pipeline_s, config.n_load_attempts, config.idle_s)
+        actions = self._watchdog.decide(self.state, now, *rules)
+        for action in actions if self.observers else ():
+            for observer in self.observers:
+                observer.on_action(action, now)
+        self.carry_out(actions)
+
+    def explain(self, key: Any) -> str:
+        """Why a task waits, or where it went and why."""
+        return self._watchdog.explain(self.state, key)
+
+    def transition(self, recommendations: dict[Any, str], why: str) -> None:
+        """Have the scheduler move tasks to other states."""
+        if recommendations:
+            self.scheduler.transitions(recommendations, self.stimulus(why))
+
+    def stimulus(self, why: str) -> str:
+        """A new id of what makes tasks change their states, as Dask wants one."""
+        return f"pcm-{why}-{next(self._numbers)}"
+
+    def state_of(self, key: Any) -> str | None:
+        """The scheduler's state of a task; None if it does not know it."""
+        ts = self.scheduler.tasks.get(key)
+        return None if ts is None else ts.state
+
+    def states_of(self, keys: Iterable[Any], state: str) -> list[Any]:
+        """Those of the tasks that are in a state."""
+        return [key for key in keys if self.state_of(key) == state]

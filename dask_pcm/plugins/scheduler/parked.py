@@ -1,0 +1,115 @@
+"""The tasks that need a context, from their graph's arrival until the scheduler forgets them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any
+
+from distributed.scheduler import TaskState
+
+from dask_pcm.plugins.scheduler import parking
+from dask_pcm.plugins.scheduler.attribution import Attribution
+from dask_pcm.plugins.scheduler.contexts import Contexts
+from dask_pcm.plugins.scheduler.find_refs import find_refs
+from dask_pcm.plugins.scheduler.hub import Hub
+from dask_pcm.plugins.scheduler.members import Member
+from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.plugins.worker.lanes import LANES
+from dask_pcm.scheduling.events import Group, Work, WorkParked, WorkWithdrawn
+
+
+class ParkedTasks(Service):
+    """Tasks that need a context.
+
+    Attributes
+    ----------
+    asked
+        What the user restricted each of them to, by key.
+    """
+
+    def __init__(self, hub: Hub, contexts: Contexts, attribution: Attribution) -> None:
+        self._hub = hub
+        self._contexts = contexts
+        self._attribution = attribution
+        self.asked: dict[Any, parking.Asked] = {}
+        self._unshield = parking.shield_from_timeouts(hub.scheduler, self.asked)
+
+    def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        return {"pcm_explain": self.on_explain}
+
+    def take_over(self) -> None:
+        """Take charge of context tasks that were there before the plugin."""
+        hub = self._hub
+        self.add(hub.scheduler.tasks)
+        for key in hub.states_of(self.asked, "no-worker"):
+            self.park(key)
+        queued = hub.states_of(self.asked, "queued")
+        # Released, they come to wait again, and find no worker.
+        hub.transition(dict.fromkeys(reversed(queued), "released"), "install")
+        for key in hub.states_of(queued, "no-worker"):  # the plugin's hook is not called yet
+            self.park(key)
+
+    def add(self, keys: Iterable[Any], client: str = "") -> None:
+        """Restrict new context tasks to no worker; before their first transition."""
+        for key in list(keys):
+            ts = self._hub.scheduler.tasks.get(key)
+            if ts is None or key in self.asked or ts.actor:
+                continue
+            refs = find_refs(ts.run_spec, [d.run_spec for d in ts.dependencies])
+            if refs:
+                contexts = self._contexts.declare(refs)
+                self.asked[key] = parking.Asked.of(ts, contexts, client)
+                ts.annotations = {**(ts.annotations or {}), "executor": LANES}
+                parking.park(ts)
+
+    def park(self, key: Any) -> None:
+        """A task waits at the gate from now on."""
+        self._hub.apply(WorkParked(self._work(self._hub.scheduler.tasks[key])))
+
+    def withdraw(self, key: Any) -> None:
+        """A task does not wait any more."""
+        self._hub.apply(WorkWithdrawn(key))
+
+    def forget(self, key: Any) -> None:
+        """The scheduler has forgotten a task."""
+        self._contexts.refs.discard(self.asked.pop(key).contexts)
+
+    def _work(self, ts: TaskState) -> Work:
+        asked, said = self.asked[ts.key], ts.annotations or {}
+        allowed = parking.allowed(self._hub.scheduler, ts, asked)
+        is_isolated = ts.key in self._attribution.suspects
+        group = Group(asked.contexts, ts.prefix.name, allowed, asked.client, is_isolated)
+        n_rows, cut_for = float(said.get("pcm_rows") or 1.0), str(said.get("pcm_cut_for") or "")
+        is_again = ts.key in self._attribution.n_lost
+        return Work(ts.key, group, tuple(ts.priority or ()), n_rows, cut_for, is_again)
+
+    async def on_explain(self, key: Any) -> str:
+        """Why a task waits, or where it went and why."""
+        return self._hub.explain(key)
+
+    def worker_joined(self, worker: str, member: Member) -> None:
+        self._hub.wake(first=self._regroup)
+
+    def worker_left(self, worker: str, member: Member, is_lost: bool) -> None:
+        self._hub.wake(first=self._regroup)
+
+    def _regroup(self) -> None:
+        """Restricted work may find other workers now than when it was parked."""
+        for work in list(self._hub.state.waiting.works.values()):
+            asked = self.asked[work.key]
+            if asked.workers or asked.hosts or work.group.allowed is not None:
+                self.park(work.key)
+
+    def tick(self) -> None:
+        if self._hub.state.waiting:
+            self._hub.wake()
+
+    def uninstall(self) -> None:
+        """Give all tasks back to Dask as the user restricted them."""
+        self._unshield()
+        for key, asked in self.asked.items():
+            if (ts := self._hub.scheduler.tasks.get(key)) is not None:
+                parking.unpark(ts, asked)
+        waiting = self._hub.states_of(self.asked, "no-worker")
+        self.asked.clear()
+        self._hub.transition(dict.fromkeys(reversed(waiting), "released"), "uninstall")
