@@ -34,11 +34,10 @@ from dask_pcm.scheduling.events import (
     Assign,
     Event,
     Group,
+    Load,
     ResidencyReported,
     RunClosed,
     RunReported,
-    Standing,
-    Warm,
     Work,
     WorkEnded,
     WorkerJoined,
@@ -49,6 +48,7 @@ from dask_pcm.scheduling.rules.drain_time import Water
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.units import Askers, Stock, Wants
 from dask_pcm.simulation import Result, Scenario, read_scenario, simulate, variants
+from dask_pcm.tiers import Tier
 
 #: The papers', in seconds.
 ONE_GPU_S, NAIVE_S, PERVASIVE_S, SCALE_OUT_S = 11.4 * 3600, 3 * 3600, 48 * 60, 13.1 * 60
@@ -327,7 +327,7 @@ class Played:
             if what == "join":
                 self._tell(WorkerJoined(about, 2, None, about, "gpu", "pool"))
             elif what == "warm":
-                self._tell(ResidencyReported(about, "llm", Standing.WARM, 10.0))
+                self._tell(ResidencyReported(about, "llm", Tier.DEVICE, seconds=10.0))
             elif what == "end":
                 n_rows = self._sizes.pop(about)
                 self._stock.remove("", n_rows)
@@ -371,7 +371,7 @@ class Played:
             self._tell(WorkParked(Work(self._n_cut, self._group, priority, float(size.n_rows))))
 
     def _act(self, action: Action) -> None:
-        if isinstance(action, Warm):
+        if isinstance(action, Load):
             self._at(self._now + 10.0, "warm", action.worker)
         elif isinstance(action, Assign):
             self.n_assigned += 1

@@ -210,7 +210,7 @@ def stream(rows: Rows) -> None:
         tell, store.n_moves = store._on_change, 0
 
         def counted(change: Any) -> None:
-            store.n_moves += change.tier.value == "device"
+            store.n_moves += change.state.value == "device"
             tell(change)
 
         store._on_change = counted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -10,16 +9,7 @@ from typing import Any
 
 from dask_pcm.context.context import ContextRef
 from dask_pcm.ladder.objects.live import Live
-
-
-class Tier(enum.Enum):
-    """Where a context stands."""
-
-    ABSENT = "absent"
-    LOADING = "loading"
-    HOST = "host"
-    DEVICE = "device"
-    FAILED = "failed"
+from dask_pcm.tiers import Tier
 
 
 @dataclass(frozen=True, slots=True)

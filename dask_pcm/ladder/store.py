@@ -29,8 +29,9 @@ from dask_pcm.ladder.files.staging import Staging
 from dask_pcm.ladder.objects.images import Host
 from dask_pcm.ladder.objects.live import Live
 from dask_pcm.ladder.objects.tensors import is_out_of_memory, is_sticky
-from dask_pcm.ladder.residency import Change, Residency, Tier
+from dask_pcm.ladder.residency import Change, Residency
 from dask_pcm.ladder.turns import Turns
+from dask_pcm.tiers import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,10 @@ class Store:
             self._give_up(residency)
         seconds = time.monotonic() - start
         with self._changed:
-            residency.tier, residency.user = Tier.FAILED if error else Tier.DEVICE, None
+            residency.tier, residency.user = (
+                Tier.FAILED if error else Tier.DEVICE,
+                None,
+            )
             residency.error, residency.has_room = error, False
             residency.n_loads += is_built and not error
             residency.used_at = time.monotonic()
@@ -194,7 +198,7 @@ class Store:
         """Others hold on to the device: it stays, or goes, where it takes no room there."""
         live = residency.live
         try:
-            if live is not None and (not is_up or (not residency.inner and live.lower())):
+            if live is not None and (not is_up or (not residency.inner and live.offload())):
                 self._end_move(residency, Tier.HOST)
                 return
         except Exception as error:
@@ -206,7 +210,7 @@ class Store:
         try:
             return self._up(residency)
         except BaseException as cause:
-            if not is_out_of_memory(cause) or not self._lower_idle():
+            if not is_out_of_memory(cause) or not self._offload_idle():
                 raise
             logger.warning("No memory for %r: others made room", residency.ref.name)
             return None
@@ -239,7 +243,7 @@ class Store:
     def _up(self, residency: Residency) -> bool:
         """Bring a context to the device; whether its loader was called for it."""
         if residency.live is not None:
-            residency.live.rise()
+            residency.live.restore()
             return False
         residency.live = self._builder.found(residency.ref, residency.files)
         if residency.live is not None:
@@ -294,7 +298,7 @@ class Store:
                 if not idle:
                     self._wait_for_room(wanted, there, budget)
             if idle:
-                self.lower(min(idle, key=lambda r: r.used_at).ref.digest)
+                self.offload(min(idle, key=lambda r: r.used_at).ref.digest)
 
     def _wait_for_room(self, wanted: Residency, there: list[Residency], budget: int) -> None:
         """Wait for a change; with the lock. Not where everybody waits for everybody else."""
@@ -313,13 +317,13 @@ class Store:
         finally:
             self._waiting.discard(me)
 
-    def _lower_idle(self) -> bool:
+    def _offload_idle(self) -> bool:
         """Have all that nobody holds leave the device; whether there was anything."""
         with self._changed:
             digests = [d for d, r in self._residencies.items() if r.tier is Tier.DEVICE]
-        return sum(map(self.lower, digests)) > 0
+        return sum(map(self.offload, digests)) > 0
 
-    def lower(self, digest: str) -> bool:
+    def offload(self, digest: str) -> bool:
         """Have a context go down a rung; False if it is held or not on the device.
 
         Where there is no way down, or no room there, it is dropped.
@@ -333,11 +337,11 @@ class Store:
         live = residency.live
         assert live is not None
         try:
-            is_lowered = not residency.inner and live.lower()
+            is_offloaded = not residency.inner and live.offload()
         except Exception as error:
             logger.warning("Context %r is dropped: %r", residency.ref.name, error)
-            is_lowered = False
-        if is_lowered:
+            is_offloaded = False
+        if is_offloaded:
             self._end_move(residency, Tier.HOST)
         else:
             self._drop(residency)
@@ -454,7 +458,10 @@ class Store:
                 assert (residency.tier is Tier.FAILED) == (residency.error is not None), digest
                 assert not residency.n_holders or residency.tier is Tier.DEVICE, digest
                 has_live = residency.live is not None
-                assert has_live or residency.tier not in (Tier.DEVICE, Tier.HOST), digest
+                assert has_live or residency.tier not in (
+                    Tier.DEVICE,
+                    Tier.HOST,
+                ), digest
             budget = self._budget()
             there = sum(r.n_bytes for r in self._residencies.values() if r.is_there)
             assert budget is None or there <= budget, (there, budget)

@@ -6,20 +6,11 @@ The scheduler plugin and the simulator turn their worlds into these events, hand
 
 from __future__ import annotations
 
-import enum
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TypeAlias
 
-
-class Standing(enum.Enum):
-    """How a context stands on a worker, as far as the gate needs to know."""
-
-    LOADING = "loading"
-    WARM = "warm"
-    COLD = "cold"
-    LOWERED = "lowered"
-    FAILED = "failed"
+from dask_pcm.tiers import Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +147,8 @@ class ResidencyReported:
 
     Attributes
     ----------
+    tier
+        Where it is now.
     seconds, is_built
         What it took to warm it, and whether it was built for it or only restored.
     staged_s
@@ -170,7 +163,8 @@ class ResidencyReported:
 
     worker: str
     context: str
-    standing: Standing
+    tier: Tier
+    _: KW_ONLY
     seconds: float = 0.0
     error: str | None = None
     is_built: bool = True
@@ -243,7 +237,7 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True)
-class Warm:
+class Load:
     """Have this worker load this context."""
 
     worker: str
@@ -251,7 +245,7 @@ class Warm:
 
 
 @dataclass(frozen=True, slots=True)
-class Cool:
+class Offload:
     """Have a context on this worker leave the device, for the rung below."""
 
     worker: str
@@ -259,7 +253,7 @@ class Cool:
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
+class Vacate:
     """Nothing to do, but to know: no more work that needs this context is sent to this worker.
 
     As soon as what is there has ended, it makes room for `group`.
@@ -280,7 +274,7 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
-class Shun:
+class Quarantine:
     """Nothing to do, but to know: a node is left alone for so many seconds."""
 
     host: str
@@ -289,10 +283,10 @@ class Shun:
 
 
 @dataclass(frozen=True, slots=True)
-class GivenUp:
+class LoadsGivenUp:
     """Nothing to do, but to know: this context is not loaded again until somebody asks anew."""
 
     context: str
 
 
-Action: TypeAlias = Assign | Warm | Cool | Leave | Fail | Shun | GivenUp
+Action: TypeAlias = Assign | Load | Offload | Vacate | Fail | Quarantine | LoadsGivenUp

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from dask_pcm.scheduling.events import Assign, Fail, Group, Leave, Shun, Standing, Warm
+from dask_pcm.scheduling.events import Assign, Fail, Group, Load, Quarantine, Vacate
 from dask_pcm.scheduling.rules.drain_time import drain_s, offers
 from dask_pcm.scheduling.state.state import Decision, GateState
 from dask_pcm.scheduling.state.worker import WorkerView, still_s
+from dask_pcm.tiers import Tier
 
 _MAX_LINES = 12
 
@@ -79,7 +80,7 @@ def _reason(state: GateState, group: Group, view: WorkerView, now: float) -> str
         return f"{_name(state, failed)} could not be loaded there: {error[0]}"
     if view.missing(group.contexts):
         return _why_cold(state, group, view, now)
-    loading = [c for c in group.contexts if view.standings.get(c) is Standing.LOADING]
+    loading = [c for c in group.contexts if view.tiers.get(c) is Tier.LOADING]
     if loading:
         still = (
             still_s(view.loading_s[c], now - view.loading_since[c])
@@ -160,22 +161,22 @@ def said(state: GateState, decision: Decision) -> str:
                 f"{key!r} ({n_rows:,.0f} rows) to {worker}, which was warm, had room, and would be"
                 f" done in {_seconds(finish_s)}."
             )
-        case Warm(worker, context) if not decision.numbers:
+        case Load(worker, context) if not decision.numbers:
             return f"{_name(state, context)} to be loaded by {worker}: the policy had stalled."
-        case Warm(worker, context):
+        case Load(worker, context):
             ready_s, drained_s = decision.numbers
             return (
                 f"{_name(state, context)} to be loaded by {worker}, ready in {_seconds(ready_s)};"
                 f" without it, all would be done in {_seconds(drained_s)}."
             )
-        case Leave(worker, context, group):
+        case Vacate(worker, context, group):
             return (
                 f"{_name(state, context)} to leave {worker} for {_names(state, group)}, as soon as"
                 " what needs it there has ended."
             )
         case Fail(key, _, error):
             return f"{key!r} failed: {error}"
-        case Shun(host, seconds, error):
+        case Quarantine(host, seconds, error):
             return f"Node {host} left alone for {_seconds(seconds)}: {error}"
         case other:
             return str(other)

@@ -11,8 +11,8 @@ from dask_pcm.context.context import Context
 from dask_pcm.errors import LoadError
 from dask_pcm.ladder.build import recipe_of
 from dask_pcm.ladder.objects.tensors import is_out_of_memory
-from dask_pcm.ladder.residency import Tier
 from dask_pcm.ladder.store import Store
+from dask_pcm.tiers import Tier
 
 MIB = 1 << 20
 
@@ -55,9 +55,17 @@ def tiers(store, *refs):
 def test_the_least_lately_used_goes_down_and_comes_back(store, is_declared):
     one, two, three = (context(number, is_declared=is_declared) for number in (1, 2, 3))
     assert [used(store, ref) for ref in (one, two, one, three)] == [1, 2, 1, 3]
-    assert tiers(store, one, two, three) == [Tier.DEVICE, Tier.HOST, Tier.DEVICE]
+    assert tiers(store, one, two, three) == [
+        Tier.DEVICE,
+        Tier.HOST,
+        Tier.DEVICE,
+    ]
     assert used(store, two) == 2
-    assert tiers(store, one, two, three) == [Tier.HOST, Tier.DEVICE, Tier.DEVICE]
+    assert tiers(store, one, two, three) == [
+        Tier.HOST,
+        Tier.DEVICE,
+        Tier.DEVICE,
+    ]
     assert [store.n_loads(ref.digest) for ref in (one, two, three)] == [1, 1, 1]
 
 
@@ -172,7 +180,7 @@ def test_what_another_object_is_made_of_is_not_emptied(monkeypatch):
     outer = context(2, 2, load=nested)
     INNER[0] = context(1, 2)
     assert used(store, outer) == 2
-    store.lower(INNER[0].digest)
+    store.offload(INNER[0].digest)
     with store.acquire([outer]) as (module,):
         assert module.inner.weights[0] == 1
     assert used(store, INNER[0]) == 1

@@ -22,8 +22,8 @@ from dask_pcm.ladder.device import (
     device_model,
     driver_version,
 )
-from dask_pcm.ladder.residency import Tier
 from dask_pcm.ladder.store import Store, of_process
+from dask_pcm.tiers import Tier
 
 A100, TITAN = "NVIDIA A100-SXM4-40GB", "NVIDIA TITAN X (Pascal)"
 VERSIONS = {

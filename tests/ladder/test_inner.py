@@ -11,8 +11,8 @@ import dask_pcm as pcm
 from dask_pcm.context.context import Context
 from dask_pcm.errors import LoadError
 from dask_pcm.ladder.objects.images import Host
-from dask_pcm.ladder.residency import Tier
 from dask_pcm.ladder.store import Store
+from dask_pcm.tiers import Tier
 from tests.ladder.objects.test_images import OwnShelf
 from tests.support.patience import patient
 
@@ -68,10 +68,13 @@ def test_what_an_object_is_made_of_stays_for_as_long_as_it_does(store):
     inner, other = Context(load, 1), Context(load, 2)
     pipe = Context(load_pipe, inner)
     assert ask(store, pipe) == 1
-    assert not store.lower(inner.digest)
+    assert not store.offload(inner.digest)
     assert store.tier(inner.digest) is Tier.DEVICE
     assert ask(store, other) == 2  # both have made room for it
-    assert (store.tier(pipe.digest), store.tier(inner.digest)) == (Tier.ABSENT, Tier.HOST)
+    assert (store.tier(pipe.digest), store.tier(inner.digest)) == (
+        Tier.ABSENT,
+        Tier.HOST,
+    )
     assert ask(store, pipe) == 1
 
 
@@ -86,7 +89,7 @@ def test_a_loader_that_fails_lets_go_of_what_it_has_acquired(store):
 
     with pytest.raises(LoadError):
         store.load(Context(fail, inner).ref)
-    assert store.lower(inner.digest)
+    assert store.offload(inner.digest)
 
 
 def test_who_holds_nothing_waits_for_as_long_as_others_work(store):
@@ -165,7 +168,7 @@ def test_what_a_task_changes_while_the_image_is_written_is_not_what_others_find(
     store.load(context.ref)
     assert shelf.find(context.digest) is None
     assert ask(store, context) == 101
-    assert store.lower(context.digest) and ask(store, context) == 101
+    assert store.offload(context.digest) and ask(store, context) == 101
 
 
 def test_without_reattaching_an_image_is_not_looked_for():
@@ -189,4 +192,4 @@ def test_an_object_that_holds_itself_is_loaded():
     store = Store(budget=lambda: 6 * MIB, is_mapped=False)
     context = Context(cyclic)
     store.load(context.ref)
-    assert store.lower(context.digest)
+    assert store.offload(context.digest)

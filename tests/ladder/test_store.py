@@ -8,7 +8,8 @@ import pytest
 from dask_pcm import Context
 from dask_pcm.context.context import ContextRef, Recipe
 from dask_pcm.errors import LoadError
-from dask_pcm.ladder.store import Store, Tier
+from dask_pcm.ladder.store import Store
+from dask_pcm.tiers import Tier
 from tests.support.patience import patient
 
 # Loaders are pickled into their recipe, so what they share with a test stands in this module,

@@ -6,10 +6,9 @@ from dask_pcm.scheduling.events import (
     Assign,
     ContextDeclared,
     Group,
+    Load,
+    Quarantine,
     ResidencyReported,
-    Shun,
-    Standing,
-    Warm,
     Work,
     WorkEnded,
     WorkerJoined,
@@ -17,6 +16,7 @@ from dask_pcm.scheduling.events import (
     WorkParked,
 )
 from dask_pcm.scheduling.explain import decisions, explain, said
+from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, World
 
 
@@ -74,7 +74,7 @@ def paused(world):
 
 
 def left_alone(world):
-    world.tell(Shun("", 30.0, "CUDA driver 470"))
+    world.tell(Quarantine("", 30.0, "CUDA driver 470"))
     return "its node is left alone for 30 s more; the last error: CUDA driver 470"
 
 
@@ -111,7 +111,7 @@ def failed(world):
     world.learn(A, "v", 1.0)
     world.park(4)
     world.state.workers["w"].loading_since["a"] = 0.0
-    world.tell(ResidencyReported("w", "a", Standing.FAILED, 0.1, "no weights"))
+    world.tell(ResidencyReported("w", "a", Tier.FAILED, seconds=0.1, error="no weights"))
     return "could not be loaded there: no weights"
 
 
@@ -156,7 +156,7 @@ def test_every_decision_can_be_said_and_the_last_are_kept():
     world.warm("w")
     world.decide()
     kinds = {type(decision.action) for decision in world.state.decisions}
-    assert kinds == {Warm, Assign}
+    assert kinds == {Load, Assign}
     assert all(len(said(world.state, d)) > 20 for d in world.state.decisions)
     lines = decisions(world.state, world.now, 2).splitlines()
     assert len(lines) == 2 and "'a1'" in lines[0]

@@ -9,16 +9,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dask_pcm.scheduling.events import (
     Assign,
     ContextDeclared,
-    Cool,
     Fail,
     Group,
+    Load,
+    Offload,
+    Quarantine,
     ResidencyReported,
     Restarted,
     RunClosed,
     RunReported,
-    Shun,
-    Standing,
-    Warm,
     Work,
     WorkEnded,
     WorkerDraining,
@@ -32,6 +31,7 @@ from dask_pcm.scheduling.explain import explain, said
 from dask_pcm.scheduling.learned.failures import DEVICE
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.state.state import GateState
+from dask_pcm.tiers import Tier
 
 WORKERS, CONTEXTS, DEVICES = ["w0", "w1", "w2"], ["a", "b"], ["T4", "H100"]
 GROUPS = [
@@ -148,16 +148,25 @@ class Gate(RuleBasedStateMachine):
     @rule(
         worker=workers,
         context=contexts,
-        standing=st.sampled_from(list(Standing)),
+        tier=st.sampled_from(list(Tier)),
         n_bytes=st.sampled_from([0, 6, 10]),
         kind=st.sampled_from(["OSError", DEVICE]),
         n=st.integers(1, 2),
         is_late=st.booleans(),
     )
-    def report(self, worker, context, standing, n_bytes, kind, n, is_late):
+    def report(self, worker, context, tier, n_bytes, kind, n, is_late):
         """Also doubled, late and unasked."""
         said = ResidencyReported(
-            worker, context, standing, 1.5, "failed", True, n_bytes, None, kind, 0.5
+            worker,
+            context,
+            tier,
+            seconds=1.5,
+            error="failed",
+            is_built=True,
+            n_bytes=n_bytes,
+            device_bytes=None,
+            kind=kind,
+            staged_s=0.5,
         )
         if is_late:
             self.delayed += [said] * n
@@ -180,7 +189,7 @@ class Gate(RuleBasedStateMachine):
         """All workers drop a context, those that somebody holds excepted."""
         for name, view in list(self.state.workers.items()):
             if context not in view.in_use():
-                self.tell(ResidencyReported(name, context, Standing.COLD))
+                self.tell(ResidencyReported(name, context, Tier.ABSENT))
 
     @rule()
     def restart(self):
@@ -211,9 +220,9 @@ class Gate(RuleBasedStateMachine):
     def check(self, action, over):
         views = self.state.workers
         match action:
-            case Cool(worker, context):
+            case Offload(worker, context):
                 assert context not in views[worker].in_use()
-            case Warm(worker, _):
+            case Load(worker, _):
                 # It was made sure that there is room, as far as sizes are known.
                 assert self.state.free_bytes(views[worker]) >= 0 or over[worker]
                 assert not views[worker].is_draining
@@ -229,9 +238,9 @@ class Gate(RuleBasedStateMachine):
                 )
             case Fail(key):
                 del self.wanted[key]
-            case Shun(host):
+            case Quarantine(host):
                 for view in views.values():
-                    assert view.host != host or Standing.WARM not in view.standings.values()
+                    assert view.host != host or Tier.DEVICE not in view.tiers.values()
 
     @invariant()
     def nothing_is_lost_or_doubled(self):
@@ -257,9 +266,9 @@ class Gate(RuleBasedStateMachine):
                     del self.wanted[action.key]
             self.state.validate()
             for name, view in self.state.workers.items():
-                for context, standing in list(view.standings.items()):
-                    if standing is Standing.LOADING:
-                        self.tell(ResidencyReported(name, context, Standing.WARM, 1.0))
+                for context, tier in list(view.tiers.items()):
+                    if tier is Tier.LOADING:
+                        self.tell(ResidencyReported(name, context, Tier.DEVICE, seconds=1.0))
             for key in list(self.state.placed):
                 self.tell(WorkEnded(key, is_finished=True))
                 del self.wanted[key]

@@ -10,14 +10,13 @@ import pytest
 from dask_pcm.scheduling.events import (
     ContextDeclared,
     Fail,
-    GivenUp,
     Group,
+    Load,
+    LoadsGivenUp,
     ResidencyReported,
     Restarted,
     RunClosed,
     RunReported,
-    Standing,
-    Warm,
     Work,
     WorkEnded,
     WorkerJoined,
@@ -29,6 +28,7 @@ from dask_pcm.scheduling.events import (
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.rules.drain_time import drain_s
 from dask_pcm.scheduling.state.state import GateState
+from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, B, World, assigned, warmed
 
 
@@ -198,7 +198,9 @@ def fail_loads(world, n, **options):
     for attempt in range(n):
         (worker,) = warmed(world.decide(**options))
         asked.append(worker)
-        report = ResidencyReported(worker, "a", Standing.FAILED, 0.1, f"no weights ({attempt})")
+        report = ResidencyReported(
+            worker, "a", Tier.FAILED, seconds=0.1, error=f"no weights ({attempt})"
+        )
         world.tell(report)
     return asked
 
@@ -207,7 +209,7 @@ def test_a_failed_load_is_tried_elsewhere_and_then_given_up_with_its_error():
     world = World("w0", "w1", "w2", "w3")
     world.park(1)
     assert len(set(fail_loads(world, 3))) == 3
-    assert world.decide() == [Fail("a0", "a", "no weights (2)"), GivenUp("a")]
+    assert world.decide() == [Fail("a0", "a", "no weights (2)"), LoadsGivenUp("a")]
     assert not world.state.waiting.works
     assert world.decide() == []
     world.park(1)  # asked for again, it is tried again
@@ -225,7 +227,7 @@ def test_one_old_failure_does_not_end_the_work_when_the_others_leave():
     world = World("w0", "w1")
     world.park(4)
     world.decide()
-    world.tell(ResidencyReported("w0", "a", Standing.FAILED, 0.1, "busy"))
+    world.tell(ResidencyReported("w0", "a", Tier.FAILED, seconds=0.1, error="busy"))
     world.warm("w1")
     assert assigned(world.decide())
     world.tell(WorkerLeft("w1"))
@@ -242,7 +244,7 @@ def test_while_a_run_is_open_what_was_given_up_is_not_loaded_again():
     world.park(2, start=1)  # the run's driver has not noticed yet
     assert {a.key for a in world.decide() if isinstance(a, Fail)} == {"a1", "a2"}
     world.tell(RunReported("run", A, 90.0, 1))
-    assert world.decide() in ([], [GivenUp("a")])
+    assert world.decide() in ([], [LoadsGivenUp("a")])
     world.tell(RunClosed("run"), RunReported("next", A, 90.0, 1))
     assert len(warmed(world.decide())) == 1
 
@@ -256,7 +258,7 @@ def test_two_contexts_that_no_worker_can_have_together_are_given_up():
         for worker in warmed(actions := world.decide()) or ("w0", "w1"):
             good, bad = ("a", "b") if worker == "w0" else ("b", "a")
             world.warm(worker, good)
-            world.tell(ResidencyReported(worker, bad, Standing.FAILED, 0.1, f"no {bad}"))
+            world.tell(ResidencyReported(worker, bad, Tier.FAILED, seconds=0.1, error=f"no {bad}"))
         if not world.state.waiting.works:
             break
     assert {action.key for action in actions if isinstance(action, Fail)} == {"k", "l"}
@@ -268,14 +270,14 @@ def fail_on(world, nodes, kinds=("OSError",)):
     for n in range(40):
         actions = world.decide()
         failed += [action.key for action in actions if isinstance(action, Fail)]
-        warms = [action for action in actions if isinstance(action, Warm)]
+        warms = [action for action in actions if isinstance(action, Load)]
         for warm in warms:
             node = world.state.workers[warm.worker].host
             tried.append(node)
             if node in nodes:
                 kind = kinds[n % len(kinds)]
                 report = ResidencyReported(
-                    warm.worker, "a", Standing.FAILED, 0.1, "no driver", kind=kind
+                    warm.worker, "a", Tier.FAILED, seconds=0.1, error="no driver", kind=kind
                 )
                 world.tell(report)
             else:
@@ -319,10 +321,10 @@ def end_processes(world, nodes):
     for _ in range(30):
         actions = world.decide()
         failed += [action for action in actions if isinstance(action, Fail)]
-        for warm in [action for action in actions if isinstance(action, Warm)]:
+        for warm in [action for action in actions if isinstance(action, Load)]:
             n_ended += 1
             node = world.state.workers[warm.worker].host
-            world.tell(ResidencyReported(warm.worker, warm.context, Standing.LOADING))
+            world.tell(ResidencyReported(warm.worker, warm.context, Tier.LOADING))
             world.tell(WorkerLeft(warm.worker))
             world.tell(WorkerJoined(f"{node}-{n_ended}", 2, None, nodes(node, n_ended)))
         world.now += 1.0
@@ -344,16 +346,16 @@ def test_what_had_not_begun_to_load_is_not_to_blame():
     for n in range(30):
         actions = world.decide()
         failed += [action.key for action in actions if isinstance(action, Fail)]
-        wanted = [action for action in actions if isinstance(action, Warm)]
+        wanted = [action for action in actions if isinstance(action, Load)]
         if not wanted:
             continue
         worker = wanted[0].worker
         if "a" in {warm.context for warm in wanted}:
-            world.tell(ResidencyReported(worker, "a", Standing.LOADING))
+            world.tell(ResidencyReported(worker, "a", Tier.LOADING))
             world.tell(WorkerLeft(worker), WorkerJoined(f"w-{n}", 2, None, "one"))
         else:
-            world.tell(ResidencyReported(worker, "b", Standing.LOADING))
-            world.tell(ResidencyReported(worker, "b", Standing.WARM, 1.0))
+            world.tell(ResidencyReported(worker, "b", Tier.LOADING))
+            world.tell(ResidencyReported(worker, "b", Tier.DEVICE, seconds=1.0))
             break
     assert failed == ["a0"]
     assert assigned(world.decide()) == [("b0", worker)]
@@ -372,8 +374,8 @@ def test_what_has_been_loaded_before_does_not_end_its_processes_so_soon():
 def test_workers_that_somebody_has_begin_anew_have_not_failed():
     world = on_nodes(one=1)
     for n in range(10):
-        (warm,) = [action for action in world.decide() if isinstance(action, Warm)]
-        world.tell(ResidencyReported(warm.worker, warm.context, Standing.LOADING))
+        (warm,) = [action for action in world.decide() if isinstance(action, Load)]
+        world.tell(ResidencyReported(warm.worker, warm.context, Tier.LOADING))
         world.tell(Restarted(), WorkerLeft(warm.worker))
         world.tell(WorkerJoined(f"w-{n}", 2, None, "one"))
     assert not world.state.failures.of_context
@@ -385,7 +387,7 @@ def test_what_is_said_last_of_a_size_counts_until_it_is_measured():
         state.apply(ContextDeclared("a", "a", n_bytes), 0.0)
     assert state.sizes == {"a": 4}
     state.apply(WorkerJoined("w", 2), 0.0)
-    state.apply(ResidencyReported("w", "a", Standing.WARM, 1.0, n_bytes=6), 0.0)
+    state.apply(ResidencyReported("w", "a", Tier.DEVICE, seconds=1.0, n_bytes=6), 0.0)
     state.apply(ContextDeclared("a", "a", 5), 0.0)
     assert state.sizes == {"a": 6}
 
@@ -399,7 +401,7 @@ def test_workers_that_are_lost_with_their_nodes_are_nobodys_fault():
 def test_a_failed_load_does_no_harm_where_another_worker_is_warm():
     world = World("w0", "w1")
     world.warm("w0")
-    world.tell(ResidencyReported("w1", "a", Standing.FAILED, 0.1, "no memory"))
+    world.tell(ResidencyReported("w1", "a", Tier.FAILED, seconds=0.1, error="no memory"))
     world.park(3)
     assert {worker for _, worker in assigned(world.decide())} == {"w0"}
 
@@ -508,7 +510,7 @@ def n_calls_to_decide(n_contexts, device_bytes):
         for worker, view in world.state.workers.items():
             view.device_bytes = device_bytes
             world.warm(worker, name, seconds=1.0)
-            world.tell(ResidencyReported(worker, name, [Standing.COLD, Standing.LOWERED][i % 2]))
+            world.tell(ResidencyReported(worker, name, [Tier.ABSENT, Tier.HOST][i % 2]))
         world.park(1, group)
         world.learn(group, "w0", 1.0)
     return n_calls(lambda: decide(world.state, 1.0)) + n_calls(lambda: decide(world.state, 2.0))
@@ -523,8 +525,8 @@ def test_what_a_decision_takes_grows_no_faster_than_contexts(device_bytes):
 def test_what_is_cold_on_a_worker_is_forgotten():
     world = World("w0")
     world.warm("w0")
-    world.tell(ResidencyReported("w0", "a", Standing.COLD))
-    assert not world.state.workers["w0"].standings
+    world.tell(ResidencyReported("w0", "a", Tier.ABSENT))
+    assert not world.state.workers["w0"].tiers
 
 
 def test_sizes_that_become_known_count_at_once():
@@ -533,7 +535,7 @@ def test_sizes_that_become_known_count_at_once():
     world.warm("w0", "a")
     world.tell(ContextDeclared("a", "a", 10), ContextDeclared("a", "a", 20))
     assert world.state.free_bytes(world.state.workers["w0"]) == 80
-    world.tell(ResidencyReported("w1", "a", Standing.WARM, n_bytes=30))
+    world.tell(ResidencyReported("w1", "a", Tier.DEVICE, n_bytes=30))
     assert world.state.free_bytes(world.state.workers["w0"]) == 70
     world.state.validate()
 
@@ -545,6 +547,6 @@ def test_work_that_was_withdrawn_and_came_again_fails_once():
     world.park(1)
     for _ in range(3):
         world.decide()
-        world.tell(ResidencyReported("w0", "a", Standing.FAILED, error="no weights"))
+        world.tell(ResidencyReported("w0", "a", Tier.FAILED, error="no weights"))
     failed = [action.key for action in world.decide() if isinstance(action, Fail)]
     assert sorted(failed) == ["a0", "a1"]

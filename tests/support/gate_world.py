@@ -5,15 +5,15 @@ from __future__ import annotations
 from dask_pcm.scheduling.events import (
     Assign,
     Group,
+    Load,
     ResidencyReported,
-    Standing,
-    Warm,
     Work,
     WorkerJoined,
     WorkParked,
 )
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.state.state import GateState
+from dask_pcm.tiers import Tier
 
 A, B = Group(("a",), "infer"), Group(("b",), "infer")
 
@@ -36,7 +36,7 @@ class World:
             self.tell(WorkParked(Work(f"{group.contexts[0]}{i}", group, priority, n_rows)))
 
     def warm(self, worker, context="a", seconds=0.0):
-        self.tell(ResidencyReported(worker, context, Standing.WARM, seconds))
+        self.tell(ResidencyReported(worker, context, Tier.DEVICE, seconds=seconds))
 
     def decide(self, **options):
         actions = decide(self.state, self.now, **options)
@@ -51,7 +51,7 @@ class World:
 
 
 def warmed(actions):
-    return {action.worker for action in actions if isinstance(action, Warm)}
+    return {action.worker for action in actions if isinstance(action, Load)}
 
 
 def assigned(actions):

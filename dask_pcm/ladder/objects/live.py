@@ -83,7 +83,7 @@ class Live:
         """Bytes of the image's memory that it uses; they count as this process's once touched."""
         return self.image.n_bytes if self._is_mapped and self.image is not None else 0
 
-    def lower(self) -> bool:
+    def offload(self) -> bool:
         """Leave the device for the host's memory; False where there is no way to.
 
         What the object holds at this moment is what it will hold again, to the bit.
@@ -107,7 +107,7 @@ class Live:
             storage.resize_(0)
         return True
 
-    def rise(self) -> None:
+    def restore(self) -> None:
         """Be on the device again."""
         if self._recipe.offload is not None and self._recipe.restore is not None:
             self._replace(self._recipe.restore(self.value))

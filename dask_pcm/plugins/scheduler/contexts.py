@@ -11,16 +11,10 @@ from dask_pcm.context.context import ContextRef
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.plugins.scheduler.workers import Workers
-from dask_pcm.scheduling.events import ContextDeclared, ResidencyReported, Standing
+from dask_pcm.scheduling.events import ContextDeclared, ResidencyReported
+from dask_pcm.tiers import Tier
 
-_STANDINGS = {
-    "loading": Standing.LOADING,
-    "device": Standing.WARM,
-    "host": Standing.LOWERED,
-    "absent": Standing.COLD,
-    "failed": Standing.FAILED,
-}
-_HELD = (Standing.WARM, Standing.LOADING, Standing.LOWERED)
+_HELD = (Tier.DEVICE, Tier.LOADING, Tier.HOST)
 
 
 @dataclass(slots=True)
@@ -105,18 +99,28 @@ class Contexts(Service):
         **kwargs: Any,
     ) -> None:
         """A context moved on a worker, or could not be moved."""
-        standing = _STANDINGS[tier]
-        if standing is Standing.WARM and is_built:
+        reported = ResidencyReported(
+            worker,
+            digest,
+            Tier(tier),
+            seconds=seconds,
+            error=error,
+            is_built=is_built,
+            n_bytes=n_bytes,
+            device_bytes=device_bytes,
+            kind=kind,
+            staged_s=staged_s,
+        )
+        if reported.tier is Tier.DEVICE and is_built:
             loads = self.loads.setdefault(digest, Loads())
             loads.n, loads.seconds = loads.n + 1, loads.seconds + seconds
-        said = (seconds, error, is_built, n_bytes, device_bytes, kind, staged_s)
-        self._hub.apply(ResidencyReported(worker, digest, standing, *said))
+        self._hub.apply(reported)
 
     async def on_release(self, digests: list[str]) -> int:
         """A client has workers drop contexts; returns how many workers hold one of them."""
         n_holding = 0
         for address, view in self._hub.state.workers.items():
-            n_holding += any(view.standings.get(digest) in _HELD for digest in digests)
+            n_holding += any(view.tiers.get(digest) in _HELD for digest in digests)
             for digest in digests:
                 self._workers.tell(address, {"op": "pcm-release", "digest": digest})
         # Also where the worker that had it is gone.

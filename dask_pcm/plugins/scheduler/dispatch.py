@@ -17,7 +17,7 @@ from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.parked import ParkedTasks
 from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.plugins.scheduler.workers import Workers
-from dask_pcm.scheduling.events import Action, Assign, Cool, Fail, Shun, Warm, WorkEnded
+from dask_pcm.scheduling.events import Action, Assign, Fail, Load, Offload, Quarantine, WorkEnded
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +46,15 @@ class Dispatch(Service):
 
     def _act(self, action: Action) -> None:
         match action:
-            case Warm(worker, context):
+            case Load(worker, context):
                 self._load(worker, context)
-            case Cool(worker, context):
-                self._workers.tell(worker, {"op": "pcm-lower", "digest": context})
+            case Offload(worker, context):
+                self._workers.tell(worker, {"op": "pcm-offload", "digest": context})
             case Fail(key, error=error):
                 ts = self._hub.scheduler.tasks.get(key)
                 if ts is not None and ts.state == "no-worker":
                     end_with(self._hub, ts, LoadError(error))
-            case Shun(host, seconds, error):
+            case Quarantine(host, seconds, error):
                 logger.warning("Node %s is left alone for %.3g s: %s", host, seconds, error)
 
     def _load(self, worker: str, context: str) -> None:

@@ -172,7 +172,7 @@ class GatePlugin(SchedulerPlugin):
         self._be_last()
         for service in self.hub.services:
             service.tick()
-        if self.config.idle_s is not None:
+        if self.hub.config.idle_s is not None:
             self.hub.wake()
 
     def _be_last(self) -> None:

@@ -32,7 +32,7 @@ from dask_pcm.ladder.device import cpu_model, device_model
 from dask_pcm.ladder.files.staging import Staging
 from dask_pcm.ladder.objects.images import Host
 from dask_pcm.ladder.objects.tensors import device_bytes
-from dask_pcm.ladder.residency import Change, Tier
+from dask_pcm.ladder.residency import Change
 from dask_pcm.ladder.store import Store, of_process
 from dask_pcm.plugins.interrupts import Ignored
 from dask_pcm.plugins.nanny.plugin import NannyLink
@@ -43,6 +43,7 @@ from dask_pcm.plugins.worker.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.worker.memory import MemoryAllowance
 from dask_pcm.plugins.worker.staging import Fetcher
 from dask_pcm.plugins.worker.tuning import give_back_memory, tuning
+from dask_pcm.tiers import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         open_lanes(worker, self.config.n_lanes)
         worker.stream_handlers["pcm-load"] = self.on_load
         worker.stream_handlers["pcm-return"] = self.on_return
-        worker.stream_handlers["pcm-lower"] = self._if_now(self.on_lower)
+        worker.stream_handlers["pcm-offload"] = self._if_now(self.on_offload)
         worker.stream_handlers["pcm-release"] = self._if_now(self.on_release)
         worker.stream_handlers["pcm-welcome"] = self._if_now(self.fetcher.on_welcome)
         worker.stream_handlers["pcm-copy"] = self._if_now(self.fetcher.on_copy)
@@ -187,9 +188,9 @@ class ContextPlugin(Travels, WorkerPlugin):
         self._wanted.add(wanted.digest)
         self._loader.submit(self._load, wanted)
 
-    def on_lower(self, digest: str) -> None:
+    def on_offload(self, digest: str) -> None:
         """Another context is wanted more, or nobody has used this one for long."""
-        self._mover.submit(self.store.lower, digest)
+        self._mover.submit(self.store.offload, digest)
 
     def on_release(self, digest: str) -> None:
         """Nobody wants a context any more."""

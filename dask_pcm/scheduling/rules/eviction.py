@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dask_pcm.scheduling.events import Action, Cool, Fail, Group, Leave, Standing
+from dask_pcm.scheduling.events import Action, Fail, Group, Offload, Vacate
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
+from dask_pcm.tiers import Tier
 
 #: A turn lasts so many times what moving takes.
 TURNS = 4.0
@@ -82,8 +83,8 @@ def room(
         return []
     rivals = [
         context
-        for context, standing in view.standings.items()
-        if standing is Standing.WARM and context not in group.contexts
+        for context, tier in view.tiers.items()
+        if tier is Tier.DEVICE and context not in group.contexts
     ]
     leaving: list[str] = []
     for context in sorted(rivals, key=lambda c: _worth(state, view, c, claims, now)):
@@ -102,11 +103,11 @@ def make_room(
     """Have contexts leave, at once where nothing that is there needs them."""
     in_use = view.in_use()
     if not in_use.intersection(leaving):
-        yield from (Cool(view.address, context) for context in leaving)
+        yield from (Offload(view.address, context) for context in leaving)
         return
     for context in leaving:
         if context not in view.leaving:
-            yield Leave(view.address, context, group)
+            yield Vacate(view.address, context, group)
 
 
 def _worth(
@@ -179,7 +180,7 @@ def cool(state: GateState, now: float, idle_s: float) -> None:
     wanted = {context for group in state.groups() for context in group.contexts}
     for view in state.workers.values():
         wanted_here = view.in_use() | wanted
-        for context, standing in list(view.standings.items()):
+        for context, tier in list(view.tiers.items()):
             is_idle = now - view.used_at.get(context, now) >= idle_s
-            if standing is Standing.WARM and is_idle and context not in wanted_here:
-                state.decide(Cool(view.address, context), now)
+            if tier is Tier.DEVICE and is_idle and context not in wanted_here:
+                state.decide(Offload(view.address, context), now)

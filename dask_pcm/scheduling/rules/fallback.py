@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from dask_pcm.scheduling.events import Assign, Group, Standing, Warm
+from dask_pcm.scheduling.events import Assign, Group, Load
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
+from dask_pcm.tiers import Tier
 
 
 def stalled(state: GateState, now: float, stall_s: float) -> object | None:
@@ -30,12 +31,12 @@ def stalled(state: GateState, now: float, stall_s: float) -> object | None:
 
 
 def _is_idle(view: WorkerView) -> bool:
-    return not view.running and Standing.LOADING not in view.standings.values()
+    return not view.running and Tier.LOADING not in view.tiers.values()
 
 
 def _is_at_it(view: WorkerView, group: Group) -> bool:
     """Whether a worker does what is alike, or is about to."""
-    is_loading = any(view.standings.get(c) is Standing.LOADING for c in group.contexts)
+    is_loading = any(view.tiers.get(c) is Tier.LOADING for c in group.contexts)
     return is_loading or any(other.costs == group.costs for other in view.n_rows)
 
 
@@ -48,5 +49,5 @@ def assign_plainly(state: GateState, now: float) -> None:
             if work is None:
                 break
             for context in view.missing(group.contexts):
-                state.decide(Warm(view.address, context), now)
+                state.decide(Load(view.address, context), now)
             state.decide(Assign(work.key, view.address), now)

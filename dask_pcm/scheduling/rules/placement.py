@@ -70,7 +70,7 @@ class Placement:
 
     def _waiting_for(self, view: WorkerView) -> Iterable[Group]:
         """Groups with work that waits for some context that a worker has."""
-        by_context, standings = self._state.waiting.by_context, view.standings
+        by_context, standings = self._state.waiting.by_context, view.tiers
         if len(standings) <= len(by_context):
             wanted = [context for context in standings if context in by_context]
         else:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dask_pcm.scheduling.events import Action, Fail, GivenUp, Group, Shun, Standing
+from dask_pcm.scheduling.events import Action, Fail, Group, LoadsGivenUp, Quarantine
 from dask_pcm.scheduling.learned.failures import DEVICE, END_OF_PROCESS
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
+from dask_pcm.tiers import Tier
 
 #: A context that fails otherwise each time is tried so many times as often.
 _PATIENCE = 3
 
 
-def shun(state: GateState, now: float) -> Iterator[Shun]:
+def shun(state: GateState, now: float) -> Iterator[Quarantine]:
     """Leave nodes alone on which everything fails; welcome those that have been for long enough.
 
     A failure tells of the node, and not of what was loaded, where the device cannot be used, or
@@ -23,20 +24,20 @@ def shun(state: GateState, now: float) -> Iterator[Shun]:
     failures = state.failures
     for address, context in failures.rested(now):
         rested = state.workers.get(address)
-        if rested is not None and rested.standings.get(context) is Standing.FAILED:
-            del rested.standings[context]
+        if rested is not None and rested.tiers.get(context) is Tier.FAILED:
+            del rested.tiers[context]
     for host in failures.welcome(now):
         for view in state.workers.values():
             if view.host == host:
-                for context, standing in list(view.standings.items()):
-                    if standing is Standing.FAILED:
-                        del view.standings[context]
+                for context, tier in list(view.tiers.items()):
+                    if tier is Tier.FAILED:
+                        del view.tiers[context]
     for host, failed in list(failures.of_host.items()):
         here = [view for view in state.workers.values() if view.host == host]
-        if any(standing is Standing.WARM for view in here for standing in view.standings.values()):
+        if any(tier is Tier.DEVICE for view in here for tier in view.tiers.values()):
             del failures.of_host[host]
         else:
-            yield Shun(host, failures.next_shun_s(host), failed[-1][2])
+            yield Quarantine(host, failures.next_shun_s(host), failed[-1][2])
 
 
 def give_up(
@@ -59,7 +60,7 @@ def give_up(
     worst = max(failed, key=lambda context: len(failures.of_context.get(context, ())))
     if worst in failures.given_up or _has_failed_enough(state, worst, views, n_load_attempts):
         yield from (Fail(key, worst, failures.errors[worst]) for key in state.keys(group))
-        yield GivenUp(worst)
+        yield LoadsGivenUp(worst)
 
 
 def _give_up_devices(
@@ -88,7 +89,7 @@ def _give_up_devices(
     errors = "\n".join(sorted(said))
     error = f"No node can be used, and all have been tried {n_load_attempts} times:\n{errors}"
     yield from (Fail(key, context, error) for key in state.keys(group))
-    yield GivenUp(context)
+    yield LoadsGivenUp(context)
 
 
 def _has_failed_enough(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from dask_pcm.scheduling.events import Group, Standing
+from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
+from dask_pcm.tiers import Tier
 
 
 def n_workers_wanted(state: GateState, target_s: float) -> int:
@@ -30,13 +31,10 @@ def needed_workers(state: GateState, workers: Iterable[str]) -> set[str]:
 
 def is_needed(state: GateState, view: WorkerView) -> bool:
     """Whether a worker is loading, at work, or warm for work that waits or is expected."""
-    if view.running or Standing.LOADING in view.standings.values():
+    if view.running or Tier.LOADING in view.tiers.values():
         return True
     wanted = {context for group in state.groups() for context in group.contexts}
-    return any(
-        standing is Standing.WARM and context in wanted
-        for context, standing in view.standings.items()
-    )
+    return any(tier is Tier.DEVICE and context in wanted for context, tier in view.tiers.items())
 
 
 def _share(state: GateState, group: Group, target_s: float) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dask_pcm.scheduling.events import Group, Warm
+from dask_pcm.scheduling.events import Group, Load
 from dask_pcm.scheduling.rules.drain_time import Water, drain_s, offers
 from dask_pcm.scheduling.rules.eviction import Claims, make_room, room
 from dask_pcm.scheduling.rules.quarantine import device_error, is_hopeful, n_failures
@@ -78,7 +78,7 @@ def warm(
             state.decide(action, now)
         if not view.in_use().intersection(one.leaving):
             for context in view.missing(group.contexts):
-                state.decide(Warm(view.address, context), now, one.ready_s, drained_s)
+                state.decide(Load(view.address, context), now, one.ready_s, drained_s)
 
 
 def _cold(
@@ -119,7 +119,7 @@ def _for_each_piece(
         n_wanted = min(n_wanted, 1)  # once more, but not all at once
 
     def ease(one: _Cold) -> tuple[int, int, int]:
-        return one.n_failures, len(one.view.running), len(one.view.standings)
+        return one.n_failures, len(one.view.running), len(one.view.tiers)
 
     return sorted(free, key=ease)[:n_wanted]
 

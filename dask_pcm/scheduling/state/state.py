@@ -12,19 +12,18 @@ from dask_pcm.scheduling.events import (
     Action,
     Assign,
     ContextDeclared,
-    Cool,
     Event,
     Fail,
-    GivenUp,
     Group,
-    Leave,
+    Load,
+    LoadsGivenUp,
+    Offload,
+    Quarantine,
     ResidencyReported,
     Restarted,
     RunClosed,
     RunReported,
-    Shun,
-    Standing,
-    Warm,
+    Vacate,
     Work,
     WorkEnded,
     WorkerDraining,
@@ -39,8 +38,9 @@ from dask_pcm.scheduling.learned.failures import Failures
 from dask_pcm.scheduling.learned.fairness import Shares
 from dask_pcm.scheduling.learned.lifetimes import Pool, expected_s
 from dask_pcm.scheduling.state.queue import Waiting
-from dask_pcm.scheduling.state.worker import THERE, WorkerView, still_s
+from dask_pcm.scheduling.state.worker import WorkerView, still_s
 from dask_pcm.scheduling.units import Askers
+from dask_pcm.tiers import ON_DEVICE, Tier
 
 #: Decisions that are remembered, for whoever asks why.
 N_DECISIONS = 2_000
@@ -160,20 +160,20 @@ class GateState:
                 self.failures.clear()
                 for view in self.workers.values():
                     view.begun.clear()
-            case Warm(worker, context):
+            case Load(worker, context):
                 view = self.workers[worker]
                 view.loading_s[context] = self.warm_s(view, context)
                 view.loading_since[context] = self.moved_at[context] = now
-                self._stand(view, context, Standing.LOADING)
-            case Cool(worker, context):
-                self._stand(self.workers[worker], context, Standing.LOWERED)
+                self._stand(view, context, Tier.LOADING)
+            case Offload(worker, context):
+                self._stand(self.workers[worker], context, Tier.HOST)
                 self.workers[worker].leaving.pop(context, None)
-            case Leave(worker, context, group):
+            case Vacate(worker, context, group):
                 self.workers[worker].leaving[context] = group
                 self.moved_at[group] = now
-            case Shun(host, seconds, error):
+            case Quarantine(host, seconds, error):
                 self.failures.shun(host, now + seconds, error)
-            case GivenUp(context):
+            case LoadsGivenUp(context):
                 self.failures.given_up.add(context)
 
     def decide(self, action: Action, now: float, *numbers: float) -> None:
@@ -290,7 +290,7 @@ class GateState:
     def warm_s(self, view: WorkerView, context: str) -> float:
         """Estimated seconds to bring a context to a worker's device."""
         n_bytes = self.sizes.get(context, 0)
-        if view.standings.get(context) is Standing.LOWERED:
+        if view.tiers.get(context) is Tier.HOST:
             return self.cost.restore_s(context, view.device, n_bytes)
         load_s = self.cost.load_s(context, view.device, n_bytes)
         if view.host in self.staged_on.get(context, ()):
@@ -338,11 +338,11 @@ class GateState:
             groups = [work.group for work in view.running.values()]
             assert view.n_works == {group: groups.count(group) for group in set(groups)}
             assert view.n_rows.keys() == view.n_works.keys()
-            there = [c for c, standing in view.standings.items() if standing in THERE]
+            there = [c for c, tier in view.tiers.items() if tier in ON_DEVICE]
             assert view.taken_bytes == sum(self.sizes.get(c, 0) for c in there), view.address
-            assert Standing.COLD not in view.standings.values(), view.address
+            assert Tier.ABSENT not in view.tiers.values(), view.address
             for context in view.leaving:
-                assert view.standings.get(context) is Standing.WARM, (view.address, context)
+                assert view.tiers.get(context) is Tier.DEVICE, (view.address, context)
             if view.is_taken:
                 assert len(view.running) == 1, view.running
 
@@ -350,8 +350,8 @@ class GateState:
         """Somebody asks anew for contexts that were given up: they are tried again."""
         for context in self.failures.forgive(group.contexts):
             for view in self.workers.values():
-                if view.standings.get(context) is Standing.FAILED:
-                    del view.standings[context]
+                if view.tiers.get(context) is Tier.FAILED:
+                    del view.tiers[context]
 
     def _park(self, work: Work, now: float) -> None:
         if self.failures.given_up:
@@ -425,7 +425,7 @@ class GateState:
         self.pools.setdefault(pool, Pool()).join(now)
         self.changed[event.worker] = None
         for context in self.failures.blame(view.host, self.names, now):
-            self._stand(view, context, Standing.FAILED)
+            self._stand(view, context, Tier.FAILED)
 
     def _lose(self, worker: str, is_lost: bool, now: float) -> None:
         view = self.workers.pop(worker, None)
@@ -447,26 +447,26 @@ class GateState:
             return
         self.changed[view.address] = None
         is_asked = report.context in view.loading_since
-        if report.standing is Standing.FAILED and not is_asked:
+        if report.tier is Tier.FAILED and not is_asked:
             # A task has loaded it where the gate does not see: whoever asks here has it tried.
-            self._stand(view, report.context, Standing.COLD)
+            self._stand(view, report.context, Tier.ABSENT)
             return
-        self._stand(view, report.context, report.standing)
-        if report.standing is not Standing.WARM:
+        self._stand(view, report.context, report.tier)
+        if report.tier is not Tier.DEVICE:
             view.leaving.pop(report.context, None)
         if report.n_bytes:
             self._resize(report.context, report.n_bytes)
             self.measured.add(report.context)
         if report.device_bytes is not None:
             view.device_bytes = report.device_bytes
-        if report.standing is Standing.LOADING:
+        if report.tier is Tier.LOADING:
             view.begun.add(report.context)
         else:
             view.begun.discard(report.context)
             view.loading_since.pop(report.context, None)
-        if report.standing is Standing.WARM:
+        if report.tier is Tier.DEVICE:
             self._warmed(view, report, now)
-        if report.standing is Standing.FAILED:
+        if report.tier is Tier.FAILED:
             error = report.error or "no reason was given"
             has_loaded = self.cost.has_loaded(report.context)
             self.failures.add(view.host, report.context, report.kind, error, has_loaded)
@@ -485,16 +485,16 @@ class GateState:
         if report.is_built:
             staged_on.add(view.host)
 
-    def _stand(self, view: WorkerView, context: str, standing: Standing) -> None:
+    def _stand(self, view: WorkerView, context: str, tier: Tier) -> None:
         n_bytes = self.sizes.get(context, 0)
-        before = view.standings.pop(context, Standing.COLD)
-        if standing is not Standing.COLD:
-            view.standings[context] = standing
-        view.taken_bytes += n_bytes * ((standing in THERE) - (before in THERE))
+        before = view.tiers.pop(context, Tier.ABSENT)
+        if tier is not Tier.ABSENT:
+            view.tiers[context] = tier
+        view.taken_bytes += n_bytes * ((tier in ON_DEVICE) - (before in ON_DEVICE))
 
     def _resize(self, context: str, n_bytes: int) -> None:
         grown = n_bytes - self.sizes.get(context, 0)
         self.sizes[context] = n_bytes
         for view in self.workers.values():
-            if view.standings.get(context) in THERE:
+            if view.tiers.get(context) in ON_DEVICE:
                 view.taken_bytes += grown

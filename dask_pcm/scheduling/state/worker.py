@@ -7,12 +7,10 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from dask_pcm.scheduling.events import Group, Standing, Work
+from dask_pcm.scheduling.events import Group, Work
+from dask_pcm.tiers import ON_DEVICE, Tier
 
 K = TypeVar("K", bound=Hashable)
-
-#: Standings that take room on a device.
-THERE = (Standing.WARM, Standing.LOADING)
 
 
 @dataclass(slots=True)
@@ -32,7 +30,7 @@ class WorkerView:
     is_draining: bool = False
     is_paused: bool = False
     #: What is cold has none.
-    standings: dict[str, Standing] = field(default_factory=dict)
+    tiers: dict[str, Tier] = field(default_factory=dict)
     #: What takes room on the device, as far as sizes are known.
     taken_bytes: int = 0
     running: dict[object, Work] = field(default_factory=dict)
@@ -92,19 +90,19 @@ class WorkerView:
         return {context for group in self.n_rows for context in group.contexts}
 
     def holds(self, contexts: tuple[str, ...]) -> bool:
-        return all(self.standings.get(context) is Standing.WARM for context in contexts)
+        return all(self.tiers.get(context) is Tier.DEVICE for context in contexts)
 
     def has(self, contexts: tuple[str, ...]) -> bool:
         """Whether it holds these, or is about to."""
-        return all(self.standings.get(context) in THERE for context in contexts)
+        return all(self.tiers.get(context) in ON_DEVICE for context in contexts)
 
     def missing(self, contexts: tuple[str, ...]) -> tuple[str, ...]:
         """Of `contexts`, those neither warm nor loading."""
-        return tuple(c for c in contexts if self.standings.get(c) not in THERE)
+        return tuple(c for c in contexts if self.tiers.get(c) not in ON_DEVICE)
 
     def failed(self, contexts: tuple[str, ...]) -> str | None:
         """One of `contexts` that could not be loaded here."""
-        failed = (c for c in contexts if self.standings.get(c) is Standing.FAILED)
+        failed = (c for c in contexts if self.tiers.get(c) is Tier.FAILED)
         return next(failed, None)
 
     @property

@@ -13,15 +13,14 @@ from dask_pcm.config import Config
 from dask_pcm.scheduling.events import (
     Assign,
     ContextDeclared,
-    Cool,
     Event,
     Fail,
     Group,
+    Load,
+    Offload,
     ResidencyReported,
     RunClosed,
     RunReported,
-    Standing,
-    Warm,
     Work,
     WorkEnded,
     WorkerDraining,
@@ -37,6 +36,7 @@ from dask_pcm.simulation.policies.window import Unit, Window
 from dask_pcm.simulation.scenario.scenario import RunSpec
 from dask_pcm.simulation.world.staging import Swarm
 from dask_pcm.simulation.world.world import Worker, World
+from dask_pcm.tiers import Tier
 
 #: How often a run tells the gate what is still to come (``ledger/output.py``).
 _LOOK_S = 0.25
@@ -55,7 +55,7 @@ class Gate:
         self._windows: dict[str, Window] = {}
         self._n_to_come = len(world.scenario.runs)
         self._lanes: dict[str, Lanes] = {}
-        self._lowered: set[tuple[str, str]] = set()
+        self._offloaded: set[tuple[str, str]] = set()
         self._is_woken = False
         self._decided_s = float("-inf")
 
@@ -172,10 +172,10 @@ class Gate:
             match action:
                 case Assign(key, name):
                     self._assign(key, self._lanes[name])
-                case Warm(name, context):
+                case Load(name, context):
                     self._to(name, functools.partial(self._warm, self._lanes[name].worker, context))
-                case Cool(name, context):
-                    self._lowered.add((name, context))
+                case Offload(name, context):
+                    self._offloaded.add((name, context))
                 case Fail(key):
                     self._fail(key)
 
@@ -195,27 +195,27 @@ class Gate:
         start_s = self._world.clock.now
         spec = self._world.scenario.contexts[context]
 
-        def report(is_built: bool, standing: Standing) -> None:
-            error = "it is broken" if standing is Standing.FAILED else None
+        def report(is_built: bool, tier: Tier) -> None:
+            error = "it is broken" if tier is Tier.FAILED else None
             seconds = self._world.clock.now - start_s
             said = ResidencyReported(
                 worker.name,
                 context,
-                standing,
-                seconds,
-                error,
-                is_built,
-                spec.device_bytes,
-                self._world.scenario.device_bytes[worker.life.device],
-                "broken" if error else "",
+                tier,
+                seconds=seconds,
+                error=error,
+                is_built=is_built,
+                n_bytes=spec.device_bytes,
+                device_bytes=self._world.scenario.device_bytes[worker.life.device],
+                kind="broken" if error else "",
             )
             self._to(worker.name, lambda: self._apply(said))
 
-        if (worker.name, context) in self._lowered:
-            self._lowered.discard((worker.name, context))
-            self._world.later(worker, spec.restore_s, lambda: report(False, Standing.WARM))
+        if (worker.name, context) in self._offloaded:
+            self._offloaded.discard((worker.name, context))
+            self._world.later(worker, spec.restore_s, lambda: report(False, Tier.DEVICE))
             return
-        standings = {True: Standing.WARM, False: Standing.FAILED}
+        standings = {True: Tier.DEVICE, False: Tier.FAILED}
         self._world.load(worker, context, lambda is_built: report(is_built, standings[is_built]))
 
     def _fail(self, key: object) -> None:

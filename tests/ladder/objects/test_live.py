@@ -39,10 +39,10 @@ def test_down_and_up_again_it_is_the_same_object_to_the_bit(has_image):
     identities = identities_of(live.value)
     strides = {name: tensor.stride() for name, tensor in live.value.state_dict().items()}
     for _ in range(3):
-        assert live.lower()
+        assert live.offload()
         assert live.n_bytes == 0
         assert not any(t.untyped_storage().nbytes() for t in live.value.state_dict().values())
-        live.rise()
+        live.restore()
         assert identities_of(live.value) == identities
         assert {n: t.stride() for n, t in live.value.state_dict().items()} == strides
         assert all(torch.equal(t, before[n]) for n, t in live.value.state_dict().items())
@@ -55,8 +55,8 @@ def test_what_a_task_has_changed_stays_changed():
     with torch.no_grad():
         live.value[0].weight[3, 3] = 42.0
     for _ in range(2):
-        assert live.lower()
-        live.rise()
+        assert live.offload()
+        live.restore()
         assert live.value[1].weight[3, 3] == 42.0
     found, _ = kept.thaw(is_mapped=True)  # what the next process finds is as it was loaded
     assert found[0].weight[3, 3] != 42.0
@@ -67,8 +67,8 @@ def test_mapped_it_has_been_there_all_the_time():
     value = live.value
     with torch.no_grad():
         value[0].weight[3, 3] = 42.0
-    assert live.lower()
-    live.rise()
+    assert live.offload()
+    live.restore()
     assert live.value is value and value[1].weight[3, 3] == 42.0
 
 
@@ -78,8 +78,8 @@ def test_of_a_device_it_is_not_mapped(monkeypatch):
     monkeypatch.setattr(Image, "is_on_device", True)
     live = Live.of_image(image, PLAIN, is_mapped=True)
     assert live.mapped_bytes == 0
-    assert live.lower() and live.n_bytes == 0
-    live.rise()
+    assert live.offload() and live.n_bytes == 0
+    live.restore()
     assert live.value[0].weight.any()
 
 
@@ -93,14 +93,14 @@ def test_what_cannot_be_pickled_goes_by_its_modules():
     with torch.no_grad():
         before = live.value.model(rows)
     assert live.image is None and live.n_bytes > 0
-    assert live.lower() and live.n_bytes == 0
-    live.rise()
+    assert live.offload() and live.n_bytes == 0
+    live.restore()
     assert torch.equal(live.value.model(rows), before)
 
 
 def test_what_has_no_tensors_has_no_way_down():
-    assert not live_of(object()).lower()
-    assert not live_of({"text": "text"}).lower()
+    assert not live_of(object()).offload()
+    assert not live_of({"text": "text"}).offload()
 
 
 def test_hooks_move_what_is_theirs():
@@ -109,8 +109,8 @@ def test_hooks_move_what_is_theirs():
     recipe = Recipe(model, (), {}, offload=said.append, restore=lambda v: (said.append(v), v)[1])
     live = live_of(value, recipe)
     assert live.image is None
-    assert live.lower() and live.value is value
-    live.rise()
+    assert live.offload() and live.value is value
+    live.restore()
     assert said == [value, value]
 
 
@@ -122,22 +122,22 @@ def test_a_storage_that_cannot_be_emptied_stays_where_it_is():
         return value
 
     live = live_of(half())
-    assert live.lower()
+    assert live.offload()
     assert live.value.table.tolist() == list(range(10))
     assert not live.value[0].weight.untyped_storage().nbytes()
-    live.rise()
+    live.restore()
     assert live.value[0].weight.any() and live.value[0].bias.any()
 
 
 def test_memory_that_processes_share_stays_where_it_is():
     live = live_of(model().share_memory())
-    assert not live.lower()
+    assert not live.offload()
     assert live.value[0].weight.any()
 
 
 def test_where_there_is_no_memory_for_it_everything_is_as_before(monkeypatch):
     live = live_of(model())
-    assert live.lower()
+    assert live.offload()
 
     def refuse(*args):
         raise MemoryError
@@ -145,9 +145,9 @@ def test_where_there_is_no_memory_for_it_everything_is_as_before(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("dask_pcm.ladder.objects.tensors.read", refuse)
         with pytest.raises(MemoryError):
-            live.rise()
+            live.restore()
     assert live.n_bytes == 0
-    live.rise()
+    live.restore()
     assert live.value[0].weight.any()
 
 
@@ -200,13 +200,13 @@ def test_what_somebody_else_has_a_part_of_is_not_emptied(taken, is_picklable):
     with torch.no_grad():
         result = taken(live.value)
         expected = [tensor.clone() for tensor in tensors_of(result)]
-    assert not live.lower()
+    assert not live.offload()
     assert all(map(torch.equal, tensors_of(result), expected))
     is_array = isinstance(result, np.ndarray)  # a storage that had one cannot be emptied
     del result
     gc.disable()  # nor does anything wait for it
     try:
-        assert live.lower()
+        assert live.offload()
         assert bool(live.n_bytes) is is_array
     finally:
         gc.enable()
@@ -226,7 +226,7 @@ def test_what_a_cache_holds_as_well_is_not_emptied():
         return model()
 
     live = live_of(torch.nn.Sequential(base(), model()))
-    assert not live.lower()
+    assert not live.offload()
     assert base()[0].weight.any()
 
 
@@ -256,5 +256,5 @@ def test_hooks_may_free_what_they_move():
     )
     live = live_of(value, recipe)
     size, alive = live.n_bytes, weakref.ref(value[0].weight.untyped_storage())
-    assert live.lower()
+    assert live.offload()
     assert alive() is None and live.n_bytes == size

@@ -21,7 +21,7 @@ from dask_pcm.plugins.scheduler.parking import PARKED
 from dask_pcm.plugins.scheduler.plugin import GATE, GatePlugin
 from dask_pcm.plugins.worker.plugin import CONTEXTS
 from dask_pcm.plugins.worker.task import hold
-from dask_pcm.scheduling.events import Standing
+from dask_pcm.tiers import Tier
 from tests.support.gated import gated, install, poll
 from tests.support.patience import patient
 
@@ -125,7 +125,7 @@ def until(name, i, ctx=None):
 @gated()
 async def test_plain_tasks_do_not_wait_for_context_work(c, s, gate, a, b):
     """However much of it is in a worker's hands."""
-    gate.config = dataclasses.replace(gate.config, pipeline_s=60.0)
+    gate.hub.config = dataclasses.replace(gate.hub.config, pipeline_s=60.0)
     await c.gather(c.map(plus, range(50), ctx=A, key="x"))  # so short that many are sent ahead
     blocked = c.map(until, ["go"] * 200, range(200), ctx=A, key="x")
     await poll(lambda: all(len(w.state.ready) > 4 for w in (a, b)), 10)
@@ -390,7 +390,7 @@ async def test_priorities_across_contexts(c, s, gate, a):
     await wait(low + high + middle)
     ranks = [2 if i < 10 else 0 if i < 20 else 1 for i in DONE]
     # Those on the lanes at the same moment end in any order.
-    before = {at: ranks[: max(0, at + 1 - gate.config.n_lanes)] for at in range(len(ranks))}
+    before = {at: ranks[: max(0, at + 1 - gate.hub.config.n_lanes)] for at in range(len(ranks))}
     assert all(max(before[at], default=0) <= rank for at, rank in enumerate(ranks))
 
 
@@ -496,15 +496,15 @@ def begun(i, ctx=None):
 
 @gated(config={"distributed.worker.memory.pause": False})
 async def test_what_a_paused_worker_has_not_begun_goes_elsewhere(c, s, gate, a, b):
-    gate.config = dataclasses.replace(gate.config, pipeline_s=60.0)
+    gate.hub.config = dataclasses.replace(gate.hub.config, pipeline_s=60.0)
     await wait(c.map(noted, range(-40, 0), ctx=A, key="x"))  # so short that many are sent ahead
     DONE.clear()
     futures = c.map(begun, range(12), ctx=A, key="x")
-    n_begun = 2 * gate.config.n_lanes
+    n_begun = 2 * gate.hub.config.n_lanes
     await poll(lambda: len(DONE) == n_begun, 10)
     sent = [key for key, where in gate.state.placed.items() if where == a.address]
     a.status = Status.paused
-    n_kept = gate.config.n_lanes
+    n_kept = gate.hub.config.n_lanes
     await poll(lambda: len(gate.state.workers[a.address].running) == n_kept, 10)
     assert len(DONE) == n_begun and len(sent) > n_kept
     await Event("go").set()
@@ -514,11 +514,11 @@ async def test_what_a_paused_worker_has_not_begun_goes_elsewhere(c, s, gate, a, 
 
 @gated()
 async def test_what_an_earlier_life_of_a_worker_says_is_ignored(c, s, gate, a, b):
-    before = dict(gate.state.workers[a.address].standings)
+    before = dict(gate.state.workers[a.address].tiers)
     s.stream_handlers["pcm-residency"](
         worker=a.address, epoch="before", digest=A.digest, tier="device", seconds=1, error=None
     )
-    assert gate.state.workers[a.address].standings == before
+    assert gate.state.workers[a.address].tiers == before
 
 
 @gated()
@@ -614,7 +614,7 @@ async def test_released_it_leaves_every_worker_and_is_loaded_again_when_wanted(c
     model = closing("released")
     await c.gather(c.map(work, range(8), ctx=model, seconds=0.05))
     assert await gate.contexts.on_release([model.digest]) == 2
-    await poll(lambda: not any(v.standings.get(model.digest) for v in held(gate)), 5)
+    await poll(lambda: not any(v.residency.get(model.digest) for v in held(gate)), 5)
     assert await Event("closed released").is_set()
     assert not any(w.plugins[CONTEXTS].memory._taken for w in (a, b))
     assert await c.submit(work, 1, ctx=model) == (1, "released")
@@ -623,7 +623,7 @@ async def test_released_it_leaves_every_worker_and_is_loaded_again_when_wanted(c
 def held(gate):
     return [
         dataclasses.replace(
-            view, standings={k: v for k, v in view.standings.items() if v is Standing.WARM}
+            view, standings={k: v for k, v in view.tiers.items() if v is Tier.DEVICE}
         )
         for view in gate.state.workers.values()
     ]
@@ -652,7 +652,7 @@ async def test_released_in_use_it_stays_until_it_is_let_go(c, s, gate, a):
 @gated()
 async def test_unused_for_long_it_leaves(c, s, gate, a, b):
     model = closing("idle")
-    gate.config = dataclasses.replace(gate.config, idle_s=0.6)
+    gate.hub.config = dataclasses.replace(gate.hub.config, idle_s=0.6)
     await c.gather(c.map(work, range(8), ctx=model, seconds=0.05))
     for i in range(4):  # used now and then, it stays
         await asyncio.sleep(0.3)

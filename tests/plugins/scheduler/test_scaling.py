@@ -56,7 +56,7 @@ def test_a_run_reaches_the_maximum_and_gives_its_workers_back(tmp_path):
         state = cluster.scheduler.plugins[GATE].state
 
         def n_warm():
-            return sum(bool(view.standings) for view in list(state.workers.values()))
+            return sum(bool(view.tiers) for view in list(state.workers.values()))
 
         until(lambda: n_warm() == 3, PATIENCE_S, "three workers are warm")
         report = run.wait(PATIENCE_S)

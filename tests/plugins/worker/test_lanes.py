@@ -77,7 +77,7 @@ def until(i, name, ctx=None):
 
 @gated([("127.0.0.1", 3)])
 async def test_the_number_of_threads_stays_what_the_user_has_set(c, s, gate, a):
-    threads, lanes = a.state.nthreads, gate.config.n_lanes
+    threads, lanes = a.state.nthreads, gate.hub.config.n_lanes
     assert threads == 3 and "/3," in repr(a) and a.identity()["nthreads"] == 3
     plain = c.map(until, range(9), name="go")
     context = c.map(until, range(9), name="go", ctx=A)
@@ -109,9 +109,9 @@ async def test_resources_are_given_by_priority_to_both_kinds(c, s, gate, a):
 @gated(1)
 async def test_without_the_toolkit_dasks_own_step_is_back(c, s, gate, a):
     blocked = c.map(until, range(4), name="go", ctx=A)
-    await poll(lambda: len(a.state.executing) == gate.config.n_lanes, 10)
+    await poll(lambda: len(a.state.executing) == gate.hub.config.n_lanes, 10)
     plain = c.map(until, range(4), name="go")
-    await poll(lambda: len(a.state.executing) == gate.config.n_lanes + 1, 10)
+    await poll(lambda: len(a.state.executing) == gate.hub.config.n_lanes + 1, 10)
     gate.uninstall()
     await c.unregister_worker_plugin(CONTEXTS)
     assert type(a.state.ready) is type(a.state.constrained) is HeapSet

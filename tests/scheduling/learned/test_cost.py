@@ -2,13 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from dask_pcm.scheduling.events import (
-    ContextDeclared,
-    ResidencyReported,
-    Standing,
-    WorkerJoined,
-)
+from dask_pcm.scheduling.events import ContextDeclared, ResidencyReported, WorkerJoined
 from dask_pcm.scheduling.learned.cost import CostModel, Rate
+from dask_pcm.tiers import Tier
 from tests.support.gate_world import World
 
 KIND, OTHER = (("llm",), "classify"), (("llm",), "embed")
@@ -118,7 +114,7 @@ def test_files_that_are_on_a_host_need_not_come_there_again():
     for worker, host in (("a1", "a"), ("a2", "a"), ("b1", "b")):
         world.tell(WorkerJoined(worker, 2, None, host, "T4"))
     world.tell(ContextDeclared("llm", "llm", None, 10**9))
-    report = ResidencyReported("a1", "llm", Standing.WARM, 9.0, is_built=True, staged_s=5.0)
+    report = ResidencyReported("a1", "llm", Tier.DEVICE, seconds=9.0, is_built=True, staged_s=5.0)
     world.tell(report)
     views = world.state.workers
     assert world.state.warm_s(views["a2"], "llm") == pytest.approx(4.0)

@@ -9,13 +9,13 @@ from dask_pcm.scheduling.events import (
     ContextDeclared,
     ResidencyReported,
     RunReported,
-    Standing,
     WorkEnded,
     WorkerDraining,
     WorkerJoined,
     WorkerLeft,
 )
 from dask_pcm.scheduling.learned.lifetimes import Pool, expected_s
+from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, World, assigned, warmed
 
 
@@ -160,7 +160,7 @@ def test_where_nobody_lasts_somebody_is_warmed_all_the_same():
     world.tell(WorkerJoined("w", 1, ends_in_s=5.0))
     world.warm("w", "a", seconds=2.0)
     world.learn(A, "w", 1.0)
-    world.tell(ResidencyReported("w", "a", Standing.COLD))
+    world.tell(ResidencyReported("w", "a", Tier.ABSENT))
     world.now = 10.0  # it should have ended
     world.park(1)
     assert warmed(world.decide()) == {"w"}

@@ -10,13 +10,12 @@ import pytest
 from dask_pcm.scheduling.events import (
     Assign,
     ContextDeclared,
-    Cool,
     Fail,
     Group,
-    Leave,
+    Load,
+    Offload,
     ResidencyReported,
-    Standing,
-    Warm,
+    Vacate,
     Work,
     WorkEnded,
     WorkerJoined,
@@ -24,6 +23,7 @@ from dask_pcm.scheduling.events import (
 )
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.state.state import GateState
+from dask_pcm.tiers import Tier
 
 
 def group(*contexts):
@@ -70,13 +70,13 @@ class Played:
     def decide(self):
         for action in decide(self.state, self.now):
             self.said.append((self.now, action))
-            if isinstance(action, Warm):
+            if isinstance(action, Load):
                 self._warm(action)
             elif isinstance(action, Assign):
                 self._assign(action)
             elif isinstance(action, Fail):
                 self.failed[action.key] = action.error
-            elif isinstance(action, Cool):
+            elif isinstance(action, Offload):
                 view = self.state.workers[action.worker]
                 assert action.context not in view.in_use()
         for view in self.state.workers.values():
@@ -93,7 +93,13 @@ class Played:
         end_s = max(self.now, self._loader.get(warm.worker, 0.0)) + seconds
         self._loader[warm.worker] = end_s
         report = ResidencyReported(
-            warm.worker, warm.context, Standing.WARM, seconds, None, is_built, 10
+            warm.worker,
+            warm.context,
+            Tier.DEVICE,
+            seconds=seconds,
+            error=None,
+            is_built=is_built,
+            n_bytes=10,
         )
         self._at(end_s, report)
 
@@ -136,8 +142,10 @@ def test_what_nobody_waits_for_makes_room_at_once():
         played.park(i * 10.0, context, context)
     played.run()
     assert [context for *_, context in played.moves] == ["a", "b", "c"]
-    assert [action for _, action in played.said if isinstance(action, Cool)] == [Cool("w0", "a")]
-    assert not [action for _, action in played.said if isinstance(action, Leave)]
+    assert [action for _, action in played.said if isinstance(action, Offload)] == [
+        Offload("w0", "a")
+    ]
+    assert not [action for _, action in played.said if isinstance(action, Vacate)]
     assert played.done["c"] < 22.5
 
 
@@ -150,7 +158,7 @@ def test_what_costs_more_to_bring_back_stays():
     played.state.cost.observe_warm("b", "", 0.5, is_built=False)
     played.park(20, "c", "c")
     played.run()
-    assert [a.context for _, a in played.said if isinstance(a, Cool)] == ["b"]
+    assert [a.context for _, a in played.said if isinstance(a, Offload)] == ["b"]
 
 
 def test_what_users_have_put_first_does_not_wait_its_turn():

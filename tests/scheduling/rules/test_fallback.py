@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from dask_pcm.scheduling.events import Standing, WorkEnded, WorkerDraining, WorkerPaused
+from dask_pcm.scheduling.events import WorkEnded, WorkerDraining, WorkerPaused
 from dask_pcm.scheduling.rules.fallback import assign_plainly, stalled
 from dask_pcm.scheduling.rules.placement import Placement
+from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, B, World, assigned, warmed
 
 STALL_S = 30.0
@@ -58,7 +59,7 @@ def test_what_others_do_hides_no_stall():
     world.warm("w0", "b")
     world.park(100, B)
     world.park(1)
-    world.state.workers["w1"].standings["a"] = Standing.FAILED
+    world.state.workers["w1"].tiers["a"] = Tier.FAILED
     for _ in range(40):
         world.state.forecasts.clear()
         Placement(world.state, world.now, 0.05).assign([world.state.workers["w0"]])

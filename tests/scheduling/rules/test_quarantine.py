@@ -7,13 +7,13 @@ from itertools import pairwise
 from dask_pcm.scheduling.events import (
     Fail,
     Group,
+    Quarantine,
     ResidencyReported,
     RunReported,
-    Shun,
-    Standing,
     WorkerJoined,
 )
 from dask_pcm.scheduling.learned.failures import DEVICE
+from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, World, warmed
 
 
@@ -25,11 +25,11 @@ def on_nodes(**n_workers):
 
 
 def fail(world, worker, kind=DEVICE, error="the driver 470 is too old for CUDA 13", context="a"):
-    world.tell(ResidencyReported(worker, context, Standing.FAILED, 0.1, error, kind=kind))
+    world.tell(ResidencyReported(worker, context, Tier.FAILED, seconds=0.1, error=error, kind=kind))
 
 
 def shunned(actions):
-    return [action.host for action in actions if isinstance(action, Shun)]
+    return [action.host for action in actions if isinstance(action, Quarantine)]
 
 
 def test_a_device_that_cannot_be_used_costs_its_node_alone():
@@ -54,7 +54,7 @@ def test_it_is_tried_again_later_and_left_alone_for_longer():
     for _ in range(4):
         assert warmed(world.decide()) == {"broken-0"}
         fail(world, "broken-0")
-        (action,) = [a for a in world.decide() if isinstance(a, Shun)]
+        (action,) = [a for a in world.decide() if isinstance(a, Quarantine)]
         waits.append(action.seconds)
         world.now += action.seconds - 0.1
         assert not warmed(world.decide())
@@ -126,11 +126,13 @@ def test_where_no_node_can_be_used_it_ends_with_what_each_said():
 
 def test_no_unit_is_sent_to_a_node_that_is_left_alone():
     world = on_nodes(broken=2)
-    world.tell(ResidencyReported("broken-0", "b", Standing.LOADING))
-    world.tell(Shun("broken", 10.0, "no driver"))
+    world.tell(ResidencyReported("broken-0", "b", Tier.LOADING))
+    world.tell(Quarantine("broken", 10.0, "no driver"))
     world.warm("broken-0", "a")  # it was on its way
     world.park(1)
-    assert [a for a in world.decide() if not isinstance(a, Shun)] != []  # what loads is no wreck
+    assert [
+        a for a in world.decide() if not isinstance(a, Quarantine)
+    ] != []  # what loads is no wreck
 
 
 def test_groups_of_other_contexts_stay_away_too():
@@ -178,8 +180,8 @@ def test_a_worker_whose_node_failed_once_is_not_why_others_stay_cold():
     world = on_nodes(failed=1, slow=1, fast=1)
     world.warm("fast-0", seconds=1.0)
     world.learn(A, "fast-0", 1.0)
-    world.tell(ResidencyReported("failed-0", "a", Standing.WARM, 1.0))
-    world.tell(ResidencyReported("failed-0", "a", Standing.COLD))
+    world.tell(ResidencyReported("failed-0", "a", Tier.DEVICE, seconds=1.0))
+    world.tell(ResidencyReported("failed-0", "a", Tier.ABSENT))
     world.state.failures.of_context["a"] = [("failed", "OSError")]
     busy = Group(("z",), "infer")
     world.warm("slow-0", "z")
