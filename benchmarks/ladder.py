@@ -26,7 +26,7 @@ import dask_pcm as pcm
 from benchmarks import rungs
 from benchmarks.table import Rows, median, parser
 from dask_pcm.context.bundles import bundle_of
-from dask_pcm.ladder.files.cache import Disk
+from dask_pcm.ladder.files.cache import FileCache
 from dask_pcm.ladder.files.transfer import Access, Peer, Server
 from dask_pcm.scheduling.broadcast import Broadcast, Copy
 
@@ -194,7 +194,7 @@ def serve_raw(path: str, port: Any) -> None:
 
 
 def serve_chunks(root: str, token: bytes, port: Any) -> None:
-    server = Server(Disk(root), Access(token), "127.0.0.1")
+    server = Server(FileCache(root), Access(token), "127.0.0.1")
     port.put(server.address[1])
     threading.Event().wait()
 
@@ -207,7 +207,7 @@ def loopback(rows: Rows, scratch: Path) -> None:
             file.write(os.urandom(1 << 24))
     bundle = bundle_of(path)
     (source,) = bundle.files
-    holder, token = Disk(scratch / "holder"), os.urandom(32)
+    holder, token = FileCache(scratch / "holder"), os.urandom(32)
     with holder.filling(source.blob) as filling:
         assert filling is not None
         data = path.read_bytes()
@@ -239,7 +239,7 @@ def loopback(rows: Rows, scratch: Path) -> None:
         return seconds
 
     def ours(number: int) -> float:
-        disk = Disk(scratch / f"target-{number}")
+        disk = FileCache(scratch / f"target-{number}")
         start = time.perf_counter()
         with disk.filling(source.blob) as filling:
             assert filling is not None

@@ -44,9 +44,9 @@ from dask_pcm.scheduling.events import (
     WorkParked,
 )
 from dask_pcm.scheduling.policy import decide
-from dask_pcm.scheduling.rules.drain_time import Water
+from dask_pcm.scheduling.rules.drain_time import DrainTime
 from dask_pcm.scheduling.state.state import GateState
-from dask_pcm.scheduling.units import Askers, Stock, Wants
+from dask_pcm.scheduling.units import DeviceDemand, Outstanding, UnitSizing
 from dask_pcm.simulation import Result, Scenario, read_scenario, simulate, variants
 from dask_pcm.tiers import Tier
 
@@ -296,8 +296,8 @@ class Played:
         self._now = 0.0
         self._state = GateState()
         self._group = Group(("llm",), "infer", client="client")
-        self._stock = Stock(Wants(10, 1.0, 10, 2, 0.5))
-        self._askers: list[Askers] = []
+        self._stock = Outstanding(UnitSizing(10, 1.0, 10, 2, 0.5))
+        self._askers: list[DeviceDemand] = []
         self._left = n_units * 10
         self._n_cut = 0
         self._sizes: dict[int, int] = {}
@@ -313,7 +313,7 @@ class Played:
     def over_bound(self) -> float:
         """The time that it took, over what it would take if each worker began once it was warm."""
         offers = ((self._joins[name] + 10.0, row_s) for name, row_s in self._row_s.items())
-        return self._now / Water(self.n_units * 10, offers).seconds
+        return self._now / DrainTime(self.n_units * 10, offers).seconds
 
     def _at(self, at: float, what: str, about: Any) -> None:
         heapq.heappush(self._timers, (at, len(self._timers) + self.n_assigned, what, about))

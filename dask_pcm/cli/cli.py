@@ -105,14 +105,14 @@ def run(
     from dask_pcm.inference import classify
     from dask_pcm.parquet.pieces import read_parquet
     from dask_pcm.runs import write_parquet
-    from dask_pcm.runs.progress.failure_limit import Limit
+    from dask_pcm.runs.progress.failure_limit import FailureLimit
 
     if workers and scheduler:
         raise click.UsageError("Give --workers or --scheduler, not both.")
     if sample and report:
         raise click.UsageError("A sample writes no report: give --sample or --report, not both.")
     try:
-        limit = Limit.of(max_failed_rows)
+        limit = FailureLimit.of(max_failed_rows)
     except LimitError as error:
         raise click.BadParameter(str(error), param_hint="--max-failed-rows") from error
     if report and not os.access(Path(report).absolute().parent, os.W_OK):

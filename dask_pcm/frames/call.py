@@ -18,7 +18,7 @@ from dask_pcm.parquet.conversion import MISFITS, cast
 from dask_pcm.plugins.worker.deadline import in_time
 from dask_pcm.plugins.worker.first_batches import is_hopeless
 from dask_pcm.plugins.worker.tally import Tally, unpack
-from dask_pcm.plugins.worker.task import hold, spent
+from dask_pcm.plugins.worker.task import hold, task_stats
 from dask_pcm.scheduling.rules.first_batches import N_BATCHES, Failing, Position
 
 ERROR = "error"
@@ -36,7 +36,7 @@ _withheld = _Withheld()
 
 
 @contextmanager
-def withheld(error: Exception) -> Iterator[None]:
+def failing_all_rows(error: Exception) -> Iterator[None]:
     """Within, on this thread, functions by rows are not called: rows fail as if they had raised.
 
     So rows fail that no function may see again, and are like all that fail.
@@ -278,14 +278,14 @@ def infer(
     opened: Call = call.open()
     is_by_rows = opened.batch_rows is not None
     if is_by_rows:
-        spent.is_by_rows, spent.errors = True, []
+        task_stats.is_by_rows, task_stats.errors = True, []
     if not len(frame):
         if is_by_rows and position is not None:
             is_hopeless(position, Failing(0))  # what comes after it decides
         return opened.meta.copy()
     tally = Tally()
     if is_by_rows and position is None:
-        tally = spent.tallies.setdefault(call.digest, tally)
+        tally = task_stats.tallies.setdefault(call.digest, tally)
     parts = []
     if _notes.on_wait is not None:
         _notes.on_wait()
@@ -299,7 +299,7 @@ def infer(
         _check_hope(position, tally)
     result = opened.joined(parts)
     if is_by_rows and ERROR in result.columns:
-        spent.errors = result[ERROR].dropna().tolist()
+        task_stats.errors = result[ERROR].dropna().tolist()
     return result
 
 

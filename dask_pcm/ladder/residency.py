@@ -60,7 +60,7 @@ class Residency:
     #: What its loader has acquired, and its object may be made of: held for as long as that is.
     inner: list[Residency] = field(default_factory=list)
     #: Until when a load that failed is better not tried again, by the monotonic clock.
-    rests_until: float = 0.0
+    backoff_until: float = 0.0
     #: Whether it is to be dropped as soon as nobody holds it.
     is_released: bool = False
     #: The thread that loads it or, where it is exclusive, uses it; and how many times over.

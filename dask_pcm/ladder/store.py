@@ -100,7 +100,7 @@ class Store:
             live = residency.live if residency else None
             return live.mapped_bytes if live else 0
 
-    def rests(self, digest: str) -> bool:
+    def is_backing_off(self, digest: str) -> bool:
         """Whether the context failed to load so lately that trying again would not be worth it.
 
         It rests ten times as long as the load took, so that what cannot be loaded costs little.
@@ -109,7 +109,7 @@ class Store:
             residency = self._residencies.get(digest)
             if residency is None or residency.tier is not Tier.FAILED:
                 return False
-            return time.monotonic() < residency.rests_until
+            return time.monotonic() < residency.backoff_until
 
     def load(self, ref: ContextRef, again: bool = True) -> Any:
         """Build the context unless it is here, and return the live object.
@@ -169,7 +169,7 @@ class Store:
             residency.error, residency.has_room = error, False
             residency.n_loads += is_built and not error
             residency.used_at = time.monotonic()
-            residency.rests_until = time.monotonic() + _REST * seconds
+            residency.backoff_until = time.monotonic() + _REST * seconds
             self._changed.notify_all()
         self._on_change(
             Change(

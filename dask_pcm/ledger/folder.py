@@ -34,7 +34,7 @@ from dask_pcm.ledger.journal import NO_ROOM, FileJournal
 from dask_pcm.ledger.log import commit_line, encode_line
 from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output
 from dask_pcm.ledger.parts import Note, write_part
-from dask_pcm.ledger.status import Owner
+from dask_pcm.ledger.status import Writer
 from dask_pcm.ledger.tree import Tree
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
@@ -102,7 +102,7 @@ class Folder(Output):
     # -- runs -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def taking_over(self) -> Iterator[None]:
+    def takeover_lock(self) -> Iterator[None]:
         try:
             os.makedirs(self.path, exist_ok=True)
             for folder in (LOG, JOURNAL):
@@ -137,16 +137,16 @@ class Folder(Output):
             finally:
                 with contextlib.suppress(OSError, OutputError):
                     # By another name first: nothing may be written while it is being removed.
-                    self.remove(self.shut_out(self.run))
+                    self.remove(self.fence_run(self.run))
 
-    def others(self) -> list[Owner]:
+    def other_runs(self) -> list[Writer]:
         found = []
         for name in self.entries(HOME):
             if name.startswith("run-") and name.endswith("/") and name != f"run-{self.run}/":
                 run = name[len("run-") : -1]
                 says = self.read_driver(run) or {}
                 is_alive = self._is_alive(f"{HOME}/{name[:-1]}", says.get("host"))
-                found.append(Owner(run, says, is_alive))
+                found.append(Writer(run, says, is_alive))
         return found
 
     def _is_alive(self, place: str, host: Any) -> bool:
@@ -175,7 +175,7 @@ class Folder(Output):
                 tree.remove(probe)
         return age_s < SILENT_S
 
-    def shut_out(self, run: str) -> str:
+    def fence_run(self, run: str) -> str:
         renamed = f"{HOME}/old-{uuid.uuid4().hex}"
         with contextlib.suppress(*_NO_FOLDER):
             self._tree.rename(f"{HOME}/run-{run}", renamed)

@@ -68,7 +68,7 @@ class Extent:
         return None
 
 
-def take_stock(output: Output, extent: Extent | None = None) -> dict[str, Counts]:
+def take_inventory(output: Output, extent: Extent | None = None) -> dict[str, Counts]:
     """Count the rows of every part.
 
     In an object store, parts that arrived from a run that was shut out are removed.
@@ -145,7 +145,7 @@ def _overlapping(output: Output, names: list[str]) -> Iterator[str]:
             continue
         narrow, wide = sorted((place, widest), key=lambda pair: pair[1] - pair[0])
         name, other = range_name(*narrow), range_name(*wide)
-        if not output.may_get_late_parts:
+        if not output.allows_late_commits:
             raise OutputError(
                 f"The parts {name!r} and {other!r} in {output.path!r} have rows in common. Remove"
                 " one of them; what is missing then is computed again."
@@ -173,7 +173,7 @@ def _count(
     if not note:
         raise OutputError(f"{name!r} in {output.path!r} was not written by dask_pcm. Move it away.")
     if not output.has_begun(note):
-        if not output.may_get_late_parts:
+        if not output.allows_late_commits:
             raise OutputError(f"{name!r} in {output.path!r} is of another output. Move it away.")
         logger.warning("Removing %s: it arrived from a run that was shut out", name)
         output.remove(name)

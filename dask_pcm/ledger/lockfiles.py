@@ -41,7 +41,7 @@ class LockFiles:
         return f"pcm-{hashlib.sha256(self.url.encode()).hexdigest()[:16]}/{name}.lock"
 
     @contextlib.contextmanager
-    def taking_over(self) -> Iterator[None]:
+    def takeover_lock(self) -> Iterator[None]:
         """Of several runs that begin at once, one at a time is in here."""
         name = self._at("run")
         self.tree.make_folder(os.path.dirname(name))

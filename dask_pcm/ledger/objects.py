@@ -43,7 +43,7 @@ from dask_pcm.ledger.log import commit_line, encode_line
 from dask_pcm.ledger.object_store import Store
 from dask_pcm.ledger.output import HOME, JOURNAL, LOG, Entry, Output
 from dask_pcm.ledger.parts import Note, write_part
-from dask_pcm.ledger.status import Owner
+from dask_pcm.ledger.status import Writer
 from dask_pcm.ledger.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -70,9 +70,9 @@ class Objects(Output):
         puts conditionally.
     """
 
-    look_every_s: ClassVar[float] = 2.0
-    beat_every_s: ClassVar[float] = 5.0
-    may_get_late_parts: ClassVar[bool] = True
+    poll_s: ClassVar[float] = 2.0
+    heartbeat_s: ClassVar[float] = 5.0
+    allows_late_commits: ClassVar[bool] = True
     locks: str | None = None
 
     @classmethod
@@ -195,9 +195,9 @@ class Objects(Output):
     # -- runs -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def taking_over(self) -> Iterator[None]:
+    def takeover_lock(self) -> Iterator[None]:
         if self.locks:
-            with self._lock_files.taking_over():
+            with self._lock_files.takeover_lock():
                 yield
             return
         lock, mine = self._take_lock(), self.run.encode()
@@ -250,18 +250,18 @@ class Objects(Output):
         try:
             yield
         finally:
-            self.remove(self.shut_out(self.run))
+            self.remove(self.fence_run(self.run))
 
-    def others(self) -> list[Owner]:
+    def other_runs(self) -> list[Writer]:
         found = []
         for name in self.entries(HOME):
             if name.startswith("run-") and name.endswith("/") and name != f"run-{self.run}/":
                 says = self.read_driver(name[len("run-") : -1])
                 is_alive = says is not None and self._age_s(f"{HOME}/{name}status.json") < SILENT_S
-                found.append(Owner(name[len("run-") : -1], says or {}, is_alive))
+                found.append(Writer(name[len("run-") : -1], says or {}, is_alive))
         return found
 
-    def shut_out(self, run: str) -> str:
+    def fence_run(self, run: str) -> str:
         self.remove(f"{HOME}/run-{run}/driver.json")
         return f"{HOME}/run-{run}"
 

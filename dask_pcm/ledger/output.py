@@ -46,7 +46,7 @@ from dask_pcm.ledger.journal import Found, Journal, read_journal
 from dask_pcm.ledger.log import parse_line
 from dask_pcm.ledger.parts import Note, is_intact, note_of, parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
-from dask_pcm.ledger.status import Owner
+from dask_pcm.ledger.status import Writer
 from dask_pcm.paths import path_text
 
 logger = logging.getLogger(__name__)
@@ -90,13 +90,13 @@ class Output(abc.ABC):
     owner: int = field(default_factory=os.geteuid, kw_only=True)
 
     #: How often a run looks at what is asked of it, and says how it stands.
-    look_every_s: ClassVar[float] = 0.25
-    beat_every_s: ClassVar[float] = 2.0
+    poll_s: ClassVar[float] = 0.25
+    heartbeat_s: ClassVar[float] = 2.0
     #: Whether noting finished rows of a unit, batch by batch, costs so little that it is done for
     #: every unit; elsewhere only for those that were lost with their worker.
     has_journals: ClassVar[bool] = False
     #: Whether a part of a run that was shut out may still arrive.
-    may_get_late_parts: ClassVar[bool] = False
+    allows_late_commits: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -130,7 +130,7 @@ class Output(abc.ABC):
     # -- runs -------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def taking_over(self) -> AbstractContextManager[None]:
+    def takeover_lock(self) -> AbstractContextManager[None]:
         """Of several runs that begin at once, one at a time looks and takes over."""
 
     @abc.abstractmethod
@@ -138,11 +138,11 @@ class Output(abc.ABC):
         """Be at work, as `says` tells others; on leaving, nothing of this run can commit."""
 
     @abc.abstractmethod
-    def others(self) -> list[Owner]:
+    def other_runs(self) -> list[Writer]:
         """Other runs that are at work, or were and left their things."""
 
     @abc.abstractmethod
-    def shut_out(self, run: str) -> str:
+    def fence_run(self, run: str) -> str:
         """Take a run's folder from it, so that it can commit nothing more; return its new name."""
 
     # -- parts ------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class Output(abc.ABC):
         """Everything that was ever noted here, in no order; damaged lines are left out."""
         return (line for line in map(parse_line, self.log_texts()) if line is not None)
 
-    def strangers(self) -> list[str]:
+    def foreign_files(self) -> list[str]:
         """Names of files that are not ours; hidden ones are nobody's business."""
         names = (name for name in self.entries() if not name.startswith("."))
         return [name for name in names if name not in _OWN_FOLDERS and parse_name(name) is None]
@@ -323,26 +323,26 @@ class Output(abc.ABC):
                 own = name.removeprefix(f"{JOURNAL}/")
                 yield name, found if found and is_ours and found.is_named(own) else None
 
-    def wishes(self) -> frozenset[str]:
+    def requests(self) -> frozenset[str]:
         """What is asked of this run: to pause, to cancel."""
         return frozenset(self.entries(self.place)) & {PAUSE, CANCEL}
 
-    def fence(self, the_living: bool = True) -> None:
+    def fence(self, include_alive: bool = True) -> None:
         """Shut out every other run: none of them can commit once this returns.
 
-        What a run had set aside, and came to nothing, is put back. Unless `the_living` are meant
+        What a run had set aside, and came to nothing, is put back. Unless `include_alive` are meant
         too, only of runs whose driver is gone.
         """
-        for owner in self.others():
-            if the_living or not owner.is_alive:
-                self._restore(self.shut_out(owner.run))
+        for owner in self.other_runs():
+            if include_alive or not owner.is_alive:
+                self._restore(self.fence_run(owner.run))
         for name in self.entries(HOME):
             if name.startswith(("old-", "new-")) and name.endswith(
                 "/"
             ):  # whoever made it did not live to go on
                 self._restore(f"{HOME}/{name[:-1]}")
 
-    def set_aside(self) -> None:
+    def stash(self) -> None:
         """Move what another job left out of the way; it is there until `drop_aside`.
 
         The manifest goes first, and comes back last. So, wherever this or ``_restore`` is killed,
@@ -357,14 +357,14 @@ class Output(abc.ABC):
         """There is something new now: what another job left may go."""
         self.remove(f"{self.place}/{_ASIDE}")
 
-    def put_back(self) -> None:
+    def unstash(self) -> None:
         """Nothing new came of this run: what it set aside stands again where it stood.
 
         Ends this run. Where a unit has committed after all, the new job stays instead.
         """
-        with self.taking_over():
+        with self.takeover_lock():
             if next(_walk(self, f"{self.place}/{_ASIDE}"), None):
-                self._restore(self.shut_out(self.run))  # first: from now on none of it commits
+                self._restore(self.fence_run(self.run))  # first: from now on none of it commits
 
     def _restore(self, place: str) -> None:
         """Put back what a run that was shut out had set aside, and remove the rest of it.

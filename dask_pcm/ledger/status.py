@@ -83,7 +83,7 @@ class Progress:
         return text + (f", ETA {span(self.eta_s)}" if self.eta_s is not None else "")
 
 
-class Owner(NamedTuple):
+class Writer(NamedTuple):
     """Who drives a run."""
 
     run: str

@@ -17,7 +17,7 @@ from distributed.diagnostics.plugin import NannyPlugin
 from dask_pcm.version import __version__
 
 
-class Travels:
+class ShippedPlugin:
     """A plugin that can be unpickled anywhere; made anew there from its `config`."""
 
     config: Any = None

@@ -25,7 +25,7 @@ from dask_pcm.errors import (
 )
 from dask_pcm.frames.call import ERROR
 from dask_pcm.ledger import status
-from dask_pcm.ledger.inventory import Counts, is_first, take_stock
+from dask_pcm.ledger.inventory import Counts, is_first, take_inventory
 from dask_pcm.ledger.object_store import is_of_client
 from dask_pcm.ledger.output import CANCEL, PAUSE, Output
 from dask_pcm.ledger.parts import parse_name, range_name
@@ -34,16 +34,16 @@ from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.gate_link import Link
 from dask_pcm.runs.lost import lost, unreachable
 from dask_pcm.runs.plan import Plan, Unit
-from dask_pcm.runs.progress.failure_limit import Limit
-from dask_pcm.runs.progress.heartbeat import Heart
+from dask_pcm.runs.progress.failure_limit import FailureLimit
+from dask_pcm.runs.progress.heartbeat import Heartbeat
 from dask_pcm.runs.progress.interrupt import deferred
 from dask_pcm.runs.progress.meter import Meter, Stopwatch, meter
 from dask_pcm.runs.progress.report import Report, rows_recomputed
 from dask_pcm.runs.recover import forget, recover
-from dask_pcm.runs.units.unit import Job, UnitResult
+from dask_pcm.runs.units.unit import UnitResult, UnitSpec
 from dask_pcm.runs.window import Window
 from dask_pcm.scheduling.rules.first_batches import FirstBatches
-from dask_pcm.scheduling.units import Askers
+from dask_pcm.scheduling.units import DeviceDemand
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,13 @@ class Driver:
     """
 
     def __init__(
-        self, client: Client, plan: Plan, job: Job, config: Config, limit: Limit, retries: bool
+        self,
+        client: Client,
+        plan: Plan,
+        job: UnitSpec,
+        config: Config,
+        limit: FailureLimit,
+        retries: bool,
     ) -> None:
         self._client = client
         self._plan = plan
@@ -89,7 +95,7 @@ class Driver:
         self._status: dict[str, Any] = {}
         self._loads_before: tuple[int, float] | None = None
         self._next_look = 0.0
-        self._heart = Heart(job.output, lambda: self.progress)
+        self._heart = Heartbeat(job.output, lambda: self.progress)
 
     def begin(self, output: Output, provenance: Mapping[str, Any]) -> None:
         """The output is taken over: units commit to it from now on, and tell of their origin."""
@@ -152,7 +158,7 @@ class Driver:
         ):
             try:
                 self._link.begin_waiting()
-                self._heed(self._output.wishes())
+                self._heed(self._output.requests())
                 while not (self._window.is_empty and self._is_whole()):
                     interrupt_if_asked()
                     self._check_limit()
@@ -172,12 +178,14 @@ class Driver:
     def _take_stock(self) -> None:
         """Count what earlier runs have done, and cut the rest."""
         output, extent = self._output, self._plan.extent()
-        self._stock = take_stock(output, extent)  # first: where parts are wrong, nothing is done
+        self._stock = take_inventory(
+            output, extent
+        )  # first: where parts are wrong, nothing is done
         has_journals = bool(output.journal_names())
         costs = recover(output, extent, self._job.layout)
         self._job = self._window.job = replace(self._job, costs=costs)
         if has_journals:  # and what they told of may be parts now
-            self._stock = take_stock(output, extent)
+            self._stock = take_inventory(output, extent)
         cutter = self._window.cutter = self._cutter_after(self._stock)
         report = self.report
         for name, counts in self._stock.items():
@@ -217,7 +225,9 @@ class Driver:
 
     def _feed(self) -> None:
         row_s = self._seconds / self._rows if self._rows else None
-        askers = [Askers(*one) for one in self._status.get("askers", ())] or [Askers("", 1, None)]
+        askers = [DeviceDemand(*one) for one in self._status.get("askers", ())] or [
+            DeviceDemand("", 1, None)
+        ]
         self._window.feed([one._replace(row_s=one.row_s or row_s) for one in askers])
 
     def _gather(self) -> None:
@@ -334,10 +344,10 @@ class Driver:
         self._clock.run(not self._is_paused or len(self._window) > 0)
         now = time.monotonic()
         if now >= self._next_look or is_last:
-            self._next_look = now + self._output.look_every_s
+            self._next_look = now + self._output.poll_s
             self._heart.check()
             if not is_last:  # what is done cannot be cancelled
-                self._heed(self._output.wishes())
+                self._heed(self._output.requests())
             # While it is paused, the gate need not keep workers for it.
             n_rows = 0 if self._is_paused else self._window.cutter.n_rows
             n_units = 0 if self._is_paused else max(1, len(self._window))
@@ -352,13 +362,13 @@ class Driver:
             logger.warning("The run of %s waits: %s.", self._output.path, lack)
         self._lack = lack
 
-    def _heed(self, wishes: frozenset[str]) -> None:
-        if CANCEL in wishes:
+    def _heed(self, requests: frozenset[str]) -> None:
+        if CANCEL in requests:
             raise CancelledError(
                 f"The run of {self._output.path!r} was cancelled. What was committed stays; run the"
                 " same again to go on."
             )
-        if self._is_paused != (PAUSE in wishes):
+        if self._is_paused != (PAUSE in requests):
             self._is_paused = not self._is_paused
             if self._is_paused:
                 self._window.hold_back(self._link.processing())
@@ -402,7 +412,7 @@ class Driver:
         OutputError
             Where parts are wrong, or go away again and again.
         """
-        stock = take_stock(self._output, self._plan.extent())
+        stock = take_inventory(self._output, self._plan.extent())
         cutter = self._cutter_after(stock)
         self.report.rows = sum(counts.n_rows for counts in stock.values())
         self.report.rows_failed = sum(counts.n_failed for counts in stock.values())
@@ -422,7 +432,7 @@ class Driver:
 
     def _refuse_strangers(self) -> None:
         """Whatever reads the output would read these as well."""
-        if others := [name for name in self._output.strangers() if name.endswith(".parquet")]:
+        if others := [name for name in self._output.foreign_files() if name.endswith(".parquet")]:
             raise OutputError(
                 f"While the run was at work, files that are not ours have come into the output"
                 f" {self._output.path!r}, such as {others[0]!r}. Move them away, and run the same"

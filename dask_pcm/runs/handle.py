@@ -22,8 +22,8 @@ from dask_pcm.ledger.status import (
     PAUSED,
     RUNNING,
     STARTING,
-    Owner,
     Progress,
+    Writer,
 )
 from dask_pcm.runs.identity import Manifest
 from dask_pcm.runs.progress.report import Report
@@ -151,12 +151,12 @@ class Run:
         kind = CancelledError if progress.state == CANCELLED else PCMError
         raise kind(self.report.error or f"The run of {self.path!r} {progress.state}.")
 
-    def _owner(self) -> Owner | None:
+    def _owner(self) -> Writer | None:
         """Who drives the output, or drove it and died."""
-        owners = self._output.others()
+        owners = self._output.other_runs()
         if self._driver is not None and self._output.exists(f"{self._output.place}/driver.json"):
             says = self._output.read_driver(self._output.run) or {}
-            owners.append(Owner(self._output.run, says, True))
+            owners.append(Writer(self._output.run, says, True))
         return max(owners, key=lambda owner: owner.is_alive, default=None)
 
     def _at_work(self) -> Output | None:
@@ -230,7 +230,7 @@ def attach(path: str | os.PathLike[str]) -> Run:
         Where there is no output of ours.
     """
     output = output_to_look_at(path)
-    if Manifest.read(output) is None and not output.others():
+    if Manifest.read(output) is None and not output.other_runs():
         raise OutputError(
             f"There is no output of dask_pcm at {output.path!r}: it has no manifest. Give the"
             " folder that was given to write_parquet or dask-pcm run."

@@ -155,10 +155,10 @@ def check(output: Output, mine: Manifest, overwrite: bool, extend: bool) -> Mani
     OutputError
         Where the output is another job's or somebody else's, and why; nothing was changed.
     """
-    if strangers := output.strangers():
+    if foreign_files := output.foreign_files():
         raise OutputError(
-            f"The output {output.path!r} holds files that are not ours, such as {strangers[0]!r}."
-            " Give another folder, or move them away."
+            f"The output {output.path!r} holds files that are not ours, such as"
+            f" {foreign_files[0]!r}. Give another folder, or move them away."
         )
     if overwrite:
         return None

@@ -14,7 +14,7 @@ from dask_pcm.ledger.parts import parse_name, range_name
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import Cost, Suspects
 from dask_pcm.runs.units.attempt import grouped
-from dask_pcm.runs.units.schema import Layout
+from dask_pcm.runs.units.schema import PartSchema
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _COSTS = "costs"
 
 
 def recover(
-    output: Output, extent: Extent | None = None, layout: Layout | None = None
+    output: Output, extent: Extent | None = None, layout: PartSchema | None = None
 ) -> tuple[Cost, ...]:
     """Commit what attempts of earlier runs had finished, as parts of their own.
 
@@ -57,7 +57,7 @@ def _commit_records(
     output: Output,
     journals: Mapping[str, list[Found]],
     extent: Extent | None,
-    layout: Layout | None,
+    layout: PartSchema | None,
 ) -> None:
     committed, new = _committed(output), list[Range]()
     for found_of_unit in journals.values():
@@ -77,7 +77,7 @@ def _is_free(record: Record, *committed: Ranges) -> bool:
     return all(list(ranges.missing(*rows)) == [rows] for ranges in committed)
 
 
-def _is_of_job(record: Record, extent: Extent | None, layout: Layout | None) -> bool:
+def _is_of_job(record: Record, extent: Extent | None, layout: PartSchema | None) -> bool:
     rows, schema = (record.start, record.stop), record.table.schema
     is_fitting = layout is None or list(schema)[: len(layout.schema)] == list(layout.schema)
     if is_fitting and (extent is None or not extent.fault(rows, len(record.table))):

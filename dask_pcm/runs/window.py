@@ -15,8 +15,8 @@ from distributed import Client, Future
 from dask_pcm.config import Config
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.plan import Plan, Unit
-from dask_pcm.runs.units.unit import Job, run_unit
-from dask_pcm.scheduling.units import Askers, Stock, Wants
+from dask_pcm.runs.units.unit import UnitSpec, run_unit
+from dask_pcm.scheduling.units import DeviceDemand, Outstanding, UnitSizing
 
 
 class Window:
@@ -25,12 +25,12 @@ class Window:
     Used by one thread.
     """
 
-    def __init__(self, client: Client, plan: Plan, job: Job, config: Config) -> None:
+    def __init__(self, client: Client, plan: Plan, job: UnitSpec, config: Config) -> None:
         self._client = client
         self._plan = plan
         self.job = job
         wants = (config.unit_s, config.max_unit_rows, config.n_lanes, config.ready_s)
-        self._stock = Stock(Wants(plan.batch_rows, *wants))
+        self._stock = Outstanding(UnitSizing(plan.batch_rows, *wants))
         #: What is still to be cut; nothing until stock has been taken.
         self.cutter = Cutter(plan, [(0, plan.n_rows)], frozenset(range(plan.n_partitions)))
         self._held: list[Unit] = []  # taken back while the run is paused
@@ -50,7 +50,7 @@ class Window:
         """Units that are handed over."""
         return len(self._units)
 
-    def feed(self, askers: Sequence[Askers]) -> None:
+    def feed(self, askers: Sequence[DeviceDemand]) -> None:
         """Keep the lanes of all workers filled and a little more at hand."""
         units, self._held = self._held, []
         for unit in units:

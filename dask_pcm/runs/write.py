@@ -29,10 +29,10 @@ from dask_pcm.runs.handle import Run, output_to_look_at
 from dask_pcm.runs.identity import Manifest
 from dask_pcm.runs.lost import cluster_errors_told
 from dask_pcm.runs.plan import Plan
-from dask_pcm.runs.progress.failure_limit import Limit
+from dask_pcm.runs.progress.failure_limit import FailureLimit
 from dask_pcm.runs.progress.sample import Sample, draw
-from dask_pcm.runs.units.schema import Layout
-from dask_pcm.runs.units.unit import Job
+from dask_pcm.runs.units.schema import PartSchema
+from dask_pcm.runs.units.unit import UnitSpec
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Options:
     extend: bool
     retry_failed: bool
     take_over: bool
-    limit: Limit
+    limit: FailureLimit
 
 
 @overload
@@ -68,7 +68,7 @@ def write_parquet(
     overwrite: bool = False,
     extend: bool = False,
     retry_failed: bool = False,
-    max_failed_rows: float | str | Limit | None = None,
+    max_failed_rows: float | str | FailureLimit | None = None,
     take_over: bool = False,
     sample: None = None,
     wait: bool = True,
@@ -86,7 +86,7 @@ def write_parquet(
     overwrite: bool = False,
     extend: bool = False,
     retry_failed: bool = False,
-    max_failed_rows: float | str | Limit | None = None,
+    max_failed_rows: float | str | FailureLimit | None = None,
     take_over: bool = False,
     sample: int | None = None,
     wait: bool = True,
@@ -161,7 +161,7 @@ def write_parquet(
         Where somebody cancelled the run while we waited.
     """
     client, plan = _prepare(ddf, client)
-    options = Options(overwrite, extend, retry_failed, take_over, Limit.of(max_failed_rows))
+    options = Options(overwrite, extend, retry_failed, take_over, FailureLimit.of(max_failed_rows))
     if extend and plan.spans is None:
         raise InputError(
             "extend=True takes in new files of pcm.read_parquet, with nothing but functions of"
@@ -242,15 +242,15 @@ class _Session:
     def begin(self, mine: Manifest) -> None:
         """Take over the output, unless it is another job's or another run is at work on it."""
         self._refuse_if_busy()
-        if not self._output.others():  # else: what a dead run left is put in order first
+        if not self._output.other_runs():  # else: what a dead run left is put in order first
             self._check(mine)
         if not is_installed(self._client):
             install(self._client)
-        layout = Layout.of(self._plan.meta, self._plan.reader)
+        layout = PartSchema.of(self._plan.meta, self._plan.reader)
         config, options = Config.read(), self._options
         timeout_s = self._plan.timeout_s or config.batch_timeout_s
         sizes = (config.unit_bytes, self._plan.batch_rows) if self._plan.is_splittable else (0, 0)
-        job = Job(self._output, layout, {}, *sizes, timeout_s=timeout_s)
+        job = UnitSpec(self._output, layout, {}, *sizes, timeout_s=timeout_s)
         self.driver = Driver(
             self._client, self._plan, job, config, options.limit, options.retry_failed
         )
@@ -258,8 +258,8 @@ class _Session:
             stack.callback(self.driver.close)
             if not self._output.exists(MANIFEST):
                 self.driver.warm()
-            with self._output.taking_over():
-                self._output.fence(the_living=False)  # what a dead run had set aside is back
+            with self._output.takeover_lock():
+                self._output.fence(include_alive=False)  # what a dead run had set aside is back
                 self._refuse_if_busy()  # again: another run may have begun in the meantime
                 found = self._check(mine)
                 self._output.fence()
@@ -267,7 +267,7 @@ class _Session:
                 stack.enter_context(self._output.open(status.whoami()))
                 if found is None:
                     stack.push(self._put_back)
-                    self._output.set_aside()
+                    self._output.stash()
                 used = self._write_manifest(found, mine)
                 self._output = replace(self._output, begun=used.recorded["begun"])
                 self.driver.begin(self._output, self._provenance(mine))
@@ -276,7 +276,7 @@ class _Session:
 
     def _refuse_if_busy(self) -> None:
         options, output = self._options, self._output
-        busy = [owner for owner in output.others() if owner.is_alive]
+        busy = [owner for owner in output.other_runs() if owner.is_alive]
         if busy and not (options.overwrite or options.take_over):
             raise BusyError(
                 f"Another run is at work on {output.path!r}: {busy[0]}. Wait for it with"
@@ -352,7 +352,7 @@ class _Session:
 
     def _put_back(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and not self.driver.has_committed:
-            self._output.put_back()
+            self._output.unstash()
 
 
 def _check_apart(output: Output, plan: Plan) -> None:

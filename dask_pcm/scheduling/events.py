@@ -27,7 +27,7 @@ class Group:
         Workers that the user's restrictions leave; None for all.
     client
         Who has asked for it: clients share what there is.
-    is_alone
+    is_isolated
         Whether each piece needs a worker for itself: it was there when processes ended, and the
         next one that ends is to show whether it was to blame.
     """
@@ -36,7 +36,7 @@ class Group:
     kind: str
     allowed: frozenset[str] | None = None
     client: str = ""
-    is_alone: bool = False
+    is_isolated: bool = False
 
     @property
     def costs(self) -> tuple[tuple[str, ...], str]:

@@ -40,7 +40,7 @@ def _present(state: GateState, key: object, now: float) -> list[str]:
         f"{n_before:,} of {len(keys) - 1:,} like it go first" if len(keys) > 1 else "the only one"
     )
     lines = [f"{key!r} waits ({order}) for {_names(state, work.group)}."]
-    if work.group.is_alone:
+    if work.group.is_isolated:
         lines.append(
             "It was there when a worker process ended by itself, and runs alone: it waits for a"
             " worker to be empty."
@@ -88,7 +88,7 @@ def _reason(state: GateState, group: Group, view: WorkerView, now: float) -> str
             if c in view.loading_since
         )
         return f"loading, for about {_seconds(max(still, default=0.0))} more"
-    if view.kept_for is not None and view.kept_for != group:
+    if view.reserved_for is not None and view.reserved_for != group:
         return "kept for work that runs alone"
     if not view.serves(group.contexts):
         return "its context makes room for others there"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dask_pcm.scheduling.events import Action, Group
-from dask_pcm.scheduling.rules.eviction import Claims, cool, stay, too_large
+from dask_pcm.scheduling.rules.eviction import Demand, cool, stay, too_large
 from dask_pcm.scheduling.rules.placement import Placement, keep
 from dask_pcm.scheduling.rules.quarantine import give_up, shun
 from dask_pcm.scheduling.rules.warming import warm
@@ -62,7 +62,7 @@ def _plan(state: GateState, now: float, n_load_attempts: int) -> None:
     """What cannot be done any more is failed, and workers are warmed for the rest."""
     for shunned in list(shun(state, now)):
         state.decide(shunned, now)
-    claims = Claims.of(state)
+    claims = Demand.of(state)
     stay(state, claims, now)
     keep(state, now)
     groups = state.groups()

@@ -87,7 +87,7 @@ def goes_along(n_piece: int, n_taken: int, n_wanted: int, batch_rows: int) -> bo
     return room > 0 and (n_taken < batch_rows or is_small)
 
 
-class Askers(NamedTuple):
+class DeviceDemand(NamedTuple):
     """Workers of one device model that a run's work goes to.
 
     Attributes
@@ -109,7 +109,7 @@ class Size(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Wants:
+class UnitSizing:
     """What a run wants of its units; see ``pcm.yaml``."""
 
     batch_rows: int
@@ -119,10 +119,10 @@ class Wants:
     ready_s: float
 
 
-class Stock:
+class Outstanding:
     """The units of a run that are handed over and not taken in: enough that no worker waits."""
 
-    def __init__(self, wants: Wants) -> None:
+    def __init__(self, wants: UnitSizing) -> None:
         self._wants = wants
         self._n_units: Counter[str] = Counter()
         self._n_rows: Counter[str] = Counter()
@@ -141,14 +141,14 @@ class Stock:
         """So many rows of a unit need not be done any more."""
         self._n_rows[device] -= n_rows
 
-    def next(self, n_uncut: int, askers: Sequence[Askers], n_fed: int) -> Size | None:
+    def next(self, n_uncut: int, askers: Sequence[DeviceDemand], n_fed: int) -> Size | None:
         """The next unit to hand over, after `n_fed` at this time; None where there are enough.
 
         Units are cut for each device model apart, where there are several.
         """
         if not n_uncut or n_fed >= _MAX_AT_ONCE:
             return None
-        askers = [one for one in askers if one.n_workers] or [Askers("", 1, None)]
+        askers = [one for one in askers if one.n_workers] or [DeviceDemand("", 1, None)]
         if len(askers) == 1:
             askers = [askers[0]._replace(device="")]
         # What was cut for nobody in particular, or for those that are gone, everybody takes.
@@ -162,7 +162,7 @@ class Stock:
         one = min(lacking, key=lambda one: self._n_units[one.device] / one.n_workers)
         return Size(self._rows(n_uncut, one, askers), one.device)
 
-    def _lacks(self, one: Askers, n_units: float, n_rows: float) -> bool:
+    def _lacks(self, one: DeviceDemand, n_units: float, n_rows: float) -> bool:
         """Whether more is to be handed over; others leave so much for each worker."""
         wants = self._wants
         n_units += self._n_units[one.device] / one.n_workers
@@ -171,7 +171,7 @@ class Stock:
             return False
         return n_units < wants.n_lanes + 1 or (one.row_s or wants.ready_s) * n_rows < wants.ready_s
 
-    def _rows(self, n_uncut: int, one: Askers, askers: Sequence[Askers]) -> int:
+    def _rows(self, n_uncut: int, one: DeviceDemand, askers: Sequence[DeviceDemand]) -> int:
         wants = self._wants
         as_fast = [
             other.n_workers * (one.row_s / other.row_s if one.row_s and other.row_s else 1.0)

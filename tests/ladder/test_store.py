@@ -290,13 +290,13 @@ def test_what_cannot_be_loaded_rests_ten_times_as_long_as_the_load_took(store, m
     monkeypatch.setattr(
         "dask_pcm.context.sealed.Sealed.open", lambda sealed: Recipe(failing, (), {})
     )
-    assert not store.rests(ref.digest)
+    assert not store.is_backing_off(ref.digest)
     with pytest.raises(LoadError):
         store.load(ref)
     now[0] = 54.0
-    assert store.rests(ref.digest)
+    assert store.is_backing_off(ref.digest)
     now[0] = 56.0
-    assert not store.rests(ref.digest)
+    assert not store.is_backing_off(ref.digest)
 
 
 def test_closed_it_drops_what_is_held_as_soon_as_it_is_not(store):

@@ -15,7 +15,7 @@ import pytest
 import dask_pcm as pcm
 from dask_pcm.ledger import journal as journals
 from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.inventory import Extent, take_stock
+from dask_pcm.ledger.inventory import Extent, take_inventory
 from dask_pcm.ledger.journal import FileJournal, Record, apart, read_journal
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.ranges import Ranges
@@ -25,8 +25,8 @@ from dask_pcm.runs.plan import Plan
 from dask_pcm.runs.progress.report import rows_recomputed
 from dask_pcm.runs.recover import recover
 from dask_pcm.runs.units import attempt as attempts
-from dask_pcm.runs.units.schema import Layout
-from dask_pcm.runs.units.unit import Job, run_unit
+from dask_pcm.runs.units.schema import PartSchema
+from dask_pcm.runs.units.unit import UnitSpec, run_unit
 
 N_ROWS, BATCH = 100, 10
 OWN = {"rows": 27, "failed": 0, "begun": "b"}
@@ -79,16 +79,16 @@ class Work:
 
     def opened(self, run):
         output = Folder(str(self.path), run, begun="b")
-        with output.taking_over():
+        with output.takeover_lock():
             output.fence()
         return output, output.open({})
 
     def run(self, output, unit=None):
-        cutter = Cutter(self.plan, [place(name) for name in take_stock(output)])
+        cutter = Cutter(self.plan, [place(name) for name in take_inventory(output)])
         unit = unit or cutter.cut(N_ROWS)
-        layout = Layout.of(self.plan.meta, self.plan.reader)
+        layout = PartSchema.of(self.plan.meta, self.plan.reader)
         about = {"begun": "b", "job": "j"}
-        job = Job(output, layout, about, 1 << 20, BATCH)
+        job = UnitSpec(output, layout, about, 1 << 20, BATCH)
         graph = self.plan.graph(unit)
         return unit, run_unit(unit, *graph, job=job, refs=self.plan.refs)
 
@@ -158,7 +158,7 @@ def test_a_later_run_commits_what_is_finished(work, caplog):
     later, at_work = work.opened("r2")
     with at_work, caplog.at_level(logging.INFO):
         recover(later)
-        assert list(take_stock(later).values()) == [(60, 1)]
+        assert list(take_inventory(later).values()) == [(60, 1)]
         assert not later.journal_names()
         work.run(later)
         assert DONE[n_before:] == list(range(60, 100))
@@ -210,7 +210,7 @@ def test_what_overlaps_is_never_committed(work):
         ranges = sorted(place(name) for name in output.parts())
         assert ranges == [(0, 30), (35, 62), (70, 100)]
         assert not output.journal_names()
-        take_stock(output)
+        take_inventory(output)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_journal_that_is_not_ours_is_removed(work, about):
 def test_rows_of_a_journal_that_the_job_does_not_have(work, caplog):
     """Another input, or other columns: else a part would be there that is never accepted."""
     output, at_work = work.opened("r1")
-    layout = Layout.of(work.plan.meta, work.plan.reader)
+    layout = PartSchema.of(work.plan.meta, work.plan.reader)
     with at_work:
         left_by_zombie(output, 40, 60)
         recover(output, Extent(Ranges([(0, 50)]), 1, keeps_rows=True), None)
@@ -287,7 +287,7 @@ def test_a_journal_of_another_job_in_the_same_place_is_removed(work):
         with pytest.raises(Ended):
             work.run(output)
     other = Folder(output.path, "r2", begun="anew")
-    with other.taking_over():
+    with other.takeover_lock():
         other.fence()
     with other.open({}):
         recover(other)

@@ -21,7 +21,7 @@ import pytest
 from dask_pcm.errors import FencedError, OutputError
 from dask_pcm.ledger import folder, objects
 from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.inventory import Counts, take_stock
+from dask_pcm.ledger.inventory import Counts, take_inventory
 from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import LOG, MANIFEST, Output
 from dask_pcm.ledger.parts import parse_name, partition_name, range_name, write_part
@@ -78,7 +78,7 @@ def output(request, tmp_path):
 @contextlib.contextmanager
 def at_work(output: Output, **says):
     with contextlib.ExitStack() as stack:
-        with output.taking_over():
+        with output.takeover_lock():
             stack.enter_context(output.open({"host": "here", **says}))
         yield output
 
@@ -108,7 +108,7 @@ class TestParts:
         output.commit(NAME, [TABLE], lambda: NOTE)
         assert output.commit(NAME, [OTHER], lambda: {"rows": 1, "failed": 1}, replaces=True)
         assert values(output) == [9]
-        assert take_stock(output) == {NAME: Counts(1, 1)}
+        assert take_inventory(output) == {NAME: Counts(1, 1)}
 
     def test_of_many_writers_one_is_first(self, output):
         spawn = multiprocessing.get_context("spawn")
@@ -135,7 +135,7 @@ class TestParts:
         output.write("thesis.txt", b"years of work")
         if isinstance(output, Folder):  # what mkfs makes
             os.mkdir(os.path.join(output.path, "lost+found"))
-        assert output.strangers() == ["thesis.txt"]
+        assert output.foreign_files() == ["thesis.txt"]
 
 
 def _commit(output, value, ready, results):
@@ -168,19 +168,19 @@ class TestFence:
         assert list(output.parts()) == [NAME]
 
     def test_who_is_at_work_is_known_to_others(self, output):
-        assert output.others() == []
+        assert output.other_runs() == []
         with at_work(output.as_run("second"), pid=7):
-            (seen,) = output.others()
+            (seen,) = output.other_runs()
             assert (seen.run, seen.is_alive, seen.says["pid"]) == ("second", True, 7)
-        assert output.others() == []
+        assert output.other_runs() == []
 
     def test_wishes(self, output):
-        assert output.wishes() == frozenset()
+        assert output.requests() == frozenset()
         asking = output.as_run("asking").as_run(output.run)
         asking.write(f"{asking.place}/pause", b"")
-        assert output.wishes() == {"pause"}
+        assert output.requests() == {"pause"}
         asking.remove(f"{asking.place}/pause")
-        assert output.wishes() == frozenset()
+        assert output.requests() == frozenset()
 
 
 class TestSettingAside:
@@ -189,12 +189,12 @@ class TestSettingAside:
         self.leave_old(output)
         newer = output.as_run("newer")
         with at_work(newer):
-            newer.set_aside()
+            newer.stash()
             assert not newer.parts() and not newer.exists(MANIFEST)
             self.begin_new(newer)
             if has_new:
                 newer.commit(range_name(5, 7), [TABLE], lambda: NOTE)
-            newer.put_back()
+            newer.unstash()
             with pytest.raises(FencedError):
                 newer.commit(range_name(7, 9), [TABLE], lambda: NOTE)
         self.check(output, has_new)
@@ -207,7 +207,7 @@ class TestSettingAside:
             if step == "while it is moved":
                 newer.move(MANIFEST, f"{newer.place}/aside/{MANIFEST}")
             else:
-                newer.set_aside()
+                newer.stash()
             if step == "after it":
                 self.begin_new(newer)
             output.as_run("next").fence()
@@ -244,17 +244,17 @@ class TestSettingAside:
         ):
             patched.setattr(Folder, "move", counted(Folder.move))
             patched.setattr(Folder, "remove", counted(Folder.remove))
-            killed.set_aside()
+            killed.stash()
             self.begin_new(killed)
-            killed.put_back()
+            killed.unstash()
         for place in Path(output.path, "_pcm").glob("old-*"):  # as a kill leaves it
             if (place / "driver.json").exists():
                 place.rename(Path(output.path, "_pcm", "run-killed"))
-        output.as_run("next").fence(the_living=False)
+        output.as_run("next").fence(include_alive=False)
         assert output.read_json(MANIFEST) == {"job": "old"}
         assert list(output.parts()) == [NAME, range_name(2, 4)]
         assert output.read_json("_pcm/report.json") == {"job": "old"}
-        assert take_stock(output) == {NAME: Counts(2, 0), range_name(2, 4): Counts(2, 0)}
+        assert take_inventory(output) == {NAME: Counts(2, 0), range_name(2, 4): Counts(2, 0)}
         assert {p.name for p in Path(output.path, "_pcm").iterdir()} == {
             "journal",
             "lock",
@@ -278,16 +278,16 @@ class TestSettingAside:
         assert {line["commit"] for line in output.lines()} == set(expected)
 
     def test_a_run_that_set_nothing_aside_keeps_what_it_has(self, output):
-        output.set_aside()
+        output.stash()
         output.write_json(MANIFEST, {"job": "first"})
-        output.put_back()
+        output.unstash()
         assert output.exists(MANIFEST)
 
     def test_dropped_it_is_gone(self, output):
         self.leave_old(output)
-        output.set_aside()
+        output.stash()
         output.drop_aside()
-        output.put_back()
+        output.unstash()
         assert not output.parts()
 
 
@@ -295,17 +295,17 @@ class TestStock:
     def test_what_was_committed_is_counted(self, output):
         output.commit(NAME, [TABLE], lambda: {"rows": 2, "failed": 1})
         output.commit(range_name(2, 3), [OTHER], lambda: {"rows": 1, "failed": 0})
-        assert take_stock(output) == {NAME: Counts(2, 1), range_name(2, 3): Counts(1, 0)}
+        assert take_inventory(output) == {NAME: Counts(2, 1), range_name(2, 3): Counts(1, 0)}
 
     def test_a_part_that_nobody_noted_has_its_own_note(self, output):
         output.commit(NAME, [TABLE], lambda: {"rows": 2, "failed": 1})
         output.remove(LOG)
-        assert take_stock(output) == {NAME: Counts(2, 1)}
+        assert take_inventory(output) == {NAME: Counts(2, 1)}
 
     def test_a_part_that_is_gone_is_told_of(self, output, caplog):
         output.commit(NAME, [TABLE], lambda: NOTE)
         output.remove(NAME)
-        assert take_stock(output) == {}
+        assert take_inventory(output) == {}
         assert f"committed are gone, such as {NAME}" in caplog.text
 
     def test_a_part_that_was_edited_is_refused(self, output):
@@ -317,7 +317,7 @@ class TestStock:
         pq.write_table(edited.replace_schema_metadata(read.schema.metadata), sink)
         output.write(NAME, sink.getvalue().to_pybytes())
         with pytest.raises(OutputError, match=rf"The part '{NAME}' in .* was changed since"):
-            take_stock(output)
+            take_inventory(output)
 
     def test_a_copy_of_a_part_is_refused_under_any_other_name(self, output):
         output.commit(NAME, [TABLE], lambda: NOTE)
@@ -326,9 +326,9 @@ class TestStock:
         for name in (range_name(2, 4), partition_name(7), range_name(0, 3)):
             output.write(name, content)
             with pytest.raises(OutputError, match=rf"'{name}' in .* committed as '{NAME}'.*Remove"):
-                take_stock(output)
+                take_inventory(output)
             output.remove(name)
-        assert take_stock(output) == {NAME: Counts(2, 0)}
+        assert take_inventory(output) == {NAME: Counts(2, 0)}
 
     def test_a_copy_in_the_place_of_a_part_is_refused(self, output):
         """Also where its size is that of the part that was there."""
@@ -338,7 +338,7 @@ class TestStock:
         with output.open_part(NAME) as file:
             output.write(other, file.read())
         with pytest.raises(OutputError, match=f"'{other}' in .* was committed as '{NAME}'"):
-            take_stock(output)
+            take_inventory(output)
 
     def test_a_part_written_twice_is_ours_when_its_last_line_is_lost(self, output):
         """Whatever lost it: a full disk, a lost node, a flipped bit."""
@@ -349,25 +349,25 @@ class TestStock:
             output.remove(f"{LOG}/{name}")
         for line in lines:
             output.log(line)
-        assert take_stock(output) == {NAME: Counts(1, 0)}
+        assert take_inventory(output) == {NAME: Counts(1, 0)}
 
     def test_damaged_lines_are_left_out(self, output, caplog):
         output.commit(NAME, [TABLE], lambda: NOTE)
         whole = list(output.lines())
         for number, text in enumerate(DAMAGED_LINES):
             output.write(f"{LOG}/damaged-{number}", text)
-        assert take_stock(output) == {NAME: Counts(2, 0)}
+        assert take_inventory(output) == {NAME: Counts(2, 0)}
         assert f"{len(DAMAGED_LINES)} damaged lines in the log" in caplog.text
         assert sorted(map(str, output.lines())) == sorted(map(str, whole))
         assert rows_recomputed(output.lines(), "first", lambda name: 0) == 0
 
     def test_a_part_of_another_output_is_refused(self, output):
         output.commit(NAME, [TABLE], lambda: {**NOTE, "begun": "elsewhere"})
-        if output.may_get_late_parts:
-            assert take_stock(output) == {}
+        if output.allows_late_commits:
+            assert take_inventory(output) == {}
         else:
             with pytest.raises(OutputError, match="is of another output"):
-                take_stock(output)
+                take_inventory(output)
 
     def test_a_replaced_part_whose_run_died_right_after_is_ours(self, output, monkeypatch):
         output.commit(NAME, [TABLE], lambda: NOTE)
@@ -379,16 +379,16 @@ class TestStock:
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(target, name, dies)
             output.commit(NAME, [OTHER], lambda: {"rows": 1, "failed": 0}, replaces=True)
-        assert take_stock(output) == {NAME: Counts(1, 0)}
+        assert take_inventory(output) == {NAME: Counts(1, 0)}
 
     def test_parts_with_rows_in_common(self, output):
         output.commit(range_name(0, 4), [TABLE, TABLE], lambda: {"rows": 4, "failed": 0})
         output.commit(range_name(3, 5), [TABLE], lambda: NOTE)
         if isinstance(output, Folder):
             with pytest.raises(OutputError, match=r"part-0+3-0+5.* have rows in common"):
-                take_stock(output)
+                take_inventory(output)
         else:  # one of a run that was shut out may arrive late
-            assert take_stock(output) == {range_name(0, 4): Counts(4, 0)}
+            assert take_inventory(output) == {range_name(0, 4): Counts(4, 0)}
             assert list(output.parts()) == [range_name(0, 4)]
 
     def test_a_part_of_somebody_elses_is_refused(self, output):
@@ -396,12 +396,12 @@ class TestStock:
         pq.write_table(TABLE, sink)
         output.write(NAME, sink.getvalue().to_pybytes())
         with pytest.raises(OutputError, match="was not written by dask_pcm"):
-            take_stock(output)
+            take_inventory(output)
 
     def test_a_torn_part_is_named(self, output):
         output.write(NAME, b"PAR1 torn")
         with pytest.raises(OutputError, match=rf"part '{NAME}' .* cannot be read"):
-            take_stock(output)
+            take_inventory(output)
 
 
 def test_a_copy_of_an_output_is_the_same_output(tmp_path):
@@ -412,7 +412,7 @@ def test_a_copy_of_an_output_is_the_same_output(tmp_path):
         first.commit(NAME, [TABLE], lambda: NOTE)
     shutil.copytree(first.path, tmp_path / "copy", copy_function=shutil.copy)  # at another time
     os.utime(tmp_path / "copy" / NAME, ns=(1, 1))
-    assert take_stock(Folder(str(tmp_path / "copy"), "run")) == {NAME: Counts(2, 0)}
+    assert take_inventory(Folder(str(tmp_path / "copy"), "run")) == {NAME: Counts(2, 0)}
 
 
 class TestFolder:
@@ -512,7 +512,7 @@ class TestFolder:
         place.mkdir()
         (place / "alive").write_text("")
         (place / "driver.json").write_text('{"pid": 1}')
-        (seen,) = output.others()
+        (seen,) = output.other_runs()
         assert not seen.is_alive
 
     def test_of_a_run_on_another_host_the_status_counts_too(self, output):
@@ -520,12 +520,12 @@ class TestFolder:
         place.mkdir()
         (place / "alive").write_text("")  # whose lock does not reach us
         (place / "driver.json").write_text('{"host": "there"}')
-        assert [owner.is_alive for owner in output.others()] == [False]
+        assert [owner.is_alive for owner in output.other_runs()] == [False]
         (place / "status.json").write_text("{}")
-        assert [owner.is_alive for owner in output.others()] == [True]
+        assert [owner.is_alive for owner in output.other_runs()] == [True]
         old = time.time() - 2 * folder.SILENT_S
         os.utime(place / "status.json", (old, old))
-        assert [owner.is_alive for owner in output.others()] == [False]
+        assert [owner.is_alive for owner in output.other_runs()] == [False]
 
     def test_without_locks_a_silent_run_is_not_at_work(self, output, monkeypatch):
         def no_locks(*args):
@@ -533,12 +533,12 @@ class TestFolder:
 
         with at_work(output.as_run("second")) as second:
             monkeypatch.setattr(folder.fcntl, "flock", no_locks)
-            assert [owner.is_alive for owner in output.others()] == [False]
+            assert [owner.is_alive for owner in output.other_runs()] == [False]
             second.write_json(f"{second.place}/status.json", {})
-            assert [owner.is_alive for owner in output.others()] == [True]
+            assert [owner.is_alive for owner in output.other_runs()] == [True]
             old = time.time() - 2 * folder.SILENT_S
             os.utime(Path(output.path, second.place, "status.json"), (old, old))
-            assert [owner.is_alive for owner in output.others()] == [False]
+            assert [owner.is_alive for owner in output.other_runs()] == [False]
 
     def test_an_unwritable_output_says_so(self, tmp_path):
         (tmp_path / "file").write_text("")
@@ -556,7 +556,7 @@ class TestFolder:
         pq.write_table(TABLE.replace_schema_metadata({"dask_pcm": note}), sink)
         output.write(NAME, sink.getvalue().to_pybytes())
         with pytest.raises(OutputError, match=f"The part '{NAME}' in .* cannot be read"):
-            take_stock(output)
+            take_inventory(output)
 
     def test_a_line_that_is_written_in_part_is_written_to_its_end(self, output, monkeypatch):
         write = os.write
@@ -623,9 +623,9 @@ class TestObjects:
     def test_a_run_that_says_nothing_is_not_at_work(self, bucket, monkeypatch):
         output = Objects.at(f"{bucket}/out", None)
         with at_work(output.as_run("second")):
-            assert [owner.is_alive for owner in output.others()] == [True]
+            assert [owner.is_alive for owner in output.other_runs()] == [True]
             monkeypatch.setattr(objects, "SILENT_S", -1.0)
-            assert [owner.is_alive for owner in output.others()] == [False]
+            assert [owner.is_alive for owner in output.other_runs()] == [False]
 
     def test_a_lock_whose_holder_died_is_taken_over(self, bucket, tmp_path, monkeypatch):
         output = Objects.at(f"{bucket}/out", str(tmp_path))
@@ -646,7 +646,7 @@ class TestObjects:
 
         def take(number):
             for _ in range(3):
-                with output.as_run(f"run {number}").taking_over():
+                with output.as_run(f"run {number}").takeover_lock():
                     inside.append(number)
                     seen.append(len(inside))
                     time.sleep(0.01)
@@ -671,12 +671,12 @@ class TestObjects:
             assert new.commit(NAME, [TABLE], lambda: note)  # though a part is there
             assert not new.commit(NAME, [TABLE], lambda: note)
             assert values(new) == [1, 2]
-            assert take_stock(new) == {NAME: Counts(2, 0)}
+            assert take_inventory(new) == {NAME: Counts(2, 0)}
             assert list(new.parts()) == [NAME]
             late_bytes = io.BytesIO()
             write_part(late_bytes, NAME, [OTHER], lambda: {"rows": 1, "failed": 0, "begun": "old"})
             new._fs.pipe_file(new._at(NAME), late_bytes.getvalue())  # in the place of ours
-            assert take_stock(new) == {} and not new.parts()
+            assert take_inventory(new) == {} and not new.parts()
 
     def test_names_of_objects_are_no_longer_than_stores_allow(self, bucket):
         output = Objects.at(f"{bucket}/{'deep/' * 20}out", None)
@@ -684,7 +684,9 @@ class TestObjects:
         with at_work(output):
             output.note_called(rest, "a journal", output.run)
             assert output.commit(NAME, [TABLE], lambda: {**NOTE, "begun": "b" * 500})
-            assert take_stock(dataclasses.replace(output, begun="b" * 500)) == {NAME: Counts(2, 0)}
+            assert take_inventory(dataclasses.replace(output, begun="b" * 500)) == {
+                NAME: Counts(2, 0)
+            }
             (line,) = (line for line in output.lines() if "called" in line)
             assert line["called"] == [list(pair) for pair in rest]
             names = [f"{output.path}/{LOG}/{name}" for name in output.entries(LOG)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import dask_pcm as pcm
 from dask_pcm.errors import LostProcessError
 from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.inventory import take_stock
+from dask_pcm.ledger.inventory import take_inventory
 from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
 from dask_pcm.runs import identity as manifest
@@ -23,8 +23,8 @@ from dask_pcm.runs.plan import Plan
 from dask_pcm.runs.progress.report import rows_recomputed
 from dask_pcm.runs.recover import forget, recover
 from dask_pcm.runs.units import attempt as attempts
-from dask_pcm.runs.units.schema import Layout
-from dask_pcm.runs.units.unit import Job, run_unit
+from dask_pcm.runs.units.schema import PartSchema
+from dask_pcm.runs.units.unit import UnitSpec, run_unit
 
 N_ROWS, BATCH = 96, 8
 #: What a row to blame costs: its batch twice, then 4 and 2 rows of it, and the row alone twice.
@@ -105,7 +105,7 @@ class Work:
         else:  # files by URL: an object store without a server
             made = Objects.at(f"local://{self.place}/out", str(self.place / "locks"))
             output = dataclasses.replace(made, run=run, begun="b")
-        with output.taking_over():
+        with output.takeover_lock():
             output.fence()
         self._stack.enter_context(output.open({}))
         return output
@@ -121,8 +121,8 @@ class Work:
         manifest.identify(ddf.expr, True)
         done = [tuple(map(int, n.removesuffix(".parquet").split("-")[1:])) for n in output.parts()]
         unit = Cutter(plan, done).cut(N_ROWS)
-        layout = Layout.of(plan.meta, plan.reader)
-        job = Job(output, layout, {"begun": "b", "job": "j"}, 1 << 20, BATCH, costs)
+        layout = PartSchema.of(plan.meta, plan.reader)
+        job = UnitSpec(output, layout, {"begun": "b", "job": "j"}, 1 << 20, BATCH, costs)
         return run_unit(unit, *plan.graph(unit), job=job, refs=plan.refs)
 
     def finish(self, output, costs=()):
@@ -340,7 +340,7 @@ def test_what_rows_have_cost_is_carried_from_run_to_run(work):
     assert recover(last) == costs
     work.losses.__init__()
     CALLS.clear()
-    while sum(n_rows for n_rows, _ in take_stock(last).values()) < N_ROWS:
+    while sum(n_rows for n_rows, _ in take_inventory(last).values()) < N_ROWS:
         work.finish(last, costs)
     assert [len(rows) for rows in CALLS if 20 in rows] == [2, 1, 1]
     assert len(last.journal_names()) == 1
@@ -448,7 +448,7 @@ def test_where_every_row_ends_its_process_the_unit_does(work, monkeypatch):
     work.losses.__init__()
     FATAL.clear()
     costs = recover(again)
-    while sum(n_rows for n_rows, _ in take_stock(again).values()) < N_ROWS:
+    while sum(n_rows for n_rows, _ in take_inventory(again).values()) < N_ROWS:
         work.finish(again, costs)
     found = whole(again)
     assert found.id.tolist() == list(range(N_ROWS))

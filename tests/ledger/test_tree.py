@@ -16,7 +16,7 @@ import pytest
 import dask_pcm as pcm
 from dask_pcm.errors import OutputError
 from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.inventory import take_stock
+from dask_pcm.ledger.inventory import take_inventory
 from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.tree import Tree
@@ -38,7 +38,7 @@ def out(tmp_path):
 
 @contextlib.contextmanager
 def begun(output):
-    with output.taking_over():
+    with output.takeover_lock():
         output.fence()
         with output.open({}):
             yield output
@@ -47,9 +47,9 @@ def begun(output):
 def go_on(out):
     """What a run does with an output before anything else, and what a look at it does."""
     with begun(Folder(str(out), "next")) as output:
-        take_stock(output)
+        take_inventory(output)
         output.note_start(NAME, 2)
-        output.set_aside()
+        output.stash()
         output.drop_aside()
 
 
@@ -183,7 +183,7 @@ class TestOwners:
         code = (
             "import os; from dask_pcm.ledger.folder import Folder;"
             "os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534);"
-            f"Folder({str(out)!r}, 'other').taking_over().__enter__(); print('begun')"
+            f"Folder({str(out)!r}, 'other').takeover_lock().__enter__(); print('begun')"
         )
         for path in out.parents:
             if path.stat().st_mode & 0o005 != 0o005:
@@ -215,14 +215,14 @@ class TestLockFolder:
         lock = Path(output.locks, output._lock_files._at("run"))
         lock.parent.mkdir()
         lock.symlink_to(victim) if is_link else os.mkfifo(lock)
-        with pytest.raises(OutputError, match="where a file was expected"), output.taking_over():
+        with pytest.raises(OutputError, match="where a file was expected"), output.takeover_lock():
             pass
         assert victim.read_text() == "precious"
 
     def test_a_folder_that_somebody_has_put_there(self, output, tmp_path):
         place = Path(output.locks, output._lock_files._at("run")).parent
         place.symlink_to(tmp_path)
-        with pytest.raises(OutputError, match="is a link"), output.taking_over():
+        with pytest.raises(OutputError, match="is a link"), output.takeover_lock():
             pass
         assert not list(tmp_path.glob("*.lock"))
 
@@ -231,7 +231,7 @@ class TestLockFolder:
         place = Path(output.locks, output._lock_files._at("run")).parent
         place.mkdir()
         os.chown(place, NOBODY, NOBODY)
-        with pytest.raises(OutputError, match=f"uid {NOBODY}"), output.taking_over():
+        with pytest.raises(OutputError, match=f"uid {NOBODY}"), output.takeover_lock():
             pass
 
 

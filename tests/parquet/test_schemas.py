@@ -14,7 +14,7 @@ import dask_pcm as pcm
 from dask_pcm.errors import InputError, SchemaError
 from dask_pcm.parquet.arrow_types import canonical, wider
 from dask_pcm.runs.identity import identify
-from dask_pcm.runs.units.schema import Layout
+from dask_pcm.runs.units.schema import PartSchema
 from tests.support.arrow_values import VALUES, shown
 
 TEXT = pa.array(["a", None, "c"])
@@ -223,7 +223,7 @@ class TestIndexOfPandas:
         given = pd.DataFrame({"x": [1, 2]}, index=pd.Index(index.to_pylist(), name="day"))
         given.to_parquet(tmp_path / "a.parquet")
         frame = pcm.read_parquet(tmp_path)
-        layout = Layout.of(frame._meta, frame.expr.operand("func"))
+        layout = PartSchema.of(frame._meta, frame.expr.operand("func"))
         found = frame.compute(scheduler="sync")
         parts = [layout.table(part) for part in (found[:1], found[1:], found[:0])]
         assert {part.schema.field("day").type for part in parts} == {pa.date32()}

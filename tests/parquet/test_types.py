@@ -19,7 +19,7 @@ from dask_pcm.errors import InputError, SchemaError
 from dask_pcm.parquet import conversion
 from dask_pcm.parquet.conversion import cast, to_arrow, to_pandas
 from dask_pcm.parquet.nans import mark, unmark
-from dask_pcm.runs.units.schema import Layout
+from dask_pcm.runs.units.schema import PartSchema
 from tests.support.arrow_values import NAN, VALUES, shown
 
 #: Types that others do not read, in whatever file they are.
@@ -92,7 +92,7 @@ def test_rows_that_fail_and_pieces_of_many_row_groups_change_no_value(tmp_path):
         return frame.assign(o=1)
 
     frame = mapped(tmp_path / "in.parquet", fails)
-    layout = Layout.of(frame._meta, pcm.read_parquet(tmp_path).expr.operand("func"))
+    layout = PartSchema.of(frame._meta, pcm.read_parquet(tmp_path).expr.operand("func"))
     found = pa.concat_tables(layout.tables(frame.compute(scheduler="sync")))
     assert found["error"].to_pylist()[4] == "ValueError: four"
     assert found["error"].null_count == 8

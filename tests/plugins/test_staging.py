@@ -25,7 +25,7 @@ from distributed.core import rpc
 
 import dask_pcm as pcm
 from dask_pcm.ladder.files import transfer
-from dask_pcm.ladder.files.cache import Disk
+from dask_pcm.ladder.files.cache import FileCache
 from dask_pcm.plugins.scheduler.plugin import GATE
 from dask_pcm.plugins.worker import staging as staging_module
 from dask_pcm.plugins.worker.plugin import CONTEXTS
@@ -364,7 +364,7 @@ def test_workers_hand_out_blobs_and_nothing_else(tmp_path):
     options = {"processes": False, "dashboard_address": None, "threads_per_worker": 1}
     with settings, LocalCluster(n_workers=1, **options) as cluster, Client(cluster) as client:
         pcm.install(client)
-        Disk(tmp_path / "disk")
+        FileCache(tmp_path / "disk")
         (worker,) = client.scheduler_info()["workers"]
 
         async def ask(**asked):

@@ -322,12 +322,12 @@ class TestKilledOverwrite:
         """Through the same call, with nothing computed again."""
         write(job(), out)
         killed = Folder(out, "killed")
-        with killed.taking_over(), killed.open({"pid": 1}):
+        with killed.takeover_lock(), killed.open({"pid": 1}):
             if step == "amid setting aside":
                 for name in (MANIFEST, *list(killed.parts())[:2]):
                     killed.move(name, f"{killed.place}/aside/{name}")
             else:
-                killed.set_aside()
+                killed.stash()
                 Manifest({"another": "job"}).write(killed)
             left = Path(out, killed.place)
             shutil.copytree(left, f"{out}-left")  # as a kill leaves it

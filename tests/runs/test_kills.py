@@ -183,8 +183,8 @@ def test_a_disk_that_is_full_in_the_midst_of_a_run(client, claims, small_disk):
 
 def test_a_killed_workers_results_that_nobody_has_taken_yet(claims, tmp_path, monkeypatch):
     """One worker, and a driver that takes its time: results are lost with the worker."""
-    wishes = Folder.wishes
-    monkeypatch.setattr(Folder, "wishes", lambda self: time.sleep(0.4) or wishes(self))
+    requests = Folder.requests
+    monkeypatch.setattr(Folder, "requests", lambda self: time.sleep(0.4) or requests(self))
 
     def slow(frame, live):
         time.sleep(0.05)

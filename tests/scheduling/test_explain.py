@@ -144,7 +144,7 @@ def test_a_suspect_says_so():
     world.warm("w")
     world.park(2)
     world.decide()
-    world.tell(WorkParked(Work("s", Group(("a",), "infer", is_alone=True), (0,))))
+    world.tell(WorkParked(Work("s", Group(("a",), "infer", is_isolated=True), (0,))))
     world.decide()
     assert "runs alone: it waits for a worker to be empty" in why(world, "s")
 

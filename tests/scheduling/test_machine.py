@@ -40,7 +40,7 @@ GROUPS = [
     Group(("a",), "k", client="bob"),
     Group(("a", "b"), "k"),
     Group(("a",), "k", frozenset({"w1"})),
-    Group(("b",), "k", is_alone=True),
+    Group(("b",), "k", is_isolated=True),
 ]
 workers, contexts = st.sampled_from(WORKERS), st.sampled_from(CONTEXTS)
 
@@ -234,7 +234,7 @@ class Gate(RuleBasedStateMachine):
                 assert work.group.allowed is None or worker in work.group.allowed
                 assert view.host not in self.state.failures.shunned
                 assert len(view.running) == 1 or not any(
-                    other.group.is_alone for other in view.running.values()
+                    other.group.is_isolated for other in view.running.values()
                 )
             case Fail(key):
                 del self.wanted[key]

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from dask_pcm.scheduling.units import Askers, Stock, Wants, unit_rows
+from dask_pcm.scheduling.units import DeviceDemand, Outstanding, UnitSizing, unit_rows
 
 
 def sizes(n_rows, n_workers, batch_rows, row_s, unit_s=1.0, max_rows=10**9):
@@ -57,7 +57,7 @@ def test_makespan_over_the_bound_with_speeds_one_to_three():
 
 
 def stock(batch_rows=1, unit_s=1.0, max_rows=10**6, n_lanes=2, ready_s=0.5):
-    return Stock(Wants(batch_rows, unit_s, max_rows, n_lanes, ready_s))
+    return Outstanding(UnitSizing(batch_rows, unit_s, max_rows, n_lanes, ready_s))
 
 
 def fed(stocked, n_uncut, *askers):
@@ -71,7 +71,7 @@ def fed(stocked, n_uncut, *askers):
 
 
 def test_units_are_as_large_as_the_asker_is_fast():
-    fast, slow = Askers("H100", 2, 0.001), Askers("T4", 2, 0.01)
+    fast, slow = DeviceDemand("H100", 2, 0.001), DeviceDemand("T4", 2, 0.01)
     sizes = fed(stock(), 10**6, fast, slow)
     assert {size.n_rows for size in sizes if size.device == "H100"} == {1000}
     assert {size.n_rows for size in sizes if size.device == "T4"} == {100}
@@ -79,7 +79,7 @@ def test_units_are_as_large_as_the_asker_is_fast():
 
 
 def test_the_share_of_what_remains_is_the_askers():
-    fast, slow = Askers("H100", 1, 0.001), Askers("T4", 1, 0.003)
+    fast, slow = DeviceDemand("H100", 1, 0.001), DeviceDemand("T4", 1, 0.003)
     first, *_ = fed(stock(unit_s=1e6), 4000, fast, slow)
     assert (first.device, first.n_rows) == ("H100", 1500)  # half of three quarters
     (alone,) = fed(stock(unit_s=1e6, n_lanes=0, ready_s=0.1), 4000, slow._replace(n_workers=1))[:1]
@@ -90,15 +90,15 @@ def test_what_was_cut_for_devices_that_are_gone_is_at_hand_for_the_others():
     stocked = stock(ready_s=0.0)
     for _ in range(6):
         stocked.add("gone", 10)
-    assert fed(stocked, 10**6, Askers("T4", 2, 0.01)) == []
+    assert fed(stocked, 10**6, DeviceDemand("T4", 2, 0.01)) == []
     stocked.remove("gone", 10)
-    assert len(fed(stocked, 10**6, Askers("T4", 2, 0.01))) == 1
+    assert len(fed(stocked, 10**6, DeviceDemand("T4", 2, 0.01))) == 1
 
 
 def test_short_units_are_kept_by_the_second():
-    sizes = fed(stock(max_rows=1), 10**6, Askers("", 1, 0.01))
+    sizes = fed(stock(max_rows=1), 10**6, DeviceDemand("", 1, 0.01))
     assert len(sizes) == 50
 
 
 def test_no_more_than_a_hundred_units_at_a_time():
-    assert len(fed(stock(max_rows=1, ready_s=100.0), 10**6, Askers("", 1, 0.01))) == 100
+    assert len(fed(stock(max_rows=1, ready_s=100.0), 10**6, DeviceDemand("", 1, 0.01))) == 100

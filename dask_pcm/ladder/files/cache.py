@@ -38,7 +38,7 @@ from pathlib import Path
 from dask_pcm.context.bundles import Blob, Bundle, checked_name, digest_of
 from dask_pcm.errors import DiskError
 from dask_pcm.ladder.files.locks import is_held, locked
-from dask_pcm.ladder.files.partial import Filling, read_note, state, verified_chunks, write_note
+from dask_pcm.ladder.files.partial import PartialBlob, read_note, state, verified_chunks, write_note
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ _DIGEST = re.compile(r"[0-9a-f]{32}")
 _FIXED_S = 0.1
 
 
-class Disk:
+class FileCache:
     """Blobs of this user on this host.
 
     Processes of one host share it; threads too.
@@ -80,7 +80,7 @@ class Disk:
         self._blobs, self._trees = self.root / "blobs", self.root / "trees"
         self._room_lock = self.root / "lock"
         #: Blobs that this process is staging.
-        self._fillings: dict[str, Filling] = {}
+        self._fillings: dict[str, PartialBlob] = {}
         for folder in (self.root, self._blobs, self._trees):
             _make_own(folder)
         self._clean()
@@ -92,7 +92,7 @@ class Disk:
     # -- staging ------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def filling(self, blob: Blob) -> Iterator[Filling | None]:
+    def filling(self, blob: Blob) -> Iterator[PartialBlob | None]:
         """Be the one that stages a blob; None where it is complete, perhaps since we waited.
 
         What an earlier attempt has written is kept, as far as it is verified.
@@ -114,7 +114,7 @@ class Disk:
                 os.ftruncate(staging, 0)  # of somebody who was killed
                 self._make_room(blob.n_bytes - _size(place.with_suffix(".part")))
                 os.ftruncate(staging, blob.n_bytes)
-            with Filling(place, blob) as filling:
+            with PartialBlob(place, blob) as filling:
                 self._fillings[blob.digest] = filling
                 try:
                     yield filling

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _N_READERS = 4
 
 
-class Filling:
+class PartialBlob:
     """A blob that is being staged; threads may write its chunks, in any order."""
 
     def __init__(self, place: Path, blob: Blob) -> None:
@@ -33,7 +33,7 @@ class Filling:
         #: Chunks that are here and verified.
         self.have = verified_chunks(self._descriptor, blob)
 
-    def __enter__(self) -> Filling:
+    def __enter__(self) -> PartialBlob:
         return self
 
     def __exit__(self, *args: object) -> None:

@@ -21,8 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 from dask_pcm.config import Config
 from dask_pcm.context.bundles import Blob, Bundle, BundledFile
 from dask_pcm.errors import DiskError, StageError
-from dask_pcm.ladder.files.cache import Disk, is_node_local
-from dask_pcm.ladder.files.partial import Filling
+from dask_pcm.ladder.files.cache import FileCache, is_node_local
+from dask_pcm.ladder.files.partial import PartialBlob
 from dask_pcm.paths import version_of
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,13 @@ class Staging:
     def __init__(
         self,
         config: Config | None = None,
-        fetch: Callable[[BundledFile, Filling], None] | None = None,
+        fetch: Callable[[BundledFile, PartialBlob], None] | None = None,
         on_staged: Callable[[Blob], None] | None = None,
     ) -> None:
         self._config = config
         self._fetch = fetch or self._from_store
         self._on_staged = on_staged or (lambda blob: None)
-        self._disk: Disk | None = None
+        self._disk: FileCache | None = None
         self._making = threading.Lock()
 
     @contextlib.contextmanager
@@ -98,7 +98,7 @@ class Staging:
                 " evicted as fast as it is staged. Give it more room (pcm.ladder.disk.quota)."
             )
 
-    def _from_store(self, file: BundledFile, filling: Filling) -> None:
+    def _from_store(self, file: BundledFile, filling: PartialBlob) -> None:
         fetch(file, filling, (self._config or Config.read()).store_timeout_s)
 
     def _in_place(self, bundle: Bundle) -> str:
@@ -114,7 +114,7 @@ class Staging:
             return folder
 
     @property
-    def disk(self) -> Disk:
+    def disk(self) -> FileCache:
         """The cache of this host, made when it is first needed."""
         with self._making:
             if self._disk is None:
@@ -122,7 +122,7 @@ class Staging:
             return self._disk
 
 
-def open_disk(config: Config) -> Disk:
+def open_disk(config: Config) -> FileCache:
     """The cache that the settings ask for; where it cannot be shared, one of this process alone."""
     path = config.disk_path or os.path.join(tempfile.gettempdir(), f"dask_pcm-{os.getuid()}")
     root = Path(os.path.expandvars(path)).expanduser().absolute()
@@ -135,7 +135,7 @@ def open_disk(config: Config) -> Disk:
         )
         root = root / f"{socket.gethostname()}-{os.getpid()}"
         atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return Disk(root, config.disk_quota_bytes)
+    return FileCache(root, config.disk_quota_bytes)
 
 
 def is_in_place(bundle: Bundle) -> bool:
@@ -156,7 +156,7 @@ def is_in_place(bundle: Bundle) -> bool:
     return True
 
 
-def fetch(file: BundledFile, filling: Filling, timeout_s: float) -> None:
+def fetch(file: BundledFile, filling: PartialBlob, timeout_s: float) -> None:
     """Read from where a file lies what is missing of it.
 
     Raises

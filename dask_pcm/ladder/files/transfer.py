@@ -7,7 +7,7 @@ from the servers of others.
 Who connects and who answers prove to each other that they know the cluster's token, by a keyed
 digest of two random numbers (HMAC); the token itself is never sent. Where the cluster uses TLS,
 these connections do, with the same certificates. What arrives is verified chunk by chunk
-(``Filling.write``), so a peer can delay but not deceive.
+(``PartialBlob.write``), so a peer can delay but not deceive.
 
 A request is a chunk's blob, first byte and length; the answer its length (0 where it is not here)
 and its bytes. Requests may be sent ahead.

@@ -53,7 +53,7 @@ class Owners:
         self._n_changes = self._count_changes()
 
     @property
-    def is_sole(self) -> bool:
+    def is_unshared(self) -> bool:
         """Whether the object is its parts' only owner."""
         has_more = any(sys.getrefcount(entry[0]) - _LOOKING > entry[1] for entry in self._inside)
         return not has_more and _n_users(self._storages) <= self._n_users

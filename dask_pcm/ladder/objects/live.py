@@ -99,7 +99,7 @@ class Live:
         if self._is_mapped:  # it has been there all the time
             return True
         movable = [storage for storage in self._storages if _can_be_emptied(storage)]
-        if not movable or self._owners is None or not self._owners.is_sole:
+        if not movable or self._owners is None or not self._owners.is_unshared:
             return False  # what a task has returned may be a part of it
         if self.image is None or not self.image.is_same(self._storages):
             self.image = Image.of_storages(self._storages)

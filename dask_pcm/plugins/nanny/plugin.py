@@ -26,7 +26,7 @@ from dask_pcm.config import Config
 from dask_pcm.ladder.objects.images import max_files
 from dask_pcm.plugins.interrupts import interrupts
 from dask_pcm.plugins.nanny.fork_server import rebirth
-from dask_pcm.plugins.shipping import Travels
+from dask_pcm.plugins.shipping import ShippedPlugin
 from dask_pcm.plugins.signals import is_command, signals
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _shelves() -> weakref.WeakValueDictionary[str, Shelf]:
     return weakref.WeakValueDictionary()
 
 
-class KeeperPlugin(Travels, NannyPlugin):
+class KeeperPlugin(ShippedPlugin, NannyPlugin):
     """Keeps what a worker that is killed finds again, and has it back soon."""
 
     name = "pcm-keeper"

@@ -12,7 +12,7 @@ from distributed.metrics import monotonic
 from dask_pcm.scheduling.events import Action
 from dask_pcm.scheduling.explain import decisions, explain
 from dask_pcm.scheduling.policy import decide
-from dask_pcm.scheduling.rules.fallback import assign_plainly, stalled
+from dask_pcm.scheduling.rules.fallback import assign_as_dask, stalled
 from dask_pcm.scheduling.state.state import GateState
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Watchdog:
         except Exception:
             logger.exception("The policy failed; what waits goes to idle workers, warm or not")
             with suppress(Exception):  # what has been decided is to be carried out in any case
-                assign_plainly(state, now)
+                assign_as_dask(state, now)
             return state.actions
         if key is None:
             return state.actions
@@ -49,7 +49,7 @@ class Watchdog:
             explain(state, key, now),
             decisions(state, now),
         )
-        assign_plainly(state, now)
+        assign_as_dask(state, now)
         return state.actions
 
     def explain(self, state: GateState, key: Any) -> str:

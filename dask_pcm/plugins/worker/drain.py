@@ -35,7 +35,7 @@ _LOOK_S, _FAREWELL_S = 0.05, 0.05
 _UNBEGUN = frozenset({"waiting", "ready", "constrained"})
 
 
-class Leaving:
+class Drain:
     """A worker on its way out.
 
     Parameters

@@ -36,9 +36,9 @@ from dask_pcm.ladder.residency import Change
 from dask_pcm.ladder.store import Store, of_process
 from dask_pcm.plugins.interrupts import Ignored
 from dask_pcm.plugins.nanny.plugin import NannyLink
-from dask_pcm.plugins.shipping import Travels
+from dask_pcm.plugins.shipping import ShippedPlugin
 from dask_pcm.plugins.signals import is_command, signals
-from dask_pcm.plugins.worker.drain import Leaving, ends_in_s, free, is_unbegun
+from dask_pcm.plugins.worker.drain import Drain, ends_in_s, free, is_unbegun
 from dask_pcm.plugins.worker.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.worker.memory import MemoryAllowance
 from dask_pcm.plugins.worker.staging import Fetcher
@@ -53,7 +53,7 @@ ENDING = (Status.closing, Status.closed, Status.failed)
 _TIMEOUT_S, _FAREWELL_S, _CLOSING_S = 30.0, 0.05, 2.0
 
 
-class ContextPlugin(Travels, WorkerPlugin):
+class ContextPlugin(ShippedPlugin, WorkerPlugin):
     """Keeps the contexts of one worker, and two lanes to use them in."""
 
     name = CONTEXTS
@@ -76,7 +76,7 @@ class ContextPlugin(Travels, WorkerPlugin):
         self.fetcher = Fetcher(worker, self.config, lambda: self.staging.disk, self._tell)
         self.staging = Staging(self.config, self.fetcher.fetch, self.fetcher.staged)
         self.nanny = NannyLink(worker)
-        self.leaving = Leaving(worker, self._tell)
+        self.leaving = Drain(worker, self._tell)
         self.memory = MemoryAllowance(worker, self.nanny)
         self.store = Store(
             self._report,
@@ -303,7 +303,7 @@ class ContextPlugin(Travels, WorkerPlugin):
             self._warn(ref)
         try:
             with self._growing(ref):
-                self.store.load(ref, again=not self.store.rests(ref.digest))
+                self.store.load(ref, again=not self.store.is_backing_off(ref.digest))
         except LoadError as error:
             error.add_note("Tasks that come soon after get this error without another try.")
             raise

@@ -22,8 +22,8 @@ from distributed.threadpoolexecutor import ThreadPoolExecutor
 from dask_pcm.config import Config
 from dask_pcm.context.bundles import MAX_CHUNK_BYTES, Blob, BundledFile
 from dask_pcm.errors import DiskError, PCMError, StageError, TransferError, redacted
-from dask_pcm.ladder.files.cache import Disk, is_digest
-from dask_pcm.ladder.files.partial import Filling
+from dask_pcm.ladder.files.cache import FileCache, is_digest
+from dask_pcm.ladder.files.partial import PartialBlob
 from dask_pcm.ladder.files.staging import changed, fetch, read_chunk, unreadable
 from dask_pcm.ladder.files.transfer import TIMEOUT_S, Access, Peer, Server
 from dask_pcm.scheduling.broadcast import STORE
@@ -41,7 +41,7 @@ _REST_S = 60.0
 class _Staging:
     """A blob that is being staged here; copies of its chunks come and go."""
 
-    def __init__(self, file: BundledFile, filling: Filling) -> None:
+    def __init__(self, file: BundledFile, filling: PartialBlob) -> None:
         self.file = file
         self.filling = filling
         self.error: PCMError | None = None
@@ -99,7 +99,7 @@ class Fetcher:
         self,
         worker: Worker,
         config: Config,
-        disk: Callable[[], Disk],
+        disk: Callable[[], FileCache],
         tell: Callable[[dict[str, Any]], None],
     ) -> None:
         self._worker = worker
@@ -179,7 +179,7 @@ class Fetcher:
 
     # -- fetching ---------------------------------------------------------------------------
 
-    def fetch(self, file: BundledFile, filling: Filling) -> None:
+    def fetch(self, file: BundledFile, filling: PartialBlob) -> None:
         """Have what is missing of a file copied here, from wherever it is best had.
 
         Raises

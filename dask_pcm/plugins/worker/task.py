@@ -88,7 +88,7 @@ def _is_in_loop() -> bool:
         return False
 
 
-class Spent(threading.local):
+class TaskStats(threading.local):
     """What the task on this thread did with contexts.
 
     Attributes
@@ -122,7 +122,7 @@ class Spent(threading.local):
         return None if self.tallies else Failing(0), b""
 
 
-spent = Spent()
+task_stats = TaskStats()
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
         start = time.perf_counter()
         for value in values:
             if isinstance(facts := getattr(value, "facts", None), Mapping):
-                spent.facts.update(facts)
+                task_stats.facts.update(facts)
         try:
             yield values
         except Exception as error:
@@ -146,7 +146,7 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
                 source.lose_device(error)
             raise
         finally:
-            spent.infer_s += time.perf_counter() - start
+            task_stats.infer_s += time.perf_counter() - start
 
 
 def was_lost() -> bool:

@@ -11,18 +11,20 @@ SHARE_ROWS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class FailureLimit:
     """A number of rows, or a share of those that are done.
 
-    >>> Limit.of(20).allows(20, 100), Limit.of("1%").allows(12, 1_100), Limit.of(0.5).allows(9, 10)
-    (True, False, True)
+    >>> FailureLimit.of(20).allows(20, 100), FailureLimit.of("1%").allows(12, 1_100)
+    (True, False)
+    >>> FailureLimit.of(0.5).allows(9, 10)
+    True
     """
 
     number: int | None = None
     share: float | None = None
 
     @classmethod
-    def of(cls, value: float | str | Limit | None) -> Limit:
+    def of(cls, value: float | str | FailureLimit | None) -> FailureLimit:
         """From a number of rows (20, "20") or a share of them (0.01, "1%"); None allows all.
 
         Raises
@@ -32,7 +34,7 @@ class Limit:
         """
         if value is None:
             return cls()
-        if isinstance(value, Limit):
+        if isinstance(value, FailureLimit):
             return value
         try:
             if isinstance(value, str) and value.endswith("%"):
@@ -51,7 +53,7 @@ class Limit:
             ) from None
 
     @classmethod
-    def _of_share(cls, share: float) -> Limit:
+    def _of_share(cls, share: float) -> FailureLimit:
         if not 0 <= share <= 1:
             raise ValueError
         return cls(share=share)

@@ -17,7 +17,7 @@ from dask_pcm.ledger.status import Progress
 _LAST_S = 30.0
 
 
-class Heart:
+class Heartbeat:
     """Writes ``status.json`` until it is left."""
 
     def __init__(self, output: Output, progress: Callable[[], Progress]) -> None:
@@ -27,7 +27,7 @@ class Heart:
         self._error: FencedError | None = None
         self._thread = threading.Thread(target=self._run, name="pcm-heart", daemon=True)
 
-    def __enter__(self) -> Heart:
+    def __enter__(self) -> Heartbeat:
         self.beat()
         self._thread.start()
         return self
@@ -47,7 +47,7 @@ class Heart:
             raise self._error
 
     def _run(self) -> None:
-        while not self._is_over.wait(self._output.beat_every_s):
+        while not self._is_over.wait(self._output.heartbeat_s):
             try:
                 self.beat()
             except FencedError as error:

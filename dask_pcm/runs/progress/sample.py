@@ -18,7 +18,7 @@ from dask_pcm.frames.call import ERROR
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.parquet.pieces import Span
 from dask_pcm.plugins.worker.tally import unpack
-from dask_pcm.plugins.worker.task import spent
+from dask_pcm.plugins.worker.task import task_stats
 from dask_pcm.runs.plan import Plan, Unit
 from dask_pcm.runs.units.compute import chunks, compute
 from dask_pcm.scheduling.rules.first_batches import Failing
@@ -150,9 +150,9 @@ def _check_hope(found: Sequence[_Answer]) -> None:
 
 
 def _answer(unit: Unit, graph: bytes, refs: Sequence[ContextRef]) -> _Answer:
-    spent.begin()
+    task_stats.begin()
     start = time.perf_counter()
     max_bytes = Config.read().unit_bytes
     frame = pd.concat([compute(some, graph) for some in chunks(unit, max_bytes)])
-    seconds = spent.infer_s or time.perf_counter() - start
-    return _Answer(frame, seconds, *spent.failing())
+    seconds = task_stats.infer_s or time.perf_counter() - start
+    return _Answer(frame, seconds, *task_stats.failing())

@@ -20,18 +20,18 @@ import pandas as pd
 import pyarrow as pa
 
 from dask_pcm.errors import FencedError, LostProcessError, OutputError
-from dask_pcm.frames.call import ERROR, noting, withheld
+from dask_pcm.frames.call import ERROR, failing_all_rows, noting
 from dask_pcm.ledger.journal import Journal, Record, apart
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
 from dask_pcm.plugins.worker.deadline import ruled
-from dask_pcm.plugins.worker.task import n_losses, spent, was_lost
+from dask_pcm.plugins.worker.task import n_losses, task_stats, was_lost
 from dask_pcm.runs.cutter import cut_to
 from dask_pcm.runs.plan import Unit
 from dask_pcm.runs.units.compute import Batch, batches
-from dask_pcm.runs.units.schema import GROUP_BYTES, Layout
+from dask_pcm.runs.units.schema import GROUP_BYTES, PartSchema
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def attempt(
     unit: Unit,
     graph: bytes,
     output: Output,
-    layout: Layout,
+    layout: PartSchema,
     batch_rows: int,
     max_bytes: int,
     origin: Mapping[str, Any],
@@ -271,7 +271,7 @@ class _Calls:
 
 def _computed(
     todo: Iterable[Batch],
-    layout: Layout,
+    layout: PartSchema,
     journal: Journal | None,
     calls: _Calls,
     pace: Pace,
@@ -292,7 +292,9 @@ def _computed(
         yield record
 
 
-def _given_up(batch: Batch, layout: Layout, suspects: Suspects, timeout_s: float | None) -> Record:
+def _given_up(
+    batch: Batch, layout: PartSchema, suspects: Suspects, timeout_s: float | None
+) -> Record:
     """A row that fails without being computed.
 
     It is not noted as begun: should what else is done with it end a process as well, nobody asks
@@ -306,7 +308,7 @@ def _given_up(batch: Batch, layout: Layout, suspects: Suspects, timeout_s: float
     error = LostProcessError(
         f"Row {batch.start:,} of the input: {what}. What the workers logged may say more."
     )
-    with withheld(error):
+    with failing_all_rows(error):
         frame = batch.compute()
     return make_record(batch.start, batch.stop, frame, layout)
 
@@ -330,14 +332,14 @@ class Pace:
             self._n_rows *= 2
 
 
-def make_record(start: int, stop: int, frame: pd.DataFrame, layout: Layout) -> Record:
+def make_record(start: int, stop: int, frame: pd.DataFrame, layout: PartSchema) -> Record:
     """What became of rows of the input that were computed just now."""
     # Where the reasons do not come through, the functions have told of them.
-    failed = frame[ERROR].dropna().tolist() if ERROR in frame.columns else spent.errors
-    failed = failed if spent.is_by_rows else []
+    failed = frame[ERROR].dropna().tolist() if ERROR in frame.columns else task_stats.errors
+    failed = failed if task_stats.is_by_rows else []
     errors = [str(error) for error in failed[:MAX_ERRORS]]
     table = pa.concat_tables(layout.tables(frame))
-    return Record(start, stop, table, len(failed), errors, dict(spent.facts))
+    return Record(start, stop, table, len(failed), errors, dict(task_stats.facts))
 
 
 def clear(unit: str, output: Output) -> None:

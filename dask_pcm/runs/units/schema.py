@@ -20,7 +20,7 @@ _N_SAMPLED = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PartSchema:
     """How frames become tables: the same columns and types in every part.
 
     Attributes
@@ -41,7 +41,7 @@ class Layout:
     notes: Mapping[bytes, bytes]
 
     @classmethod
-    def of(cls, meta: pd.DataFrame, reader: PieceReader | None) -> Layout:
+    def of(cls, meta: pd.DataFrame, reader: PieceReader | None) -> PartSchema:
         """From the empty output, and from the reader of our own input, if it is that.
 
         A column that comes through unchanged keeps the type that it has in the file.

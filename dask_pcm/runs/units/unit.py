@@ -18,11 +18,11 @@ from dask_pcm.ledger.journal import Record
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import Note
 from dask_pcm.ledger.suspects import Cost
-from dask_pcm.plugins.worker.task import spent
+from dask_pcm.plugins.worker.task import task_stats
 from dask_pcm.runs.plan import Unit
 from dask_pcm.runs.units.attempt import MAX_ERRORS, attempt, clear, grouped, make_record
 from dask_pcm.runs.units.compute import chunks, compute
-from dask_pcm.runs.units.schema import Layout
+from dask_pcm.runs.units.schema import PartSchema
 from dask_pcm.scheduling.rules.first_batches import Failing
 
 #: Libraries whose versions a part names, where they were used.
@@ -30,7 +30,7 @@ _LIBRARIES = ("torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class UnitSpec:
     """What every unit of a run needs.
 
     Attributes
@@ -48,7 +48,7 @@ class Job:
     """
 
     output: Output
-    layout: Layout
+    layout: PartSchema
     provenance: Mapping[str, Any]
     max_bytes: int = 0
     batch_rows: int = 0
@@ -96,7 +96,7 @@ def run_unit(
     graph: bytes,
     keys: Sequence[Any],
     inputs: Sequence[Any],
-    job: Job,
+    job: UnitSpec,
     refs: tuple[ContextRef, ...],
 ) -> UnitResult:
     """The task of a unit; `refs` tell the gate what it needs.
@@ -108,7 +108,7 @@ def run_unit(
     there = output.read_note(unit.name) if output.exists(unit.name) else {}
     if _is_answer(there, unit, output):
         return UnitResult(unit.name, there["rows"], there["failed"], is_resumed=True)
-    spent.begin()
+    task_stats.begin()
     count = _Count()
     if unit.again is None and job.batch_rows:
         origin = _origin(job)
@@ -130,13 +130,13 @@ def run_unit(
         output.commit(unit.name, tables, note, replaces=unit.again is not None)
     clear(unit.name, output)
     # What an earlier attempt had computed is not known to have failed alike.
-    failing, error = (None, b"") if count.n_kept else spent.failing()
+    failing, error = (None, b"") if count.n_kept else task_stats.failing()
     return UnitResult(
         unit.name,
         count.n_rows,
         count.n_failed,
         count.n_kept,
-        infer_s=spent.infer_s,
+        infer_s=task_stats.infer_s,
         total_s=time.perf_counter() - start,
         errors=tuple(count.errors[:MAX_ERRORS]),
         facts=count.facts,
@@ -146,7 +146,7 @@ def run_unit(
 
 
 def _whole(
-    unit: Unit, graph: bytes, keys: Sequence[Any], inputs: Sequence[Any], job: Job
+    unit: Unit, graph: bytes, keys: Sequence[Any], inputs: Sequence[Any], job: UnitSpec
 ) -> Generator[Record, None, None]:
     """What a unit comes to that leaves no journal: rows computed again, or a partition."""
     for chunk in chunks(unit, job.max_bytes):
@@ -174,7 +174,7 @@ class _Count:
         return {**self.facts, "rows": self.n_rows, "failed": self.n_failed}
 
 
-def _origin(job: Job) -> dict[str, Any]:
+def _origin(job: UnitSpec) -> dict[str, Any]:
     versions = _versions(job.provenance)
     return {**job.provenance, "run": job.output.run, "versions": versions}
 

@@ -11,10 +11,10 @@ from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView, still_s
 
 
-class Water:
+class DrainTime:
     """How soon rows can be done by workers that each work from some moment on.
 
-    Water poured over steps: the smallest T with sum(max(0, T - ready) / seconds_per_row) = n_rows.
+    Water-filling: the smallest T with sum(max(0, T - ready) / seconds_per_row) = n_rows.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class Water:
 
     Examples
     --------
-    >>> water = Water(10, [(0.0, 1.0), (4.0, 1.0)])
+    >>> water = DrainTime(10, [(0.0, 1.0), (4.0, 1.0)])
     >>> water.seconds, water.fastest_row_s
     (7.0, 1.0)
     """
@@ -68,8 +68,8 @@ class Water:
 
 
 def drain_s(n_rows: float, offers: Iterable[tuple[float, float]]) -> float:
-    """Seconds until `n_rows` are done; see ``Water``."""
-    return Water(n_rows, offers).seconds
+    """Seconds until `n_rows` are done; see ``DrainTime``."""
+    return DrainTime(n_rows, offers).seconds
 
 
 def offers(

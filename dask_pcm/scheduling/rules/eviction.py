@@ -24,7 +24,7 @@ _HALF_LIFE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Claims:
+class Demand:
     """Which contexts work waits for, how urgently and where; made once for each decision.
 
     While one is made no group comes. What waits in each gets less, and is looked up when asked.
@@ -37,7 +37,7 @@ class Claims:
     expected: frozenset[Group]
 
     @classmethod
-    def of(cls, state: GateState) -> Claims:
+    def of(cls, state: GateState) -> Demand:
         by_context: dict[str, list[Group]] = {}
         for group in state.groups():
             for context in dict.fromkeys(group.contexts):
@@ -67,7 +67,7 @@ class Claims:
 
 
 def room(
-    state: GateState, view: WorkerView, group: Group, claims: Claims, now: float
+    state: GateState, view: WorkerView, group: Group, claims: Demand, now: float
 ) -> list[str] | None:
     """Contexts that would have to leave a worker so that all of a group's fit.
 
@@ -111,7 +111,7 @@ def make_room(
 
 
 def _worth(
-    state: GateState, view: WorkerView, context: str, claims: Claims, now: float
+    state: GateState, view: WorkerView, context: str, claims: Demand, now: float
 ) -> tuple[bool, tuple[float, ...], float]:
     """How much it is worth to keep a context: work that waits for it first; then seconds a byte.
 
@@ -125,7 +125,7 @@ def _worth(
 
 
 def _may_leave(
-    state: GateState, view: WorkerView, context: str, group: Group, claims: Claims, now: float
+    state: GateState, view: WorkerView, context: str, group: Group, claims: Demand, now: float
 ) -> bool:
     """Whether a group has the right to a context's place."""
     rival = claims.urgency(context, view.address)
@@ -160,7 +160,7 @@ def too_large(state: GateState, group: Group, views: Sequence[WorkerView]) -> It
     yield from (Fail(key, group.contexts[0], error) for key in state.keys(group))
 
 
-def stay(state: GateState, claims: Claims, now: float) -> None:
+def stay(state: GateState, claims: Demand, now: float) -> None:
     """Contexts that were to make room may stay: for work that is gone, or has no right any more."""
     for view in state.workers.values():
         for group in list(dict.fromkeys(view.leaving.values())):

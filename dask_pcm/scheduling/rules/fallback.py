@@ -40,7 +40,7 @@ def _is_at_it(view: WorkerView, group: Group) -> bool:
     return is_loading or any(other.costs == group.costs for other in view.n_rows)
 
 
-def assign_plainly(state: GateState, now: float) -> None:
+def assign_as_dask(state: GateState, now: float) -> None:
     """Give what waits to idle workers, warm or not: they load first where they have to."""
     for group in list(state.waiting.queues):
         idle = [v for v in state.candidates(group) if not v.running and not v.is_draining]

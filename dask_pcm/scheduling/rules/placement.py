@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from dask_pcm.scheduling.events import Assign, Group, Work
-from dask_pcm.scheduling.rules.drain_time import Water, offers
+from dask_pcm.scheduling.rules.drain_time import DrainTime, offers
 from dask_pcm.scheduling.state.state import Forecast, GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 
@@ -132,7 +132,7 @@ class Placement:
                 if finish_s < rows_each * forecast.fastest_row_s:
                     return True
             made = offers(state, group, state.candidates(group), now)
-            water = Water(state.rows_ahead(group), made)
+            water = DrainTime(state.rows_ahead(group), made)
             forecast = Forecast(state.n_plans, now + water.seconds, water.fastest_row_s)
             state.forecasts[group] = forecast
         latest_at = forecast.drained_at + forecast.fastest_row_s * n_rows
@@ -156,9 +156,9 @@ class Placement:
 
 def _is_for(view: WorkerView, group: Group) -> bool:
     """Whether a worker that is kept for some work, or is to be empty, may take this."""
-    if group.is_alone:
-        return not view.running and view.kept_for in (None, group)
-    return view.kept_for is None
+    if group.is_isolated:
+        return not view.running and view.reserved_for in (None, group)
+    return view.reserved_for is None
 
 
 def keep(state: GateState, now: float) -> None:
@@ -167,30 +167,30 @@ def keep(state: GateState, now: float) -> None:
     One that lasts for it; where none does, the one that lasts longest.
     """
     for view in state.workers.values():
-        group = view.kept_for
+        group = view.reserved_for
         if group is not None and not (
             group in state.waiting.queues and state.may_serve(view, group)
         ):
-            view.kept_for = None
+            view.reserved_for = None
     for group in state.waiting.queues:
-        if not group.is_alone:
+        if not group.is_isolated:
             continue
         serving = [
             view
             for view in state.candidates(group)
-            if view.kept_for in (None, group) and state.may_serve(view, group)
+            if view.reserved_for in (None, group) and state.may_serve(view, group)
         ]
         lasting = [view for view in serving if _lasts(state, view, group, now)]
         longest = sorted((v for v in serving if not v.is_draining), key=lambda view: view.ends_at)[
             -1:
         ]
         fit = lasting or longest
-        kept = [view for view in fit if view.kept_for == group]
+        kept = [view for view in fit if view.reserved_for == group]
         for view in serving:
-            view.kept_for = None
+            view.reserved_for = None
         if fit:
             best = kept or [min(fit, key=lambda view: state.backlog_s(view, now))]
-            best[0].kept_for = group
+            best[0].reserved_for = group
 
 
 def _lasts(state: GateState, view: WorkerView, group: Group, now: float) -> bool:

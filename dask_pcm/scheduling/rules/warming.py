@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dask_pcm.scheduling.events import Group, Load
-from dask_pcm.scheduling.rules.drain_time import Water, drain_s, offers
-from dask_pcm.scheduling.rules.eviction import Claims, make_room, room
+from dask_pcm.scheduling.rules.drain_time import DrainTime, drain_s, offers
+from dask_pcm.scheduling.rules.eviction import Demand, make_room, room
 from dask_pcm.scheduling.rules.quarantine import device_error, is_hopeful, n_failures
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
@@ -41,7 +41,7 @@ class _Cold:
 
 
 def warm(
-    state: GateState, group: Group, views: Sequence[WorkerView], claims: Claims, now: float
+    state: GateState, group: Group, views: Sequence[WorkerView], claims: Demand, now: float
 ) -> None:
     """Warm cold workers for as long as each would be ready before the work has drained."""
     n_rows = state.rows_ahead(group)
@@ -57,7 +57,7 @@ def warm(
         return
     cold = list(_cold(state, group, could, claims, now))
     made = offers(state, group, views, now)
-    water = Water(n_rows, made)
+    water = DrainTime(n_rows, made)
     drained_s = water.seconds
     free = [one for one in cold if not one.is_contested]
     if _mean_row_s(state, group, views, now) is None:
@@ -82,7 +82,7 @@ def warm(
 
 
 def _cold(
-    state: GateState, group: Group, views: Sequence[WorkerView], claims: Claims, now: float
+    state: GateState, group: Group, views: Sequence[WorkerView], claims: Demand, now: float
 ) -> Iterator[_Cold]:
     for view in views:
         leaving = room(state, view, group, claims, now)
@@ -129,7 +129,7 @@ def _that_pay(
     group: Group,
     views: Sequence[WorkerView],
     free: Sequence[_Cold],
-    water: Water,
+    water: DrainTime,
     now: float,
 ) -> list[_Cold]:
     """Those that will do a piece before all is done, and before they end; added to `water`."""
@@ -155,7 +155,7 @@ def _pays(
     state: GateState,
     group: Group,
     one: _Cold,
-    claims: Claims,
+    claims: Demand,
     made: Sequence[tuple[float, float]],
     now: float,
 ) -> bool:

@@ -39,7 +39,7 @@ from dask_pcm.scheduling.learned.fairness import Shares
 from dask_pcm.scheduling.learned.lifetimes import Pool, expected_s
 from dask_pcm.scheduling.state.queue import Waiting
 from dask_pcm.scheduling.state.worker import WorkerView, still_s
-from dask_pcm.scheduling.units import Askers
+from dask_pcm.scheduling.units import DeviceDemand
 from dask_pcm.tiers import ON_DEVICE, Tier
 
 #: Decisions that are remembered, for whoever asks why.
@@ -226,11 +226,11 @@ class GateState:
         shunned = self.failures.shunned
         return [v for v in views if not v.is_paused and (not shunned or v.host not in shunned)]
 
-    def askers(self, group: Group) -> list[Askers]:
+    def askers(self, group: Group) -> list[DeviceDemand]:
         """Workers that may take work of `group`, by device model, and how fast they are."""
         counts = Counter(view.device for view in self.candidates(group) if not view.is_draining)
         return [
-            Askers(device, n_workers, self.cost.row_s(group.costs, "", device))
+            DeviceDemand(device, n_workers, self.cost.row_s(group.costs, "", device))
             for device, n_workers in counts.items()
         ]
 
@@ -382,8 +382,8 @@ class GateState:
     def _place(self, key: object, worker: str, now: float) -> None:
         view, work = self.workers[worker], self._unpark(key)
         assert work is not None
-        if view.kept_for == work.group:
-            view.kept_for = None
+        if view.reserved_for == work.group:
+            view.reserved_for = None
         view.give(work, now)
         self.moved_at[work.group] = now
         self.placed[key] = worker

@@ -56,7 +56,7 @@ class WorkerView:
     #: Contexts that are to make room as soon as what needs them here has ended, and for whom.
     leaving: dict[str, Group] = field(default_factory=dict)
     #: Work that needs this worker for itself, and waits until it is empty.
-    kept_for: Group | None = None
+    reserved_for: Group | None = None
 
     def give(self, work: Work, now: float) -> None:
         """It is given a piece of work."""
@@ -108,7 +108,7 @@ class WorkerView:
     @property
     def is_taken(self) -> bool:
         """Whether what runs here has the worker for itself."""
-        return any(group.is_alone for group in self.n_rows)
+        return any(group.is_isolated for group in self.n_rows)
 
 
 def still_s(expected_s: float, elapsed_s: float) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dask_pcm.config import Config
-from dask_pcm.scheduling.units import Askers, Stock, Wants, goes_along, rows_of
+from dask_pcm.scheduling.units import DeviceDemand, Outstanding, UnitSizing, goes_along, rows_of
 from dask_pcm.simulation.scenario.scenario import RunSpec
 
 
@@ -33,18 +33,18 @@ class Window:
     def __init__(self, run: RunSpec, config: Config) -> None:
         self.run = run
         wants = (config.unit_s, config.max_unit_rows, config.n_lanes, config.ready_s)
-        self._stock = Stock(Wants(run.batch_rows, *wants))
+        self._stock = Outstanding(UnitSizing(run.batch_rows, *wants))
         self.n_uncut = run.n_rows
         self.units: dict[tuple[str, int], Unit] = {}  # handed over
         self._n_keys = 0
-        self._askers: list[Askers] = []
+        self._askers: list[DeviceDemand] = []
         self._seconds = self._rows_done = 0.0
 
     @property
     def is_empty(self) -> bool:
         return not self.n_uncut and not self.units
 
-    def told(self, askers: Sequence[Askers]) -> None:
+    def told(self, askers: Sequence[DeviceDemand]) -> None:
         """The gate says who works at it, and how fast."""
         self._askers = list(askers)
 

@@ -19,7 +19,7 @@ from dask_pcm.context.bundles import bundle_of
 from dask_pcm.errors import DiskError, InputError
 from dask_pcm.ladder.files import cache as disk_module
 from dask_pcm.ladder.files import partial as filling_module
-from dask_pcm.ladder.files.cache import Disk, is_node_local
+from dask_pcm.ladder.files.cache import FileCache, is_node_local
 from dask_pcm.ladder.files.partial import verified_chunks
 from tests.support.patience import patient
 
@@ -33,7 +33,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def disk(tmp_path):
-    return Disk(tmp_path / "disk")
+    return FileCache(tmp_path / "disk")
 
 
 @pytest.fixture
@@ -107,8 +107,8 @@ def test_half_written_it_is_gone_on_with_and_verified(disk, made):
 STAGES = """
 import os, sys, time
 from dask_pcm.context.bundles import bundle_of
-from dask_pcm.ladder.files.cache import Disk
-bundle, disk = bundle_of(sys.argv[1]), Disk(sys.argv[2])
+from dask_pcm.ladder.files.cache import FileCache
+bundle, disk = bundle_of(sys.argv[1]), FileCache(sys.argv[2])
 file = bundle.files[0]
 with disk.filling(file.blob) as filling:
     print("complete" if filling is None else f"missing {len(filling.missing)}", flush=True)
@@ -176,7 +176,7 @@ def test_a_tree_that_somebody_was_given_is_there_at_every_moment(disk, made, tmp
 
 class TestRoom:
     def test_least_worth_goes_first_and_what_is_used_stays(self, tmp_path, made):
-        disk = Disk(tmp_path / "disk", quota_bytes=4 * CHUNK + 100_000)
+        disk = FileCache(tmp_path / "disk", quota_bytes=4 * CHUNK + 100_000)
         bundles = [made(f"model-{number}", CHUNK) for number in range(4)]
         for age, bundle in enumerate(reversed(bundles)):
             fill(disk, bundle)
@@ -190,7 +190,7 @@ class TestRoom:
         assert disk.used_bytes() <= 4 * CHUNK + 100_000
 
     def test_what_took_long_to_stage_is_worth_more(self, tmp_path, made):
-        disk = Disk(tmp_path / "disk", quota_bytes=2 * CHUNK + 100_000)
+        disk = FileCache(tmp_path / "disk", quota_bytes=2 * CHUNK + 100_000)
         slow, fast = made("slow", CHUNK), made("fast", CHUNK)
         for bundle, seconds in ((slow, 60.0), (fast, 0.1)):
             fill(disk, bundle)
@@ -202,7 +202,7 @@ class TestRoom:
 
     def test_what_is_being_staged_has_its_room(self, tmp_path, made):
         """By this process or another; a process that is killed leaves the room to others."""
-        disk = Disk(tmp_path / "disk", quota_bytes=15 * CHUNK)
+        disk = FileCache(tmp_path / "disk", quota_bytes=15 * CHUNK)
         one, two = made("one", 10 * CHUNK), made("two", 10 * CHUNK)
         with disk.filling(one.files[0].blob) as filling:
             assert disk.used_bytes() == 10 * CHUNK
@@ -227,7 +227,7 @@ class TestRoom:
         quota, most = 9 * CHUNK, []
 
         def stage(bundle):
-            disk = Disk(tmp_path / "disk", quota_bytes=quota)  # as of a process of its own
+            disk = FileCache(tmp_path / "disk", quota_bytes=quota)  # as of a process of its own
             for _ in range(5):
                 with contextlib.suppress(DiskError):
                     fill(disk, bundle)
@@ -237,7 +237,7 @@ class TestRoom:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(stage, bundles))
         assert max(most) <= quota
-        assert Disk(tmp_path / "disk", quota).used_bytes() <= quota
+        assert FileCache(tmp_path / "disk", quota).used_bytes() <= quota
 
     def test_what_is_evicted_leaves_nothing(self, disk, made):
         bundles = [made("model", CHUNK, 10), made("other", 2 * CHUNK)]
@@ -250,7 +250,7 @@ class TestRoom:
                 assert disk.evict(file.blob.digest) == (file in bundles[0].files)
             with pytest.raises(FileNotFoundError):  # it has looked for it
                 disk.using(bundles[0]).__enter__()
-            Disk(disk.root)
+            FileCache(disk.root)
             assert read_all(path) == {"0.bin": source(bundles[1].files[0])}
             assert [tree.name for tree in (disk.root / "trees").iterdir()] == [bundles[1].digest]
             assert {p.stem for p in (disk.root / "blobs").iterdir()} == {
@@ -258,7 +258,7 @@ class TestRoom:
                 bundles[1].files[0].blob.digest,
             }
         disk.evict(bundles[1].files[0].blob.digest)
-        Disk(disk.root)
+        FileCache(disk.root)
         assert not list((disk.root / "blobs").iterdir()) + list((disk.root / "trees").iterdir())
 
     def test_whoever_stages_uses_or_evicts_meets_no_half_of_it(self, disk, made):
@@ -269,7 +269,7 @@ class TestRoom:
                 if number == 0:
                     for file in bundle.files:
                         disk.evict(file.blob.digest)
-                    Disk(disk.root)
+                    FileCache(disk.root)
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     fill(disk, bundle)
@@ -280,7 +280,7 @@ class TestRoom:
             list(pool.map(use, range(4)))
 
     def test_no_room_at_all(self, tmp_path, made):
-        disk = Disk(tmp_path / "disk", quota_bytes=CHUNK)
+        disk = FileCache(tmp_path / "disk", quota_bytes=CHUNK)
         large = made("large", 3 * CHUNK).files[0].blob
         with pytest.raises(DiskError, match=r"no room for 786,432 bytes.*quota of 262,144"):
             disk.filling(large).__enter__()
@@ -290,9 +290,9 @@ class TestRoom:
         fill(disk, bundle)
         code = (
             "import sys; from dask_pcm.context.bundles import bundle_of;"
-            " from dask_pcm.ladder.files.cache import Disk\n"
-            "with Disk(sys.argv[2]).using(bundle_of(sys.argv[1])): print('in use', flush=True);"
-            " sys.stdin.read()"
+            " from dask_pcm.ladder.files.cache import FileCache\n"
+            "with FileCache(sys.argv[2]).using(bundle_of(sys.argv[1])): print('in use',"
+            " flush=True); sys.stdin.read()"
         )
         command = [sys.executable, "-c", code, bundle.given, str(disk.root)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -310,7 +310,7 @@ class TestRoom:
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("no filesystem can be mounted here")
         try:
-            disk = Disk(tmp_path / "small" / "disk")
+            disk = FileCache(tmp_path / "small" / "disk")
             with pytest.raises(DiskError, match="no room for 2,097,152 bytes"):
                 fill(disk, made("large", 8 * CHUNK))
             bundle = made("fits", 2 * CHUNK)
@@ -333,15 +333,15 @@ class TestCare:
         with disk.filling(file.blob) as filling:
             filling.write(0, source(file)[:CHUNK])
         (part,) = disk.root.rglob("*.part")
-        Disk(disk.root)
+        FileCache(disk.root)
         assert part.exists()
         os.utime(part, (1, 1))
         with disk.filling(file.blob):  # somebody is at it
             os.utime(part, (1, 1))
-            Disk(disk.root)
+            FileCache(disk.root)
             assert part.exists()
         os.utime(part, (1, 1))
-        Disk(disk.root)
+        FileCache(disk.root)
         assert not part.exists()
 
     def test_from_an_earlier_boot_it_is_verified(self, disk, made, monkeypatch):
@@ -366,16 +366,16 @@ class TestCare:
         theirs.mkdir(mode=0o700)
         os.chown(theirs, 65534, 65534)
         with pytest.raises(DiskError, match=r"not a folder of yours .* belongs to user 65534"):
-            Disk(theirs)
+            FileCache(theirs)
         (tmp_path / "open").mkdir(mode=0o777)
         (tmp_path / "open").chmod(0o777)
         with pytest.raises(DiskError, match=r"open to others \(mode 777\): chmod 700"):
-            Disk(tmp_path / "open")
+            FileCache(tmp_path / "open")
         (tmp_path / "link").symlink_to(tmp_path / "open")
         with pytest.raises(DiskError, match="not a folder of yours"):
-            Disk(tmp_path / "link")
+            FileCache(tmp_path / "link")
         with pytest.raises(DiskError, match="cannot be made"):
-            Disk("/proc/nowhere/disk")
+            FileCache("/proc/nowhere/disk")
 
     def test_a_name_that_leads_out_makes_no_tree(self, disk, made):
         import dataclasses
@@ -408,7 +408,7 @@ def test_where_locks_hold(tmp_path, monkeypatch):
 
 
 def test_only_digests_are_joined_to_a_path(tmp_path):
-    disk, secret = Disk(tmp_path / "disk"), tmp_path / "secret"
+    disk, secret = FileCache(tmp_path / "disk"), tmp_path / "secret"
     secret.write_bytes(b"secret")
     linked = "0" * 32
     (disk.root / "blobs" / linked).symlink_to(secret)

@@ -14,7 +14,7 @@ from dask_pcm.config import Config
 from dask_pcm.context.bundles import bundle_of
 from dask_pcm.errors import DiskError, LoadError, StageError
 from dask_pcm.ladder.files import staging as staging_module
-from dask_pcm.ladder.files.cache import Disk
+from dask_pcm.ladder.files.cache import FileCache
 from dask_pcm.ladder.files.staging import Staging, is_in_place
 from dask_pcm.ladder.store import Store
 
@@ -63,7 +63,7 @@ def test_on_a_disk_of_this_host_it_is_used_where_it_is(model, tmp_path):
         assert is_in_place(weights)
         with Staging().placed([weights]) as places:
             assert places == {weights.digest: str(model / "weights.bin")}
-        assert Disk(tmp_path / "disk").used_bytes() == 0
+        assert FileCache(tmp_path / "disk").used_bytes() == 0
         os.utime(model / "weights.bin", (1, 1))  # no longer what was digested: looked at closely
         with Staging().placed([bundle]) as places:
             assert places[bundle.digest].startswith(str(tmp_path / "disk"))

@@ -19,7 +19,7 @@ import pytest
 from dask_pcm.context.bundles import bundle_of
 from dask_pcm.errors import TransferError
 from dask_pcm.ladder.files import transfer
-from dask_pcm.ladder.files.cache import Disk
+from dask_pcm.ladder.files.cache import FileCache
 from dask_pcm.ladder.files.transfer import Access, Peer, Server
 from tests.support.patience import until
 
@@ -40,7 +40,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def disk(tmp_path):
-    return Disk(tmp_path / "disk")
+    return FileCache(tmp_path / "disk")
 
 
 def fill(disk, bundle, chunks=None):
@@ -69,7 +69,7 @@ def fetch(server, bundle, target, access=None, chunks=None):
 
 def test_a_blob_from_peer_to_peer(disk, model, tmp_path):
     fill(disk, model)
-    target = Disk(tmp_path / "target")
+    target = FileCache(tmp_path / "target")
     with serving(disk) as server:
         fetch(server, model, target)
     with target.using(model) as path:
@@ -84,7 +84,7 @@ def test_chunks_that_are_larger_than_what_sockets_buffer(disk, tmp_path, has_tls
         file.write(os.urandom(20 << 20))
     bundle, access = bundle_of(tmp_path / "large"), tls() if has_tls else Access(TOKEN)
     fill(disk, bundle)
-    blob, target = bundle.files[0].blob, Disk(tmp_path / "target")
+    blob, target = bundle.files[0].blob, FileCache(tmp_path / "target")
     with serving(disk, access) as server:
         fetch(server, bundle, target, access, chunks=range(28, 40))
         with target.filling(blob) as filling:
@@ -109,7 +109,7 @@ def test_what_is_still_being_staged_is_served_as_far_as_it_is_there(disk, model)
 
 def test_resumed_from_another_peer(disk, model, tmp_path):
     fill(disk, model)
-    target, third = Disk(tmp_path / "target"), Disk(tmp_path / "third")
+    target, third = FileCache(tmp_path / "target"), FileCache(tmp_path / "third")
     fill(third, model)
     with serving(disk) as server:
         fetch(server, model, target, chunks=range(5))
@@ -155,7 +155,7 @@ def tls():
 
 def test_with_the_certificates_of_the_cluster(disk, model, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "TIMEOUT_S", 1.0)
-    access, target = tls(), Disk(tmp_path / "target")
+    access, target = tls(), FileCache(tmp_path / "target")
     fill(disk, model)
     with serving(disk, access) as server:
         fetch(server, model, target, access)
@@ -170,7 +170,7 @@ def test_with_the_certificates_of_the_cluster(disk, model, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("has_tls", [False, True])
 def test_connections_that_say_nothing_shut_nobody_out(disk, model, tmp_path, has_tls):
-    access, target = tls() if has_tls else Access(TOKEN), Disk(tmp_path / "target")
+    access, target = tls() if has_tls else Access(TOKEN), FileCache(tmp_path / "target")
     fill(disk, model)
     with serving(disk, access) as server, contextlib.ExitStack() as stack:
         for _ in range(transfer._MAX_CONNECTIONS + 10):
@@ -197,7 +197,7 @@ def test_a_flipped_bit_is_not_taken(disk, model, tmp_path):
         byte = file.read(1)[0]
         file.seek(CHUNK + 7)
         file.write(bytes([byte ^ 16]))
-    target, blob = Disk(tmp_path / "target"), model.files[0].blob
+    target, blob = FileCache(tmp_path / "target"), model.files[0].blob
     with (
         serving(disk) as server,
         Peer(server.address, Access(TOKEN)) as peer,
@@ -211,9 +211,9 @@ def test_a_flipped_bit_is_not_taken(disk, model, tmp_path):
 
 SERVES = """
 import sys, time
-from dask_pcm.ladder.files.cache import Disk
+from dask_pcm.ladder.files.cache import FileCache
 from dask_pcm.ladder.files.transfer import Access, Server
-class Slow(Disk):
+class Slow(FileCache):
     def opened(self, digest, chunk):
         time.sleep(0.05)
         return super().opened(digest, chunk)
@@ -229,7 +229,7 @@ def test_a_peer_that_is_killed_or_hangs_in_the_midst(disk, model, tmp_path, how,
     fill(disk, model)
     command = [sys.executable, "-c", SERVES, str(disk.root)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    target, blob, taken = Disk(tmp_path / "target"), model.files[0].blob, []
+    target, blob, taken = FileCache(tmp_path / "target"), model.files[0].blob, []
     with subprocess.Popen(command, **pipes) as process:
         try:
             process.stdin.write(TOKEN.hex() + "\n")

@@ -118,11 +118,11 @@ def test_where_it_cannot_be_the_log_says_that_the_disk_serves(n_bytes, says, cap
 
 
 def test_where_nobody_answers_the_log_blames_no_setting(caplog):
-    class Leaving(OwnShelf):
+    class Drain(OwnShelf):
         def keep(self, *args):
             return None
 
-    assert Host(Leaving(1 << 30)).put("a", "a model", freeze(model())) is None
+    assert Host(Drain(1 << 30)).put("a", "a model", freeze(model())) is None
     assert "no room" not in caplog.text and not caplog.records
 
 

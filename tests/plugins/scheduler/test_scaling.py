@@ -76,7 +76,7 @@ async def test_plain_work_and_a_cluster_without_the_toolkit_are_answered_by_dask
     assert await c.scheduler.adaptive_target() == asked(s)
 
 
-class Wants(SchedulerPlugin):
+class UnitSizing(SchedulerPlugin):
     """Another plugin that has something to say of how many workers there should be."""
 
     name = "wants"
@@ -90,7 +90,7 @@ class Wants(SchedulerPlugin):
 
 @gated()
 async def test_another_plugin_that_answers_stays(c, s, gate, a, b):
-    await c.register_plugin(Wants())
+    await c.register_plugin(UnitSizing())
     gate.uninstall()
     assert s.adaptive_target() == await c.scheduler.adaptive_target() == 9
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dask_pcm.scheduling.events import WorkEnded, WorkerDraining, WorkerPaused
-from dask_pcm.scheduling.rules.fallback import assign_plainly, stalled
+from dask_pcm.scheduling.rules.fallback import assign_as_dask, stalled
 from dask_pcm.scheduling.rules.placement import Placement
 from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, B, World, assigned, warmed
@@ -47,7 +47,7 @@ def test_then_idle_workers_are_given_what_waits_warm_or_not():
     world.warm("w0")
     world.park(3)
     world.state.actions = []
-    assign_plainly(world.state, world.now)
+    assign_as_dask(world.state, world.now)
     assert assigned(world.state.actions) == [("a0", "w0"), ("a1", "w1")]
     assert warmed(world.state.actions) == {"w1"}
     world.state.validate()

@@ -12,7 +12,7 @@ from dask_pcm.scheduling.events import (
 )
 from tests.support.gate_world import A, World, assigned
 
-SUSPECT = Group(("a",), "infer", is_alone=True)
+SUSPECT = Group(("a",), "infer", is_isolated=True)
 
 
 def warm_workers(*names, n_lanes=2):
@@ -139,9 +139,9 @@ def test_no_worker_is_kept_empty_that_ends_before():
     world.decide()
     world.tell(WorkParked(Work("suspect", SUSPECT, (0,), 60.0)))
     world.decide()
-    kept = [view.address for view in world.state.workers.values() if view.kept_for]
+    kept = [view.address for view in world.state.workers.values() if view.reserved_for]
     assert kept == ["lasting"]
     world.state.workers["lasting"].ends_at = 5.0  # nobody lasts: the one that lasts longest
     world.decide()
-    kept = [view.address for view in world.state.workers.values() if view.kept_for]
+    kept = [view.address for view in world.state.workers.values() if view.reserved_for]
     assert kept == ["dying"]

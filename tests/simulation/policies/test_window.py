@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dask_pcm.config import Config
-from dask_pcm.scheduling.units import Askers
+from dask_pcm.scheduling.units import DeviceDemand
 from dask_pcm.simulation.policies.lanes import Lanes
 from dask_pcm.simulation.policies.window import Unit, Window
 from dask_pcm.simulation.world.lives import draw_lives
@@ -15,7 +15,7 @@ from tests.support.scenarios import FREE, pool, run, world
 def drained(window, n_workers, row_s):
     """Sizes of all units, each taken in before the next are cut."""
     sizes = []
-    window.told([Askers("", n_workers, None)])
+    window.told([DeviceDemand("", n_workers, None)])
     while not window.is_empty:
         for unit in window.feed():
             sizes.append(unit.n_rows)
