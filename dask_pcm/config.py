@@ -9,103 +9,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import dask.config
 import yaml
 from dask.utils import parse_bytes, parse_timedelta
 
-T = TypeVar("T")
-
 with (Path(__file__).parent / "pcm.yaml").open(encoding="utf-8") as _file:
     _DEFAULTS = yaml.safe_load(_file)
 dask.config.update_defaults(_DEFAULTS)
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """One reading of the settings; see ``pcm.yaml`` for what each means."""
-
-    pipeline_s: float
-    tick_s: float
-    stall_s: float
-    n_load_attempts: int
-    idle_s: float | None
-    n_lanes: int
-    n_threads: int | None
-    imports: tuple[str, ...]
-    device: str | None
-    is_cpu_only: bool
-    pool: str | None
-    walltime_s: float | None
-    notice_s: float
-    unit_s: float
-    max_unit_rows: int
-    unit_bytes: int
-    ready_s: float
-    batch_timeout_s: float | None
-    batch_tokens: int
-    batch_rows: int
-    device_budget_bytes: int | None
-    host_budget_bytes: int | None
-    disk_path: str | None
-    disk_quota_bytes: int | None
-    is_staged_always: bool
-    store_timeout_s: float
-    ports: tuple[int, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def read(cls) -> Config:
-        """Read the settings as they are now in this process.
-
-        Raises
-        ------
-        ValueError
-            Where one cannot be used; the message names it, what was found, and what could stand
-            there.
-        """
-        return cls(**{name: _read(*setting) for name, setting in _SETTINGS.items()})
-
-    def here(self) -> Config:
-        """These settings, but what belongs to a worker's own job as it is set in this process.
-
-        Settings come from the client; workers of one cluster may be of several jobs, whose scripts
-        say of each what it is and for how long it lives. What nothing is said of stays.
-        """
-        said = {name: _read(*_SETTINGS[name]) for name in _OF_JOB if _is_set(_SETTINGS[name][0])}
-        return replace(self, **said)
-
-
-def _read(key: str, reader: Callable[[Any], Any], wanted: str) -> Any:
-    found = _find(key)
-    try:
-        return reader(found)
-    except Exception:  # Dask's own parsers raise a bit of everything
-        raise ValueError(f"pcm.{key} must be {wanted}; found {found!r}.") from None
-
-
-def _find(key: str) -> Any:
-    """What is set in this process; the default where Dask's configuration has been reset."""
-    for section in accumulate(f"pcm.{key}".split(".")[:-1], "{}.{}".format):
-        found = dask.config.get(section, default=None)
-        if found is not None and not isinstance(found, Mapping):
-            raise ValueError(f"{section} must be a section of settings; found {found!r}.")
-    return dask.config.get(f"pcm.{key}", default=_default(key))
-
-
-def _default(key: str) -> Any:
-    return dask.config.get(key, config=_DEFAULTS["pcm"])
-
-
-def _is_set(key: str) -> bool:
-    """Whether it has been set in this process: the defaults say nothing."""
-    return bool(_find(key) != _default(key))
 
 
 def _check(is_right: bool) -> None:
@@ -123,14 +38,20 @@ def _seconds(value: Any) -> float:
 
 
 def some_seconds(value: Any) -> float:
-    """A time of more than 0 in seconds, from a number or from a text as "10m"; else ValueError."""
+    """Parse a time of more than 0 into seconds, from a number or from text such as "10m".
+
+    Raises
+    ------
+    ValueError
+        If it is no such time.
+    """
     seconds = _seconds(value)
     _check(seconds > 0)
     return seconds
 
 
 def _size(value: Any) -> int:
-    if isinstance(value, str):  # Dask would read "GB" as one of them
+    if isinstance(value, str):  # Dask would read "GB" as one gigabyte
         _check(any(map(str.isdigit, value)))
     _check(not isinstance(value, bool))
     n_bytes = int(parse_bytes(value))
@@ -185,61 +106,124 @@ def _is_cpu(value: Any) -> bool:
     return bool(value == "cpu")
 
 
-def _or(nothing: T, reader: Callable[[Any], T]) -> Callable[[Any], T]:
-    """A reader that takes null, too."""
-    return lambda value: nothing if value is None else reader(value)
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What may be set: how it is parsed, and how an error describes it."""
+
+    parse: Callable[[Any], Any]
+    wanted: str
+
+    def or_null(self, nothing: Any = None) -> _Kind:
+        """The same, or null, which stands for `nothing`."""
+        return _Kind(
+            lambda value: nothing if value is None else self.parse(value), f"{self.wanted}; or null"
+        )
 
 
-_TIME = "a time, for instance 250ms or 2m"
-_MORE_TIME = "a time of more than 0, for instance 250ms or 2m"
-_NAME = "a name"
-_SIZE = "a size in bytes, for instance 500MB or 8GiB"
-_NUMBER = "a whole number, at least 1"
-#: What is said of the job that a worker runs in.
-_OF_JOB = ("device", "is_cpu_only", "pool", "walltime_s", "notice_s")
-#: For each field of ``Config`` the setting, what reads it, and what it must be.
-_SETTINGS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
-    "pipeline_s": ("gate.pipeline", _seconds, _TIME),
-    "tick_s": ("gate.tick", some_seconds, _MORE_TIME),
-    "stall_s": ("gate.stall", some_seconds, _MORE_TIME),
-    "n_load_attempts": ("gate.load-attempts", _count, _NUMBER),
-    "idle_s": ("context.idle-timeout", _or(None, _seconds), f"{_TIME}, or null"),
-    "n_lanes": ("worker.lanes", _count, _NUMBER),
-    "n_threads": ("worker.threads", _or(None, _count), f"{_NUMBER}, or null"),
-    "imports": ("worker.imports", _or((), _names), "a list of modules, for instance [torch] or []"),
-    "device": ("worker.device", _or(None, _name), f"{_NAME}, for instance NVIDIA A10; or null"),
-    "is_cpu_only": ("worker.accelerator", _is_cpu, "auto or cpu"),
-    "pool": ("worker.pool", _or(None, _name), f"{_NAME}, for instance owners; or null"),
-    "walltime_s": ("worker.walltime", _or(None, some_seconds), f"{_MORE_TIME}; or null"),
-    "notice_s": ("worker.notice", some_seconds, _MORE_TIME),
-    "unit_s": ("run.unit-seconds", _seconds, _TIME),
-    "max_unit_rows": ("run.max-unit-rows", _count, _NUMBER),
-    "unit_bytes": ("run.unit-bytes", _some_bytes, f"{_SIZE}; 1 or more"),
-    "ready_s": ("run.ready-seconds", _seconds, _TIME),
-    "batch_timeout_s": (
-        "run.batch-timeout",
-        _or(None, some_seconds),
-        f"{_MORE_TIME}; or null",
-    ),
-    "batch_tokens": ("inference.batch-tokens", _count, _NUMBER),
-    "batch_rows": ("inference.batch-rows", _count, _NUMBER),
-    "device_budget_bytes": (
-        "ladder.device.budget",
-        _or(None, _some_bytes),
-        f"{_SIZE}; 1 or more; or null",
-    ),
-    "host_budget_bytes": ("ladder.host.budget", _or(None, _size), f"{_SIZE}; 0 for none; or null"),
-    "disk_path": (
-        "ladder.disk.path",
-        _or(None, _path),
-        "a folder, for instance /scratch/me; or null",
-    ),
-    "disk_quota_bytes": (
-        "ladder.disk.quota",
-        _or(None, _some_bytes),
-        f"{_SIZE}; 1 or more; or null",
-    ),
-    "is_staged_always": ("ladder.stage", _is_always, "auto or always"),
-    "store_timeout_s": ("ladder.store.timeout", some_seconds, _MORE_TIME),
-    "ports": ("ladder.transfer.ports", _ports, "0, a port or first:last, for instance 9000:9010"),
-}
+_TIME = _Kind(_seconds, "a time, for instance 250ms or 2m")
+_SOME_TIME = _Kind(some_seconds, "a time of more than 0, for instance 250ms or 2m")
+_SIZE = _Kind(_size, "a size in bytes, for instance 500MB or 8GiB, or 0 for none")
+_SOME_BYTES = _Kind(_some_bytes, "a size in bytes, for instance 500MB or 8GiB; 1 or more")
+_COUNT = _Kind(_count, "a whole number, at least 1")
+_DEVICE = _Kind(_name, "a name, for instance NVIDIA A10")
+_POOL = _Kind(_name, "a name, for instance owners")
+_MODULES = _Kind(_names, "a list of modules, for instance [torch] or []")
+_FOLDER = _Kind(_path, "a folder, for instance /scratch/me")
+_STAGE = _Kind(_is_always, "auto or always")
+_ACCELERATOR = _Kind(_is_cpu, "auto or cpu")
+_PORTS = _Kind(_ports, "0, a port or first:last, for instance 9000:9010")
+
+
+def _set_by(key: str, kind: _Kind, of_job: bool = False) -> Any:
+    """A field of ``Config``; `of_job` if a worker's own environment overrides the client's."""
+    return field(metadata={"key": key, "kind": kind, "of_job": of_job})
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One reading of the settings; see ``pcm.yaml`` for what each means."""
+
+    # gate
+    pipeline_s: float = _set_by("gate.pipeline", _TIME)
+    tick_s: float = _set_by("gate.tick", _SOME_TIME)
+    stall_s: float = _set_by("gate.stall", _SOME_TIME)
+    n_load_attempts: int = _set_by("gate.load-attempts", _COUNT)
+    # context
+    idle_s: float | None = _set_by("context.idle-timeout", _TIME.or_null())
+    # worker
+    n_lanes: int = _set_by("worker.lanes", _COUNT)
+    n_threads: int | None = _set_by("worker.threads", _COUNT.or_null())
+    imports: tuple[str, ...] = _set_by("worker.imports", _MODULES.or_null(()))
+    device: str | None = _set_by("worker.device", _DEVICE.or_null(), of_job=True)
+    is_cpu_only: bool = _set_by("worker.accelerator", _ACCELERATOR, of_job=True)
+    pool: str | None = _set_by("worker.pool", _POOL.or_null(), of_job=True)
+    walltime_s: float | None = _set_by("worker.walltime", _SOME_TIME.or_null(), of_job=True)
+    notice_s: float = _set_by("worker.notice", _SOME_TIME, of_job=True)
+    # run
+    unit_s: float = _set_by("run.unit-seconds", _TIME)
+    max_unit_rows: int = _set_by("run.max-unit-rows", _COUNT)
+    unit_bytes: int = _set_by("run.unit-bytes", _SOME_BYTES)
+    ready_s: float = _set_by("run.ready-seconds", _TIME)
+    batch_timeout_s: float | None = _set_by("run.batch-timeout", _SOME_TIME.or_null())
+    # inference
+    batch_tokens: int = _set_by("inference.batch-tokens", _COUNT)
+    batch_rows: int = _set_by("inference.batch-rows", _COUNT)
+    # ladder
+    device_budget_bytes: int | None = _set_by("ladder.device.budget", _SOME_BYTES.or_null())
+    host_budget_bytes: int | None = _set_by("ladder.host.budget", _SIZE.or_null())
+    disk_path: str | None = _set_by("ladder.disk.path", _FOLDER.or_null())
+    disk_quota_bytes: int | None = _set_by("ladder.disk.quota", _SOME_BYTES.or_null())
+    is_staged_always: bool = _set_by("ladder.stage", _STAGE)
+    store_timeout_s: float = _set_by("ladder.store.timeout", _SOME_TIME)
+    ports: tuple[int, ...] = _set_by("ladder.transfer.ports", _PORTS)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls) -> Config:
+        """Read the settings as they are now in this process.
+
+        Raises
+        ------
+        ValueError
+            If one cannot be used; the message names it, what was found and what was expected.
+        """
+        return cls(**{setting.name: _read(setting) for setting in fields(cls)})
+
+    def here(self) -> Config:
+        """These settings, but those of a worker's own job as they are set in this process.
+
+        Settings come from the client. Workers of one cluster may be of several jobs, whose scripts
+        say of each what it is and how long it lives. What a job does not set stays.
+        """
+        of_job = (setting for setting in fields(self) if setting.metadata["of_job"])
+        found = {one.name: _read(one) for one in of_job if _is_set(one.metadata["key"])}
+        return replace(self, **found)
+
+
+def _read(setting: Field[Any]) -> Any:
+    key, kind = setting.metadata["key"], setting.metadata["kind"]
+    found = _find(key)
+    try:
+        return kind.parse(found)
+    except Exception:  # Dask's parsers raise errors of many types
+        raise ValueError(f"pcm.{key} must be {kind.wanted}; found {found!r}.") from None
+
+
+def _find(key: str) -> Any:
+    """What is set in this process; the default if Dask's configuration has been reset."""
+    for section in accumulate(f"pcm.{key}".split(".")[:-1], "{}.{}".format):
+        found = dask.config.get(section, default=None)
+        if found is not None and not isinstance(found, Mapping):
+            raise ValueError(f"{section} must be a section of settings; found {found!r}.")
+    return dask.config.get(f"pcm.{key}", default=_default(key))
+
+
+def _default(key: str) -> Any:
+    return dask.config.get(key, config=_DEFAULTS["pcm"])
+
+
+def _is_set(key: str) -> bool:
+    """Whether it has been set in this process to something else than the default."""
+    return bool(_find(key) != _default(key))
