@@ -1,1 +1,5 @@
 """The command ``dask-pcm``."""
+
+from dask_pcm.cli.commands import main
+
+__all__ = ["main"]

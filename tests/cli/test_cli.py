@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from distributed import rpc
 
 import dask_pcm as pcm
-from dask_pcm.cli.cli import main
+from dask_pcm.cli import main
 from dask_pcm.cli.cluster import client_of
 from dask_pcm.factcheck import PROMPT, generate
 from tests.support.patience import patient, until
@@ -87,7 +87,7 @@ from types import ModuleType
 package = ModuleType("dask_pcm")  # without the names that it has for users
 package.__path__ = [sys.argv[1]]
 sys.modules["dask_pcm"] = package
-from dask_pcm.cli.cli import main
+from dask_pcm.cli import main
 import click
 
 def echo(text, err):

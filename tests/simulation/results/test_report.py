@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 from click.testing import CliRunner
 
-from dask_pcm.cli.cli import main
+from dask_pcm.cli import main
 
 SMALL = """\
 title: Two of a kind

@@ -1,10 +1,13 @@
-"""The command ``dask-pcm``."""
+"""``dask-pcm run`` and ``dask-pcm demo``: runs from the command line.
+
+What takes seconds to import is imported by the command that needs it: help is there at once, and
+``demo`` first says what it starts.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,33 +16,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dask_pcm import simulation
-from dask_pcm.errors import (
-    CancelledError,
-    FailedRowsError,
-    LimitError,
-    PCMError,
-    printable,
-)
-from dask_pcm.version import __version__
+from dask_pcm.cli.errors import reported_errors, say, summarize
+from dask_pcm.errors import FailedRowsError, LimitError, PCMError
 
-# What takes seconds to import is imported by the commands that need it: help is there at once, and
-# `demo` says first what it starts.
 if TYPE_CHECKING:
     from dask_pcm.inference import LLM
-    from dask_pcm.runs import Report, Run, Sample
-
-EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_INTERRUPTED = 3, 1, 130
-_MIN_WIDTH = 110
+    from dask_pcm.runs import Report, Sample
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
-def main() -> None:
-    """Batch inference on GPUs that come and go."""
-
-
-@main.command()
+@click.command()
 @click.argument("input", metavar="INPUT")
 @click.argument("output", metavar="OUTPUT")
 @click.option("--model", required=True, help="Folder, Hugging Face hub id, or 'demo'.")
@@ -117,7 +102,7 @@ def run(
         raise click.BadParameter(str(error), param_hint="--max-failed-rows") from error
     if report and not os.access(Path(report).absolute().parent, os.W_OK):
         raise click.BadParameter(f"The report cannot be written to {report!r}.")
-    with _reported_errors(output):
+    with reported_errors(output):
         verdicts = classify(
             read_parquet(input),
             _model(model, revision),
@@ -145,47 +130,10 @@ def run(
                 )
     if report:
         _write_report(report, done.report)
-    _summarise(done)
+    summarize(done)
 
 
-@main.command("status")
-@click.argument("output", metavar="OUTPUT")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def show_status(output: str, as_json: bool) -> None:
-    """Show how the run of OUTPUT stands, from anywhere that sees it."""
-    from dask_pcm.runs import attach
-
-    with _reported_errors(output):
-        run = attach(output)
-        progress, report, driver = run.progress, run.report, run.driver
-    if as_json:
-        found = {"path": run.path, "driver": driver, "eta_s": progress.eta_s}
-        click.echo(json.dumps({**found, **progress.as_dict(), "report": report.as_dict()}))
-        return
-    lines = {"output": run.path, "status": str(progress), "driven by": driver or "nobody"}
-    if report.error:
-        lines["ended by"] = report.error
-    for name, value in lines.items():
-        _say(f"{name:15} {value}")
-    for error in report.errors:
-        _say(f"a failed row    {error}".replace("\n", "\\n"))
-
-
-def _ask(name: str, what: str) -> None:
-    @main.command(name, help=f"{what} the run of OUTPUT, from anywhere that sees it.")
-    @click.argument("output", metavar="OUTPUT")
-    def ask(output: str) -> None:
-        from dask_pcm.runs import attach
-
-        with _reported_errors(output):
-            getattr(attach(output), name)()
-
-
-for _name, _what in {"pause": "Pause", "resume": "Go on with", "cancel": "End"}.items():
-    _ask(_name, _what)
-
-
-@main.command()
+@click.command()
 @click.option("--rows", default=5_000, show_default=True, type=click.IntRange(0))
 @click.option("--output", metavar="DIR", help="Where to leave the verdicts.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1))
@@ -206,51 +154,14 @@ def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="dask-pcm-demo-") as scratch:
         target = Path(output) if output else Path(scratch, "verdicts")
         claims = Path(scratch, "claims")
-        with _reported_errors(str(target)):
+        with reported_errors(str(target)):
             factcheck.write_claims(claims, rows)
             with client_of(workers, None) as client:
                 verdicts = factcheck.verify(read_parquet(str(claims)))
                 done = write_parquet(verdicts, target, overwrite=overwrite, client=client)
-        _summarise(done, is_kept=output is not None)
+        summarize(done, is_kept=output is not None)
         if rows:
-            _say(f"accuracy        {factcheck.accuracy(target):.1%}")
-
-
-@main.command("simulate")
-@click.argument("scenario", metavar="SCENARIO")
-@click.option(
-    "--policy",
-    type=click.Choice([*simulation.POLICIES, "all"]),
-    default=simulation.OURS,
-    show_default=True,
-    help="The gate's own, one of the papers', or all in turn.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N")
-@click.option(
-    "--report",
-    metavar="DIR",
-    type=click.Path(file_okay=False, writable=True),
-    help="Where to write CSV files and plots.",
-)
-def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None) -> None:
-    """Play SCENARIO, a YAML file or one of the package's, with the policy that clusters run."""
-    with _reported_errors(scenario):
-        played = simulation.read_scenario(scenario)
-        if report:
-            simulation.require_bokeh()
-        policies = simulation.POLICIES if policy == "all" else [policy]
-        results = [
-            (variant, simulation.simulate(world, name, seed))
-            for variant, world in simulation.variants(played)
-            for name in policies
-        ]
-        from rich.console import Console
-
-        width = max(_MIN_WIDTH, Console().width)  # figures are not cut short
-        Console(width=width).print(simulation.table(played.title, results))
-        if report:
-            simulation.write_report(Path(report), results)
-            _say(f"The report is in {Path(report, 'report.html')}")
+            say(f"accuracy        {factcheck.accuracy(target):.1%}")
 
 
 def _text(value: str) -> str:
@@ -280,32 +191,6 @@ def _model(model: str, revision: str | None) -> LLM:
     return demo_model() if model == "demo" else LLM(model, revision=revision)
 
 
-def _say(text: str, err: bool = False) -> None:
-    """Print what may quote files and rows."""
-    click.echo(printable(text), err=err)
-
-
-@contextmanager
-def _reported_errors(output: str) -> Iterator[None]:
-    """Errors of ours as one message, without a traceback; Ctrl-C says how to go on."""
-    try:
-        yield
-    except (CancelledError, FailedRowsError) as error:
-        _say(f"{error}", err=True)
-        is_failed = isinstance(error, FailedRowsError)
-        sys.exit(EXIT_FAILED_ROWS if is_failed else EXIT_INTERRUPTED)
-    except PCMError as error:
-        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        _say(f"Error: {error}{notes}", err=True)
-        sys.exit(EXIT_ERROR)
-    except KeyboardInterrupt:
-        _say(
-            f"Interrupted. What was committed stays in {output}; run the same command to go on.",
-            err=True,
-        )
-        sys.exit(EXIT_INTERRUPTED)
-
-
 @contextmanager
 def _report_of_failed(report: str | None, output: str) -> Iterator[None]:
     """Write the report of a run that fails, too."""
@@ -324,28 +209,11 @@ def _show_sample(sample: Sample) -> None:
     import pandas as pd
 
     with pd.option_context("display.max_rows", 40, "display.width", 100):
-        _say(sample.frame.to_string(index=False, max_rows=40, max_colwidth=40))
-    _say(str(sample))
+        say(sample.frame.to_string(index=False, max_rows=40, max_colwidth=40))
+    say(str(sample))
     for error in sample.errors:
-        _say(f"a failed row    {error}".replace("\n", "\\n"))
+        say(f"a failed row    {error}".replace("\n", "\\n"))
 
 
 def _write_report(path: str, report: Report) -> None:
     Path(path).write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
-
-
-def _summarise(done: Run, is_kept: bool = True) -> None:
-    report = done.report
-    lines = {
-        "output": done.path if is_kept else "not kept; --output DIR keeps it",
-        "rows": f"{report.rows:,} ({report.rows_failed:,} failed, {report.rows_resumed:,} resumed)",
-        "rows/s": f"{report.rows_per_s:,.0f}",
-        "context loads": f"{report.context_loads} on {report.workers} workers",
-        "committed by": report.committed_by,
-        "seconds": f"{report.total_s:.1f} in all, {report.load_s:.1f} loading,"
-        f" {report.infer_s:.1f} inferring (summed over workers)",
-    }
-    for name, value in lines.items():
-        _say(f"{name:15} {value}")
-    for error in report.errors:
-        _say(f"a failed row    {error}".replace("\n", "\\n"))

@@ -1,0 +1,29 @@
+"""The command ``dask-pcm``: its commands, a file for each kind."""
+
+from __future__ import annotations
+
+import click
+
+from dask_pcm.cli import outputs
+from dask_pcm.cli.run import demo, run
+from dask_pcm.cli.simulate import simulate_scenario
+from dask_pcm.version import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Batch inference on GPUs that come and go."""
+
+
+_COMMANDS = (
+    run,
+    outputs.show_status,
+    outputs.pause,
+    outputs.resume,
+    outputs.cancel,
+    demo,
+    simulate_scenario,
+)
+for _command in _COMMANDS:
+    main.add_command(_command)

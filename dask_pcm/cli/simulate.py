@@ -1,0 +1,49 @@
+"""``dask-pcm simulate``: scenarios played with the policy that clusters run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dask_pcm import simulation
+from dask_pcm.cli.errors import reported_errors, say
+
+_MIN_WIDTH = 110
+
+
+@click.command("simulate")
+@click.argument("scenario", metavar="SCENARIO")
+@click.option(
+    "--policy",
+    type=click.Choice([*simulation.POLICIES, "all"]),
+    default=simulation.OURS,
+    show_default=True,
+    help="The gate's own, one of the papers', or all in turn.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N")
+@click.option(
+    "--report",
+    metavar="DIR",
+    type=click.Path(file_okay=False, writable=True),
+    help="Where to write CSV files and plots.",
+)
+def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None) -> None:
+    """Play SCENARIO, a YAML file or one of the package's, with the policy that clusters run."""
+    with reported_errors(scenario):
+        played = simulation.read_scenario(scenario)
+        if report:
+            simulation.require_bokeh()
+        policies = simulation.POLICIES if policy == "all" else [policy]
+        results = [
+            (variant, simulation.simulate(world, name, seed))
+            for variant, world in simulation.variants(played)
+            for name in policies
+        ]
+        from rich.console import Console
+
+        width = max(_MIN_WIDTH, Console().width)  # figures are not cut short
+        Console(width=width).print(simulation.table(played.title, results))
+        if report:
+            simulation.write_report(Path(report), results)
+            say(f"The report is in {Path(report, 'report.html')}")
