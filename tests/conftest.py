@@ -27,6 +27,10 @@ from tests.support.patience import patient
 #: What stands in a traceback that went through our code; the repository's folder may be called
 #: like the package.
 PACKAGE = f"{Path(pcm.__file__).parent}{os.sep}"
+#: A nanny's fork server imports torch and transformers, which takes seconds of each cluster; tests
+#: that are about it say what it imports. For this process and those that it starts.
+os.environ.setdefault("DASK_PCM__WORKER__IMPORTS", "[]")
+dask.config.refresh()
 #: Seconds that a test may take, on a machine with nothing else to do.
 _TIMEOUT_S = 120
 

@@ -39,6 +39,16 @@ WRONG = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def as_shipped():
+    """With the fork server's imports that the other tests do without."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("DASK_PCM__WORKER__IMPORTS")
+        dask.config.refresh()
+        yield
+    dask.config.refresh()
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values]
 )

@@ -5,9 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from typing import NamedTuple
+from contextlib import contextmanager
 
 from dask_pcm.errors import DeadlockError
 from dask_pcm.ladder.residency import Residency
@@ -15,21 +13,6 @@ from dask_pcm.ladder.residency import Residency
 #: Whoever has had its turn leaves Python's lock for so long to whoever has it now: to begin what
 #: runs without that lock takes no longer.
 _STEP_ASIDE_S = 5e-4
-
-
-class _Lent(NamedTuple):
-    """A turn that a task lends to threads that work for it.
-
-    Those are given a copy of its context variables, as Dask's threaded scheduler does, and the task
-    waits for them. One of them at a time uses what `user`, the task's thread, has its turn with.
-    """
-
-    residency: Residency
-    user: int
-    guard: threading.Lock
-
-
-_lent: ContextVar[tuple[_Lent, ...]] = ContextVar("pcm_lent", default=())
 
 
 class Turns:
@@ -50,29 +33,22 @@ class Turns:
 
     @contextmanager
     def taken(self, residency: Residency) -> Iterator[None]:
-        """Be the only task that uses a context; its thread, and those that work for it, may again.
+        """Be the only thread that uses a context; the same thread may take it again.
 
         Raises
         ------
         DeadlockError
             As ``wait``.
         """
-        me, lent = threading.get_ident(), _lent.get()
+        me = threading.get_ident()
         with self._changed:
-            loan = next((one for one in reversed(lent) if one.residency is residency), None)
-            if loan is not None and (residency.user != loan.user or residency.user == me):
-                loan = None
-            if loan is None:
-                self._begin_use(residency, me)
-        _lent.set((*lent, _Lent(residency, me if loan is None else loan.user, threading.Lock())))
+            self._begin_use(residency, me)
         try:
-            with nullcontext() if loan is None else loan.guard:
-                yield
+            yield
         finally:
-            _lent.set(lent)
             is_awaited = False
             with self._changed:
-                if residency.user == me:  # else it was lent, or given back and is another's now
+                if residency.user == me:  # else it was given back, and is another thread's now
                     residency.n_uses -= 1
                     if not residency.n_uses:
                         self._end_use(residency, me)

@@ -561,9 +561,9 @@ def test_the_walk_finds_refs_and_is_bounded():
     assert found(A, B) == sorted([A.digest, B.digest])
     assert found(1, TaskRef("x")) == []
     assert find_refs(DataNode("k", ref)) == ()
-    start = time.perf_counter()
+    start = time.thread_time()
     assert found(list(range(10**6))) == []
-    assert time.perf_counter() - start < 0.1
+    assert time.thread_time() - start < 0.1  # all of them would take longer
 
 
 @gated()

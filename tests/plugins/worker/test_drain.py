@@ -211,7 +211,7 @@ def test_plain_tasks_that_have_not_begun_are_done_elsewhere_at_once(client, star
     one, other = start("one", "other")
     (address, pid), (there, _) = one.worker(client), other.worker(client)
     log = tmp_path / "log"
-    long = client.submit(plain, -1, str(log), patient(4), workers=[address])
+    long = client.submit(plain, -1, str(log), NOTICE_S / 2, workers=[address])
     until(lambda: noted(log, "begin"))
     futures = client.map(
         plain, range(8), log=str(log), seconds=0, workers=[address], allow_other_workers=True

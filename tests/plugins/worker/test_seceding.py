@@ -61,13 +61,7 @@ def by_secede(xs, model):
     return found
 
 
-def by_threads(xs, model):
-    tasks = [dask.delayed(add)(x, model=model) for x in xs]
-    return sum(dask.compute(*tasks, scheduler="threads", num_workers=3))
-
-
 WAYS = {
-    "threads": by_threads,
     "compute": by_compute,
     "worker_client": by_worker_client,
     "secede": by_secede,
