@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests mostly wait for processes that they start; files of tests are shared out among so many.
+TEST_PROCESSES ?= 2
 BENCHMARKS := main_job doors ladder policy
 
 # What needs a device runs on the torch that is there, which need not be that of .venv.
@@ -23,7 +25,7 @@ demo: $(READY)
 	$(BIN)/dask-pcm demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-dask: $(READY)
 	@test -d "$(DISTRIBUTED)/distributed/tests" || { \
