@@ -50,6 +50,7 @@ class Run:
     def __init__(self, output: Output, driver: Drives | None = None) -> None:
         self._output = output
         self._driver = driver
+        self._seen: Progress | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -67,8 +68,11 @@ class Run:
     @property
     def progress(self) -> Progress:
         """How far it is; see ``Progress``."""
-        if self._driver is not None:
-            return self._driver.progress
+        self._seen = self._driver.progress if self._driver is not None else self._look()
+        return self._seen
+
+    def _look(self) -> Progress:
+        """How far a run of another process is, from what it has written."""
         owner = self._owner()
         if owner is None or (not owner.is_alive and self._has_reported(owner.run)):
             return self._of_ended()
@@ -202,13 +206,14 @@ class Run:
         return Progress.of({**counts, **found}, state=state, done=min(done, total))
 
     def __repr__(self) -> str:
-        if self.status != FINISHED:
-            return f"<Run {redacted(self.path)!r}: {self.progress}>"
-        r = self.report
-        return (
-            f"<Run {redacted(self.path)!r}: {r.rows:,} rows, {r.rows_failed:,} failed,"
-            f" {r.rows_resumed:,} resumed, {r.rows_per_s:,.0f} rows/s, {r.context_loads} loads>"
-        )
+        """How it is doing; of a run of another process, as it was when last looked at.
+
+        No I/O: notebooks and debuggers call it at any moment, and a store may not answer.
+        """
+        if self._driver is not None and self._driver.progress.state == FINISHED:
+            return f"<Run {redacted(self.path)!r}: {self._driver.report.summary}>"
+        progress = self._seen if self._driver is None else self._driver.progress
+        return f"<Run {redacted(self.path)!r}{'' if progress is None else f': {progress}'}>"
 
 
 def attach(path: str | os.PathLike[str]) -> Run:
@@ -235,7 +240,9 @@ def attach(path: str | os.PathLike[str]) -> Run:
             f"There is no output of dask_pcm at {output.path!r}: it has no manifest. Give the"
             " folder that was given to write_parquet or dask-pcm run."
         )
-    return Run(output)
+    run = Run(output)
+    run.progress  # noqa: B018 # what its repr shows from now on
+    return run
 
 
 def output_to_look_at(path: str | os.PathLike[str]) -> Output:

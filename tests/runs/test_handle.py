@@ -180,6 +180,9 @@ class TestHandle:
         assert run.status == "finished" and run.progress.done == 200
         assert repr(run).startswith(f"<Run {out!r}: 200 rows, 0 failed")
         assert found_in(out).id.tolist() == list(range(200))
+        attached = pcm.attach(out)
+        shutil.rmtree(out)  # what is shown was seen before
+        assert repr(attached).startswith(f"<Run {out!r}: finished: 200/200 rows")
 
     def test_pause_resume(self, client, job, out, gate):
         run = write(job(gate), out, wait=False)

@@ -70,6 +70,14 @@ class Report:
     committed_by: str = ""
     errors: list[str] = field(default_factory=list)
 
+    @property
+    def summary(self) -> str:
+        """What came out of it, in one line."""
+        return (
+            f"{self.rows:,} rows, {self.rows_failed:,} failed, {self.rows_resumed:,} resumed,"
+            f" {self.rows_per_s:,.0f} rows/s, {self.context_loads} loads"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
