@@ -1,0 +1,47 @@
+"""Plain technical English: words that messages, docstrings, comments and docs do not use."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+#: Archaisms and pictures, and what the field says instead.
+REFUSED = {
+    "whoever": "the process, user or worker that",
+    "whomever": "the process, user or worker that",
+    "somebody": "a user, a process",
+    "nobody's": "say what it is",
+    "takes its leave": "shuts down",
+    "take its leave": "shut down",
+    "stands in for": "replaces",
+    "in hand": "in flight",
+    "so many": "a number",
+    "the rung below": "the next tier",
+    "goes down a rung": "is offloaded",
+    "lies in each other": "overlap",
+}
+WORDS = re.compile(rf"\b({'|'.join(REFUSED)})\b", re.IGNORECASE)
+#: Rooms whose texts are still to be rewritten.
+LATER = ("ledger", "runs")
+
+
+def texts():
+    package = ROOT / "dask_pcm"
+    for path in [*package.rglob("*.py"), *package.rglob("*.yaml")]:
+        if path.relative_to(package).parts[0] not in LATER:
+            yield path
+    yield ROOT / "README.md"
+    yield from (ROOT / "docs").glob("*.md")
+
+
+@pytest.mark.parametrize("path", list(texts()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_texts_use_the_words_of_the_field(path):
+    found = [
+        f"{number}: {match[0]!r}: {REFUSED[match[0].lower()]}"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for match in WORDS.finditer(line)
+    ]
+    assert not found, "\n".join(found)
