@@ -59,7 +59,7 @@ class Folder(Output):
     is_guarded: bool = field(default=True, kw_only=True)
 
     @property
-    def how(self) -> str:
+    def commit_method(self) -> str:
         return "hard links" if self._has_links() else "renaming (there are no hard links here)"
 
     @property
@@ -131,7 +131,7 @@ class Folder(Output):
         with lock:
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            tree.rename(begun, self.place)  # seen by others from now on, and with its lock
+            tree.rename(begun, self.run_dir)  # seen by others from now on, and with its lock
             try:
                 yield
             finally:
@@ -217,7 +217,7 @@ class Folder(Output):
     def _log(self, line: Mapping[str, Any], is_synced: bool = False) -> None:
         name = f"{LOG}/{self.run}.{socket.gethostname()}.{os.getpid()}.jsonl"
         with self._fenced():
-            self._tree.status(self.place)  # a run that was replaced notes nothing any more
+            self._tree.status(self.run_dir)  # a run that was replaced notes nothing any more
             try:
                 descriptor = self._tree.open(name, os.O_RDWR | os.O_APPEND)
             except FileNotFoundError:
@@ -238,7 +238,7 @@ class Folder(Output):
         name = f"{JOURNAL}/{unit}.{self.run}.{uuid.uuid4().hex}"
         with self._fenced():
             descriptor = self._create(name, os.O_WRONLY | os.O_APPEND)
-        about = {**origin, "run": self.run, "begun": self.begun, "unit": unit}
+        about = {**origin, "run": self.run, "begun": self.generation, "unit": unit}
         return FileJournal(descriptor, name, about)
 
     def read_journal(self, name: str) -> bytes:
@@ -263,7 +263,7 @@ class Folder(Output):
 
     def _temporary(self, name: str) -> str:
         own = f"{name[:_MAX_STEM]}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
-        return f"{self.place}/{own}"
+        return f"{self.run_dir}/{own}"
 
     @contextlib.contextmanager
     def _fenced(self, temporary: str | None = None) -> Iterator[None]:

@@ -106,7 +106,7 @@ def _noted(output: Output) -> dict[str, list[Mapping[str, Any]]]:
     for text in filter(None, output.log_texts()):
         line = parse_line(text)
         n_damaged += line is None
-        if line is not None and "commit" in line and output.has_begun(line):
+        if line is not None and "commit" in line and output.is_current(line):
             noted.setdefault(line["commit"], []).append(line)
     if n_damaged:
         logger.warning(
@@ -172,7 +172,7 @@ def _count(
         raise _removable(output, name, "was changed since it was committed")
     if not note:
         raise OutputError(f"{name!r} in {output.path!r} was not written by dask_pcm. Move it away.")
-    if not output.has_begun(note):
+    if not output.is_current(note):
         if not output.allows_late_commits:
             raise OutputError(f"{name!r} in {output.path!r} is of another output. Move it away.")
         logger.warning("Removing %s: it arrived from a run that was shut out", name)

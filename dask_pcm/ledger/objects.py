@@ -107,7 +107,7 @@ class Objects(Output):
         return output
 
     @property
-    def how(self) -> str:
+    def commit_method(self) -> str:
         return f"lock files in {self.locks}" if self.locks else "conditional put"
 
     def _puts_conditionally(self) -> bool:
@@ -147,7 +147,7 @@ class Objects(Output):
         return content
 
     def write(self, name: str, data: bytes) -> None:
-        if name != f"{self.place}/driver.json":
+        if name != f"{self.run_dir}/driver.json":
             self._check_fence()
         self._put(name, data)
 
@@ -245,8 +245,8 @@ class Objects(Output):
 
     @contextlib.contextmanager
     def open(self, says: Mapping[str, Any]) -> Iterator[None]:
-        self.write_json(f"{self.place}/driver.json", dict(says))
-        self.write_json(f"{self.place}/status.json", {})
+        self.write_json(f"{self.run_dir}/driver.json", dict(says))
+        self.write_json(f"{self.run_dir}/status.json", {})
         try:
             yield
         finally:
@@ -266,7 +266,7 @@ class Objects(Output):
         return f"{HOME}/run-{run}"
 
     def _check_fence(self) -> None:
-        if not self.exists(f"{self.place}/driver.json"):
+        if not self.exists(f"{self.run_dir}/driver.json"):
             raise FencedError(
                 f"Run {self.run[:8]} of {self.path!r} was replaced by a newer one; what it was"
                 " about to write was dropped."
@@ -336,7 +336,7 @@ class Objects(Output):
 
     def _is_there(self, name: str) -> bool:
         """Whether a part is there that did not arrive from a run that was shut out."""
-        return self.exists(name) and self.has_begun(self.read_note(name))
+        return self.exists(name) and self.is_current(self.read_note(name))
 
     def open_part(self, name: str) -> AbstractContextManager[BinaryIO]:
         file: AbstractContextManager[BinaryIO] = self._fs.open(self._at(name), "rb")
@@ -364,7 +364,7 @@ class Objects(Output):
 
     def begin_journal(self, unit: str, origin: Mapping[str, Any]) -> Journal:
         place = f"{JOURNAL}/{unit}.{self.run}.{uuid.uuid4().hex}"
-        about = {**origin, "run": self.run, "begun": self.begun, "unit": unit}
+        about = {**origin, "run": self.run, "begun": self.generation, "unit": unit}
         return _ObjectJournal(self.write, place, about)
 
     def read_journal(self, name: str) -> bytes:

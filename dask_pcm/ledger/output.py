@@ -77,7 +77,7 @@ class Output(abc.ABC):
         Where it is: an absolute path that driver and workers see, or a URL.
     run
         Identity of the run, new for each.
-    begun
+    generation
         Identity of the output since it was last begun anew; every part and every line carries it,
         so that those of a run that was shut out then are told from its own.
     owner
@@ -86,7 +86,7 @@ class Output(abc.ABC):
 
     path: str
     run: str
-    begun: str = field(default="", kw_only=True)
+    generation: str = field(default="", kw_only=True)
     owner: int = field(default_factory=os.geteuid, kw_only=True)
 
     #: How often a run looks at what is asked of it, and says how it stands.
@@ -100,7 +100,7 @@ class Output(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def how(self) -> str:
+    def commit_method(self) -> str:
         """How the first writer of a part wins, in words."""
 
     # -- files ------------------------------------------------------------------------------
@@ -201,12 +201,12 @@ class Output(abc.ABC):
 
     # -- what follows from these --------------------------------------------------------------
 
-    def has_begun(self, note: Mapping[str, Any]) -> bool:
+    def is_current(self, note: Mapping[str, Any]) -> bool:
         """Whether a part with this note, or a line of the log, belongs to the output as it is."""
-        return str(note.get("begun", "")) == self.begun
+        return str(note.get("begun", "")) == self.generation
 
     @property
-    def place(self) -> str:
+    def run_dir(self) -> str:
         """The folder of this run."""
         return f"{HOME}/run-{self.run}"
 
@@ -319,13 +319,13 @@ class Output(abc.ABC):
         for name in self.journal_names(unit):
             with contextlib.suppress(FileNotFoundError):  # who left it has committed after all
                 found = read_journal(self.read_journal(name))
-                is_ours = found is not None and self.has_begun(found.about)
+                is_ours = found is not None and self.is_current(found.about)
                 own = name.removeprefix(f"{JOURNAL}/")
                 yield name, found if found and is_ours and found.is_named(own) else None
 
     def requests(self) -> frozenset[str]:
         """What is asked of this run: to pause, to cancel."""
-        return frozenset(self.entries(self.place)) & {PAUSE, CANCEL}
+        return frozenset(self.entries(self.run_dir)) & {PAUSE, CANCEL}
 
     def fence(self, include_alive: bool = True) -> None:
         """Shut out every other run: none of them can commit once this returns.
@@ -351,11 +351,11 @@ class Output(abc.ABC):
         """
         for name in [*self._job_files(), *self.parts()]:
             with contextlib.suppress(FileNotFoundError):
-                self.move(name, f"{self.place}/{_ASIDE}/{name}")
+                self.move(name, f"{self.run_dir}/{_ASIDE}/{name}")
 
     def drop_aside(self) -> None:
         """There is something new now: what another job left may go."""
-        self.remove(f"{self.place}/{_ASIDE}")
+        self.remove(f"{self.run_dir}/{_ASIDE}")
 
     def unstash(self) -> None:
         """Nothing new came of this run: what it set aside stands again where it stood.
@@ -363,7 +363,7 @@ class Output(abc.ABC):
         Ends this run. Where a unit has committed after all, the new job stays instead.
         """
         with self.takeover_lock():
-            if next(_walk(self, f"{self.place}/{_ASIDE}"), None):
+            if next(_walk(self, f"{self.run_dir}/{_ASIDE}"), None):
                 self._restore(self.fence_run(self.run))  # first: from now on none of it commits
 
     def _restore(self, place: str) -> None:

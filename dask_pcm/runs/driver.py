@@ -193,7 +193,7 @@ class Driver:
             report.rows_failed += counts.n_failed
             report.units_resumed += not is_first(name)
         report.rows = report.rows_resumed
-        report.committed_by = self._output.how
+        report.committed_by = self._output.commit_method
         if not self._stock:
             # Without rows: from now on the folder can be read, with the right columns.
             empty = self._job.layout.table(self._plan.meta)

@@ -103,7 +103,7 @@ class Run:
     def resume(self) -> None:
         """Go on after ``pause``."""
         output = self._required()
-        output.remove(f"{output.place}/{PAUSE}")
+        output.remove(f"{output.run_dir}/{PAUSE}")
 
     def cancel(self) -> None:
         """End it: what is committed stays, and the same job can be resumed."""
@@ -154,7 +154,7 @@ class Run:
     def _owner(self) -> Writer | None:
         """Who drives the output, or drove it and died."""
         owners = self._output.other_runs()
-        if self._driver is not None and self._output.exists(f"{self._output.place}/driver.json"):
+        if self._driver is not None and self._output.exists(f"{self._output.run_dir}/driver.json"):
             says = self._output.read_driver(self._output.run) or {}
             owners.append(Writer(self._output.run, says, True))
         return max(owners, key=lambda owner: owner.is_alive, default=None)
@@ -177,7 +177,7 @@ class Run:
 
     def _wish(self, what: str) -> None:
         output = self._required()
-        output.write(f"{output.place}/{what}", b"")
+        output.write(f"{output.run_dir}/{what}", b"")
 
     def _has_reported(self, run: str) -> bool:
         return (self._output.read_told(REPORT) or {}).get("run") == run

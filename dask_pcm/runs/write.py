@@ -269,7 +269,7 @@ class _Session:
                     stack.push(self._put_back)
                     self._output.stash()
                 used = self._write_manifest(found, mine)
-                self._output = replace(self._output, begun=used.recorded["begun"])
+                self._output = replace(self._output, generation=used.recorded["begun"])
                 self.driver.begin(self._output, self._provenance(mine))
                 stack.enter_context(self.driver.alive())
             self._stack = stack.pop_all()
@@ -308,7 +308,7 @@ class _Session:
             **used.recorded,
             "total": plan.n_rows,
             "counted": counted,
-            "committed_by": self._output.how,
+            "committed_by": self._output.commit_method,
             "begun": uuid.uuid4().hex if found is None else used.recorded.get("begun", ""),
         }
         written = Manifest(used.identity, recorded)
@@ -318,7 +318,7 @@ class _Session:
 
     def _provenance(self, mine: Manifest) -> dict[str, object]:
         about = {k: v for k, v in mine.identity.items() if k not in manifest.UNTOLD}
-        own = {"format": manifest.FORMAT, "job": mine.token, "begun": self._output.begun}
+        own = {"format": manifest.FORMAT, "job": mine.token, "begun": self._output.generation}
         return {**own, **mine.recorded, **about}
 
     def drive(self, is_shown: bool) -> None:

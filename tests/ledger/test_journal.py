@@ -78,7 +78,7 @@ class Work:
         self.mine = manifest.identify(ddf.expr, True)
 
     def opened(self, run):
-        output = Folder(str(self.path), run, begun="b")
+        output = Folder(str(self.path), run, generation="b")
         with output.takeover_lock():
             output.fence()
         return output, output.open({})
@@ -286,7 +286,7 @@ def test_a_journal_of_another_job_in_the_same_place_is_removed(work):
         ENDS_AT.append(63)
         with pytest.raises(Ended):
             work.run(output)
-    other = Folder(output.path, "r2", begun="anew")
+    other = Folder(output.path, "r2", generation="anew")
     with other.takeover_lock():
         other.fence()
     with other.open({}):

@@ -177,9 +177,9 @@ class TestFence:
     def test_wishes(self, output):
         assert output.requests() == frozenset()
         asking = output.as_run("asking").as_run(output.run)
-        asking.write(f"{asking.place}/pause", b"")
+        asking.write(f"{asking.run_dir}/pause", b"")
         assert output.requests() == {"pause"}
-        asking.remove(f"{asking.place}/pause")
+        asking.remove(f"{asking.run_dir}/pause")
         assert output.requests() == frozenset()
 
 
@@ -205,7 +205,7 @@ class TestSettingAside:
         killed = output.as_run("killed")
         with at_work(killed) as newer:
             if step == "while it is moved":
-                newer.move(MANIFEST, f"{newer.place}/aside/{MANIFEST}")
+                newer.move(MANIFEST, f"{newer.run_dir}/aside/{MANIFEST}")
             else:
                 newer.stash()
             if step == "after it":
@@ -454,18 +454,18 @@ class TestFolder:
 
     def test_replaced_between_rename_and_sync_of_the_folder(self, output, monkeypatch):
         def fence_first(tree, name=""):
-            if name == output.place:
+            if name == output.run_dir:
                 output.as_run("newer").fence()
             sync(tree, name)
 
         sync = Tree.sync_folder
         monkeypatch.setattr(Tree, "sync_folder", fence_first)
         with pytest.raises(FencedError, match="was replaced by a newer one"):
-            output.write_json(f"{output.place}/status.json", {})
+            output.write_json(f"{output.run_dir}/status.json", {})
 
     @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
     def test_without_hard_links_a_part_is_still_whole_and_kept(self, output, monkeypatch, code):
-        assert output.how == "hard links"
+        assert output.commit_method == "hard links"
 
         def no_links(*args, **options):
             raise OSError(code, "no links here")
@@ -474,7 +474,7 @@ class TestFolder:
         assert output.commit(NAME, [TABLE], lambda: NOTE)
         assert not output.commit(NAME, [OTHER], lambda: NOTE)
         assert values(output) == [1, 2]
-        assert "no hard links" in output.how
+        assert "no hard links" in output.commit_method
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
     def test_a_full_disk_leaves_nothing_behind(self, output, monkeypatch, code):
@@ -486,14 +486,14 @@ class TestFolder:
             with pytest.raises(OutputError, match=r"no room left .*\. Make room, and run the same"):
                 output.commit(NAME, [TABLE], lambda: NOTE)
         assert not output.parts()
-        assert {p.name for p in Path(output.path, output.place).iterdir()} == {
+        assert {p.name for p in Path(output.path, output.run_dir).iterdir()} == {
             "alive",
             "driver.json",
         }
         assert output.commit(NAME, [TABLE], lambda: NOTE)
 
     def test_what_dead_attempts_left_is_removed(self, tmp_path, output):
-        Path(output.path, output.place, "part.half").write_text("torn")
+        Path(output.path, output.run_dir, "part.half").write_text("torn")
         Path(output.path, "_pcm", "new-dead").mkdir()  # killed as it began
         newer = output.as_run("newer")
         with at_work(newer):
@@ -534,10 +534,10 @@ class TestFolder:
         with at_work(output.as_run("second")) as second:
             monkeypatch.setattr(folder.fcntl, "flock", no_locks)
             assert [owner.is_alive for owner in output.other_runs()] == [False]
-            second.write_json(f"{second.place}/status.json", {})
+            second.write_json(f"{second.run_dir}/status.json", {})
             assert [owner.is_alive for owner in output.other_runs()] == [True]
             old = time.time() - 2 * folder.SILENT_S
-            os.utime(Path(output.path, second.place, "status.json"), (old, old))
+            os.utime(Path(output.path, second.run_dir, "status.json"), (old, old))
             assert [owner.is_alive for owner in output.other_runs()] == [False]
 
     def test_an_unwritable_output_says_so(self, tmp_path):
@@ -601,9 +601,9 @@ class TestFolder:
 
 class TestObjects:
     def test_which_way_is_used_is_said(self, bucket, tmp_path):
-        assert Objects.at(f"{bucket}/out", None).how == "conditional put"
+        assert Objects.at(f"{bucket}/out", None).commit_method == "conditional put"
         with_locks = Objects.at(f"{bucket}/out", str(tmp_path / "locks"))
-        assert with_locks.how == f"lock files in {tmp_path / 'locks'}"
+        assert with_locks.commit_method == f"lock files in {tmp_path / 'locks'}"
 
     def test_a_store_without_conditional_put_needs_a_folder_for_locks(self, bucket, monkeypatch):
         monkeypatch.setattr(objects.Objects, "_create", lambda self, name, data: True)
@@ -661,7 +661,9 @@ class TestObjects:
     def test_a_part_that_arrives_from_before_it_was_begun_anew(self, bucket, tmp_path, has_locks):
         """Whatever of an overwritten job is still on its way, under whatever name."""
         output = Objects.at(f"{bucket}/out", str(tmp_path) if has_locks else None)
-        old, new = (dataclasses.replace(output, run=name, begun=name) for name in ("old", "new"))
+        old, new = (
+            dataclasses.replace(output, run=name, generation=name) for name in ("old", "new")
+        )
         late = [NAME, range_name(2, 3)]
         with at_work(old):
             for name in late:
@@ -684,7 +686,7 @@ class TestObjects:
         with at_work(output):
             output.note_called(rest, "a journal", output.run)
             assert output.commit(NAME, [TABLE], lambda: {**NOTE, "begun": "b" * 500})
-            assert take_inventory(dataclasses.replace(output, begun="b" * 500)) == {
+            assert take_inventory(dataclasses.replace(output, generation="b" * 500)) == {
                 NAME: Counts(2, 0)
             }
             (line,) = (line for line in output.lines() if "called" in line)

@@ -101,10 +101,10 @@ class Work:
     def opened(self, run="r1"):
         """The output as a run sees it that is at work from now on."""
         if self.is_folder:
-            output = Folder(str(self.place / "out"), run, begun="b")
+            output = Folder(str(self.place / "out"), run, generation="b")
         else:  # files by URL: an object store without a server
             made = Objects.at(f"local://{self.place}/out", str(self.place / "locks"))
-            output = dataclasses.replace(made, run=run, begun="b")
+            output = dataclasses.replace(made, run=run, generation="b")
         with output.takeover_lock():
             output.fence()
         self._stack.enter_context(output.open({}))

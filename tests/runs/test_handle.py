@@ -325,11 +325,11 @@ class TestKilledOverwrite:
         with killed.takeover_lock(), killed.open({"pid": 1}):
             if step == "amid setting aside":
                 for name in (MANIFEST, *list(killed.parts())[:2]):
-                    killed.move(name, f"{killed.place}/aside/{name}")
+                    killed.move(name, f"{killed.run_dir}/aside/{name}")
             else:
                 killed.stash()
                 Manifest({"another": "job"}).write(killed)
-            left = Path(out, killed.place)
+            left = Path(out, killed.run_dir)
             shutil.copytree(left, f"{out}-left")  # as a kill leaves it
         shutil.rmtree(left, ignore_errors=True)
         shutil.copytree(f"{out}-left", left)

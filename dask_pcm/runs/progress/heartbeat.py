@@ -39,7 +39,7 @@ class Heartbeat:
     def beat(self) -> None:
         """Write how the run stands."""
         status = self._progress().as_dict()
-        self._output.write_json(f"{self._output.place}/status.json", status)
+        self._output.write_json(f"{self._output.run_dir}/status.json", status)
 
     def check(self) -> None:
         """Raise FencedError where the run was replaced."""

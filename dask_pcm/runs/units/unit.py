@@ -181,7 +181,7 @@ def _origin(job: UnitSpec) -> dict[str, Any]:
 
 def _is_answer(note: Mapping[str, Any], unit: Unit, output: Output) -> bool:
     """Whether a part with this note need not be computed any more."""
-    if note.get("unit") != unit.name or not output.has_begun(note):
+    if note.get("unit") != unit.name or not output.is_current(note):
         return False
     runs = {note.get("run"), *(again.get("run") for again in note.get("retried", ()))}
     return unit.again is None or output.run in runs
