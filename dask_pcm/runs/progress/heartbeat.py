@@ -47,7 +47,7 @@ class Heartbeat:
             raise self._error
 
     def _run(self) -> None:
-        while not self._is_over.wait(self._output.heartbeat_s):
+        while not self._is_over.wait(self._output.storage.heartbeat_s):
             try:
                 self.beat()
             except FencedError as error:
