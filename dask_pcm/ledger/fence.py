@@ -25,6 +25,7 @@ from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.stash import restore
 from dask_pcm.ledger.status import Writer
 from dask_pcm.ledger.storage import CANCEL, HOME, JOURNAL, LOG, PAUSE, Fence
+from dask_pcm.ledger.tree import check_below
 
 #: Of a run on another host, or without locks: with an older status it is not at work.
 LOCKLESS_SILENT_S = 15.0
@@ -54,7 +55,7 @@ class LockFence(Fence):
         try:
             with contextlib.suppress(OSError):  # without locks the last one shuts the others out
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            tree.check(HOME)
+            check_below(tree, HOME)
             yield
         finally:
             os.close(lock)
