@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from dask_pcm.errors import OutputError
 from dask_pcm.ledger.log import parse_line
-from dask_pcm.ledger.output import Entry, Output
-from dask_pcm.ledger.parts import parse_name, range_name
+from dask_pcm.ledger.output import Output
+from dask_pcm.ledger.parts import is_intact, parse_name, range_name
 from dask_pcm.ledger.ranges import Range, Ranges
+from dask_pcm.ledger.storage import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -103,10 +104,10 @@ def _noted(output: Output) -> dict[str, list[Mapping[str, Any]]]:
     """Lines of the log that tell of parts, by their names."""
     noted: dict[str, list[Mapping[str, Any]]] = {}
     n_damaged = 0
-    for text in filter(None, output.log_texts()):
+    for text in filter(None, output.storage.log.texts()):
         line = parse_line(text)
         n_damaged += line is None
-        if line is not None and "commit" in line and output.has_begun(line):
+        if line is not None and "commit" in line and output.is_current(line):
             noted.setdefault(line["commit"], []).append(line)
     if n_damaged:
         logger.warning(
@@ -145,13 +146,13 @@ def _overlapping(output: Output, names: list[str]) -> Iterator[str]:
             continue
         narrow, wide = sorted((place, widest), key=lambda pair: pair[1] - pair[0])
         name, other = range_name(*narrow), range_name(*wide)
-        if not output.allows_late_commits:
+        if not output.storage.allows_late_commits:
             raise OutputError(
                 f"The parts {name!r} and {other!r} in {output.path!r} have rows in common. Remove"
                 " one of them; what is missing then is computed again."
             )
         logger.warning("Removing %s, which has rows in common with %s", name, other)
-        output.remove(name)
+        output.storage.remove(name)
         widest = wide
         yield name
 
@@ -172,17 +173,18 @@ def _count(
         raise _removable(output, name, "was changed since it was committed")
     if not note:
         raise OutputError(f"{name!r} in {output.path!r} was not written by dask_pcm. Move it away.")
-    if not output.has_begun(note):
-        if not output.allows_late_commits:
+    if not output.is_current(note):
+        if not output.storage.allows_late_commits:
             raise OutputError(f"{name!r} in {output.path!r} is of another output. Move it away.")
         logger.warning("Removing %s: it arrived from a run that was shut out", name)
-        output.remove(name)
+        output.storage.remove(name)
         return None
     if note.get("unit") != name:
         was = note.get("unit")
         raise _removable(output, name, f"was committed as {was!r}: it is a copy, or was renamed")
-    if not output.is_intact(name, note):
-        raise _removable(output, name, "was changed since it was committed")
+    with output.storage.reader(name) as file:
+        if not is_intact(file, note):
+            raise _removable(output, name, "was changed since it was committed")
     return Counts(note["rows"], note["failed"])
 
 

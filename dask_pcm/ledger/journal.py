@@ -21,11 +21,12 @@ from __future__ import annotations
 import abc
 import errno
 import hashlib
+import itertools
 import json
 import os
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -167,6 +168,31 @@ class FileJournal(Journal):
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+class ObjectJournal(Journal):
+    """A journal as numbered objects, where nothing can be appended to one.
+
+    Parameters
+    ----------
+    put
+        Puts an object under a name in the output.
+    name, about
+        As of a ``Journal``.
+    """
+
+    def __init__(
+        self, put: Callable[[str, bytes], None], name: str, about: Mapping[str, Any]
+    ) -> None:
+        self._put = put
+        self._numbers = itertools.count()
+        super().__init__(name, about)
+
+    def _write(self, blocks: Sequence[bytes | memoryview]) -> None:
+        self._put(f"{self.name}/{next(self._numbers):09d}", b"".join(blocks))
+
+    def close(self) -> None:
+        """All of it is there."""
 
 
 class Found(NamedTuple):

@@ -18,6 +18,11 @@ from typing import Any
 
 from dask_pcm.ledger.tree import Tree
 
+#: A lock whose holder has shown nothing for so long is taken over.
+SILENT_S = 30.0
+#: How often a lock that another holds is looked at.
+POLL_S = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class LockFiles:

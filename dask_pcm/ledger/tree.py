@@ -78,40 +78,11 @@ class Tree:
                 if is_made:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(part, dir_fd=descriptor)
-                above, descriptor = descriptor, self._step(descriptor, part, walked)
+                above, descriptor = descriptor, _step(self, descriptor, part, walked)
                 os.close(above)
             yield descriptor
         finally:
             os.close(descriptor)
-
-    def _step(self, above: int, part: str, name: str) -> int:
-        try:
-            descriptor = os.open(part, _FOLDER, dir_fd=above)
-        except NotADirectoryError:
-            raise self._wrong(name, os.lstat(part, dir_fd=above).st_mode, "folder") from None
-        try:
-            self._check_owner(name, os.fstat(descriptor).st_uid)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _check_owner(self, name: str, uid: int) -> None:
-        if not self.is_guarded or uid in (0, self.owner, os.geteuid()) or uid == _uid_in(self.root):
-            return
-        raise OutputError(
-            f"{name!r} in {self.root!r} belongs to {_user(uid)}, and this process runs as"
-            f" {_user(os.geteuid())}. What another user has put there is not trusted. If you do"
-            f" trust it, copy {self.root!r} (cp -r) and go on in the copy, or have root change its"
-            " owner (chown -R); otherwise give another folder."
-        )
-
-    def _wrong(self, name: str, mode: int, expected: str) -> OutputError:
-        found = _KINDS.get(stat.S_IFMT(mode), "of another kind")
-        return OutputError(
-            f"{name!r} in {self.root!r} is {found}, where a {expected} was expected. It is not"
-            " used; see who put it there, and remove it."
-        )
 
     @contextlib.contextmanager
     def _above(self, name: str) -> Iterator[tuple[int, str]]:
@@ -137,23 +108,6 @@ class Tree:
         finally:
             os.close(descriptor)
 
-    def check(self, name: str) -> None:
-        """Look at all that is below a folder.
-
-        Raises
-        ------
-        OutputError
-            Where something is no file and no folder, or is somebody else's.
-        """
-        with contextlib.suppress(FileNotFoundError):
-            for own, status in self.entries(name):
-                below = f"{name}/{own}"
-                if stat.S_ISDIR(status.st_mode):
-                    self.check(below)
-                elif not stat.S_ISREG(status.st_mode):
-                    raise self._wrong(below, status.st_mode, "file")
-                self._check_owner(below, status.st_uid)
-
     # -- files ------------------------------------------------------------------------------
 
     def open(self, name: str, flags: int) -> int:
@@ -166,23 +120,19 @@ class Tree:
         """
         with self._above(name) as (above, own):
             with contextlib.suppress(FileNotFoundError):  # first: opening may do something
-                self._check_is_file(name, os.stat(own, dir_fd=above, follow_symlinks=False))
+                _check_is_file(self.root, name, os.stat(own, dir_fd=above, follow_symlinks=False))
             try:
                 descriptor = os.open(own, flags | _SAFE, 0o666, dir_fd=above)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
-                raise self._wrong(name, stat.S_IFLNK, "file") from None
+                raise _wrong(self.root, name, stat.S_IFLNK, "file") from None
         try:
-            self._check_is_file(name, os.fstat(descriptor))
+            _check_is_file(self.root, name, os.fstat(descriptor))
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
-
-    def _check_is_file(self, name: str, status: os.stat_result) -> None:
-        if not stat.S_ISREG(status.st_mode):
-            raise self._wrong(name, status.st_mode, "file")
 
     def reader(self, name: str) -> BinaryIO:
         return os.fdopen(self.open(name, os.O_RDONLY), "rb")
@@ -242,6 +192,61 @@ class Tree:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_below(tree: Tree, name: str) -> None:
+    """Look at all that is below a folder.
+
+    Raises
+    ------
+    OutputError
+        Where something is no file and no folder, or is somebody else's.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for own, status in tree.entries(name):
+            below = f"{name}/{own}"
+            if stat.S_ISDIR(status.st_mode):
+                check_below(tree, below)
+            elif not stat.S_ISREG(status.st_mode):
+                raise _wrong(tree.root, below, status.st_mode, "file")
+            _check_owner(tree, below, status.st_uid)
+
+
+def _step(tree: Tree, above: int, part: str, name: str) -> int:
+    try:
+        descriptor = os.open(part, _FOLDER, dir_fd=above)
+    except NotADirectoryError:
+        raise _wrong(tree.root, name, os.lstat(part, dir_fd=above).st_mode, "folder") from None
+    try:
+        _check_owner(tree, name, os.fstat(descriptor).st_uid)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_owner(tree: Tree, name: str, uid: int) -> None:
+    if not tree.is_guarded or uid in (0, tree.owner, os.geteuid()) or uid == _uid_in(tree.root):
+        return
+    raise OutputError(
+        f"{name!r} in {tree.root!r} belongs to {_user(uid)}, and this process runs as"
+        f" {_user(os.geteuid())}. What another user has put there is not trusted. If you do"
+        f" trust it, copy {tree.root!r} (cp -r) and go on in the copy, or have root change its"
+        " owner (chown -R); otherwise give another folder."
+    )
+
+
+def _check_is_file(root: str, name: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise _wrong(root, name, status.st_mode, "file")
+
+
+def _wrong(root: str, name: str, mode: int, expected: str) -> OutputError:
+    found = _KINDS.get(stat.S_IFMT(mode), "of another kind")
+    return OutputError(
+        f"{name!r} in {root!r} is {found}, where a {expected} was expected. It is not"
+        " used; see who put it there, and remove it."
+    )
 
 
 @lru_cache(maxsize=16)

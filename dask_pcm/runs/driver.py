@@ -25,10 +25,15 @@ from dask_pcm.errors import (
 )
 from dask_pcm.frames.call import ERROR
 from dask_pcm.ledger import status
+from dask_pcm.ledger.fence import read_requests
 from dask_pcm.ledger.inventory import Counts, is_first, take_inventory
+from dask_pcm.ledger.journals import journal_names
+from dask_pcm.ledger.log import read_lines
 from dask_pcm.ledger.object_store import is_of_client
-from dask_pcm.ledger.output import CANCEL, PAUSE, Output
+from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name, range_name
+from dask_pcm.ledger.stash import drop_stash
+from dask_pcm.ledger.storage import CANCEL, PAUSE
 from dask_pcm.plugins.worker.tally import unpack
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.gate_link import Link
@@ -158,7 +163,7 @@ class Driver:
         ):
             try:
                 self._link.begin_waiting()
-                self._heed(self._output.requests())
+                self._heed(read_requests(self._output))
                 while not (self._window.is_empty and self._is_whole()):
                     interrupt_if_asked()
                     self._check_limit()
@@ -181,7 +186,7 @@ class Driver:
         self._stock = take_inventory(
             output, extent
         )  # first: where parts are wrong, nothing is done
-        has_journals = bool(output.journal_names())
+        has_journals = bool(journal_names(output))
         costs = recover(output, extent, self._job.layout)
         self._job = self._window.job = replace(self._job, costs=costs)
         if has_journals:  # and what they told of may be parts now
@@ -193,7 +198,7 @@ class Driver:
             report.rows_failed += counts.n_failed
             report.units_resumed += not is_first(name)
         report.rows = report.rows_resumed
-        report.committed_by = self._output.how
+        report.committed_by = self._output.commit_method
         if not self._stock:
             # Without rows: from now on the folder can be read, with the right columns.
             empty = self._job.layout.table(self._plan.meta)
@@ -260,7 +265,7 @@ class Driver:
             self._count(unit, result)
             if not self.has_committed:
                 self.has_committed = True
-                self._output.drop_aside()
+                drop_stash(self._output)
 
     def _count(self, unit: Unit, result: UnitResult) -> None:
         report = self.report
@@ -344,10 +349,10 @@ class Driver:
         self._clock.run(not self._is_paused or len(self._window) > 0)
         now = time.monotonic()
         if now >= self._next_look or is_last:
-            self._next_look = now + self._output.poll_s
+            self._next_look = now + self._output.storage.poll_s
             self._heart.check()
             if not is_last:  # what is done cannot be cancelled
-                self._heed(self._output.requests())
+                self._heed(read_requests(self._output))
             # While it is paused, the gate need not keep workers for it.
             n_rows = 0 if self._is_paused else self._window.cutter.n_rows
             n_units = 0 if self._is_paused else max(1, len(self._window))
@@ -443,7 +448,7 @@ class Driver:
         output = self._output
         if self._job.costs:
             forget(output)
-        self.report.rows_recomputed = rows_recomputed(output.lines(), output.run, self._rows_of)
+        self.report.rows_recomputed = rows_recomputed(read_lines(output), output.run, self._rows_of)
 
     def _rows_of(self, name: str) -> int:
         with contextlib.suppress(FileNotFoundError, FencedError):

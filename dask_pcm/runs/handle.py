@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dask_pcm.errors import CancelledError, OutputError, PCMError, redacted
+from dask_pcm.ledger.fence import other_runs, read_driver
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.objects import Objects
-from dask_pcm.ledger.output import CANCEL, HOME, PAUSE, REPORT, Output, local_path
+from dask_pcm.ledger.output import Output, local_path
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Ranges
 from dask_pcm.ledger.status import (
@@ -25,6 +26,7 @@ from dask_pcm.ledger.status import (
     Progress,
     Writer,
 )
+from dask_pcm.ledger.storage import CANCEL, HOME, PAUSE, REPORT
 from dask_pcm.runs.identity import Manifest
 from dask_pcm.runs.progress.report import Report
 
@@ -107,7 +109,7 @@ class Run:
     def resume(self) -> None:
         """Go on after ``pause``."""
         output = self._required()
-        output.remove(f"{output.place}/{PAUSE}")
+        output.storage.remove(f"{output.run_dir}/{PAUSE}")
 
     def cancel(self) -> None:
         """End it: what is committed stays, and the same job can be resumed."""
@@ -157,9 +159,10 @@ class Run:
 
     def _owner(self) -> Writer | None:
         """Who drives the output, or drove it and died."""
-        owners = self._output.other_runs()
-        if self._driver is not None and self._output.exists(f"{self._output.place}/driver.json"):
-            says = self._output.read_driver(self._output.run) or {}
+        owners = other_runs(self._output)
+        driver_json = f"{self._output.run_dir}/driver.json"
+        if self._driver is not None and self._output.storage.exists(driver_json):
+            says = read_driver(self._output, self._output.run) or {}
             owners.append(Writer(self._output.run, says, True))
         return max(owners, key=lambda owner: owner.is_alive, default=None)
 
@@ -181,7 +184,7 @@ class Run:
 
     def _wish(self, what: str) -> None:
         output = self._required()
-        output.write(f"{output.place}/{what}", b"")
+        output.storage.write(f"{output.run_dir}/{what}", b"")
 
     def _has_reported(self, run: str) -> bool:
         return (self._output.read_told(REPORT) or {}).get("run") == run
@@ -235,7 +238,7 @@ def attach(path: str | os.PathLike[str]) -> Run:
         Where there is no output of ours.
     """
     output = output_to_look_at(path)
-    if Manifest.read(output) is None and not output.other_runs():
+    if Manifest.read(output) is None and not other_runs(output):
         raise OutputError(
             f"There is no output of dask_pcm at {output.path!r}: it has no manifest. Give the"
             " folder that was given to write_parquet or dask-pcm run."
@@ -250,5 +253,5 @@ def output_to_look_at(path: str | os.PathLike[str]) -> Output:
     local = local_path(path)
     run = uuid.uuid4().hex
     if local is not None:
-        return Folder(local, run, is_guarded=False)  # anybody's, if it can be read
-    return Objects(os.fspath(path).rstrip("/"), run)
+        return Output(Folder(local, run, is_guarded=False))  # anybody's, if it can be read
+    return Output(Objects(os.fspath(path).rstrip("/"), run))

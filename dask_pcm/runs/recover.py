@@ -9,6 +9,8 @@ from typing import Any
 
 from dask_pcm.ledger.inventory import Extent
 from dask_pcm.ledger.journal import Found, Record, apart
+from dask_pcm.ledger.journals import begin_journal, journal_names, read_journals
+from dask_pcm.ledger.log import note_called
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name, range_name
 from dask_pcm.ledger.ranges import Range, Ranges
@@ -33,12 +35,12 @@ def recover(
     Returns which of the other rows have cost processes. Rows that were in hand at the end of a run
     have cost none: nobody can tell any more what ended it.
     """
-    names = output.journal_names()
+    names = journal_names(output)
     journals: dict[str, list[Found]] = {}
     costs: list[Cost] = []
-    for name, found in output.journals():
+    for name, found in read_journals(output):
         if found is not None:
-            output.note_called(found.called, name, found.about["run"])
+            note_called(output, found.called, name, found.about["run"])
             journals.setdefault(found.about["unit"], []).append(found)
             costs += found.costs
     _commit_records(output, journals, extent, layout)
@@ -46,10 +48,10 @@ def recover(
         committed = _committed(output)
         costs = [cost for cost in Suspects(costs) if any(committed.missing(*cost[:2]))]
     if costs:  # for the run after this one, should this one end early
-        with contextlib.closing(output.begin_journal(_COSTS, {})) as journal:
+        with contextlib.closing(begin_journal(output, _COSTS, {})) as journal:
             journal.settle([], costs)
     for name in names:
-        output.remove(name)
+        output.storage.remove(name)
     return tuple(costs)
 
 
@@ -88,8 +90,8 @@ def _is_of_job(record: Record, extent: Extent | None, layout: PartSchema | None)
 
 def forget(output: Output) -> None:
     """All is committed: what rows have cost in earlier runs is not needed any more."""
-    for name in output.journal_names(_COSTS):
-        output.remove(name)
+    for name in journal_names(output, _COSTS):
+        output.storage.remove(name)
 
 
 def _committed(output: Output) -> Ranges:

@@ -19,9 +19,12 @@ from dask_pcm.arguments import checked, frame_refused
 from dask_pcm.config import Config
 from dask_pcm.errors import BusyError, CancelledError, InputError, OutputError, redacted
 from dask_pcm.ledger import status
+from dask_pcm.ledger.fence import fence_others, other_runs
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.objects import Objects
-from dask_pcm.ledger.output import MANIFEST, REPORT, Output, local_path
+from dask_pcm.ledger.output import Output, local_path
+from dask_pcm.ledger.stash import drop_stash, stash, unstash
+from dask_pcm.ledger.storage import MANIFEST, REPORT
 from dask_pcm.plugins.install import current_client, install, is_installed
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.driver import Driver
@@ -222,8 +225,9 @@ def output_at(
     """
     local = local_path(path)
     if local is not None:
-        return Folder(local, uuid.uuid4().hex)
-    return Objects.at(os.fspath(path), None if lock_folder is None else os.fspath(lock_folder))
+        return Output(Folder(local, uuid.uuid4().hex))
+    locks = None if lock_folder is None else os.fspath(lock_folder)
+    return Output(Objects.at(os.fspath(path), locks))
 
 
 class _Session:
@@ -242,7 +246,7 @@ class _Session:
     def begin(self, mine: Manifest) -> None:
         """Take over the output, unless it is another job's or another run is at work on it."""
         self._refuse_if_busy()
-        if not self._output.other_runs():  # else: what a dead run left is put in order first
+        if not other_runs(self._output):  # else: what a dead run left is put in order first
             self._check(mine)
         if not is_installed(self._client):
             install(self._client)
@@ -256,27 +260,29 @@ class _Session:
         )
         with contextlib.ExitStack() as stack:
             stack.callback(self.driver.close)
-            if not self._output.exists(MANIFEST):
+            if not self._output.storage.exists(MANIFEST):
                 self.driver.warm()
-            with self._output.takeover_lock():
-                self._output.fence(include_alive=False)  # what a dead run had set aside is back
+            with self._output.storage.fence.takeover_lock():
+                fence_others(
+                    self._output, include_alive=False
+                )  # what a dead run had set aside is back
                 self._refuse_if_busy()  # again: another run may have begun in the meantime
                 found = self._check(mine)
-                self._output.fence()
+                fence_others(self._output)
                 found = self._still(found)
-                stack.enter_context(self._output.open(status.whoami()))
+                stack.enter_context(self._output.storage.fence.open_run(status.whoami()))
                 if found is None:
                     stack.push(self._put_back)
-                    self._output.stash()
+                    stash(self._output)
                 used = self._write_manifest(found, mine)
-                self._output = replace(self._output, begun=used.recorded["begun"])
+                self._output = replace(self._output, generation=used.recorded["begun"])
                 self.driver.begin(self._output, self._provenance(mine))
                 stack.enter_context(self.driver.alive())
             self._stack = stack.pop_all()
 
     def _refuse_if_busy(self) -> None:
         options, output = self._options, self._output
-        busy = [owner for owner in output.other_runs() if owner.is_alive]
+        busy = [owner for owner in other_runs(output) if owner.is_alive]
         if busy and not (options.overwrite or options.take_over):
             raise BusyError(
                 f"Another run is at work on {output.path!r}: {busy[0]}. Wait for it with"
@@ -308,7 +314,7 @@ class _Session:
             **used.recorded,
             "total": plan.n_rows,
             "counted": counted,
-            "committed_by": self._output.how,
+            "committed_by": self._output.commit_method,
             "begun": uuid.uuid4().hex if found is None else used.recorded.get("begun", ""),
         }
         written = Manifest(used.identity, recorded)
@@ -318,7 +324,7 @@ class _Session:
 
     def _provenance(self, mine: Manifest) -> dict[str, object]:
         about = {k: v for k, v in mine.identity.items() if k not in manifest.UNTOLD}
-        own = {"format": manifest.FORMAT, "job": mine.token, "begun": self._output.begun}
+        own = {"format": manifest.FORMAT, "job": mine.token, "begun": self._output.generation}
         return {**own, **mine.recorded, **about}
 
     def drive(self, is_shown: bool) -> None:
@@ -328,7 +334,7 @@ class _Session:
             try:
                 with cluster_errors_told(self._client, self._output.path):
                     self.driver.drive(is_shown)
-                self._output.drop_aside()
+                drop_stash(self._output)
             except BaseException as error:
                 is_meant = isinstance(error, (CancelledError, KeyboardInterrupt))
                 report.state = status.CANCELLED if is_meant else status.FAILED
@@ -352,7 +358,7 @@ class _Session:
 
     def _put_back(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and not self.driver.has_committed:
-            self._output.unstash()
+            unstash(self._output)
 
 
 def _check_apart(output: Output, plan: Plan) -> None:

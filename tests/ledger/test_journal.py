@@ -14,9 +14,13 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.ledger import journal as journals
+from dask_pcm.ledger.fence import fence_others
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import Extent, take_inventory
 from dask_pcm.ledger.journal import FileJournal, Record, apart, read_journal
+from dask_pcm.ledger.journals import begin_journal, journal_names
+from dask_pcm.ledger.log import read_lines
+from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.ranges import Ranges
 from dask_pcm.runs import identity as manifest
@@ -78,10 +82,10 @@ class Work:
         self.mine = manifest.identify(ddf.expr, True)
 
     def opened(self, run):
-        output = Folder(str(self.path), run, begun="b")
-        with output.takeover_lock():
-            output.fence()
-        return output, output.open({})
+        output = Output(Folder(str(self.path), run), "b")
+        with output.storage.fence.takeover_lock():
+            fence_others(output)
+        return output, output.storage.fence.open_run({})
 
     def run(self, output, unit=None):
         cutter = Cutter(self.plan, [place(name) for name in take_inventory(output)])
@@ -111,7 +115,7 @@ def is_right(found):
 
 
 def recomputed(output):
-    return rows_recomputed(output.lines(), output.run, lambda name: 0)
+    return rows_recomputed(read_lines(output), output.run, lambda name: 0)
 
 
 def test_the_next_attempt_goes_on_after_what_is_finished(work):
@@ -120,7 +124,7 @@ def test_the_next_attempt_goes_on_after_what_is_finished(work):
         ENDS_AT.append(63)
         with pytest.raises(Ended):
             work.run(output)
-        assert len(output.journal_names()) == 1
+        assert len(journal_names(output)) == 1
         ENDS_AT.clear()
         n_before = len(DONE)
         _, result = work.run(output)
@@ -128,7 +132,7 @@ def test_the_next_attempt_goes_on_after_what_is_finished(work):
         assert (result.n_rows, result.n_failed, result.n_kept) == (N_ROWS, 1, 60)
         assert "a broken row" in result.errors[0]
         assert is_right(whole(output))
-        assert not output.journal_names()
+        assert not journal_names(output)
         assert recomputed(output) == BATCH  # the one that it was at
 
 
@@ -139,7 +143,7 @@ def test_a_third_attempt_has_what_the_first_and_the_second_had(work):
             ENDS_AT[:] = [row]
             with pytest.raises(Ended):
                 work.run(output)
-            assert len(output.journal_names()) == 1  # the second has taken the first one's over
+            assert len(journal_names(output)) == 1  # the second has taken the first one's over
         ENDS_AT.clear()
         work.run(output)
         twice = [i for i, n in Counter(DONE).items() if n > 1 and i // 10 != 5]
@@ -159,7 +163,7 @@ def test_a_later_run_commits_what_is_finished(work, caplog):
     with at_work, caplog.at_level(logging.INFO):
         recover(later)
         assert list(take_inventory(later).values()) == [(60, 1)]
-        assert not later.journal_names()
+        assert not journal_names(later)
         work.run(later)
         assert DONE[n_before:] == list(range(60, 100))
         assert is_right(whole(later))
@@ -175,15 +179,15 @@ def test_what_was_committed_after_all_is_not_committed_again(work):
         ENDS_AT.append(63)
         with pytest.raises(Ended):
             work.run(output)
-        (name,) = output.journal_names()
-        left = output.read(name)
+        (name,) = journal_names(output)
+        left = output.storage.read(name)
         ENDS_AT.clear()
         work.run(output)
         Path(output.path, name).write_bytes(left)
     later, at_work = work.opened("r2")
     with at_work:
         recover(later)
-        assert len(later.parts()) == 1 and not later.journal_names()
+        assert len(later.parts()) == 1 and not journal_names(later)
 
 
 def left_by_zombie(output, start, stop, **about):
@@ -209,7 +213,7 @@ def test_what_overlaps_is_never_committed(work):
         recover(output)
         ranges = sorted(place(name) for name in output.parts())
         assert ranges == [(0, 30), (35, 62), (70, 100)]
-        assert not output.journal_names()
+        assert not journal_names(output)
         take_inventory(output)
 
 
@@ -221,7 +225,7 @@ def test_a_journal_that_is_not_ours_is_removed(work, about):
     with at_work:
         left_by_zombie(output, 0, 50, **about)
         recover(output)
-        assert not output.parts() and not output.journal_names()
+        assert not output.parts() and not journal_names(output)
 
 
 def test_rows_of_a_journal_that_the_job_does_not_have(work, caplog):
@@ -233,7 +237,7 @@ def test_rows_of_a_journal_that_the_job_does_not_have(work, caplog):
         recover(output, Extent(Ranges([(0, 50)]), 1, keeps_rows=True), None)
         assert list(output.parts()) == [range_name(40, 50)]
         left_by_zombie(output, 0, 20)  # its errors have no type
-        recover(output, Extent.of(work.plan), layout)
+        recover(output, work.plan.extent(), layout)
         assert list(output.parts()) == [range_name(40, 50)]
     assert "Rows 50 to 60 of a journal are none of this job's" in caplog.text
 
@@ -286,26 +290,26 @@ def test_a_journal_of_another_job_in_the_same_place_is_removed(work):
         ENDS_AT.append(63)
         with pytest.raises(Ended):
             work.run(output)
-    other = Folder(output.path, "r2", begun="anew")
-    with other.takeover_lock():
-        other.fence()
-    with other.open({}):
+    other = Output(Folder(output.path, "r2"), "anew")
+    with other.storage.fence.takeover_lock():
+        fence_others(other)
+    with other.storage.fence.open_run({}):
         recover(other)
-        assert not other.parts() and not other.journal_names()
+        assert not other.parts() and not journal_names(other)
 
 
 def test_a_run_that_was_shut_out_harms_nothing(work):
     """Its worker lives on, and notes what nobody will read."""
     output, at_work = work.opened("r1")
     with at_work:
-        journal = output.begin_journal("part-000000000000-000000000100.parquet", {})
+        journal = begin_journal(output, "part-000000000000-000000000100.parquet", {})
         later, at_work_later = work.opened("r2")
         with at_work_later:
             recover(later)
             journal.append(Record(0, 1, pa.table({"id": [0]})))
             with pytest.raises(pcm.PCMError, match="replaced by a newer one"):
-                output.begin_journal("part-000000000000-000000000100.parquet", {})
-            assert not later.journal_names()
+                begin_journal(output, "part-000000000000-000000000100.parquet", {})
+            assert not journal_names(later)
     journal.close()
 
 

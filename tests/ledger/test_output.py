@@ -19,12 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from dask_pcm.errors import FencedError, OutputError
-from dask_pcm.ledger import folder, objects
+from dask_pcm.ledger import commit, fence, lock_objects
+from dask_pcm.ledger.fence import fence_others, other_runs, read_requests
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import Counts, take_inventory
+from dask_pcm.ledger.journals import begin_journal, journal_names
+from dask_pcm.ledger.log import note_called, note_start, read_lines
 from dask_pcm.ledger.objects import Objects
-from dask_pcm.ledger.output import LOG, MANIFEST, Output
+from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name, partition_name, range_name, write_part
+from dask_pcm.ledger.stash import drop_stash, stash, unstash
+from dask_pcm.ledger.storage import LOG, MANIFEST
 from dask_pcm.ledger.tree import Tree
 from dask_pcm.runs.progress.report import rows_recomputed
 from tests.support.patience import patient
@@ -63,14 +68,14 @@ DAMAGED_LINES = [
 def output(request, tmp_path):
     """An output at which a run is at work."""
     if request.param == "folder":
-        made = Folder(str(tmp_path / "out"), "first")
+        made = Output(Folder(str(tmp_path / "out"), "first"))
     elif request.param == "files by URL":  # as over SFTP: names are those of files
         url = f"local://{tmp_path}/store/out"
-        made = Objects.at(url, str(tmp_path / "locks")).as_run("first")
+        made = Output(Objects.at(url, str(tmp_path / "locks"))).as_run("first")
     else:
         bucket = request.getfixturevalue("bucket")
         locks = str(tmp_path / "locks") if request.param == "lock files" else None
-        made = Objects.at(f"{bucket}/out", locks).as_run("first")
+        made = Output(Objects.at(f"{bucket}/out", locks)).as_run("first")
     with at_work(made):
         yield made
 
@@ -78,8 +83,8 @@ def output(request, tmp_path):
 @contextlib.contextmanager
 def at_work(output: Output, **says):
     with contextlib.ExitStack() as stack:
-        with output.takeover_lock():
-            stack.enter_context(output.open({"host": "here", **says}))
+        with output.storage.fence.takeover_lock():
+            stack.enter_context(output.storage.fence.open_run({"host": "here", **says}))
         yield output
 
 
@@ -132,8 +137,8 @@ class TestParts:
         assert values(output) == [1, 2, 1, 2]
 
     def test_strangers_are_seen(self, output):
-        output.write("thesis.txt", b"years of work")
-        if isinstance(output, Folder):  # what mkfs makes
+        output.storage.write("thesis.txt", b"years of work")
+        if isinstance(output.storage, Folder):  # what mkfs makes
             os.mkdir(os.path.join(output.path, "lost+found"))
         assert output.foreign_files() == ["thesis.txt"]
 
@@ -149,13 +154,13 @@ class TestFence:
     def test_a_run_that_was_replaced_can_write_nothing(self, output):
         newer = output.as_run("newer")
         with at_work(newer):
-            newer.fence()
+            fence_others(newer)
             with pytest.raises(FencedError, match="replaced by a newer one"):
                 output.commit(NAME, [TABLE], lambda: NOTE)
             with pytest.raises(FencedError):
                 output.write_json(MANIFEST, {})
             with pytest.raises(FencedError):
-                output.note_start(NAME, 2)
+                note_start(output, NAME, 2)
             assert not newer.parts() and newer.read_json(MANIFEST) is None
             assert newer.commit(NAME, [TABLE], lambda: NOTE)
 
@@ -168,19 +173,19 @@ class TestFence:
         assert list(output.parts()) == [NAME]
 
     def test_who_is_at_work_is_known_to_others(self, output):
-        assert output.other_runs() == []
+        assert other_runs(output) == []
         with at_work(output.as_run("second"), pid=7):
-            (seen,) = output.other_runs()
+            (seen,) = other_runs(output)
             assert (seen.run, seen.is_alive, seen.says["pid"]) == ("second", True, 7)
-        assert output.other_runs() == []
+        assert other_runs(output) == []
 
     def test_wishes(self, output):
-        assert output.requests() == frozenset()
+        assert read_requests(output) == frozenset()
         asking = output.as_run("asking").as_run(output.run)
-        asking.write(f"{asking.place}/pause", b"")
-        assert output.requests() == {"pause"}
-        asking.remove(f"{asking.place}/pause")
-        assert output.requests() == frozenset()
+        asking.storage.write(f"{asking.run_dir}/pause", b"")
+        assert read_requests(output) == {"pause"}
+        asking.storage.remove(f"{asking.run_dir}/pause")
+        assert read_requests(output) == frozenset()
 
 
 class TestSettingAside:
@@ -189,12 +194,12 @@ class TestSettingAside:
         self.leave_old(output)
         newer = output.as_run("newer")
         with at_work(newer):
-            newer.stash()
-            assert not newer.parts() and not newer.exists(MANIFEST)
+            stash(newer)
+            assert not newer.parts() and not newer.storage.exists(MANIFEST)
             self.begin_new(newer)
             if has_new:
                 newer.commit(range_name(5, 7), [TABLE], lambda: NOTE)
-            newer.unstash()
+            unstash(newer)
             with pytest.raises(FencedError):
                 newer.commit(range_name(7, 9), [TABLE], lambda: NOTE)
         self.check(output, has_new)
@@ -205,12 +210,12 @@ class TestSettingAside:
         killed = output.as_run("killed")
         with at_work(killed) as newer:
             if step == "while it is moved":
-                newer.move(MANIFEST, f"{newer.place}/aside/{MANIFEST}")
+                newer.storage.move(MANIFEST, f"{newer.run_dir}/aside/{MANIFEST}")
             else:
-                newer.stash()
+                stash(newer)
             if step == "after it":
                 self.begin_new(newer)
-            output.as_run("next").fence()
+            fence_others(output.as_run("next"))
         self.check(output, has_new=False)
 
     @pytest.mark.parametrize("n_steps", range(14))
@@ -218,7 +223,7 @@ class TestSettingAside:
         self, tmp_path, monkeypatch, n_steps
     ):
         """While it sets aside, begins, finds that nothing comes of it, and puts back."""
-        output = Folder(str(tmp_path / "out"), "first")
+        output = Output(Folder(str(tmp_path / "out"), "first"))
         with at_work(output):
             self.leave_old(output)
             output.commit(range_name(2, 4), [TABLE], lambda: NOTE)
@@ -244,13 +249,13 @@ class TestSettingAside:
         ):
             patched.setattr(Folder, "move", counted(Folder.move))
             patched.setattr(Folder, "remove", counted(Folder.remove))
-            killed.stash()
+            stash(killed)
             self.begin_new(killed)
-            killed.unstash()
+            unstash(killed)
         for place in Path(output.path, "_pcm").glob("old-*"):  # as a kill leaves it
             if (place / "driver.json").exists():
                 place.rename(Path(output.path, "_pcm", "run-killed"))
-        output.as_run("next").fence(include_alive=False)
+        fence_others(output.as_run("next"), include_alive=False)
         assert output.read_json(MANIFEST) == {"job": "old"}
         assert list(output.parts()) == [NAME, range_name(2, 4)]
         assert output.read_json("_pcm/report.json") == {"job": "old"}
@@ -275,19 +280,19 @@ class TestSettingAside:
         assert output.read_json(MANIFEST) == {"job": "new" if has_new else "old"}
         expected = [range_name(0, 0), range_name(5, 7)] if has_new else [NAME]
         assert list(output.parts()) == expected
-        assert {line["commit"] for line in output.lines()} == set(expected)
+        assert {line["commit"] for line in read_lines(output)} == set(expected)
 
     def test_a_run_that_set_nothing_aside_keeps_what_it_has(self, output):
-        output.stash()
+        stash(output)
         output.write_json(MANIFEST, {"job": "first"})
-        output.unstash()
-        assert output.exists(MANIFEST)
+        unstash(output)
+        assert output.storage.exists(MANIFEST)
 
     def test_dropped_it_is_gone(self, output):
         self.leave_old(output)
-        output.stash()
-        output.drop_aside()
-        output.unstash()
+        stash(output)
+        drop_stash(output)
+        unstash(output)
         assert not output.parts()
 
 
@@ -299,12 +304,12 @@ class TestStock:
 
     def test_a_part_that_nobody_noted_has_its_own_note(self, output):
         output.commit(NAME, [TABLE], lambda: {"rows": 2, "failed": 1})
-        output.remove(LOG)
+        output.storage.remove(LOG)
         assert take_inventory(output) == {NAME: Counts(2, 1)}
 
     def test_a_part_that_is_gone_is_told_of(self, output, caplog):
         output.commit(NAME, [TABLE], lambda: NOTE)
-        output.remove(NAME)
+        output.storage.remove(NAME)
         assert take_inventory(output) == {}
         assert f"committed are gone, such as {NAME}" in caplog.text
 
@@ -315,19 +320,19 @@ class TestStock:
         edited = read.set_column(0, "x", pa.array([1, 3]))
         sink = pa.BufferOutputStream()
         pq.write_table(edited.replace_schema_metadata(read.schema.metadata), sink)
-        output.write(NAME, sink.getvalue().to_pybytes())
+        output.storage.write(NAME, sink.getvalue().to_pybytes())
         with pytest.raises(OutputError, match=rf"The part '{NAME}' in .* was changed since"):
             take_inventory(output)
 
     def test_a_copy_of_a_part_is_refused_under_any_other_name(self, output):
         output.commit(NAME, [TABLE], lambda: NOTE)
-        with output.open_part(NAME) as file:
+        with output.storage.reader(NAME) as file:
             content = file.read()
         for name in (range_name(2, 4), partition_name(7), range_name(0, 3)):
-            output.write(name, content)
+            output.storage.write(name, content)
             with pytest.raises(OutputError, match=rf"'{name}' in .* committed as '{NAME}'.*Remove"):
                 take_inventory(output)
-            output.remove(name)
+            output.storage.remove(name)
         assert take_inventory(output) == {NAME: Counts(2, 0)}
 
     def test_a_copy_in_the_place_of_a_part_is_refused(self, output):
@@ -335,35 +340,35 @@ class TestStock:
         other = range_name(2, 4)
         for name in (NAME, other):
             output.commit(name, [TABLE], lambda: NOTE)
-        with output.open_part(NAME) as file:
-            output.write(other, file.read())
+        with output.storage.reader(NAME) as file:
+            output.storage.write(other, file.read())
         with pytest.raises(OutputError, match=f"'{other}' in .* was committed as '{NAME}'"):
             take_inventory(output)
 
     def test_a_part_written_twice_is_ours_when_its_last_line_is_lost(self, output):
         """Whatever lost it: a full disk, a lost node, a flipped bit."""
         output.commit(NAME, [TABLE], lambda: {"rows": 2, "failed": 1})
-        lines = list(output.lines())
+        lines = list(read_lines(output))
         output.commit(NAME, [OTHER], lambda: {"rows": 1, "failed": 0}, replaces=True)
-        for name in output.entries(LOG):
-            output.remove(f"{LOG}/{name}")
+        for name in output.storage.entries(LOG):
+            output.storage.remove(f"{LOG}/{name}")
         for line in lines:
-            output.log(line)
+            output.storage.log.append(line)
         assert take_inventory(output) == {NAME: Counts(1, 0)}
 
     def test_damaged_lines_are_left_out(self, output, caplog):
         output.commit(NAME, [TABLE], lambda: NOTE)
-        whole = list(output.lines())
+        whole = list(read_lines(output))
         for number, text in enumerate(DAMAGED_LINES):
-            output.write(f"{LOG}/damaged-{number}", text)
+            output.storage.write(f"{LOG}/damaged-{number}", text)
         assert take_inventory(output) == {NAME: Counts(2, 0)}
         assert f"{len(DAMAGED_LINES)} damaged lines in the log" in caplog.text
-        assert sorted(map(str, output.lines())) == sorted(map(str, whole))
-        assert rows_recomputed(output.lines(), "first", lambda name: 0) == 0
+        assert sorted(map(str, read_lines(output))) == sorted(map(str, whole))
+        assert rows_recomputed(read_lines(output), "first", lambda name: 0) == 0
 
     def test_a_part_of_another_output_is_refused(self, output):
         output.commit(NAME, [TABLE], lambda: {**NOTE, "begun": "elsewhere"})
-        if output.allows_late_commits:
+        if output.storage.allows_late_commits:
             assert take_inventory(output) == {}
         else:
             with pytest.raises(OutputError, match="is of another output"):
@@ -375,7 +380,9 @@ class TestStock:
         def dies(*args):
             raise KeyboardInterrupt
 
-        target, name = (Tree, "sync_folder") if isinstance(output, Folder) else (objects, "_stamp")
+        target, name = (
+            (Tree, "sync_folder") if isinstance(output.storage, Folder) else (commit, "stamp_of")
+        )
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(target, name, dies)
             output.commit(NAME, [OTHER], lambda: {"rows": 1, "failed": 0}, replaces=True)
@@ -384,7 +391,7 @@ class TestStock:
     def test_parts_with_rows_in_common(self, output):
         output.commit(range_name(0, 4), [TABLE, TABLE], lambda: {"rows": 4, "failed": 0})
         output.commit(range_name(3, 5), [TABLE], lambda: NOTE)
-        if isinstance(output, Folder):
+        if isinstance(output.storage, Folder):
             with pytest.raises(OutputError, match=r"part-0+3-0+5.* have rows in common"):
                 take_inventory(output)
         else:  # one of a run that was shut out may arrive late
@@ -394,12 +401,12 @@ class TestStock:
     def test_a_part_of_somebody_elses_is_refused(self, output):
         sink = pa.BufferOutputStream()
         pq.write_table(TABLE, sink)
-        output.write(NAME, sink.getvalue().to_pybytes())
+        output.storage.write(NAME, sink.getvalue().to_pybytes())
         with pytest.raises(OutputError, match="was not written by dask_pcm"):
             take_inventory(output)
 
     def test_a_torn_part_is_named(self, output):
-        output.write(NAME, b"PAR1 torn")
+        output.storage.write(NAME, b"PAR1 torn")
         with pytest.raises(OutputError, match=rf"part '{NAME}' .* cannot be read"):
             take_inventory(output)
 
@@ -407,27 +414,27 @@ class TestStock:
 def test_a_copy_of_an_output_is_the_same_output(tmp_path):
     import shutil
 
-    first = Folder(str(tmp_path / "first"), "run")
+    first = Output(Folder(str(tmp_path / "first"), "run"))
     with at_work(first):
         first.commit(NAME, [TABLE], lambda: NOTE)
     shutil.copytree(first.path, tmp_path / "copy", copy_function=shutil.copy)  # at another time
     os.utime(tmp_path / "copy" / NAME, ns=(1, 1))
-    assert take_inventory(Folder(str(tmp_path / "copy"), "run")) == {NAME: Counts(2, 0)}
+    assert take_inventory(Output(Folder(str(tmp_path / "copy"), "run"))) == {NAME: Counts(2, 0)}
 
 
 class TestFolder:
     @pytest.fixture
     def output(self, tmp_path):
-        with at_work(Folder(str(tmp_path / "out"), "first")) as output:
+        with at_work(Output(Folder(str(tmp_path / "out"), "first"))) as output:
             yield output
 
     def test_a_run_that_is_replaced_between_write_and_link(self, output, monkeypatch):
         def fence_first(tree, temporary, final):
-            output.as_run("newer").fence()
+            fence_others(output.as_run("newer"))
             return link(tree, temporary, final)
 
-        link = folder._link
-        monkeypatch.setattr(folder, "_link", fence_first)
+        link = commit.link_new
+        monkeypatch.setattr(commit, "link_new", fence_first)
         with pytest.raises(FencedError):
             output.commit(NAME, [TABLE], lambda: NOTE)
         assert not output.parts()
@@ -440,32 +447,34 @@ class TestFolder:
 
         def slow(tree, *names):
             if f"/{what}/" in "/".join(names) or step == "creator":
-                newer.fence()
+                fence_others(newer)
             return call(tree, *names)
 
         monkeypatch.setattr(Tree, step, slow)
         with pytest.raises(FencedError, match="replaced by a newer one"):
             if what == "journal":
-                output.begin_journal(NAME, {})
+                begin_journal(output, NAME, {})
             else:
-                output.note_start(NAME, 2)
-        assert not newer.journal_names() and not newer.entries(LOG)
-        assert not [name for name in newer.entries("_pcm") if name.startswith(("run-", "old-"))]
+                note_start(output, NAME, 2)
+        assert not journal_names(newer) and not newer.storage.entries(LOG)
+        assert not [
+            name for name in newer.storage.entries("_pcm") if name.startswith(("run-", "old-"))
+        ]
 
     def test_replaced_between_rename_and_sync_of_the_folder(self, output, monkeypatch):
         def fence_first(tree, name=""):
-            if name == output.place:
-                output.as_run("newer").fence()
+            if name == output.run_dir:
+                fence_others(output.as_run("newer"))
             sync(tree, name)
 
         sync = Tree.sync_folder
         monkeypatch.setattr(Tree, "sync_folder", fence_first)
         with pytest.raises(FencedError, match="was replaced by a newer one"):
-            output.write_json(f"{output.place}/status.json", {})
+            output.write_json(f"{output.run_dir}/status.json", {})
 
     @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
     def test_without_hard_links_a_part_is_still_whole_and_kept(self, output, monkeypatch, code):
-        assert output.how == "hard links"
+        assert output.commit_method == "hard links"
 
         def no_links(*args, **options):
             raise OSError(code, "no links here")
@@ -474,7 +483,7 @@ class TestFolder:
         assert output.commit(NAME, [TABLE], lambda: NOTE)
         assert not output.commit(NAME, [OTHER], lambda: NOTE)
         assert values(output) == [1, 2]
-        assert "no hard links" in output.how
+        assert "no hard links" in output.commit_method
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
     def test_a_full_disk_leaves_nothing_behind(self, output, monkeypatch, code):
@@ -486,18 +495,18 @@ class TestFolder:
             with pytest.raises(OutputError, match=r"no room left .*\. Make room, and run the same"):
                 output.commit(NAME, [TABLE], lambda: NOTE)
         assert not output.parts()
-        assert {p.name for p in Path(output.path, output.place).iterdir()} == {
+        assert {p.name for p in Path(output.path, output.run_dir).iterdir()} == {
             "alive",
             "driver.json",
         }
         assert output.commit(NAME, [TABLE], lambda: NOTE)
 
     def test_what_dead_attempts_left_is_removed(self, tmp_path, output):
-        Path(output.path, output.place, "part.half").write_text("torn")
+        Path(output.path, output.run_dir, "part.half").write_text("torn")
         Path(output.path, "_pcm", "new-dead").mkdir()  # killed as it began
         newer = output.as_run("newer")
         with at_work(newer):
-            newer.fence()
+            fence_others(newer)
             assert {p.name for p in Path(output.path, "_pcm").iterdir()} == {
                 "journal",
                 "lock",
@@ -512,7 +521,7 @@ class TestFolder:
         place.mkdir()
         (place / "alive").write_text("")
         (place / "driver.json").write_text('{"pid": 1}')
-        (seen,) = output.other_runs()
+        (seen,) = other_runs(output)
         assert not seen.is_alive
 
     def test_of_a_run_on_another_host_the_status_counts_too(self, output):
@@ -520,31 +529,31 @@ class TestFolder:
         place.mkdir()
         (place / "alive").write_text("")  # whose lock does not reach us
         (place / "driver.json").write_text('{"host": "there"}')
-        assert [owner.is_alive for owner in output.other_runs()] == [False]
+        assert [owner.is_alive for owner in other_runs(output)] == [False]
         (place / "status.json").write_text("{}")
-        assert [owner.is_alive for owner in output.other_runs()] == [True]
-        old = time.time() - 2 * folder.SILENT_S
+        assert [owner.is_alive for owner in other_runs(output)] == [True]
+        old = time.time() - 2 * fence.LOCKLESS_SILENT_S
         os.utime(place / "status.json", (old, old))
-        assert [owner.is_alive for owner in output.other_runs()] == [False]
+        assert [owner.is_alive for owner in other_runs(output)] == [False]
 
     def test_without_locks_a_silent_run_is_not_at_work(self, output, monkeypatch):
         def no_locks(*args):
             raise OSError(errno.ENOLCK, "no locks here")
 
         with at_work(output.as_run("second")) as second:
-            monkeypatch.setattr(folder.fcntl, "flock", no_locks)
-            assert [owner.is_alive for owner in output.other_runs()] == [False]
-            second.write_json(f"{second.place}/status.json", {})
-            assert [owner.is_alive for owner in output.other_runs()] == [True]
-            old = time.time() - 2 * folder.SILENT_S
-            os.utime(Path(output.path, second.place, "status.json"), (old, old))
-            assert [owner.is_alive for owner in output.other_runs()] == [False]
+            monkeypatch.setattr(fence.fcntl, "flock", no_locks)
+            assert [owner.is_alive for owner in other_runs(output)] == [False]
+            second.write_json(f"{second.run_dir}/status.json", {})
+            assert [owner.is_alive for owner in other_runs(output)] == [True]
+            old = time.time() - 2 * fence.LOCKLESS_SILENT_S
+            os.utime(Path(output.path, second.run_dir, "status.json"), (old, old))
+            assert [owner.is_alive for owner in other_runs(output)] == [False]
 
     def test_an_unwritable_output_says_so(self, tmp_path):
         (tmp_path / "file").write_text("")
         with (
             pytest.raises(OutputError, match="Cannot write to the output folder"),
-            at_work(Folder(str(tmp_path / "file"), "run")),
+            at_work(Output(Folder(str(tmp_path / "file"), "run"))),
         ):
             pass
 
@@ -554,22 +563,22 @@ class TestFolder:
     def test_a_part_whose_note_is_damaged_is_named(self, output, note):
         sink = pa.BufferOutputStream()
         pq.write_table(TABLE.replace_schema_metadata({"dask_pcm": note}), sink)
-        output.write(NAME, sink.getvalue().to_pybytes())
+        output.storage.write(NAME, sink.getvalue().to_pybytes())
         with pytest.raises(OutputError, match=f"The part '{NAME}' in .* cannot be read"):
             take_inventory(output)
 
     def test_a_line_that_is_written_in_part_is_written_to_its_end(self, output, monkeypatch):
         write = os.write
         monkeypatch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2 + 1]))
-        output.note_start(NAME, 2)
-        assert list(output.lines()) == [{"run": output.run, "start": NAME, "rows": 2}]
+        note_start(output, NAME, 2)
+        assert list(read_lines(output)) == [{"run": output.run, "start": NAME, "rows": 2}]
 
     def test_a_line_after_a_torn_one_is_whole(self, output):
-        output.note_start(NAME, 2)
+        note_start(output, NAME, 2)
         with next(Path(output.path, LOG).iterdir()).open("a") as file:
             file.write('{"run": "torn')
-        output.note_start(NAME, 2)
-        assert list(output.lines()) == [{"run": output.run, "start": NAME, "rows": 2}] * 2
+        note_start(output, NAME, 2)
+        assert list(read_lines(output)) == [{"run": output.run, "start": NAME, "rows": 2}] * 2
 
     def test_a_disk_that_is_full_while_a_line_is_written(self, output, monkeypatch):
         def full(file, data):
@@ -577,7 +586,7 @@ class TestFolder:
 
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(OutputError, match="no room left"):
-            output.note_start(NAME, 2)
+            note_start(output, NAME, 2)
 
     def test_a_line_is_synced_with_the_part_that_it_tells_of(self, output, monkeypatch):
         """And before the part is there; of the start of a unit none is."""
@@ -585,28 +594,28 @@ class TestFolder:
         fdatasync, link = os.fdatasync, os.link
         monkeypatch.setattr(os, "fdatasync", lambda fd: (done.append("sync"), fdatasync(fd)))
         monkeypatch.setattr(os, "link", lambda *a, **k: (done.append("link"), link(*a, **k)))
-        output.note_start(NAME, 2)
+        note_start(output, NAME, 2)
         assert "sync" not in done
         done.clear()
         output.commit(NAME, [TABLE], lambda: NOTE)
         assert done == ["sync", "link"]
 
     def test_starts_are_noted_line_by_line(self, output):
-        output.note_start(NAME, 2)
-        output.note_start(NAME, 2)
+        note_start(output, NAME, 2)
+        note_start(output, NAME, 2)
         with next(Path(output.path, LOG).iterdir()).open("a") as file:
             file.write('{"run": "torn')
-        assert list(output.lines()) == [{"run": output.run, "start": NAME, "rows": 2}] * 2
+        assert list(read_lines(output)) == [{"run": output.run, "start": NAME, "rows": 2}] * 2
 
 
 class TestObjects:
     def test_which_way_is_used_is_said(self, bucket, tmp_path):
-        assert Objects.at(f"{bucket}/out", None).how == "conditional put"
-        with_locks = Objects.at(f"{bucket}/out", str(tmp_path / "locks"))
-        assert with_locks.how == f"lock files in {tmp_path / 'locks'}"
+        assert Output(Objects.at(f"{bucket}/out", None)).commit_method == "conditional put"
+        with_locks = Output(Objects.at(f"{bucket}/out", str(tmp_path / "locks")))
+        assert with_locks.commit_method == f"lock files in {tmp_path / 'locks'}"
 
     def test_a_store_without_conditional_put_needs_a_folder_for_locks(self, bucket, monkeypatch):
-        monkeypatch.setattr(objects.Objects, "_create", lambda self, name, data: True)
+        monkeypatch.setattr(Objects, "create", lambda self, name, data: True)
         with pytest.raises(OutputError, match=r"only if there is none yet.*lock_folder"):
             Objects.at(f"{bucket}/out", None)
         with pytest.raises(OutputError, match="lock_folder"):
@@ -621,16 +630,16 @@ class TestObjects:
             Objects.at(f"s3://no-such-bucket-{uuid.uuid4().hex}/out", None)
 
     def test_a_run_that_says_nothing_is_not_at_work(self, bucket, monkeypatch):
-        output = Objects.at(f"{bucket}/out", None)
+        output = Output(Objects.at(f"{bucket}/out", None))
         with at_work(output.as_run("second")):
-            assert [owner.is_alive for owner in output.other_runs()] == [True]
-            monkeypatch.setattr(objects, "SILENT_S", -1.0)
-            assert [owner.is_alive for owner in output.other_runs()] == [False]
+            assert [owner.is_alive for owner in other_runs(output)] == [True]
+            monkeypatch.setattr(fence, "SILENT_S", -1.0)
+            assert [owner.is_alive for owner in other_runs(output)] == [False]
 
     def test_a_lock_whose_holder_died_is_taken_over(self, bucket, tmp_path, monkeypatch):
-        output = Objects.at(f"{bucket}/out", str(tmp_path))
+        output = Output(Objects.at(f"{bucket}/out", str(tmp_path)))
         with at_work(output):
-            lock = Path(output.locks, output._lock_files._at(NAME))
+            lock = Path(output.storage.locks, output.storage.lock_files._at(NAME))
             lock.write_text("")
             os.utime(lock, (1, 1))
             assert output.commit(NAME, [TABLE], lambda: NOTE)
@@ -638,15 +647,15 @@ class TestObjects:
 
     def test_of_many_who_find_a_dead_holders_lock_one_at_a_time_goes_on(self, bucket, monkeypatch):
         """However they come to stand between looking, creating and removing."""
-        monkeypatch.setattr(objects, "SILENT_S", 2.0)
-        monkeypatch.setattr(objects, "_POLL_S", 0.001)
-        output = Objects.at(f"{bucket}/out", None)
-        output._create("_pcm/lock-000000007", b"dead")
+        monkeypatch.setattr(lock_objects, "SILENT_S", 2.0)
+        monkeypatch.setattr(lock_objects, "POLL_S", 0.001)
+        output = Output(Objects.at(f"{bucket}/out", None))
+        output.storage.create("_pcm/lock-000000007", b"dead")
         inside, seen = [], []
 
         def take(number):
             for _ in range(3):
-                with output.as_run(f"run {number}").takeover_lock():
+                with output.as_run(f"run {number}").storage.fence.takeover_lock():
                     inside.append(number)
                     seen.append(len(inside))
                     time.sleep(0.01)
@@ -655,13 +664,17 @@ class TestObjects:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(take, range(4)))
         assert seen == [1] * 12
-        assert [name for name in output.entries("_pcm") if "lock" in name] == ["lock-000000019"]
+        assert [name for name in output.storage.entries("_pcm") if "lock" in name] == [
+            "lock-000000019"
+        ]
 
     @pytest.mark.parametrize("has_locks", [False, True])
     def test_a_part_that_arrives_from_before_it_was_begun_anew(self, bucket, tmp_path, has_locks):
         """Whatever of an overwritten job is still on its way, under whatever name."""
-        output = Objects.at(f"{bucket}/out", str(tmp_path) if has_locks else None)
-        old, new = (dataclasses.replace(output, run=name, begun=name) for name in ("old", "new"))
+        output = Output(Objects.at(f"{bucket}/out", str(tmp_path) if has_locks else None))
+        old, new = (
+            dataclasses.replace(output.as_run(name), generation=name) for name in ("old", "new")
+        )
         late = [NAME, range_name(2, 3)]
         with at_work(old):
             for name in late:
@@ -675,25 +688,27 @@ class TestObjects:
             assert list(new.parts()) == [NAME]
             late_bytes = io.BytesIO()
             write_part(late_bytes, NAME, [OTHER], lambda: {"rows": 1, "failed": 0, "begun": "old"})
-            new._fs.pipe_file(new._at(NAME), late_bytes.getvalue())  # in the place of ours
+            new.storage.fs.pipe_file(
+                new.storage.url(NAME), late_bytes.getvalue()
+            )  # in the place of ours
             assert take_inventory(new) == {} and not new.parts()
 
     def test_names_of_objects_are_no_longer_than_stores_allow(self, bucket):
-        output = Objects.at(f"{bucket}/{'deep/' * 20}out", None)
+        output = Output(Objects.at(f"{bucket}/{'deep/' * 20}out", None))
         rest = [(2 * n, 2 * n + 1) for n in range(300)]
         with at_work(output):
-            output.note_called(rest, "a journal", output.run)
+            note_called(output, rest, "a journal", output.run)
             assert output.commit(NAME, [TABLE], lambda: {**NOTE, "begun": "b" * 500})
-            assert take_inventory(dataclasses.replace(output, begun="b" * 500)) == {
+            assert take_inventory(dataclasses.replace(output, generation="b" * 500)) == {
                 NAME: Counts(2, 0)
             }
-            (line,) = (line for line in output.lines() if "called" in line)
+            (line,) = (line for line in read_lines(output) if "called" in line)
             assert line["called"] == [list(pair) for pair in rest]
-            names = [f"{output.path}/{LOG}/{name}" for name in output.entries(LOG)]
+            names = [f"{output.path}/{LOG}/{name}" for name in output.storage.entries(LOG)]
         assert max(len(name.partition("//")[2]) for name in names) <= 1024
 
     def test_large_parts_are_put_conditionally_too(self, bucket):
-        output = Objects.at(f"{bucket}/out", None)
+        output = Output(Objects.at(f"{bucket}/out", None))
         big = pa.table({"x": [os.urandom(1 << 20) for _ in range(110)]})
         with at_work(output):
             assert output.commit(NAME, [big], lambda: {"rows": 110, "failed": 0})
@@ -719,7 +734,7 @@ def test_rows_recomputed_compares_ranges_and_not_names():
 
 
 def test_json_that_is_torn_is_named(tmp_path):
-    with at_work(Folder(str(tmp_path), "run")) as output:
-        output.write(MANIFEST, json.dumps({"a": 1}).encode()[:4])
+    with at_work(Output(Folder(str(tmp_path), "run"))) as output:
+        output.storage.write(MANIFEST, json.dumps({"a": 1}).encode()[:4])
         with pytest.raises(OutputError, match=r"'_pcm/manifest\.json' in .* is damaged"):
             output.read_json(MANIFEST)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from contextlib import ExitStack
 
@@ -13,9 +12,13 @@ from hypothesis import strategies as st
 
 import dask_pcm as pcm
 from dask_pcm.errors import LostProcessError
+from dask_pcm.ledger.fence import fence_others
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import take_inventory
+from dask_pcm.ledger.journals import journal_names, read_journals
+from dask_pcm.ledger.log import read_lines
 from dask_pcm.ledger.objects import Objects
+from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.cutter import Cutter
@@ -101,13 +104,13 @@ class Work:
     def opened(self, run="r1"):
         """The output as a run sees it that is at work from now on."""
         if self.is_folder:
-            output = Folder(str(self.place / "out"), run, begun="b")
+            output = Output(Folder(str(self.place / "out"), run), "b")
         else:  # files by URL: an object store without a server
             made = Objects.at(f"local://{self.place}/out", str(self.place / "locks"))
-            output = dataclasses.replace(made, run=run, begun="b")
-        with output.takeover_lock():
-            output.fence()
-        self._stack.enter_context(output.open({}))
+            output = Output(made, "b").as_run(run)
+        with output.storage.fence.takeover_lock():
+            fence_others(output)
+        self._stack.enter_context(output.storage.fence.open_run({}))
         return output
 
     def attempt(self, output, costs=()):
@@ -149,11 +152,11 @@ def check(output, fatal):
     assert failed.twice.isna().all()
     good = found[found.error.isna()]
     assert (good.twice == good.id * 2).all()
-    assert not output.journal_names()
+    assert not journal_names(output)
     n_again = sum(map(len, CALLS)) - N_ROWS
-    n_told = rows_recomputed(output.lines(), output.run, lambda name: 0)
+    n_told = rows_recomputed(read_lines(output), output.run, lambda name: 0)
     # In an object store, a unit without a journal does not tell which of its rows were called.
-    assert n_told == n_again if output.has_journals else n_told >= n_again
+    assert n_told == n_again if output.storage.has_journals else n_told >= n_again
 
 
 # -- the halving alone ------------------------------------------------------------------------
@@ -274,7 +277,7 @@ def test_a_unit_of_less_than_a_batch_is_halved_too(work):
     assert n_lost == 5
     fatal = [rows for rows in CALLS if 2 in rows]
     assert fatal == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2], [2], [2]]
-    assert not output.journal_names()
+    assert not journal_names(output)
 
 
 def test_a_process_that_ends_while_rows_are_read_is_not_asked_about(work, monkeypatch):
@@ -312,11 +315,11 @@ def test_an_end_is_counted_once_however_often_what_it_left_is_found(work):
         def killed(self, name):
             raise Ended
 
-        patched.setattr(type(output), "remove", killed)
+        patched.setattr(type(output.storage), "remove", killed)
         with pytest.raises(Ended):
             work.attempt(output)
         work.losses.count()
-    assert len(output.journal_names()) == 2
+    assert len(journal_names(output)) == 2
     n_asked, CALLS[:] = work.losses.n_asked, []
     with pytest.raises(Ended):
         work.attempt(output)
@@ -343,12 +346,12 @@ def test_what_rows_have_cost_is_carried_from_run_to_run(work):
     while sum(n_rows for n_rows, _ in take_inventory(last).values()) < N_ROWS:
         work.finish(last, costs)
     assert [len(rows) for rows in CALLS if 20 in rows] == [2, 1, 1]
-    assert len(last.journal_names()) == 1
+    assert len(journal_names(last)) == 1
     forget(last)
     found = whole(last)
     assert found.id.tolist() == list(range(N_ROWS))
     assert found[found.error.notna()].id.tolist() == [20]
-    assert not last.journal_names()
+    assert not journal_names(last)
 
 
 def test_a_failed_row_looks_as_any_other_that_fails(work):
@@ -359,7 +362,7 @@ def test_a_failed_row_looks_as_any_other_that_fails(work):
     result, _ = work.finish(output)
     found = whole(output)
     for name in list(output.parts()):
-        output.remove(name)
+        output.storage.remove(name)
     FATAL.clear()
     BROKEN.update({20, 21})
     other, _ = work.finish(output)
@@ -398,7 +401,7 @@ def test_what_was_noted_together_is_tried_in_batches(work, monkeypatch):
             break
         except Ended:
             work.losses.count()
-        begun.append([tuple(rows) for _, found in output.journals() for rows in found.begun])
+        begun.append([tuple(rows) for _, found in read_journals(output) for rows in found.begun])
     assert result.n_failed == 2
     if work.is_folder:  # twice as many each time, and then those to blame apart
         assert begun[0] == [(0, 8), (8, 24), (24, 56)]
@@ -453,6 +456,6 @@ def test_where_every_row_ends_its_process_the_unit_does(work, monkeypatch):
     found = whole(again)
     assert found.id.tolist() == list(range(N_ROWS))
     assert found[found.error.notna()].id.tolist() == list(range(10, 15))
-    assert again.journal_names()
+    assert journal_names(again)
     last = work.opened("r3")
-    assert recover(last) == () and not last.journal_names()  # all that it tells of is committed
+    assert recover(last) == () and not journal_names(last)  # all that it tells of is committed

@@ -15,10 +15,14 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import OutputError
+from dask_pcm.ledger.fence import fence_others
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import take_inventory
+from dask_pcm.ledger.log import note_start
 from dask_pcm.ledger.objects import Objects
+from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import range_name
+from dask_pcm.ledger.stash import drop_stash, stash
 from dask_pcm.ledger.tree import Tree
 
 NAME = range_name(0, 2)
@@ -29,7 +33,7 @@ NOBODY = 65534
 @pytest.fixture
 def out(tmp_path):
     """An output with a part, at which nobody is at work."""
-    output = Folder(str(tmp_path / "out"), "first")
+    output = Output(Folder(str(tmp_path / "out"), "first"))
     with begun(output):
         output.write_json("_pcm/manifest.json", {"format": 2, "identity": {}})
         output.commit(NAME, [pa.table({"x": [1, 2]})], lambda: {"rows": 2, "failed": 0})
@@ -38,19 +42,19 @@ def out(tmp_path):
 
 @contextlib.contextmanager
 def begun(output):
-    with output.takeover_lock():
-        output.fence()
-        with output.open({}):
+    with output.storage.fence.takeover_lock():
+        fence_others(output)
+        with output.storage.fence.open_run({}):
             yield output
 
 
 def go_on(out):
     """What a run does with an output before anything else, and what a look at it does."""
-    with begun(Folder(str(out), "next")) as output:
+    with begun(Output(Folder(str(out), "next"))) as output:
         take_inventory(output)
-        output.note_start(NAME, 2)
-        output.stash()
-        output.drop_aside()
+        note_start(output, NAME, 2)
+        stash(output)
+        drop_stash(output)
 
 
 def puts_fifo(path):
@@ -183,7 +187,7 @@ class TestOwners:
         code = (
             "import os; from dask_pcm.ledger.folder import Folder;"
             "os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534);"
-            f"Folder({str(out)!r}, 'other').takeover_lock().__enter__(); print('begun')"
+            f"Folder({str(out)!r}, 'other').fence.takeover_lock().__enter__(); print('begun')"
         )
         for path in out.parents:
             if path.stat().st_mode & 0o005 != 0o005:
@@ -212,26 +216,29 @@ class TestLockFolder:
     def test_a_lock_that_somebody_has_put_there(self, output, tmp_path, is_link):
         victim = tmp_path / "victim"
         victim.write_text("precious")
-        lock = Path(output.locks, output._lock_files._at("run"))
+        lock = Path(output.locks, output.lock_files._at("run"))
         lock.parent.mkdir()
         lock.symlink_to(victim) if is_link else os.mkfifo(lock)
-        with pytest.raises(OutputError, match="where a file was expected"), output.takeover_lock():
+        with (
+            pytest.raises(OutputError, match="where a file was expected"),
+            output.fence.takeover_lock(),
+        ):
             pass
         assert victim.read_text() == "precious"
 
     def test_a_folder_that_somebody_has_put_there(self, output, tmp_path):
-        place = Path(output.locks, output._lock_files._at("run")).parent
+        place = Path(output.locks, output.lock_files._at("run")).parent
         place.symlink_to(tmp_path)
-        with pytest.raises(OutputError, match="is a link"), output.takeover_lock():
+        with pytest.raises(OutputError, match="is a link"), output.fence.takeover_lock():
             pass
         assert not list(tmp_path.glob("*.lock"))
 
     @needs_root
     def test_a_folder_of_a_stranger(self, output):
-        place = Path(output.locks, output._lock_files._at("run")).parent
+        place = Path(output.locks, output.lock_files._at("run")).parent
         place.mkdir()
         os.chown(place, NOBODY, NOBODY)
-        with pytest.raises(OutputError, match=f"uid {NOBODY}"), output.takeover_lock():
+        with pytest.raises(OutputError, match=f"uid {NOBODY}"), output.fence.takeover_lock():
             pass
 
 

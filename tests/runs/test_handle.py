@@ -31,7 +31,9 @@ from dask_pcm.errors import (
     SchemaError,
 )
 from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.output import MANIFEST
+from dask_pcm.ledger.output import Output
+from dask_pcm.ledger.stash import stash
+from dask_pcm.ledger.storage import MANIFEST
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.identity import Manifest
 from tests.support.patience import patient, until
@@ -324,15 +326,15 @@ class TestKilledOverwrite:
     def test_the_old_job_goes_on_as_if_nothing_had_been(self, client, job, out, step):
         """Through the same call, with nothing computed again."""
         write(job(), out)
-        killed = Folder(out, "killed")
-        with killed.takeover_lock(), killed.open({"pid": 1}):
+        killed = Output(Folder(out, "killed"))
+        with killed.storage.fence.takeover_lock(), killed.storage.fence.open_run({"pid": 1}):
             if step == "amid setting aside":
                 for name in (MANIFEST, *list(killed.parts())[:2]):
-                    killed.move(name, f"{killed.place}/aside/{name}")
+                    killed.storage.move(name, f"{killed.run_dir}/aside/{name}")
             else:
-                killed.stash()
+                stash(killed)
                 Manifest({"another": "job"}).write(killed)
-            left = Path(out, killed.place)
+            left = Path(out, killed.run_dir)
             shutil.copytree(left, f"{out}-left")  # as a kill leaves it
         shutil.rmtree(left, ignore_errors=True)
         shutil.copytree(f"{out}-left", left)
@@ -591,7 +593,7 @@ class TestTooManyFailures:
         """A run that goes on among bad rows."""
         noted.fail(range(50, 200))
         write(job(noted), out)
-        for name in Folder(out, "r").parts():
+        for name in Output(Folder(out, "r")).parts():
             if int(name.split("-")[1]) >= 50:
                 os.remove(f"{out}/{name}")
         assert write(job(noted), out).report.rows_failed == 150

@@ -19,7 +19,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
-from dask_pcm.ledger.folder import Folder
+from dask_pcm.runs import driver as drivers
 from tests.support.driver import BATCH_ROWS
 from tests.support.patience import patient, until
 
@@ -183,8 +183,8 @@ def test_a_disk_that_is_full_in_the_midst_of_a_run(client, claims, small_disk):
 
 def test_a_killed_workers_results_that_nobody_has_taken_yet(claims, tmp_path, monkeypatch):
     """One worker, and a driver that takes its time: results are lost with the worker."""
-    requests = Folder.requests
-    monkeypatch.setattr(Folder, "requests", lambda self: time.sleep(0.4) or requests(self))
+    read = drivers.read_requests
+    monkeypatch.setattr(drivers, "read_requests", lambda output: time.sleep(0.4) or read(output))
 
     def slow(frame, live):
         time.sleep(0.05)

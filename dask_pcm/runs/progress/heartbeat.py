@@ -39,7 +39,7 @@ class Heartbeat:
     def beat(self) -> None:
         """Write how the run stands."""
         status = self._progress().as_dict()
-        self._output.write_json(f"{self._output.place}/status.json", status)
+        self._output.write_json(f"{self._output.run_dir}/status.json", status)
 
     def check(self) -> None:
         """Raise FencedError where the run was replaced."""
@@ -47,7 +47,7 @@ class Heartbeat:
             raise self._error
 
     def _run(self) -> None:
-        while not self._is_over.wait(self._output.heartbeat_s):
+        while not self._is_over.wait(self._output.storage.heartbeat_s):
             try:
                 self.beat()
             except FencedError as error:

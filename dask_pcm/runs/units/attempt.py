@@ -22,6 +22,8 @@ import pyarrow as pa
 from dask_pcm.errors import FencedError, LostProcessError, OutputError
 from dask_pcm.frames.call import ERROR, failing_all_rows, noting
 from dask_pcm.ledger.journal import Journal, Record, apart
+from dask_pcm.ledger.journals import begin_journal, journal_names, read_journals
+from dask_pcm.ledger.log import note_called
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
@@ -73,14 +75,14 @@ class _Earlier:
     @classmethod
     def of(cls, unit: Unit, output: Output, batch_rows: int) -> _Earlier:
         """Look for journals, and note what those who left them had not come to."""
-        found_by_name = dict(output.journals(unit.name)) if _may_have_journals(output) else {}
+        found_by_name = dict(read_journals(output, unit.name)) if _may_have_journals(output) else {}
         if not found_by_name:
             return cls([], [], [], _unit_in_flight(unit, output, batch_rows))
         useful = {name: found for name, found in found_by_name.items() if found is not None}
         settled = {name for found in useful.values() for name in found.settled}
         last = [found for name, found in useful.items() if name not in settled]
         for name, found in useful.items():
-            output.note_called(found.called, name, found.about["run"])
+            note_called(output, found.called, name, found.about["run"])
         late = [found for found in last if found.last_words]
         for found in late:
             logger.warning(
@@ -100,7 +102,7 @@ class _Earlier:
 
 
 def _may_have_journals(output: Output) -> bool:
-    return output.has_journals or was_lost()
+    return output.storage.has_journals or was_lost()
 
 
 def _unit_in_flight(unit: Unit, output: Output, batch_rows: int) -> list[Range]:
@@ -109,7 +111,7 @@ def _unit_in_flight(unit: Unit, output: Output, batch_rows: int) -> list[Range]:
     All of it, if it leaves none unless it was lost before. Else it had not been begun.
     """
     place = parse_name(unit.name)
-    is_noted = output.has_journals and (unit.n_rows or 0) > batch_rows
+    is_noted = output.storage.has_journals and (unit.n_rows or 0) > batch_rows
     return [place] if was_lost() and not is_noted and isinstance(place, tuple) else []
 
 
@@ -156,8 +158,8 @@ def attempt(
     with ExitStack() as stack:
         journal = None
         is_long = sum(span.n_rows for span in spans) > shortest
-        if kept or suspects or (output.has_journals and is_long):
-            journal = output.begin_journal(unit.name, origin)
+        if kept or suspects or (output.storage.has_journals and is_long):
+            journal = begin_journal(output, unit.name, origin)
             stack.callback(journal.close)
         calls = stack.enter_context(_Calls(output, unit, journal))
         if journal is not None:
@@ -165,7 +167,7 @@ def attempt(
             for record in kept:
                 journal.append(record)
         for name in earlier.names:  # now that all of it is in ours
-            output.remove(name)
+            output.storage.remove(name)
         _check_hope(unit, suspects, functools.partial(_has_answers, output, kept))
         pace = Pace(batch_rows, suspects)
         left = replace(unit, spans=tuple(spans))
@@ -242,7 +244,7 @@ class _Calls:
     def __exit__(self, *raised: object) -> None:
         if self._journal is not None:
             with contextlib.suppress(FencedError):  # nothing of this run is counted any more
-                self._output.note_called(self._called, self._journal.name, self._output.run)
+                note_called(self._output, self._called, self._journal.name, self._output.run)
 
     @contextmanager
     def of(self, batch: Batch) -> Iterator[None]:
@@ -266,7 +268,7 @@ class _Calls:
             self._called.append(rows)
         elif not self._called:
             self._called = [(s.offset, s.offset + s.n_rows) for s in self._unit.spans or ()]
-            self._output.note_called(self._called, None, self._output.run)
+            note_called(self._output, self._called, None, self._output.run)
 
 
 def _computed(
@@ -345,8 +347,8 @@ def make_record(start: int, stop: int, frame: pd.DataFrame, layout: PartSchema) 
 def clear(unit: str, output: Output) -> None:
     """A unit is committed: what was noted of it is not needed any more."""
     if _may_have_journals(output):
-        for name in output.journal_names(unit):
-            output.remove(name)
+        for name in journal_names(output, unit):
+            output.storage.remove(name)
 
 
 def grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

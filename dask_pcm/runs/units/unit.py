@@ -15,6 +15,7 @@ import pyarrow as pa
 from dask_pcm.context.context import ContextRef
 from dask_pcm.frames.call import ERROR
 from dask_pcm.ledger.journal import Record
+from dask_pcm.ledger.log import note_start
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import Note
 from dask_pcm.ledger.suspects import Cost
@@ -105,7 +106,7 @@ def run_unit(
     """
     start = time.perf_counter()
     output = job.output
-    there = output.read_note(unit.name) if output.exists(unit.name) else {}
+    there = output.read_note(unit.name) if output.storage.exists(unit.name) else {}
     if _is_answer(there, unit, output):
         return UnitResult(unit.name, there["rows"], there["failed"], is_resumed=True)
     task_stats.begin()
@@ -116,7 +117,7 @@ def run_unit(
         records = attempt(unit, graph, output, *how, origin, job.costs, job.timeout_s)
     else:
         if unit.again is None:
-            output.note_start(unit.name, unit.n_rows)
+            note_start(output, unit.name, unit.n_rows)
         records = _whole(unit, graph, keys, inputs, job)
     tables = grouped(count.of(records))
     note: Note = lambda: {**_origin(job), **count.as_dict()}  # noqa: E731
@@ -181,7 +182,7 @@ def _origin(job: UnitSpec) -> dict[str, Any]:
 
 def _is_answer(note: Mapping[str, Any], unit: Unit, output: Output) -> bool:
     """Whether a part with this note need not be computed any more."""
-    if note.get("unit") != unit.name or not output.has_begun(note):
+    if note.get("unit") != unit.name or not output.is_current(note):
         return False
     runs = {note.get("run"), *(again.get("run") for again in note.get("retried", ()))}
     return unit.again is None or output.run in runs

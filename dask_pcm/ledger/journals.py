@@ -1,0 +1,43 @@
+"""The journals of an output: one per attempt at a unit, by name."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dask_pcm.ledger.journal import Found, Journal, read_journal
+from dask_pcm.ledger.output import Output
+from dask_pcm.ledger.storage import JOURNAL
+
+
+def begin_journal(output: Output, unit: str, origin: Mapping[str, Any]) -> Journal:
+    """A new journal for an attempt at a unit.
+
+    `origin` is what a part would tell of where it comes from.
+
+    Raises
+    ------
+    FencedError
+        Where a newer run has taken over this output.
+    """
+    name = f"{JOURNAL}/{unit}.{output.run}.{uuid.uuid4().hex}"
+    about = {**origin, "run": output.run, "begun": output.generation, "unit": unit}
+    return output.storage.open_journal(name, about)
+
+
+def journal_names(output: Output, unit: str | None = None) -> list[str]:
+    """Journals that attempts at a unit, or at any, have left."""
+    names = (name.rstrip("/") for name in output.storage.entries(JOURNAL))
+    return [f"{JOURNAL}/{n}" for n in names if unit is None or n.startswith(f"{unit}.")]
+
+
+def read_journals(output: Output, unit: str | None = None) -> Iterator[tuple[str, Found | None]]:
+    """What they hold, by their names; None for one of no use."""
+    for name in journal_names(output, unit):
+        with contextlib.suppress(FileNotFoundError):  # who left it has committed after all
+            found = read_journal(output.storage.read_journal(name))
+            is_ours = found is not None and output.is_current(found.about)
+            own = name.removeprefix(f"{JOURNAL}/")
+            yield name, found if found and is_ours and found.is_named(own) else None
