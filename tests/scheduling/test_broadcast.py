@@ -71,7 +71,7 @@ def test_what_is_there_already_is_not_copied():
 
 
 def test_a_source_that_fails_rests_longer_each_time_and_is_not_blamed_for_ever():
-    plan = Broadcast(n_from_each=1, n_ahead=1, rest_s=10.0)
+    plan = Broadcast(n_from_each=1, n_ahead=1, back_off_s=10.0)
     plan.has("flaky", "blob", N)
     plan.want("a", "blob", N)
 
@@ -123,12 +123,12 @@ def test_when_a_worker_leaves_in_the_midst_others_go_on():
     for _ in range(10):
         plan.copied(queue.pop(0))
         queue += plan.plan(0.0)
-    plan.leave("a")
+    plan.remove_worker("a")
     play(plan, queue=queue)  # with late words of copies that are off
     assert all(holders == {"b", "c"} for holders in plan._swarms["blob"].holders)
     assert not plan.under_way
-    plan.leave("b")
-    plan.leave("c")
+    plan.remove_worker("b")
+    plan.remove_worker("c")
     assert not plan._swarms
 
 
@@ -145,7 +145,7 @@ def test_several_blobs_at_once():
 @given(st.integers(0, 10**6), st.integers(2, 8), st.integers(1, 20))
 def test_whatever_happens_everybody_ends_with_everything(seed, n_workers, n_chunks):
     """Copies end in any order, fail, workers leave and come: books hold, and it ends."""
-    chance, plan, now = random.Random(seed), Broadcast(rest_s=1.0), 0.0
+    chance, plan, now = random.Random(seed), Broadcast(back_off_s=1.0), 0.0
     workers = [f"w{number}" for number in range(n_workers)]
     has = {worker: set() for worker in workers}
     for worker in workers:
@@ -160,7 +160,7 @@ def test_whatever_happens_everybody_ends_with_everything(seed, n_workers, n_chun
             break
         if step < 200 and chance.random() < 0.02:
             gone = chance.choice(workers)
-            plan.leave(gone)
+            plan.remove_worker(gone)
             has[gone] = set()
             plan.want(gone, "blob", n_chunks)
             continue

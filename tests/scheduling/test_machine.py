@@ -27,7 +27,7 @@ from dask_pcm.scheduling.events import (
     WorkParked,
     WorkWithdrawn,
 )
-from dask_pcm.scheduling.explain import explain, said
+from dask_pcm.scheduling.explain import describe, explain
 from dask_pcm.scheduling.learned.failures import DEVICE
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.state.state import GateState
@@ -207,7 +207,7 @@ class Gate(RuleBasedStateMachine):
         if is_large:  # as in a world where not everything is looked at each time
             self.state.n_looks += 10_000
         # What was reported unasked may be more than there is room for.
-        over = {n: self.state.free_bytes(view) < 0 for n, view in self.state.workers.items()}
+        over = {n: view.free_bytes < 0 for n, view in self.state.workers.items()}
         n_decided = len(self.state.decisions)
         actions = decide(self.state, self.now, idle_s=idle_s)
         for action in actions:
@@ -215,7 +215,7 @@ class Gate(RuleBasedStateMachine):
         made = list(self.state.decisions)[n_decided:]
         assert [decision.action for decision in made] == actions
         for decision in made:
-            assert said(self.state, decision)
+            assert describe(self.state, decision)
 
     def check(self, action, over):
         views = self.state.workers
@@ -224,7 +224,7 @@ class Gate(RuleBasedStateMachine):
                 assert context not in views[worker].in_use()
             case Load(worker, _):
                 # It was made sure that there is room, as far as sizes are known.
-                assert self.state.free_bytes(views[worker]) >= 0 or over[worker]
+                assert views[worker].free_bytes >= 0 or over[worker]
                 assert not views[worker].is_draining
             case Assign(key, worker):
                 view, work = views[worker], self.wanted[key]
@@ -232,7 +232,7 @@ class Gate(RuleBasedStateMachine):
                 assert view.holds(work.group.contexts)
                 assert not view.is_paused
                 assert work.group.allowed is None or worker in work.group.allowed
-                assert view.host not in self.state.failures.shunned
+                assert view.host not in self.state.failures.quarantined
                 assert len(view.running) == 1 or not any(
                     other.group.is_isolated for other in view.running.values()
                 )
@@ -252,7 +252,7 @@ class Gate(RuleBasedStateMachine):
     def all_that_waits_or_runs_can_be_explained(self):
         for key in self.wanted:
             text = explain(self.state, key, self.now)
-            assert "waits" in text or "is on" in text
+            assert "waits" in text or "is assigned to" in text
 
     def teardown(self):
         """From now on all goes well, and there is a worker that stays: all work is done."""

@@ -385,11 +385,11 @@ def test_what_is_said_last_of_a_size_counts_until_it_is_measured():
     state = GateState()
     for n_bytes in (40, 4):
         state.apply(ContextDeclared("a", "a", n_bytes), 0.0)
-    assert state.sizes == {"a": 4}
+    assert state.contexts.sizes == {"a": 4}
     state.apply(WorkerJoined("w", 2), 0.0)
     state.apply(ResidencyReported("w", "a", Tier.DEVICE, seconds=1.0, n_bytes=6), 0.0)
     state.apply(ContextDeclared("a", "a", 5), 0.0)
-    assert state.sizes == {"a": 6}
+    assert state.contexts.sizes == {"a": 6}
 
 
 def test_workers_that_are_lost_with_their_nodes_are_nobodys_fault():
@@ -534,9 +534,9 @@ def test_sizes_that_become_known_count_at_once():
     world.state.workers["w0"].device_bytes = 100
     world.warm("w0", "a")
     world.tell(ContextDeclared("a", "a", 10), ContextDeclared("a", "a", 20))
-    assert world.state.free_bytes(world.state.workers["w0"]) == 80
+    assert world.state.workers["w0"].free_bytes == 80
     world.tell(ResidencyReported("w1", "a", Tier.DEVICE, n_bytes=30))
-    assert world.state.free_bytes(world.state.workers["w0"]) == 70
+    assert world.state.workers["w0"].free_bytes == 70
     world.state.validate()
 
 

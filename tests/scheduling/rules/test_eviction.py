@@ -80,7 +80,7 @@ class Played:
                 view = self.state.workers[action.worker]
                 assert action.context not in view.in_use()
         for view in self.state.workers.values():
-            assert self.state.free_bytes(view) >= 0
+            assert view.free_bytes >= 0
         if self._n % 50 == 0:
             self.state.validate()
 
@@ -222,8 +222,8 @@ def test_what_is_larger_than_any_device_is_refused_with_the_numbers():
     assert played.done["one"] and not played.done["both"]
     assert played.failed == {
         "both": "'the a' and 'the b' need 20 bytes on a device, and the largest device has 15 for"
-        " contexts (2 looked at; pcm.ladder.device.budget). Use a smaller model or data type, or"
-        " workers with larger devices."
+        " contexts (2 workers checked; pcm.ladder.device.budget). Use a smaller model or data type,"
+        " or workers with larger devices."
     }
 
 

@@ -28,7 +28,7 @@ def fail(world, worker, kind=DEVICE, error="the driver 470 is too old for CUDA 1
     world.tell(ResidencyReported(worker, context, Tier.FAILED, seconds=0.1, error=error, kind=kind))
 
 
-def shunned(actions):
+def quarantined(actions):
     return [action.host for action in actions if isinstance(action, Quarantine)]
 
 
@@ -37,12 +37,12 @@ def test_a_device_that_cannot_be_used_costs_its_node_alone():
     world.tell(RunReported("run", A, 1000.0, 10))
     assert len(warmed(world.decide())) == 5
     fail(world, "broken-0")
-    assert shunned(world.decide()) == ["broken"]
+    assert quarantined(world.decide()) == ["broken"]
     assert world.state.failures.of_context == {}
     world.warm("well-0")
     world.park(5)
     assert not warmed(world.decide())
-    assert "driver 470" in world.state.failures.shunned["broken"].error
+    assert "driver 470" in world.state.failures.quarantined["broken"].error
 
 
 def test_it_is_tried_again_later_and_left_alone_for_longer():
@@ -62,7 +62,7 @@ def test_it_is_tried_again_later_and_left_alone_for_longer():
     assert waits == [10.0, 20.0, 40.0, 80.0]
     assert warmed(world.decide()) == {"broken-0"}
     world.warm("broken-0")
-    assert world.state.failures.n_shunned == {}
+    assert world.state.failures.n_quarantines == {}
 
 
 def test_a_node_where_only_one_context_fails_is_not_broken():
@@ -71,7 +71,7 @@ def test_a_node_where_only_one_context_fails_is_not_broken():
     world.park(2)
     world.decide()
     fail(world, "node-1", kind="OSError", error="no such file")
-    assert shunned(world.decide()) == []
+    assert quarantined(world.decide()) == []
 
 
 def test_what_loads_elsewhere_and_fails_here_tells_of_the_node():
@@ -81,7 +81,7 @@ def test_what_loads_elsewhere_and_fails_here_tells_of_the_node():
     world.learn(A, "well-0", 1.0)
     world.decide()
     fail(world, "broken-0", kind="OSError", error="disk full")
-    assert shunned(world.decide()) == ["broken"]
+    assert quarantined(world.decide()) == ["broken"]
 
 
 def test_what_has_never_loaded_tells_of_the_context():
@@ -89,7 +89,7 @@ def test_what_has_never_loaded_tells_of_the_context():
     world.park(3)
     world.decide()
     fail(world, "one-0", kind="OSError", error="no weights")
-    assert shunned(world.decide()) == []
+    assert quarantined(world.decide()) == []
 
 
 def test_broken_nodes_that_come_first_do_not_end_the_work():
@@ -99,7 +99,7 @@ def test_broken_nodes_that_come_first_do_not_end_the_work():
     for node in "abcd":
         fail(world, f"{node}-0")
     actions = world.decide()
-    assert sorted(shunned(actions)) == ["a", "b", "c", "d"]
+    assert sorted(quarantined(actions)) == ["a", "b", "c", "d"]
     assert not any(isinstance(action, Fail) for action in actions)
     world.tell(WorkerJoined("well-0", 2, None, "well"))
     assert warmed(world.decide()) == {"well-0"}
@@ -251,4 +251,4 @@ def test_a_worker_that_loads_it_after_all_begins_anew():
     world.now += 11.0
     assert warmed(world.decide())
     world.warm("node-0", "a")
-    assert not world.state.failures.of_device and not world.state.failures.n_rested
+    assert not world.state.failures.of_device and not world.state.failures.n_back_offs
