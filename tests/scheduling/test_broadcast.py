@@ -33,7 +33,7 @@ def play(plan, fails=lambda copy: False, queue=(), limit=10_000):
     raise AssertionError("it does not end")
 
 
-def test_the_store_is_read_once_however_many_want_it():
+def test_the_store_is_read_once_for_any_number_of_workers():
     plan = Broadcast()
     for number in range(10):
         plan.want(f"w{number}", "blob", N)
@@ -42,7 +42,7 @@ def test_the_store_is_read_once_however_many_want_it():
     assert len({(copy.worker, copy.chunk) for copy in done}) == len(done) == 10 * N
 
 
-def test_nobody_gives_or_takes_more_at_a_time_than_it_may():
+def test_limits_of_concurrent_copies_hold():
     plan = Broadcast(n_from_each=3, n_ahead=2)
     for number in range(10):
         plan.want(f"w{number}", "blob", N)
@@ -143,8 +143,8 @@ def test_several_blobs_at_once():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 8), st.integers(1, 20))
-def test_whatever_happens_everybody_ends_with_everything(seed, n_workers, n_chunks):
-    """Copies end in any order, fail, workers leave and come: books hold, and it ends."""
+def test_all_workers_get_all_chunks_despite_failures(seed, n_workers, n_chunks):
+    """Copies end in any order or fail, workers join and leave: invariants hold, and it ends."""
     chance, plan, now = random.Random(seed), Broadcast(back_off_s=1.0), 0.0
     workers = [f"w{number}" for number in range(n_workers)]
     has = {worker: set() for worker in workers}
@@ -180,7 +180,7 @@ def test_whatever_happens_everybody_ends_with_everything(seed, n_workers, n_chun
         pytest.fail("it does not end")
 
 
-def test_a_read_that_hangs_holds_up_nobody_for_long():
+def test_a_hanging_read_delays_others_for_a_limited_time():
     """Neither those who want other blobs nor, after a while, those who want the same chunk."""
     plan = Broadcast(hangs_s=60.0)
     for worker in ("a", "b"):
