@@ -31,7 +31,7 @@ LAST_NAMES = tuple(
 
 
 class Relation(NamedTuple):
-    """What can be said about a person: the values it takes and the ways to say it."""
+    """A property of a person: its values, and sentences that state it."""
 
     values: tuple[str, ...]
     sentences: tuple[str, ...]
@@ -93,6 +93,8 @@ MAX_FACTS = 3
 
 
 class Claim(NamedTuple):
+    """A claim, its evidence, and the label that follows from the evidence."""
+
     claim: str
     evidence: str
     label: str
@@ -101,14 +103,14 @@ class Claim(NamedTuple):
 def stream(
     seed: int, n_facts: int | None = None, labels: tuple[str, ...] = LABELS
 ) -> Iterator[Claim]:
-    """Yield claims without end; the same seed gives the same claims.
+    """Yield claims indefinitely; the same seed gives the same claims.
 
     Parameters
     ----------
     seed
         Seed of the generator.
     n_facts
-        Sentences of evidence in each row, 1 to 3; drawn anew for each row if left out.
+        Sentences of evidence per row, 1 to 3; drawn for each row if None.
     labels
         Labels to draw from.
     """
@@ -130,7 +132,7 @@ def generate(n_rows: int, seed: int = 0) -> pd.DataFrame:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a prompt over generated claims, or its answer, can hold; sorted."""
+    """Every word that can occur in a prompt over generated claims or in its answer; sorted."""
     texts = [PROMPT.format(evidence="", claim=""), *LABELS, *FIRST_NAMES, *LAST_NAMES]
     for relation in RELATIONS:
         texts += relation.values
@@ -139,6 +141,7 @@ def vocabulary() -> list[str]:
 
 
 def _draw(rng: random.Random, n_facts: int, label: str) -> Claim:
+    """Draw a claim with a given label."""
     person = _person(rng)
     told = rng.sample(RELATIONS, n_facts)
     facts = {relation: rng.choice(relation.values) for relation in told}
@@ -146,6 +149,8 @@ def _draw(rng: random.Random, n_facts: int, label: str) -> Claim:
     what = facts[relation]
     if label == "REFUTED":
         what = rng.choice([value for value in relation.values if value != what])
+    # Half of these ask for a relation without evidence, half for another person. The model can
+    # thus not tell the label from the relation or from the name alone.
     elif label == "NOT ENOUGH INFO" and rng.random() < 0.5:
         relation = rng.choice([other for other in RELATIONS if other not in facts])
         what = rng.choice(relation.values)

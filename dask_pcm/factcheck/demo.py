@@ -1,4 +1,4 @@
-"""The demo: generated claims, verified by the model that the package ships."""
+"""The demo: verify generated claims with the model shipped in the package."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dask_pcm.inference import LLM, classify
 #: A model of about 210,000 parameters that verifies generated claims; trained by
 #: ``python -m dask_pcm.factcheck.train``.
 MODEL_PATH = Path(__file__).parent / "model"
-#: The seed of claims that the demo model has not been trained on.
+#: Seed of the demo's claims; the model was not trained on them.
 SEED = 20_261
 ROWS_PER_FILE = 500
 
 
 def demo_model() -> LLM:
-    """The demo model as a context."""
+    """Return the demo model as a context."""
     return LLM(MODEL_PATH, name="demo")
 
 
@@ -33,11 +33,11 @@ def write_claims(folder: Path, n_rows: int) -> None:
 
 
 def verify(claims: dd.DataFrame) -> dd.DataFrame:
-    """Have the demo model verify claims with columns claim and evidence."""
+    """Verify claims, with columns claim and evidence, by the demo model."""
     return classify(claims, demo_model(), prompt=PROMPT, choices=LABELS)
 
 
 def accuracy(path: Path) -> float:
-    """Share of an output's rows whose answer is their label."""
+    """Share of an output's rows whose answer equals their label."""
     verdicts = dd.read_parquet(path, columns=["label", "answer"])
     return float((verdicts.label == verdicts.answer).mean().compute())

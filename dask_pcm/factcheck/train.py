@@ -21,8 +21,9 @@ from dask_pcm.factcheck.demo import MODEL_PATH
 
 logger = logging.getLogger(__name__)
 
-#: The curriculum, as (steps, facts in each row, labels). Telling supported from refuted, which is
-#: to find one word again, is learned alone first: among the other tasks it is hardly ever found.
+#: The curriculum, as (steps, facts per row, labels). SUPPORTED against REFUTED, which amounts to
+#: finding one word again, is learned first and alone: mixed with the other tasks, training rarely
+#: discovers it.
 CURRICULUM: tuple[tuple[int, int | None, tuple[str, ...]], ...] = (
     (1700, 1, LABELS[:2]),
     (500, None, LABELS[:2]),
@@ -46,7 +47,7 @@ def batches() -> Iterator[list[Claim]]:
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up, level for half of the steps, then a half cosine down to a hundredth."""
+    """Linear warm-up, constant for half of the steps, then cosine decay to a hundredth."""
     if step < N_WARMUP_STEPS:
         return LEARNING_RATE * (step + 1) / N_WARMUP_STEPS
     done = max(0.0, 2 * step / N_STEPS - 1)
@@ -54,7 +55,7 @@ def learning_rate(step: int) -> float:
 
 
 def make_tokenizer() -> Any:
-    """A word-level tokenizer over ``vocabulary()``."""
+    """Return a word-level tokenizer over ``vocabulary()``."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,7 +73,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(n_words: int) -> Any:
-    """The untrained model."""
+    """Return the untrained model, with a vocabulary of `n_words` tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,7 +91,7 @@ def make_model(n_words: int) -> Any:
             bos_token_id=None,
             eos_token_id=2,
             tie_word_embeddings=True,
-            initializer_range=0.1,  # a narrow model hardly learns from the usual 0.02
+            initializer_range=0.1,  # so narrow a model hardly learns with the usual 0.02
         )
     )
 
@@ -112,7 +113,7 @@ def train() -> tuple[Any, Any]:
         tokens, is_answer = encode(tokenizer, claims)
         logits = model(input_ids=tokens[:, :-1]).logits
         target, is_answer = tokens[:, 1:], is_answer[:, 1:]
-        # The text itself is learned a little too: it shapes attention (names, values) early.
+        # A small loss on the prompt itself shapes attention to names and values early on.
         answer = cross_entropy(logits[is_answer], target[is_answer], reduction="sum") / len(claims)
         text = cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=0)
         (answer + 0.3 * text).backward()
@@ -127,7 +128,10 @@ def train() -> tuple[Any, Any]:
 
 
 def encode(tokenizer: Any, claims: list[Claim]) -> tuple[Any, Any]:
-    """Token ids of prompt, answer and end, and which are the answer's; (rows, tokens) both."""
+    """Return token ids of prompt, answer and end, and a mask of the answer's tokens.
+
+    Both have shape (rows, tokens).
+    """
     prompts = [PROMPT.format(claim=row.claim, evidence=row.evidence) for row in claims]
     texts = [f"{prompt} {row.label} <eos>" for prompt, row in zip(prompts, claims, strict=True)]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
@@ -138,6 +142,7 @@ def encode(tokenizer: Any, claims: list[Claim]) -> tuple[Any, Any]:
 
 
 def main() -> None:
+    """Train the model and save it with its tokenizer."""
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--output", type=Path, default=MODEL_PATH)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -108,8 +108,8 @@ def explain(what: Any, client: Client | None = None) -> str:
     Examples
     --------
     >>> print(explain(future))  # doctest: +SKIP
-    'verify-3' waits (2 of 40 like it go first) for context 'load'.
-      2 workers: loading, for about 3.1 s more
+    'verify-3' waits (behind 2 of 40 others of its group) for context 'load'.
+      2 workers: loading, ready in about 3.1 s
     """
     client = current_client(client)
     if not is_installed(client):

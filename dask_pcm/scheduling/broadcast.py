@@ -1,11 +1,11 @@
-"""Who copies which chunk from whom, so that many are staged in about the time that one takes.
+"""Broadcast planner: many workers stage the same files in about the time that one takes.
 
-Chunks spread as in a swarm: the rarest first, from whoever has them and has least to do; what is
-nowhere yet is read from the store, each chunk by one worker. So the store is read about once in
-all, and what a worker has of a file it serves on before it has the rest.
+Files are split into chunks that spread as in a BitTorrent swarm: rarest first, each from the least
+busy worker that holds it. A chunk that no worker holds is read from the store by one worker. The
+store is thus read about once in all, and workers serve chunks before they hold the whole file.
 
-B. Cohen: Incentives Build Robustness in BitTorrent (2003), for rarest first; here nobody needs an
-incentive, and one planner sees all.
+Rarest first: B. Cohen, "Incentives Build Robustness in BitTorrent" (2003). One central planner
+sees everything here, so no incentives are needed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-#: Where files lie, for whoever can read them: a source like a worker.
+#: Source name of the shared store, next to the addresses of workers.
 STORE = "store"
-#: Blobs of which it is remembered who has them.
+#: Blobs whose holders are remembered.
 _MAX_KNOWN = 4_000
 
 
@@ -33,62 +33,62 @@ class Copy:
 
 @dataclass(slots=True)
 class _Swarm:
-    """A blob that workers stage."""
+    """State of one blob: who holds and who wants which chunk."""
 
     n_chunks: int
-    #: Who has each chunk.
+    #: Workers that hold each chunk.
     holders: list[set[str]]
-    #: What each worker that wants it lacks, copies under way left out.
+    #: Chunks that each interested worker lacks, without those being copied.
     missing: dict[str, set[int]] = field(default_factory=dict)
-    #: Chunks that are being read from the store, and since when.
+    #: Chunks being read from the store, and since when, in seconds.
     from_store: dict[int, float] = field(default_factory=dict)
 
 
 class Broadcast:
-    """Plans copies; pure: it is told what happens, and asked what to do.
+    """Plans copies. Pure: the caller reports what happened and carries out ``plan``.
 
     Parameters
     ----------
     n_from_each
-        Copies from one source at a time.
+        Concurrent copies from one source, at most.
     n_ahead
-        Copies by one worker at a time.
-    rest_s
-        Seconds for which a source is left alone after a copy from it has failed; each further
-        failure doubles it, and a copy that succeeds ends it.
+        Concurrent copies by one worker, at most.
+    back_off_s
+        Seconds before a source is used again after a failed copy. Each further failure doubles
+        it; a successful copy resets it.
     hangs_s
-        Seconds after which a read from the store that has not ended counts for nothing.
+        Seconds after which an unfinished read from the store is taken to hang, and ignored.
     """
 
     def __init__(
         self,
         n_from_each: int = 3,
         n_ahead: int = 2,
-        rest_s: float = 15.0,
+        back_off_s: float = 15.0,
         hangs_s: float = 60.0,
     ) -> None:
         self._n_from_each = n_from_each
         self._n_ahead = n_ahead
-        self._rest_s = rest_s
+        self._back_off_s = back_off_s
         self._hangs_s = hangs_s
         self._swarms: dict[str, _Swarm] = {}
         self.under_way: set[Copy] = set()
         self._n_out: Counter[str] = Counter()
         self._n_in: Counter[str] = Counter()
         self._n_failures: Counter[str] = Counter()
-        self._rests_until: dict[str, float] = defaultdict(float)
+        self._backs_off_until: dict[str, float] = defaultdict(float)
 
-    # -- what happens ---------------------------------------------------------------------------
+    # -- events ---------------------------------------------------------------------------------
 
     def want(self, worker: str, blob: str, n_chunks: int, have: Iterable[int] = ()) -> None:
-        """A worker stages a blob, and has some of its chunks."""
+        """A worker wants a blob of `n_chunks` chunks, and holds those in `have`."""
         swarm = self._swarm(blob, n_chunks)
         swarm.missing[worker] = set(range(n_chunks))
         for chunk in have:
             self._hold(swarm, worker, chunk)
 
     def has(self, worker: str, blob: str, n_chunks: int) -> None:
-        """A worker has all of a blob."""
+        """A worker holds all chunks of a blob."""
         swarm = self._swarm(blob, n_chunks)
         for chunk in range(n_chunks):
             self._hold(swarm, worker, chunk)
@@ -99,11 +99,14 @@ class Broadcast:
         if not self._end(copy):
             return
         self._n_failures.pop(copy.source, None)
-        self._rests_until.pop(copy.source, None)
+        self._backs_off_until.pop(copy.source, None)
         self._hold(self._swarms[copy.blob], copy.worker, copy.chunk)
 
     def failed(self, copy: Copy, now: float, is_absent: bool = False) -> None:
-        """A copy has failed: its source rests. One that only has not got the chunk does not."""
+        """A copy has failed, so its source backs off.
+
+        A source that merely lacks the chunk (`is_absent`) does not: it only stops being a holder.
+        """
         if not self._end(copy):
             return
         swarm = self._swarms[copy.blob]
@@ -113,10 +116,10 @@ class Broadcast:
             return
         n_failures = self._n_failures[copy.source]
         self._n_failures[copy.source] += 1
-        self._rests_until[copy.source] = now + self._rest_s * 2 ** min(n_failures, 6)
+        self._backs_off_until[copy.source] = now + self._back_off_s * 2 ** min(n_failures, 6)
 
     def drop(self, worker: str, blob: str) -> None:
-        """A worker wants a blob no more, or has it no more."""
+        """A worker no longer wants a blob, or no longer holds it."""
         swarm = self._swarms.get(blob)
         if swarm is None:
             return
@@ -132,17 +135,17 @@ class Broadcast:
         if not swarm.missing and not any(swarm.holders):
             del self._swarms[blob]
 
-    def leave(self, worker: str) -> None:
-        """A worker is gone."""
+    def remove_worker(self, worker: str) -> None:
+        """A worker has left."""
         for blob in list(self._swarms):
             self.drop(worker, blob)
-        for books in (self._n_failures, self._rests_until, self._n_out, self._n_in):
-            books.pop(worker, None)
+        for by_worker in (self._n_failures, self._backs_off_until, self._n_out, self._n_in):
+            by_worker.pop(worker, None)
 
-    # -- what to do -----------------------------------------------------------------------------
+    # -- planning -------------------------------------------------------------------------------
 
     def plan(self, now: float) -> list[Copy]:
-        """Copies to begin now; they count as under way."""
+        """Return the copies to begin now; they count as in flight."""
         copies: list[Copy] = []
         while True:
             begun = [copy for w in self._idle() if (copy := self._next(w, now)) is not None]
@@ -151,13 +154,13 @@ class Broadcast:
             copies += begun
 
     def _idle(self) -> list[str]:
-        """Workers that may copy more; those that have least to do and least of it first."""
+        """Workers that may begin another copy, those with the fewest in flight first."""
         workers = {worker for swarm in self._swarms.values() for worker in swarm.missing}
         idle = [worker for worker in workers if self._n_in[worker] < self._n_ahead]
         return sorted(idle, key=lambda worker: (self._n_in[worker], worker))
 
     def _next(self, worker: str, now: float) -> Copy | None:
-        """The next copy of a worker: the rarest chunk that somebody can give."""
+        """Begin a worker's next copy: the rarest chunk that some source can serve."""
         if self._n_in[worker] >= self._n_ahead:
             return None
         best: tuple[tuple[int, int, int], Copy] | None = None
@@ -166,7 +169,8 @@ class Broadcast:
                 source = self._source(swarm, chunk, worker, now)
                 if source is None:
                     continue
-                # Among chunks as rare as each other, each worker begins elsewhere.
+                # Among equally rare chunks each worker starts at another offset. Otherwise all
+                # would copy the same chunk and have nothing to exchange.
                 turn = (chunk - _hash(worker, swarm.n_chunks)) % swarm.n_chunks
                 rank = (len(swarm.holders[chunk]), self._n_out[source], turn)
                 if best is None or rank < best[0]:
@@ -177,23 +181,25 @@ class Broadcast:
         return best[1]
 
     def _source(self, swarm: _Swarm, chunk: int, worker: str, now: float) -> str | None:
-        awake = [h for h in swarm.holders[chunk] if h != worker and self._is_awake(h, now)]
-        if not awake:  # nowhere yet, or nobody who has it can be reached
-            # Each blob has its store; what hangs there holds up nobody for long.
+        """The least busy source of a chunk; None if all are busy and waiting is better."""
+        available = [h for h in swarm.holders[chunk] if h != worker and self._is_available(h, now)]
+        if not available:  # no worker holds the chunk, or all holders back off
+            # The limit applies per blob. A read that hangs stops counting after `hangs_s`, so it
+            # can delay other reads no longer than that.
             begun = [at for at in swarm.from_store.values() if now - at < self._hangs_s]
             is_read = now - swarm.from_store.get(chunk, float("-inf")) < self._hangs_s
             return STORE if len(begun) < self._n_from_each and not is_read else None
-        free = [holder for holder in awake if self._n_out[holder] < self._n_from_each]
+        free = [holder for holder in available if self._n_out[holder] < self._n_from_each]
         return min(free, key=lambda holder: (self._n_out[holder], holder), default=None)
 
-    def _is_awake(self, source: str, now: float) -> bool:
-        return self._rests_until.get(source, 0.0) <= now
+    def _is_available(self, source: str, now: float) -> bool:
+        return self._backs_off_until.get(source, 0.0) <= now
 
-    # -- books ----------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------------------------
 
     def _swarm(self, blob: str, n_chunks: int) -> _Swarm:
         if blob not in self._swarms:
-            if len(self._swarms) >= _MAX_KNOWN:  # those that nobody asks for may go
+            if len(self._swarms) >= _MAX_KNOWN:  # forget the oldest that no worker wants
                 for old in [b for b, s in self._swarms.items() if not s.missing][: _MAX_KNOWN // 2]:
                     del self._swarms[old]
             self._swarms[blob] = _Swarm(n_chunks, [set() for _ in range(n_chunks)])
@@ -215,6 +221,7 @@ class Broadcast:
             swarm.from_store[copy.chunk] = now
 
     def _end(self, copy: Copy) -> bool:
+        """End a copy; return whether it was in flight. Late and repeated reports change nothing."""
         if copy not in self.under_way:
             return False
         self.under_way.discard(copy)
@@ -226,5 +233,5 @@ class Broadcast:
 
 
 def _hash(text: str, n: int) -> int:
-    """A number below `n`, the same in every process."""
+    """A number below `n` that is the same in every process, unlike ``hash``."""
     return zlib.crc32(text.encode()) % max(1, n)

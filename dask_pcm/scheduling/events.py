@@ -1,7 +1,7 @@
-"""What happened, and what to do about it: the words between the gate's policy and its drivers.
+"""Events in, actions out: the interface between the gate's policy and its drivers.
 
-The scheduler plugin and the simulator turn their worlds into these events, hand them to
-``GateState.apply`` and carry out the actions that ``policy.decide`` returns.
+A driver (the scheduler plugin or the simulator) reports events to ``GateState.apply`` and carries
+out the actions that ``policy.decide`` returns. Sizes are in bytes, durations in seconds.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from dask_pcm.tiers import Tier
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Work that is alike to the policy.
+    """Work that the policy treats alike.
 
     Attributes
     ----------
     contexts
-        Digests that a worker must hold.
+        Digests of the contexts that a worker must hold.
     kind
-        What costs alike: the task's key prefix.
+        The task's key prefix; work of the same kind costs alike.
     allowed
-        Workers that the user's restrictions leave; None for all.
+        Workers left by the user's restrictions; None for all.
     client
-        Who has asked for it: clients share what there is.
+        The client that submitted it; clients share the workers fairly.
     is_isolated
-        Whether each piece needs a worker for itself: it was there when processes ended, and the
-        next one that ends is to show whether it was to blame.
+        Whether each piece must run alone on its worker. Such work was running when a worker
+        process died; alone, the next death can be attributed to it.
     """
 
     contexts: tuple[str, ...]
@@ -40,20 +40,20 @@ class Group:
 
     @property
     def costs(self) -> tuple[tuple[str, ...], str]:
-        """What its costs are known by."""
+        """Key of the group's learned costs."""
         return self.contexts, self.kind
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One piece of work, dispatched as a whole; lower `priority` goes first.
+    """A piece of work, dispatched as a whole; lower `priority` goes first.
 
     Attributes
     ----------
     cut_for
-        The device model for which its size was chosen; empty for any.
+        Device model that its size was chosen for; empty for any.
     is_again
-        Whether it was begun before: some of it may be done, and it tells nothing of costs.
+        Whether it is a retry. Part of it may be done already, so it teaches no costs.
     """
 
     key: object
@@ -66,20 +66,20 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
-    """A worker is there.
+    """A worker has joined.
 
     Attributes
     ----------
     device_bytes
-        What contexts may take on its device; None if that is not known, or has no limit.
+        Limit for contexts on its device; None if unknown or unlimited.
     host
-        The machine that it is on.
+        Its node.
     device
-        The model of its device.
+        Its device model.
     pool
-        Workers of which it is one, and which live as long as each other.
+        Its pool; workers of a pool share a hazard rate. Empty for the device model.
     ends_in_s
-        Seconds that the batch system leaves it; infinity if that is not known.
+        Seconds until the batch system ends it; infinity if unknown.
     """
 
     worker: str
@@ -93,12 +93,12 @@ class WorkerJoined:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLeft:
-    """A worker is gone.
+    """A worker has left.
 
     Attributes
     ----------
     is_lost
-        Whether nobody had asked it to go.
+        Whether it left without a request.
     """
 
     worker: str
@@ -107,7 +107,7 @@ class WorkerLeft:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDraining:
-    """A worker has been told that it will end in so many seconds."""
+    """A worker has had notice that it will end in `seconds` seconds."""
 
     worker: str
     seconds: float
@@ -115,20 +115,22 @@ class WorkerDraining:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPaused:
+    """Dask has paused a worker, or resumed it; a worker that is closing counts as paused."""
+
     worker: str
     is_paused: bool
 
 
 @dataclass(frozen=True, slots=True)
 class WorkParked:
-    """Work is ready to run, and waits."""
+    """Work is ready to run and waits at the gate; parked again, it replaces the earlier work."""
 
     work: Work
 
 
 @dataclass(frozen=True, slots=True)
 class WorkEnded:
-    """Work left its worker: finished, failed, or to be parked again."""
+    """Work has left its worker: finished, failed, or about to be parked again."""
 
     key: object
     is_finished: bool
@@ -136,29 +138,33 @@ class WorkEnded:
 
 @dataclass(frozen=True, slots=True)
 class WorkWithdrawn:
-    """Nobody wants this work any more."""
+    """Work was cancelled: its result is no longer needed."""
 
     key: object
 
 
 @dataclass(frozen=True, slots=True)
 class ResidencyReported:
-    """A context moved on a worker, or could not be moved.
+    """A context has moved to another tier on a worker, or has failed to.
 
     Attributes
     ----------
     tier
         Where it is now.
-    seconds, is_built
-        What it took to warm it, and whether it was built for it or only restored.
-    staged_s
-        Of these, the seconds in which files came to its host.
+    seconds
+        Seconds that warming it took.
+    error
+        Why it failed; None otherwise.
+    is_built
+        Whether it was built rather than restored.
     n_bytes
-        What it takes on the device; 0 if that is not known.
+        Its size on the device; 0 if unknown.
     device_bytes
-        What contexts may take there; None if that is not known, or has no limit.
+        Limit for contexts on the worker's device; None if unknown or unlimited.
     kind
-        Of the error: what fails the same way has the same.
+        Kind of the error; errors of the same kind have the same cause.
+    staged_s
+        Seconds of `seconds` spent on staging files.
     """
 
     worker: str
@@ -176,14 +182,14 @@ class ResidencyReported:
 
 @dataclass(frozen=True, slots=True)
 class ContextDeclared:
-    """Somebody wants a context.
+    """A client has announced a context.
 
     Attributes
     ----------
     n_bytes
-        What it is said to take on a device.
+        Declared size on a device; None if not declared.
     file_bytes
-        What has to be on a worker's disk before it is built.
+        Size of the files that must be staged before it is built.
     """
 
     context: str
@@ -194,12 +200,12 @@ class ContextDeclared:
 
 @dataclass(frozen=True, slots=True)
 class Restarted:
-    """Somebody has all workers begin anew: what ends now ends for that, and nothing has failed."""
+    """All workers are being restarted on request: loads that end now do not count as failures."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunReported:
-    """A run has `n_rows` more to submit in this group, `n_units` at most at a time apart."""
+    """A run will submit `n_rows` more rows to a group, in at most `n_units` units at a time."""
 
     run: str
     group: Group
@@ -209,6 +215,8 @@ class RunReported:
 
 @dataclass(frozen=True, slots=True)
 class RunClosed:
+    """A run has ended, and submits nothing more."""
+
     run: str
 
 
@@ -230,7 +238,7 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Send this work to this worker."""
+    """Send work to a worker."""
 
     key: object
     worker: str
@@ -238,7 +246,7 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Have this worker load this context."""
+    """Have a worker load a context."""
 
     worker: str
     context: str
@@ -246,7 +254,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Offload:
-    """Have a context on this worker leave the device, for the rung below."""
+    """Have a worker move a context from the device to host memory."""
 
     worker: str
     context: str
@@ -254,9 +262,9 @@ class Offload:
 
 @dataclass(frozen=True, slots=True)
 class Vacate:
-    """Nothing to do, but to know: no more work that needs this context is sent to this worker.
+    """Informational; no side effect: a worker gets no more work that needs a context.
 
-    As soon as what is there has ended, it makes room for `group`.
+    Once its assigned work has ended, the context is evicted for `group`.
     """
 
     worker: str
@@ -266,7 +274,7 @@ class Vacate:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """End this work: its context cannot be loaded."""
+    """Fail work: its context cannot be loaded."""
 
     key: object
     context: str
@@ -275,7 +283,7 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """Nothing to do, but to know: a node is left alone for so many seconds."""
+    """Informational; no side effect: a node is quarantined for `seconds` seconds."""
 
     host: str
     seconds: float
@@ -284,7 +292,7 @@ class Quarantine:
 
 @dataclass(frozen=True, slots=True)
 class LoadsGivenUp:
-    """Nothing to do, but to know: this context is not loaded again until somebody asks anew."""
+    """Informational; no side effect: a context is not loaded again until it is requested anew."""
 
     context: str
 

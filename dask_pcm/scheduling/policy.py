@@ -1,16 +1,21 @@
-"""``decide``: the one entry to the gate's policy, for the plugin and for the simulator."""
+"""``decide``: the only entry point of the gate's policy, for the plugin and the simulator."""
 
 from __future__ import annotations
 
 from dask_pcm.scheduling.events import Action, Group
-from dask_pcm.scheduling.rules.eviction import Demand, cool, stay, too_large
-from dask_pcm.scheduling.rules.placement import Placement, keep
-from dask_pcm.scheduling.rules.quarantine import give_up, shun
+from dask_pcm.scheduling.rules.eviction import (
+    Demand,
+    cancel_evictions,
+    fail_too_large,
+    offload_idle,
+)
+from dask_pcm.scheduling.rules.placement import Placement, reserve_workers
+from dask_pcm.scheduling.rules.quarantine import give_up, quarantine_nodes
 from dask_pcm.scheduling.rules.warming import warm
 from dask_pcm.scheduling.state.state import GateState
 
-#: So many pairs of a group and a worker are looked at whenever something is decided; where there
-#: are more, all are looked at so much less often, for each.
+#: Up to `_FEW` pairs of a group and a worker, every decision plans anew. Each further pair adds
+#: `_LOOK_S` seconds between plans, `_LONGEST_S` at most.
 _FEW, _LOOK_S, _LONGEST_S = 100, 1e-4, 2.0
 
 
@@ -21,63 +26,72 @@ def decide(
     n_load_attempts: int = 3,
     idle_s: float | None = None,
 ) -> list[Action]:
-    """Return what to do now; `state` already counts it as done.
+    """Return the actions to carry out now; they are already applied to `state`.
 
-    Whatever has happened, the workers that it has happened to are given work at once. What needs a
-    look at every worker (whom to warm, what is to make room, what holds up the end) is decided each
-    time in a small world, and in a large one from time to time: with 10,000 workers once a second.
+    Workers with an event since the last call are assigned work at once. Planning looks at every
+    worker: which to warm, what to evict, what would delay the end. A small cluster is planned at
+    every call, a large one periodically: 10,000 workers about once a second.
 
     Parameters
     ----------
     state
-        The picture of the world; costs are learned and actions applied in place.
+        Updated in place: costs are learned and actions applied.
     now
-        Seconds on any clock that never goes back.
+        Seconds of a monotonic clock.
     pipeline_s
-        Seconds of work that a worker is given ahead of what it does.
+        Seconds of work assigned to a worker beyond the work that fills its lanes.
     n_load_attempts
-        Workers on which a context may fail to load before its work fails.
+        Failed loads of a context, on as many nodes if there are, after which its work fails.
     idle_s
-        Seconds after which a context that nobody uses leaves its worker; None for never.
+        Seconds unused after which a context is offloaded; None for never.
+
+    Returns
+    -------
+    list of Action
+        In the order in which they must be carried out.
     """
     state.actions = []
     state.settle(now)
     is_due = now - state.planned_at >= min(_LONGEST_S, (state.n_looks - _FEW) * _LOOK_S)
     if is_due:
         _plan(state, now, n_load_attempts)
-        views = list(state.workers.values())
+        workers = list(state.workers.values())
     else:
+        # A group that had no work may suit workers that had room left, so look at these as well.
         names = {**state.changed, **state.roomy} if state.has_new_work else state.changed
-        views = [state.workers[name] for name in names if name in state.workers]
+        workers = [state.workers[name] for name in names if name in state.workers]
     state.changed.clear()
     state.has_new_work = False
     if state.waiting.queues:
-        Placement(state, now, pipeline_s).assign(views)
+        Placement(state, now, pipeline_s).assign(workers)
     if is_due and idle_s is not None:
-        cool(state, now, idle_s)
+        offload_idle(state, now, idle_s)
     return state.actions
 
 
 def _plan(state: GateState, now: float, n_load_attempts: int) -> None:
-    """What cannot be done any more is failed, and workers are warmed for the rest."""
-    for shunned in list(shun(state, now)):
-        state.decide(shunned, now)
-    claims = Demand.of(state)
-    stay(state, claims, now)
-    keep(state, now)
+    """Fail work that cannot be done, and warm workers for the rest."""
+    for quarantine in list(quarantine_nodes(state, now)):
+        state.commit(quarantine, now)
+    demand = Demand.of(state)
+    cancel_evictions(state, demand, now)
+    reserve_workers(state, now)
     groups = state.groups()
     for group in state.forecasts.keys() - set(groups):
         del state.forecasts[group]
-    for about in [one for one in state.moved_at if isinstance(one, Group)]:
-        if about not in state.waiting.queues:
-            del state.moved_at[about]
+    for moved in [key for key in state.moved_at if isinstance(key, Group)]:
+        if moved not in state.waiting.queues:
+            del state.moved_at[moved]
     n_looks = len(state.workers)
     for group in groups:
-        views = state.candidates(group)
-        n_looks += len(views)
-        ended = [*too_large(state, group, views), *give_up(state, group, views, n_load_attempts)]
-        for action in dict.fromkeys(ended):
-            state.decide(action, now)
-        warm(state, group, views, claims, now)
+        workers = state.candidates(group)
+        n_looks += len(workers)
+        ended = [
+            *fail_too_large(state, group, workers),
+            *give_up(state, group, workers, n_load_attempts),
+        ]
+        for action in dict.fromkeys(ended):  # both rules may fail the same work
+            state.commit(action, now)
+        warm(state, group, workers, demand, now)
     state.planned_at, state.n_looks = now, n_looks
     state.n_plans += 1

@@ -1,8 +1,8 @@
-"""How large the next unit is, and how many are kept at hand: guided self-scheduling.
+"""Guided self-scheduling: each unit is a share of the remaining rows, so all workers end together.
 
-Polychronopoulos & Kuck, "Guided self-scheduling" (IEEE Trans. Computers, 1987): each unit is a
-share of what remains, so that units shrink as the work runs out and the last ones end together.
-Here the share is the asker's: a worker that does a row in half the time has twice as large a one.
+Polychronopoulos & Kuck, "Guided self-scheduling" (IEEE Trans. Computers, 1987). Units shrink as
+the work runs out. The share is weighted by speed: a worker that takes half the time per row gets
+twice the rows.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-#: The part of the asker's share of what remains that the next unit takes.
+#: Size of the next unit, as a fraction of a worker's equal share of the remaining rows.
 SHARE = 0.5
-#: Units at hand for each worker, however short they are; and those handed over at a time, as the
-#: scheduler's loop is not to stall.
+#: Units outstanding per worker at most, however short they are; and units submitted at a time, so
+#: that the scheduler's event loop does not stall.
 _MAX_WAITING, _MAX_AT_ONCE = 1_000, 100
-#: A first call is not made smaller than this, however many workers there are.
+#: The first call has at least this many rows, however many workers there are.
 _FEW_ROWS = 32
-#: Pieces of which so many fit in a unit are put together; larger ones are units of their own.
+#: Pieces are combined into one unit if this many of them fit in it; larger ones stay separate.
 _SMALL = 8
 
 
@@ -36,18 +36,18 @@ def unit_rows(
     Parameters
     ----------
     n_remaining
-        Rows that no unit has taken yet.
+        Rows that are in no unit yet.
     n_workers
-        Workers that share them, counted in workers as fast as the asker.
+        Workers that share them, in multiples of the speed of the worker that the unit is for.
     batch_rows
-        Rows of one call: no unit but the last is smaller, unless a call takes longer than `unit_s`.
-        Then shares may become smaller than that at the end, and calls with them.
+        Rows per call of the function. Every unit but the last has at least as many, unless a call
+        takes longer than `unit_s`: then the last units, and their calls, may be smaller.
     row_s
-        Learned seconds a row; None before the first unit has ended.
+        Learned seconds per row; None before the first unit has ended.
     unit_s
-        Seconds of work that a unit aims for.
+        Target duration of a unit, in seconds.
     max_rows
-        No unit is larger.
+        Upper limit of a unit.
 
     Examples
     --------
@@ -57,7 +57,7 @@ def unit_rows(
     [500, 400, 100]
     """
     share = int(n_remaining * SHARE / max(1.0, n_workers))
-    if row_s is None:  # a call, unless that is more than a share and not small anyhow
+    if row_s is None:  # one call, capped at a share: the first units must not occupy all workers
         return max(1, min(batch_rows, max(share, _FEW_ROWS), n_remaining))
     aimed = max(1, int(min(max_rows, unit_s / max(row_s, 1e-12))))
     least = min(batch_rows, aimed) if share < batch_rows else batch_rows
@@ -65,9 +65,9 @@ def unit_rows(
 
 
 def rows_of(n_piece: int, n_wanted: int, batch_rows: int) -> int:
-    """Of a piece with so many rows, those that a unit takes.
+    """Rows that a unit takes of a piece of `n_piece` rows.
 
-    Whole batches, and not so that less than half of one would be left.
+    Whole batches; the whole piece if less than half a batch would be left.
 
     >>> [rows_of(n, 70, 32) for n in (50, 79, 80, 500)]
     [50, 79, 64, 64]
@@ -80,20 +80,19 @@ def rows_of(n_piece: int, n_wanted: int, batch_rows: int) -> int:
 
 
 def goes_along(n_piece: int, n_taken: int, n_wanted: int, batch_rows: int) -> bool:
-    """Whether some of the next piece is taken along with what a unit has: up to a batch, and after
-    that, whole pieces while they are small."""
+    """Whether a unit also takes rows of the next piece: up to a batch, then whole small pieces."""
     room = n_wanted - n_taken
     is_small = n_piece * _SMALL <= n_wanted and n_piece <= room
     return room > 0 and (n_taken < batch_rows or is_small)
 
 
 class DeviceDemand(NamedTuple):
-    """Workers of one device model that a run's work goes to.
+    """The workers of one device model that run a run's work.
 
     Attributes
     ----------
     row_s
-        Seconds that a row takes there; None before that is known.
+        Seconds per row there; None while unknown.
     """
 
     device: str
@@ -102,7 +101,7 @@ class DeviceDemand(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What the next unit is to be: how many rows, for which device model."""
+    """Size of the next unit, and the device model that it is cut for; empty for any."""
 
     n_rows: int
     device: str
@@ -110,7 +109,13 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UnitSizing:
-    """What a run wants of its units; see ``pcm.yaml``."""
+    """Target sizes of a run's units; see ``pcm.yaml``.
+
+    Attributes
+    ----------
+    ready_s
+        Seconds of work to keep outstanding per worker.
+    """
 
     batch_rows: int
     unit_s: float
@@ -120,63 +125,75 @@ class UnitSizing:
 
 
 class Outstanding:
-    """The units of a run that are handed over and not taken in: enough that no worker waits."""
+    """The outstanding units of a run: submitted and not collected yet."""
 
-    def __init__(self, wants: UnitSizing) -> None:
-        self._wants = wants
+    def __init__(self, sizing: UnitSizing) -> None:
+        self._sizing = sizing
         self._n_units: Counter[str] = Counter()
         self._n_rows: Counter[str] = Counter()
 
     def add(self, device: str, n_rows: int) -> None:
-        """A unit is handed over."""
+        """A unit was submitted."""
         self._n_units[device] += 1
         self._n_rows[device] += n_rows
 
     def remove(self, device: str, n_rows: int) -> None:
-        """A unit is taken in, or taken back."""
+        """A unit was collected or withdrawn."""
         self._n_units[device] -= 1
         self._n_rows[device] -= n_rows
 
     def shrink(self, device: str, n_rows: int) -> None:
-        """So many rows of a unit need not be done any more."""
+        """`n_rows` rows of a unit are done already."""
         self._n_rows[device] -= n_rows
 
-    def next(self, n_uncut: int, askers: Sequence[DeviceDemand], n_fed: int) -> Size | None:
-        """The next unit to hand over, after `n_fed` at this time; None where there are enough.
+    def next(self, n_uncut: int, demand: Sequence[DeviceDemand], n_fed: int) -> Size | None:
+        """Size of the next unit to submit; None if enough are outstanding.
 
-        Units are cut for each device model apart, where there are several.
+        With several device models, units are cut for each model separately.
+
+        Parameters
+        ----------
+        n_uncut
+            Rows that are in no unit yet.
+        demand
+            Workers by device model; empty if unknown, which counts as one worker.
+        n_fed
+            Units submitted in this call of the window.
         """
         if not n_uncut or n_fed >= _MAX_AT_ONCE:
             return None
-        askers = [one for one in askers if one.n_workers] or [DeviceDemand("", 1, None)]
-        if len(askers) == 1:
-            askers = [askers[0]._replace(device="")]
-        # What was cut for nobody in particular, or for those that are gone, everybody takes.
-        n_workers = sum(one.n_workers for one in askers)
-        others = self._n_units.keys() - {one.device for one in askers}
+        demand = [one for one in demand if one.n_workers] or [DeviceDemand("", 1, None)]
+        if len(demand) == 1:
+            demand = [demand[0]._replace(device="")]
+        # All workers share units cut for any model, or for a model whose workers have left.
+        n_workers = sum(one.n_workers for one in demand)
+        others = self._n_units.keys() - {one.device for one in demand}
         n_units = sum(self._n_units[device] for device in others) / n_workers
         n_rows = sum(self._n_rows[device] for device in others) / n_workers
-        lacking = [one for one in askers if self._lacks(one, n_units, n_rows)]
+        lacking = [one for one in demand if self._lacks(one, n_units, n_rows)]
         if not lacking:
             return None
         one = min(lacking, key=lambda one: self._n_units[one.device] / one.n_workers)
-        return Size(self._rows(n_uncut, one, askers), one.device)
+        return Size(self._rows(n_uncut, one, demand), one.device)
 
     def _lacks(self, one: DeviceDemand, n_units: float, n_rows: float) -> bool:
-        """Whether more is to be handed over; others leave so much for each worker."""
-        wants = self._wants
+        """Whether a model's workers need more units, given the shared `n_units` per worker."""
+        sizing = self._sizing
         n_units += self._n_units[one.device] / one.n_workers
         n_rows += self._n_rows[one.device] / one.n_workers
         if n_units >= _MAX_WAITING:
             return False
-        return n_units < wants.n_lanes + 1 or (one.row_s or wants.ready_s) * n_rows < wants.ready_s
+        return (
+            n_units < sizing.n_lanes + 1 or (one.row_s or sizing.ready_s) * n_rows < sizing.ready_s
+        )
 
-    def _rows(self, n_uncut: int, one: DeviceDemand, askers: Sequence[DeviceDemand]) -> int:
-        wants = self._wants
+    def _rows(self, n_uncut: int, one: DeviceDemand, demand: Sequence[DeviceDemand]) -> int:
+        sizing = self._sizing
+        # Workers of other models, converted to the speed of this one.
         as_fast = [
             other.n_workers * (one.row_s / other.row_s if one.row_s and other.row_s else 1.0)
-            for other in askers
+            for other in demand
         ]
         return unit_rows(
-            n_uncut, sum(as_fast), wants.batch_rows, one.row_s, wants.unit_s, wants.max_rows
+            n_uncut, sum(as_fast), sizing.batch_rows, one.row_s, sizing.unit_s, sizing.max_rows
         )

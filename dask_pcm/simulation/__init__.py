@@ -1,4 +1,4 @@
-"""A discrete-event simulator that drives the gate's own policy, and those of the papers."""
+"""A discrete-event simulator of the gate's own policy and of the baselines from the papers."""
 
 from dask_pcm.simulation.results.plots import require_bokeh
 from dask_pcm.simulation.results.report import figures, table

@@ -1,4 +1,4 @@
-"""Simulates a scenario under a policy, and sums up."""
+"""``simulate``: run a scenario under a policy and summarise the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dask_pcm.simulation.world.world import Policy, World
 OURS = "ours"
 POLICIES = (OURS, *(kind.value for kind in reversed(Baseline)))
 _LATER_S = 3_600.0
-#: Workers of which every span is noted.
+#: Workers whose spans are all recorded.
 _N_CHOSEN = 40
 
 
@@ -28,12 +28,14 @@ class Result:
     Attributes
     ----------
     makespan_s
-        When the last row was done; infinity where not all were.
+        Time at which the last row was done; infinity if some were not.
+    end_s
+        Time at which the simulation ended, in simulated seconds.
     bound_s
-        No policy is done sooner.
+        Lower bound of the makespan under any policy.
     possible_share
-        Rows done, over those that the same workers could have done until the end, each from the
-        moment when it could first be warm.
+        Rows done, relative to the rows that the same workers could have done until the end, each
+        from the earliest time at which it could be warm.
     record
         What happened.
     """
@@ -49,22 +51,25 @@ class Result:
 
     @property
     def over_bound(self) -> float:
+        """Makespan relative to its lower bound; NaN if that is 0."""
         return self.makespan_s / self.bound_s if self.bound_s else math.nan
 
     @property
     def rows_per_s(self) -> float:
+        """Rows done per second, over the whole simulation."""
         return self.record.n_rows / self.end_s if self.end_s else 0.0
 
 
 def simulate(scenario: Scenario, policy: str = OURS, seed: int = 0) -> Result:
-    """Simulate a scenario; the same with the same seed.
+    """Simulate a scenario; the same seed gives the same result.
 
     Parameters
     ----------
     policy
         One of ``POLICIES``.
     seed
-        Of the workers' joins, lives, speeds and links, which are the same for every policy.
+        Seed of the workers' join times, lifetimes, speeds and links; these do not depend on the
+        policy.
     """
     record = Record(_chosen(scenario))
     world = World(scenario, record)
@@ -73,7 +78,8 @@ def simulate(scenario: Scenario, policy: str = OURS, seed: int = 0) -> Result:
     world.run(played, list(draw_lives(scenario, seed)))
     end_s = record.done_at_s[-1] if record.done_at_s and played.is_done else world.clock.now
     is_whole = played.is_done and record.n_rows >= scenario.n_rows - 1e-6
-    # What did not end may end later than it was given up, under a better policy.
+    # A better policy might have finished later than this one was stopped, so the bound needs
+    # workers that join after that.
     lives = list(lives_until(scenario, seed, world.clock.now + (0.0 if is_whole else _LATER_S)))
     possible = possible_rows(scenario, lives, end_s)
     return Result(
@@ -89,13 +95,13 @@ def simulate(scenario: Scenario, policy: str = OURS, seed: int = 0) -> Result:
 
 
 def with_task_rows(scenario: Scenario, task_rows: int) -> Scenario:
-    """The same with pieces, and tasks, of another size."""
+    """The same scenario with pieces and tasks of `task_rows` rows."""
     runs = tuple(replace(run, task_rows=task_rows) for run in scenario.runs)
     return replace(scenario, runs=runs, sweep_task_rows=())
 
 
 def variants(scenario: Scenario) -> Sequence[tuple[str, Scenario]]:
-    """What a scenario asks to be simulated one after another, with what tells them apart."""
+    """The scenarios of a sweep, each with its label; the scenario itself without a sweep."""
     sizes = scenario.sweep_task_rows
     if not sizes:
         return [("", scenario)]
@@ -103,7 +109,7 @@ def variants(scenario: Scenario) -> Sequence[tuple[str, Scenario]]:
 
 
 def _chosen(scenario: Scenario) -> frozenset[str]:
-    """Some workers of each pool, more of the larger ones, spread over them evenly."""
+    """Evenly spaced workers over all pools, ``_N_CHOSEN`` at most."""
     names = [f"{pool.name}-{i}" for pool in scenario.pools for i in range(pool.n_workers)]
     step = max(1.0, len(names) / _N_CHOSEN)
     return frozenset(names[int(i * step)] for i in range(min(len(names), _N_CHOSEN)))

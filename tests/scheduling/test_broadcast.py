@@ -33,7 +33,7 @@ def play(plan, fails=lambda copy: False, queue=(), limit=10_000):
     raise AssertionError("it does not end")
 
 
-def test_the_store_is_read_once_however_many_want_it():
+def test_the_store_is_read_once_for_any_number_of_workers():
     plan = Broadcast()
     for number in range(10):
         plan.want(f"w{number}", "blob", N)
@@ -42,7 +42,7 @@ def test_the_store_is_read_once_however_many_want_it():
     assert len({(copy.worker, copy.chunk) for copy in done}) == len(done) == 10 * N
 
 
-def test_nobody_gives_or_takes_more_at_a_time_than_it_may():
+def test_limits_of_concurrent_copies_hold():
     plan = Broadcast(n_from_each=3, n_ahead=2)
     for number in range(10):
         plan.want(f"w{number}", "blob", N)
@@ -71,7 +71,7 @@ def test_what_is_there_already_is_not_copied():
 
 
 def test_a_source_that_fails_rests_longer_each_time_and_is_not_blamed_for_ever():
-    plan = Broadcast(n_from_each=1, n_ahead=1, rest_s=10.0)
+    plan = Broadcast(n_from_each=1, n_ahead=1, back_off_s=10.0)
     plan.has("flaky", "blob", N)
     plan.want("a", "blob", N)
 
@@ -123,12 +123,12 @@ def test_when_a_worker_leaves_in_the_midst_others_go_on():
     for _ in range(10):
         plan.copied(queue.pop(0))
         queue += plan.plan(0.0)
-    plan.leave("a")
+    plan.remove_worker("a")
     play(plan, queue=queue)  # with late words of copies that are off
     assert all(holders == {"b", "c"} for holders in plan._swarms["blob"].holders)
     assert not plan.under_way
-    plan.leave("b")
-    plan.leave("c")
+    plan.remove_worker("b")
+    plan.remove_worker("c")
     assert not plan._swarms
 
 
@@ -143,9 +143,9 @@ def test_several_blobs_at_once():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 8), st.integers(1, 20))
-def test_whatever_happens_everybody_ends_with_everything(seed, n_workers, n_chunks):
-    """Copies end in any order, fail, workers leave and come: books hold, and it ends."""
-    chance, plan, now = random.Random(seed), Broadcast(rest_s=1.0), 0.0
+def test_all_workers_get_all_chunks_despite_failures(seed, n_workers, n_chunks):
+    """Copies end in any order or fail, workers join and leave: invariants hold, and it ends."""
+    chance, plan, now = random.Random(seed), Broadcast(back_off_s=1.0), 0.0
     workers = [f"w{number}" for number in range(n_workers)]
     has = {worker: set() for worker in workers}
     for worker in workers:
@@ -160,7 +160,7 @@ def test_whatever_happens_everybody_ends_with_everything(seed, n_workers, n_chun
             break
         if step < 200 and chance.random() < 0.02:
             gone = chance.choice(workers)
-            plan.leave(gone)
+            plan.remove_worker(gone)
             has[gone] = set()
             plan.want(gone, "blob", n_chunks)
             continue
@@ -180,7 +180,7 @@ def test_whatever_happens_everybody_ends_with_everything(seed, n_workers, n_chun
         pytest.fail("it does not end")
 
 
-def test_a_read_that_hangs_holds_up_nobody_for_long():
+def test_a_hanging_read_delays_others_for_a_limited_time():
     """Neither those who want other blobs nor, after a while, those who want the same chunk."""
     plan = Broadcast(hangs_s=60.0)
     for worker in ("a", "b"):

@@ -15,7 +15,7 @@ from dask_pcm.scheduling.events import (
     WorkerPaused,
     WorkParked,
 )
-from dask_pcm.scheduling.explain import decisions, explain, said
+from dask_pcm.scheduling.explain import decisions, describe, explain
 from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, World
 
@@ -35,7 +35,7 @@ def test_without_workers():
     world = World()
     world.park(1)
     world.tell(ContextDeclared("a", "the llm", 10))
-    assert "'a0' waits (the only one) for context 'the llm'" in why(world)
+    assert "'a0' waits (the only one of its group) for context 'the llm'" in why(world)
     assert "There are no workers" in why(world)
 
 
@@ -47,8 +47,8 @@ def test_where_it_went_and_why():
     world.decide()
     world.now += 1.0
     text = why(world)
-    assert "'a0' is on w, with 0 others" in text
-    assert "1 s ago: 'a0' (3 rows) to w, which was warm, had room, and would be done in 6 s" in text
+    assert "'a0' is assigned to w, with 0 others" in text
+    assert "1 s ago: 'a0' (3 rows) to w: warm, with room, expected to finish in 6 s" in text
     world.tell(WorkEnded("a0", True))
     assert why(world).startswith("1 s ago: 'a0' (3 rows) to w")
 
@@ -61,11 +61,11 @@ def full(world):
     world.warm("w")
     world.learn(A, "w", 2.0)
     world.park(2)
-    return "1 worker: warm, and has work for about 4 s"
+    return "1 worker: warm, busy for about 4 s"
 
 
 def loading(world):
-    return "1 worker: loading, for about 0 s more"
+    return "1 worker: loading, ready in about 0 s"
 
 
 def paused(world):
@@ -73,9 +73,9 @@ def paused(world):
     return "1 worker: paused by Dask"
 
 
-def left_alone(world):
+def quarantined(world):
     world.tell(Quarantine("", 30.0, "CUDA driver 470"))
-    return "its node is left alone for 30 s more; the last error: CUDA driver 470"
+    return "its node is quarantined for 30 s more; last error: CUDA driver 470"
 
 
 def too_full(world):
@@ -84,7 +84,7 @@ def too_full(world):
     world.warm("w", "b")
     world.park(5, Group(("b",), "infer"))
     world.decide()
-    return "would need 10 bytes of its device, 5 are free"
+    return "needs 10 bytes of its device, 5 are free"
 
 
 def ends_before(world):
@@ -95,14 +95,14 @@ def ends_before(world):
     world.learn(A, "v", 50.0)
     world.park(1)
     world.state.workers["w"].ends_at = 3.0
-    return "1 worker: ends in 3 s, before it could be done"
+    return "1 worker: ends in 3 s, before the work could finish"
 
 
 def not_allowed(world):
     only = Group(("a",), "infer", frozenset({"gone"}))
     world.tell(WorkParked(Work("a99", only, (1,))))
     world.decide()
-    return "1 worker: not among those that it may run on"
+    return "1 worker: excluded by the task's worker restrictions"
 
 
 def failed(world):
@@ -112,11 +112,11 @@ def failed(world):
     world.park(4)
     world.state.workers["w"].loading_since["a"] = 0.0
     world.tell(ResidencyReported("w", "a", Tier.FAILED, seconds=0.1, error="no weights"))
-    return "could not be loaded there: no weights"
+    return "failed to load context 'a': no weights"
 
 
 @pytest.mark.parametrize(
-    "happens", [full, loading, paused, left_alone, too_full, ends_before, failed]
+    "happens", [full, loading, paused, quarantined, too_full, ends_before, failed]
 )
 def test_why_it_waits(happens):
     world = World("w")
@@ -136,7 +136,9 @@ def test_why_no_worker_is_warmed_for_it():
     world.learn(A, "w", 1.0)
     world.park(5)
     world.decide()
-    assert "cold: it would be warm in 60 s, when the others are done (5 s)" in why(world, "a4")
+    assert "cold: it would be warm in 60 s, after the other workers have finished (5 s)" in why(
+        world, "a4"
+    )
 
 
 def test_a_suspect_says_so():
@@ -146,7 +148,7 @@ def test_a_suspect_says_so():
     world.decide()
     world.tell(WorkParked(Work("s", Group(("a",), "infer", is_isolated=True), (0,))))
     world.decide()
-    assert "runs alone: it waits for a worker to be empty" in why(world, "s")
+    assert "It is isolated, because it was running when a worker process died" in why(world, "s")
 
 
 def test_every_decision_can_be_said_and_the_last_are_kept():
@@ -157,6 +159,6 @@ def test_every_decision_can_be_said_and_the_last_are_kept():
     world.decide()
     kinds = {type(decision.action) for decision in world.state.decisions}
     assert kinds == {Load, Assign}
-    assert all(len(said(world.state, d)) > 20 for d in world.state.decisions)
+    assert all(len(describe(world.state, d)) > 20 for d in world.state.decisions)
     lines = decisions(world.state, world.now, 2).splitlines()
     assert len(lines) == 2 and "'a1'" in lines[0]

@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order: a state machine over the gate's picture and its policy."""
+"""A Hypothesis state machine over the gate's state and policy: events in any order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dask_pcm.scheduling.events import (
     WorkParked,
     WorkWithdrawn,
 )
-from dask_pcm.scheduling.explain import explain, said
+from dask_pcm.scheduling.explain import describe, explain
 from dask_pcm.scheduling.learned.failures import DEVICE
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.state.state import GateState
@@ -46,16 +46,16 @@ workers, contexts = st.sampled_from(WORKERS), st.sampled_from(CONTEXTS)
 
 
 class Gate(RuleBasedStateMachine):
-    """Nothing is lost, committed twice, run where it is cold, or decided without a reason."""
+    """No work is lost, committed twice or run on a cold worker; every decision has a reason."""
 
     def __init__(self):
         super().__init__()
         self.state = GateState()
         self.now = 0.0
-        #: Work that nobody has an answer to; and what was committed, by key.
+        #: Work without a result, by key; and the keys of committed work.
         self.wanted: dict[object, Work] = {}
         self.committed: list[object] = []
-        #: What is still on its way to the gate.
+        #: Reports in flight to the gate.
         self.delayed: list[object] = []
         self.n = 0
 
@@ -82,7 +82,7 @@ class Gate(RuleBasedStateMachine):
     @rule(data=st.data(), is_finished=st.booleans())
     def end(self, data, is_finished):
         key = data.draw(st.sampled_from(sorted(self.state.placed)))
-        self.tell(WorkEnded(key, is_finished), WorkEnded(key, is_finished))  # said twice
+        self.tell(WorkEnded(key, is_finished), WorkEnded(key, is_finished))  # a duplicated message
         if is_finished:
             self.committed.append(key)
             del self.wanted[key]
@@ -99,7 +99,7 @@ class Gate(RuleBasedStateMachine):
     @precondition(lambda self: self.wanted)
     @rule(data=st.data())
     def suspect(self, data):
-        """It runs alone from now on; parked once more."""
+        """Work becomes isolated, and is parked again."""
         key = data.draw(st.sampled_from(sorted(self.wanted)))
         work = self.wanted[key]
         group = Group(work.group.contexts, "k", work.group.allowed, work.group.client, True)
@@ -135,7 +135,7 @@ class Gate(RuleBasedStateMachine):
 
     @rule(worker=workers, seconds=st.floats(0.0, 20.0))
     def notice(self, worker, seconds):
-        """It is told of its end, and hands back what it has not begun: here, all but one."""
+        """A worker gets notice and hands back its unstarted work: here, all but one."""
         self.tell(WorkerDraining(worker, seconds), WorkerDraining(worker, seconds))
         view = self.state.workers.get(worker)
         for work in list(view.running.values())[1:] if view else []:
@@ -155,7 +155,7 @@ class Gate(RuleBasedStateMachine):
         is_late=st.booleans(),
     )
     def report(self, worker, context, tier, n_bytes, kind, n, is_late):
-        """Also doubled, late and unasked."""
+        """Reports may be duplicated, late or unrequested."""
         said = ResidencyReported(
             worker,
             context,
@@ -176,7 +176,7 @@ class Gate(RuleBasedStateMachine):
     @precondition(lambda self: self.delayed)
     @rule(data=st.data())
     def arrive(self, data):
-        """Something arrives after what was said later."""
+        """A delayed report arrives out of order."""
         number = data.draw(st.integers(0, len(self.delayed) - 1))
         self.tell(self.delayed.pop(number))
 
@@ -186,7 +186,7 @@ class Gate(RuleBasedStateMachine):
 
     @rule(context=contexts)
     def release(self, context):
-        """All workers drop a context, those that somebody holds excepted."""
+        """All workers drop a context, except those that use it."""
         for name, view in list(self.state.workers.items()):
             if context not in view.in_use():
                 self.tell(ResidencyReported(name, context, Tier.ABSENT))
@@ -204,10 +204,10 @@ class Gate(RuleBasedStateMachine):
     )
     def think(self, seconds, idle_s, is_large):
         self.now += seconds
-        if is_large:  # as in a world where not everything is looked at each time
+        if is_large:  # as in a large cluster, which is not planned at every call
             self.state.n_looks += 10_000
-        # What was reported unasked may be more than there is room for.
-        over = {n: self.state.free_bytes(view) < 0 for n, view in self.state.workers.items()}
+        # Unrequested reports may exceed the device limit.
+        over = {n: view.free_bytes < 0 for n, view in self.state.workers.items()}
         n_decided = len(self.state.decisions)
         actions = decide(self.state, self.now, idle_s=idle_s)
         for action in actions:
@@ -215,7 +215,7 @@ class Gate(RuleBasedStateMachine):
         made = list(self.state.decisions)[n_decided:]
         assert [decision.action for decision in made] == actions
         for decision in made:
-            assert said(self.state, decision)
+            assert describe(self.state, decision)
 
     def check(self, action, over):
         views = self.state.workers
@@ -223,8 +223,8 @@ class Gate(RuleBasedStateMachine):
             case Offload(worker, context):
                 assert context not in views[worker].in_use()
             case Load(worker, _):
-                # It was made sure that there is room, as far as sizes are known.
-                assert self.state.free_bytes(views[worker]) >= 0 or over[worker]
+                # The policy made room, as far as sizes are known.
+                assert views[worker].free_bytes >= 0 or over[worker]
                 assert not views[worker].is_draining
             case Assign(key, worker):
                 view, work = views[worker], self.wanted[key]
@@ -232,7 +232,7 @@ class Gate(RuleBasedStateMachine):
                 assert view.holds(work.group.contexts)
                 assert not view.is_paused
                 assert work.group.allowed is None or worker in work.group.allowed
-                assert view.host not in self.state.failures.shunned
+                assert view.host not in self.state.failures.quarantined
                 assert len(view.running) == 1 or not any(
                     other.group.is_isolated for other in view.running.values()
                 )
@@ -243,20 +243,20 @@ class Gate(RuleBasedStateMachine):
                     assert view.host != host or Tier.DEVICE not in view.tiers.values()
 
     @invariant()
-    def nothing_is_lost_or_doubled(self):
+    def no_work_is_lost_or_duplicated(self):
         self.state.validate()
         assert self.state.waiting.works.keys() | self.state.placed.keys() == self.wanted.keys()
         assert len(self.committed) == len(set(self.committed))
 
     @invariant()
-    def all_that_waits_or_runs_can_be_explained(self):
+    def all_work_can_be_explained(self):
         for key in self.wanted:
             text = explain(self.state, key, self.now)
-            assert "waits" in text or "is on" in text
+            assert "waits" in text or "is assigned to" in text
 
     def teardown(self):
-        """From now on all goes well, and there is a worker that stays: all work is done."""
-        self.join_well()
+        """Once failures stop and one worker stays, all work is done."""
+        self.join_working()
         for _ in range(400):
             if not self.wanted:
                 return
@@ -275,7 +275,7 @@ class Gate(RuleBasedStateMachine):
         waiting = "\n".join(explain(self.state, key, self.now) for key in self.wanted)
         raise AssertionError(f"not done after {self.now} s:\n{waiting}")
 
-    def join_well(self):
+    def join_working(self):
         self._lose("w1", is_lost=False)
         self.tell(WorkerJoined("w1", 2, None, "well", "T4", "well"))
         for name in self.state.workers:

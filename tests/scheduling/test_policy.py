@@ -94,7 +94,7 @@ def test_the_pipeline_counts_seconds_and_not_tasks():
     assert len(assigned(world.decide(pipeline_s=0.05))) == 2
 
 
-def test_a_cold_worker_is_left_alone_where_warming_does_not_pay():
+def test_a_cold_worker_is_not_warmed_if_that_does_not_pay():
     world = World("w0", "w1", "w2", "w3")
     world.warm("w0", seconds=2.0)
     world.warm("w1")
@@ -153,7 +153,7 @@ def test_a_slow_worker_leaves_the_last_piece_to_a_fast_one():
     assert ("a1", "slow") in assigned(world.decide())
 
 
-def test_the_urgent_goes_first_whatever_its_context():
+def test_urgent_work_goes_first_in_any_context():
     world = World("w0", n_lanes=1)
     world.warm("w0", "a")
     world.warm("w0", "b")
@@ -216,7 +216,7 @@ def test_a_failed_load_is_tried_elsewhere_and_then_given_up_with_its_error():
     assert len(warmed(world.decide())) == 1
 
 
-def test_a_worker_alone_is_asked_again_before_it_is_given_up():
+def test_a_single_worker_retries_before_the_context_is_given_up():
     world = World("w0")
     world.park(1)
     assert fail_loads(world, 3) == ["w0"] * 3
@@ -371,7 +371,7 @@ def test_what_has_been_loaded_before_does_not_end_its_processes_so_soon():
     assert "process ended while it loaded" in fail.error
 
 
-def test_workers_that_somebody_has_begin_anew_have_not_failed():
+def test_loads_ended_by_a_restart_are_no_failures():
     world = on_nodes(one=1)
     for n in range(10):
         (warm,) = [action for action in world.decide() if isinstance(action, Load)]
@@ -385,14 +385,14 @@ def test_what_is_said_last_of_a_size_counts_until_it_is_measured():
     state = GateState()
     for n_bytes in (40, 4):
         state.apply(ContextDeclared("a", "a", n_bytes), 0.0)
-    assert state.sizes == {"a": 4}
+    assert state.contexts.sizes == {"a": 4}
     state.apply(WorkerJoined("w", 2), 0.0)
     state.apply(ResidencyReported("w", "a", Tier.DEVICE, seconds=1.0, n_bytes=6), 0.0)
     state.apply(ContextDeclared("a", "a", 5), 0.0)
-    assert state.sizes == {"a": 6}
+    assert state.contexts.sizes == {"a": 6}
 
 
-def test_workers_that_are_lost_with_their_nodes_are_nobodys_fault():
+def test_loads_lost_with_their_nodes_are_no_failures():
     world = on_nodes(one=1)
     n_ended, failed = end_processes(world, lambda node, n: f"node-{n}")
     assert n_ended == 30 and not failed
@@ -406,7 +406,7 @@ def test_a_failed_load_does_no_harm_where_another_worker_is_warm():
     assert {worker for _, worker in assigned(world.decide())} == {"w0"}
 
 
-def test_before_speeds_are_known_everybody_gets_a_first_piece_before_anybody_a_second():
+def test_before_speeds_are_known_each_worker_gets_one_piece_first():
     world = World("w0", "w1", "w2", "w3")
     for worker in ("w0", "w1", "w2", "w3"):
         world.warm(worker)
@@ -534,9 +534,9 @@ def test_sizes_that_become_known_count_at_once():
     world.state.workers["w0"].device_bytes = 100
     world.warm("w0", "a")
     world.tell(ContextDeclared("a", "a", 10), ContextDeclared("a", "a", 20))
-    assert world.state.free_bytes(world.state.workers["w0"]) == 80
+    assert world.state.workers["w0"].free_bytes == 80
     world.tell(ResidencyReported("w1", "a", Tier.DEVICE, n_bytes=30))
-    assert world.state.free_bytes(world.state.workers["w0"]) == 70
+    assert world.state.workers["w0"].free_bytes == 70
     world.state.validate()
 
 

@@ -1,4 +1,4 @@
-"""Whole simulations, with times computed by hand."""
+"""Whole simulations, with times computed by slot."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class StagingCoordinator(Service):
 
     def _forget(self, worker: str) -> None:
         self._servers.pop(worker, None)
-        self._plan.leave(worker)
+        self._plan.remove_worker(worker)
         self.dispatch()
 
     def dispatch(self) -> None:

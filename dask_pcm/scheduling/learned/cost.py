@@ -1,7 +1,7 @@
-"""What things cost, learned from what they took: seconds to stage, to load, for a row.
+"""Learned costs: seconds to stage a context, to load it, to restore it, and per row.
 
-Costs are kept by device model. What has not been seen on one is taken from the model most like it,
-scaled by how the two compare in other work; what has been seen nowhere, from its bytes.
+Costs are kept per device model. A cost not seen on a model is taken from the most similar model,
+scaled by the ratio of the two in other work; one seen nowhere is estimated from bytes.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-#: Busy seconds after which an observation counts half.
+#: Busy seconds after which the weight of an observation has halved.
 HALF_LIFE_S = 30.0
-#: Bytes a second of staging, and of loading onto a device, before any have been seen.
+#: Bytes per second of staging and of loading, before any have been observed.
 STAGE_BYTES_S, LOAD_BYTES_S = 200e6, 1e9
 
-#: Contexts of a task, and its key prefix: what costs alike.
+#: Work of the same cost: the contexts of a task, and its key prefix.
 Kind: TypeAlias = tuple[tuple[str, ...], str]
 
 
 @dataclass(slots=True)
 class Rate:
-    """Seconds per thing: a ratio of sums in which old observations fade.
+    """Seconds per item, as a ratio of exponentially decaying sums.
 
-    The first call on a worker also compiles, warms caches and fills pools. It counts for as long
-    as nothing else is known.
+    The first call on a worker also compiles kernels, warms caches and fills memory pools. It
+    counts only until there is another observation.
     """
 
     seconds: float = 0.0
@@ -34,6 +34,7 @@ class Rate:
     is_first: bool = True
 
     def observe(self, seconds: float, n: float, is_first: bool = False) -> None:
+        """Add an observation: `n` items took `seconds` seconds."""
         if is_first and not self.is_first:
             return
         is_over = self.is_first and not is_first
@@ -44,46 +45,47 @@ class Rate:
 
     @property
     def value(self) -> float | None:
-        """Seconds per thing; None before the first observation."""
+        """Seconds per item; None before the first observation."""
         return self.seconds / self.n if self.n > 0 else None
 
 
 @dataclass(slots=True)
 class ByDevice:
-    """One cost on each device model."""
+    """One cost, per device model."""
 
     rates: dict[str, Rate] = field(default_factory=dict)
 
     def observe(self, device: str, seconds: float, n: float, is_first: bool = False) -> bool:
-        """Take in what `n` things have taken; answered with whether the device is new."""
+        """Add an observation on a device model; return whether it is the first on that model."""
         is_new = device not in self.rates
         self.rates.setdefault(device, Rate()).observe(seconds, n, is_first)
         return is_new
 
     def on(self, device: str) -> float | None:
+        """Seconds per item on a device model; None before the first observation there."""
         rate = self.rates.get(device)
         return rate.value if rate else None
 
 
 @dataclass(slots=True)
 class CostModel:
-    """Learned costs by context, kind of work, device model and worker."""
+    """Learned costs by context, kind of work, device model and worker; all in seconds."""
 
     loads: dict[str, ByDevice] = field(default_factory=dict)
     restores: dict[str, ByDevice] = field(default_factory=dict)
     stages: dict[str, Rate] = field(default_factory=dict)
     rows: dict[Kind, ByDevice] = field(default_factory=dict)
     rows_on: dict[str, dict[Kind, Rate]] = field(default_factory=dict)
-    #: Seconds a byte, whatever the context.
+    #: Seconds per byte over all contexts.
     staged_bytes: Rate = field(default_factory=Rate)
     loaded_bytes: ByDevice = field(default_factory=ByDevice)
-    #: What was taken from another device, until one is seen for the first time.
+    #: Costs derived from other devices; cleared when a device is observed for the first time.
     _guessed: dict[tuple[Kind, str], float | None] = field(default_factory=dict)
 
-    # -- what was seen --------------------------------------------------------------------------
+    # -- observations ---------------------------------------------------------------------------
 
     def observe_staged(self, context: str, seconds: float, n_bytes: int) -> None:
-        """The files of a context have come to a host, from elsewhere."""
+        """Learn from files of a context, `n_bytes` in all, that were staged to a host."""
         self.stages.setdefault(context, Rate()).observe(seconds, 1.0)
         if n_bytes:
             self.staged_bytes.observe(seconds, n_bytes)
@@ -91,7 +93,7 @@ class CostModel:
     def observe_warm(
         self, context: str, device: str, seconds: float, is_built: bool, n_bytes: int = 0
     ) -> None:
-        """A context was warmed: built, or restored from what was left of it."""
+        """Learn from a context of `n_bytes` device bytes that was built or restored."""
         costs = self.loads if is_built else self.restores
         costs.setdefault(context, ByDevice()).observe(device, seconds, 1.0)
         if is_built and n_bytes:
@@ -100,7 +102,7 @@ class CostModel:
     def observe_rows(
         self, kind: Kind, worker: str, device: str, seconds: float, n_rows: float
     ) -> None:
-        """Rows have been done on a worker; the first of a kind there are told apart."""
+        """Learn from rows finished on a worker; the first call of a kind there is kept apart."""
         own = self.rows_on.setdefault(worker, {})
         is_first = kind not in own
         own.setdefault(kind, Rate()).observe(seconds, n_rows, is_first)
@@ -108,37 +110,42 @@ class CostModel:
             self._guessed.clear()
 
     def forget_worker(self, worker: str) -> None:
+        """Forget a worker's own rates; what it taught about its device model stays."""
         self.rows_on.pop(worker, None)
 
-    # -- what is expected -----------------------------------------------------------------------
+    # -- estimates ------------------------------------------------------------------------------
 
     def has_loaded(self, context: str) -> bool:
-        """Whether a context has been built anywhere."""
+        """Whether a context has ever been built, on any worker."""
         return context in self.loads
 
     def stage_s(self, context: str, n_bytes: int = 0) -> float:
-        """Seconds to bring the files of a context to a host that has none of them."""
+        """Estimated seconds to stage a context's files of `n_bytes` bytes to a new host."""
         rate = self.stages.get(context)
         if rate is not None and rate.value is not None:
             return rate.value
         return n_bytes * (self.staged_bytes.value or 1 / STAGE_BYTES_S)
 
     def load_s(self, context: str, device: str = "", n_bytes: int = 0) -> float:
-        """Seconds to build a context whose files are there; 0 if nothing is known of it."""
+        """Estimated seconds to build a context whose files are staged; 0 if nothing is known."""
         seen = self.loads.get(context)
         if seen is not None:
             return _like(seen, device) or 0.0
         return n_bytes * (_like(self.loaded_bytes, device) or 1 / LOAD_BYTES_S)
 
     def restore_s(self, context: str, device: str = "", n_bytes: int = 0) -> float:
-        """Seconds to restore it from the rung below; before that was seen, as to build it."""
+        """Estimated seconds to restore a context from host memory; until observed, as to build."""
         seen = self.restores.get(context)
         if seen is not None:
             return _like(seen, device) or 0.0
         return self.load_s(context, device, n_bytes)
 
     def row_s(self, kind: Kind, worker: str, device: str = "") -> float | None:
-        """Seconds that a row takes on a worker, of a device model; None if nothing is known."""
+        """Estimated seconds per row on a worker of a device model; None if nothing is known.
+
+        In order of preference: the worker's own rate, its device model's, the worker's first
+        call, the device model's first call, and a similar device model.
+        """
         own = self.rows_on.get(worker)
         mine = own.get(kind) if own else None
         if mine is not None and not mine.is_first:
@@ -154,23 +161,27 @@ class CostModel:
         return rate.value if rate is not None else self._guess(kind, device)
 
     def _guess(self, kind: Kind, device: str) -> float | None:
-        """From the device most like it; scaled by how both compare in other kinds of work."""
+        """Cached estimate from the most similar device model."""
         if (kind, device) not in self._guessed:
-            self._guessed[kind, device] = self._from_kin(kind, device)
+            self._guessed[kind, device] = self._derive(kind, device)
         return self._guessed[kind, device]
 
-    def _from_kin(self, kind: Kind, device: str) -> float | None:
+    def _derive(self, kind: Kind, device: str) -> float | None:
+        """The most similar model's cost, scaled by the geometric mean ratio in other work.
+
+        Models with a ratio to `device` take precedence over those known by name only.
+        """
         known = {name: r.value for name, r in self.rows[kind].rates.items() if r.value is not None}
         if not known:
             return None
         logs = {other: list(self._compared(device, other)) for other in known}
         measured = [other for other in known if logs[other]]
-        kin = _most_like(device, measured or list(known))
-        scale = math.exp(sum(logs[kin]) / len(logs[kin])) if logs[kin] else 1.0
-        return known[kin] * scale
+        nearest = _most_like(device, measured or list(known))
+        scale = math.exp(sum(logs[nearest]) / len(logs[nearest])) if logs[nearest] else 1.0
+        return known[nearest] * scale
 
     def _compared(self, device: str, other: str) -> Iterator[float]:
-        """Logarithms of how much longer kinds of work take on a device than on another."""
+        """Logarithm of the cost ratio between two devices, for each kind of work seen on both."""
         for costs in self.rows.values():
             here, there = costs.on(device), costs.on(other)
             if here and there:
@@ -178,7 +189,7 @@ class CostModel:
 
 
 def _like(costs: ByDevice, device: str) -> float | None:
-    """What it takes on a device, or on the one most like it."""
+    """The cost on a device model, or else on the most similar one."""
     own = costs.on(device)
     if own is not None:
         return own
@@ -186,10 +197,11 @@ def _like(costs: ByDevice, device: str) -> float | None:
 
 
 def _most_like(device: str, others: list[str]) -> str:
-    """The device model whose name has most words in common with another's."""
+    """The device model whose name shares the most words with `device`; ties by name."""
     words = _words(device)
     return max(others, key=lambda other: (len(words & _words(other)), other))
 
 
 def _words(name: str) -> set[str]:
+    """Words and numbers in the name of a device model, in lower case."""
     return set(re.findall(r"[a-z]+|\d+", name.lower()))

@@ -1,23 +1,33 @@
-"""What has failed, where and how; which contexts are given up, and which nodes are left alone."""
+"""Failed loads: per context, per node and per worker, with back-off and quarantine times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-#: How a load fails that ends its process, or whose process is ended meanwhile.
+from dask_pcm.scheduling.events import ResidencyReported
+
+#: Error kind of a load whose worker process ended meanwhile.
 END_OF_PROCESS = "end of process"
-#: How a load fails where the device cannot be used, whatever is loaded.
+#: Error kind of a device that cannot be used, whatever is loaded.
 DEVICE = "device"
-#: A process that a nanny started again is back within so many seconds.
-_BACK_S = 60.0
-#: A node is left alone for so long at first, each time for twice as long, and never for longer.
+#: A nanny restarts an ended process within this time, in seconds.
+_RESTART_S = 60.0
+#: First and longest back-off or quarantine, in seconds; each repetition doubles it.
 _FIRST_S, _LONGEST_S = 10.0, 1_800.0
 
 
 @dataclass(slots=True)
-class Shunned:
-    """A node that is left alone for now."""
+class QuarantinedNode:
+    """A node that gets no work until a given time.
+
+    Attributes
+    ----------
+    until
+        End of the quarantine, in seconds of the policy's clock.
+    error
+        The error that caused it.
+    """
 
     until: float
     error: str
@@ -25,135 +35,161 @@ class Shunned:
 
 @dataclass(slots=True)
 class Failures:
-    """Loads that have failed since the same loaded again.
+    """Failed loads that no later success has cleared.
 
     Attributes
     ----------
     errors
-        The last error of each context.
+        Last error of each context.
     of_context
-        Nodes where each has failed since it last loaded, and how.
+        (host, error kind) of each failure of a context since it last loaded anywhere.
     of_host
-        What has failed on each node since anything loaded there: (context, how, with what error);
-        of nodes that are to be looked at.
+        (context, error kind, error) of each failure on a node since anything loaded there. Only
+        failures that incriminate the node; see ``record_failure``.
+    quarantined
+        Nodes in quarantine.
+    n_quarantines
+        Consecutive quarantines of each node.
+    retry_at
+        End of each back-off, by (worker, context).
+    n_back_offs
+        Consecutive back-offs, by (worker, context).
+    of_device
+        Errors of workers whose device could not be used, by (worker, context).
+    given_up
+        Contexts that are not loaded again until they are requested anew.
+    process_ends
+        (host, context, time) of worker processes that ended while they loaded a context.
     """
 
     errors: dict[str, str] = field(default_factory=dict)
     of_context: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     of_host: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)
-    shunned: dict[str, Shunned] = field(default_factory=dict)
-    #: How often in a row each node has been left alone.
-    n_shunned: dict[str, int] = field(default_factory=dict)
-    #: Until when each worker is not asked again for a context that failed there, and how often in a
-    #: row it has.
-    resting: dict[tuple[str, str], float] = field(default_factory=dict)
-    n_rested: dict[tuple[str, str], int] = field(default_factory=dict)
-    #: What workers whose device could not be used for a context said, since it last loaded there.
+    quarantined: dict[str, QuarantinedNode] = field(default_factory=dict)
+    n_quarantines: dict[str, int] = field(default_factory=dict)
+    retry_at: dict[tuple[str, str], float] = field(default_factory=dict)
+    n_back_offs: dict[tuple[str, str], int] = field(default_factory=dict)
     of_device: dict[tuple[str, str], str] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
-    #: Nodes whose worker ended while it loaded a context, which and when.
-    ended_loading: list[tuple[str, str, float]] = field(default_factory=list)
+    process_ends: list[tuple[str, str, float]] = field(default_factory=list)
 
     def clear(self) -> None:
-        """All begin anew."""
-        for books in (self.errors, self.of_context, self.of_host, self.shunned, self.n_shunned):
-            books.clear()
-        self.resting.clear()
-        self.n_rested.clear()
-        self.of_device.clear()
+        """Forget all failures, after all workers were restarted."""
+        for by_name in (
+            self.errors,
+            self.of_context,
+            self.of_host,
+            self.quarantined,
+            self.n_quarantines,
+        ):
+            by_name.clear()
+        for by_pair in (self.retry_at, self.n_back_offs, self.of_device):
+            by_pair.clear()
         self.given_up.clear()
-        self.ended_loading.clear()
+        self.process_ends.clear()
 
-    def add(self, host: str, context: str, kind: str, error: str, has_loaded: bool) -> None:
-        """A load has failed; `has_loaded` says whether the same has succeeded anywhere."""
+    def record_failure(
+        self, worker: str, host: str, report: ResidencyReported, has_loaded: bool, now: float
+    ) -> None:
+        """Record a failed load, and let the worker back off before it tries the context again.
+
+        Parameters
+        ----------
+        has_loaded
+            Whether the context has loaded anywhere. If so, the failure incriminates the node.
+        """
+        context, kind = report.context, report.kind
+        error = report.error or "no reason was given"
         self.errors[context] = error
-        if kind != DEVICE:  # which says nothing of what was loaded
+        if kind != DEVICE:  # an unusable device says nothing of the context
             self.of_context.setdefault(context, []).append((host, kind))
         if kind == DEVICE or has_loaded:
             self.of_host.setdefault(host, []).append((context, kind, error))
-
-    def rest(self, worker: str, context: str, kind: str, now: float) -> None:
-        """A worker that has failed to load a context is asked again, but not soon."""
         if kind == DEVICE:
-            self.of_device[worker, context] = self.errors[context]
-        n_rested = self.n_rested.get((worker, context), 0)
-        self.resting[worker, context] = now + _wait_s(n_rested)
-        self.n_rested[worker, context] = n_rested + 1
+            self.of_device[worker, context] = error
+        n_back_offs = self.n_back_offs.get((worker, context), 0)
+        self.retry_at[worker, context] = now + _wait_s(n_back_offs)
+        self.n_back_offs[worker, context] = n_back_offs + 1
 
-    def rested(self, now: float) -> list[tuple[str, str]]:
-        """Workers that may be asked again, and for which context."""
-        over = [pair for pair, until in self.resting.items() if until <= now]
+    def end_back_offs(self, now: float) -> list[tuple[str, str]]:
+        """End the back-offs that are over; return their (worker, context)."""
+        over = [pair for pair, until in self.retry_at.items() if until <= now]
         for pair in over:
-            del self.resting[pair]
+            del self.retry_at[pair]
         return over
 
-    def leave(self, worker: str) -> None:
-        """A worker is gone."""
+    def remove_worker(self, worker: str) -> None:
+        """Forget the back-offs of a worker that has left."""
         self._forget(lambda pair: pair[0] == worker)
 
     def _forget(self, is_over: Callable[[tuple[str, str]], bool]) -> None:
-        for books in (self.resting, self.n_rested, self.of_device):
-            for pair in [pair for pair in books if is_over(pair)]:
-                del books[pair]
+        for by_pair in (self.retry_at, self.n_back_offs, self.of_device):
+            for pair in [pair for pair in by_pair if is_over(pair)]:
+                del by_pair[pair]
 
-    def loaded(self, worker: str, host: str, context: str) -> None:
-        """A context has been loaded on a node."""
+    def record_load(self, worker: str, host: str, context: str) -> None:
+        """Clear the failures that a successful load refutes: of its context, node and worker."""
         self._forget((worker, context).__eq__)
         self.of_context.pop(context, None)
         self.of_host.pop(host, None)
-        self.shunned.pop(host, None)
-        self.n_shunned.pop(host, None)
+        self.quarantined.pop(host, None)
+        self.n_quarantines.pop(host, None)
 
-    def ended(self, host: str, context: str, now: float) -> None:
-        """A process has ended while it loaded a context."""
-        self.ended_loading.append((host, context, now))
+    def record_process_end(self, host: str, context: str, now: float) -> None:
+        """Record that a worker process ended while it loaded a context."""
+        self.process_ends.append((host, context, now))
 
-    def blame(self, host: str, names: Mapping[str, str], now: float) -> list[str]:
-        """A worker is back on a node where one has just ended while it loaded: that has failed.
+    def charge_process_ends(self, host: str, names: Mapping[str, str], now: float) -> list[str]:
+        """Charge recent process ends on a node to the contexts that were loading; return these.
 
-        What was lost with its node has not: nobody comes back from there so soon.
+        Called when a worker joins on the node. A process that comes back this soon was restarted
+        by its nanny, so the load ended it. A node that was preempted does not come back so soon,
+        and its contexts are not charged.
         """
-        recent = [ended for ended in self.ended_loading if now - ended[2] < _BACK_S]
-        self.ended_loading = [ended for ended in recent if ended[0] != host]
-        blamed = list(dict.fromkeys(context for at, context, _ in recent if at == host))
-        for context in blamed:
+        recent = [end for end in self.process_ends if now - end[2] < _RESTART_S]
+        self.process_ends = [end for end in recent if end[0] != host]
+        charged = list(dict.fromkeys(context for at, context, _ in recent if at == host))
+        for context in charged:
             self.errors[context] = (
                 f"The worker process ended while it loaded context {names.get(context, context)!r}:"
-                " killed for its memory, or by a crash of native code. What the worker logged may"
-                " say more."
+                " it ran out of memory, or native code crashed. See the worker's log."
             )
             self.of_context.setdefault(context, []).append((host, END_OF_PROCESS))
-        return blamed
+        return charged
 
-    def next_shun_s(self, host: str) -> float:
-        """For how long a node is to be left alone this time."""
-        return _wait_s(self.n_shunned.get(host, 0))
+    def next_quarantine_s(self, host: str) -> float:
+        """Seconds of a node's next quarantine."""
+        return _wait_s(self.n_quarantines.get(host, 0))
 
-    def shun(self, host: str, until: float, error: str) -> None:
-        """Leave a node alone."""
-        self.shunned[host] = Shunned(until, error)
-        self.n_shunned[host] = self.n_shunned.get(host, 0) + 1
+    def quarantine(self, host: str, until: float, error: str) -> None:
+        """Quarantine a node."""
+        self.quarantined[host] = QuarantinedNode(until, error)
+        self.n_quarantines[host] = self.n_quarantines.get(host, 0) + 1
         self.of_host.pop(host, None)
 
-    def welcome(self, now: float) -> list[str]:
-        """Nodes that have been left alone for long enough: they may be tried again."""
-        back = [host for host, shunned in self.shunned.items() if shunned.until <= now]
-        for host in back:
-            del self.shunned[host]
-        return back
+    def end_quarantines(self, now: float) -> list[str]:
+        """End the quarantines that are over; return their nodes."""
+        over = [host for host, node in self.quarantined.items() if node.until <= now]
+        for host in over:
+            del self.quarantined[host]
+        return over
 
     def forgive(self, contexts: Iterable[str]) -> set[str]:
-        """Contexts that were given up and are asked for anew; nodes are tried again for them."""
+        """Allow new attempts at those of `contexts` that were given up; return these.
+
+        Ends all quarantines too: a request made anew may find the nodes repaired.
+        """
         forgiven = self.given_up.intersection(contexts)
         for context in forgiven:
             self.given_up.discard(context)
             self.of_context.pop(context, None)
         self._forget(lambda pair: pair[1] in forgiven)
         if forgiven:
-            self.shunned.clear()
-            self.n_shunned.clear()
+            self.quarantined.clear()
+            self.n_quarantines.clear()
         return forgiven
 
 
 def _wait_s(n_times: int) -> float:
+    """Seconds to wait after `n_times` earlier waits: exponential, with an upper limit."""
     return min(_LONGEST_S, _FIRST_S * 2.0 ** min(n_times, 10))

@@ -1,48 +1,62 @@
-"""How long workers last: the hazard of each pool, learned, and what it makes of durations."""
+"""Worker lifetimes: a learned hazard rate per pool, and the expected duration of work under it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-#: What is believed of a pool of which nothing is known: so many losses in so many seconds.
+#: Gamma prior of a pool's hazard rate, as losses and worker-seconds already observed.
 _PRIOR_LOSSES, _PRIOR_S = 0.01, 360.0
-#: No duration is taken for longer than e to this of its lifetimes.
+#: Largest exponent of ``expected_s``: the result stays finite.
 _MAX_EXPONENT = 50.0
 
 
 @dataclass(slots=True)
-class Pool:
-    """Workers of one kind: how many seconds they have lived, and how many were lost."""
+class Lifetimes:
+    """Lifetimes of one pool: worker-seconds lived, and workers lost.
+
+    Attributes
+    ----------
+    n_workers
+        Workers alive now.
+    n_lost
+        Workers lost so far; graceful departures do not count.
+    lived_s
+        Seconds lived by the workers that have left.
+    joined_s
+        Sum of the join times of the workers alive now, so that ``hazard`` needs no loop.
+    """
 
     n_workers: int = 0
     n_lost: int = 0
     lived_s: float = 0.0
-    #: Sum of the times at which those that live now have joined.
+
     joined_s: float = 0.0
 
-    def join(self, now: float) -> None:
+    def add_worker(self, now: float) -> None:
+        """A worker has joined."""
         self.n_workers += 1
         self.joined_s += now
 
-    def leave(self, joined_at: float, now: float, is_lost: bool) -> None:
+    def remove_worker(self, joined_at: float, now: float, is_lost: bool) -> None:
+        """A worker that joined at `joined_at` has left; `is_lost` if not by request."""
         self.n_workers -= 1
         self.n_lost += is_lost
         self.joined_s -= joined_at
         self.lived_s += now - joined_at
 
     def hazard(self, now: float) -> float:
-        """Losses a second of a worker: Gamma prior, exponential lives."""
+        """Losses per second of a worker: posterior mean for exponential lifetimes, Gamma prior."""
         lived_s = self.lived_s + self.n_workers * now - self.joined_s
         return (self.n_lost + _PRIOR_LOSSES) / (lived_s + _PRIOR_S)
 
 
 def expected_s(seconds: float, hazard: float) -> float:
-    """Seconds until something that takes `seconds` without a break has been done once.
+    """Expected seconds until work of `seconds` uninterrupted seconds has completed once.
 
-    Each loss begins it anew; losses come at a rate of `hazard` a second. The first term of Daly, "A
-    higher order estimate of the optimum checkpoint interval" (Future Generation Computer Systems
-    22, 2006), without checkpoints: (exp(hazard * seconds) - 1) / hazard.
+    Every loss restarts the work; losses are Poisson with `hazard` per second. This is the first
+    term of Daly, "A higher order estimate of the optimum checkpoint interval" (Future Generation
+    Computer Systems 22, 2006), without checkpoints: (exp(hazard * seconds) - 1) / hazard.
 
     Examples
     --------

@@ -1,1 +1,1 @@
-"""What the policy decides, a rule a file."""
+"""The rules of the policy, one per file."""

@@ -1,8 +1,8 @@
-"""What leaves a device, and when: for others with work waiting, or because nobody has used it.
+"""Eviction: a context leaves a device for another with waiting work, or after its idle time.
 
-A context that nobody waits for makes room at once, the one least worth keeping first. Two that
-both have work take turns: one stays until its turn has been several times as long as it takes to
-bring back both, so that what is spent on moving them is a small part of the whole.
+A context without waiting work is evicted at once, the least valuable first. Contexts that both
+have work take turns. A turn lasts several times as long as moving both contexts, so that moves
+stay a small part of the total time.
 """
 
 from __future__ import annotations
@@ -15,47 +15,48 @@ from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 from dask_pcm.tiers import Tier
 
-#: A turn lasts so many times what moving takes.
+#: Length of a turn, as a multiple of the time that moving takes.
 TURNS = 4.0
-#: And at least so long.
+#: Shortest turn, in seconds.
 _MIN_TURN_S = 0.5
-#: Seconds unused after which a context is worth half as much.
+#: Seconds unused after which the value of a context has halved.
 _HALF_LIFE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Which contexts work waits for, how urgently and where; made once for each decision.
+    """Contexts with work ahead, and its urgency on each worker; built once per planning round.
 
-    While one is made no group comes. What waits in each gets less, and is looked up when asked.
+    Valid for the whole round: no group is added meanwhile, and queues that shrink are looked up
+    at each call.
     """
 
     state: GateState
-    #: Groups that had work ahead when this was made.
+    #: Groups that had work ahead when this was built.
     by_context: dict[str, list[Group]]
-    #: Groups of runs: for them there is work ahead until the next event.
+    #: Groups to which runs will still submit; only an event changes that.
     expected: frozenset[Group]
 
     @classmethod
     def of(cls, state: GateState) -> Demand:
+        """Build the demand of the current state."""
         by_context: dict[str, list[Group]] = {}
         for group in state.groups():
             for context in dict.fromkeys(group.contexts):
                 by_context.setdefault(context, []).append(group)
-        expected = frozenset(run.group for run in state.runs.values() if run.n_rows > 0)
-        return cls(state, by_context, expected)
+        return cls(state, by_context, frozenset(state.runs.expected_groups()))
 
     def urgency(self, context: str, worker: str) -> tuple[float, ...] | None:
-        """Priority of the first work that waits for a context and may run on a worker.
+        """Priority of the first work that needs a context and may run on a worker.
 
-        Empty, and so before all others, where it is only expected; None where there is none.
+        None without such work. Empty for work that is only expected, so that it sorts first.
         """
         groups = self.by_context.get(context, ())
         found = (self._urgency_of(g) for g in groups if not g.allowed or worker in g.allowed)
         return min((priority for priority in found if priority is not None), default=None)
 
     def groups(self, contexts: Sequence[str]) -> list[Group]:
-        """Groups with work ahead that need one of some contexts."""
+        """Groups with work ahead that need one of `contexts`."""
         found = (group for context in contexts for group in self.by_context.get(context, ()))
         return [group for group in dict.fromkeys(found) if self._urgency_of(group) is not None]
 
@@ -66,19 +67,21 @@ class Demand:
         return () if group in self.expected else None
 
 
-def room(
-    state: GateState, view: WorkerView, group: Group, claims: Demand, now: float
+def find_victims(
+    state: GateState, view: WorkerView, group: Group, demand: Demand, now: float
 ) -> list[str] | None:
-    """Contexts that would have to leave a worker so that all of a group's fit.
+    """Contexts to evict from a worker so that all contexts of a group fit.
 
     Returns
     -------
-    list or None
-        None where they do not fit even so, or others have the better right for now. First in the
-        list comes what is least worth keeping.
+    list of str, or None
+        The least valuable first; empty if all fit already. None if they cannot fit, or if the
+        turn of the contexts in their way is not over.
     """
-    missing_bytes = sum(state.sizes.get(context, 0) for context in view.missing(group.contexts))
-    lacking = missing_bytes - state.free_bytes(view)
+    missing_bytes = sum(
+        state.contexts.sizes.get(context, 0) for context in view.missing(group.contexts)
+    )
+    lacking = missing_bytes - view.free_bytes
     if lacking <= 0:
         return []
     rivals = [
@@ -86,54 +89,58 @@ def room(
         for context, tier in view.tiers.items()
         if tier is Tier.DEVICE and context not in group.contexts
     ]
-    leaving: list[str] = []
-    for context in sorted(rivals, key=lambda c: _worth(state, view, c, claims, now)):
+    evicting: list[str] = []
+    for context in sorted(rivals, key=lambda c: _worth(state, view, c, demand, now)):
         if lacking <= 0:
             break
-        is_promised = view.leaving.get(context, group) != group
-        if not is_promised and _may_leave(state, view, context, group, claims, now):
-            leaving.append(context)
-            lacking -= state.sizes.get(context, 0)
-    return leaving if lacking <= 0 else None
+        # Space that another group is about to get must not be given away twice.
+        is_promised = view.evicting.get(context, group) != group
+        if not is_promised and _can_evict(state, view, context, group, demand, now):
+            evicting.append(context)
+            lacking -= state.contexts.sizes.get(context, 0)
+    return evicting if lacking <= 0 else None
 
 
 def make_room(
-    state: GateState, view: WorkerView, group: Group, leaving: Sequence[str]
+    state: GateState, view: WorkerView, group: Group, evicting: Sequence[str]
 ) -> Iterator[Action]:
-    """Have contexts leave, at once where nothing that is there needs them."""
+    """Evict contexts: at once, or if assigned work needs one, as soon as that has ended."""
     in_use = view.in_use()
-    if not in_use.intersection(leaving):
-        yield from (Offload(view.address, context) for context in leaving)
+    if not in_use.intersection(evicting):
+        yield from (Offload(view.address, context) for context in evicting)
         return
-    for context in leaving:
-        if context not in view.leaving:
+    for context in evicting:
+        if context not in view.evicting:
             yield Vacate(view.address, context, group)
 
 
 def _worth(
-    state: GateState, view: WorkerView, context: str, claims: Demand, now: float
+    state: GateState, view: WorkerView, context: str, demand: Demand, now: float
 ) -> tuple[bool, tuple[float, ...], float]:
-    """How much it is worth to keep a context: work that waits for it first; then seconds a byte.
+    """Sort key of a context's value: with waiting work or not, then seconds saved per byte.
 
-    Of those that are waited for, whoever is needed last goes first, as Belady would have it.
+    Among contexts with waiting work the one needed last is worth least, as in Belady's optimal
+    replacement. Seconds to restore decay with the time unused.
     """
-    urgency = claims.urgency(context, view.address)
+    urgency = demand.urgency(context, view.address)
     idle_s = now - view.used_at.get(context, now)
     back_s = max(state.cost.restore_s(context, view.device), 1e-3)
-    seconds = back_s * 0.5 ** (idle_s / _HALF_LIFE_S) / max(state.sizes.get(context, 0), 1)
+    seconds = back_s * 0.5 ** (idle_s / _HALF_LIFE_S) / max(state.contexts.sizes.get(context, 0), 1)
     return urgency is not None, tuple(-number for number in urgency or ()), seconds
 
 
-def _may_leave(
-    state: GateState, view: WorkerView, context: str, group: Group, claims: Demand, now: float
+def _can_evict(
+    state: GateState, view: WorkerView, context: str, group: Group, demand: Demand, now: float
 ) -> bool:
-    """Whether a group has the right to a context's place."""
-    rival = claims.urgency(context, view.address)
+    """Whether a context may be evicted for a group: it has no work, less priority, or its turn
+    is over.
+    """
+    rival = demand.urgency(context, view.address)
     if rival is None:
         return True
     work = state.peek(group)
     own = work.priority if work is not None else ()
-    if own and rival and own[0] != rival[0]:  # users have said what comes first
+    if own and rival and own[0] != rival[0]:  # the user's own priority precedes turns
         return own[0] < rival[0]
     moving_s = state.cost.restore_s(context, view.device) + sum(
         state.warm_s(view, missing) for missing in view.missing(group.contexts)
@@ -142,40 +149,46 @@ def _may_leave(
     return turn_s >= max(_MIN_TURN_S, TURNS * moving_s)
 
 
-def too_large(state: GateState, group: Group, views: Sequence[WorkerView]) -> Iterator[Action]:
-    """End work whose contexts no worker's device could hold."""
-    limits = [view.device_bytes for view in views]
+def fail_too_large(
+    state: GateState, group: Group, workers: Sequence[WorkerView]
+) -> Iterator[Action]:
+    """Fail work whose contexts fit on no worker's device.
+
+    Only if all candidates have reported a limit: a worker that has not may be large enough.
+    """
+    limits = [view.device_bytes for view in workers]
     known = [limit for limit in limits if limit is not None]
     contexts = dict.fromkeys(group.contexts)
-    n_bytes = sum(state.sizes.get(context, 0) for context in contexts)
+    n_bytes = sum(state.contexts.sizes.get(context, 0) for context in contexts)
     if not known or len(known) < len(limits) or n_bytes <= max(known):
         return
-    names = " and ".join(repr(state.names.get(context, context)) for context in contexts)
+    names = " and ".join(repr(state.contexts.names.get(context, context)) for context in contexts)
     error = (
         f"{names} {'need' if len(contexts) > 1 else 'needs'} {n_bytes:,} bytes on a device, and the"
-        f" largest device has {max(known):,} for contexts ({len(known)} looked at;"
+        f" largest device has {max(known):,} for contexts ({len(known)} workers checked;"
         " pcm.ladder.device.budget). Use a smaller model or data type, or workers with larger"
         " devices."
     )
-    yield from (Fail(key, group.contexts[0], error) for key in state.keys(group))
+    yield from (Fail(key, group.contexts[0], error) for key in state.waiting.keys(group))
 
 
-def stay(state: GateState, claims: Demand, now: float) -> None:
-    """Contexts that were to make room may stay: for work that is gone, or has no right any more."""
+def cancel_evictions(state: GateState, demand: Demand, now: float) -> None:
+    """Cancel pending evictions whose group has no work ahead, needs no room, or lost its turn."""
     for view in state.workers.values():
-        for group in list(dict.fromkeys(view.leaving.values())):
+        for group in list(dict.fromkeys(view.evicting.values())):
             is_over = not state.rows_ahead(group) or not view.missing(group.contexts)
-            needed = [] if is_over else room(state, view, group, claims, now) or []
-            promised = [context for context, whom in view.leaving.items() if whom == group]
+            # An urgent request for a context on the way out can take its turn back.
+            needed = [] if is_over else find_victims(state, view, group, demand, now) or []
+            promised = [context for context, whom in view.evicting.items() if whom == group]
             for context in promised:
                 if context not in needed:
-                    del view.leaving[context]
+                    del view.evicting[context]
 
 
-def cool(state: GateState, now: float, idle_s: float) -> None:
-    """Lower contexts that have been warm and unused for `idle_s`.
+def offload_idle(state: GateState, now: float, idle_s: float) -> None:
+    """Offload contexts that have been warm and unused for `idle_s` seconds.
 
-    What waiting work or a run needs stays, however long it has been idle.
+    Contexts that waiting or expected work needs stay on the device.
     """
     wanted = {context for group in state.groups() for context in group.contexts}
     for view in state.workers.values():
@@ -183,4 +196,4 @@ def cool(state: GateState, now: float, idle_s: float) -> None:
         for context, tier in list(view.tiers.items()):
             is_idle = now - view.used_at.get(context, now) >= idle_s
             if tier is Tier.DEVICE and is_idle and context not in wanted_here:
-                state.decide(Offload(view.address, context), now)
+                state.commit(Offload(view.address, context), now)

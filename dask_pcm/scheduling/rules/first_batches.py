@@ -1,7 +1,7 @@
-"""Whether a function fails on every row, judged by the first batches of its input.
+"""A function is taken to fail on every row if the first batches of its input all fail alike.
 
-A row that raises is no reason to end a job; nor is a bad file somewhere in it. A function of which
-nothing has come but the same exception is: the mistake is most likely in the function.
+Single rows that raise do not end a run, and neither does a bad file somewhere in the input. If
+every row so far raised the same type of exception, the bug is most likely in the function.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple
 
-#: So many batches at the beginning of the input decide.
+#: Batches at the beginning of the input that decide.
 N_BATCHES = 3
 
 
 class Failing(NamedTuple):
-    """A part of the input in which no row succeeded, and all raised one type of exception.
+    """A part of the input in which every row raised the same type of exception.
 
     Attributes
     ----------
     n_batches
-        Batches that it was computed in; 0 where it has no rows.
+        Batches of the part; 0 if it has no rows.
     kind
-        The type of the exception; empty where there are no rows.
+        Type of the exception; empty if the part has no rows.
     """
 
     n_batches: int
@@ -30,10 +30,10 @@ class Failing(NamedTuple):
 
 
 class FirstBatches:
-    """Parts of an input, numbered in its order, that are known to fail.
+    """The failing parts of one input, numbered in input order.
 
-    The parts may become known in any order. One that is not known, or in which a row succeeded, is
-    not noted, and what comes after it decides nothing: a bad part late in the input ends no job.
+    Parts may be noted in any order. A part that is unknown, or in which a row succeeded, is not
+    noted; the parts after it then decide nothing. A bad part late in the input thus ends no run.
 
     >>> first = FirstBatches()
     >>> first.note(1, Failing(2, "ValueError"))
@@ -48,11 +48,11 @@ class FirstBatches:
         self._failing: dict[int, Failing] = {}
 
     def note(self, number: int, failing: Failing) -> None:
-        """Part `number` of the input, counted from 0, fails."""
+        """Record that part `number` of the input, counted from 0, fails."""
         self._failing[number] = failing
 
     def is_hopeless(self, n_parts: int | None = None) -> bool:
-        """Whether the first batches failed alike, or all of `n_parts` parts if they have fewer."""
+        """Whether the first ``N_BATCHES`` batches failed alike; or all, if `n_parts` have fewer."""
         n_batches = 0
         kinds: set[str] = set()
         for number in count():
@@ -70,7 +70,7 @@ class FirstBatches:
         raise AssertionError
 
 
-#: Frames that are kept in mind where nothing tells that they are not computed any more.
+#: Frames kept at most, in case `computation` never reports their end.
 _MAX_FRAMES = 100
 
 
@@ -83,13 +83,13 @@ class Position(NamedTuple):
 
 
 class Frames:
-    """What is known of frames that are computed.
+    """First batches of each frame that is being computed.
 
     Parameters
     ----------
     computation
-        Returns an object that is another one for each time that a frame is computed; None where
-        the frame is not computed any more.
+        Returns a token for the current computation of a frame, compared by identity; None if the
+        frame is not being computed. A new token means a new computation, which starts afresh.
     """
 
     def __init__(self, computation: Callable[[str], object | None]) -> None:
@@ -97,7 +97,7 @@ class Frames:
         self._frames: dict[str, tuple[object, FirstBatches]] = {}
 
     def note(self, position: Position, failing: Failing) -> bool:
-        """All rows of a partition failed; return whether that makes the computation hopeless."""
+        """Record that all rows of a partition failed; return whether the input is hopeless."""
         frame, number, n_partitions = position
         self._forget()
         now = self._computation(frame)
@@ -106,12 +106,12 @@ class Frames:
         self._frames[frame] = (now, first)
         first.note(number, failing)
         is_hopeless = first.is_hopeless(n_partitions)
-        if is_hopeless:  # what comes of it afterwards begins anew
+        if is_hopeless:  # tasks still in flight must not fail the next computation
             del self._frames[frame]
         return is_hopeless
 
     def _forget(self) -> None:
-        """Drop frames that are not computed any more, or are computed anew."""
+        """Drop frames whose computation has ended or was replaced, and any beyond the limit."""
         for frame, (then, _) in list(self._frames.items()):
             if self._computation(frame) is not then or len(self._frames) > _MAX_FRAMES:
                 del self._frames[frame]

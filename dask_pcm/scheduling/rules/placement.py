@@ -1,4 +1,4 @@
-"""Earliest finish wins: which worker is given what waits."""
+"""Earliest finish wins: each piece of work goes to the warm worker that would finish it first."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from dask_pcm.scheduling.events import Assign, Group, Work
-from dask_pcm.scheduling.rules.drain_time import DrainTime, offers
-from dask_pcm.scheduling.state.state import Forecast, GateState
+from dask_pcm.scheduling.rules.drain_time import DrainTime, capacities
+from dask_pcm.scheduling.state.decisions import Forecast
+from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 
 
 class _Free(NamedTuple):
-    """A worker with room; where nothing is known of how long anything takes, who has least."""
+    """A worker with room, ordered by backlog; by number of tasks while costs are unknown."""
 
     backlog_s: float
     n_running: int
@@ -22,12 +23,16 @@ class _Free(NamedTuple):
 
 
 class Placement:
-    """One round of handing out what waits.
+    """One round of assignments.
 
     Parameters
     ----------
+    state
+        Updated in place through ``GateState.commit``.
+    now
+        Seconds of the policy's clock.
     pipeline_s
-        Seconds of work that a worker is given ahead of what it does.
+        Seconds of work assigned to a worker beyond the work that fills its lanes.
     """
 
     def __init__(self, state: GateState, now: float, pipeline_s: float) -> None:
@@ -35,13 +40,14 @@ class Placement:
         self._now = now
         self._pipeline_s = pipeline_s
 
-    def assign(self, views: Iterable[WorkerView]) -> None:
-        """Give work to those of `views` that have room, the most urgent first.
+    def assign(self, workers: Iterable[WorkerView]) -> None:
+        """Assign work to those of `workers` that have room, the most urgent group first.
 
-        Each piece goes to whoever is free first, unless that one is slow and would hold up the end.
+        A piece goes to the worker that is free first, unless that worker is so slow that it would
+        delay the end. Urgency changes with each assignment, because clients share by service.
         """
         state = self._state
-        free = self._free(views)
+        free = self._free(workers)
         urgent = [(state.urgency(group), number, group) for number, group in enumerate(free)]
         heapq.heapify(urgent)
         while urgent:
@@ -49,16 +55,16 @@ class Placement:
             if self._next(group, free[group]) and state.peek(group) is not None:
                 heapq.heappush(urgent, (state.urgency(group), number, group))
 
-    def _free(self, views: Iterable[WorkerView]) -> dict[Group, list[_Free]]:
-        """Workers with room, by the groups whose work they could take; each a heap."""
+    def _free(self, workers: Iterable[WorkerView]) -> dict[Group, list[_Free]]:
+        """A heap of workers with room, for each group whose work they may run."""
         state = self._state
         free: dict[Group, list[_Free]] = {}
-        for view in views:
+        for view in workers:
             if not self._has_room(view):
                 state.roomy.pop(view.address, None)
                 continue
             state.roomy[view.address] = None
-            groups = [group for group in self._waiting_for(view) if state.may_serve(view, group)]
+            groups = [group for group in self._waiting_for(view) if state.can_serve(view, group)]
             if groups:
                 backlog_s = state.backlog_s(view, self._now)
                 entry = _Free(backlog_s, len(view.running), view.address)
@@ -69,27 +75,28 @@ class Placement:
         return free
 
     def _waiting_for(self, view: WorkerView) -> Iterable[Group]:
-        """Groups with work that waits for some context that a worker has."""
-        by_context, standings = self._state.waiting.by_context, view.tiers
-        if len(standings) <= len(by_context):
-            wanted = [context for context in standings if context in by_context]
+        """Groups with waiting work for some context that a worker has on any tier."""
+        by_context, tiers = self._state.waiting.by_context, view.tiers
+        # Iterate over the smaller side: this runs for every worker at every event.
+        if len(tiers) <= len(by_context):
+            wanted = [context for context in tiers if context in by_context]
         else:
-            wanted = [context for context in by_context if context in standings]
+            wanted = [context for context in by_context if context in tiers]
         if len(wanted) == 1:
             return by_context[wanted[0]]
         return dict.fromkeys(group for context in wanted for group in by_context[context])
 
     def _has_room(self, view: WorkerView) -> bool:
-        """Whether a worker takes more: a lane is free, or what it has would hardly last."""
+        """Whether a lane is free, or the assigned work lasts less than `pipeline_s`."""
         if len(view.running) < view.n_lanes:
-            return not view.is_taken
-        given_s = self._state.given_s(view)
-        return given_s is not None and given_s < self._pipeline_s and not view.is_taken
+            return not view.has_isolated_work
+        given_s = view.given_s(self._state.cost)
+        return given_s is not None and given_s < self._pipeline_s and not view.has_isolated_work
 
     def _next(self, group: Group, heap: list[_Free]) -> bool:
-        """Give one piece of a group's work to whoever is free first, if anybody should have it."""
+        """Assign one piece of a group's work, if some worker should run it; return whether."""
         state, now = self._state, self._now
-        doomed: list[WorkerView] = []
+        ending: list[WorkerView] = []
         while heap:
             entry = heapq.heappop(heap)
             view = state.workers[entry.address]
@@ -97,7 +104,7 @@ class Placement:
                 continue
             backlog_s = state.backlog_s(view, now)
             current = _Free(backlog_s, len(view.running), view.address)
-            if current > entry:  # it has been given other work meanwhile
+            if current > entry:  # stale: it was assigned other work in this round
                 heapq.heappush(heap, current)
                 continue
             work = state.peek(group, view.device)
@@ -106,15 +113,16 @@ class Placement:
             seconds = (state.row_s(group, view, now) or 0.0) * work.n_rows
             finish_s = backlog_s + state.lasting_s(view, seconds, now + backlog_s)
             if math.isinf(finish_s):
-                doomed.append(view)
+                ending.append(view)
             elif self._is_in_time(group, finish_s, work.n_rows):
                 self._give(work, view, heap, finish_s)
                 return True
-        return self._last_resort(group, doomed, heap)
+        return self._last_resort(group, ending, heap)
 
     def _give(self, work: Work, view: WorkerView, heap: list[_Free], finish_s: float) -> None:
+        """Assign work to a worker, and put the worker back on the heap if it still has room."""
         state, now = self._state, self._now
-        state.decide(Assign(work.key, view.address), now, finish_s, work.n_rows)
+        state.commit(Assign(work.key, view.address), now, finish_s, work.n_rows)
         if self._has_room(view):
             entry = _Free(state.backlog_s(view, now), len(view.running), view.address)
             heapq.heappush(heap, entry)
@@ -122,26 +130,32 @@ class Placement:
             state.roomy.pop(view.address, None)
 
     def _is_in_time(self, group: Group, finish_s: float, n_rows: float) -> bool:
-        """Whether nothing is held up: else whoever is fastest takes it, once done with the rest."""
+        """Whether finishing in `finish_s` seconds does not delay the end.
+
+        It does if the fastest worker could run the piece after everything else and end sooner.
+        """
         state, now = self._state, self._now
         forecast = state.forecasts.get(group)
         if forecast is None or forecast.plan < state.n_plans:
             if forecast is not None:
-                # There is far more to do than would be held up: nobody needs to be looked at.
+                # Plenty of work is left, so the end is far away: skip the look at all workers.
                 rows_each = state.rows_ahead(group) / len(state.workers)
                 if finish_s < rows_each * forecast.fastest_row_s:
                     return True
-            made = offers(state, group, state.candidates(group), now)
-            water = DrainTime(state.rows_ahead(group), made)
-            forecast = Forecast(state.n_plans, now + water.seconds, water.fastest_row_s)
+            serving = capacities(state, group, state.candidates(group), now)
+            drain = DrainTime(state.rows_ahead(group), serving)
+            forecast = Forecast(state.n_plans, now + drain.seconds, drain.fastest_row_s)
             state.forecasts[group] = forecast
         latest_at = forecast.drained_at + forecast.fastest_row_s * n_rows
         return now + finish_s <= latest_at + 1e-3 * finish_s
 
-    def _last_resort(self, group: Group, doomed: list[WorkerView], heap: list[_Free]) -> bool:
-        """What no worker lasts for goes to the one that lasts longest: some of it gets done."""
-        doomed = [view for view in doomed if not view.is_draining]
-        if not doomed:
+    def _last_resort(self, group: Group, ending: list[WorkerView], heap: list[_Free]) -> bool:
+        """Assign work that no worker lasts for to the one that lasts longest.
+
+        Row-wise work journals its finished batches, so this makes progress.
+        """
+        ending = [view for view in ending if not view.is_draining]
+        if not ending:
             return False
         state, now = self._state, self._now
         work = state.peek(group)
@@ -149,27 +163,27 @@ class Placement:
         for view in state.candidates(group):
             seconds = (state.row_s(group, view, now) or 0.0) * work.n_rows
             if view.holds(group.contexts) and now + seconds <= view.ends_at:
-                return False  # it waits for that one
-        self._give(work, max(doomed, key=lambda view: view.ends_at), heap, math.inf)
+                return False  # this worker lasts long enough; wait until it has room
+        self._give(work, max(ending, key=lambda view: view.ends_at), heap, math.inf)
         return True
 
 
 def _is_for(view: WorkerView, group: Group) -> bool:
-    """Whether a worker that is kept for some work, or is to be empty, may take this."""
+    """Whether reservations allow work of a group on a worker; isolated work needs it empty."""
     if group.is_isolated:
         return not view.running and view.reserved_for in (None, group)
     return view.reserved_for is None
 
 
-def keep(state: GateState, now: float) -> None:
-    """Have a worker run empty for each group whose work needs one for itself.
+def reserve_workers(state: GateState, now: float) -> None:
+    """Reserve a worker for each group of isolated work, so that it runs empty.
 
-    One that lasts for it; where none does, the one that lasts longest.
+    Prefers a worker that lasts for the work; if there is none, the one that lasts longest.
     """
     for view in state.workers.values():
         group = view.reserved_for
         if group is not None and not (
-            group in state.waiting.queues and state.may_serve(view, group)
+            group in state.waiting.queues and state.can_serve(view, group)
         ):
             view.reserved_for = None
     for group in state.waiting.queues:
@@ -178,23 +192,23 @@ def keep(state: GateState, now: float) -> None:
         serving = [
             view
             for view in state.candidates(group)
-            if view.reserved_for in (None, group) and state.may_serve(view, group)
+            if view.reserved_for in (None, group) and state.can_serve(view, group)
         ]
         lasting = [view for view in serving if _lasts(state, view, group, now)]
         longest = sorted((v for v in serving if not v.is_draining), key=lambda view: view.ends_at)[
             -1:
         ]
         fit = lasting or longest
-        kept = [view for view in fit if view.reserved_for == group]
+        reserved = [view for view in fit if view.reserved_for == group]
         for view in serving:
             view.reserved_for = None
         if fit:
-            best = kept or [min(fit, key=lambda view: state.backlog_s(view, now))]
+            best = reserved or [min(fit, key=lambda view: state.backlog_s(view, now))]
             best[0].reserved_for = group
 
 
 def _lasts(state: GateState, view: WorkerView, group: Group, now: float) -> bool:
-    """Whether a worker could do a group's next work before it ends, once it is empty."""
+    """Whether a worker, once empty, could finish a group's next work before it ends."""
     work = state.peek(group)
     assert work is not None
     seconds = (state.row_s(group, view, now) or 0.0) * work.n_rows

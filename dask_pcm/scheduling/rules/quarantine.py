@@ -1,4 +1,4 @@
-"""What repeated failures mean: a context is given up, or a node is left alone for a while."""
+"""Repeated failed loads quarantine a node or give up a context, whichever they incriminate."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 from dask_pcm.tiers import Tier
 
-#: A context that fails otherwise each time is tried so many times as often.
+#: A context that fails with a different error each time gets this many times as many attempts.
 _PATIENCE = 3
 
 
-def shun(state: GateState, now: float) -> Iterator[Quarantine]:
-    """Leave nodes alone on which everything fails; welcome those that have been for long enough.
+def quarantine_nodes(state: GateState, now: float) -> Iterator[Quarantine]:
+    """Quarantine nodes on which everything fails, and end the quarantines that are over.
 
-    A failure tells of the node, and not of what was loaded, where the device cannot be used, or
-    where the same has been loaded elsewhere. What is warm on a node shows that not all of it is
-    broken.
+    A failure incriminates the node, not the context, if the device cannot be used or if the same
+    context has loaded elsewhere. A node with a warm context is not quarantined: part of it works.
     """
     failures = state.failures
-    for address, context in failures.rested(now):
-        rested = state.workers.get(address)
-        if rested is not None and rested.tiers.get(context) is Tier.FAILED:
-            del rested.tiers[context]
-    for host in failures.welcome(now):
+    for address, context in failures.end_back_offs(now):
+        worker = state.workers.get(address)
+        if worker is not None and worker.tiers.get(context) is Tier.FAILED:
+            del worker.tiers[context]
+    for host in failures.end_quarantines(now):
         for view in state.workers.values():
             if view.host == host:
                 for context, tier in list(view.tiers.items()):
@@ -37,71 +36,79 @@ def shun(state: GateState, now: float) -> Iterator[Quarantine]:
         if any(tier is Tier.DEVICE for view in here for tier in view.tiers.values()):
             del failures.of_host[host]
         else:
-            yield Quarantine(host, failures.next_shun_s(host), failed[-1][2])
+            yield Quarantine(host, failures.next_quarantine_s(host), failed[-1][2])
 
 
 def give_up(
-    state: GateState, group: Group, views: Sequence[WorkerView], n_load_attempts: int
+    state: GateState, group: Group, workers: Sequence[WorkerView], n_load_attempts: int
 ) -> Iterator[Action]:
-    """Fail the work whose contexts could not be had together, however often it was tried.
+    """Fail a group's work after enough failed loads, unless some worker holds all its contexts.
 
     Parameters
     ----------
-    views
-        Its candidates.
+    workers
+        Candidates of the group.
+    n_load_attempts
+        Failed loads, on as many nodes if there are, after which a context is given up.
     """
-    if all(device_error(state, view, group) is not None for view in views):
-        yield from _give_up_devices(state, group, views, n_load_attempts)
+    if all(device_error(state, view, group) is not None for view in workers):
+        yield from _give_up_devices(state, group, workers, n_load_attempts)
         return
-    failed = [context for view in views if (context := view.failed(group.contexts)) is not None]
-    if not failed or is_hopeful(views, group):
+    failed = [context for view in workers if (context := view.failed(group.contexts)) is not None]
+    if not failed or is_hopeful(workers, group):
         return
     failures = state.failures
     worst = max(failed, key=lambda context: len(failures.of_context.get(context, ())))
-    if worst in failures.given_up or _has_failed_enough(state, worst, views, n_load_attempts):
-        yield from (Fail(key, worst, failures.errors[worst]) for key in state.keys(group))
+    if worst in failures.given_up or _has_failed_enough(state, worst, workers, n_load_attempts):
+        yield from (Fail(key, worst, failures.errors[worst]) for key in state.waiting.keys(group))
         yield LoadsGivenUp(worst)
 
 
 def _give_up_devices(
-    state: GateState, group: Group, views: Sequence[WorkerView], n_load_attempts: int
+    state: GateState, group: Group, workers: Sequence[WorkerView], n_load_attempts: int
 ) -> Iterator[Action]:
-    """No device can be used, and each node, or worker of one that is not left alone, was tried."""
+    """Fail a group's work if no device can be used and every node has been tried often enough.
+
+    A node counts by its quarantines; a worker on a node excluded quarantine, by its back-offs.
+    """
     failures = state.failures
     allowed = state.workers.keys() if group.allowed is None else group.allowed
     there = [view for view in state.workers.values() if view.address in allowed]
     hosts = {view.host for view in there if not view.is_paused}
-    alone = hosts - {view.host for view in views}
-    if not hosts or not alone <= failures.shunned.keys() or is_hopeful(views, group):
+    excluded = hosts - {view.host for view in workers}
+    if not hosts or not excluded <= failures.quarantined.keys() or is_hopeful(workers, group):
         return
-    n_tried = [failures.n_shunned[host] for host in alone]
+    n_tried = [failures.n_quarantines[host] for host in excluded]
     n_tried += [
-        failures.n_rested[view.address, context]
-        for view in views
+        failures.n_back_offs[view.address, context]
+        for view in workers
         for context in group.contexts
         if (view.address, context) in failures.of_device
     ]
     if min(n_tried) < n_load_attempts:
         return
-    said = {failures.shunned[host].error for host in alone}
-    said |= {error for view in views if (error := device_error(state, view, group)) is not None}
+    said = {failures.quarantined[host].error for host in excluded}
+    said |= {error for view in workers if (error := device_error(state, view, group)) is not None}
     context = group.contexts[0]
     errors = "\n".join(sorted(said))
-    error = f"No node can be used, and all have been tried {n_load_attempts} times:\n{errors}"
-    yield from (Fail(key, context, error) for key in state.keys(group))
+    error = f"No node has a usable device; each was tried {n_load_attempts} times:\n{errors}"
+    yield from (Fail(key, context, error) for key in state.waiting.keys(group))
     yield LoadsGivenUp(context)
 
 
 def _has_failed_enough(
-    state: GateState, context: str, views: Sequence[WorkerView], n_load_attempts: int
+    state: GateState, context: str, workers: Sequence[WorkerView], n_load_attempts: int
 ) -> bool:
-    """Whether it failed the same way on so many nodes, as far as there are; or all too often."""
+    """Whether a context failed the same way on `n_load_attempts` nodes, or in any way too often.
+
+    With fewer nodes than that, failures on all of them suffice.
+    """
     failures = state.failures.of_context.get(context, [])
     if len(failures) >= _PATIENCE * n_load_attempts:
         return True
-    n_nodes = min(n_load_attempts, len({view.host for view in views}))
+    n_nodes = min(n_load_attempts, len({view.host for view in workers}))
     kinds = {kind for _, kind in failures} - {DEVICE}
-    if state.cost.has_loaded(context):  # whoever ends the process is another
+    if state.cost.has_loaded(context):  # it does not end its process, so something else did
         kinds.discard(END_OF_PROCESS)
     for kind in kinds:
         nodes = [host for host, its_kind in failures if its_kind == kind]
@@ -111,19 +118,19 @@ def _has_failed_enough(
 
 
 def device_error(state: GateState, view: WorkerView, group: Group) -> str | None:
-    """What a worker said when its device could not be used for what a group needs."""
+    """The error of a worker whose device could not be used for a group's contexts, or None."""
     of_device = state.failures.of_device
     return next((e for c in group.contexts if (e := of_device.get((view.address, c)))), None)
 
 
 def n_failures(state: GateState, view: WorkerView, group: Group) -> int:
-    """How often what a group needs has failed on the node of a worker."""
+    """Failed loads of a group's contexts on the node of a worker."""
     of_context = state.failures.of_context
     if not of_context:
         return 0
     return sum(host == view.host for c in group.contexts for host, _ in of_context.get(c, ()))
 
 
-def is_hopeful(views: Sequence[WorkerView], group: Group) -> bool:
-    """Whether some worker holds all contexts of a group, or is about to."""
-    return any(view.has(group.contexts) for view in views)
+def is_hopeful(workers: Sequence[WorkerView], group: Group) -> bool:
+    """Whether some worker holds all contexts of a group, or is loading them."""
+    return any(view.has(group.contexts) for view in workers)

@@ -1,4 +1,4 @@
-"""Which workers are worth warming: those that would be ready before the work has drained."""
+"""Warm a worker if it would be ready before the group's work has drained."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dask_pcm.scheduling.events import Group, Load
-from dask_pcm.scheduling.rules.drain_time import DrainTime, drain_s, offers
-from dask_pcm.scheduling.rules.eviction import Demand, make_room, room
+from dask_pcm.scheduling.rules.drain_time import DrainTime, capacities, drain_s
+from dask_pcm.scheduling.rules.eviction import Demand, find_victims, make_room
 from dask_pcm.scheduling.rules.quarantine import device_error, is_hopeful, n_failures
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 
-#: A worker changes sides only if all are done within this share of the time.
+#: A worker that serves others changes over only if all work then drains within this share of the
+#: time that it would take otherwise.
 _GAIN = 0.8
 
 
@@ -24,99 +25,100 @@ class _Cold:
     Attributes
     ----------
     ready_s
-        Seconds until it would be.
-    leaving
-        Contexts that would have to make room.
+        Seconds until it would be warm.
+    evicting
+        Contexts that would be evicted.
     is_contested
-        Whether others have work for these.
+        Whether one of these has waiting work.
     n_failures
-        How often what is needed has failed on its node.
+        Failed loads of the group's contexts on its node.
     """
 
     view: WorkerView
     ready_s: float
-    leaving: list[str]
+    evicting: list[str]
     is_contested: bool
     n_failures: int
 
 
 def warm(
-    state: GateState, group: Group, views: Sequence[WorkerView], claims: Demand, now: float
+    state: GateState, group: Group, workers: Sequence[WorkerView], demand: Demand, now: float
 ) -> None:
-    """Warm cold workers for as long as each would be ready before the work has drained."""
+    """Warm cold workers, one more as long as it would be ready before the work has drained."""
     n_rows = state.rows_ahead(group)
     if not n_rows:
         return
-    could = [v for v in views if not v.has(group.contexts) and not v.failed(group.contexts)]
+    could = [v for v in workers if not v.has(group.contexts) and not v.failed(group.contexts)]
     is_given_up = not state.failures.given_up.isdisjoint(group.contexts)
-    if not could and not is_given_up and not is_hopeful(views, group):
-        # Every worker has failed to load: that need not be for good. Where it is the device, it is
-        # asked again only once it has rested.
-        could = [view for view in views if device_error(state, view, group) is None]
+    if not could and not is_given_up and not is_hopeful(workers, group):
+        # Every worker has failed to load, perhaps for a transient reason: try again. A device
+        # that cannot be used is tried again only after its back-off.
+        could = [view for view in workers if device_error(state, view, group) is None]
     if not could:
         return
-    cold = list(_cold(state, group, could, claims, now))
-    made = offers(state, group, views, now)
-    water = DrainTime(n_rows, made)
-    drained_s = water.seconds
+    cold = list(_cold(state, group, could, demand, now))
+    serving = capacities(state, group, workers, now)
+    drain = DrainTime(n_rows, serving)
+    drained_s = drain.seconds
     free = [one for one in cold if not one.is_contested]
-    if _mean_row_s(state, group, views, now) is None:
+    if _mean_row_s(state, group, workers, now) is None:
         lasting = [one for one in free if now + one.ready_s < one.view.ends_at]
-        chosen = _for_each_piece(state, group, views, lasting or free, len(made))
+        chosen = _for_each_piece(state, group, workers, lasting or free, len(serving))
     else:
-        chosen = _that_pay(state, group, views, free, water, now)
+        chosen = _that_pay(state, group, workers, free, drain, now)
     if not chosen:
-        # Others are at work wherever it could go: one worker at a time changes sides.
+        # Every possible worker serves others: change over one at a time, so that the next plan
+        # sees the effect before it takes another.
         contested = sorted((c for c in cold if c.is_contested), key=lambda c: c.ready_s)
-        changing = [one for one in contested if group in one.view.leaving.values()]
+        changing = [one for one in contested if group in one.view.evicting.values()]
         chosen = changing or [
-            one for one in contested[:1] if _pays(state, group, one, claims, made, now)
+            one for one in contested[:1] if _pays(state, group, one, demand, serving, now)
         ]
     for one in chosen:
         view = one.view
-        for action in list(make_room(state, view, group, one.leaving)):
-            state.decide(action, now)
-        if not view.in_use().intersection(one.leaving):
+        for action in list(make_room(state, view, group, one.evicting)):
+            state.commit(action, now)
+        if not view.in_use().intersection(one.evicting):
             for context in view.missing(group.contexts):
-                state.decide(Load(view.address, context), now, one.ready_s, drained_s)
+                state.commit(Load(view.address, context), now, one.ready_s, drained_s)
 
 
 def _cold(
-    state: GateState, group: Group, views: Sequence[WorkerView], claims: Demand, now: float
+    state: GateState, group: Group, workers: Sequence[WorkerView], demand: Demand, now: float
 ) -> Iterator[_Cold]:
-    for view in views:
-        leaving = room(state, view, group, claims, now)
-        if view.is_draining or leaving is None:
+    for view in workers:
+        evicting = find_victims(state, view, group, demand, now)
+        if view.is_draining or evicting is None:
             continue
         missing_s = sum(state.warm_s(view, context) for context in view.missing(group.contexts))
         ready_s = state.backlog_s(view, now) + state.expected_s(view, missing_s, now)
-        urgencies = (claims.urgency(context, view.address) for context in leaving)
+        urgencies = (demand.urgency(context, view.address) for context in evicting)
         is_contested = any(urgency is not None for urgency in urgencies)
-        yield _Cold(view, ready_s, leaving, is_contested, n_failures(state, view, group))
+        yield _Cold(view, ready_s, evicting, is_contested, n_failures(state, view, group))
 
 
 def _mean_row_s(
-    state: GateState, group: Group, views: Sequence[WorkerView], now: float
+    state: GateState, group: Group, workers: Sequence[WorkerView], now: float
 ) -> float | None:
-    known = [s for view in views if (s := state.row_s(group, view, now)) is not None]
+    known = [s for view in workers if (s := state.row_s(group, view, now)) is not None]
     return sum(known) / len(known) if known else None
 
 
 def _for_each_piece(
     state: GateState,
     group: Group,
-    views: Sequence[WorkerView],
+    workers: Sequence[WorkerView],
     free: Sequence[_Cold],
-    n_offers: int,
+    n_serving: int,
 ) -> list[_Cold]:
-    """Nothing is known yet: a worker for each piece of work.
+    """Choose one worker per piece of work, while the cost of a row is unknown.
 
-    Where one is warm, it will soon show what a row takes.
+    None if some worker is warm already: it will soon measure the cost.
     """
-    is_warm = any(view.serves(group.contexts) for view in views)
-    n_wanted = 0 if is_warm else max(0, state.works_ahead(group) - n_offers)
+    is_warm = any(view.serves(group.contexts) for view in workers)
+    n_wanted = 0 if is_warm else max(0, state.works_ahead(group) - n_serving)
     if free and all(one.view.failed(group.contexts) is not None for one in free):
-        n_wanted = min(n_wanted, 1)  # once more, but not all at once
+        n_wanted = min(n_wanted, 1)  # retry on one worker only
 
     def ease(one: _Cold) -> tuple[int, int, int]:
         return one.n_failures, len(one.view.running), len(one.view.tiers)
@@ -127,13 +129,16 @@ def _for_each_piece(
 def _that_pay(
     state: GateState,
     group: Group,
-    views: Sequence[WorkerView],
+    workers: Sequence[WorkerView],
     free: Sequence[_Cold],
-    water: DrainTime,
+    drain: DrainTime,
     now: float,
 ) -> list[_Cold]:
-    """Those that will do a piece before all is done, and before they end; added to `water`."""
-    mean_s = _mean_row_s(state, group, views, now)
+    """Choose workers that would finish a unit before the work has drained and before they end.
+
+    Each one chosen is added to `drain`, so the next must be ready before an earlier drain time.
+    """
+    mean_s = _mean_row_s(state, group, workers, now)
     assert mean_s is not None
     work = state.peek(group)
     unit_rows = work.n_rows if work else 1.0
@@ -142,11 +147,12 @@ def _that_pay(
         row_s = state.row_s(group, one.view, now) or mean_s
         if now + one.ready_s + row_s * unit_rows > one.view.ends_at:
             continue
-        if one.ready_s + mean_s * unit_rows >= water.seconds:
+        if one.ready_s + mean_s * unit_rows >= drain.seconds:
             continue
-        water.add(one.ready_s, row_s)
+        drain.add(one.ready_s, row_s)
         chosen.append(one)
-    if not chosen and free and math.isinf(water.seconds):  # nobody lasts, and nobody else is there
+    if not chosen and free and math.isinf(drain.seconds):
+        # No worker lasts for a unit and none is warm: the one that lasts longest makes progress.
         chosen = [max(free, key=lambda one: one.view.ends_at)]
     return chosen
 
@@ -155,15 +161,15 @@ def _pays(
     state: GateState,
     group: Group,
     one: _Cold,
-    claims: Demand,
-    made: Sequence[tuple[float, float]],
+    demand: Demand,
+    serving: Sequence[tuple[float, float]],
     now: float,
 ) -> bool:
-    """Whether a worker that serves others should serve a group: all would be done sooner.
+    """Whether a worker that serves others should change over to `group`: all drain sooner.
 
-    A group that nobody serves has its turn in any case.
+    Always, if no worker serves the group: its turn has come (see ``eviction``).
     """
-    if not made:
+    if not serving:
         return True
     rows_s = [s for s in (state.row_s(group, other, now) for other in state.candidates(group)) if s]
     if not rows_s:
@@ -172,18 +178,18 @@ def _pays(
     warm_s = sum(state.warm_s(view, context) for context in view.missing(group.contexts))
     own = (warm_s, state.row_s(group, view, now) or sum(rows_s) / len(rows_s))
     n_rows = state.rows_ahead(group)
-    before_s, after_s = drain_s(n_rows, made), drain_s(n_rows, [*made, own])
-    for rival in claims.groups(one.leaving):
+    before_s, after_s = drain_s(n_rows, serving), drain_s(n_rows, [*serving, own])
+    for rival in demand.groups(one.evicting):
         servers = state.candidates(rival)
         others = [other for other in servers if other is not view]
         n_rows = state.rows_ahead(rival)
-        before_s = max(before_s, drain_s(n_rows, offers(state, rival, servers, now)))
-        after_s = max(after_s, drain_s(n_rows, offers(state, rival, others, now)))
+        before_s = max(before_s, drain_s(n_rows, capacities(state, rival, servers, now)))
+        after_s = max(after_s, drain_s(n_rows, capacities(state, rival, others, now)))
     return after_s < _GAIN * before_s
 
 
 def n_threads(n_cores: int, n_neighbors: int) -> int:
-    """A worker's share of the cores that it and its neighbors on the host may run on.
+    """Threads for one of `n_neighbors` workers that share `n_cores` cores of a host.
 
     >>> n_threads(8, 2), n_threads(1, 4), n_threads(4, 0)
     (4, 1, 4)

@@ -1,1 +1,1 @@
-"""What the policy knows: workers, contexts, runs and work that waits."""
+"""The state that the policy decides on: workers, contexts, runs and waiting work."""

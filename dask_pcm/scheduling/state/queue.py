@@ -1,4 +1,4 @@
-"""Work that waits at the gate, in the order in which it is to go."""
+"""Work that waits at the gate, ordered by priority and then by arrival."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import TypeAlias
 
 from dask_pcm.scheduling.events import Group, Work
 
-#: (priority, order of arrival, key); keys that wait no more, or elsewhere, are stale.
+#: (priority, order of arrival, key). Entries are removed lazily: an entry whose key has left the
+#: queue, or has moved to another group, is stale and skipped.
 _Entry: TypeAlias = tuple[tuple[float, ...], int, object]
 
 
 @dataclass(slots=True)
-class Queue:
-    """Waiting work of one group, apart by the device model that each piece was cut for."""
+class GroupQueue:
+    """Waiting work of one group: a heap for each device model that pieces were cut for."""
 
     heaps: dict[str, list[_Entry]] = field(default_factory=dict)
     n_rows: float = 0.0
@@ -24,12 +25,12 @@ class Queue:
 
 
 @dataclass(slots=True)
-class Waiting:
-    """All work that waits, by group and by key."""
+class WorkQueue:
+    """All waiting work, indexed by group, by key and by context."""
 
     works: dict[object, Work] = field(default_factory=dict)
-    queues: dict[Group, Queue] = field(default_factory=dict)
-    #: Groups in which work waits, by each context that they need.
+    queues: dict[Group, GroupQueue] = field(default_factory=dict)
+    #: Groups with waiting work, by each context that they need.
     by_context: dict[str, dict[Group, None]] = field(default_factory=dict)
     _order: Iterator[int] = field(default_factory=itertools.count)
 
@@ -40,13 +41,13 @@ class Waiting:
         return key in self.works
 
     def add(self, work: Work) -> bool:
-        """More work waits; answered with whether it is the first of its group."""
+        """Add work, replacing work of the same key; return whether it is the first of its group."""
         self.remove(work.key)
         self.works[work.key] = work
         queue = self.queues.get(work.group)
         is_first = queue is None
         if queue is None:
-            queue = self.queues[work.group] = Queue()
+            queue = self.queues[work.group] = GroupQueue()
             for context in work.group.contexts:
                 self.by_context.setdefault(context, {})[work.group] = None
         heap = queue.heaps.setdefault(work.cut_for, [])
@@ -56,7 +57,7 @@ class Waiting:
         return is_first
 
     def remove(self, key: object) -> Work | None:
-        """It waits no more; None where it did not."""
+        """Remove and return the work of a key; None if it does not wait."""
         work = self.works.pop(key, None)
         if work is None:
             return None
@@ -73,9 +74,10 @@ class Waiting:
         return work
 
     def peek(self, group: Group, device: str = "") -> Work | None:
-        """The next work of a group for a device: what was cut for it before what was not.
+        """The next work of a group for a device model; it stays in the queue.
 
-        What users have put first goes first all the same.
+        Work cut for this device precedes work cut for any, and that precedes work cut for another.
+        The user's own priority, the first number of `priority`, precedes all of these.
         """
         queue = self.queues.get(group)
         if queue is None:
@@ -88,13 +90,16 @@ class Waiting:
                 continue
             if len(queue.heaps) == 1:
                 return work
+            # Of work cut for another device, take the smallest piece: if this device is slower,
+            # a large piece would delay the end.
             fit = 0 if cut_for == device else 1 + bool(cut_for)
             rank = (work.priority[:1], fit, work.n_rows if fit == 2 else 0.0, work.priority)
             if best is None or rank < best_rank:
                 best, best_rank = work, rank
         return best
 
-    def _head(self, queue: Queue, group: Group, cut_for: str) -> Work | None:
+    def _head(self, queue: GroupQueue, group: Group, cut_for: str) -> Work | None:
+        """The first live entry of a heap; drops stale entries, and the heap once it is empty."""
         heap = queue.heaps[cut_for]
         while heap:
             work = self.works.get(heap[0][2])
@@ -105,7 +110,7 @@ class Waiting:
         return None
 
     def keys(self, group: Group) -> list[object]:
-        """Keys of the work of a group, the next one first."""
+        """Keys of a group's waiting work, the next one first."""
         queue = self.queues.get(group)
         if queue is None:
             return []
@@ -114,11 +119,12 @@ class Waiting:
         return [key for key, work in works if work is not None and work.group == group]
 
     def rows(self, group: Group) -> float:
+        """Rows of a group that wait."""
         queue = self.queues.get(group)
         return queue.n_rows if queue else 0.0
 
     def validate(self) -> None:
-        """Raise AssertionError where the books contradict themselves."""
+        """Raise AssertionError if the indexes disagree with the waiting work."""
         for group, queue in self.queues.items():
             works = [work for work in self.works.values() if work.group == group]
             assert queue.n_works == len(works) > 0, group

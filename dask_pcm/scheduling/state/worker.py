@@ -1,4 +1,4 @@
-"""A worker as the gate sees it."""
+"""A worker as the gate sees it: residencies, assigned work and expected end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dask_pcm.scheduling.events import Group, Work
+from dask_pcm.scheduling.learned.cost import CostModel
 from dask_pcm.tiers import ON_DEVICE, Tier
 
 K = TypeVar("K", bound=Hashable)
@@ -15,7 +16,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(slots=True)
 class WorkerView:
-    """A worker: what it holds, what it was given, and how long it will be there."""
+    """The gate's view of one worker; it lags behind the worker by the messages in flight."""
 
     address: str
     n_lanes: int
@@ -24,42 +25,42 @@ class WorkerView:
     device: str = ""
     pool: str = ""
     joined_at: float = 0.0
-    #: When the batch system ends it, as far as that is known.
+    #: When the batch system ends the worker; infinity if unknown.
     ends_at: float = math.inf
-    #: Whether it has been told of its end.
+    #: Whether the worker has had notice of its end.
     is_draining: bool = False
     is_paused: bool = False
-    #: What is cold has none.
+    #: Tier of each context; an absent context has no entry.
     tiers: dict[str, Tier] = field(default_factory=dict)
-    #: What takes room on the device, as far as sizes are known.
+    #: Bytes of contexts on the device, warm or loading, as far as sizes are known.
     taken_bytes: int = 0
     running: dict[object, Work] = field(default_factory=dict)
-    #: Rows, and pieces of work, on their way or in work, by group.
+    #: Rows and pieces of work assigned and not ended, by group.
     n_rows: dict[Group, float] = field(default_factory=dict)
     n_works: dict[Group, int] = field(default_factory=dict)
-    #: When what is running now began to be worked on: the last finish, or the first assignment.
+    #: When the current work began: at the last finish, or at the first assignment.
     busy_since: float = 0.0
-    #: Seconds of work that had been done by then on what still runs: lanes take turns.
+    #: Seconds of work already done at `busy_since` on what still runs, because lanes alternate.
     ahead_s: float = 0.0
-    #: Rows finished since `busy_since`, by group; turned into costs by ``GateState.settle``.
+    #: Rows finished since `busy_since`, by group; ``settle`` turns them into costs.
     finished: dict[Group, float] = field(default_factory=dict)
-    #: When each load that is under way was asked for.
+    #: When each load in flight was requested.
     loading_since: dict[str, float] = field(default_factory=dict)
-    #: Those of them that the worker has begun.
+    #: Loads in flight that the worker has begun.
     begun: set[str] = field(default_factory=set)
-    #: How long each was expected to take.
+    #: Expected duration of each load, in seconds.
     loading_s: dict[str, float] = field(default_factory=dict)
-    #: When work that needs a context was last begun or ended here, or the context became warm.
+    #: When work that needs a context last began or ended here, or the context became warm.
     used_at: dict[str, float] = field(default_factory=dict)
     #: Since when each context has been warm.
     warm_since: dict[str, float] = field(default_factory=dict)
-    #: Contexts that are to make room as soon as what needs them here has ended, and for whom.
-    leaving: dict[str, Group] = field(default_factory=dict)
-    #: Work that needs this worker for itself, and waits until it is empty.
+    #: Contexts to be evicted once the work that needs them has ended, and for which group.
+    evicting: dict[str, Group] = field(default_factory=dict)
+    #: Group of isolated work that waits for this worker to be empty.
     reserved_for: Group | None = None
 
     def give(self, work: Work, now: float) -> None:
-        """It is given a piece of work."""
+        """Record that `work` was assigned to this worker."""
         if not self.running:
             self.busy_since, self.ahead_s = now, 0.0
         self.running[work.key] = work
@@ -67,7 +68,7 @@ class WorkerView:
         self.n_works[work.group] = self.n_works.get(work.group, 0) + 1
 
     def take(self, key: object) -> Work:
-        """A piece of work is not there any more."""
+        """Remove a piece of work from this worker, and return it."""
         work = self.running.pop(key)
         self.n_rows[work.group] -= work.n_rows
         self.n_works[work.group] -= 1
@@ -76,24 +77,25 @@ class WorkerView:
         return work
 
     def begun_of(self, priorities: Mapping[K, tuple[float, ...]]) -> list[K]:
-        """Of tasks that it had, those that it had begun: as many as lanes, the first to go."""
+        """Select the tasks that the worker had begun: the first by priority, one per lane."""
         return sorted(priorities, key=lambda key: priorities[key])[: self.n_lanes]
 
     def serves(self, contexts: tuple[str, ...]) -> bool:
-        """Whether work that needs these may be sent here now."""
+        """Whether work that needs `contexts` may be assigned: all warm, none to be evicted."""
         if not self.holds(contexts):
             return False
-        return not self.leaving or not any(context in self.leaving for context in contexts)
+        return not self.evicting or not any(context in self.evicting for context in contexts)
 
     def in_use(self) -> set[str]:
-        """Contexts that what was sent here needs."""
+        """Contexts that the assigned work needs."""
         return {context for group in self.n_rows for context in group.contexts}
 
     def holds(self, contexts: tuple[str, ...]) -> bool:
+        """Whether all of `contexts` are warm."""
         return all(self.tiers.get(context) is Tier.DEVICE for context in contexts)
 
     def has(self, contexts: tuple[str, ...]) -> bool:
-        """Whether it holds these, or is about to."""
+        """Whether all of `contexts` are warm or loading."""
         return all(self.tiers.get(context) in ON_DEVICE for context in contexts)
 
     def missing(self, contexts: tuple[str, ...]) -> tuple[str, ...]:
@@ -101,22 +103,80 @@ class WorkerView:
         return tuple(c for c in contexts if self.tiers.get(c) not in ON_DEVICE)
 
     def failed(self, contexts: tuple[str, ...]) -> str | None:
-        """One of `contexts` that could not be loaded here."""
+        """The first of `contexts` whose load failed here, or None."""
         failed = (c for c in contexts if self.tiers.get(c) is Tier.FAILED)
         return next(failed, None)
 
     @property
-    def is_taken(self) -> bool:
-        """Whether what runs here has the worker for itself."""
+    def free_bytes(self) -> float:
+        """Bytes free for contexts on the device, by known sizes; infinity if unlimited."""
+        return math.inf if self.device_bytes is None else self.device_bytes - self.taken_bytes
+
+    @property
+    def has_isolated_work(self) -> bool:
+        """Whether isolated work runs here; nothing else may be assigned meanwhile."""
         return any(group.is_isolated for group in self.n_rows)
 
+    def set_tier(self, context: str, tier: Tier, n_bytes: int) -> None:
+        """Move a context of `n_bytes` bytes to `tier`."""
+        before = self.tiers.pop(context, Tier.ABSENT)
+        if tier is not Tier.ABSENT:
+            self.tiers[context] = tier
+        self.taken_bytes += n_bytes * ((tier in ON_DEVICE) - (before in ON_DEVICE))
 
-def still_s(expected_s: float, elapsed_s: float) -> float:
-    """Seconds that something is still expected to take; overdue, as long again as it is overdue.
+    def given_s(self, cost: CostModel) -> float | None:
+        """Learned seconds of all work assigned and not ended; None while a cost is unknown."""
+        total = 0.0
+        for group, n_rows in self.n_rows.items():
+            row_s = cost.row_s(group.costs, self.address, self.device)
+            if row_s is None:
+                return None
+            total += n_rows * row_s
+        return total
 
-    So that nobody waits for ever for what hangs, thinking that it must end any moment.
+    def settle(self, cost: CostModel, now: float) -> None:
+        """Turn the rows finished since the last call into learned costs.
 
-    >>> still_s(5.0, 2.0), still_s(5.0, 15.0)
+        The worker counts as one server. While it has work, the time between two finishes is the
+        cost of the second, in whichever lane it ran. Finishes reported together share the time by
+        their rows. Lanes alternate, so time in excess of the learned cost was spent on the work
+        that still runs; `ahead_s` keeps it.
+        """
+        if not self.finished:
+            return
+        seconds, n_rows = now - self.busy_since, sum(self.finished.values())
+        self.ahead_s = self.ahead_s + seconds if n_rows else 0.0
+        for group, done in self.finished.items():
+            if not done:
+                continue
+            costs = group.costs, self.address, self.device
+            cost.observe_rows(*costs, seconds * done / n_rows, done)
+            self.ahead_s -= done * (cost.row_s(*costs) or 0.0)
+        self.ahead_s = min(max(0.0, self.ahead_s), self.given_s(cost) or 0.0)
+        self.finished.clear()
+        self.busy_since = now
+
+    def validate(self, sizes: Mapping[str, int]) -> None:
+        """Raise AssertionError if the counters contradict the work and tiers that they sum up."""
+        groups = [work.group for work in self.running.values()]
+        assert self.n_works == {group: groups.count(group) for group in set(groups)}
+        assert self.n_rows.keys() == self.n_works.keys()
+        on_device = [context for context, tier in self.tiers.items() if tier in ON_DEVICE]
+        assert self.taken_bytes == sum(sizes.get(c, 0) for c in on_device), self.address
+        assert Tier.ABSENT not in self.tiers.values(), self.address
+        for context in self.evicting:
+            assert self.tiers.get(context) is Tier.DEVICE, (self.address, context)
+        if self.has_isolated_work:
+            assert len(self.running) == 1, self.running
+
+
+def remaining_s(expected_s: float, elapsed_s: float) -> float:
+    """Seconds that something is still expected to take, after `elapsed_s` seconds.
+
+    Once overdue, it is expected to take as long again as it is overdue. Otherwise a load that
+    hangs would look like the earliest finish for ever, and work would wait for it.
+
+    >>> remaining_s(5.0, 2.0), remaining_s(5.0, 15.0)
     (3.0, 10.0)
     """
     return abs(expected_s - elapsed_s)

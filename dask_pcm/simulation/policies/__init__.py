@@ -1,1 +1,1 @@
-"""The policies that are compared: ours, and those of the papers."""
+"""The simulated policies: ours, and the baselines from the papers."""

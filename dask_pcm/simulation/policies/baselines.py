@@ -1,11 +1,11 @@
-"""The systems that the papers measure, each with tasks of a fixed size.
+"""The baselines: the systems that the papers measure, with tasks of a fixed size.
 
 - ``naive``: every task fetches the files from the shared store, unpacks them and loads the model.
 - ``partial``: files stay on the worker's disk; every task loads the model.
-- ``pervasive``: a library on each worker loads it once and serves task after task, as TaskVine does
-  it: files come from the manager and then from worker to worker; a task is committed to any worker
-  that is free, warm or not, and waits there; a library that failed is started again and again; a
-  worker's whole task is lost with it.
+- ``pervasive``: a library on each worker loads the model once and serves many tasks, as in
+  TaskVine. Files come from the manager, then from peers. A task is assigned to any free worker,
+  warm or not, and waits there. A library that failed is restarted. A lost worker loses its whole
+  task.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dask_pcm.simulation.world.world import Worker, World
 
 
 class Baseline(enum.Enum):
+    """A baseline system; see the module."""
+
     NAIVE = "naive"
     PARTIAL = "partial"
     PERVASIVE = "pervasive"
@@ -29,16 +31,20 @@ class Baseline(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class _Task:
+    """A task: some rows of a run."""
+
     run: RunSpec
     n_rows: int
 
 
 @dataclass(slots=True, eq=False)
-class _Hand:
-    """A worker as the manager sees it.
+class _Slot:
+    """The manager's view of a worker.
 
     Attributes
     ----------
+    began_s
+        When its task began to infer; None before that.
     library
         Contexts that its library holds.
     """
@@ -51,7 +57,7 @@ class _Hand:
 
 
 class Manager:
-    """Hands tasks to workers, first come, first served."""
+    """Assigns tasks to workers, first come, first served."""
 
     def __init__(self, world: World, kind: Baseline, seed: int) -> None:
         self._world = world
@@ -62,16 +68,18 @@ class Manager:
         else:
             world.staging = FromStore(world.links)
         self._tasks: deque[_Task] = deque()
-        self._hands: dict[str, _Hand] = {}
-        self._idle: dict[str, _Hand] = {}  # in the order in which they became so
+        self._slots: dict[str, _Slot] = {}
+        self._idle: dict[str, _Slot] = {}  # in the order in which they became idle
         self._n_left = world.scenario.n_rows
         self._next_dispatch_s = 0.0
 
     @property
     def is_done(self) -> bool:
+        """Whether all rows are done."""
         return self._n_left == 0
 
     def begin(self) -> None:
+        """Schedule the start of each run, by priority."""
         for run in sorted(self._world.scenario.runs, key=lambda run: -run.priority):
             self._world.clock.at(run.starts_s, functools.partial(self._open, run))
 
@@ -85,94 +93,96 @@ class Manager:
     # -- workers --------------------------------------------------------------------------------
 
     def joined(self, worker: Worker) -> None:
-        self._hands[worker.name] = hand = _Hand(worker)
-        self._free(hand)
+        """A worker has joined, and is idle."""
+        self._slots[worker.name] = slot = _Slot(worker)
+        self._free(slot)
 
-    def told(self, worker: Worker) -> None:
-        """No use is made of notice."""
+    def draining(self, worker: Worker) -> None:
+        """Notice of preemption is ignored."""
 
     def left(self, worker: Worker) -> None:
-        hand = self._hands.pop(worker.name)
+        """A worker has left; its task goes back to the head of the queue."""
+        slot = self._slots.pop(worker.name)
         self._idle.pop(worker.name, None)
-        if hand.task is not None:
-            if hand.began_s is not None:
-                now, run = self._world.clock.now, hand.task.run
-                self._world.record.span(worker.name, WORK, hand.began_s, now)
-                seconds = now - hand.began_s
-                _, n_begun = self._world.rows_by(worker, run, hand.task.n_rows, seconds)
+        if slot.task is not None:
+            if slot.began_s is not None:
+                now, run = self._world.clock.now, slot.task.run
+                self._world.record.span(worker.name, WORK, slot.began_s, now)
+                seconds = now - slot.began_s
+                _, n_begun = self._world.rows_by(worker, run, slot.task.n_rows, seconds)
                 self._world.record.lost(n_begun, seconds)
-            self._take_back(hand)
+            self._take_back(slot)
 
-    def _take_back(self, hand: _Hand) -> None:
-        if hand.task is not None:
-            self._tasks.appendleft(hand.task)
-            hand.task = None
+    def _take_back(self, slot: _Slot) -> None:
+        if slot.task is not None:
+            self._tasks.appendleft(slot.task)
+            slot.task = None
             self._dispatch()
 
-    def _free(self, hand: _Hand) -> None:
-        if hand.worker.is_here:
-            self._idle[hand.worker.name] = hand
+    def _free(self, slot: _Slot) -> None:
+        if slot.worker.is_here:
+            self._idle[slot.worker.name] = slot
             self._dispatch()
 
     def _dispatch(self) -> None:
-        """Commit tasks to whoever is free, so many a second."""
+        """Assign tasks to idle workers, at a limited rate per second."""
         while self._tasks and self._idle:
-            hand = self._idle.pop(next(iter(self._idle)))
-            hand.task = self._tasks.popleft()
+            slot = self._idle.pop(next(iter(self._idle)))
+            slot.task = self._tasks.popleft()
             self._world.record.n_dispatches += 1
             at_s = max(self._world.clock.now, self._next_dispatch_s)
             self._next_dispatch_s = at_s + 1.0 / self._settings.dispatches_per_s
             wait_s = at_s - self._world.clock.now + self._settings.task_s
-            self._world.later(hand.worker, wait_s, functools.partial(self._prepare, hand))
+            self._world.later(slot.worker, wait_s, functools.partial(self._prepare, slot))
 
     # -- tasks ----------------------------------------------------------------------------------
 
-    def _prepare(self, hand: _Hand) -> None:
-        assert hand.task is not None
-        contexts = hand.task.run.contexts
-        if self._kind is Baseline.PERVASIVE and hand.library == contexts:
-            self._infer(hand)
+    def _prepare(self, slot: _Slot) -> None:
+        assert slot.task is not None
+        contexts = slot.task.run.contexts
+        if self._kind is Baseline.PERVASIVE and slot.library == contexts:
+            self._infer(slot)
             return
-        hand.library = ()
-        self._load(hand, contexts, contexts)
+        slot.library = ()
+        self._load(slot, contexts, contexts)
 
-    def _load(self, hand: _Hand, contexts: tuple[str, ...], left: tuple[str, ...]) -> None:
-        """One context after another."""
+    def _load(self, slot: _Slot, contexts: tuple[str, ...], left: tuple[str, ...]) -> None:
+        """Load the contexts `left` one after another, then infer."""
         if not left:
-            hand.library = contexts
-            self._infer(hand)
+            slot.library = contexts
+            self._infer(slot)
             return
 
         def loaded(is_built: bool) -> None:
             if is_built:
-                self._load(hand, contexts, left[1:])
+                self._load(slot, contexts, left[1:])
             else:
-                self._fail(hand)
+                self._fail(slot)
 
         keeps_files = self._kind is not Baseline.NAIVE
-        self._world.load(hand.worker, left[0], loaded, keeps_files)
+        self._world.load(slot.worker, left[0], loaded, keeps_files)
 
-    def _fail(self, hand: _Hand) -> None:
-        """The task goes to others; a library is started again, other loads as there is a task."""
-        self._take_back(hand)
-        hand.n_failures += 1
+    def _fail(self, slot: _Slot) -> None:
+        """Requeue the task; restart a library after a delay, free any other worker at once."""
+        self._take_back(slot)
+        slot.n_failures += 1
         if self._kind is not Baseline.PERVASIVE:
-            self._free(hand)
-        elif hand.n_failures < self._settings.n_retries:
-            self._world.later(hand.worker, self._settings.retry_s, lambda: self._free(hand))
+            self._free(slot)
+        elif slot.n_failures < self._settings.n_retries:
+            self._world.later(slot.worker, self._settings.retry_s, lambda: self._free(slot))
 
-    def _infer(self, hand: _Hand) -> None:
-        assert hand.task is not None
-        hand.began_s = self._world.clock.now
-        self._world.record.began(hand.worker.name, hand.began_s)
-        seconds = self._world.infer_s(hand.worker, hand.task.run, hand.task.n_rows)
-        self._world.later(hand.worker, seconds, lambda: self._end(hand))
+    def _infer(self, slot: _Slot) -> None:
+        assert slot.task is not None
+        slot.began_s = self._world.clock.now
+        self._world.record.began(slot.worker.name, slot.began_s)
+        seconds = self._world.infer_s(slot.worker, slot.task.run, slot.task.n_rows)
+        self._world.later(slot.worker, seconds, lambda: self._end(slot))
 
-    def _end(self, hand: _Hand) -> None:
-        assert hand.task is not None and hand.began_s is not None
+    def _end(self, slot: _Slot) -> None:
+        assert slot.task is not None and slot.began_s is not None
         now = self._world.clock.now
-        self._world.record.span(hand.worker.name, WORK, hand.began_s, now)
-        self._world.record.done(hand.task.n_rows, now)
-        self._n_left -= hand.task.n_rows
-        hand.task = hand.began_s = None
-        self._free(hand)
+        self._world.record.span(slot.worker.name, WORK, slot.began_s, now)
+        self._world.record.done(slot.task.n_rows, now)
+        self._n_left -= slot.task.n_rows
+        slot.task = slot.began_s = None
+        self._free(slot)

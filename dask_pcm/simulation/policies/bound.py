@@ -1,4 +1,4 @@
-"""How soon it could be done at best."""
+"""A lower bound of the makespan under any policy, by water-filling over worker lifetimes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dask_pcm.simulation.world.lives import Life, draw_lives
 
 
 def warm_after_s(life: Life, run: RunSpec, scenario: Scenario) -> float:
-    """Seconds from a worker's joining until it could be warm.
+    """Least seconds from a worker's join until it is warm.
 
-    Files at the speed of its link, one after another; each is unpacked while the next arrives; then
-    what they are for is built.
+    Files arrive one after another at the speed of its link, each is unpacked while the next
+    arrives, and then the contexts are built.
     """
     arrived_s = unpacked_s = load_s = 0.0
     for context in (scenario.contexts[name] for name in run.contexts):
@@ -25,7 +25,7 @@ def warm_after_s(life: Life, run: RunSpec, scenario: Scenario) -> float:
 
 
 def lives_until(scenario: Scenario, seed: int, horizon_s: float) -> Iterator[Life]:
-    """Workers that are not broken and join before the horizon."""
+    """Working workers that join before `horizon_s`."""
     for place in draw_lives(scenario, seed):
         for life in place:
             if life.joins_s >= horizon_s:
@@ -35,15 +35,16 @@ def lives_until(scenario: Scenario, seed: int, horizon_s: float) -> Iterator[Lif
 
 
 def possible_rows(scenario: Scenario, lives: Sequence[Life], until_s: float) -> float:
-    """Rows that workers could do until then, from the moment each could first be warm."""
+    """Rows that workers could do by `until_s`, each from the earliest time it could be warm."""
     speeds = _speeds(scenario, lives, scenario.runs)
     return sum(max(0.0, min(until_s, end_s) - ready_s) * per_s for ready_s, end_s, per_s in speeds)
 
 
 def bound_s(scenario: Scenario, lives: Sequence[Life]) -> float:
-    """No policy is done sooner: each run by itself, or all, each row at the price of the cheapest.
+    """Lower bound of the makespan, in seconds.
 
-    With one context it is exact: work poured over the workers, as water over steps.
+    The largest of: each run alone on all workers, and all rows at the cost of the cheapest run.
+    With one context the water-filling is exact.
     """
     alone = [_fill_s(run.n_rows, _speeds(scenario, lives, [run])) for run in scenario.runs]
     return max(*alone, _fill_s(scenario.n_rows, _speeds(scenario, lives, scenario.runs)))
@@ -52,7 +53,7 @@ def bound_s(scenario: Scenario, lives: Sequence[Life]) -> float:
 def _speeds(
     scenario: Scenario, lives: Sequence[Life], runs: Sequence[RunSpec]
 ) -> list[tuple[float, float, float]]:
-    """When each worker could be warm at the soonest, its end, and its rows a second at most."""
+    """(earliest warm time, end, highest rows per second) of each worker."""
     speeds = []
     for life in lives:
         soonest = (life.joins_s + warm_after_s(life, run, scenario) for run in runs)
@@ -64,7 +65,7 @@ def _speeds(
 
 
 def _fill_s(n_rows: float, speeds: Sequence[tuple[float, float, float]]) -> float:
-    """The moment by which `n_rows` can be done; infinity if never."""
+    """The earliest time by which `n_rows` can be done; infinity if never."""
     steps = [(ready_s, per_s) for ready_s, _, per_s in speeds]
     steps += [(end_s, -per_s) for _, end_s, per_s in speeds if math.isfinite(end_s)]
     per_s = now_s = 0.0

@@ -1,7 +1,7 @@
-"""Our policy in a simulated world: its events, and what becomes of its actions.
+"""Our policy under simulation: turns simulated events into the gate's, and carries out its actions.
 
-``scheduling.policy.decide`` is the real one, with the settings of this process; units go through a
-window as in a run. What a worker's two lanes and its device do is played in ``lanes.py``.
+``scheduling.policy.decide`` is the production code, with the settings of this process. Units pass
+through a window as in a run; ``lanes.py`` models a worker's lanes and device.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from dask_pcm.simulation.world.staging import Swarm
 from dask_pcm.simulation.world.world import Worker, World
 from dask_pcm.tiers import Tier
 
-#: How often a run tells the gate what is still to come (``ledger/output.py``).
+#: Interval at which a run reports its remaining work to the gate, in seconds (``runs/driver.py``).
 _LOOK_S = 0.25
 
 
 class Gate:
-    """The scheduler's plugin and the clients of all runs, in one."""
+    """The scheduler plugin and the drivers of all runs, in one object."""
 
     def __init__(self, world: World) -> None:
         world.staging = Swarm(world.clock, world.links)
@@ -61,9 +61,11 @@ class Gate:
 
     @property
     def is_done(self) -> bool:
+        """Whether all runs have started and ended."""
         return not self._n_to_come and not self._windows
 
     def begin(self) -> None:
+        """Declare the contexts, and schedule the start of each run."""
         for spec in self._world.scenario.contexts.values():
             self._apply(ContextDeclared(spec.name, spec.name, spec.device_bytes or None))
         for run in self._world.scenario.runs:
@@ -78,7 +80,7 @@ class Gate:
         if not run.is_run:
             self._park(window.pieces())
             return
-        # While the output is looked through, only the number of pieces is known.
+        # While the output is being listed, only the number of pieces is known.
         n_pieces = -(-run.n_rows // run.task_rows)
         self._apply(RunReported(run.name, self._group(run), float(n_pieces), n_pieces))
         self._look(window)
@@ -89,7 +91,7 @@ class Gate:
             n_units = max(1, len(window.units))
             report = RunReported(run.name, self._group(run), float(window.n_uncut), n_units)
             self._apply(report)
-            window.told(self.state.askers(self._group(run)))
+            window.update_demand(self.state.askers(self._group(run)))
             self._feed(window)
             self._world.clock.after(_LOOK_S, lambda: self._look(window))
 
@@ -102,7 +104,7 @@ class Gate:
 
     def _park(self, units: list[Unit], is_again: bool = False) -> None:
         for unit in units:
-            # As Dask does: what users say, then in order; rows are told by runs only.
+            # As in Dask: user priority, then submission order. Only runs declare rows.
             priority = (-unit.run.priority, unit.run.starts_s, float(unit.number))
             n_rows = float(max(1, unit.n_rows)) if unit.run.is_run else 1.0
             work = Work(unit.key, self._group(unit.run), priority, n_rows, unit.cut_for, is_again)
@@ -114,6 +116,7 @@ class Gate:
     # -- workers --------------------------------------------------------------------------------
 
     def joined(self, worker: Worker) -> None:
+        """A worker has joined."""
         n_lanes = self._config.n_lanes
         self._lanes[worker.name] = Lanes(self._world, worker, n_lanes, self._ended)
         life = worker.life
@@ -125,8 +128,8 @@ class Gate:
             )
         )
 
-    def told(self, worker: Worker) -> None:
-        """It takes nothing that does not end in time, and hands back what it has not begun."""
+    def draining(self, worker: Worker) -> None:
+        """A worker has had notice: it returns unstarted work, and gets only what ends in time."""
         if worker.is_here:
             self._apply(WorkerDraining(worker.name, worker.life.ends_s - self._world.clock.now))
             for unit in self._lanes[worker.name].hand_back():
@@ -134,6 +137,7 @@ class Gate:
                 self._park([unit])
 
     def left(self, worker: Worker) -> None:
+        """A worker has left: keep its journalled rows, and park the rest of its units again."""
         self._apply(WorkerLeft(worker.name))
         is_journalled = self._overheads.is_journalled
         for unit, n_kept in self._lanes.pop(worker.name).lose(is_journalled):
@@ -142,7 +146,7 @@ class Gate:
             self._park([unit], is_again=True)
 
     def _ended(self, worker: Worker, unit: Unit, seconds: float) -> None:
-        """A unit is committed, and the scheduler knows."""
+        """A unit was committed, and the scheduler has its message."""
         self._world.record.done(unit.n_rows, self._world.clock.now)
         self._apply(WorkEnded(unit.key, True))
         window = self._windows[unit.run.name]
@@ -180,7 +184,7 @@ class Gate:
                     self._fail(key)
 
     def _to(self, name: str, act: Callable[[], object]) -> None:
-        """A message to a worker."""
+        """Deliver a message to a worker, after the message delay."""
         self._world.later(self._lanes[name].worker, self._overheads.message_s, act)
 
     def _assign(self, key: object, lanes: Lanes) -> None:

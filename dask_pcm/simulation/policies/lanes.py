@@ -1,4 +1,4 @@
-"""A worker's lanes: one unit is read or committed while another infers."""
+"""Lanes of a simulated worker: one unit is read or committed while another infers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from dask_pcm.simulation.world.world import Worker, World
 
 @dataclass(slots=True, eq=False)
 class _Task:
+    """A unit on this worker, and when its inference began and ended."""
+
     unit: Unit
     is_on_lane: bool = False
     began_s: float | None = None  # to infer
@@ -21,10 +23,10 @@ class _Task:
 
 
 class Lanes:
-    """Units of one worker, in the order in which they came.
+    """Units of one worker, in order of arrival.
 
     Each takes a lane, is read, waits for the device, infers and is committed; then the scheduler
-    is told. Reading and committing take half of ``unit_s`` each.
+    gets a message. Reading and committing take half of ``unit_s`` each.
     """
 
     def __init__(
@@ -44,19 +46,19 @@ class Lanes:
         self._half_s = world.scenario.overheads.unit_s / 2
 
     def send(self, unit: Unit) -> None:
-        """A unit is on its way from the scheduler."""
+        """The scheduler has sent a unit; it arrives after the message delay."""
         self._tasks.append(_Task(unit))
         message_s = self._world.scenario.overheads.message_s
         self._world.later(self.worker, message_s, self._fill)
 
     def hand_back(self) -> list[Unit]:
-        """Units that are on no lane yet; they are not ours any more."""
+        """Remove and return the units that are on no lane yet."""
         back = [task.unit for task in self._tasks if not task.is_on_lane]
         self._tasks = [task for task in self._tasks if task.is_on_lane]
         return back
 
     def lose(self, is_journalled: bool) -> list[tuple[Unit, int]]:
-        """The worker is gone: what it had, and how many rows of each are in a journal."""
+        """The worker has left; return its units, each with its number of journalled rows."""
         now, lost = self._world.clock.now, []
         for task in self._tasks:
             unit, n_kept = task.unit, 0
@@ -82,7 +84,7 @@ class Lanes:
         self._infer()
 
     def _infer(self) -> None:
-        """The device takes the next unit, if it is free."""
+        """Start the next unit on the device, if that is free."""
         if self._is_busy or not self._ready:
             return
         self._is_busy = True

@@ -1,6 +1,6 @@
-"""The window of a simulated run: what ``ledger/window.py`` and ``ledger/cut.py`` do, without files.
+"""The window of a simulated run: ``runs/window.py`` and ``runs/cutter.py`` without files.
 
-It and ``gate.py`` are all that knows the gate's own code.
+Only this module and ``gate.py`` depend on the gate's code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dask_pcm.simulation.scenario.scenario import RunSpec
 
 @dataclass(slots=True, eq=False)
 class Unit:
-    """Rows that are handed over as a whole, the `number`-th of their run."""
+    """Rows submitted as a whole; `number` counts the units of a run."""
 
     number: int
     run: RunSpec
@@ -24,32 +24,34 @@ class Unit:
 
     @property
     def key(self) -> tuple[str, int]:
+        """Key of the unit at the gate."""
         return self.run.name, self.number
 
 
 class Window:
-    """Cuts a run's pieces into units, and keeps enough of them at hand for the workers."""
+    """Cuts a run's pieces into units, and keeps enough of them outstanding for the workers."""
 
     def __init__(self, run: RunSpec, config: Config) -> None:
         self.run = run
         wants = (config.unit_s, config.max_unit_rows, config.n_lanes, config.ready_s)
         self._stock = Outstanding(UnitSizing(run.batch_rows, *wants))
         self.n_uncut = run.n_rows
-        self.units: dict[tuple[str, int], Unit] = {}  # handed over
+        self.units: dict[tuple[str, int], Unit] = {}  # outstanding
         self._n_keys = 0
         self._askers: list[DeviceDemand] = []
         self._seconds = self._rows_done = 0.0
 
     @property
     def is_empty(self) -> bool:
+        """Whether all rows are cut, and no unit is outstanding."""
         return not self.n_uncut and not self.units
 
-    def told(self, askers: Sequence[DeviceDemand]) -> None:
-        """The gate says who works at it, and how fast."""
+    def update_demand(self, askers: Sequence[DeviceDemand]) -> None:
+        """Take in the gate's report of the workers by device model, and their speeds."""
         self._askers = list(askers)
 
     def feed(self) -> list[Unit]:
-        """Units to hand over now, so that lanes are filled and a little more is at hand."""
+        """Cut and return the units to submit now: enough to fill all lanes, and a little more."""
         row_s = self._seconds / self._rows_done if self._rows_done else None
         askers = [one._replace(row_s=one.row_s or row_s) for one in self._askers]
         fed: list[Unit] = []
@@ -58,18 +60,19 @@ class Window:
         return fed
 
     def pieces(self) -> list[Unit]:
-        """All at once: each piece is a task."""
+        """Cut everything: each piece is one task."""
         cut = []
         while self.n_uncut:
             cut.append(self._add(min(self.run.task_rows, self.n_uncut)))
         return cut
 
     def ended(self, key: tuple[str, int], seconds: float) -> None:
-        """A unit is committed; it took so long to infer, this time."""
+        """A unit was committed; its last attempt inferred for `seconds` seconds."""
         unit = self._drop(key)
         self._seconds, self._rows_done = self._seconds + seconds, self._rows_done + unit.n_rows
 
     def failed(self, key: tuple[str, int]) -> None:
+        """A unit has failed for good."""
         self._drop(key)
 
     def _drop(self, key: tuple[str, int]) -> Unit:
@@ -78,7 +81,7 @@ class Window:
         return unit
 
     def shrink(self, unit: Unit, n_rows: int) -> None:
-        """So many rows of a unit are in its journal."""
+        """`n_rows` rows of a unit are in its journal, and need no inference."""
         unit.n_rows -= n_rows
         self._stock.shrink(unit.cut_for, n_rows)
 
@@ -91,7 +94,7 @@ class Window:
         return unit
 
     def _cut(self, wanted: int) -> int:
-        """Rows of a piece, and of those after it up to a batch, or while they are small."""
+        """Rows of the next unit: of one piece, then of the next up to a batch or while small."""
         batch, left = self.run.batch_rows, self.n_uncut
         begun = (self.run.n_rows - left) % self.run.task_rows
         piece = min(self.run.task_rows - begun, left)

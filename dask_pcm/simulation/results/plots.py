@@ -14,7 +14,7 @@ _COLORS = {"stage": "#b8b8b8", "load": "#e0a030", "work": "#3b78b0", "failed": "
 
 
 def require_bokeh() -> None:
-    """Raise ScenarioError with what to do, if Bokeh is not installed."""
+    """Raise ScenarioError, with installation instructions, if Bokeh is missing."""
     if importlib.util.find_spec("bokeh") is None:
         raise ScenarioError(
             "A report needs Bokeh, which is not installed: pip install 'dask-pcm[monitoring]', or"
@@ -23,7 +23,7 @@ def require_bokeh() -> None:
 
 
 def html(results: Sequence[tuple[str, Result]]) -> str:
-    """A page that loads nothing from elsewhere; without Bokeh, ScenarioError."""
+    """Return a self-contained HTML page; raise ScenarioError without Bokeh."""
     require_bokeh()
     from bokeh.embed import file_html
     from bokeh.layouts import column
@@ -55,7 +55,7 @@ def html(results: Sequence[tuple[str, Result]]) -> str:
 
 
 def _gantt(label: str, result: Result, figure: Any) -> Any:
-    """What a sample of workers did."""
+    """A Gantt chart of the recorded workers."""
     spans = result.record.spans
     names = sorted({span.worker for span in spans}, reverse=True)
     plot = figure(

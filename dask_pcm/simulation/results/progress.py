@@ -1,4 +1,4 @@
-"""How a simulation went on, sampled."""
+"""Progress of a simulation, sampled at regular times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _N_POINTS = 1_000
 
 
 def progress(result: Result) -> tuple[list[float], list[float], list[int], list[int]]:
-    """Moments; rows done by then; workers that are there, and of these, those that are warm."""
+    """Return sample times in seconds, rows done, workers present, and workers warm at each time."""
     record = result.record
     at_s = np.linspace(0.0, result.end_s, _N_POINTS)
     rows = np.concatenate([[0.0], np.cumsum(record.done_rows)])

@@ -1,4 +1,4 @@
-"""What simulations came to: a table, CSV files, and one HTML file with plots."""
+"""Reports of simulations: a table, CSV files, and an HTML file with plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dask_pcm.simulation.results.plots import html
 from dask_pcm.simulation.results.progress import progress
 from dask_pcm.simulation.simulate import Result
 
-#: Columns of the table: their names, and what stands in them.
+#: Reported figures by name; columns of summary.csv.
 _FIGURES: dict[str, Callable[[Result], float]] = {
     "makespan_s": lambda result: result.makespan_s,
     "bound_s": lambda result: result.bound_s,
@@ -34,8 +34,7 @@ _FIGURES: dict[str, Callable[[Result], float]] = {
     "workers_lost": lambda result: result.record.n_lost,
     "dispatches": lambda result: result.record.n_dispatches,
 }
-#: In the table: against the lower bound; loads that failed, and worker-seconds of loading that came
-#: to nothing; rows inferred in vain, and worker-seconds of it.
+#: Figures in the table, with their headings. Wasted and lost times are worker-seconds.
 _SHOWN = {
     "makespan_s": "makespan\n(s)",
     "rows_per_s": "rows/s",
@@ -50,12 +49,12 @@ _SHOWN = {
 
 
 def figures(result: Result) -> dict[str, float]:
-    """All that is summed up of a simulation, in seconds, rows and counts."""
+    """All figures of a simulation by name, in seconds, rows and counts."""
     return {name: figure(result) for name, figure in _FIGURES.items()}
 
 
 def table(title: str, results: Sequence[tuple[str, Result]]) -> Table:
-    """One line for each simulation; `results` come with what tells variants apart."""
+    """A table with a line per simulation; `results` are (variant label, result)."""
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     has_variants = any(variant for variant, _ in results)
     for name in ("variant", "policy") if has_variants else ("policy",):

@@ -1,7 +1,7 @@
-"""Reads values from YAML nodes, and remembers the line of whatever is wrong.
+"""Readers of YAML nodes that report every problem with its line.
 
-A reader is a function from a node to a value. It raises ``Problems``; readers of mappings and lists
-gather those of all their items, so that a file's mistakes are told at once.
+A reader is a function from a node to a value. It raises ``Problems``. Readers of mappings and
+lists collect the problems of all items, so that one attempt reports all mistakes of a file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _BOOL, _NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
 
 
-class Problems(Exception):  # noqa: N818 # it stands for several
-    """(line, reason) of everything that is wrong."""
+class Problems(Exception):  # noqa: N818 # one exception for several problems
+    """(line, reason) of each problem."""
 
     def __init__(self, found: Sequence[tuple[int, str]]) -> None:
         super().__init__(found)
@@ -31,7 +31,7 @@ class Problems(Exception):  # noqa: N818 # it stands for several
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A key of a mapping: how it is read, and what it is where it is left out."""
+    """A key of a mapping: its reader, and its default if it is optional."""
 
     read: Reader[Any]
     default: Any = None
@@ -39,15 +39,17 @@ class Field:
 
 
 def problem(node: yaml.Node, reason: str) -> Problems:
+    """One problem, at the line of a node."""
     return Problems([(node.start_mark.line + 1, reason)])
 
 
 def needed(read: Reader[Any]) -> Field:
+    """A required key."""
     return Field(read, is_needed=True)
 
 
 def number(least: float = 0.0, is_open: bool = False, most: float = math.inf) -> Reader[float]:
-    """Numbers from `least` to `most`; above `least`, if the interval is open there."""
+    """Read a number from `least` to `most`; with `is_open`, `least` itself is excluded."""
 
     def read(node: yaml.Node) -> float:
         if not isinstance(node, yaml.ScalarNode) or node.tag not in _NUMBERS:
@@ -65,6 +67,8 @@ def number(least: float = 0.0, is_open: bool = False, most: float = math.inf) ->
 
 
 def count(least: int = 1) -> Reader[int]:
+    """Read a whole number of at least `least`."""
+
     def read(node: yaml.Node) -> int:
         value = number(least)(node)
         if value != int(value):
@@ -75,7 +79,7 @@ def count(least: int = 1) -> Reader[int]:
 
 
 def size(node: yaml.Node) -> int:
-    """Bytes, or bytes a second: a number, or a text such as 3.4 GB or 380 MB/s."""
+    """Read bytes, or bytes per second: a number, or a text such as 3.4 GB or 380 MB/s."""
     if isinstance(node, yaml.ScalarNode):
         try:
             n_bytes = int(parse_bytes(node.value.removesuffix("/s")))
@@ -87,18 +91,22 @@ def size(node: yaml.Node) -> int:
 
 
 def text(node: yaml.Node) -> str:
+    """Read any scalar but null as text."""
     if not isinstance(node, yaml.ScalarNode) or node.tag == _NULL:
         raise problem(node, f"a text is expected; found {shown(node)}")
     return str(node.value)
 
 
 def flag(node: yaml.Node) -> bool:
+    """Read true or false."""
     if not isinstance(node, yaml.ScalarNode) or node.tag != _BOOL:
         raise problem(node, f"true or false is expected; found {shown(node)}")
     return bool(_plain(node))
 
 
 def one_of(names: Sequence[str], what: str) -> Reader[str]:
+    """Read one of `names`; `what` describes them in messages."""
+
     def read(node: yaml.Node) -> str:
         name = text(node)
         if name not in names:
@@ -110,7 +118,7 @@ def one_of(names: Sequence[str], what: str) -> Reader[str]:
 
 
 def optional(read: Reader[T]) -> Reader[T | None]:
-    """`read`, or null."""
+    """Read null as None, and anything else with `read`."""
 
     def read_or_none(node: yaml.Node) -> T | None:
         return None if node.tag == _NULL else read(node)
@@ -119,6 +127,8 @@ def optional(read: Reader[T]) -> Reader[T | None]:
 
 
 def listed(read: Reader[T]) -> Reader[tuple[T, ...]]:
+    """Read a list of values."""
+
     def read_all(node: yaml.Node) -> tuple[T, ...]:
         if not isinstance(node, yaml.SequenceNode):
             raise problem(node, f"a list is expected; found {shown(node)}")
@@ -128,7 +138,7 @@ def listed(read: Reader[T]) -> Reader[tuple[T, ...]]:
 
 
 def mapped(read_key: Reader[Any], read: Reader[T]) -> Reader[dict[Any, T]]:
-    """A mapping whose keys are the user's own."""
+    """Read a mapping with keys of the user's choice."""
 
     def read_all(node: yaml.Node) -> dict[Any, T]:
         pairs = _pairs(node)
@@ -139,7 +149,7 @@ def mapped(read_key: Reader[Any], read: Reader[T]) -> Reader[dict[Any, T]]:
 
 
 def record(fields: Mapping[str, Field], what: str) -> Reader[dict[str, Any]]:
-    """A mapping whose keys are known; what is left out has its default."""
+    """Read a mapping with known keys; absent keys get their default."""
 
     def read(node: yaml.Node) -> dict[str, Any]:
         found: list[tuple[int, str]] = []
@@ -169,7 +179,7 @@ def record(fields: Mapping[str, Field], what: str) -> Reader[dict[str, Any]]:
 
 
 def gathered(pairs: Sequence[tuple[yaml.Node, Reader[T]]]) -> list[T]:
-    """All values, or all problems."""
+    """Read each node with its reader; return all values, or raise all problems."""
     values: list[T] = []
     found: list[tuple[int, str]] = []
     for node, read in pairs:
@@ -183,7 +193,7 @@ def gathered(pairs: Sequence[tuple[yaml.Node, Reader[T]]]) -> list[T]:
 
 
 def shown(node: yaml.Node) -> str:
-    """What stands there, in a word."""
+    """A node's content, for messages."""
     if isinstance(node, yaml.MappingNode):
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
@@ -192,7 +202,7 @@ def shown(node: yaml.Node) -> str:
 
 
 def keys(node: yaml.Node) -> list[str]:
-    """Keys of what may be a mapping."""
+    """Keys of a mapping; none for any other node."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     return [str(key.value) for key, _ in pairs]
 
@@ -204,5 +214,5 @@ def _pairs(node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
 
 
 def _plain(node: yaml.ScalarNode) -> Any:
-    """The value of a scalar as YAML has it."""
+    """The Python value of a scalar."""
     return yaml.SafeLoader("").construct_object(node)

@@ -1,4 +1,4 @@
-"""Reads scenarios: YAML files of users, and those that are shipped."""
+"""``read_scenario``: read a user's YAML file, or a scenario shipped with the package."""
 
 from __future__ import annotations
 
@@ -76,17 +76,17 @@ _BROKEN = record(
 
 
 def shipped() -> list[str]:
-    """Names of the scenarios in the package."""
+    """Names of the scenarios shipped with the package."""
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
 def read_scenario(name: str) -> Scenario:
-    """Read a YAML file, or the scenario of that name in the package.
+    """Read a scenario by the path of a YAML file, or by the name of a shipped one.
 
     Raises
     ------
     ScenarioError
-        With the line and the reason of every mistake in it.
+        With the line and the reason of every mistake in the file.
     """
     path = Path(name)
     if name in shipped():
@@ -160,7 +160,7 @@ def _scenario(root: yaml.Node, name: str) -> Scenario:
 
 
 def _by_device(devices: Mapping[str, Any], read: Reader[float]) -> Reader[ByDevice]:
-    """One number for all devices, or one for each."""
+    """Read one number for all device models, or one per model."""
 
     def read_each(node: yaml.Node) -> ByDevice:
         if isinstance(node, yaml.ScalarNode):
@@ -208,7 +208,7 @@ class _Joins:
 
 
 def _joins(node: yaml.Node) -> _Joins:
-    """The moment when all join, a list of moments, or an interval."""
+    """Read join times: one for all workers, a list, or an interval."""
     if isinstance(node, yaml.ScalarNode):
         return _Joins((_SECONDS(node),))
     if isinstance(node, yaml.SequenceNode):
@@ -220,7 +220,7 @@ def _joins(node: yaml.Node) -> _Joins:
 
 
 def _links(node: yaml.Node) -> tuple[tuple[float, float], ...]:
-    """A bandwidth, or shares of workers by bandwidth."""
+    """Read a bandwidth, or the share of workers with each bandwidth."""
     if isinstance(node, yaml.ScalarNode):
         return ((float(size(node)), 1.0),)
     shares = mapped(size, number(most=1.0))(node)

@@ -1,4 +1,4 @@
-"""A world to be simulated, as a scenario file describes it."""
+"""The data of a scenario file: pools, contexts, runs, and what everything costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ByDevice: TypeAlias = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of a context; `unpack_s` pass on a worker between its arrival and its use."""
+    """A file of a context; unpacking takes `unpack_s` seconds between arrival and use."""
 
     n_bytes: int
     unpack_s: ByDevice
@@ -20,18 +20,18 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class ContextSpec:
-    """What a context takes.
+    """A context and its costs.
 
     Attributes
     ----------
     files
-        What must be on a worker's disk before it is built, in this order.
+        Files that a worker stages before it builds the context, in this order.
     load_s, row_s
-        Seconds to build it, and to infer a row with it.
+        Seconds to build it, and seconds per row.
     restore_s
-        Seconds to bring it back from the rung below the device.
+        Seconds to restore it from host memory.
     device_bytes
-        What it takes on a device.
+        Its size on a device.
     """
 
     name: str
@@ -44,14 +44,14 @@ class ContextSpec:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """Workers on which nothing can be built.
+    """Broken workers, on which no context can be built.
 
     Attributes
     ----------
     n_workers
-        The first so many of the pool.
+        Number of broken workers: the first of the pool.
     fails_after_s
-        Seconds after which each load fails there; None where it neither fails nor ends.
+        Seconds after which each load fails; None if loads hang.
     """
 
     n_workers: int
@@ -65,25 +65,25 @@ class Pool:
     Attributes
     ----------
     joins_s
-        When each joins: as many as there are workers.
+        Join time of each worker; None if `joins_within_s` is given.
     joins_within_s
-        Joins are spread over this interval at random instead.
+        Interval over which join times are drawn uniformly.
     row_spread
-        Standard deviation of a worker's speed, over its device's; speeds are lognormal.
+        Standard deviation of the logarithm of a worker's speed; speeds are lognormal.
     link_bytes_s
-        Bandwidths of workers' links (bytes a second, each way), and which share of workers has
-        each.
+        (bytes per second in each direction, share of the workers) of each kind of link.
     life_s
-        Mean of an exponential life; None for ever.
+        Mean of the exponential lifetime; None for no end.
     lost_s
-        When the first worker of each place is lost: as many as there are places, None for whoever
-        is not; or none at all.
+        When the first worker of each place is lost, None for one that is not; or empty.
     walltime_s
-        No worker lives longer.
+        Upper limit of a lifetime; None for no limit.
     notice_s
-        So long before its end a worker is told of it; None where nobody is.
+        Seconds of notice before a worker's end; None for no notice.
     rejoins_after_s
-        So long after a worker's end another takes its place; None where none does.
+        Seconds after a worker's end until another takes its place; None for no replacement.
+    broken
+        Broken workers of the pool; None without any.
     """
 
     name: str
@@ -103,16 +103,20 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """Rows to be inferred.
+    """A run: rows to be inferred.
 
     Attributes
     ----------
     batch_rows
-        Rows of one call of the model.
+        Rows per call of the model.
     task_rows
-        Rows of a piece of the input, and so of a baseline's task.
+        Rows of a piece of the input, and of a baseline's task.
+    priority
+        User priority; higher goes first.
+    starts_s
+        Time at which it is submitted.
     is_run
-        Whether it is fed through a window; otherwise all its pieces are tasks at once.
+        Whether it passes through a window; otherwise all its pieces are submitted at once.
     """
 
     name: str
@@ -127,18 +131,18 @@ class RunSpec:
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """What we spend besides loading and inferring.
+    """Overheads of our system besides loading and inference, in seconds.
 
     Attributes
     ----------
     unit_s
-        Reading and committing a unit: hidden behind another's inference where there is one.
+        Reading and committing a unit; overlaps with the inference of another unit.
     call_s
-        Each call of the model.
+        Per call of the model.
     message_s
-        A message's way between scheduler and worker.
+        Latency of a message between scheduler and worker.
     decide_every_s
-        What happens within this time is decided on at once, as in a busy scheduler.
+        Events within this time are decided on together, as in a busy scheduler.
     is_journalled
         Whether finished batches of a unit survive the loss of its worker.
     """
@@ -152,22 +156,22 @@ class Overheads:
 
 @dataclass(frozen=True, slots=True)
 class Baselines:
-    """How the systems of the papers behave.
+    """Parameters of the baselines.
 
     Attributes
     ----------
     manager_bytes_s
-        Bandwidth of the manager's link; it sends one file after another.
+        Bandwidth of the manager's link, which sends one file at a time.
     n_from_each
-        Copies that a worker serves at a time.
+        Concurrent copies that a worker serves, at most.
     slow_share, slow_bytes_s
-        Share of copies from worker to worker that are no faster than that, however idle both ends.
+        Share of copies between workers that are limited to this bandwidth, even on idle links.
     task_s
-        Between two tasks on a worker.
+        Seconds between two tasks on a worker.
     dispatches_per_s
-        Tasks that the manager sends out at most.
+        Tasks per second that the manager sends, at most.
     retry_s, n_retries
-        A library that failed on a worker is started there again after so long, so many times.
+        Delay before a failed library restarts on its worker, and the number of restarts.
     """
 
     manager_bytes_s: float
@@ -182,18 +186,18 @@ class Baselines:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Pools, contexts, what is to be done, and what everything takes.
+    """A complete scenario.
 
     Attributes
     ----------
     store_bytes_s
-        Bandwidth of the shared store.
+        Bandwidth of the shared store, in bytes per second.
     device_bytes
-        Memory for contexts by device model; a model that is not there has no limit.
+        Limit for contexts by device model; None for no limit.
     until_s
-        The simulation ends here, done or not.
+        Time at which the simulation stops, finished or not.
     sweep_task_rows
-        Sizes of tasks with which the scenario is simulated one after another.
+        Task sizes of a sweep: the scenario is simulated once for each.
     """
 
     name: str
@@ -210,9 +214,10 @@ class Scenario:
 
     @property
     def n_rows(self) -> int:
+        """Rows of all runs."""
         return sum(run.n_rows for run in self.runs)
 
     def effective_row_s(self, run: RunSpec, device: str) -> float:
-        """Seconds a row of a run on a device, calls counted; contexts of a run add up."""
+        """Seconds per row of a run on a device model, summed over its contexts, with calls."""
         rows = sum(self.contexts[context].row_s[device] for context in run.contexts)
         return rows + self.overheads.call_s / run.batch_rows

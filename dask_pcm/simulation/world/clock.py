@@ -1,4 +1,4 @@
-"""Time that passes from event to event."""
+"""A simulated clock that advances from event to event."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Timer:
-    """Something that will happen, unless it is called off."""
+    """A scheduled callback that can be cancelled."""
 
     act: Callable[[], object] | None
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
+        """Cancel the callback; its entry stays in the heap and does nothing."""
         self.act = None
 
 
 class Clock:
-    """A heap of timers; those of one moment go off in the order in which they were set."""
+    """A heap of timers; timers of the same time fire in the order in which they were set."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -27,16 +28,17 @@ class Clock:
         self._order = itertools.count()
 
     def at(self, when: float, act: Callable[[], object]) -> Timer:
-        """Have something happen at a moment; at once if that has passed."""
+        """Schedule a callback at time `when`, in seconds; at once if that has passed."""
         timer = Timer(act)
         heapq.heappush(self._timers, (max(when, self.now), next(self._order), timer))
         return timer
 
     def after(self, seconds: float, act: Callable[[], object]) -> Timer:
+        """Schedule a callback in `seconds` seconds."""
         return self.at(self.now + seconds, act)
 
     def run(self, is_over: Callable[[], bool]) -> None:
-        """Let time pass until it is over, or nothing is left to happen."""
+        """Fire timers in order until `is_over` returns true or none is left."""
         while self._timers and not is_over():
             self.now, _, timer = heapq.heappop(self._timers)
             if timer.act is not None:

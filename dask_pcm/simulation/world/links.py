@@ -1,4 +1,4 @@
-"""Bytes on shared links."""
+"""Transfers share the links of their source and target equally."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from dask_pcm.simulation.world.clock import Clock, Timer
 
-#: Copies of a busy source are timed anew when their number has changed by this share.
+#: Relative change in the number of a source's transfers at which they are timed anew. An exact
+#: update at every change would cost quadratic time for a busy source.
 _SLACK = 0.02
 
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """Bytes on their way."""
+    """A transfer in flight."""
 
     source: str
     target: str
@@ -28,19 +29,20 @@ class Transfer:
 
 @dataclass(slots=True)
 class _Node:
+    """A node and its transfers; the dicts serve as ordered sets."""
+
     bytes_s: float
-    #: In the order in which they began; values mean nothing.
     sends: dict[Transfer, None]
     receives: dict[Transfer, None]
-    n_shared: int = 0  # by how many its sends were last shared
+    n_shared: int = 0  # number of sends when these were last timed
 
 
 class Links:
-    """Nodes with a link each, as wide one way as the other.
+    """Nodes with one symmetric link each.
 
-    A transfer goes at the smaller of two equal shares: of its source's link among what that sends,
-    and of its target's among what that receives. What one share leaves unused is not given to
-    others, so nothing is faster here than under max-min fairness.
+    A transfer runs at the smaller of two equal shares: of its source's link among that node's
+    sends, and of its target's link among that node's receives. Unused bandwidth of a share is not
+    redistributed, so no transfer is faster than under max-min fairness.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -48,10 +50,11 @@ class Links:
         self._nodes: dict[str, _Node] = {}
 
     def open(self, node: str, bytes_s: float) -> None:
+        """Add a node whose link carries `bytes_s` bytes per second in each direction."""
         self._nodes[node] = _Node(bytes_s, {}, {})
 
     def close(self, node: str) -> list[Transfer]:
-        """A node is gone; what it was sending is returned."""
+        """Remove a node and stop its transfers; return those that it was sending."""
         gone = self._nodes[node]
         stopped = list(gone.sends)
         for transfer in [*stopped, *gone.receives]:
@@ -60,10 +63,11 @@ class Links:
         return stopped
 
     def bandwidth(self, node: str) -> float:
-        """Bytes a second of a node's link."""
+        """Bandwidth of a node's link, in bytes per second."""
         return self._nodes[node].bytes_s
 
     def n_sends(self, node: str) -> int:
+        """Number of transfers that a node is sending."""
         return len(self._nodes[node].sends)
 
     def send(
@@ -74,7 +78,7 @@ class Links:
         done: Callable[[], object],
         most_bytes_s: float = math.inf,
     ) -> Transfer:
-        """Begin to send; never faster than `most_bytes_s`."""
+        """Begin a transfer, at most at `most_bytes_s` bytes per second; call `done` at its end."""
         now = self._clock.now
         transfer = Transfer(source, target, n_bytes, done, most_bytes_s, since_s=now)
         self._nodes[source].sends[transfer] = None
@@ -83,15 +87,15 @@ class Links:
         return transfer
 
     def stop(self, transfer: Transfer) -> None:
-        """A transfer ends, whole or not."""
+        """End a transfer, complete or not."""
         if transfer.timer is not None:
-            transfer.timer.call_off()
+            transfer.timer.cancel()
         self._nodes[transfer.source].sends.pop(transfer, None)
         self._nodes[transfer.target].receives.pop(transfer, None)
         self._share(transfer)
 
     def _share(self, changed: Transfer) -> None:
-        """A transfer began or ended: time those anew that share a link with it."""
+        """After a transfer began or ended, time anew the transfers that share a link with it."""
         source, target = self._nodes[changed.source], self._nodes[changed.target]
         affected = dict(target.receives)
         if abs(len(source.sends) - source.n_shared) > _SLACK * source.n_shared:
@@ -101,6 +105,7 @@ class Links:
             self._time(transfer)
 
     def _time(self, transfer: Transfer) -> None:
+        """Set a transfer's rate from the current shares, and its timer from the bytes left."""
         now = self._clock.now
         source, target = self._nodes[transfer.source], self._nodes[transfer.target]
         bytes_s = min(
@@ -111,7 +116,7 @@ class Links:
         if transfer.timer is not None:
             if math.isclose(bytes_s, transfer.bytes_s):
                 return
-            transfer.timer.call_off()
+            transfer.timer.cancel()
         transfer.left_bytes -= transfer.bytes_s * (now - transfer.since_s)
         transfer.bytes_s, transfer.since_s = bytes_s, now
         seconds = max(0.0, transfer.left_bytes) / bytes_s

@@ -1,4 +1,4 @@
-"""Who joins when, how fast, and for how long: drawn once, the same for every policy."""
+"""Worker lifetimes, speeds and links are drawn once from the seed, the same for every policy."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from dask_pcm.simulation.scenario.scenario import Broken, Pool, Scenario
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """A worker, from its joining to its end.
+    """One worker's lifetime.
 
     Attributes
     ----------
-    told_s
-        When it is told of its end; infinity where it is not.
+    joins_s, ends_s
+        Times of joining and end, in simulated seconds.
+    notice_at_s
+        Time of its notice of preemption; infinity without one.
     slowness
-        Its seconds a row, over those of its device.
+        Its seconds per row, relative to those of its device model.
     link_bytes_s
-        Of its link, each way.
+        Bandwidth of its link in each direction, in bytes per second.
+    broken
+        How its loads fail; None for a worker that works.
     walltime_s
-        It is known to live no longer.
+        Upper limit of its lifetime, known in advance.
     """
 
     worker: str
@@ -32,7 +36,7 @@ class Life:
     device: str
     joins_s: float
     ends_s: float
-    told_s: float
+    notice_at_s: float
     slowness: float
     link_bytes_s: float
     broken: Broken | None
@@ -40,9 +44,10 @@ class Life:
 
 
 def draw_lives(scenario: Scenario, seed: int) -> Iterator[Iterator[Life]]:
-    """For each place of each pool, whoever takes it, one after another.
+    """For each place of each pool, the successive workers in it.
 
-    Each place has a random stream of its own: how far one is drawn changes nothing elsewhere.
+    Each place has its own random stream, so lives in one place do not depend on how many were
+    drawn in another.
     """
     for index, pool in enumerate(scenario.pools):
         for place in range(pool.n_workers):
@@ -50,6 +55,7 @@ def draw_lives(scenario: Scenario, seed: int) -> Iterator[Iterator[Life]]:
 
 
 def _take_place(pool: Pool, place: int, random: np.random.Generator) -> Iterator[Life]:
+    """The successive workers in one place of a pool."""
     joins_s = (
         pool.joins_s[place] if pool.joins_s else random.uniform(*pool.joins_within_s or (0, 0))
     )
@@ -62,14 +68,14 @@ def _take_place(pool: Pool, place: int, random: np.random.Generator) -> Iterator
         ends_s = joins_s + min(lasts_s, pool.walltime_s or math.inf)
         lost_s = pool.lost_s[place] if pool.lost_s and not number else None
         ends_s = ends_s if lost_s is None else min(ends_s, max(joins_s, lost_s))
-        told_s = math.inf if pool.notice_s is None else max(joins_s, ends_s - pool.notice_s)
+        notice_at_s = math.inf if pool.notice_s is None else max(joins_s, ends_s - pool.notice_s)
         yield Life(
             f"{pool.name}-{place}" + (f".{number}" if number else ""),
             pool.name,
             pool.device,
             joins_s,
             ends_s,
-            told_s,
+            notice_at_s,
             slowness,
             link_bytes_s,
             pool.broken if is_broken else None,
@@ -81,7 +87,7 @@ def _take_place(pool: Pool, place: int, random: np.random.Generator) -> Iterator
 
 
 def _link(pool: Pool, at: float) -> float:
-    """The bandwidth at a point of the shares that are laid end to end."""
+    """The bandwidth at quantile `at` of the pool's bandwidth distribution."""
     for bytes_s, share in pool.link_bytes_s:
         if at < share:
             return bytes_s

@@ -1,4 +1,4 @@
-"""What happened in a simulation."""
+"""The record of a simulation: counters, times, and spans of chosen workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STAGE, LOAD, WORK, FAILED = "stage", "load", "work", "failed"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What a worker did for a while."""
+    """One activity of a worker, in simulated seconds."""
 
     worker: str
     what: str
@@ -20,11 +20,11 @@ class Span:
 
 @dataclass(slots=True)
 class Record:
-    """Notes what workers do; of the chosen ones, every span of it."""
+    """Records events; spans only of the `chosen` workers. Times are simulated seconds."""
 
     chosen: frozenset[str] = frozenset()
     spans: list[Span] = field(default_factory=list)
-    #: When rows were done for good, and how many.
+    #: When rows were committed, and how many.
     done_at_s: array[float] = field(default_factory=lambda: array("d"))
     done_rows: array[float] = field(default_factory=lambda: array("d"))
     n_rows: float = 0.0
@@ -40,7 +40,7 @@ class Record:
     wasted_s: float = 0.0
     joined_s: dict[str, float] = field(default_factory=dict)
     left_s: dict[str, float] = field(default_factory=dict)
-    #: When each worker was warm first, and when it began to infer.
+    #: When each worker was first warm, and when it first began to infer.
     warm_s: dict[str, float] = field(default_factory=dict)
     first_work_s: dict[str, float] = field(default_factory=dict)
     last_change_s: float = 0.0
@@ -48,17 +48,18 @@ class Record:
     _unproven_s: dict[str, float] = field(default_factory=dict)
 
     def joined(self, worker: str, now: float) -> None:
+        """A worker has joined."""
         self.n_joined += 1
         self.joined_s[worker] = self.last_change_s = now
 
     def left(self, worker: str, now: float) -> None:
-        """A worker is gone; what it loaded and never used was in vain."""
+        """A worker has left; loads that it never used count as wasted."""
         self.n_lost += 1
         self.left_s[worker] = now
         self.wasted_s += self._unproven_s.pop(worker, 0.0)
 
     def loaded(self, worker: str, context: str, start_s: float, now: float) -> None:
-        """A context is warm; built there before, it need not have been."""
+        """A context is warm; a second build on the same worker counts as wasted."""
         self.n_loads += 1
         self.load_s += now - start_s
         if (worker, context) in self._built:
@@ -70,29 +71,30 @@ class Record:
         self.last_change_s = now
 
     def load_failed(self, worker: str, start_s: float, now: float) -> None:
-        """A load came to nothing: it failed, or its worker was lost."""
+        """A load failed, or its worker was lost meanwhile."""
         self.n_failed_loads += 1
         self.load_s += now - start_s
         self.wasted_s += now - start_s
         self.span(worker, FAILED, start_s, now)
 
     def began(self, worker: str, now: float) -> None:
-        """A worker infers."""
+        """A worker has begun to infer, so its loads were not wasted."""
         self.first_work_s.setdefault(worker, now)
         self._unproven_s.pop(worker, None)
 
     def done(self, n_rows: float, now: float) -> None:
-        """Rows are done for good."""
+        """Rows were committed."""
         self.n_rows += n_rows
         self.done_at_s.append(now)
         self.done_rows.append(n_rows)
         self.last_change_s = now
 
     def lost(self, n_rows: float, seconds: float) -> None:
-        """Rows, or parts of them, were inferred in vain."""
+        """Rows were inferred, fully or in part, and lost."""
         self.rows_redone += n_rows
         self.lost_s += seconds
 
     def span(self, worker: str, what: str, start_s: float, end_s: float) -> None:
+        """Record an activity, if the worker is a chosen one."""
         if worker in self.chosen:
             self.spans.append(Span(worker, what, start_s, end_s))

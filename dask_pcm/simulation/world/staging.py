@@ -1,4 +1,4 @@
-"""How files come to workers."""
+"""Staging models: from the shared store, from peers as in TaskVine, or as a swarm."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from dask_pcm.simulation.world.clock import Clock
 from dask_pcm.simulation.world.links import Links, Transfer
 
 STORE, _MANAGER = "store", "manager"
-#: A file that comes in chunks from many takes so much longer than over a link of one's own: forty
-#: hosts at once, played with the planner of ``scheduling/broadcast.py``, had it after 1.28 times
-#: as long in the middle, the last after 1.29 (``benchmarks/ladder.py --only forty``).
+#: Slowdown of a swarm download over a dedicated link. Forty hosts at once, simulated with the
+#: planner of ``scheduling/broadcast.py``, took 1.28 times as long in the median and 1.29 times at
+#: most (``benchmarks/ladder.py --only forty``).
 _SWARM = 1.3
 
 
 class Staging(Protocol):
+    """How files reach workers."""
+
     def fetch(self, worker: str, file: str, n_bytes: int, done: Callable[[], object]) -> None:
-        """Bring a file to a worker, and say when it is there; not a word if the worker leaves."""
+        """Stage a file on a worker; call `done` when it arrives, never if the worker leaves."""
 
     def left(self, worker: str) -> None:
-        """A worker is gone, with all that it had."""
+        """A worker has left, and its files are lost."""
 
 
 class FromStore:
-    """Everybody reads everything from the shared store, which shares its bandwidth fairly."""
+    """Every worker reads from the shared store, which divides its bandwidth equally."""
 
     def __init__(self, links: Links) -> None:
         self._links = links
@@ -45,6 +47,8 @@ class FromStore:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Want:
+    """A request for a file."""
+
     worker: str
     file: str
     n_bytes: int
@@ -52,12 +56,11 @@ class _Want:
 
 
 class FromPeers:
-    """As TaskVine does it: the manager sends one file after another, and then workers to workers.
+    """Peer transfers as in TaskVine.
 
-    Who needs a file gets it from any worker that has all of it and serves less than its cap; if
-    there is none, from the manager, once that is free; and waits meanwhile. A copy goes as fast as
-    the links of both ends let it, which others share. What a source was sending when it left
-    begins anew.
+    A file comes from any worker that holds all of it and serves fewer copies than its limit. If
+    there is none, it comes from the manager, which sends one file at a time; requests queue
+    meanwhile. Copies share the links of both ends. If a source leaves, its copies restart.
     """
 
     def __init__(self, links: Links, settings: Baselines, seed: int) -> None:
@@ -86,7 +89,7 @@ class FromPeers:
         self._serve()
 
     def _serve(self) -> None:
-        """Begin every copy that can begin."""
+        """Begin every copy for which there is a source."""
         for file, wants in self._waiting.items():
             while wants and (source := self._source(file)) is not None:
                 want = wants.popleft()
@@ -116,10 +119,10 @@ class FromPeers:
 
 
 class Swarm:
-    """As our planner does it: chunks from whoever has them, each read from the store about once.
+    """Our broadcast planner, modelled by its effect.
 
-    Modelled by its effect: a worker has a file after what its own link takes for it, and a little
-    longer; one file after another. Nobody has a file before the store has sent all of it once.
+    A worker receives one file after another, each ``_SWARM`` times slower than over a dedicated
+    link, and never before the store has sent the whole file once.
     """
 
     def __init__(self, clock: Clock, links: Links) -> None:

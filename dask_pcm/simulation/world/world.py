@@ -1,4 +1,4 @@
-"""A world in which workers join and leave, load and infer; a policy has its way in it."""
+"""The simulated cluster: workers join, load, infer and leave, as a policy directs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Worker:
     Attributes
     ----------
     disk
-        Files that it has, unpacked, by (context, number).
+        Unpacked files on its disk, by (context, number).
     loads
-        Contexts that it loads, and since when.
+        Start of each load in flight, in simulated seconds.
     """
 
     life: Life
@@ -37,24 +37,32 @@ class Worker:
 
     @property
     def name(self) -> str:
+        """The worker's unique name."""
         return self.life.worker
 
 
 class Policy(Protocol):
-    """Who decides what workers do."""
+    """A policy under simulation: the cluster reports events, the policy directs workers."""
 
     @property
-    def is_done(self) -> bool: ...
-    def begin(self) -> None: ...
-    def joined(self, worker: Worker) -> None: ...
-    def told(self, worker: Worker) -> None:
-        """A worker will leave soon."""
+    def is_done(self) -> bool:
+        """Whether all runs have ended."""
 
-    def left(self, worker: Worker) -> None: ...
+    def begin(self) -> None:
+        """The simulation begins."""
+
+    def joined(self, worker: Worker) -> None:
+        """A worker has joined."""
+
+    def draining(self, worker: Worker) -> None:
+        """A worker has had notice of its end."""
+
+    def left(self, worker: Worker) -> None:
+        """A worker has left."""
 
 
 class World:
-    """Workers' lives, links, and what loading and inferring take."""
+    """Worker lifetimes, links, and the durations of loading and inference."""
 
     def __init__(self, scenario: Scenario, record: Record) -> None:
         self.scenario = scenario
@@ -62,14 +70,14 @@ class World:
         self.clock = Clock()
         self.links = Links(self.clock)
         self.links.open(STORE, scenario.store_bytes_s)
-        #: Set by the policy: how files come to workers.
+        #: Set by the policy.
         self.staging: Staging
-        self._patience_s = _patience_s(scenario)
+        self._quiet_limit_s = _quiet_limit_s(scenario)
         joins = [at for pool in scenario.pools for at in pool.joins_s or pool.joins_within_s or ()]
         self._all_begun_s = max([run.starts_s for run in scenario.runs] + joins)
 
     def run(self, policy: Policy, places: Iterable[Iterator[Life]]) -> None:
-        """Let time pass until all is done, all stalls, or the scenario ends."""
+        """Simulate until all runs end, nothing happens any more, or the scenario ends."""
         for lives in places:
             self._expect(lives, policy)
         policy.begin()
@@ -77,10 +85,10 @@ class World:
 
     def _is_over(self) -> bool:
         quiet_s = self.clock.now - max(self.record.last_change_s, self._all_begun_s)
-        return self.clock.now >= self.scenario.until_s or quiet_s > self._patience_s
+        return self.clock.now >= self.scenario.until_s or quiet_s > self._quiet_limit_s
 
     def _expect(self, lives: Iterator[Life], policy: Policy) -> None:
-        """The next worker to take a place."""
+        """Schedule the next worker of a place."""
         life = next(lives, None)
         if life is not None:
             self.clock.at(life.joins_s, lambda: self._join(life, lives, policy))
@@ -101,46 +109,47 @@ class World:
 
         if math.isfinite(life.ends_s):
             self.clock.at(life.ends_s, leave)
-        if math.isfinite(life.told_s):
-            self.clock.at(life.told_s, lambda: policy.told(worker))
+        if math.isfinite(life.notice_at_s):
+            self.clock.at(life.notice_at_s, lambda: policy.draining(worker))
         policy.joined(worker)
 
     def later(self, worker: Worker, seconds: float, act: Callable[[], object]) -> Timer:
-        """Have something happen on a worker, if it is still there by then."""
+        """Call `act` in `seconds` seconds, unless the worker has left by then."""
         return self.clock.after(seconds, lambda: act() if worker.is_here else None)
 
     def load(
         self, worker: Worker, context: str, done: Callable[[bool], object], keeps_files: bool = True
     ) -> None:
-        """Stage a context's files, unpack them and build it; `done` is told whether that worked.
+        """Stage a context's files, unpack and build it; call `done` with whether it succeeded.
 
-        On a broken worker it fails after a while, or never ends.
+        On a broken worker the load fails after a while, or hangs.
         """
         Load(self, worker, context, done, keeps_files).begin()
 
     def row_s(self, worker: Worker, run: RunSpec) -> float:
-        """Seconds a row of a run takes there."""
+        """Seconds per row of a run on a worker."""
         life = worker.life
         rows_s = sum(self.scenario.contexts[name].row_s[life.device] for name in run.contexts)
         return rows_s * life.slowness
 
     def infer_s(self, worker: Worker, run: RunSpec, n_rows: int) -> float:
-        """Seconds that rows of a run take there, calls counted."""
+        """Seconds to infer rows of a run on a worker, with the overhead of each call."""
         n_calls = math.ceil(n_rows / run.batch_rows)
         return n_rows * self.row_s(worker, run) + n_calls * self.scenario.overheads.call_s
 
     def rows_by(self, worker: Worker, run: RunSpec, n_rows: int, seconds: float) -> tuple[int, int]:
-        """Of `n_rows`, those whose batches have ended after so many seconds; and those begun."""
+        """Of `n_rows`, those in batches finished after `seconds` seconds, and those begun."""
         batch_s = self.infer_s(worker, run, run.batch_rows)
         n_ended = int(seconds / batch_s + 1e-9) * run.batch_rows
         n_begun = math.ceil(seconds / batch_s - 1e-9) * run.batch_rows
         return min(n_ended, n_rows), min(n_begun, n_rows)
 
 
-def _patience_s(scenario: Scenario) -> float:
-    """Seconds in which something happens, or nothing ever will: longer than any one thing takes.
+def _quiet_limit_s(scenario: Scenario) -> float:
+    """Seconds without an event after which the simulation has stalled.
 
-    Not even a task of the slowest, files for all at once from the store, or one file on a slow way.
+    Longer than any single activity: a task on the slowest device, all workers staging from the
+    store at once, or one file over the slowest link.
     """
     task_s = max(
         max(run.task_rows, run.batch_rows) * scenario.effective_row_s(run, pool.device)
@@ -157,7 +166,7 @@ def _patience_s(scenario: Scenario) -> float:
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """A load under way: each file is unpacked while others arrive; then the context is built."""
+    """A load in flight: files are unpacked while others arrive; then the context is built."""
 
     world: World
     worker: Worker
@@ -167,6 +176,7 @@ class Load:
     n_lacking: int = 0
 
     def begin(self) -> None:
+        """Start the load; a broken worker fails it or lets it hang."""
         worker, world = self.worker, self.world
         worker.loads[self.context] = world.clock.now
         broken, files = worker.life.broken, world.scenario.contexts[self.context].files

@@ -39,7 +39,7 @@ def test_a_device_that_fails_beside_a_warm_context_ends_the_run(claims, tmp_path
         warm = pcm.map_partitions(use, given, context=pcm.Context(str, "warm"), **options)
         assert len(warm.compute()) == 100
         broken = pcm.map_partitions(use, given, context=pcm.Context(load_on_device, 1), **options)
-        with pytest.raises(LoadError, match="all have been tried 3 times") as told:
+        with pytest.raises(LoadError, match="each was tried 3 times") as told:
             pcm.write_parquet(broken, tmp_path / "out", progress=False)
         assert "the driver 470 is too old" in str(told.value)
         assert LOADS == [1, 1, 1]

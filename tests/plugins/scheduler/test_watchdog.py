@@ -99,14 +99,14 @@ def test_why(tmp_path):
         waiting = client.submit(use, 2, ctx=LLM, key="the-third")
         try:
             client.sync(poll, lambda: "'the-third' waits" in _gate(cluster, "the-third"), 10)
-            client.sync(poll, lambda: "is on" in _gate(cluster, held[0].key), 10)
-            assert "1 worker: warm, and has work" in pcm.explain("the-third")
+            client.sync(poll, lambda: "is assigned to" in _gate(cluster, held[0].key), 10)
+            assert "1 worker: warm, busy for" in pcm.explain("the-third")
             text = pcm.explain(held[0])
-            assert "is on" in text and "which was warm, had room" in text
+            assert "is assigned to" in text and ": warm, with room" in text
         finally:
             Event("open0").set(), Event("open1").set()
         assert waiting.result() == (2, "llm")
-        assert "which was warm" in pcm.explain(waiting)
+        assert ": warm, with room" in pcm.explain(waiting)
         assert "is not at the gate" in pcm.explain("nobody")
 
 
@@ -151,8 +151,8 @@ def test_the_gate_learns_what_staging_takes(tmp_path):
     async def on_cluster(c, s, gate, a):
         context = pcm.Context(read, path, files=[path])
         await c.submit(use, 1, ctx=context)
-        assert gate.state.file_bytes[context.digest] == 1000
+        assert gate.state.contexts.file_bytes[context.digest] == 1000
         assert gate.state.cost.stages[context.digest].value > 0
-        assert gate.state.staged_on[context.digest] == {"127.0.0.1"}
+        assert gate.state.contexts.staged_on[context.digest] == {"127.0.0.1"}
 
     on_cluster()

@@ -14,7 +14,7 @@ from dask_pcm.scheduling.events import (
     WorkerJoined,
     WorkerLeft,
 )
-from dask_pcm.scheduling.learned.lifetimes import Pool, expected_s
+from dask_pcm.scheduling.learned.lifetimes import Lifetimes, expected_s
 from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, World, assigned, warmed
 
@@ -31,14 +31,14 @@ def test_the_formula_is_what_a_simulation_finds():
 
 
 def test_a_pools_hazard_is_learned():
-    pool, now = Pool(), 0.0
+    pool, now = Lifetimes(), 0.0
     for _ in range(200):
-        pool.join(now)
-        pool.leave(now, now + 60.0, is_lost=True)
+        pool.add_worker(now)
+        pool.remove_worker(now, now + 60.0, is_lost=True)
         now += 60.0
     assert 1 / pool.hazard(now) == pytest.approx(60.0, rel=0.3)
-    steady = Pool()
-    steady.join(0.0)
+    steady = Lifetimes()
+    steady.add_worker(0.0)
     assert steady.hazard(36_000.0) < steady.hazard(0.0) < 1 / 3_600
 
 

@@ -1,4 +1,4 @@
-"""Contexts that do not fit together, played: a clock that is a number, workers that are dicts."""
+"""Eviction between contexts that do not fit together, simulated with a numeric clock."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Played:
                 view = self.state.workers[action.worker]
                 assert action.context not in view.in_use()
         for view in self.state.workers.values():
-            assert self.state.free_bytes(view) >= 0
+            assert view.free_bytes >= 0
         if self._n % 50 == 0:
             self.state.validate()
 
@@ -109,7 +109,7 @@ class Played:
         self._at(end_s, WorkEnded(assign.key, True))
 
 
-def test_two_that_both_have_work_take_turns():
+def test_two_contexts_with_work_take_turns():
     """200 s of work for two contexts, one device that holds one: little of it is spent moving."""
     played = Played(10)
     for i in range(2000):
@@ -136,7 +136,7 @@ def test_alternating_chains_are_served_in_batches():
     assert len(played.moves) < 40
 
 
-def test_what_nobody_waits_for_makes_room_at_once():
+def test_a_context_without_waiting_work_is_evicted_at_once():
     played = Played(20)
     for i, context in enumerate("abc"):
         played.park(i * 10.0, context, context)
@@ -149,7 +149,7 @@ def test_what_nobody_waits_for_makes_room_at_once():
     assert played.done["c"] < 22.5
 
 
-def test_what_costs_more_to_bring_back_stays():
+def test_the_context_that_is_costlier_to_restore_stays():
     played = Played(20)
     played.park(0, "a", "a")
     played.park(10, "b", "b")
@@ -161,7 +161,7 @@ def test_what_costs_more_to_bring_back_stays():
     assert [a.context for _, a in played.said if isinstance(a, Offload)] == ["b"]
 
 
-def test_what_users_have_put_first_does_not_wait_its_turn():
+def test_user_priority_precedes_turns():
     played = Played(10)
     for i in range(600):
         played.park(0.0, f"a{i:03}", "a", priority=(0,))
@@ -173,7 +173,7 @@ def test_what_users_have_put_first_does_not_wait_its_turn():
 
 
 def test_of_two_workers_each_serves_one():
-    """They fit one each: once they have parted, nothing moves any more."""
+    """One context fits on each worker: after the first loads, nothing moves."""
     played = Played(10, 10)
     for i in range(1000):
         played.park(0.0, f"k{i}", "ab"[i % 2])
@@ -182,7 +182,7 @@ def test_of_two_workers_each_serves_one():
     assert played.now < 60
 
 
-def test_workers_change_sides_until_all_are_done_together():
+def test_workers_change_over_until_all_work_ends_together():
     """Four workers serve a; then as much work for b arrives: it gets two of them, one by one."""
     played = Played(*[10] * 4)
     for i in range(4000):
@@ -214,7 +214,7 @@ def test_two_pairs_that_overlap_on_two_workers_both_end():
     assert all(played.done.values())
 
 
-def test_what_is_larger_than_any_device_is_refused_with_the_numbers():
+def test_contexts_larger_than_any_device_fail_with_the_numbers():
     played = Played(15, 12)
     played.park(0.0, "both", "a", "b")
     played.park(0.0, "one", "a")
@@ -222,12 +222,12 @@ def test_what_is_larger_than_any_device_is_refused_with_the_numbers():
     assert played.done["one"] and not played.done["both"]
     assert played.failed == {
         "both": "'the a' and 'the b' need 20 bytes on a device, and the largest device has 15 for"
-        " contexts (2 looked at; pcm.ladder.device.budget). Use a smaller model or data type, or"
-        " workers with larger devices."
+        " contexts (2 workers checked; pcm.ladder.device.budget). Use a smaller model or data type,"
+        " or workers with larger devices."
     }
 
 
-def test_where_a_limit_is_not_known_nothing_is_refused():
+def test_nothing_fails_while_a_device_limit_is_unknown():
     played = Played(15, None)
     played.park(0.0, "both", "a", "b")
     played.run()
@@ -235,8 +235,8 @@ def test_where_a_limit_is_not_known_nothing_is_refused():
     assert {worker for _, worker, _ in played.moves} == {"w1"}
 
 
-def test_a_place_that_is_promised_is_not_given_to_another():
-    """While what is there ends, somebody else comes and wants it too."""
+def test_promised_space_is_not_given_to_another_group():
+    """Another group arrives while the assigned work ends."""
     played = Played(10)
     played.park(0.0, "long", "a", seconds=30.0)
     played.run(until_s=5.0)
@@ -246,8 +246,8 @@ def test_a_place_that_is_promised_is_not_given_to_another():
     assert [context for *_, context in played.moves] == ["a", "b", "c"]
 
 
-def test_the_urgent_in_the_midst_of_a_turn_stops_nobody():
-    """a is to leave for b; then somebody asks for a, and comes first."""
+def test_urgent_work_during_an_eviction_does_not_deadlock():
+    """a is about to be evicted for b when urgent work for a arrives."""
     played = Played(10, load_s=0.5)
     for i in range(6):
         played.park(0.0, f"a{i}", "a", seconds=4.0)
@@ -259,7 +259,7 @@ def test_the_urgent_in_the_midst_of_a_turn_stops_nobody():
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_the_priorities_all_is_done(seed):
+def test_all_work_is_done_under_random_priorities(seed):
     rng = random.Random(seed)
     played = Played(
         *(rng.choice([10, 20]) for _ in range(rng.randint(1, 3))),
@@ -288,7 +288,7 @@ def test_few_moves_under_a_random_stream(seed):
 
 
 def belady(order, n_places):
-    """Loads and restores where whoever is needed last leaves, tasks done in their order."""
+    """Loads and restores under Belady's optimal replacement, tasks in their order."""
     there, n_moves = set(), 0
     for i, context in enumerate(order):
         if context in there:

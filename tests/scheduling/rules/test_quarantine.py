@@ -1,4 +1,4 @@
-"""Nodes on which everything fails."""
+"""Quarantine of nodes on which everything fails."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def fail(world, worker, kind=DEVICE, error="the driver 470 is too old for CUDA 1
     world.tell(ResidencyReported(worker, context, Tier.FAILED, seconds=0.1, error=error, kind=kind))
 
 
-def shunned(actions):
+def quarantined(actions):
     return [action.host for action in actions if isinstance(action, Quarantine)]
 
 
-def test_a_device_that_cannot_be_used_costs_its_node_alone():
+def test_an_unusable_device_quarantines_only_its_node():
     world = on_nodes(broken=4, well=1)
     world.tell(RunReported("run", A, 1000.0, 10))
     assert len(warmed(world.decide())) == 5
     fail(world, "broken-0")
-    assert shunned(world.decide()) == ["broken"]
+    assert quarantined(world.decide()) == ["broken"]
     assert world.state.failures.of_context == {}
     world.warm("well-0")
     world.park(5)
     assert not warmed(world.decide())
-    assert "driver 470" in world.state.failures.shunned["broken"].error
+    assert "driver 470" in world.state.failures.quarantined["broken"].error
 
 
-def test_it_is_tried_again_later_and_left_alone_for_longer():
+def test_a_node_is_retried_and_each_quarantine_is_longer():
     world = on_nodes(broken=1, well=1)
     world.tell(RunReported("run", A, 1e6, 10))
     world.warm("well-0", seconds=1.0)
@@ -62,7 +62,7 @@ def test_it_is_tried_again_later_and_left_alone_for_longer():
     assert waits == [10.0, 20.0, 40.0, 80.0]
     assert warmed(world.decide()) == {"broken-0"}
     world.warm("broken-0")
-    assert world.state.failures.n_shunned == {}
+    assert world.state.failures.n_quarantines == {}
 
 
 def test_a_node_where_only_one_context_fails_is_not_broken():
@@ -71,25 +71,25 @@ def test_a_node_where_only_one_context_fails_is_not_broken():
     world.park(2)
     world.decide()
     fail(world, "node-1", kind="OSError", error="no such file")
-    assert shunned(world.decide()) == []
+    assert quarantined(world.decide()) == []
 
 
-def test_what_loads_elsewhere_and_fails_here_tells_of_the_node():
+def test_a_context_that_loads_elsewhere_incriminates_the_node():
     world = on_nodes(broken=2, well=1)
     world.warm("well-0", seconds=1.0)
     world.tell(RunReported("run", A, 1e6, 10))
     world.learn(A, "well-0", 1.0)
     world.decide()
     fail(world, "broken-0", kind="OSError", error="disk full")
-    assert shunned(world.decide()) == ["broken"]
+    assert quarantined(world.decide()) == ["broken"]
 
 
-def test_what_has_never_loaded_tells_of_the_context():
+def test_a_context_that_never_loaded_does_not_incriminate_the_node():
     world = on_nodes(one=1, two=1)
     world.park(3)
     world.decide()
     fail(world, "one-0", kind="OSError", error="no weights")
-    assert shunned(world.decide()) == []
+    assert quarantined(world.decide()) == []
 
 
 def test_broken_nodes_that_come_first_do_not_end_the_work():
@@ -99,13 +99,13 @@ def test_broken_nodes_that_come_first_do_not_end_the_work():
     for node in "abcd":
         fail(world, f"{node}-0")
     actions = world.decide()
-    assert sorted(shunned(actions)) == ["a", "b", "c", "d"]
+    assert sorted(quarantined(actions)) == ["a", "b", "c", "d"]
     assert not any(isinstance(action, Fail) for action in actions)
     world.tell(WorkerJoined("well-0", 2, None, "well"))
     assert warmed(world.decide()) == {"well-0"}
 
 
-def test_where_no_node_can_be_used_it_ends_with_what_each_said():
+def test_without_usable_nodes_work_fails_with_the_error_of_each():
     world = on_nodes(a=1, b=1)
     world.park(2)
     failed = []
@@ -120,22 +120,22 @@ def test_where_no_node_can_be_used_it_ends_with_what_each_said():
     assert {action.key for action in failed} == {"a0", "a1"}
     end = failed[0]
     assert "node a: torch was built" in end.error and "node b" in end.error
-    world.park(1)  # asked for anew, it is tried anew
+    world.park(1)  # a new request allows new attempts
     assert warmed(world.decide())
 
 
-def test_no_unit_is_sent_to_a_node_that_is_left_alone():
+def test_no_unit_is_assigned_to_a_quarantined_node():
     world = on_nodes(broken=2)
     world.tell(ResidencyReported("broken-0", "b", Tier.LOADING))
     world.tell(Quarantine("broken", 10.0, "no driver"))
-    world.warm("broken-0", "a")  # it was on its way
+    world.warm("broken-0", "a")  # its load was in flight
     world.park(1)
     assert [
         a for a in world.decide() if not isinstance(a, Quarantine)
-    ] != []  # what loads is no wreck
+    ] != []  # a node that loads is not broken
 
 
-def test_groups_of_other_contexts_stay_away_too():
+def test_groups_of_other_contexts_avoid_a_quarantined_node():
     world = on_nodes(broken=1)
     other = Group(("z",), "infer")
     world.park(1)
@@ -146,7 +146,7 @@ def test_groups_of_other_contexts_stay_away_too():
     assert not warmed(world.decide())
 
 
-def test_a_worker_that_failed_before_anybody_had_loaded_it_is_asked_again_later():
+def test_a_worker_that_failed_before_the_first_load_retries_after_a_back_off():
     world = on_nodes(one=1, two=1)
     world.tell(RunReported("run", A, 1e6, 10))
     world.decide()
@@ -159,7 +159,7 @@ def test_a_worker_that_failed_before_anybody_had_loaded_it_is_asked_again_later(
     assert warmed(world.decide()) == {"one-0"}
 
 
-def test_one_bad_device_beside_good_ones_is_asked_again_later():
+def test_one_bad_device_beside_good_ones_retries_after_a_back_off():
     world = on_nodes(node=2)
     world.tell(RunReported("run", A, 1e6, 10))
     world.decide()
@@ -176,7 +176,7 @@ def test_one_bad_device_beside_good_ones_is_asked_again_later():
     assert len(tried_at) >= 2 and waits == sorted(waits)
 
 
-def test_a_worker_whose_node_failed_once_is_not_why_others_stay_cold():
+def test_a_failed_node_does_not_keep_other_workers_cold():
     world = on_nodes(failed=1, slow=1, fast=1)
     world.warm("fast-0", seconds=1.0)
     world.learn(A, "fast-0", 1.0)
@@ -192,8 +192,8 @@ def test_a_worker_whose_node_failed_once_is_not_why_others_stay_cold():
     assert "failed-0" in warmed(world.decide())
 
 
-def test_a_device_that_fails_beside_another_warm_context_is_not_tried_for_ever():
-    """Nor soon: it rests as others do, and in the end the work is told."""
+def test_a_device_that_fails_beside_a_warm_context_is_given_up():
+    """It backs off as others do, and after the last attempt the work fails."""
     world = on_nodes(one=1, two=1)
     for worker in ("one-0", "two-0"):
         world.warm(worker, "b", seconds=1.0)
@@ -211,11 +211,11 @@ def test_a_device_that_fails_beside_another_warm_context_is_not_tried_for_ever()
     for times in tried_at.values():
         assert len(times) == 3
         assert [later - before for before, later in pairwise(times)] == [10.0, 20.0]
-    world.park(1, start=5)  # asked for anew, it is tried anew
+    world.park(1, start=5)  # a new request allows new attempts
     assert warmed(world.decide())
 
 
-def test_beside_a_node_that_is_left_alone_it_ends_as_well():
+def test_work_fails_beside_a_quarantined_node_too():
     world = on_nodes(broken=1, mixed=1)
     world.warm("mixed-0", "b", seconds=1.0)
     world.park(2)
@@ -228,7 +228,7 @@ def test_beside_a_node_that_is_left_alone_it_ends_as_well():
     assert ended and "broken-0: no driver" in ended[0].error and "mixed-0" in ended[0].error
 
 
-def test_work_that_may_go_nowhere_else_ends_though_others_are_well():
+def test_work_restricted_to_a_broken_node_fails_though_others_work():
     world = on_nodes(broken=1, well=1)
     world.warm("broken-0", "b", seconds=1.0)
     bound = Group(("a",), "infer", frozenset({"broken-0"}))
@@ -242,7 +242,7 @@ def test_work_that_may_go_nowhere_else_ends_though_others_are_well():
     assert ended and 30.0 <= world.now < 32.0
 
 
-def test_a_worker_that_loads_it_after_all_begins_anew():
+def test_a_successful_load_resets_the_back_off():
     world = on_nodes(node=1)
     world.warm("node-0", "b", seconds=1.0)
     world.tell(RunReported("run", A, 1e6, 10))
@@ -251,4 +251,4 @@ def test_a_worker_that_loads_it_after_all_begins_anew():
     world.now += 11.0
     assert warmed(world.decide())
     world.warm("node-0", "a")
-    assert not world.state.failures.of_device and not world.state.failures.n_rested
+    assert not world.state.failures.of_device and not world.state.failures.n_back_offs

@@ -15,7 +15,7 @@ from tests.support.scenarios import FREE, pool, run, world
 def drained(window, n_workers, row_s):
     """Sizes of all units, each taken in before the next are cut."""
     sizes = []
-    window.told([DeviceDemand("", n_workers, None)])
+    window.update_demand([DeviceDemand("", n_workers, None)])
     while not window.is_empty:
         for unit in window.feed():
             sizes.append(unit.n_rows)
