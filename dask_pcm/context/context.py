@@ -51,6 +51,7 @@ class ContextRef:
     parts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Without `parts`, the last field: every task carries a ref, and only the client needs them.
         return ContextRef, tuple(getattr(self, part.name) for part in fields(self)[:-1])
 
     def __dask_tokenize__(self) -> tuple[str, str]:
@@ -189,6 +190,7 @@ class Context:
         args, kwargs = _placed(args, kwargs, bundles)
         check_arguments(load, args, kwargs, "Context", _OPTIONS)
         recipe = Recipe(load, args, kwargs, offload, restore, close, reattach)
+        # Without the name, the memory and `reattach`: these do not change the object that is built.
         identity = (load, args, kwargs, offload, restore, close)
         sealed = Sealed.of(recipe, f"The recipe of context {name!r}", identity)
         memory = None if device_memory is None else _bytes(device_memory)
@@ -201,6 +203,7 @@ class Context:
             bundles=bundles,
             parts=sealed.parts,
         )
+        # A context is hashed by its digest, so it is immutable from here on.
         object.__setattr__(self, "ref", ref)
 
     @property

@@ -18,8 +18,8 @@ from dask_pcm.tiers import Tier
 
 logger = logging.getLogger(__name__)
 
-#: How often a load that waits for room checks for a deadlock: a holder may have begun to wait for
-#: something that notifies nobody.
+#: How often a load that waits for room checks for a deadlock: the beginning of a holder's own wait
+#: notifies no other thread.
 _POLL_S = 1.0
 
 

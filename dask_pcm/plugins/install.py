@@ -48,6 +48,7 @@ def install(client: Client | None = None) -> None:
     config = Config.read()
     client.register_plugin(GatePlugin(config))
     keeper, contexts = KeeperPlugin(config), ContextPlugin(config)
+    # Nannies before workers: a worker's plugin calls its nanny's handlers during setup.
     client.run_on_scheduler(deliver_to_nannies, dumps(keeper), keeper.name, answering)
     # A worker that already has the plugin does not set it up again: it must greet the new gate.
     client.run_on_scheduler(deliver, dumps(contexts), contexts.name, _greet, answering)

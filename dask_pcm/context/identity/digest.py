@@ -1,11 +1,13 @@
 """Digests of functions and values that are equal across processes, kernels and machines.
 
-A function counts by what it does: bytecode, constants, defaults, closure and the globals that it
-refers to. A class counts by what its author wrote: bases, annotations, members and, where its
-source can be found, the whole statement; what metaclasses and decorators of libraries add to it
-does not count. Neither do docstrings, nor where something was written (file, line, cell), nor
-pickle's bytes, which differ between two kernels for the same source. What is installed (the
-standard library, site-packages) counts by its name alone.
+A function is identified by what it does: bytecode, constants, defaults, closure and the globals
+that it refers to. A class is identified by what its author wrote: bases, annotations, members and,
+if its source can be found, the whole statement. Installed code (the standard library,
+site-packages) is identified by its name alone.
+
+The following do not count: additions by metaclasses and decorators of libraries; docstrings; the
+position of code (file, line, cell); and the bytes of pickles, which differ between two kernels for
+the same source.
 
 Digests of functions and classes depend on the minor version of Python, as bytecode does.
 """
@@ -49,15 +51,15 @@ from dask_pcm.context.identity.components import (
 from dask_pcm.context.identity.sources import is_installed, origin, user_modules
 from dask_pcm.errors import IdentityWarning, RecipeError
 
-#: Attributes of a class that say where it was written, or that every class has.
+#: Attributes of a class that give its source position, or that every class has.
 _INCIDENTAL = frozenset(
     "__module__ __doc__ __dict__ __weakref__ __firstlineno__ __static_attributes__ "
     "__annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
     "__abstractmethods__ _abc_impl __dataclass_fields__ __match_args__".split()
 )
-#: What may be where an object lies in memory.
+#: Numbers that may be memory addresses.
 _ADDRESS = re.compile(r"(?P<of> (?:object )?at )?\b(?P<number>0x[0-9a-f]{6,16}|[1-9]\d{8,19})\b")
-#: Where libraries keep fields that were written as members of a class.
+#: Attributes in which libraries store fields that were written as members of a class.
 _FIELD_TABLES = ("__pydantic_fields__", "__attrs_attrs__", "__dataclass_fields__")
 
 

@@ -210,6 +210,7 @@ class Host:
 
     def find(self, digest: str) -> Image | None:
         """The image of a context, from this process or the keeper; None if there is none."""
+        # Under the lock throughout, so that two threads do not open the same file twice.
         with self._changing:
             image = self._images.get(digest)
             if (image is None or not image.is_open) and self._keeper is not None:

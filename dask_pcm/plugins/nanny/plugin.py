@@ -189,7 +189,7 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         nanny = self._nanny
         if nanny.process is None:
             return False
-        nanny.close_gracefully(reason="notice")
+        nanny.close_gracefully(reason="notice")  # so that it does not start another worker
         # From this side, because a worker that closes itself waits for two seconds before it ends.
         self._ending = asyncio.get_running_loop().create_task(
             nanny.process.kill(timeout=seconds, executor_wait=False, reason="notice")

@@ -50,6 +50,7 @@ class Runs(Service):
         The first report opens the run, so workers load its contexts before any unit arrives.
         `n_units` of 0 closes it.
         """
+        # Safe without the user's modules: the recipes inside the refs are sealed.
         asked: tuple[ContextRef, ...] = pickle.loads(refs)
         contexts = tuple(ref.digest for ref in asked)
         group = Group(contexts, kind, client=client)
@@ -58,6 +59,7 @@ class Runs(Service):
         else:
             if run not in self.runs:
                 self.runs[run] = RunInfo(client, self._contexts.declare(asked))
+            # After `declare`: the policy must know the contexts of the work that it plans.
             self._hub.apply(RunReported(run, group, n_rows, n_units))
         loads = [self._contexts.loads.get(context, Loads()) for context in contexts]
         state = self._hub.state
