@@ -1,8 +1,8 @@
-"""Files of a recipe by their content: what stages them can verify what it got.
+"""Files of a recipe are content-addressed, so a worker can verify every chunk that it gets.
 
-A **bundle** is one path or URL that a recipe names: a file, or a folder with what is in it. Each of
-its files is a **blob**, known by the digests of its chunks; so the same bytes under another name or
-elsewhere are the same blob, and whoever hands over a chunk need not be trusted.
+A **bundle** is one path or URL that a recipe names: a file, or a folder with its files. The content
+of each file is a **blob**, identified by the digests of its chunks. The same bytes under another
+name or path are the same blob, and the source of a chunk need not be trusted.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from dask_pcm.paths import path_text, redacted_repr, version_of
 
 logger = logging.getLogger(__name__)
 
-#: A file is cut into so many chunks, as far as the bounds allow.
+#: A file is split into this many chunks, within the bounds for a chunk's size.
 _N_CHUNKS, _MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 64, 256 << 10, 16 << 20
 _DIGEST_BYTES = 16
 _N_READERS = 8
+#: Digesting that takes longer is logged.
 _SLOW_S = 5.0
-#: What is remembered here is called so in the user's cache folder.
+#: The name of these entries in the user's cache folder.
 _KIND = "blobs"
 
 
 def digest_of(data: Any) -> bytes:
-    """Digest of some bytes, 16 long (BLAKE3)."""
+    """The BLAKE3 digest of some bytes, 16 bytes long."""
     return blake3(data).digest(_DIGEST_BYTES)
 
 
@@ -50,9 +51,9 @@ class Blob:
     Attributes
     ----------
     n_bytes, chunk_bytes
-        Its size, and that of each of its chunks but the last.
+        Its size, and the size of each chunk but the last.
     chunk_digests
-        Their digests, 16 bytes each, one after the other.
+        The digests of the chunks, 16 bytes each, concatenated.
 
     Examples
     --------
@@ -67,21 +68,22 @@ class Blob:
 
     @property
     def digest(self) -> str:
-        """Identity of the content, in 32 hexadecimal digits."""
+        """The digest of the content, 32 hex digits."""
         head = f"{self.n_bytes}/{self.chunk_bytes}/".encode()
         return digest_of(head + self.chunk_digests).hex()
 
     @property
     def n_chunks(self) -> int:
+        """The number of chunks."""
         return len(self.chunk_digests) // _DIGEST_BYTES
 
     def span(self, chunk: int) -> tuple[int, int]:
-        """First byte of a chunk, and the one after its last."""
+        """The offsets of a chunk's first byte and of the byte after its last."""
         start = chunk * self.chunk_bytes
         return start, min(start + self.chunk_bytes, self.n_bytes)
 
     def holds(self, chunk: int, data: Any) -> bool:
-        """Whether `data` is what stands at a chunk."""
+        """Whether `data` is the content of a chunk."""
         at = chunk * _DIGEST_BYTES
         return digest_of(data) == self.chunk_digests[at : at + _DIGEST_BYTES]
 
@@ -93,13 +95,13 @@ class BundledFile:
     Attributes
     ----------
     name
-        In the bundle, with slashes.
+        Its path in the bundle, with slashes.
     url
-        An absolute path, or a URL, by which a worker may read it.
+        The absolute path or URL at which a worker may read it.
     version
-        What tells whether it is still the same there.
+        Changes when the file at `url` is written to; empty if the store does not tell.
     blob
-        What it holds.
+        Its content.
     """
 
     name: str
@@ -112,18 +114,18 @@ class BundledFile:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Bundle:
-    """What a recipe names as one path or URL.
+    """One path or URL of a recipe.
 
     Attributes
     ----------
     given
-        As the recipe's arguments name it.
+        The path or URL as the recipe's arguments name it.
     is_folder
-        Whether it is a folder; otherwise it is its only file.
+        Whether it is a folder; otherwise it has exactly one file.
     files
-        By name.
+        Its files, ordered by name.
     digest
-        Of names and contents; where they lie does not count.
+        The digest of names and contents, independent of their location.
     """
 
     given: str
@@ -135,6 +137,7 @@ class Bundle:
 
     @property
     def n_bytes(self) -> int:
+        """The size of all files."""
         return sum(file.blob.n_bytes for file in self.files)
 
     def __dask_tokenize__(self) -> tuple[str, str]:
@@ -144,13 +147,13 @@ class Bundle:
 def bundle_of(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> Bundle:
     """Digest a file, or the files of a folder whose names match one of `patterns`.
 
-    Hidden files are left out. Each file is read once and remembered by path, size and time of
-    writing: in this process, and in the user's cache folder for others.
+    Hidden files are left out. Digests are cached by path, size and modification time, in this
+    process and in the user's cache folder. Blocks while files are read; for the client.
 
     Raises
     ------
     InputError
-        Where there is no such file, or it changes while it is read.
+        If there is no such file, if it cannot be read, or if it changes while it is read.
     """
     given = path_text(path)
     try:
@@ -159,7 +162,7 @@ def bundle_of(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) ->
         is_folder = not fs.isfile(root)
     except InputError:
         raise
-    except Exception as error:  # each library of a store has errors of its own
+    except Exception as error:  # fsspec's stores raise errors of their own
         raise InputError(
             f"The files of a recipe cannot be listed: {given!r}: {error}."
         ) from shown_cause(error)
@@ -171,19 +174,19 @@ def bundle_of(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) ->
     with ThreadPoolExecutor(_N_READERS) as pool:
         files = tuple(pool.map(lambda item: _bundled(fs, *item), found))
     if (seconds := time.monotonic() - start) > _SLOW_S:
-        logger.info("Digesting %s took %.0f s; it is remembered", redacted(given), seconds)
+        logger.info("Digesting %s took %.0f s; the digests are cached", redacted(given), seconds)
     named = [[file.name, file.blob.digest] for file in files]
     digest = digest_of(json.dumps([is_folder, named]).encode()).hex()
     return Bundle(given, is_folder, files, digest)
 
 
 def checked_name(name: str) -> str:
-    """A name in a bundle, which must not lead out of the folder that it is put in.
+    """Return a file's name, which must not lead out of the bundle's folder.
 
     Raises
     ------
     InputError
-        Where it would.
+        If it is absolute, empty, or contains ``..`` or a null byte.
     """
     path = PurePosixPath(name)
     if path.is_absolute() or not path.parts or ".." in path.parts or "\0" in name:
@@ -192,7 +195,7 @@ def checked_name(name: str) -> str:
 
 
 def _listed(fs: Any, root: str, patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names in the bundle, and paths."""
+    """Names in the bundle with the paths of the files."""
     if fs.isfile(root):
         yield PurePosixPath(redacted(root)).name, root
         return
@@ -210,6 +213,7 @@ def _listed(fs: Any, root: str, patterns: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def _bundled(fs: Any, name: str, path: str) -> BundledFile:
+    """Digest one file, or take its digest from the cache."""
     url = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
     try:
         info = fs.info(path)
@@ -218,10 +222,10 @@ def _bundled(fs: Any, name: str, path: str) -> BundledFile:
         blob = _memory.recall(key) if version else None
         if blob is None:
             blob = _digested(fs, path, info["size"])
-            fs.invalidate_cache()
+            fs.invalidate_cache()  # fsspec may have cached the file's info
             if version_of(fs.info(path)) != version:
                 raise InputError(f"{url!r}, which a recipe names, was changed while it was read.")
-            if version:  # else nobody could tell whether it is still the same
+            if version:  # without one, later changes of the file would go unnoticed
                 _memory.note(key, blob)
     except OSError as error:
         raise InputError(
@@ -231,6 +235,7 @@ def _bundled(fs: Any, name: str, path: str) -> BundledFile:
 
 
 def _digested(fs: Any, path: str, n_bytes: int) -> Blob:
+    """Read a file and digest its chunks."""
     chunk_bytes = min(max(-(-n_bytes // _N_CHUNKS), _MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
     starts = range(0, n_bytes, chunk_bytes)
 
@@ -244,12 +249,13 @@ def _digested(fs: Any, path: str, n_bytes: int) -> Blob:
 
 
 class _Memory:
-    """Blobs that have been digested, by what tells that a file is still the same."""
+    """Caches blobs by a key made of path, size and version of the file; for any thread."""
 
     def __init__(self) -> None:
         self._known: dict[str, Blob] = {}
 
     def recall(self, key: str) -> Blob | None:
+        """The cached blob, from this process or the user's cache folder; None if there is none."""
         if key not in self._known:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 found = user_cache.recall(_KIND, key)
@@ -260,6 +266,7 @@ class _Memory:
         return self._known.get(key)
 
     def note(self, key: str, blob: Blob) -> None:
+        """Cache a blob."""
         self._known[key] = blob
         found = {
             "n_bytes": blob.n_bytes,

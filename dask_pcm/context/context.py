@@ -1,4 +1,4 @@
-"""``Context``: the recipe of live, reusable state; ``ContextRef``: what a graph carries of it."""
+"""``Context`` is the recipe of live, reusable state; graphs carry its ``ContextRef``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dask_pcm.errors import RecipeError
 
 @dataclass(frozen=True, slots=True)
 class ContextRef:
-    """What a task says of the context that it needs: numbers for the gate, bytes for the worker.
+    """A task's reference to a context: numbers for the gate, a sealed recipe for the worker.
 
     Attributes
     ----------
     digest
-        Identity of the recipe.
+        The recipe's digest.
     name
-        For people.
+        For messages.
     device_memory_bytes
         Declared size on the device; None if it was not declared.
     is_exclusive
@@ -34,11 +34,11 @@ class ContextRef:
     recipe
         The sealed ``Recipe``.
     about
-        What people want to know of it, in pairs: a model's name and commit.
+        Pairs of names and values for reports, such as a model's name and commit.
     bundles
         Files that the loader reads; a worker stages them first.
     parts
-        What the digest is made of; stays with the client.
+        Digests of the recipe's parts; not pickled, so they stay with the client.
     """
 
     digest: str
@@ -51,6 +51,7 @@ class ContextRef:
     parts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Without `parts`, the last field: every task carries a ref, and only the client needs them.
         return ContextRef, tuple(getattr(self, part.name) for part in fields(self)[:-1])
 
     def __dask_tokenize__(self) -> tuple[str, str]:
@@ -59,14 +60,14 @@ class ContextRef:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Stands in a recipe's arguments for the path at which a bundle is staged."""
+    """A placeholder in a recipe's arguments for the path at which a bundle is staged."""
 
     bundle: str
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What builds a context, as a worker sees it; for each bundle an argument holds a ``Place``."""
+    """A loader with its arguments and hooks; paths of bundles are replaced by ``Place``."""
 
     load: Callable[..., Any]
     args: tuple[Any, ...]
@@ -77,55 +78,63 @@ class Recipe:
     reattach: bool | None = None
 
     def build(self, places: Mapping[str, str] = MappingProxyType({})) -> Any:
-        """Call the loader; `places` are the paths of bundles, by their digests."""
+        """Call the loader, on a worker; `places` are the staged paths of bundles, by digest.
+
+        Raises
+        ------
+        RecipeError
+            If the loader returns None or a coroutine.
+        BaseException
+            Anything that the loader raises.
+        """
         args, kwargs = _replaced((self.args, dict(self.kwargs)), Place, lambda p: places[p.bundle])
         value = self.load(*args, **kwargs)
         if value is None or inspect.iscoroutine(value):
             raise RecipeError(
                 f"The loader {funcname(self.load)} returned {value!r:.80}. It must return the live"
-                " object: that is what functions get."
+                " object, which functions get as an argument."
             )
         return value
 
 
 class Context:
-    """The recipe of something expensive that every worker builds once and keeps.
+    """The recipe of an expensive object that each worker builds once and keeps.
 
     Parameters
     ----------
     load
-        Called on a worker as ``load(*args, **kwargs)``; returns anything but None: a torch module,
-        an engine, an index. A class will do: its object is what functions get.
+        Called on a worker as ``load(*args, **kwargs)``. Returns the live object, which may be
+        anything but None: a torch module, an engine, an index. It may be a class.
     *args, **kwargs
-        Given to `load`; part of the recipe's identity.
+        Arguments of `load`; part of the recipe's identity.
     device_memory
         Bytes that the live object takes on its device, as a number or as text ("4 GiB").
     name
-        How it is called in messages; the loader's name if left out.
+        Its name in messages; the loader's name if left out.
     exclusive
         Whether only one task at a time may use the live object (the default). Pass False for
         objects that are safe to share between threads.
     files
         Local paths or URLs of files and folders that `load` reads. Each must be an argument as
-        well: on a worker `load` gets the path at which it was staged instead. They count by names
-        and content, not by where they lie.
+        well: on a worker, `load` gets the path at which it was staged instead. Files are identified
+        by name and content, not by location.
     offload, restore, close
-        Hooks that take the live object: to move it off the device, back on it (one does not go
-        without the other), and to end it.
+        Hooks that are called with the live object: to move it off the device, to move it back, and
+        to close it. `offload` and `restore` must be given together.
     reattach
-        Whether a worker process may put together again what an earlier one has built (on CPUs: or
-        a neighbour), instead of calling `load`. By default where that is a torch module, tensors,
-        arrays, an object of transformers, or a container of such, and there are no hooks. Say False
-        where `load` does more than to return it; True for a class of your own that can be pickled.
+        Whether a worker process may restore the object that an earlier process built (on CPUs: or
+        another process of the host), instead of calling `load`. By default True for torch modules,
+        tensors, arrays, objects of transformers and containers of these, if there are no hooks. Set
+        False if `load` has side effects, True for a class of your own that can be pickled.
 
     Raises
     ------
     RecipeError
-        Where the recipe cannot be pickled or identified, the loader cannot be called with these
-        arguments, no argument is one of `files`, or another parameter is nothing that it could be;
-        here, not when a task runs.
+        If the recipe cannot be pickled or identified, if the loader cannot be called with these
+        arguments, if one of `files` is not an argument, or if a parameter has an invalid value.
+        Raised here, not when a task runs.
     InputError
-        Where one of `files` is missing.
+        If one of `files` is missing.
 
     Examples
     --------
@@ -181,6 +190,7 @@ class Context:
         args, kwargs = _placed(args, kwargs, bundles)
         check_arguments(load, args, kwargs, "Context", _OPTIONS)
         recipe = Recipe(load, args, kwargs, offload, restore, close, reattach)
+        # Without the name, the memory and `reattach`: these do not change the object that is built.
         identity = (load, args, kwargs, offload, restore, close)
         sealed = Sealed.of(recipe, f"The recipe of context {name!r}", identity)
         memory = None if device_memory is None else _bytes(device_memory)
@@ -193,25 +203,29 @@ class Context:
             bundles=bundles,
             parts=sealed.parts,
         )
+        # A context is hashed by its digest, so it is immutable from here on.
         object.__setattr__(self, "ref", ref)
 
     @property
     def digest(self) -> str:
-        """Identity of the recipe: equal across processes, kernels and clients."""
+        """The recipe's digest, equal across processes, kernels and clients."""
         return self.ref.digest
 
     @property
     def name(self) -> str:
+        """Its name in messages."""
         return self.ref.name
 
     @property
     def device_memory_bytes(self) -> int | None:
+        """Declared size on the device; None if it was not declared."""
         return self.ref.device_memory_bytes
 
     def _refuse_use(self, *args: Any) -> NoReturn:
+        """Raise RecipeError: the recipe was used like the live object."""
         raise RecipeError(self._is_not_live())
 
-    # What people do with live objects, where they have the recipe of one in their hands.
+    # Common uses of live objects: without these, the error would not say what is wrong.
     __call__ = __getitem__ = __enter__ = __exit__ = _refuse_use
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -219,6 +233,7 @@ class Context:
 
     @classmethod
     def _is_not_live(cls) -> str:
+        """The message for a recipe that is used like the live object."""
         return (
             f"This {cls.__name__} is the recipe of a live object, not the object. Use"
             " dask_pcm.map_partitions(func, ddf, context=..., meta=...), which gives the function"
@@ -239,6 +254,7 @@ class Context:
         return _revive, (type(self), self._state())
 
     def _state(self) -> dict[str, Any]:
+        """All slots, those of subclasses too."""
         slots = (name for cls in type(self).__mro__ for name in getattr(cls, "__slots__", ()))
         return {name: getattr(self, name) for name in slots}
 
@@ -253,6 +269,7 @@ _OPTIONS = tuple(inspect.signature(Context).parameters)
 
 
 def _revive(cls: type[Context], state: dict[str, Any]) -> Context:
+    """Unpickle a context without digesting its recipe again."""
     context = cls.__new__(cls)
     for name, value in state.items():
         object.__setattr__(context, name, value)
@@ -260,6 +277,7 @@ def _revive(cls: type[Context], state: dict[str, Any]) -> Context:
 
 
 def _check_hooks(**hooks: Any) -> None:
+    """Raise RecipeError for hooks that cannot be called, or one of a pair alone."""
     for name, hook in hooks.items():
         if hook is not None and not callable(hook):
             raise RecipeError(
@@ -269,12 +287,13 @@ def _check_hooks(**hooks: Any) -> None:
     if (hooks["offload"] is None) != (hooks["restore"] is None):
         given, lacking = sorted(("offload", "restore"), key=lambda name: hooks[name] is None)
         raise RecipeError(
-            f"{given} is given and {lacking} is not: what one hook moves off the device the other"
-            " has to move back. Give both, or none and let the tensors be moved."
+            f"{given} is given and {lacking} is not, but restore has to move back what offload"
+            " moves off the device. Give both; or neither, and the tensors are moved for you."
         )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise RecipeError for a value that is not one of the choices, by identity."""
     if not any(value is choice for choice in choices):
         raise RecipeError(
             f"{name} must be one of {', '.join(map(repr, choices))}; found {value!r:.80}."
@@ -282,13 +301,14 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def _several(files: Any) -> Sequence[Any]:
+    """`files` as a sequence; a single path is accepted, too."""
     if isinstance(files, (str, os.PathLike, Bundle)):
         return (files,)
     return tuple(files)
 
 
 def _placed(args: Any, kwargs: Any, bundles: Sequence[Bundle]) -> Any:
-    """Arguments with a ``Place`` wherever the path of a bundle stands."""
+    """Replace the paths of bundles in the arguments by ``Place``."""
     places = {bundle.given: Place(bundle.digest) for bundle in bundles}
     found = set()
 
@@ -301,14 +321,14 @@ def _placed(args: Any, kwargs: Any, bundles: Sequence[Bundle]) -> Any:
     if missing := places.keys() - found:
         raise RecipeError(
             f"files names {min(missing)!r}, but it is no argument of the loader, which would not"
-            " know where it was staged. Write Context(load, path, files=[path]): load gets the path"
-            " on its worker."
+            " know where it was staged. Write Context(load, path, files=[path]): load then gets the"
+            " staged path."
         )
     return placed
 
 
 def _replaced(value: Any, kind: Any, replace: Callable[[Any], Any]) -> Any:
-    """`value` with everything of a kind replaced, in lists, tuples and dicts too."""
+    """Replace all instances of `kind` in `value`, and in lists, tuples and dicts in it."""
     if isinstance(value, kind):
         return replace(value)
     if type(value) in (list, tuple):
@@ -319,9 +339,10 @@ def _replaced(value: Any, kind: Any, replace: Callable[[Any], Any]) -> Any:
 
 
 def _bytes(size: int | str) -> int:
+    """Parse a size; raises RecipeError if it is invalid."""
     try:
         n_bytes = -1 if isinstance(size, bool) else int(parse_bytes(size))
-    except Exception:  # Dask's parser raises a bit of everything
+    except Exception:  # Dask's parser raises errors of several types
         n_bytes = -1
     if n_bytes < 0:
         raise RecipeError(

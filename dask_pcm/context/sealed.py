@@ -1,4 +1,4 @@
-"""``Sealed``: pickled bytes that pass the scheduler unopened, known by their value's digest."""
+"""Sealed values pass the scheduler as bytes, without being unpickled there."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dask_pcm.errors import RecipeError
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A pickled value that passes through the scheduler unopened.
+    """A pickled value, identified by the digest of the value rather than of its bytes.
 
-    The scheduler deserialises every graph. What is sealed stays bytes there, so neither the
-    user's modules nor torch need to be importable on it. Two sealed values are the same if their
-    `digest` is, whatever their bytes. What it is made of (`parts`) stays with the client.
+    The scheduler deserialises every graph. A sealed value stays bytes there, so the scheduler needs
+    neither the user's modules nor torch. Pickles of one value may differ between processes; its
+    `digest` does not. `parts`, the digest's parts, are not pickled: they stay with the client.
     """
 
     digest: str
@@ -34,7 +34,7 @@ class Sealed:
 
     @classmethod
     def of(cls, value: Any, what: str, identity: Any = None) -> Sealed:
-        """Seal `value`; `what` names it in errors, `identity` stands for it in the digest."""
+        """Seal `value`; `what` names it in errors, `identity` replaces it in the digest."""
         try:
             payload = _pickled(value)
         except Exception as error:
@@ -46,12 +46,12 @@ class Sealed:
         return cls(found.digest, payload, found.parts)
 
     def open(self) -> Any:
-        """Unpickle; once a process for equal bytes.
+        """Unpickle the value; equal bytes are unpickled once per process.
 
         Raises
         ------
         RecipeError
-            Where a module that the value needs is missing in this process.
+            If a module that the value needs cannot be imported.
         """
         return _unpickle(self.payload)
 
@@ -60,7 +60,7 @@ class Sealed:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # its types are not shipped
-    """Pickles cached properties, which hold a lock before Python 3.12."""
+    """A pickler that also pickles cached properties, which hold a lock before Python 3.12."""
 
     dispatch_table: ClassVar[Any] = ChainMap(
         {
@@ -75,6 +75,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # its types are not s
 
 
 def _pickled(value: Any) -> bytes:
+    """Pickle a value, functions and classes of the notebook by value."""
     with io.BytesIO() as file:
         _Pickler(file).dump(value)
         return file.getvalue()
@@ -82,6 +83,7 @@ def _pickled(value: Any) -> bytes:
 
 @functools.lru_cache(maxsize=256)
 def _unpickle(payload: bytes) -> Any:
+    """Unpickle bytes; cached, since every task of a graph carries the same recipe."""
     try:
         return pickle.loads(payload)
     except ImportError as error:

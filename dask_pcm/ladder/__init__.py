@@ -1,1 +1,1 @@
-"""What is resident in a worker, and on which tier."""
+"""The tiers of one worker: what is resident in it, and how contexts move between tiers."""

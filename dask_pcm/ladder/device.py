@@ -1,6 +1,7 @@
-"""Which device this process was given, and whether torch can use it.
+"""A process that was given a device must be able to use it: detection, name and check.
 
-Nothing here imports torch, or makes a device's context, before somebody else does.
+Nothing here imports torch or creates a device context before the user's own code does. Functions
+may be called from any thread.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from dask_pcm.ladder.objects.tensors import is_out_of_memory, is_sticky
 
 _PROC = Path("/proc")
 _NVIDIA = "CUDA_VISIBLE_DEVICES"
-#: What says which devices a process may use. Batch systems set several of them at once, whatever
-#: make of device the node has.
+#: Variables that declare which devices a process may use. Batch systems set several of them at
+#: once, whatever kind of device the node has.
 _DECLARING = (
     _NVIDIA,
     "ROCR_VISIBLE_DEVICES",
@@ -29,16 +30,16 @@ _DECLARING = (
     "GPU_DEVICE_ORDINAL",
     "ZE_AFFINITY_MASK",
 )
-#: What batch systems write where there is none to use.
+#: Values that batch systems set if there is no device.
 _NONE = frozenset({"", "-1", "NoDevFiles"})
-#: Whether what is built in this context is to use the CPU, whatever the process was given.
+#: Whether loads in this context use the CPU, even if the process was given a device.
 _is_cpu_only: ContextVar[bool] = ContextVar("is_cpu_only", default=False)
 _ARCH = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 
 
 @contextmanager
 def built_for_cpu(is_cpu_only: bool) -> Iterator[None]:
-    """What is built on this thread meanwhile uses the CPU, if `is_cpu_only`."""
+    """Make loads on this thread use the CPU within the block, if `is_cpu_only`."""
     token = _is_cpu_only.set(is_cpu_only)
     try:
         yield
@@ -47,10 +48,10 @@ def built_for_cpu(is_cpu_only: bool) -> Iterator[None]:
 
 
 def chosen_device() -> str:
-    """The type of device, for torch, that a loader is to use unless it was told another.
+    """The torch device type that a loader should use by default.
 
-    The accelerator that torch can use here; "cpu" where there is none, or the worker is to use the
-    CPU (``pcm.worker.accelerator: cpu``).
+    The accelerator that torch can use here; "cpu" if there is none, or if
+    ``pcm.worker.accelerator`` is ``cpu``.
     """
     import torch
 
@@ -60,17 +61,17 @@ def chosen_device() -> str:
 
 
 def device_model(proc: Path = _PROC) -> str:
-    """The name of the device model that contexts of this process use.
+    """The model name of the device that contexts of this process use.
 
-    Of an NVIDIA device its driver's name, by index in the order of the bus, or by UUID; a part of
-    one (MIG) is told from a whole. Of other accelerators torch's name, once torch uses them. Else
-    the CPU's, or "cpu".
+    For an NVIDIA device, the driver's name of the device with the visible index, in PCI bus order,
+    or UUID; with the suffix "MIG" for a slice of one. For other accelerators, torch's name, once
+    torch has initialised them. Otherwise the CPU's model name, or "cpu".
     """
     return _nvidia_model(proc) or _torch_model() or cpu_model(proc)
 
 
 def declared_device(proc: Path = _PROC) -> str | None:
-    """What says that this process was given an accelerator, in words; None where nothing does."""
+    """The evidence that this process was given an accelerator, as text; None if there is none."""
     said = [f"{name}={os.environ[name]}" for name in _DECLARING if _is_given(name)]
     if said:
         return ", ".join(said)
@@ -81,19 +82,21 @@ def declared_device(proc: Path = _PROC) -> str | None:
 
 
 def _is_given(name: str) -> bool:
+    """Whether a variable declares at least one device."""
     return os.environ.get(name, "").strip() not in _NONE
 
 
 def check_device(proc: Path = _PROC) -> None:
-    """See that torch can use the device that this process was given, if it was given one.
+    """Check that torch can use the device that this process was given, if it was given one.
 
-    For where something is about to use it, or has just been built to; nothing happens where torch
-    is not imported, or for what is to use the CPU. What has been found right is looked at once.
+    Called before a context uses the device, or just after it was loaded. Does nothing if torch is
+    not imported, or within ``built_for_cpu``. A check that succeeds is not repeated.
 
     Raises
     ------
     DeviceUnusableError
-        With what was declared and what was found, versions, and what to do.
+        If torch cannot use the device. The message names what was declared and found, the
+        versions, and what to do.
     """
     torch = sys.modules.get("torch")
     if torch is None or _is_cpu_only.get():
@@ -104,10 +107,12 @@ def check_device(proc: Path = _PROC) -> None:
 
 @functools.cache
 def _check(torch: ModuleType, declared: str, proc: Path) -> None:
+    """Raise DeviceUnusableError if torch cannot use a device; caches success only."""
     cause = None
     try:
         wrong = _fault(torch)
-    except (RuntimeError, AssertionError) as error:  # the latter without support for devices
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built for the CPU only
+        # A device that is full, or has failed in this process, is not unusable for others.
         if is_out_of_memory(error) or is_sticky(error):
             raise
         wrong, cause = str(error).strip() or type(error).__name__, error
@@ -116,17 +121,17 @@ def _check(torch: ModuleType, declared: str, proc: Path) -> None:
 
 
 def _fault(torch: ModuleType) -> str | None:
-    """Why torch cannot use a device; None where it can.
+    """Why torch cannot use the device; None if it can.
 
     Raises
     ------
     RuntimeError
-        What the driver says, for instance that it is too old.
+        The driver's own error, for instance that it is too old.
     """
     if getattr(torch.version, "xpu", None) is not None:
         return None if torch.xpu.is_available() else "torch.xpu.is_available() is False"
     if torch.version.cuda is None and torch.version.hip is None:
-        return "this torch is built without support for devices"
+        return "this torch is built for the CPU only"
     torch.cuda.init()
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False"
@@ -144,20 +149,26 @@ def _fault(torch: ModuleType) -> str | None:
 
 
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code that was built for `arch` runs on a device of this capability."""
+    """Whether kernels built for `arch` run on a device of this compute capability.
+
+    ``sm_XY`` is binary code: it runs on the same major version from minor version Y on. ``a``
+    restricts it to exactly this capability, ``f`` to its family. ``compute_XY`` is PTX, which the
+    driver compiles for any later device.
+    """
     found = _ARCH.fullmatch(arch)
     if found is None:
         return False
     kind, variant, built_for = found[1], found[4], (int(found[2]), int(found[3]))
-    if variant == "a":  # for this device alone
+    if variant == "a":
         return built_for == capability
     is_same_major = built_for[0] == capability[0]
     if kind == "sm" or variant == "f":
         return is_same_major and built_for <= capability
-    return built_for <= capability  # compiled on the device for whatever it is
+    return built_for <= capability
 
 
 def _explain(torch: ModuleType, declared: str, wrong: str, proc: Path) -> str:
+    """The message of DeviceUnusableError."""
     versions = torch.version
     if versions.cuda is not None:
         built = f"built for CUDA {versions.cuda}"
@@ -172,62 +183,64 @@ def _explain(torch: ModuleType, declared: str, wrong: str, proc: Path) -> str:
     on = f"NVIDIA driver {driver}" if driver else "no NVIDIA driver"
     return (
         f"This worker was given a device ({declared}; found: {found}), and torch cannot use it:"
-        f" {wrong}. Here are torch {torch.__version__}, {built}, and {on}. Install a torch that is"
+        f" {wrong}. Found torch {torch.__version__}, {built}, and {on}. Install a torch that is"
         " built for this device and driver, or keep work off this node. To use the CPU instead, set"
         " pcm.worker.accelerator to cpu: DASK_PCM__WORKER__ACCELERATOR=cpu in the job script of the"
         " workers, or dask.config.set({'pcm.worker.accelerator': 'cpu'}) on the client before"
-        " dask_pcm.install(); where it is installed already, after dask_pcm.uninstall()."
+        " dask_pcm.install(); if it is installed already, after dask_pcm.uninstall()."
     )
 
 
 def driver_version(proc: Path = _PROC) -> str | None:
-    """The version of NVIDIA's driver; None where there is none."""
+    """The version of the NVIDIA driver; None if there is none."""
     text = _read(proc / "driver" / "nvidia" / "version")
     found = re.search(r"NVRM version:.*?\s(\d+(?:\.\d+)+)\s", text)
     return found[1] if found else None
 
 
 def _nvidia_devices(proc: Path) -> list[dict[str, str]]:
-    """What the driver says of each device, in the order of the bus."""
+    """The driver's description of each device, in PCI bus order."""
     files = sorted(proc.glob("driver/nvidia/gpus/*/information"))
     devices = [dict(_fields(_read(file))) for file in files]
     return [device for device in devices if device.get("GPU Excluded") != "Yes"]
 
 
 def _nvidia_model(proc: Path) -> str | None:
+    """The model of the first visible NVIDIA device; None if there is none."""
     devices = _nvidia_devices(proc)
     visible = os.environ.get(_NVIDIA)
     if not devices or (visible is not None and visible.strip() in _NONE):
         return None
     first = "0" if visible is None else visible.split(",")[0].strip()
-    chosen = devices[0]  # of an id that says nothing: devices of a node are mostly alike
+    chosen = devices[0]  # for ids that identify no device: those of a node are usually alike
     if first.isdecimal() and int(first) < len(devices):
         chosen = devices[int(first)]
     uuid = first.removeprefix("MIG-").partition("/")[0]
     for device in devices:
         if uuid.startswith("GPU-") and device.get("GPU UUID", "").startswith(uuid):
-            chosen = device  # ids may be cut short
+            chosen = device  # CUDA accepts a unique prefix of a UUID
             break
     model = chosen.get("Model")
     return f"{model} MIG" if model and first.startswith("MIG-") else model
 
 
 def _torch_model() -> str | None:
+    """torch's name of the current device; None unless torch has initialised it."""
     torch = sys.modules.get("torch")
-    cuda = getattr(torch, "cuda", None)  # not while another thread still imports it
+    cuda = getattr(torch, "cuda", None)  # missing while another thread is importing torch
     if cuda is None or not hasattr(cuda, "is_initialized") or not cuda.is_initialized():
         return None
     return " ".join(str(cuda.get_device_name()).split()) or None
 
 
 def cpu_model(proc: Path = _PROC) -> str:
-    """The name of the CPU's model; "cpu" where the system does not say."""
+    """The CPU's model name; "cpu" if the system does not provide it."""
     fields = dict(reversed(list(_fields(_read(proc / "cpuinfo")))))
     return fields.get("model name") or "cpu"
 
 
 def _fields(text: str) -> Iterator[tuple[str, str]]:
-    """Names and values of lines ``name: value``, without superfluous spaces."""
+    """Names and values of lines ``name: value``, with normalised spaces."""
     for line in text.splitlines():
         name, is_field, value = line.partition(":")
         if is_field:
@@ -235,6 +248,7 @@ def _fields(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _read(path: Path) -> str:
+    """The contents of a file; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

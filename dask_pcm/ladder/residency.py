@@ -1,7 +1,8 @@
-"""A context in this process: where it stands, who holds it, what it takes."""
+"""A residency is a context in this process: its tier, its holders and its bytes."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,19 +12,26 @@ from dask_pcm.context.context import ContextRef
 from dask_pcm.ladder.objects.live import Live
 from dask_pcm.tiers import Tier
 
+#: The back-off after a failed load, as a multiple of the seconds that the load took.
+_BACKOFF_FACTOR = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A residency changed: what a worker reports to the scheduler.
+    """A change of a residency, as a worker reports it to the scheduler.
 
     Attributes
     ----------
     seconds, is_built
-        What it took to get on the device, and whether the loader was called for it.
+        How long it took to bring the context to the device, and whether its loader was called.
     n_bytes
-        What it takes there.
+        What the context takes on the device.
     staged_s
-        Of these seconds, those in which its files came to this host.
+        The part of `seconds` that staging its files took.
+    kind
+        The type of the error; "device" if this process cannot use its device at all.
+    is_sticky
+        Whether the error has made the device unusable for this process.
     """
 
     digest: str
@@ -32,8 +40,6 @@ class Change:
     error: str | None = None
     is_built: bool = False
     n_bytes: int = 0
-    #: The kind of what went wrong: the error's type, or "device" where this process's device cannot
-    #: be used at all; and whether the device is lost to this process.
     kind: str = ""
     is_sticky: bool = False
     staged_s: float = 0.0
@@ -41,45 +47,68 @@ class Change:
 
 @dataclass(slots=True)
 class Residency:
-    """A context in this process."""
+    """A context in this process; the store's lock guards every field."""
 
     ref: ContextRef
     tier: Tier = Tier.ABSENT
     live: Live | None = None
     error: str | None = None
     n_loads: int = 0
-    #: On the device, as far as it is known: declared, or measured when it was there.
+    #: What it takes on the device: declared, or measured once it has been there.
     n_bytes: int = 0
-    #: Whether the device has room for it, while it is on its way there.
+    #: Whether room on the device is reserved for it while it moves.
     has_room: bool = False
-    #: When somebody last held it, by the monotonic clock.
+    #: When it was last held, by the monotonic clock.
     used_at: float = 0.0
     n_holders: int = 0
-    #: Threads that hold it, each as often as it does.
+    #: Threads that hold it, with the number of their holds.
     threads: Counter[int] = field(default_factory=Counter)
-    #: What its loader has acquired, and its object may be made of: held for as long as that is.
+    #: Contexts that its loader acquired: its object may refer to theirs, so they are held as long
+    #: as it exists.
     inner: list[Residency] = field(default_factory=list)
-    #: Until when a load that failed is better not tried again, by the monotonic clock.
+    #: When the back-off after a failed load ends, by the monotonic clock.
     backoff_until: float = 0.0
-    #: Whether it is to be dropped as soon as nobody holds it.
+    #: Whether it is evicted as soon as no task holds it.
     is_released: bool = False
-    #: The thread that loads it or, where it is exclusive, uses it; and how many times over.
+    #: The thread that moves it or, if it is exclusive, has its turn; and how often it has entered.
     user: int | None = None
     n_uses: int = 0
-    #: Keeps the staged files for as long as the live object may read them.
+    #: Keeps the staged files on disk as long as the live object may read them.
     files: ExitStack = field(default_factory=ExitStack)
 
     @property
     def value(self) -> Any:
-        """The live object."""
+        """The live object; None while there is none."""
         return None if self.live is None else self.live.value
 
     @property
     def holding(self) -> set[int]:
-        """Threads without which it cannot leave the device."""
+        """Threads that keep it on the device."""
         return {*self.threads, *([] if self.user is None else [self.user])}
 
     @property
     def is_there(self) -> bool:
-        """Whether it takes room on the device."""
+        """Whether its bytes count against the device budget."""
         return self.tier is Tier.DEVICE or self.has_room
+
+    @property
+    def is_backing_off(self) -> bool:
+        """Whether the last load failed and its back-off has not ended."""
+        return self.tier is Tier.FAILED and time.monotonic() < self.backoff_until
+
+    def end_load(self, error: str | None, is_built: bool, seconds: float) -> None:
+        """Record how a load has ended; with the store's lock held."""
+        self.tier, self.user = Tier.FAILED if error else Tier.DEVICE, None
+        self.error, self.has_room = error, False
+        self.n_loads += is_built and not error
+        self.used_at = time.monotonic()
+        self.backoff_until = time.monotonic() + _BACKOFF_FACTOR * seconds
+
+    def validate(self) -> None:
+        """Raise AssertionError if the fields contradict each other; with the store's lock held."""
+        digest = self.ref.digest
+        assert self.n_holders >= 0, digest
+        assert (self.tier is Tier.FAILED) == (self.error is not None), digest
+        # What is held is never offloaded or evicted.
+        assert not self.n_holders or self.tier is Tier.DEVICE, digest
+        assert self.live is not None or self.tier not in (Tier.DEVICE, Tier.HOST), digest

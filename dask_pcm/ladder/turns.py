@@ -1,4 +1,4 @@
-"""Whose turn it is to use a context; nobody waits for whoever waits for them."""
+"""Turns on exclusive contexts: one task at a time, and a wait that would deadlock raises."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from dask_pcm.errors import DeadlockError
 from dask_pcm.ladder.residency import Residency
 
-#: Whoever has had its turn leaves Python's lock for so long to whoever has it now: to begin what
-#: runs without that lock takes no longer.
+#: How long a thread sleeps after its turn if another waits. Otherwise it might keep Python's GIL
+#: and delay the next user; 0.5 ms is enough for that one to start a call that releases the GIL.
 _STEP_ASIDE_S = 5e-4
 
 
 class Turns:
-    """Turns of threads.
+    """Gives threads turns on exclusive contexts and refuses waits that would deadlock.
+
+    Methods may be called from any thread.
 
     Parameters
     ----------
@@ -26,19 +28,19 @@ class Turns:
 
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
-        #: What each thread that waits for its turn waits for.
+        #: The context that each waiting thread waits for: the edges of the wait-for graph.
         self._awaited: dict[int, Residency] = {}
-        #: What each thread has its turn with, in the order in which it took them.
+        #: The contexts on which each thread has its turn, in the order in which it took them.
         self._used: dict[int, list[Residency]] = {}
 
     @contextmanager
     def taken(self, residency: Residency) -> Iterator[None]:
-        """Be the only thread that uses a context; the same thread may take it again.
+        """Use a context exclusively; reentrant for this thread.
 
         Raises
         ------
         DeadlockError
-            As ``wait``.
+            See ``wait``.
         """
         me = threading.get_ident()
         with self._changed:
@@ -48,7 +50,8 @@ class Turns:
         finally:
             is_awaited = False
             with self._changed:
-                if residency.user == me:  # else it was given back, and is another thread's now
+                # Otherwise the turn was given back and belongs to another thread by now.
+                if residency.user == me:
                     residency.n_uses -= 1
                     if not residency.n_uses:
                         self._end_use(residency, me)
@@ -57,9 +60,9 @@ class Turns:
                 time.sleep(_STEP_ASIDE_S)
 
     def give_back(self) -> list[tuple[Residency, int]]:
-        """Let others use what the calling thread uses; returns it, for ``take_again``.
+        """Give up the calling thread's turns, and return them for ``take_again``.
 
-        For a thread that is about to wait for what others do, and does not use it meanwhile.
+        For a thread that is about to wait for other tasks, which may need the same contexts.
         """
         me = threading.get_ident()
         with self._changed:
@@ -69,12 +72,12 @@ class Turns:
         return given
 
     def take_again(self, given: list[tuple[Residency, int]]) -> None:
-        """Wait for the turns that were given back.
+        """Wait for the turns that ``give_back`` returned.
 
         Raises
         ------
         DeadlockError
-            As ``wait``; what comes after that one is not taken then.
+            See ``wait``; the turns after the refused one are not taken.
         """
         me = threading.get_ident()
         with self._changed:
@@ -82,6 +85,7 @@ class Turns:
                 self._begin_use(residency, me, n_uses)
 
     def _begin_use(self, residency: Residency, me: int, n_uses: int = 1) -> None:
+        """Wait for a turn and enter it `n_uses` times; with the lock held."""
         if residency.user != me:
             self.wait(residency, lambda: residency.user is None)
             residency.user = me
@@ -89,6 +93,7 @@ class Turns:
         residency.n_uses += n_uses
 
     def _end_use(self, residency: Residency, me: int) -> None:
+        """End a turn, however often it was entered; with the lock held."""
         residency.user, residency.n_uses = None, 0
         self._used[me] = [one for one in self._used[me] if one is not residency]
         if not self._used[me]:
@@ -96,12 +101,12 @@ class Turns:
         self._changed.notify_all()
 
     def wait(self, residency: Residency, is_so: Callable[[], bool]) -> None:
-        """Wait for whoever loads or uses a context; with the guard held.
+        """Wait until `is_so`, for the thread that moves or uses a context; with the lock held.
 
         Raises
         ------
         DeadlockError
-            Where that one waits, perhaps through others, for the calling thread.
+            If that thread waits, directly or through others, for the calling thread.
         """
         if is_so():
             return
@@ -114,7 +119,7 @@ class Turns:
             del self._awaited[me]
 
     def leads_to(self, thread: int, stuck: set[int]) -> bool:
-        """Whether a thread is one of those, or waits for one, perhaps through others."""
+        """Whether `thread` is in `stuck`, or waits for one of these, directly or through others."""
         while thread not in stuck:
             residency = self._awaited.get(thread)
             if residency is None or residency.user is None:
@@ -123,7 +128,10 @@ class Turns:
         return True
 
     def _refuse_deadlock(self, wanted: Residency, me: int) -> None:
-        """Follow who waits for what: if that leads back here, nobody would ever go on."""
+        """Raise DeadlockError if the chain of waits that starts at `wanted` leads to this thread.
+
+        The chain has no cycle: every edge was checked here before it was added.
+        """
         if wanted.user == me:
             raise DeadlockError(
                 f"The loader of context {wanted.ref.name!r} asks for that context itself."
@@ -133,8 +141,8 @@ class Turns:
             residency = self._awaited.get(residency.user)
             if residency is not None and residency.user == me:
                 raise DeadlockError(
-                    f"Context {residency.ref.name!r} is held or loaded here, and"
-                    f" {wanted.ref.name!r} is wanted; whoever holds or loads that, on this worker,"
-                    " waits for what is held here. Take both at once, in every task:"
+                    f"Deadlock: this task holds or loads context {residency.ref.name!r} and wants"
+                    f" {wanted.ref.name!r}; the task on this worker that holds or loads that one"
+                    " waits for this task. Acquire both in one call, in every task:"
                     " with pcm.acquire(first, second) as (one, other)."
                 )

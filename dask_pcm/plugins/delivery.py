@@ -1,9 +1,9 @@
-"""How plugins come to the workers and nannies that are there, whether or not all of them answer.
+"""Plugins are sent to every present worker and nanny; one that hangs does not block the others.
 
-Dask's own registration asks all of them and waits for every answer: for ever where one is frozen,
-and with an error where one is lost at that moment. Here each is asked by itself. The client waits
-for those that answer soon; the others are asked until they have answered or are gone. Workers that
-join later get their plugins from Dask.
+Dask's own registration waits for every answer: forever if one worker is frozen, and with an error
+if one is lost at that moment. Here each worker gets its own request. The client waits only for
+those that answer soon; the requests to the others are repeated until they answer or are gone.
+Workers that join later get their plugins from Dask.
 
 Everything here runs on the scheduler's event loop.
 """
@@ -21,13 +21,13 @@ from distributed.protocol.pickle import dumps
 
 logger = logging.getLogger(__name__)
 
-#: How long a client waits for answers (a worker imports the package first); and between two
-#: attempts at what cannot be reached.
+#: How long a client waits for answers: a worker has to import the package first. And the interval
+#: between two requests to a worker that cannot be reached.
 PATIENCE_S, _AGAIN_S = 15.0, 1.0
 
 
 async def ask_workers(function: bytes, dask_scheduler: Scheduler) -> dict[str, Any]:
-    """Call a pickled function on all workers; what it returns on those that answer in time."""
+    """Call a pickled function on all workers; return the results of those that answer in time."""
 
     async def ask(address: str) -> Any:
         return await _ask(dask_scheduler, address, op="run", function=function)
@@ -43,9 +43,9 @@ async def deliver(
     awaited: Collection[str],
     dask_scheduler: Scheduler,
 ) -> None:
-    """Have all workers set up a plugin, or call `again` on them where it is registered already.
+    """Set up a plugin on all workers, or call `again` on them if it is registered already.
 
-    Only those in `awaited` are waited for: the others have been silent before.
+    Only the workers in `awaited` are waited for: the others did not answer before.
     """
     plugins = dask_scheduler.worker_plugins
     message: dict[str, Any] = {"op": "plugin-add", "plugin": plugin, "name": name}
@@ -55,6 +55,7 @@ async def deliver(
 
     async def send(address: str) -> Any:
         def is_wanted() -> bool:
+            # By identity: after an uninstall and a new install another send is under way.
             return address in dask_scheduler.workers and plugins.get(name) is plugin
 
         return await _persist(dask_scheduler, address, is_wanted, message)
@@ -65,9 +66,9 @@ async def deliver(
 async def deliver_to_nannies(
     plugin: bytes, name: str, awaited: Collection[str], dask_scheduler: Scheduler
 ) -> None:
-    """Have all nannies set up a plugin, those as well that are about to start their worker.
+    """Set up a plugin on all nannies, including those whose worker is still starting.
 
-    Only those of the workers in `awaited` are waited for.
+    Only the nannies of the workers in `awaited` are waited for.
     """
     plugins = dask_scheduler.nanny_plugins
     if name in plugins:
@@ -87,8 +88,9 @@ async def deliver_to_nannies(
 
 
 async def withdraw(name: str, is_nannys: bool, dask_scheduler: Scheduler) -> None:
-    """Have all workers, or nannies, drop a plugin; nothing happens where it is not registered."""
+    """Remove a plugin from all workers or nannies; does nothing if it is not registered."""
     plugins = dask_scheduler.nanny_plugins if is_nannys else dask_scheduler.worker_plugins
+    # First from the scheduler: workers that join meanwhile do not get it any more.
     if plugins.pop(name, None) is None:
         return
     op = "plugin_remove" if is_nannys else "plugin-remove"
@@ -101,6 +103,7 @@ async def withdraw(name: str, is_nannys: bool, dask_scheduler: Scheduler) -> Non
 
 
 def _nannies(scheduler: Scheduler) -> list[str]:
+    """Addresses of all nannies, each once; `_starting_nannies` have no worker yet."""
     of_workers = [ws.nanny for ws in scheduler.workers.values() if ws.nanny]
     return list(dict.fromkeys([*of_workers, *scheduler._starting_nannies]))
 
@@ -111,17 +114,19 @@ async def _gather(
     ask: Callable[[str], Awaitable[Any]],
     awaited: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """Ask all at once; the answers that came in time, without those that cannot be reached.
+    """Call `ask` for all addresses concurrently; return the answers that came in time.
+
+    Addresses that cannot be reached are left out.
 
     Parameters
     ----------
     awaited
-        Which of them are waited for; all if left out.
+        The addresses to wait for; all if left out.
 
     Raises
     ------
     Exception
-        What was raised where it was asked.
+        The first exception that an answer carries.
     """
     answers: dict[str, Any] = {}
     answered = asyncio.Event()
@@ -137,13 +142,14 @@ async def _gather(
             if not left:
                 answered.set()
 
+    # Not tasks of this coroutine: requests that nothing waits for go on after it has returned.
     for address in addresses:
         scheduler._ongoing_background_tasks.call_soon(ask_one, address)
     try:
         if left:
             await asyncio.wait_for(answered.wait(), PATIENCE_S)
     except TimeoutError:
-        logger.warning("Not waiting for what does not answer within %g s: %s", PATIENCE_S, left)
+        logger.warning("No answer within %g s, going on without: %s", PATIENCE_S, left)
     for answer in list(answers.values()):
         if answer is not None and answer["status"] == "error":
             _, error, traceback = clean_exception(**answer)
@@ -155,18 +161,19 @@ async def _gather(
 async def _persist(
     scheduler: Scheduler, address: str, is_wanted: Callable[[], bool], message: dict[str, Any]
 ) -> Any:
-    """Ask until there is an answer; None where it is not wanted any more."""
+    """Repeat a request until it is answered; None if it is not wanted any more."""
     while is_wanted():
         try:
             return await _ask(scheduler, address, **message)
         except (OSError, TimeoutError) as error:
-            logger.info("%s will be asked again: %r", address, error)
+            logger.info("%s cannot be reached, trying again: %r", address, error)
             await asyncio.sleep(_AGAIN_S)
     return None
 
 
 async def _ask(scheduler: Scheduler, address: str, **message: Any) -> Any:
-    # Not from the pool of the scheduler: its connections leave what is received pickled.
+    """Send one request on a connection of its own."""
+    # Not from the scheduler's pool: its connections do not deserialize what they receive.
     comm = await connect(address, **scheduler.connection_args)
     try:
         return await send_recv(comm, **message)

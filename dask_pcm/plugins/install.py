@@ -1,4 +1,4 @@
-"""``install(client)``: the plugins, scheduler side first."""
+"""``install(client)`` registers the plugins: the scheduler's first, since the workers' greet it."""
 
 from __future__ import annotations
 
@@ -24,58 +24,59 @@ from dask_pcm.version import __version__
 
 
 def install(client: Client | None = None) -> None:
-    """Install the toolkit on a cluster; doing it again changes nothing, and nothing restarts.
+    """Install the toolkit on a cluster. Idempotent; no worker restarts.
 
     Parameters
     ----------
     client
-        A client of the cluster; the one made last if left out.
+        A client of the cluster; the most recent one if left out.
 
     Raises
     ------
     InstallError
-        Where there is no client, the package is missing on the scheduler or the workers, or its
-        version or that of Python, dask or distributed differs from the client's.
+        If there is no client, or if the package is missing on the scheduler or a worker, or if
+        its version or that of Python, dask or distributed differs from the client's.
 
     Notes
     -----
-    Blocking; for synchronous clients. The scheduler's side goes first: the workers' sides say
-    hello to it as soon as they are set up. Workers that join later get theirs by themselves, and so
-    do workers that do not answer within seconds, frozen or out of reach, once they are back.
+    Blocking; for synchronous clients. The scheduler plugin is installed first, because worker
+    plugins greet it as soon as they are set up. Workers that join later are set up automatically;
+    so are workers that do not answer within seconds, once they answer again.
     """
     client = current_client(client)
     answering = _check_versions(client)
     config = Config.read()
     client.register_plugin(GatePlugin(config))
     keeper, contexts = KeeperPlugin(config), ContextPlugin(config)
+    # Nannies before workers: a worker's plugin calls its nanny's handlers during setup.
     client.run_on_scheduler(deliver_to_nannies, dumps(keeper), keeper.name, answering)
-    # A worker that had its side already does not say hello to a new gate unasked.
+    # A worker that already has the plugin does not set it up again: it must greet the new gate.
     client.run_on_scheduler(deliver, dumps(contexts), contexts.name, _greet, answering)
     if isinstance(client.cluster, SpecCluster):
         keep_local_nannies(client.cluster)
 
 
 def release(*contexts: Context, client: Client | None = None) -> int:
-    """Have all workers drop contexts, each as soon as no task holds it.
+    """Evict contexts from all workers, each as soon as no task holds it.
 
-    Their staged files stay on disk. Work that needs a context after all has it loaded again.
+    Their staged files stay on disk. If later work needs a released context, it is loaded again.
 
     Parameters
     ----------
     *contexts
-        Which; equal recipes are the same context, whoever made them.
+        The contexts to release. Equal recipes are the same context, whichever client made them.
     client
-        A client of the cluster; the one made last if left out.
+        A client of the cluster; the most recent one if left out.
 
     Returns
     -------
     int
-        Workers that held one of them.
+        Number of workers that held one of them.
 
     Raises
     ------
     RecipeError
-        Where something else than a context is given.
+        If an argument is not a context.
     """
     client = current_client(client)
     for context in contexts:
@@ -89,21 +90,21 @@ def release(*contexts: Context, client: Client | None = None) -> int:
 
 
 def explain(what: Any, client: Client | None = None) -> str:
-    """Say why a task waits, or where it went and why.
+    """Explain why a task waits, or which worker it was sent to and why.
 
     Parameters
     ----------
     what
         A future, its key, or the name of a part that a run is to write
-        (``part-000000000000-000000001000.parquet``), with or without its ending.
+        (``part-000000000000-000000001000.parquet``), with or without its extension.
     client
-        A client of the cluster; the one made last if left out.
+        A client of the cluster; the most recent one if left out.
 
     Returns
     -------
     str
-        What the gate knows: for each worker why it does not have it yet, and the last decisions
-        about it. The last 2,000 decisions are kept.
+        For each worker, why it has not got the task; and the latest decisions about the task. The
+        gate keeps its last 2,000 decisions.
 
     Examples
     --------
@@ -120,16 +121,16 @@ def explain(what: Any, client: Client | None = None) -> str:
 
 
 def uninstall(client: Client | None = None) -> None:
-    """Take the toolkit off a cluster; nothing restarts and no work is lost.
+    """Remove the toolkit from a cluster. No worker restarts and no work is lost.
 
-    What waits at the gate goes on as plain Dask tasks: each builds its context where it runs. The
-    contexts on workers are closed as soon as nobody holds them. Where the toolkit is not installed
-    nothing happens.
+    Tasks that wait at the gate continue as plain Dask tasks, and each loads its context where it
+    runs. Contexts on workers are closed as soon as no task holds them. Does nothing if the toolkit
+    is not installed.
 
     Parameters
     ----------
     client
-        A client of the cluster; the one made last if left out.
+        A client of the cluster; the most recent one if left out.
     """
     client = current_client(client)
 
@@ -140,7 +141,7 @@ def uninstall(client: Client | None = None) -> None:
         return gate is not None
 
     client.run_on_scheduler(leave)
-    # Also where there was no gate: an earlier attempt may have got no further.
+    # Even without a gate: an earlier uninstall may have failed after the first step.
     client.run_on_scheduler(withdraw, CONTEXTS, is_nannys=False)
     client.run_on_scheduler(withdraw, KeeperPlugin.name, is_nannys=True)
     if isinstance(client.cluster, SpecCluster):
@@ -148,12 +149,12 @@ def uninstall(client: Client | None = None) -> None:
 
 
 def current_client(client: Client | None = None) -> Client:
-    """A client that can be used: the one given, or else the one made last.
+    """Return `client`, or the most recent one if left out; it is synchronous and open.
 
     Raises
     ------
     InstallError
-        Where there is none, or it is asynchronous or closed.
+        If there is no client, or it is asynchronous or closed.
     """
     if client is None:
         try:
@@ -164,8 +165,8 @@ def current_client(client: Client | None = None) -> Client:
             ) from None
     if client.asynchronous:
         raise InstallError(
-            "This client is asynchronous; the toolkit is installed, and runs are driven, with an"
-            " ordinary one: Client(address), in a thread of its own if need be."
+            "This client is asynchronous. Installing and running need a synchronous client: make"
+            " one with Client(address), in another thread if an event loop runs in this one."
         )
     if client.status in ("closed", "closing"):
         raise InstallError(
@@ -176,6 +177,7 @@ def current_client(client: Client | None = None) -> Client:
 
 
 def _greet(dask_worker: Any = None) -> None:
+    """Greet the gate; runs on a worker that already has the plugin."""
     plugin = dask_worker.plugins.get(CONTEXTS)
     if isinstance(plugin, ContextPlugin):
         plugin.greet()
@@ -201,7 +203,8 @@ def versions() -> dict[str, str]:
 
 
 def _versions_there() -> dict[str, str]:
-    # Pickled by value below, so that it answers where dask_pcm is missing too.
+    """As ``versions``, on the scheduler or a worker."""
+    # Pickled by value, so that it also works where dask_pcm is missing: hence imports in here.
     import sys
 
     import dask
@@ -222,9 +225,9 @@ def _versions_there() -> dict[str, str]:
 
 
 def _check_versions(client: Client) -> list[str]:
-    """Compare versions everywhere; return the workers that have answered.
+    """Compare versions everywhere; return the addresses of the workers that answered.
 
-    One that does not answer says by itself, when it is back, that it has another version.
+    A worker that does not answer now is checked when its plugin arrives (see ``shipping.py``).
     """
     ask = by_value(_versions_there)
     _compare({"the scheduler": client.run_on_scheduler(ask)})
@@ -234,6 +237,7 @@ def _check_versions(client: Client) -> list[str]:
 
 
 def _compare(found: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise InstallError if versions found elsewhere differ from the client's."""
     mine = versions()
     for where, theirs in found.items():
         for package, version in mine.items():

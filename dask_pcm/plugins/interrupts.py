@@ -1,12 +1,12 @@
-"""Interrupts that are meant for the client, and reach its workers as well.
+"""Ctrl-C interrupts the client only: its local workers and their fork server ignore SIGINT.
 
-Ctrl-C in a terminal and the stop button of a notebook send SIGINT to a group of processes: to the
-client, and to all that its process has started, which are the workers of a ``LocalCluster`` and
-their fork server. Those would end, and the same call could not be resumed.
+Ctrl-C in a terminal and the stop button of a notebook send SIGINT to a process group: to the
+client and to every process that it started, such as the workers of a ``LocalCluster`` and their
+fork server. If these ended too, the interrupted call could not be resumed.
 
-A process inherits the signals that are blocked in the thread that starts it. So the threads that
-nannies run on block SIGINT, which the main thread, whose signals are the user's, does not notice.
-A worker that is there already ignores it. Only those with a nanny do: it ends them in time.
+A child process inherits the signal mask of the thread that starts it. So the threads that run
+nannies block SIGINT. The main thread is not affected, so the user's own handlers keep working. A
+worker that already runs ignores SIGINT; only if it has a nanny, which ends it in time.
 """
 
 from __future__ import annotations
@@ -23,22 +23,26 @@ _SIGINT = frozenset({signal.SIGINT})
 
 
 class Interrupts(threading.local):
-    """Who wants that what this thread starts is not interrupted."""
+    """Blocks SIGINT in the calling thread while it has owners, for processes that it starts.
+
+    Thread-local: ``block`` and ``unblock`` affect the calling thread only.
+    """
 
     def __init__(self) -> None:
         self._owners: set[object] = set()
         self._is_ours = False
 
     def block(self, owner: object) -> None:
-        """Block SIGINT in this thread; nothing happens in the main one."""
+        """Block SIGINT in this thread for `owner`; does nothing in the main thread."""
         if _is_main():
             return
         if not self._owners:
+            # If SIGINT was blocked before, it has to stay so afterwards.
             self._is_ours = signal.SIGINT not in _block()
         self._owners.add(owner)
 
     def unblock(self, owner: object) -> None:
-        """One fewer wants it; when nobody does, what this thread starts can be interrupted."""
+        """End an owner's block; SIGINT is unblocked with the last one."""
         if owner in self._owners:
             self._owners.remove(owner)
             if not self._owners and self._is_ours:
@@ -47,7 +51,7 @@ class Interrupts(threading.local):
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Have processes that begin meanwhile, in whatever thread this is, not be interrupted."""
+    """Block SIGINT in this thread, the main one included, for processes started in the block."""
     before = _block()
     try:
         yield
@@ -56,34 +60,37 @@ def uninterrupted() -> Iterator[None]:
 
 
 class Ignored:
-    """SIGINT in a worker's process that is there already."""
+    """Ignores SIGINT in a worker process that already runs; for its main thread."""
 
     def __init__(self) -> None:
         self._former: Any = None
 
     def begin(self) -> None:
-        """Ignore it from now on."""
+        """Ignore SIGINT from now on; does nothing outside the main thread."""
         if self._former is None and _is_main():
             self._former = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end(self) -> None:
-        """The former handler is back, unless another has been put there since."""
+        """Restore the former handler, unless another one was set since."""
         if self._former is not None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._former)
         self._former = None
 
 
 def _block() -> set[signal.Signals]:
-    # Python starts its resource tracker with the first queue, and unblocks SIGINT when it has.
+    """Block SIGINT in this thread; return the signals that were blocked before."""
+    # Python starts its resource tracker with the first queue and then unblocks SIGINT, which would
+    # undo the block: start it now.
     resource_tracker.ensure_running()
     return {*signal.pthread_sigmask(signal.SIG_BLOCK, _SIGINT)}  # type: ignore[arg-type]
 
 
 def _is_main() -> bool:
+    """Whether this is the main thread, the only one that may set handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
 @functools.cache
 def interrupts() -> Interrupts:
-    """Those of this process."""
+    """The instance of this process."""
     return Interrupts()

@@ -1,9 +1,9 @@
-"""How plugins reach workers and nannies that may have another version of us, or none.
+"""Plugins unpickle everywhere: where the package is missing or differs, they only warn.
 
 Dask sends every plugin to every worker that joins, and a worker that cannot unpickle one does not
-start. So a plugin travels as a function pickled by value: where the package is missing or old, a
-plugin that does nothing but say so is made of it. Plain Dask work goes on there; the gate, to which
-such a worker never says hello, gives it no work that needs a context.
+start. So a plugin is sent as a function pickled by value. Where dask_pcm is missing or has another
+version, the function returns a plugin that logs a warning and does nothing else. Plain Dask work
+continues on such a worker. It never greets the gate, which therefore sends it no context tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dask_pcm.version import __version__
 
 
 class ShippedPlugin:
-    """A plugin that can be unpickled anywhere; made anew there from its `config`."""
+    """A plugin that can be unpickled anywhere; the receiver makes a new one from `config`."""
 
     config: Any = None
 
@@ -30,7 +30,7 @@ class ShippedPlugin:
 
 
 def by_value(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of `func` that is pickled with its code, not by the name of our module."""
+    """Return a copy of `func` that is pickled with its code instead of by module and name."""
     globals_ = {"__builtins__": __builtins__}
     copy = types.FunctionType(func.__code__, globals_, func.__name__, func.__defaults__)
     copy.__module__ = "__main__"
@@ -40,7 +40,8 @@ def by_value(func: Callable[..., Any]) -> Callable[..., Any]:
 def _arrive(
     version: str, module: str, name: str, is_nannys: bool, settings: dict[str, Any] | None
 ) -> Any:
-    # Runs where dask_pcm may be missing: whatever it needs is imported or defined here.
+    """Make the plugin on the receiving side, or one that warns if the versions differ."""
+    # dask_pcm may be missing here, and no globals are shipped: import and define everything inside.
     import importlib
     import logging
     import pickle
@@ -61,16 +62,19 @@ def _arrive(
     base: Any = NannyPlugin if is_nannys else WorkerPlugin
 
     class Absent(base):
+        """Stays in the plugin's place and warns once."""
+
         idempotent = True
 
         def setup(self, worker: Any = None, nanny: Any = None) -> None:
+            """Log the warning; a worker also shows it to the clients."""
             where = worker or nanny
             text = (
                 f"dask_pcm {says} on {where.address} and {version} on the scheduler: this worker"
                 " gets plain tasks, but none that needs a context. Install the same version there."
             )
             logging.getLogger("distributed.worker").warning(text)
-            if worker is not None:  # seen in the notebook, too
+            if worker is not None:  # as `distributed.warn` does: shown in the user's notebook, too
                 message = {"message": pickle.dumps(text), "category": pickle.dumps(UserWarning)}
                 worker.log_event("warn", message)
 

@@ -1,12 +1,12 @@
-"""Signals by which a batch system says that a ``dask worker`` is about to be ended.
+"""The first SIGTERM or SIGUSR1 starts a grace period; only after it does Dask's handler run.
 
-On SIGTERM, Dask closes a worker at once, as one that has died: what is in memory there is lost,
-and its tasks count as those that may have killed it. Here the first signal is a notice, and all
-that has to do with a worker in this process is told how long it still has. The second SIGTERM, and
-the end of that time, do what the first would have done without us.
+On SIGTERM, Dask closes a worker at once, as if it had died: results in its memory are lost, and
+its tasks count as suspects. Here the first signal is a preemption notice: every listener in this
+process learns how many seconds are left. A second SIGTERM, or the end of the grace period, does
+what the first SIGTERM would have done without us.
 
-Only in a process that Dask's own command waits for signals in, and in worker processes of such: in
-a notebook, signals are the user's.
+This applies only to processes of Dask's own command (``dask worker``) and their worker processes:
+in a notebook, signals belong to the user.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-#: Called on the event loop with the seconds that are left.
+#: A listener; called on the event loop with the seconds that are left.
 Told: TypeAlias = Callable[[float], None]
 
-#: What batch systems send (Slurm the second with ``--signal=B:USR1@60``). SIGINT is the user's.
+#: What batch systems send (Slurm: SIGUSR1 with ``--signal=B:USR1@60``). SIGINT is the user's.
 _NOTICES = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Signals:
-    """The signals of this process, while somebody heeds them."""
+    """Turns signals of this process into preemption notices while it has listeners.
+
+    Methods are for the main thread's event loop.
+    """
 
     def __init__(self) -> None:
         self._told: dict[object, Told] = {}
-        #: The handlers that ours stand in for.
+        #: The handlers that ours have replaced.
         self._former: dict[int, Any] = {}
         self._seconds = 0.0
         self._is_noticed = False
@@ -38,13 +41,14 @@ class Signals:
 
     @property
     def are_heeded(self) -> bool:
-        """Whether a signal is a notice now."""
+        """Whether a signal is treated as a notice now."""
         return bool(self._former)
 
     def heed(self, who: object, tell: Told, seconds: float) -> None:
-        """Have `tell` called when a signal comes, `seconds` before the end.
+        """Call `tell` when a signal arrives, with a grace period of `seconds`.
 
-        On the event loop; nothing happens where that is not the main thread's.
+        For the event loop; does nothing if it does not run in the main thread, which alone may
+        set handlers.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -55,16 +59,18 @@ class Signals:
         self._loop = asyncio.get_running_loop()
         for number in _NOTICES:
             found = signal.getsignal(number)
-            if found is signal.SIG_DFL or _is_dasks(found):  # else it is somebody else's
+            if found is signal.SIG_DFL or _is_dasks(found):  # leave handlers of others alone
                 self._former[number] = signal.signal(number, self._handle)
 
     def leave(self, who: object) -> None:
-        """It heeds signals no longer; when nobody does, the former handlers are back."""
+        """Remove a listener; the former handlers are restored with the last one."""
         if self._told.pop(who, None) is not None and not self._told:
             self._put_back()
 
     def _handle(self, number: int, frame: Any) -> None:
-        # Anywhere between two instructions of the main thread: nothing is logged here.
+        """The signal handler."""
+        # Runs between any two bytecodes of the main thread, which may hold a logging lock: no
+        # logging here.
         if not self._is_noticed:
             self._is_noticed = True
             self._loop.call_soon_threadsafe(self._tell)
@@ -72,12 +78,13 @@ class Signals:
             self._give_up()
 
     def _tell(self) -> None:
+        """Start the grace period and notify the listeners; on the event loop."""
         self._end = self._loop.call_later(self._seconds, self._give_up)
         for tell in list(self._told.values()):
             tell(self._seconds)
 
     def _give_up(self) -> None:
-        """Do what SIGTERM would have done at once."""
+        """Do what SIGTERM would have done at first."""
         former = self._former.get(signal.SIGTERM, signal.SIG_DFL)
         self._put_back()
         if callable(former):
@@ -86,8 +93,9 @@ class Signals:
             signal.raise_signal(signal.SIGTERM)
 
     def _put_back(self) -> None:
+        """Restore the former handlers and cancel the end of the grace period."""
         for number, former in self._former.items():
-            if signal.getsignal(number) == self._handle:  # else somebody has replaced it since
+            if signal.getsignal(number) == self._handle:  # not if replaced since
                 signal.signal(number, former)
         self._former.clear()
         self._is_noticed = False
@@ -96,15 +104,16 @@ class Signals:
 
 
 def is_command() -> bool:
-    """Whether this process is one in which Dask's own command waits for signals."""
+    """Whether this process runs Dask's own command, which waits for signals."""
     return _is_dasks(signal.getsignal(signal.SIGTERM)) or signals().are_heeded
 
 
 def _is_dasks(handler: Any) -> bool:
+    """Whether a handler is the one that Dask's command installs."""
     return getattr(handler, "__module__", None) == "distributed._signals"
 
 
 @functools.cache
 def signals() -> Signals:
-    """Those of this process."""
+    """The instance of this process."""
     return Signals()

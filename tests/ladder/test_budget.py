@@ -115,7 +115,7 @@ def test_who_would_wait_for_itself_is_told_who_holds_on_to_what(store):
     one, two = context(1, 6), context(2, 6)
     with store.acquire([one]), pytest.raises(LoadError) as caught:
         store.load(two)
-    assert "tasks that hold on to 'c1' (6,291,456) wait for room as well" in str(caught.value)
+    assert "tasks that hold 'c1' (6,291,456) wait for room as well" in str(caught.value)
     assert "10,485,760" in str(caught.value)
     assert used(store, two) == 2
 

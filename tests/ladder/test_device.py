@@ -235,7 +235,7 @@ ASKS_FOR_CPU = "DASK_PCM__WORKER__ACCELERATOR=cpu"
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (built_for_cpus, ["without support for devices", "2.13.0+cpu, built for CPUs"]),
+        (built_for_cpus, ["built for the CPU only", "2.13.0+cpu, built for CPUs"]),
         (with_an_old_driver, [TOO_OLD, "torch 2.13.0+cu130, built for CUDA 13.0"]),
         (without_a_device, ["is_available() is False"]),
         (for_newer_devices, [f"no kernels for {TITAN}, which is sm_61", "built for sm_75, sm_80"]),

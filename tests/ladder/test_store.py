@@ -164,7 +164,7 @@ def test_one_by_one_in_other_orders_one_is_told_and_the_others_go_on(store):
         errors = [future.exception(10) for future in taken]
     assert sorted(type(error).__name__ for error in errors if error) == ["DeadlockError"]
     message = str(next(error for error in errors if error))
-    assert "Context 'load' is held or loaded here" in message and "Take both at once" in message
+    assert "holds or loads context 'load'" in message and "Acquire both in one call" in message
     with store.acquire(refs) as values:
         assert values == [["a"], ["b"], ["c"]]
 
@@ -200,7 +200,7 @@ def test_a_task_and_a_loader_that_wait_for_each_other_are_told(store):
         errors = [
             future.exception(10) for future in (pool.submit(hold_and_want), pool.submit(want))
         ]
-    assert any("Take both at once" in str(error) for error in errors)
+    assert any("Acquire both in one call" in str(error) for error in errors)
 
 
 def test_a_loader_that_asks_for_its_own_context(store):

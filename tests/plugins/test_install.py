@@ -197,9 +197,9 @@ async def test_uninstall_with_work_running_and_again_installed(c, s, gate, a, b)
     await install(c)
     again = s.plugins[GATE]
     assert again is not gate
-    await poll(lambda: len(again.members) == 2, 5)
+    await poll(lambda: len(again.workers.members) == 2, 5)
     assert await c.gather(c.map(numbers, range(20), model=A)) == list(range(20))
-    assert again.loads[A.digest].n >= 1
+    assert again.contexts.loads[A.digest].n >= 1
     again.state.validate()
 
 

@@ -1,4 +1,4 @@
-"""What code does, read from its bytecode."""
+"""Reads from bytecode what code does, independent of where its source is."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from collections.abc import Iterator, Mapping
 from types import CodeType
 from typing import Any
 
-#: Instructions that look a name up among the globals; the others stand in class bodies.
+#: Instructions that look up a global name; all but LOAD_GLOBAL occur in class bodies.
 _GLOBAL_LOADS = frozenset("LOAD_GLOBAL LOAD_NAME LOAD_CLASSDEREF LOAD_FROM_DICT_OR_GLOBALS".split())
-#: What a class body stores of its text and place, which do not count.
+#: Names that a class body stores for its docstring and source position, which are ignored.
 _PLACE_NAMES = frozenset({"__doc__", "__firstlineno__", "__static_attributes__"})
-#: Instructions that come and go with the place of an import, or with the size of an argument.
+#: Instructions that depend on the position of an import, or on the size of an argument.
 _CALL_DETAILS = frozenset({"PUSH_NULL", "EXTENDED_ARG"})
-#: Globals that Python itself gives every module. ``__annotations__`` grows with every annotated
-#: variable of a module, and stands in every class body that annotates.
+#: Globals that Python itself sets in every module. ``__annotations__`` changes with every annotated
+#: variable of the module, and every class body with annotations refers to it.
 _OF_MODULES = frozenset(
     "__name__ __annotations__ __conditional_annotations__ __doc__ __file__ __cached__ __package__"
     " __spec__ __loader__ __path__ __builtins__".split()
 )
-#: Kinds of arguments, generators and coroutines; not __future__ statements and docstrings.
+#: Flags for kinds of arguments, generators and coroutines; not __future__ imports and docstrings.
 _FLAGS = 0x3FF
 
 
 def signature(code: CodeType) -> tuple[Any, ...]:
-    """Arguments, flags and variables of some code."""
+    """The arguments, flags and variables of a code object."""
     counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
     names = (code.co_varnames, code.co_freevars, code.co_cellvars)
     return (counts, code.co_flags & _FLAGS, names)
@@ -35,17 +35,17 @@ def signature(code: CodeType) -> tuple[Any, ...]:
 def instructions(code: CodeType) -> tuple[list[tuple[str, Any]], list[Any]]:
     """Instructions by name and argument, and the constants that they load, in order.
 
-    Only what the source says counts. Names and constants are given by value, jumps by the number of
-    the instruction that they lead to: where they stand depends on whether there is a docstring.
-    ``module.function(...)`` is called as a method unless ``import module`` was compiled together
-    with it, as in a script and not in a notebook: both ways are one.
+    The result depends on the source alone. Names and constants are given by value, jumps by the
+    index of their target: offsets depend on whether there is a docstring. Python compiles
+    ``module.function(...)`` to a method call, unless ``import module`` is in the same compilation
+    unit, as in a script but not in a notebook. Both forms give the same result.
     """
     found = list(dis.get_instructions(code))
     kept = [
         step
         for step, following in zip(found, [*found[1:], None], strict=True)
         if step.opname not in _CALL_DETAILS
-        # A constant is loaded, and stored as the docstring of a class.
+        # A class's docstring is a constant that is loaded and then stored: drop both instructions.
         and not _is_of_place(step)
         and not (following is not None and _is_of_place(following))
     ]
@@ -71,8 +71,8 @@ def instructions(code: CodeType) -> tuple[list[tuple[str, Any]], list[Any]]:
 def _handlers(table: bytes) -> Iterator[tuple[int, int, int, int, int]]:
     """Entries of an exception table: start, length and target in code units, depth, lasti.
 
-    The format is that of ``Objects/exception_handling_notes.txt`` in CPython: numbers of six bits a
-    byte, bit 6 where more follow.
+    The format is described in CPython's ``Objects/exception_handling_notes.txt``: numbers with six
+    bits per byte; bit 6 is set if more bytes follow.
     """
     numbers: list[int] = []
     number = 0
@@ -87,11 +87,12 @@ def _handlers(table: bytes) -> Iterator[tuple[int, int, int, int, int]]:
 
 
 def _is_of_place(step: dis.Instruction) -> bool:
+    """Whether an instruction stores a class's docstring or source position."""
     return step.opname == "STORE_NAME" and step.argval in _PLACE_NAMES
 
 
 def nested(code: CodeType) -> Iterator[CodeType]:
-    """Some code and the code inside it: of functions, classes, comprehensions."""
+    """A code object and those nested in it: functions, classes, comprehensions."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -99,9 +100,9 @@ def nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def referenced(code: CodeType, namespace: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Globals that code and the code inside it refer to, by name.
+    """Globals that a code object and those nested in it refer to, by name.
 
-    Builtins are left out, and what says only where a module lies.
+    Builtins and the globals that Python itself sets are left out.
     """
     names = {
         step.argval
@@ -117,7 +118,7 @@ def referenced(code: CodeType, namespace: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def imported(code: CodeType) -> list[str]:
-    """Modules that code imports; what it takes from them may be one as well."""
+    """Modules that code imports, and names that it imports from them, which may be modules."""
     names: set[str] = set()
     module = ""
     for step in dis.get_instructions(code):
@@ -130,7 +131,7 @@ def imported(code: CodeType) -> list[str]:
 
 
 def stored(code: CodeType) -> set[str]:
-    """Names that the class bodies in some code store."""
+    """Names that the class bodies in a code object store."""
     return {
         step.argval
         for inner in nested(code)

@@ -1,12 +1,12 @@
-"""Globals that a function keeps for itself: caches, counters, models that it loads once.
+"""A function's private cache counts with its initial value, so calling it keeps its identity.
 
-Trying a function fills its cache; that makes no other function of it. A global counts as the
-literal that its module bound it to, instead of as its present value, where the source shows that
-the function at the top level that is identified writes to it, and that nothing else in the module
-mentions it: no other function, no class, and no statement but the one that binds it.
+Such a global is a cache, a counter, or a model that the function loads once. It counts as the
+literal that its module bound it to, not as its present value, if the source shows two things: the
+identified top-level function writes to it, and nothing else in the module mentions it; no other
+function, no class, and no statement but the one that binds it.
 
-What the source does not show so (a table that other code fills, too, or the author changes in
-another cell) counts by its value.
+Every other global counts by its value, for instance a table that other code fills as well, or that
+the author changes in another cell.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _CONTAINERS = (
 _LITERAL_NODES = (ast.Constant, ast.Dict, ast.List, ast.Set, ast.Tuple, ast.UnaryOp, ast.Lambda)
 
 
-#: Stands for code outside of functions among those that mention a name.
+#: Represents code outside of functions and classes.
 _TOP = ""
 
 
 @dataclass(slots=True)
 class _Survey:
-    """What a text says of the globals of its module.
+    """How a source text uses the globals of its module.
 
     Attributes
     ----------
     bound
-        Values of plain assignments at the top level, by name; of several, the last.
+        Values of plain top-level assignments, by name; the last one counts.
     mentioned_by
-        Functions and classes at the top level that mention a name, and ``_TOP`` where other
-        code does, but for those assignments.
+        Top-level functions and classes that mention a name, and ``_TOP`` if other code does; not
+        counting those assignments.
     written_by
-        Of these, functions that write to it.
+        The functions among these that write to it.
     """
 
     bound: dict[str, ast.expr] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class _Survey:
 
 
 def initial_values(qualname: str, namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """The globals that a function at the top level keeps for itself, as before it was called."""
+    """The initial values of the globals that only one top-level function uses, by name."""
     surveys = [_survey(text) for text in texts(namespace)]
     written = {name for s in surveys for name, by in s.written_by.items() if qualname in by}
     found: dict[str, Any] = {}
@@ -72,23 +72,24 @@ def initial_values(qualname: str, namespace: Mapping[str, Any]) -> dict[str, Any
 
 
 def _evaluated(name: str, bound: ast.expr, namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of a literal by its name; nothing where it is none, or something else is there."""
+    """The value of a literal, by name; empty if it is none, or the global has another type now."""
     if not _is_literal(bound, namespace):
         return {}
     try:
         value = eval(compile(ast.Expression(bound), "<literal>", "eval"), dict(namespace))
-    except Exception:  # a call with arguments that do not fit
+    except Exception:  # for instance a container called with invalid arguments
         return {}
     now = namespace[name]
     if value is not None and type(now) is not type(value):
         return {}
+    # A registry counts by its value: what it maps to is part of what the function does.
     held = now.values() if isinstance(now, dict) else now
     is_registry = isinstance(now, _CONTAINERS) and any(callable(item) for item in held)
     return {} if is_registry else {name: value}
 
 
 def _is_literal(node: ast.expr, namespace: Mapping[str, Any]) -> bool:
-    """Whether an expression is made of constants, displays and empty or filled containers."""
+    """Whether an expression consists of constants, displays and calls of container types."""
     if isinstance(node, ast.Lambda):
         return True
     if isinstance(node, (ast.Name, ast.Attribute)):
@@ -105,6 +106,7 @@ def _is_literal(node: ast.expr, namespace: Mapping[str, Any]) -> bool:
 
 
 def _named(node: ast.expr, namespace: Mapping[str, Any]) -> Any:
+    """The object that a name, or an attribute of a name, refers to; None if there is none."""
     if isinstance(node, ast.Name):
         return namespace.get(node.id, getattr(builtins, node.id, None))
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -114,17 +116,19 @@ def _named(node: ast.expr, namespace: Mapping[str, Any]) -> Any:
 
 @functools.lru_cache(maxsize=512)
 def _survey(text: Text) -> _Survey:
+    """Survey a source text; empty if it cannot be parsed."""
     survey = _Survey()
     with contextlib.suppress(SyntaxError, ValueError, RecursionError):
         for statement in ast.parse(text.source).body:
             if text.is_run:
                 _survey_statement(statement, survey)
-            else:  # nothing is known of what it did
+            else:  # it may not have run: every name in it counts as used by other code
                 _note_names(statement, _TOP, survey)
     return survey
 
 
 def _survey_statement(statement: ast.stmt, survey: _Survey) -> None:
+    """Add a top-level statement to a survey."""
     match statement:
         case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(
             ast.Name(name), _, ast.expr() as value
@@ -144,6 +148,7 @@ def _survey_statement(statement: ast.stmt, survey: _Survey) -> None:
 
 
 def _note_names(node: ast.AST, by: str, survey: _Survey) -> None:
+    """Add all names in a node as mentioned by `by`."""
     for inner in ast.walk(node):
         if isinstance(inner, ast.Name):
             survey.mentioned_by[inner.id].add(by)
@@ -155,7 +160,7 @@ def _note_names(node: ast.AST, by: str, survey: _Survey) -> None:
 
 
 def _written(function: ast.AST) -> Iterator[str]:
-    """Names of what code writes to: names that it declares global, containers, attributes."""
+    """Names that code may write to: those declared global, changed containers and attributes."""
     for node in ast.walk(function):
         match node:
             case ast.Global(names):
@@ -169,6 +174,7 @@ def _written(function: ast.AST) -> Iterator[str]:
 
 
 def _root(node: ast.expr) -> Iterator[str]:
+    """The name ``a`` of an expression such as ``a.b[c].d``; nothing for other expressions."""
     while isinstance(node, (ast.Attribute, ast.Subscript)):
         node = node.value
     if isinstance(node, ast.Name):

@@ -1,4 +1,4 @@
-"""The text that a module's code was compiled from: its file, or the cells of a notebook."""
+"""Finds the source text of a module: its file, or the cells of a notebook."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Cell magics that run the cell's body where the other cells run.
+#: Cell magics that run the cell's body in the notebook's namespace.
 _RUNNING = frozenset({"time", "capture", "prun"})
-#: Cell magics that leave nothing of the body behind in the notebook's namespace.
+#: Cell magics whose body leaves nothing in the notebook's namespace.
 _ELSEWHERE = frozenset({"timeit", "writefile", "file"})
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Source code; `is_run` says whether it is known to have run in the module as it stands."""
+    """Source code; `is_run` if it is known to have run, unchanged, in the module's namespace."""
 
     source: str
     is_run: bool = True
 
 
 def texts(namespace: Mapping[str, Any]) -> Iterator[Text]:
-    """The text of the module with a namespace; of a notebook its cells, the latest first."""
+    """The texts of the module with this namespace; for a notebook its cells, latest first."""
     if file := namespace.get("__file__"):
-        with contextlib.suppress(Exception):  # a loader's own errors
+        with contextlib.suppress(Exception):  # import loaders may raise anything
             yield Text("".join(linecache.getlines(str(file), dict(namespace))))
     cells = namespace.get("In")
     if isinstance(cells, list):
@@ -39,7 +39,7 @@ def texts(namespace: Mapping[str, Any]) -> Iterator[Text]:
 def _unwrapped(cell: Text) -> Iterator[Text]:
     """A cell, or the body of one that starts with a cell magic such as ``%%time``.
 
-    IPython keeps such a cell as ``get_ipython().run_cell_magic('time', '', 'body')``.
+    IPython stores such a cell as ``get_ipython().run_cell_magic('time', '', 'body')``.
     """
     found = _cell_magic(cell.source)
     if found is None:
@@ -51,6 +51,7 @@ def _unwrapped(cell: Text) -> Iterator[Text]:
 
 
 def _cell_magic(source: str) -> tuple[str, str] | None:
+    """The magic and the body of a cell; None if it has no cell magic."""
     if "run_cell_magic(" not in source:
         return None
     with contextlib.suppress(SyntaxError, ValueError, RecursionError):
@@ -68,8 +69,8 @@ def _cell_magic(source: str) -> tuple[str, str] | None:
 
 
 def _transformed(body: str) -> str:
-    """A cell as Python, where it has lines for IPython in it."""
+    """Translate a cell's IPython syntax, such as ``%time`` and ``!ls``, to Python."""
     if ipython := sys.modules.get("IPython.core.inputtransformer2"):
-        with contextlib.suppress(Exception):  # transformers of others may raise anything
+        with contextlib.suppress(Exception):  # third-party transformers may raise anything
             return str(ipython.TransformerManager().transform_cell(body))
     return body

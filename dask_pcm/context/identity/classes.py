@@ -1,4 +1,4 @@
-"""What the author of a class wrote, apart from what metaclasses and decorators made of it."""
+"""Separates what the author of a class wrote from what metaclasses and decorators added."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from dask_pcm.context.identity.cells import texts
 from dask_pcm.context.identity.sources import is_installed, without_docstrings
 
-#: Descriptors that are what was written; those of libraries replace it.
+#: Descriptors that keep what was written; those of libraries replace it.
 _PLAIN_DESCRIPTORS = (
     *(FunctionType, classmethod, staticmethod, property, functools.cached_property),
     *(functools.partialmethod, functools.singledispatchmethod),
 )
-#: Where functions say that they are from which libraries have generated. Those of attrs hold a hash
-#: of text, which differs in every process.
+#: Prefixes of the file names of functions that libraries have generated. The names in attrs' ones
+#: contain a hash of a string, which differs in every process.
 _GENERATED = ("<attrs generated", "<string>")
 #: Packages whose objects are data.
 DATA_PACKAGES = frozenset("builtins datetime decimal numpy pandas pyarrow re torch".split())
@@ -27,24 +27,24 @@ _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
 def class_statement(cls: type) -> CodeType | None:
-    """The statement that made a class, compiled without docstrings; None where there is no source.
+    """Compile the statement that made a class, without docstrings; None if there is no source.
 
-    It has what the author wrote: decorators, bases, keywords, annotations and members, whatever
-    metaclasses and decorators have made of them.
+    The statement has exactly what the author wrote: decorators, bases, keywords, annotations and
+    members, before metaclasses and decorators changed them.
     """
     for text in texts(getattr(sys.modules.get(cls.__module__), "__dict__", {})):
         statement = _class_statements(text.source).get(cls.__qualname__)
         if statement is not None:
             if not text.is_run:
-                return None  # it may be the statement, or not
-            with contextlib.suppress(SyntaxError):  # it refers to variables of a function around it
+                return None  # another statement may have made the class
+            with contextlib.suppress(SyntaxError):  # for instance `nonlocal`, without its function
                 return compile(statement, "<class>", "exec", dont_inherit=True)
     return None
 
 
 @functools.lru_cache(maxsize=512)
 def _class_statements(source: str) -> dict[str, ast.Module]:
-    """Class statements of a source by their qualified names; of several, the last."""
+    """The class statements in a source, by qualified name; the last one of each name counts."""
     found: dict[str, ast.Module] = {}
 
     def visit(node: ast.AST, prefix: str) -> None:
@@ -63,7 +63,7 @@ def _class_statements(source: str) -> dict[str, ast.Module]:
 
 
 def annotations_of(cls: type) -> Any:
-    """Annotations as they were written in a class, names that are not defined yet included."""
+    """A class's own annotations, including those with names that are not defined yet."""
     if sys.version_info >= (3, 14):
         import annotationlib
 
@@ -72,16 +72,16 @@ def annotations_of(cls: type) -> Any:
 
 
 def parameters_of(cls: type) -> Any:
-    """What making an object of a class takes: fields that a library keeps where only it knows."""
+    """The parameters of a class's constructor, which show fields that a library hides."""
     try:
         parameters = inspect.signature(cls).parameters.values()
-    except Exception:  # metaclasses of others may raise anything
+    except Exception:  # third-party metaclasses may raise anything
         return None
     return [(p.name, p.kind.name, p.default, p.annotation) for p in parameters]
 
 
 def is_written(cls: type, name: str, value: Any) -> bool:
-    """Whether a class's author wrote a member, as far as can be told without the source."""
+    """Whether the author wrote a member, judged without the source."""
     if not (name.startswith("__") and name.endswith("__")) or name == "__slots__":
         return True
     func = inspect.unwrap(getattr(value, "__func__", value))
@@ -94,10 +94,10 @@ def is_written(cls: type, name: str, value: Any) -> bool:
 
 
 def is_added(name: str, value: Any) -> bool:
-    """Whether an author, not a library, has set an attribute of a class after its statement.
+    """Whether the author, not a library, set an attribute of a class after its statement.
 
-    That is so for functions of the user's own under any name, and for data under public names:
-    what libraries keep on classes has names with underscores, or is made of their own types.
+    True for the user's own functions under any name, and for data under public names: attributes
+    that libraries set have names with underscores, or are of the libraries' own types.
     """
     if _is_own_function(value):
         return True
@@ -105,6 +105,7 @@ def is_added(name: str, value: Any) -> bool:
 
 
 def _is_own_function(value: Any) -> bool:
+    """Whether a value is a function of the user's own, or a property or method of one."""
     if isinstance(value, property):
         return any(_is_own_function(f) for f in (value.fget, value.fset, value.fdel))
     func = inspect.unwrap(getattr(value, "__func__", value))
@@ -114,6 +115,7 @@ def _is_own_function(value: Any) -> bool:
 
 
 def _is_data(value: Any) -> bool:
+    """Whether a value consists of data, of the user's own types or of ``DATA_PACKAGES``."""
     if isinstance(value, (tuple, list, set, frozenset)) and type(value).__module__ == "builtins":
         return all(_is_data(item) for item in value)
     if type(value) is dict:
@@ -126,15 +128,15 @@ def _is_data(value: Any) -> bool:
 
 
 def is_known_by_name(cls: type) -> bool:
-    """Whether a class is an installed module's, and is found there by its name.
+    """Whether a class belongs to an installed module and can be found there by its name.
 
-    Others were made while the program ran, and may say that they are of the module that made them:
+    A class that was made at run time may carry the name of the module that made it:
     ``dataclasses.make_dataclass("C", ...)`` gives ``types.C``.
     """
     if not is_installed(cls.__module__) or "<locals>" in cls.__qualname__:
         return False
     if not cls.__flags__ & _HEAP_TYPE:
-        return True  # of C; some have no name in any module
+        return True  # defined in C; some of these have no name in any module
     found: Any = sys.modules.get(cls.__module__)
     for name in cls.__qualname__.split("."):
         found = getattr(found, "__dict__", {}).get(name)
@@ -142,7 +144,7 @@ def is_known_by_name(cls: type) -> bool:
 
 
 def kept_member(member: Any) -> Any:
-    """A member, or only its kind where a library's descriptor replaced what the statement says."""
+    """Return a member, or only its type if a library's descriptor has replaced what was written."""
     kind = type(member)
     is_foreign = hasattr(kind, "__get__") and is_installed(kind.__module__)
     return kind if is_foreign and kind not in _PLAIN_DESCRIPTORS else member

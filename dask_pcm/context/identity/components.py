@@ -1,4 +1,4 @@
-"""What makes up an object that is neither data nor code, nor counts by how it is pickled."""
+"""Objects with a rule of their own: the parts that identify them, instead of their pickle."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any
 
-#: What weak references lead to is somebody else's.
+#: Weak references count by their type alone: their targets belong to other objects.
 _WEAK = (weakref.ref, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 _TYPING = frozenset({"typing", "typing_extensions"})
 _TYPING_KINDS = frozenset("TypeVar ParamSpec TypeVarTuple NewType TypeAliasType ForwardRef".split())
-#: What makes up objects of typing that pickle knows by their names alone.
+#: The parts of typing objects, which pickle stores by name only.
 _TYPING_PARTS = "__name__ __bound__ __constraints__ __supertype__ __value__ __forward_arg__".split()
-#: Settings of ``torch.autocast``; the others are what it finds when it is entered.
+#: The settings of ``torch.autocast``; its other attributes are the state when it was entered.
 _AUTOCAST_PARTS = "device fast_dtype _enabled _cache_enabled".split()
 
 
 def components(value: Any) -> list[Any] | None:
-    """The kind of an object and its parts; None where there is no rule for it."""
+    """The kind and the parts of an object; None if there is no rule for it."""
     if (of_library := _of_libraries(value)) is not None:
         return of_library
     if tokenize := getattr(type(value), "__dask_tokenize__", None):
@@ -39,7 +39,7 @@ def components(value: Any) -> list[Any] | None:
             return [name] if of is None or isinstance(of, ModuleType) else [name, of]
         case functools.partial():
             return ["partial", value.func, value.args, value.keywords]
-        case set() | frozenset():  # of a class of its own: pickle has the order of hashes
+        case set() | frozenset():  # a subclass: its pickle has the order of hashes
             return ["set", type(value), frozenset(value), getattr(value, "__dict__", None)]
         case functools.cached_property():
             return ["cached_property", value.func]
@@ -54,6 +54,7 @@ def components(value: Any) -> list[Any] | None:
 
 
 def _of_libraries(value: Any) -> list[Any] | None:
+    """As ``components``, for objects of known libraries."""
     kind = type(value)
     if kind.__module__ in _TYPING and kind.__name__ in _TYPING_KINDS:
         return [kind.__qualname__, *(getattr(value, name, None) for name in _TYPING_PARTS)]
@@ -63,17 +64,18 @@ def _of_libraries(value: Any) -> list[Any] | None:
         return [kind.__qualname__, *(getattr(value, name, None) for name in _AUTOCAST_PARTS)]
     filesystem: Any = getattr(sys.modules.get("fsspec"), "AbstractFileSystem", ())
     if isinstance(value, filesystem):
-        # Its own token has the process and the thread in it.
+        # fsspec's own token contains the process and the thread.
         return ["filesystem", kind, value.storage_args, value.storage_options]
     if kind.__module__ == "numpy" and kind.__name__ == "ufunc":
-        # NumPy gives no other way to the function that np.frompyfunc has made one of.
+        # NumPy has no other access to the function behind a ufunc of np.frompyfunc.
         functions = [part for part in gc.get_referents(value) if isinstance(part, FunctionType)]
         return ["ufunc", value.__name__, *functions]
     return None
 
 
 def _tensor(tensor: Any) -> list[Any]:
-    import torch  # it is imported: somebody made a tensor
+    """The dtype, shape and bytes of a tensor."""
+    import torch  # imported already, since there is a tensor
 
     flat = tensor.detach().cpu().contiguous().flatten()
     of = f"tensor={tensor.dtype} {tuple(tensor.shape)}"
@@ -81,10 +83,10 @@ def _tensor(tensor: Any) -> list[Any]:
 
 
 def owned_by_process() -> dict[int, str]:
-    """Names of what belongs to the process, by id: environment, arguments, modules, import paths.
+    """Objects of ``os`` and ``sys`` describing the process, by id: environment, paths, arguments.
 
-    They differ from one process of a job to the next, for instance by the id of a Slurm job. What
-    can be hashed is left out: it does not change, and may be the value of something else, too.
+    They differ between processes, for instance in the id of a Slurm job, so they count by name.
+    Hashable objects are left out: they are immutable, and may be the value of another name too.
     """
     return {
         id(held): f"{module.__name__}.{name}"
@@ -95,6 +97,7 @@ def owned_by_process() -> dict[int, str]:
 
 
 def is_hashable(value: Any) -> bool:
+    """Whether the type of a value is hashable."""
     return type(value).__hash__ is not None
 
 
@@ -105,16 +108,17 @@ def is_environment(value: Any) -> bool:
 
 
 def without_caches(value: Any, state: Any) -> Any:
-    """An object's state as it is pickled, without the values that cached properties keep in it."""
+    """An object's pickled state without the cached values of its cached properties."""
     if isinstance(state, tuple) and len(state) == 2:  # with __slots__: (__dict__, slots)
         return tuple(without_caches(value, part) for part in state)
     if type(state) is not dict:
         return state
     kept = {name: held for name, held in state.items() if not _is_cached(type(value), name)}
-    return kept or None  # as pickle has it of an object without attributes
+    return kept or None  # like the state of an object without attributes
 
 
 def _is_cached(cls: type, name: Any) -> bool:
+    """Whether a name is that of a cached property."""
     member = inspect.getattr_static(cls, name, None) if isinstance(name, str) else None
     kind = type(member)
     return isinstance(member, functools.cached_property) or kind.__name__ == "cached_property"

@@ -1,11 +1,13 @@
 """Digests of functions and values that are equal across processes, kernels and machines.
 
-A function counts by what it does: bytecode, constants, defaults, closure and the globals that it
-refers to. A class counts by what its author wrote: bases, annotations, members and, where its
-source can be found, the whole statement; what metaclasses and decorators of libraries add to it
-does not count. Neither do docstrings, nor where something was written (file, line, cell), nor
-pickle's bytes, which differ between two kernels for the same source. What is installed (the
-standard library, site-packages) counts by its name alone.
+A function is identified by what it does: bytecode, constants, defaults, closure and the globals
+that it refers to. A class is identified by what its author wrote: bases, annotations, members and,
+if its source can be found, the whole statement. Installed code (the standard library,
+site-packages) is identified by its name alone.
+
+The following do not count: additions by metaclasses and decorators of libraries; docstrings; the
+position of code (file, line, cell); and the bytes of pickles, which differ between two kernels for
+the same source.
 
 Digests of functions and classes depend on the minor version of Python, as bytecode does.
 """
@@ -49,29 +51,29 @@ from dask_pcm.context.identity.components import (
 from dask_pcm.context.identity.sources import is_installed, origin, user_modules
 from dask_pcm.errors import IdentityWarning, RecipeError
 
-#: Attributes of a class that say where it was written, or that every class has.
+#: Attributes of a class that give its source position, or that every class has.
 _INCIDENTAL = frozenset(
     "__module__ __doc__ __dict__ __weakref__ __firstlineno__ __static_attributes__ "
     "__annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
     "__abstractmethods__ _abc_impl __dataclass_fields__ __match_args__".split()
 )
-#: What may be where an object lies in memory.
+#: Numbers that may be memory addresses.
 _ADDRESS = re.compile(r"(?P<of> (?:object )?at )?\b(?P<number>0x[0-9a-f]{6,16}|[1-9]\d{8,19})\b")
-#: Where libraries keep fields that were written as members of a class.
+#: Attributes in which libraries store fields that were written as members of a class.
 _FIELD_TABLES = ("__pydantic_fields__", "__attrs_attrs__", "__dataclass_fields__")
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A digest, and digests of the parts that it is made of.
+    """A digest, with the digests of its parts.
 
     Attributes
     ----------
     digest
-        32 hexadecimal digits.
+        32 hex digits.
     parts
-        Code, globals, closures and attributes by what people call them; what is inside another part
-        comes before it.
+        Digests of code, globals, closures and attributes, by readable names; inner parts come
+        before outer ones.
     """
 
     digest: str
@@ -79,24 +81,24 @@ class Identity:
 
 
 def identify(*values: Any) -> Identity:
-    """Return the digest of `values`, and what to compare to say where two of them differ.
+    """Return the digest of `values`, with parts that show where two identities differ.
 
     Raises
     ------
     RecipeError
-        Where a value can be neither walked nor reduced as ``pickle`` does.
+        If a value can be neither walked nor pickled.
     """
     walk = _Walk()
     return Identity(walk.digest(values), walk.parts)
 
 
 def digest(*values: Any) -> str:
-    """Return 32 hexadecimal digits that identify `values`.
+    """Return 32 hex digits that identify `values`.
 
     Raises
     ------
     RecipeError
-        Where a value can be neither walked nor reduced as ``pickle`` does.
+        If a value can be neither walked nor pickled.
 
     Examples
     --------
@@ -109,7 +111,7 @@ def digest(*values: Any) -> str:
 
 
 class _Walk:
-    """One traversal; objects that contain themselves are met again as back-references."""
+    """One traversal of values; an object that contains itself yields a back-reference."""
 
     def __init__(self) -> None:
         self.parts: dict[str, str] = {}
@@ -126,19 +128,22 @@ class _Walk:
 
     @functools.cached_property
     def _owned(self) -> dict[int, str]:
+        """See ``owned_by_process``."""
         return owned_by_process()
 
     def digest(self, value: Any) -> str:
+        """The digest of a value."""
         return _hashed(self._tokens(value))[:32]
 
     def _part(self, label: str, tokens: Iterator[bytes]) -> Iterator[bytes]:
-        """Pass tokens on, and note what they are the tokens of; of one name, all of them."""
+        """Yield the tokens of a part and record their digest; equal labels are combined."""
         passed = list(tokens)
         known = self.parts.get(label, "").encode()
         self.parts[label] = _hashed([known, *passed])[:16]
         yield from passed
 
     def _tokens(self, value: Any) -> Iterator[bytes]:
+        """The tokens of any value."""
         if type(value) in (bool, int, float, complex, str, type(None)):
             shown = repr(value)
             if self._is_in_state and type(value) in (int, str):
@@ -161,10 +166,10 @@ class _Walk:
         tokens = list(self._compound(value))
         if isinstance(value, (FunctionType, type)):
             self._alive.append(value)
-            self._n_references += 1  # where it is met again it is a back-reference
+            self._n_references += 1  # later occurrences are back-references
         else:
-            # Met again, data is the same again: whether two equal values are one object depends
-            # on how the code was compiled. Only what contains itself is a back-reference.
+            # Later occurrences of data are walked again: whether two equal values are one object
+            # depends on how the code was compiled. Only a cycle is a back-reference.
             del self._seen[id(value)]
         if self._n_references == n_before:
             self._alive.append(value)
@@ -174,20 +179,21 @@ class _Walk:
             yield from tokens
 
     def _of_state(self, value: Any) -> str:
-        """Digest of an object as it is pickled now, functions and classes by name."""
+        """The digest of an object's present pickle, with functions and classes by name."""
         walk = _Walk()
         walk._addresses = self._addresses
         walk._is_strict, walk._is_in_state, walk._is_shallow = False, True, True
         return walk.digest(value)
 
     def _without_address(self, found: re.Match[str]) -> str:
-        """Where an object lies in memory is no part of what another one holds."""
+        """Replace a number that is the memory address of an object: it differs in every process."""
         if not self._addresses:
             self._addresses |= {id(value) for value in gc.get_objects()}
         is_address = found["of"] or int(found["number"], 0) in self._addresses
         return "address" if is_address else found[0]
 
     def _compound(self, value: Any) -> Iterator[bytes]:
+        """The tokens of a value that is not a plain constant."""
         if is_environment(value):
             value = os.environ
         if not is_hashable(value) and id(value) in self._owned:
@@ -217,17 +223,19 @@ class _Walk:
                 yield from self._object(value)
 
     def _mapping(self, name: str, value: Mapping[Any, Any]) -> Iterator[bytes]:
+        """The tokens of a mapping, independent of its order."""
         yield f"{name}={len(value)}".encode()
         for _, key in sorted((digest(key), key) for key in value):
             yield from self._tokens(key)
             yield from self._tokens(value[key])
 
     def _function(self, func: FunctionType) -> Iterator[bytes]:
-        # Wrappers take on the module and the name of what they wrap, but not its globals and code.
+        """The tokens of a function: its name if installed, otherwise all that it consists of."""
+        # From globals and code: functools.wraps copies __module__ and __qualname__ to a wrapper.
         module, name = func.__globals__.get("__name__"), func.__code__.co_qualname
         if is_installed(module):
             yield f"function={module}:{name}".encode()
-            if "<" in name:  # its name does not say what was given to it
+            if "<" in name:  # a closure or lambda: its name does not identify it
                 yield from self._wrapper(func)
             return
         yield b"function"
@@ -240,6 +248,7 @@ class _Walk:
         yield from self._part(f"the attributes of {name}", self._tokens(dict(vars(func))))
 
     def _wrapper(self, func: FunctionType) -> Iterator[bytes]:
+        """The tokens of a closure of a library: what it wraps, and its settings."""
         registry = getattr(func, "registry", None)
         if (
             func.__globals__.get("__name__") == "functools" and registry is not None
@@ -249,7 +258,7 @@ class _Walk:
         if func.__code__.co_name == "<lambda>":
             yield from self._code(func.__code__)
         if wrapped := vars(func).get("__wrapped__", vars(func).get("raw_function")):
-            # Of what else the wrapper holds only settings count, not namespaces and caches.
+            # Of the wrapper's other variables only settings count, not namespaces and caches.
             yield from self._global([wrapped, getattr(wrapped, "__annotations__", None)])
             yield from self._global(list(_settings(func)))
             return
@@ -259,12 +268,14 @@ class _Walk:
         self._is_strict = was_strict
 
     def _closure(self, func: FunctionType) -> Iterator[bytes]:
+        """The tokens of a function's closure variables."""
         for name, cell in zip(func.__code__.co_freevars, func.__closure__ or (), strict=True):
             yield f"closure={name}".encode()
             label = f"the variable {name!r} around {func.__code__.co_qualname}"
             yield from self._part(label, self._cell(cell))
 
     def _cell(self, cell: Any) -> Iterator[bytes]:
+        """The tokens of a closure cell, which may be empty."""
         try:
             yield from self._tokens(cell.cell_contents)
         except ValueError:
@@ -273,6 +284,7 @@ class _Walk:
     def _globals(
         self, code: CodeType, namespace: Mapping[str, Any], name_of_code: str
     ) -> Iterator[bytes]:
+        """The tokens of the globals that code refers to."""
         caches = initial_values(name_of_code, namespace)
         for name, value in referenced(code, namespace):
             yield f"global={name}".encode()
@@ -280,12 +292,13 @@ class _Walk:
             yield from self._part(label, self._global(caches.get(name, value)))
 
     def _global(self, value: Any) -> Iterator[bytes]:
-        """A module's locks, loggers and open files are no part of what its functions do."""
+        """The tokens of a global; locks, loggers, open files and the like count by type only."""
         was_strict, self._is_strict = self._is_strict, False
         yield from self._tokens(value)
         self._is_strict = was_strict
 
     def _code(self, code: CodeType) -> Iterator[bytes]:
+        """The tokens of a code object, and of the user's modules that it imports."""
         steps, constants = instructions(code)
         yield b"code"
         yield repr((signature(code), steps)).encode()
@@ -296,11 +309,13 @@ class _Walk:
                 yield from self._module(name)
 
     def _module(self, name: str) -> Iterator[bytes]:
+        """The tokens of a module: its name, and the source if it is the user's."""
         yield f"module={name}".encode()
         for user_module, source in sorted(user_modules(name).items()):
             yield f"{user_module}={source}".encode()
 
     def _class(self, cls: type) -> Iterator[bytes]:
+        """The tokens of a class."""
         yield f"class={cls.__qualname__}".encode()
         if is_known_by_name(cls):
             yield cls.__module__.encode()
@@ -327,6 +342,7 @@ class _Walk:
             yield from self._part(label, self._global(member))
 
     def _object(self, value: Any) -> Iterator[bytes]:
+        """The tokens of an object: by a rule of its own, or as pickle reduces it."""
         if (made_of := components(value)) is not None:
             yield from self._tokens(made_of)
             return
@@ -340,7 +356,7 @@ class _Walk:
             raise RecipeError(
                 f"Cannot identify {type(value).__qualname__} object {value!r:.80}: it can be"
                 f" neither walked nor pickled ({error}). Build it inside the loader instead, or"
-                " give its class a __dask_tokenize__ method that returns what makes it up."
+                " give its class a __dask_tokenize__ method that returns its parts."
             ) from error
         yield b"object"
         if isinstance(reduced, str):
@@ -365,6 +381,7 @@ class _Walk:
 
 
 def _hashed(tokens: Iterable[bytes]) -> str:
+    """The SHA-256 of tokens, each prefixed by its length."""
     sha = hashlib.sha256()
     for token in tokens:
         sha.update(f"{len(token)}:".encode())
@@ -373,7 +390,7 @@ def _hashed(tokens: Iterable[bytes]) -> str:
 
 
 def _settings(wrapper: FunctionType) -> Iterator[Any]:
-    """What a decorator of a library was given, as far as its wrapper holds that by itself."""
+    """The arguments of a library's decorator that its wrapper holds as plain values."""
     for cell in wrapper.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             value = cell.cell_contents
@@ -383,11 +400,12 @@ def _settings(wrapper: FunctionType) -> Iterator[Any]:
 
 
 def _warn_of_state(value: Any) -> None:
+    """Warn that an object has another identity in every process."""
     warnings.warn(
         f"{type(value).__qualname__} object {value!r:.80} is pickled differently each time, so what"
         " uses it has another identity in every process: such a run cannot be resumed by another"
         " process. Build the object inside the function or the loader, or give its class a"
-        " __dask_tokenize__ method that returns what makes it up.",
+        " __dask_tokenize__ method that returns its parts.",
         IdentityWarning,
         stacklevel=2,
     )

@@ -1,7 +1,7 @@
-"""Where code comes from: which modules are installed, and the source of those that are not.
+"""Installed modules count by name; all others are the user's and count by their source.
 
-Looking for a module imports nothing: finders are asked, packages from the outside in, for the
-places where the next name would be looked for.
+Finding a module imports nothing: its packages are located one by one, outermost first, with the
+finders on ``sys.meta_path``.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from types import ModuleType
 
 from dask_pcm.errors import IdentityWarning
 
-#: Counted by name wherever they lie: this package and the frameworks of a notebook.
+#: Packages that count by name even from a source folder: this package and Dask.
 _INSTALLED_PACKAGES = frozenset({"dask_pcm", "dask", "distributed", "builtins"})
 _INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
-#: A package with more source than this counts by its name: reading it would take many seconds.
+#: A package with more source than this counts by name: reading it would take many seconds.
 _MAX_PACKAGE_BYTES = 2 << 20
 _N_SHOWN = 3
 
 
 @functools.lru_cache(maxsize=16384)
 def is_installed(module: str | None) -> bool:
-    """Whether a module counts by its name alone: it belongs to Python or to an installed package.
+    """Whether a module counts by name alone: it belongs to Python or to an installed package.
 
-    Installed is what lies in a folder of Python's own, in one called ``site-packages`` or
-    ``dist-packages``, or is listed by the metadata of a package beside it, as where pip was told
-    ``--target``.
+    A module is installed if it is in one of Python's own folders, in a folder named
+    ``site-packages`` or ``dist-packages``, or listed in the metadata of a package beside it, as
+    after ``pip install --target``.
     """
     if module is None or module == "__main__":
         return False
     if module.partition(".")[0] in _INSTALLED_PACKAGES:
         return True
     spec = find(module)
-    if spec is None or spec.origin is None:  # not there, or a namespace package
+    if spec is None or spec.origin is None:  # missing, or a namespace package
         return False
     if spec.origin in ("built-in", "frozen"):
         return True
@@ -53,6 +53,7 @@ def is_installed(module: str | None) -> bool:
 
 
 def _lies_installed(path: Path, module: str) -> bool:
+    """Whether a module's file is in a folder of installed packages."""
     if not _INSTALLED_FOLDERS.isdisjoint(path.parts):
         return True
     if any(path.is_relative_to(folder) for folder in _pythons_folders()):
@@ -69,6 +70,7 @@ def _roots(path: Path, module: str) -> Sequence[Path]:
 
 @functools.cache
 def _pythons_folders() -> tuple[Path, ...]:
+    """The folders of this Python's standard library and packages."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     found = {sysconfig.get_path(name) for name in names} | {site.getusersitepackages()}
     found |= set(site.getsitepackages())
@@ -77,9 +79,9 @@ def _pythons_folders() -> tuple[Path, ...]:
 
 @functools.cache
 def _listed_packages(folder: str) -> frozenset[str]:
-    """Top-level names that the metadata of packages in a folder list (``*.dist-info``).
+    """Top-level names in the metadata of the packages in a folder (``*.dist-info``).
 
-    ``*.egg-info`` is left out: it lies beside the user's own sources as well.
+    Without ``*.egg-info``, which is found beside the user's own sources as well.
     """
     names: set[str] = set()
     for metadata in Path(folder).glob("*.dist-info"):
@@ -90,6 +92,7 @@ def _listed_packages(folder: str) -> frozenset[str]:
 
 
 def _resolved(path: Path) -> Path:
+    """A path with links resolved, if possible."""
     try:
         return path.resolve()
     except (OSError, RuntimeError):  # a loop of links
@@ -116,16 +119,17 @@ def find(module: str) -> ModuleSpec | None:
 
 
 def _asked(module: str, places: Sequence[str] | None) -> Iterator[ModuleSpec | None]:
+    """The answers of all finders."""
     for finder in list(sys.meta_path):
-        with contextlib.suppress(Exception):  # finders of others may raise anything
+        with contextlib.suppress(Exception):  # third-party finders may raise anything
             yield finder.find_spec(module, places)
 
 
 def user_modules(name: str) -> dict[str, str]:
-    """Digests of a user's module and of the users' modules that it imports, and so on.
+    """Digests of a user's module and, recursively, of the user's modules that it imports.
 
-    A package whose sources exceed 2 MiB is hardly what a user wrote for one job: it counts by its
-    name, with a warning that says where it was found.
+    A package with more than 2 MiB of source counts by name, with a warning that says where it was
+    found: it is probably not part of one job.
     """
     found: dict[str, str] = {}
     n_bytes: dict[str, int] = {}
@@ -149,6 +153,7 @@ def user_modules(name: str) -> dict[str, str]:
 
 
 def _absolute(imports: Sequence[str], module: str, path: Path) -> Iterator[str]:
+    """Absolute names of what a module imports."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for imported in imports:
         with contextlib.suppress(ImportError):  # a relative import beyond the top
@@ -156,6 +161,7 @@ def _absolute(imports: Sequence[str], module: str, path: Path) -> Iterator[str]:
 
 
 def _warn_of_size(package: str, walked: Sequence[str]) -> None:
+    """Warn that a package is too large to be identified by its source."""
     warnings.warn(
         f"The package {package!r} ({origin(package) or 'a folder without __init__.py'}) is not"
         " installed, so its source would tell one job from another, but it is too large to be read"
@@ -168,7 +174,7 @@ def _warn_of_size(package: str, walked: Sequence[str]) -> None:
 
 
 def origin(module: str) -> Path | None:
-    """The source file of a module; None if there is no such module, or no source of it."""
+    """The source file of a module; None if there is no such module or no source."""
     spec = find(module)
     is_source = spec is not None and spec.has_location and str(spec.origin).endswith(".py")
     return Path(str(spec.origin)) if spec is not None and is_source else None
@@ -176,7 +182,7 @@ def origin(module: str) -> Path | None:
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(path: str, modified_ns: int, size: int) -> tuple[str, tuple[str, ...]]:
-    """Digest of a file's code (no comments, docstrings or lines), and what it may import."""
+    """The digest of a file's code without comments, docstrings and positions; and its imports."""
     tree = without_docstrings(ast.parse(Path(path).read_bytes()))
     imports: list[str] = []
     for node in ast.walk(tree):
@@ -192,7 +198,7 @@ def _parsed(path: str, modified_ns: int, size: int) -> tuple[str, tuple[str, ...
 
 
 def without_docstrings(tree: ast.Module) -> ast.Module:
-    """Remove what is only text: docstrings of modules, classes, functions and fields."""
+    """Remove the docstrings of modules, classes, functions and fields."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
@@ -202,4 +208,5 @@ def without_docstrings(tree: ast.Module) -> ast.Module:
 
 
 def _is_text(statement: ast.stmt) -> bool:
+    """Whether a statement is only a constant, such as a docstring."""
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

@@ -1,23 +1,23 @@
-"""The disk rung: contents of files on the job's scratch, one copy a host, kept for the next job.
+"""The disk tier: a content-addressed file cache, one copy per host, kept for the next job.
 
 ::
 
-    lock                    held by whoever makes room
+    lock                    held exclusively while room is made
     blobs/<digest>          a file's content, complete and verified
-    blobs/<digest>.part     what there is of one that is being staged
-    blobs/<digest>.note     what staging took, and how the file was when it was last verified;
-                            written when it is used
-    blobs/<digest>.lock     shared by whoever uses it, held by whoever evicts it
-    blobs/<digest>.staging  held by whoever stages it; of the size that it will have, without blocks
-    blobs/<digest>.tree     held by whoever looks at a tree, and makes it
+    blobs/<digest>.part     a partial blob, which is being staged
+    blobs/<digest>.note     seconds that staging took, and the file's state when it was last
+                            verified; its modification time is the last use
+    blobs/<digest>.lock     shared while the blob is used, exclusive while it is evicted
+    blobs/<digest>.staging  exclusive while the blob is staged; a sparse file of its final size
+    blobs/<digest>.tree     exclusive while a tree is checked or made
     trees/<digest>/<name>   a bundle as its loader sees it: links to blobs
 
-Locks are the kernel's (flock): they end with their process, so nothing has to be taken back from
-the dead. They hold on a disk of this host alone; see ``is_node_local``.
+Locks are flocks. They end with their process, so a crash leaves no stale lock. They are valid only
+on a disk of this host; see ``is_node_local``.
 
-Nothing is synced: what a process wrote outlives it in the page cache. After a crash of the machine
-a file may have holes, so one from an earlier boot is verified when it is first used; and so is one
-that somebody has written to.
+Nothing is synced: data that a process wrote survives it in the page cache. After a crash of the
+machine a file may have holes. So a blob is verified at its first use after a boot, and whenever its
+size or modification time has changed.
 """
 
 from __future__ import annotations
@@ -42,36 +42,38 @@ from dask_pcm.ladder.files.partial import PartialBlob, read_note, state, verifie
 
 logger = logging.getLogger(__name__)
 
-#: Filesystems that other hosts see, too.
+#: Types of network filesystems.
 _SHARED = (
     *("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "9p", "afs", "pvfs", "wekafs"),
     *("gluster", "panfs", "orangefs", "sshfs", "s3fs", "juicefs", "gcsfuse", "goofys", "rclone"),
 )
-#: Half-written blobs that nobody has gone on with for so long are removed.
+#: Partial blobs that were not written to for this long are removed.
 _STALE_S = 86_400.0
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
-#: How blobs are named.
+#: The form of blobs' names.
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-#: What it takes to begin staging anything; so small files are worth more for their bytes.
+#: The fixed cost of staging a file; makes small files worth more per byte.
 _FIXED_S = 0.1
 
 
 class FileCache:
-    """Blobs of this user on this host.
+    """The blobs of this user on this host.
 
-    Processes of one host share it; threads too.
+    Processes of the host share it; methods may be called from any thread. They may block on locks
+    and on the disk.
 
     Parameters
     ----------
     root
-        A folder of its own; made, for this user alone, if there is none.
+        A folder for the cache alone; created, accessible to this user only, if missing.
     quota_bytes
-        What all of it may take; None for as much as the disk has.
+        What all blobs may take; None for all of the disk.
 
     Raises
     ------
     DiskError
-        Where the folder cannot be made or written, or is open to others or theirs.
+        If the folder cannot be created or written, belongs to another user, or is accessible to
+        others.
     """
 
     def __init__(self, root: str | os.PathLike[str], quota_bytes: int | None = None) -> None:
@@ -93,16 +95,16 @@ class FileCache:
 
     @contextlib.contextmanager
     def filling(self, blob: Blob) -> Iterator[PartialBlob | None]:
-        """Be the one that stages a blob; None where it is complete, perhaps since we waited.
+        """Stage a blob exclusively; yield None if it is complete, perhaps by another process.
 
-        What an earlier attempt has written is kept, as far as it is verified.
+        Chunks that an earlier attempt has written are kept if they are verified.
 
         Raises
         ------
         DiskError
-            Where there is no room for it, even without all that nobody uses.
+            If there is no room for it, even with all unused blobs evicted.
         """
-        if self.has(blob):  # who uses it has it locked
+        if self.has(blob):  # without a lock: `using` checks again under its own
             yield None
             return
         place = self._blobs / blob.digest
@@ -111,7 +113,8 @@ class FileCache:
                 yield None
                 return
             with locked(self._room_lock, fcntl.LOCK_EX):
-                os.ftruncate(staging, 0)  # of somebody who was killed
+                # The file's size reserves room. First drop the reservation of a killed process.
+                os.ftruncate(staging, 0)
                 self._make_room(blob.n_bytes - _size(place.with_suffix(".part")))
                 os.ftruncate(staging, blob.n_bytes)
             with PartialBlob(place, blob) as filling:
@@ -123,12 +126,12 @@ class FileCache:
 
     @contextlib.contextmanager
     def using(self, bundle: Bundle) -> Iterator[str]:
-        """The path of a bundle whose blobs are complete; until the block ends they stay.
+        """Lock a bundle's blobs, which keeps them until the block ends, and yield its path.
 
         Raises
         ------
         FileNotFoundError
-            Where a blob is not complete (any more).
+            If a blob is missing, partial or damaged.
         """
         with contextlib.ExitStack() as stack:
             for file in bundle.files:
@@ -140,13 +143,13 @@ class FileCache:
             yield str(tree if bundle.is_folder else tree / bundle.files[0].name)
 
     def _check(self, blob: Blob) -> None:
-        """Note that a blob is used now; of an earlier boot, see whether it is whole."""
+        """Record a blob's use; verify it if its state has changed, for instance by a reboot."""
         place = self._blobs / blob.digest
         note, now = read_note(place), state(place)
         if note.get("state") != now:
             with place.open("rb") as file:
                 if len(verified_chunks(file.fileno(), blob)) < blob.n_chunks:
-                    logger.warning("%s was damaged; it is staged again", place)
+                    logger.warning("%s is damaged; it is staged again", place)
                     place.unlink()
                     raise FileNotFoundError(errno.ENOENT, "damaged", str(place))
             write_note(place, {**note, "state": now})
@@ -154,7 +157,7 @@ class FileCache:
             os.utime(place.with_suffix(".note"))
 
     def check_size(self, bundle: Bundle) -> None:
-        """Raise DiskError where a bundle could not even have the cache for itself."""
+        """Raise DiskError if a bundle is larger than the whole cache."""
         if self._quota_bytes is not None and bundle.n_bytes > self._quota_bytes:
             raise DiskError(
                 f"{bundle.given!r} has {bundle.n_bytes:,} bytes, more than the quota of"
@@ -162,15 +165,18 @@ class FileCache:
             )
 
     def linked(self, bundle: Bundle) -> str:
-        """A folder of links to the files of a bundle where they lie, and to nothing else."""
+        """Return a folder of links to the files of a local bundle, and to no others."""
         targets = {checked_name(file.name): Path(file.url) for file in bundle.files}
         where = digest_of(bundle.files[0].url.encode()).hex()
         return str(self._tree(f"{bundle.digest}-{where}", targets))
 
     def _tree(self, name: str, targets: Mapping[str, Path]) -> Path:
-        """A folder of links, as it should be: made anew where somebody has changed it."""
+        """Return a folder of these links; made anew if its contents differ, as a loader may write.
+
+        A tree that matches is never replaced: another loader may be reading it.
+        """
         tree = self._trees / name
-        # One at a time: never a moment when a tree that another has been given is not there.
+        # One at a time: otherwise a process could replace the tree that another has just returned.
         with locked(self._blobs / f"{name}.tree", fcntl.LOCK_EX):
             if _links(tree) == targets:
                 return tree
@@ -186,21 +192,21 @@ class FileCache:
 
     @contextlib.contextmanager
     def opened(self, digest: str, chunk: int) -> Iterator[int | None]:
-        """A descriptor of a file that has a chunk at its place; None where there is none.
+        """Open the file that has a chunk at its offset; yield None if the chunk is not here.
 
-        Also of a blob that this process is staging at the moment.
+        This includes partial blobs that this process is staging, so peers get chunks early.
 
         Raises
         ------
         DiskError
-            Where `digest` is none: it comes from peers, and is joined to a path.
+            If `digest` is not a digest: it comes from a peer, and becomes part of a path.
         """
         if not is_digest(digest):
-            raise DiskError(f"{digest!r:.80} is no digest of a blob: 32 hexadecimal digits.")
+            raise DiskError(f"{digest!r:.80} is no digest of a blob; expected 32 hex digits.")
         filling, descriptor = self._fillings.get(digest), None
         if filling is not None and chunk in filling.have:
             descriptor = filling.reopened()
-        if descriptor is None:  # or it has been completed in this moment
+        if descriptor is None:  # complete, perhaps only since the line above
             with contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(self._blobs / digest, os.O_RDONLY | os.O_NOFOLLOW)
         try:
@@ -212,23 +218,23 @@ class FileCache:
     # -- room ---------------------------------------------------------------------------------
 
     def used_bytes(self) -> int:
-        """What all blobs take, half-written ones too; of those that are being staged all."""
+        """What all blobs take, in bytes; those that are being staged count with their full size."""
         return sum(_size(path) for path in self._blobs.iterdir()) + self._reserved_bytes()
 
     def _reserved_bytes(self) -> int:
-        """What is still to be written of blobs that are being staged."""
+        """Bytes that are still to be written of blobs that are being staged."""
         n_bytes = 0
         for path in self._blobs.glob("*.staging"):
-            with contextlib.suppress(FileNotFoundError):  # evicted at this moment
+            with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
                 size = path.stat().st_size
                 if size and is_held(path):
-                    # One or the other, if it is completed at this moment.
+                    # Under either name: it may be completed and renamed between the two calls.
                     written = _size(path.with_suffix(".part")) or _size(path.with_suffix(""))
                     n_bytes += max(0, size - written)
         return n_bytes
 
     def evict(self, digest: str) -> bool:
-        """Remove a blob; False where somebody uses or stages it."""
+        """Remove a blob; False if it is in use or being staged."""
         place = self._blobs / digest
         with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as stack:
             for kind in (".lock", ".staging"):
@@ -239,7 +245,13 @@ class FileCache:
         return False
 
     def _make_room(self, n_bytes: int) -> None:
-        """Evict what is worth least, until `n_bytes` more fit; nothing if they never would."""
+        """Evict the blobs that are worth least until `n_bytes` fit; with the room lock held.
+
+        Raises
+        ------
+        DiskError
+            If they do not fit with all unused blobs evicted.
+        """
         digests = {path.stem for path in self._blobs.iterdir() if path.suffix in ("", ".part")}
         rest = sorted(digests, key=lambda digest: _worth(self._blobs / digest), reverse=True)
         while self._lacking(n_bytes) > 0:
@@ -254,19 +266,21 @@ class FileCache:
             self._clean_trees()
 
     def _lacking(self, n_bytes: int) -> int:
+        """Bytes to free before `n_bytes` fit; negative if there is room to spare."""
         lacking = n_bytes + self._reserved_bytes() - shutil.disk_usage(self.root).free
         if self._quota_bytes is not None:
             lacking = max(lacking, self.used_bytes() + n_bytes - self._quota_bytes)
         return lacking
 
     def _room(self) -> str:
+        """Free and used bytes, for error messages."""
         free = f"{shutil.disk_usage(self.root).free:,} bytes are free"
         if self._quota_bytes is None:
             return free
         return f"{free}, and {self.used_bytes():,} of its quota of {self._quota_bytes:,} are taken"
 
     def _clean(self) -> None:
-        """Remove what processes left half-done that did not live to go on, and nobody took up."""
+        """Remove files of killed processes that no process has continued to write."""
         with locked(self._room_lock, fcntl.LOCK_EX):
             found = list(self._blobs.iterdir())
             parts = {path.stem for path in found if path.suffix == ".part" and not _is_stale(path)}
@@ -280,25 +294,25 @@ class FileCache:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _clean_trees(self) -> None:
-        """Remove trees of which nothing is left; whoever uses one has its files locked."""
+        """Remove trees all of whose links dangle. A tree in use has locked blobs, so it stays."""
         names = {path.stem for path in self._blobs.glob("*.tree")}
         for name in names | {path.name for path in self._trees.glob("[!.]*")}:
             tree, lock = self._trees / name, self._blobs / f"{name}.tree"
             if not _is_dangling(tree):
                 continue
             with contextlib.suppress(BlockingIOError), locked(lock, _AT_ONCE):
-                if _is_dangling(tree):
+                if _is_dangling(tree):  # again, under the lock: it may have been made anew
                     shutil.rmtree(tree, ignore_errors=True)
                     lock.unlink()
 
 
 def is_digest(name: object) -> bool:
-    """Whether a name is that of a blob: nothing else may be joined to the folder of blobs."""
+    """Whether a name is a blob's: no other may become part of a path in the cache."""
     return isinstance(name, str) and _DIGEST.fullmatch(name) is not None
 
 
 def is_node_local(path: str | os.PathLike[str]) -> bool:
-    """Whether a path lies on a filesystem of this host alone; where nobody can tell, it is."""
+    """Whether a path is on a filesystem of this host alone; True if that cannot be determined."""
     best, kind = "", ""
     real = os.path.realpath(path)
     with contextlib.suppress(OSError), open("/proc/self/mounts") as mounts:
@@ -311,7 +325,13 @@ def is_node_local(path: str | os.PathLike[str]) -> bool:
 
 
 def _make_own(folder: Path) -> None:
-    """Make a folder for this user alone, or see that it is one."""
+    """Create a folder that only this user can access, or check that it is one.
+
+    Raises
+    ------
+    DiskError
+        If it cannot be created or written, belongs to another user, or is accessible to others.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
@@ -328,21 +348,25 @@ def _make_own(folder: Path) -> None:
             f" chmod 700 {folder}, or choose another with pcm.ladder.disk.path."
         )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise DiskError(f"The cache {str(folder)!r} cannot be written.")
+        raise DiskError(
+            f"The cache {str(folder)!r} cannot be written. Choose another folder with"
+            " pcm.ladder.disk.path."
+        )
 
 
 def _worth(place: Path) -> float:
-    """What a blob is worth for its bytes: seconds that staging took, fading since its last use."""
+    """A blob's worth: seconds to stage it, per byte, divided by seconds since its last use."""
     try:
         n_bytes = place.stat().st_size
         used_at = place.with_suffix(".note").stat().st_mtime
-    except FileNotFoundError:  # half-written: whoever stages it has it locked
+    except FileNotFoundError:  # partial: evicted first, unless its lock says that it is staged
         return 0.0
     seconds = float(read_note(place).get("seconds", 0.0))
     return (_FIXED_S + seconds) / max(1, n_bytes) / max(1.0, time.time() - used_at)
 
 
 def _is_stale(path: Path) -> bool:
+    """Whether a file has not been written to for a day."""
     try:
         return time.time() - path.stat().st_mtime > _STALE_S
     except FileNotFoundError:
@@ -350,13 +374,13 @@ def _is_stale(path: Path) -> bool:
 
 
 def _is_dangling(tree: Path) -> bool:
-    """Whether a tree is not there, or no link in it leads anywhere."""
+    """Whether a tree is missing, or no link in it leads to a file."""
     links = [path for path in tree.rglob("*") if path.is_symlink()]
     return not (any(path.exists() for path in links) if links else tree.exists())
 
 
 def _links(tree: Path) -> dict[str, Path]:
-    """Where the links in a folder lead; whatever else is there, to nowhere."""
+    """The targets of the links in a folder; other files are listed with an empty path."""
     found = {}
     for path in tree.rglob("*"):
         if path.is_symlink():
@@ -367,7 +391,7 @@ def _links(tree: Path) -> dict[str, Path]:
 
 
 def _size(path: Path) -> int:
-    """Bytes that a file takes on its disk; a half-written one has holes."""
+    """Bytes that a file takes on its disk, which is less than its length if it has holes."""
     try:
         return path.stat().st_blocks * 512
     except FileNotFoundError:

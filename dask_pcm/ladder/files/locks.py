@@ -1,7 +1,8 @@
-"""Locks of the kernel on files (flock): they end with the process that has them.
+"""File locks (flock) that end with their process, so a crash leaves none behind.
 
-A lock's file may be removed by whoever holds it, as the last thing that is done under it. Who has
-waited for it looks whether it is still there, so that never two hold locks of one name.
+The holder of a lock may remove its file, as the last step under the lock. A process that waited for
+the lock therefore checks that the path still names the locked file, and otherwise starts over. So
+two processes never hold locks of one name.
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+#: Interval between attempts, and between warnings about a long wait.
 _POLL_S, _SAY_S = 0.02, 30.0
 
 
 @contextmanager
 def locked(path: Path, how: int) -> Iterator[int]:
-    """Hold a lock, on a file that is made if there is none; yields its descriptor.
+    """Hold a lock on `path`, which is created if missing; yield its descriptor.
+
+    Parameters
+    ----------
+    how
+        ``LOCK_SH`` or ``LOCK_EX``, with ``LOCK_NB`` to fail instead of waiting.
 
     Raises
     ------
     BlockingIOError
-        Where another has it and `how` says not to wait.
+        If another process or thread holds the lock and `how` includes ``LOCK_NB``.
     """
     start = time.monotonic()
     while True:
@@ -39,12 +46,13 @@ def locked(path: Path, how: int) -> Iterator[int]:
             os.close(descriptor)
         if time.monotonic() - start > _SAY_S:
             start = time.monotonic()
-            logger.warning("Waiting for another process of this host that has %s", path.name)
+            logger.warning("Waiting for another process of this host that holds %s", path.name)
         time.sleep(_POLL_S)
 
 
 def _is_taken(descriptor: int, path: Path, how: int) -> bool:
-    """Take a lock; False where another has it, or the file has been removed in the meantime."""
+    """Take a lock; False if it is held elsewhere, or if the file was removed meanwhile."""
+    # Always without blocking: a wait in flock() could not notice that the file was removed.
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -57,7 +65,7 @@ def _is_taken(descriptor: int, path: Path, how: int) -> bool:
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody has a lock for himself."""
+    """Whether a process or thread holds an exclusive lock on `path`."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,7 @@
-"""A blob while it is staged, and what is noted of one that is complete."""
+"""A partial blob collects verified chunks until it is complete, then gets its final name.
+
+Beside a complete blob lies a note: what staging took, and the file's state when it was verified.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ _N_READERS = 4
 
 
 class PartialBlob:
-    """A blob that is being staged; threads may write its chunks, in any order."""
+    """A blob that is being staged; any thread may write its chunks, in any order.
+
+    A context manager. The caller holds the blob's lock for staging.
+    """
 
     def __init__(self, place: Path, blob: Blob) -> None:
         self.blob = blob
@@ -30,39 +36,40 @@ class PartialBlob:
         self._part = place.with_suffix(".part")
         self._start = time.monotonic()
         self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o600)
-        #: Chunks that are here and verified.
+        #: Chunks that are present and verified, including those of an earlier attempt.
         self.have = verified_chunks(self._descriptor, blob)
 
     def __enter__(self) -> PartialBlob:
         return self
 
     def __exit__(self, *args: object) -> None:
-        """Close it; complete, it stands under its name from now on."""
+        """Close the file; rename it to its final name if it is complete."""
         os.close(self._descriptor)
         if len(self.have) == self.blob.n_chunks:
             seconds = time.monotonic() - self._start
+            # Atomic: under its final name a blob is always complete.
             self._part.rename(self._place)
             self._place.chmod(0o400)
             write_note(self._place, {"state": state(self._place), "seconds": seconds})
 
     def reopened(self) -> int | None:
-        """Another descriptor of the file, to be closed; None where it has been completed."""
+        """Open the file once more, for reading; None if it was completed meanwhile."""
         with contextlib.suppress(FileNotFoundError):
             return os.open(self._part, os.O_RDONLY)
         return None
 
     @property
     def missing(self) -> list[int]:
-        """Chunks that are not here."""
+        """Chunks that are still missing, in order."""
         return [chunk for chunk in range(self.blob.n_chunks) if chunk not in self.have]
 
     def write(self, chunk: int, data: bytes | bytearray | memoryview) -> bool:
-        """Write a chunk; False where `data` is not what should stand there.
+        """Write a chunk after verifying its digest; False if it does not match.
 
         Raises
         ------
         DiskError
-            Where the disk is full.
+            If it cannot be written, for instance because the disk is full.
         """
         if not self.blob.holds(chunk, data):
             return False
@@ -83,7 +90,7 @@ class PartialBlob:
 
 
 def verified_chunks(descriptor: int, blob: Blob) -> set[int]:
-    """Chunks of an open file that hold what they should."""
+    """The chunks of an open file whose digests match."""
     n_bytes = os.fstat(descriptor).st_size
     if not n_bytes:
         return set()
@@ -98,12 +105,13 @@ def verified_chunks(descriptor: int, blob: Blob) -> set[int]:
 
 
 def state(place: Path) -> list[object]:
-    """What changes when a file is written to, or the machine starts anew."""
+    """A value that changes when the file is written to or the machine reboots."""
     status = place.stat()
     return [status.st_size, status.st_mtime_ns, _boot()]
 
 
 def read_note(place: Path) -> dict[str, Any]:
+    """Read a blob's note; empty if it is missing or unreadable."""
     try:
         found = json.loads(place.with_suffix(".note").read_text())
         return found if isinstance(found, dict) else {}
@@ -112,19 +120,20 @@ def read_note(place: Path) -> dict[str, Any]:
 
 
 def write_note(place: Path, note: dict[str, Any]) -> None:
+    """Write a blob's note atomically; a failure is logged, not raised."""
     temporary = place.with_suffix(f".{uuid.uuid4().hex}")
     try:
         temporary.touch(mode=0o600)
         temporary.write_text(json.dumps(note))
         temporary.replace(place.with_suffix(".note"))
-    except OSError as error:  # without it the file is verified when it is used
+    except OSError as error:  # without a note the blob is verified again when it is used
         temporary.unlink(missing_ok=True)
-        logger.warning("%s could not be noted: %s", place, error)
+        logger.warning("The note of %s could not be written: %s", place, error)
 
 
 @functools.cache
 def _boot() -> str:
-    """Which boot of the machine this is."""
+    """The id of the machine's current boot; empty if it is not known."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

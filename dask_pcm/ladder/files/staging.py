@@ -1,4 +1,4 @@
-"""From where a recipe's files lie to where its loader reads them."""
+"""Staging puts a recipe's files on this host's disk; files that are local already stay in place."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from dask_pcm.paths import version_of
 logger = logging.getLogger(__name__)
 
 _N_READERS = 4
+#: How often a bundle is staged anew if a blob is evicted before the bundle can be locked.
 _N_ATTEMPTS = 3
 
 
 class Staging:
-    """Brings bundles to this host's disk.
+    """Stages bundles on this host's disk; for any thread.
 
     Parameters
     ----------
     config
-        Where the cache is, and how large; see ``pcm.ladder`` in ``pcm.yaml``.
+        The path and quota of the cache; see ``pcm.ladder`` in ``pcm.yaml``.
     fetch
-        Gets what is missing of a file; by default from where it lies.
+        Fetches the missing chunks of a file; by default from its store.
     on_staged
-        Called with each blob that is there.
+        Called with each blob that is complete.
     """
 
     def __init__(
@@ -58,22 +59,23 @@ class Staging:
 
     @contextlib.contextmanager
     def placed(self, bundles: Sequence[Bundle]) -> Iterator[dict[str, str]]:
-        """Paths of `bundles` on this host, by digest; until the block ends they stay.
+        """Stage `bundles` and yield their paths, by digest; they stay until the block ends.
 
-        What lies on this host's own disks already is used where it is.
+        Bundles that are on this host's own disks already are used in place.
 
         Raises
         ------
         StageError
-            Where a file cannot be read, or is not any more what the recipe names.
+            If a file cannot be read, or has changed since the recipe was made.
         DiskError
-            Where the cache cannot be used, or has no room.
+            If the cache cannot be used, or has no room.
         """
         with contextlib.ExitStack() as stack:
             yield {bundle.digest: stack.enter_context(self._one(bundle)) for bundle in bundles}
 
     @contextlib.contextmanager
     def _one(self, bundle: Bundle) -> Iterator[str]:
+        """Stage one bundle and yield its path."""
         config = self._config or Config.read()
         if not config.is_staged_always and is_in_place(bundle):
             yield self._in_place(bundle)
@@ -89,7 +91,8 @@ class Staging:
                     self._on_staged(file.blob)
                 try:
                     path = stack.enter_context(disk.using(bundle))
-                except FileNotFoundError:  # evicted, or found damaged, since
+                # Between staging and locking, another process may evict a blob or find it damaged.
+                except FileNotFoundError:
                     continue
                 yield path
                 return
@@ -99,10 +102,14 @@ class Staging:
             )
 
     def _from_store(self, file: BundledFile, filling: PartialBlob) -> None:
+        """The default of `fetch`."""
         fetch(file, filling, (self._config or Config.read()).store_timeout_s)
 
     def _in_place(self, bundle: Bundle) -> str:
-        """A folder as links to its files: what else lies there is no part of the recipe."""
+        """The path of a local bundle; for a folder, one of links to the recipe's files alone.
+
+        So a loader never reads a file that is not part of the recipe, and of its digest.
+        """
         first = bundle.files[0]
         if not bundle.is_folder:
             return first.url
@@ -110,12 +117,12 @@ class Staging:
             return self.disk.linked(bundle)
         except DiskError as error:
             folder = first.url.removesuffix(f"/{first.name}")
-            logger.warning("%s is read where it is, whatever else lies there: %s", folder, error)
+            logger.warning("%s is used in place, with all its other files: %s", folder, error)
             return folder
 
     @property
     def disk(self) -> FileCache:
-        """The cache of this host, made when it is first needed."""
+        """The cache of this host; created when it is first needed."""
         with self._making:
             if self._disk is None:
                 self._disk = open_disk(self._config or Config.read())
@@ -123,11 +130,11 @@ class Staging:
 
 
 def open_disk(config: Config) -> FileCache:
-    """The cache that the settings ask for; where it cannot be shared, one of this process alone."""
+    """Open the cache that is configured; on a network filesystem, one for this process alone."""
     path = config.disk_path or os.path.join(tempfile.gettempdir(), f"dask_pcm-{os.getuid()}")
     root = Path(os.path.expandvars(path)).expanduser().absolute()
     if not is_node_local(root):
-        # Locks on a network filesystem hold up everybody, or hold nothing.
+        # Locks on a network filesystem may block all hosts, or have no effect.
         logger.warning(
             "The cache %s is on a network filesystem: each worker process has one of its own there."
             " Set pcm.ladder.disk.path to a disk of the node.",
@@ -139,7 +146,7 @@ def open_disk(config: Config) -> FileCache:
 
 
 def is_in_place(bundle: Bundle) -> bool:
-    """Whether a bundle lies on this host's own disks, as it was when it was digested."""
+    """Whether a bundle is on this host's own disks, unchanged since it was digested."""
     local = LocalFileSystem()
     for file in bundle.files:
         if not os.path.isabs(file.url) or not is_node_local(file.url):
@@ -157,12 +164,14 @@ def is_in_place(bundle: Bundle) -> bool:
 
 
 def fetch(file: BundledFile, filling: PartialBlob, timeout_s: float) -> None:
-    """Read from where a file lies what is missing of it.
+    """Read the missing chunks of a file from its store; blocks.
 
     Raises
     ------
     StageError
-        Where it cannot be read, or holds something else by now.
+        If the file cannot be read, or has changed.
+    DiskError
+        If the disk is full.
     """
 
     def copy(chunk: int) -> bool:
@@ -173,20 +182,21 @@ def fetch(file: BundledFile, filling: PartialBlob, timeout_s: float) -> None:
             are_right = list(pool.map(copy, filling.missing))
     except DiskError:
         raise
-    except Exception as error:  # each store has its own
+    except Exception as error:  # fsspec's stores raise errors of their own
         raise StageError(unreadable(file, error)) from error
     if not all(are_right):
         raise StageError(changed(file))
 
 
 def read_chunk(file: BundledFile, chunk: int, timeout_s: float) -> bytes:
-    """A chunk from where the file lies.
+    """Read a chunk of a file from its store; blocks.
 
     Raises
     ------
     TimeoutError
-        Where it has not come after `timeout_s`: stores that stop answering are not waited for,
-        whatever their client does.
+        If the store does not answer within `timeout_s`, whatever timeouts its client has.
+    Exception
+        Anything that the store's client raises.
     """
     came: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
@@ -197,9 +207,10 @@ def read_chunk(file: BundledFile, chunk: int, timeout_s: float) -> bytes:
             with fs.open(path, "rb", cache_type="none") as stream:
                 stream.seek(start)
                 came.put(stream.read(stop - start))
-        except Exception as error:  # each store has its own
+        except Exception as error:  # fsspec's stores raise errors of their own
             came.put(error)
 
+    # A daemon thread: a client that never answers must not keep the process alive.
     threading.Thread(target=read, name="pcm-store", daemon=True).start()
     try:
         found = came.get(timeout=timeout_s)
@@ -211,7 +222,7 @@ def read_chunk(file: BundledFile, chunk: int, timeout_s: float) -> bytes:
 
 
 def unreadable(file: BundledFile, error: Exception) -> str:
-    """What is wrong where a file cannot be read."""
+    """The message for a file that cannot be read."""
     return (
         f"{file.url!r}, which a recipe names, cannot be read on this worker"
         f" ({type(error).__name__}: {error}). Put it where driver and workers see it, or in an"
@@ -220,5 +231,5 @@ def unreadable(file: BundledFile, error: Exception) -> str:
 
 
 def changed(file: BundledFile) -> str:
-    """What is wrong where a file holds something else."""
+    """The message for a file that has changed."""
     return f"{file.url!r} is not what it was when the recipe was made. Make the Context again."

@@ -1,16 +1,15 @@
-"""Chunks of blobs from worker to worker, on sockets and threads beside the cluster's own comms.
+"""Workers send each other chunks over separate sockets and threads, not over Dask's comms.
 
-Dask's comms carry messages; a gigabyte through them holds up the event loop. So every worker has a
-server thread, which hands chunks from its cache to the kernel (sendfile), and fetches what it needs
-from the servers of others.
+Dask's comms are for messages: a gigabyte through them blocks the event loop. So every worker has a
+server that sends chunks from its cache with ``sendfile``, on its own threads.
 
-Who connects and who answers prove to each other that they know the cluster's token, by a keyed
-digest of two random numbers (HMAC); the token itself is never sent. Where the cluster uses TLS,
-these connections do, with the same certificates. What arrives is verified chunk by chunk
-(``PartialBlob.write``), so a peer can delay but not deceive.
+Client and server authenticate each other: each proves that it knows the cluster's token with an
+HMAC over two nonces. The token itself is never sent. If the cluster uses TLS, so do these
+connections, with the same certificates. Received chunks are verified against their digests
+(``PartialBlob.write``), so a peer can delay a transfer but cannot corrupt it.
 
-A request is a chunk's blob, first byte and length; the answer its length (0 where it is not here)
-and its bytes. Requests may be sent ahead.
+A request is a blob, a chunk, its first byte and its length. The answer is the length (0 if the
+chunk is not here) and the bytes. Requests may be pipelined.
 """
 
 from __future__ import annotations
@@ -40,32 +39,34 @@ _PROOF_BYTES = 32
 _REQUEST = struct.Struct("!16sIQI")  # blob, chunk, first byte, length
 _ANSWER = struct.Struct("!I")
 _SOCKET_BYTES = 4 << 20
+#: Requests that a client sends before it reads the first answer.
 _AHEAD = 3
-#: A peer that sends nothing for so long is taken for gone.
+#: A peer that sends nothing for this long is considered gone.
 TIMEOUT_S = 15.0
 _MAX_CONNECTIONS = 256
-#: Connections that have not proved yet that they know the token: so many, for so long.
+#: Limits for connections that have not authenticated yet: their number, and the time that each has.
 _MAX_STRANGERS, _INTRODUCTION_S = 64, 5.0
+#: Pause after a connection could not be accepted.
 _PAUSE_S = 0.5
 
 
 class Shelf(Protocol):
-    """What a server serves from."""
+    """What a server serves from, for instance ``FileCache``; called from several threads."""
 
     def opened(self, digest: str, chunk: int) -> contextlib.AbstractContextManager[int | None]:
-        """A descriptor of a file that has the chunk at its place; None where it has not."""
+        """A descriptor of a file that has the chunk at its offset; None if it is not here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What lets workers of one cluster talk to each other.
+    """The credentials of one cluster's workers.
 
     Attributes
     ----------
     token
-        Known to the workers of a cluster alone.
+        A secret that only the workers of the cluster know.
     listens, connects
-        Contexts of TLS, where the cluster uses it.
+        TLS contexts of the server and the client side; None if the cluster does not use TLS.
     """
 
     token: bytes
@@ -73,30 +74,31 @@ class Access:
     connects: ssl.SSLContext | None = None
 
     def __repr__(self) -> str:
-        return "<Access>"  # a token stands in no log
+        return "<Access>"  # keeps the token out of logs
 
     def proof(self, who: bytes, *nonces: bytes) -> bytes:
+        """The HMAC by which one side, `who`, proves that it knows the token."""
         return hmac.digest(self.token, b"|".join((who, *nonces)), "sha256")
 
 
 class Server:
-    """Serves chunks, on threads of its own, until it is closed.
+    """Serves chunks, on its own threads, until it is closed.
 
     Parameters
     ----------
     shelf
-        What there is to serve.
+        The blobs to serve.
     access
-        Who may ask.
+        The credentials that clients need.
     host
         The interface to listen on.
     ports
-        Ports to choose from, as far as they are free; (0,) for any.
+        Ports to try, in order; (0,) for any free one.
 
     Raises
     ------
     TransferError
-        Where none of the ports is free.
+        If none of the ports is free.
     """
 
     def __init__(
@@ -107,16 +109,16 @@ class Server:
         self._listening = _bound(host, list(ports))
         self.address: tuple[str, int] = self._listening.getsockname()[:2]
         self._connections: set[socket.socket] = set()
-        #: Those that have not introduced themselves, the oldest first.
+        #: Connections that have not authenticated yet, the oldest first.
         self._strangers: dict[socket.socket, None] = {}
         self._changing = threading.Lock()
         self._is_closed = False
         threading.Thread(target=self._accept, name="pcm-serve", daemon=True).start()
 
     def close(self) -> None:
-        """Serve nobody any more."""
+        """Stop listening and end all connections."""
         self._is_closed = True
-        with contextlib.suppress(OSError):  # wakes the thread that accepts
+        with contextlib.suppress(OSError):  # close() alone would not wake the accepting thread
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
         with self._changing:
@@ -125,12 +127,13 @@ class Server:
                     connection.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
+        """Accept connections; the target of the accepting thread."""
         while not self._is_closed:
             try:
                 connection, address = self._listening.accept()
             except OSError as error:
-                if not self._is_closed:  # out of descriptors, say, for a moment
-                    logger.warning("A peer could not be let in: %s", error)
+                if not self._is_closed:  # for instance out of descriptors, which may pass
+                    logger.warning("A connection could not be accepted: %s", error)
                     time.sleep(_PAUSE_S)
                 continue
             with self._changing:
@@ -147,9 +150,9 @@ class Server:
                 connection.close()
 
     def _has_room(self) -> bool:
-        """Whether one more may connect; the oldest that have said nothing make room for it.
+        """Whether one more may connect; closes the oldest unauthenticated ones to make room.
 
-        So those who know the token get in, however many others hold connections open.
+        So clients that know the token get in, however many others keep connections open.
         """
         while self._strangers and (
             len(self._strangers) >= _MAX_STRANGERS or len(self._connections) >= _MAX_CONNECTIONS
@@ -157,13 +160,16 @@ class Server:
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]
             self._connections.discard(oldest)
-            with contextlib.suppress(OSError):  # its thread sees the end
+            with contextlib.suppress(OSError):  # wakes its thread, which closes it
                 oldest.shutdown(socket.SHUT_RDWR)
         return len(self._connections) < _MAX_CONNECTIONS
 
     def _encrypted(self, connection: socket.socket, tls: ssl.SSLContext) -> socket.socket:
+        """Wrap a connection in TLS; raises TransferError if it was closed to make room."""
         stream = tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-        with self._changing:  # what was a connection is none any more
+        # Before the handshake, which may take long: wrapping has detached the plain socket, so
+        # only the new one can be closed from outside.
+        with self._changing:
             if connection in self._strangers:
                 del self._strangers[connection]
                 self._connections.discard(connection)
@@ -171,11 +177,12 @@ class Server:
                 self._connections.add(stream)
             else:
                 stream.close()
-                raise TransferError("others were let in instead")
+                raise TransferError("it was closed to make room for other connections")
         stream.do_handshake()
         return stream
 
     def _serve(self, connection: socket.socket, address: object) -> None:
+        """Serve one connection; the target of its thread."""
         stream = connection
         try:
             connection.settimeout(_INTRODUCTION_S)
@@ -201,6 +208,7 @@ class Server:
                     self._strangers.pop(ended, None)
 
     def _is_known(self, stream: socket.socket) -> bool:
+        """Authenticate a client, and this server to it; False if it does not know the token."""
         mine = secrets.token_bytes(_NONCE_BYTES)
         stream.sendall(mine)
         said = bytes(_received(stream, _NONCE_BYTES + _PROOF_BYTES))
@@ -213,8 +221,9 @@ class Server:
     def _answer(
         self, stream: socket.socket, digest: bytes, chunk: int, start: int, n_bytes: int
     ) -> None:
+        """Answer one request."""
         if n_bytes > MAX_CHUNK_BYTES:
-            raise TransferError(f"{n_bytes:,} bytes were asked for, more than a chunk has")
+            raise TransferError(f"{n_bytes:,} bytes were requested, more than a chunk has")
         with self._shelf.opened(digest.hex(), chunk) as descriptor:
             if descriptor is None or os.fstat(descriptor).st_size < start + n_bytes:
                 stream.sendall(_ANSWER.pack(0))
@@ -226,12 +235,12 @@ class Server:
 
 
 class Peer:
-    """A connection to the server of another worker; a context manager.
+    """A connection to the server of another worker; a context manager, for one thread.
 
     Raises
     ------
     TransferError
-        Where the peer is gone, does not answer or does not know the token.
+        If the peer is gone, does not answer, or does not know the token.
     """
 
     def __init__(self, address: tuple[str, int], access: Access) -> None:
@@ -260,6 +269,7 @@ class Peer:
         self._stack.close()
 
     def _introduce(self) -> None:
+        """Authenticate this client, and the server to it."""
         theirs = bytes(_received(self._stream, _NONCE_BYTES))
         mine = secrets.token_bytes(_NONCE_BYTES)
         self._stream.sendall(mine + self._access.proof(b"asks", theirs, mine))
@@ -268,9 +278,9 @@ class Peer:
             raise TransferError("it does not know the cluster's token")
 
     def chunks(self, blob: Blob, wanted: Iterable[int]) -> Iterator[tuple[int, memoryview | None]]:
-        """Chunks in the order asked for; None where the peer has not got one.
+        """Yield the wanted chunks in order; None for a chunk that the peer does not have.
 
-        What is yielded is valid until the next is asked for.
+        The memory that is yielded is reused for the next chunk.
         """
         rest, asked = iter(wanted), deque[int]()
         digest = bytes.fromhex(blob.digest)
@@ -289,7 +299,7 @@ class Peer:
                 (n_bytes,) = _ANSWER.unpack(_received(self._stream, _ANSWER.size))
                 if n_bytes not in (0, stop - start):
                     raise TransferError(
-                        f"it sent {n_bytes} bytes where {stop - start} were asked for"
+                        f"it sent {n_bytes} bytes, but {stop - start} were requested"
                     )
                 found = memoryview(self._buffer)[:n_bytes] if n_bytes else None
                 if found is not None:
@@ -298,6 +308,7 @@ class Peer:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
+        """Turn errors in the block into TransferErrors that name the peer."""
         host, port = self._address
         try:
             yield
@@ -306,7 +317,7 @@ class Peer:
 
 
 def _received(stream: socket.socket, n_bytes: int, may_end: bool = False) -> bytearray:
-    """Exactly so many bytes; none where the other side has ended, and may."""
+    """Receive exactly `n_bytes`; nothing if the other side has closed and `may_end`."""
     found = bytearray(n_bytes)
     first = stream.recv_into(found)
     if not first and may_end:
@@ -316,14 +327,16 @@ def _received(stream: socket.socket, n_bytes: int, may_end: bool = False) -> byt
 
 
 def _fill(stream: socket.socket, rest: memoryview, is_begun: bool = True) -> None:
+    """Receive exactly as many bytes as `rest` has."""
     while rest:
         n_received = stream.recv_into(rest)
         if not n_received:
-            raise TransferError("the connection was closed" + (" in the midst" if is_begun else ""))
+            raise TransferError("the connection was closed" + (" midway" if is_begun else ""))
         rest = rest[n_received:]
 
 
 def _bound(host: str, ports: list[int]) -> socket.socket:
+    """Listen on the first free port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     error: OSError | None = None
     for port in ports:
@@ -338,6 +351,6 @@ def _bound(host: str, ports: list[int]) -> socket.socket:
             listening.close()
             error = cause
     raise TransferError(
-        f"None of the ports {ports[0]} to {ports[-1]} is free on {host}: {error}. Give more of them"
-        " in pcm.ladder.transfer.ports."
+        f"None of the ports {ports[0]} to {ports[-1]} is free on {host}: {error}. Set more ports in"
+        " pcm.ladder.transfer.ports."
     )

@@ -1,8 +1,8 @@
-"""Live objects taken apart, and put together again.
+"""Freezing splits a live object into a small pickle, its skeleton, and its storages and buffers.
 
-An object is taken apart by pickling it: what pickle would write of storages and of large buffers
-goes elsewhere (``Frozen``), and what remains, small, is its skeleton. So whatever can be pickled
-can leave its device, and its process, with all identities and ties among its tensors.
+The object is pickled, but its tensors' storages and large buffers are kept out of the pickle. So
+any picklable object can leave its device and its process, with shared and tied tensors preserved.
+Thawing puts it together again on other storages.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 #: Smaller buffers than this stay in the skeleton.
 _LEAST_BYTES = 4096
-#: More than this besides tensors and arrays is not taken apart: it would take long.
+#: Objects with a larger skeleton are not frozen: pickling them would take too long.
 _MAX_SKELETON_BYTES = 64 << 20
-#: How far modules are looked for in what an object holds.
+#: How deep modules are searched for in an object, and how many items of each container.
 _MAX_DEPTH, _MAX_HELD = 4, 1_000
-#: References to an object that its entry in a list, and looking at it, make.
+#: References that the entry in our own list and the call of getrefcount add.
 _LOOKING = 2
 
 
 class Owners:
-    """Whether anybody else has what an object is made of, by counting references.
+    """Detects, by reference counts, whether parts of an object are used from outside it.
 
-    What a task has returned, another object or a cache may be a part of it, or a view of it: then
-    its tensors are not to be emptied.
+    A task's result, another object or a cache may contain a part of the object, or a view of its
+    memory. Then its tensors must not be emptied.
 
     Parameters
     ----------
     inside
-        Tensors and modules, and how many references to each there are within the object.
+        The object's tensors and modules, with the number of references from within the object.
     storages
-        Of all its tensors.
+        The storages of all its tensors.
     """
 
     def __init__(self, inside: Sequence[tuple[Any, int]], storages: Sequence[Storage]) -> None:
@@ -54,38 +54,39 @@ class Owners:
 
     @property
     def is_unshared(self) -> bool:
-        """Whether the object is its parts' only owner."""
+        """Whether nothing outside the object refers to its parts."""
         has_more = any(sys.getrefcount(entry[0]) - _LOOKING > entry[1] for entry in self._inside)
         return not has_more and _n_users(self._storages) <= self._n_users
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether no tensor has been written to since, as far as torch tells."""
+        """Whether no tensor was written to since this was made, as far as torch counts writes."""
         return self._count_changes() == self._n_changes
 
     def _count_changes(self) -> int:
+        """The sum of torch's version counters, which every in-place operation increases."""
         torch, total = sys.modules.get("torch"), 0
         for entry in self._inside:
             if torch is not None and isinstance(entry[0], torch.Tensor):
-                with contextlib.suppress(RuntimeError):  # those of inference mode do not count
+                with contextlib.suppress(RuntimeError):  # inference tensors have no counter
                     total += entry[0]._version
         return total
 
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """A live object taken apart.
+    """A frozen object.
 
     Attributes
     ----------
     skeleton
-        What pickle wrote; None where the object cannot be put together again.
+        The pickle; None if the object cannot be thawed.
     storages
-        Of its tensors, each once, wherever they are; the object still uses them.
+        The storages of its tensors, each once, on any device; the live object still uses them.
     buffers
-        Of arrays and the like.
+        The memory of its arrays and other large buffers.
     owners
-        Tells whether anybody else has a part of it.
+        Detects whether parts of the live object are used from outside it.
     """
 
     skeleton: bytes | None
@@ -95,31 +96,30 @@ class Frozen:
 
     @property
     def is_on_device(self) -> bool:
-        """Whether some of it is on an accelerator."""
+        """Whether some storage is on an accelerator."""
         return any(storage.device.type != "cpu" for storage in self.storages)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes besides the skeleton."""
+        """Bytes of storages and buffers."""
         buffers = sum(buffer.nbytes for buffer in self.buffers)
         return buffers + sum(storage.nbytes() for storage in self.storages)
 
 
 def freeze(value: Any) -> Frozen:
-    """Take an object apart; it stays as it is.
+    """Freeze an object, which stays usable and unchanged.
 
     Raises
     ------
     Exception
-        Whatever pickle, or the object's own way to be pickled, raises; also where there is too
-        much besides tensors and arrays.
+        Anything that pickling raises, or ValueError if the skeleton is too large.
     """
     file, buffers = _Limited(), _Buffers()
     freezer = _Freezer(file, buffers)
     try:
         freezer.dump(value)
     finally:
-        freezer.clear_memo()  # it holds whatever the object was pickled by, aliases of tensors too
+        freezer.clear_memo()  # its references to tensors would count as uses from outside
     inside = [visited for visited in freezer.visits.values() if _is_part(visited)]
     freezer.visits.clear()
     owners = Owners(inside, freezer.storages)
@@ -127,19 +127,22 @@ def freeze(value: Any) -> Frozen:
 
 
 def thaw(skeleton: bytes, storages: Sequence[Storage], buffers: Sequence[memoryview]) -> Any:
-    """Put an object together again, on other storages and buffers."""
+    """Make an object from its skeleton, on other storages and buffers."""
     return _Thawer(skeleton, storages, buffers).load()
 
 
 class _Limited(io.BytesIO):
+    """A buffer for a skeleton, with a limit."""
+
     def write(self, data: Any) -> int:
+        """Append; raises ValueError beyond the limit."""
         if self.tell() + len(data) > _MAX_SKELETON_BYTES:
             raise ValueError("it holds too much that is neither tensor nor array")
         return super().write(data)
 
 
 class _Buffers:
-    """Takes up large buffers; apart from the pickler, which would hold itself alive."""
+    """Collects large buffers. Not a method of the pickler, which would make a reference cycle."""
 
     def __init__(self) -> None:
         self.taken: list[memoryview] = []
@@ -156,17 +159,20 @@ class _Buffers:
 
 
 class _Freezer(cloudpickle.Pickler):  # type: ignore[misc] # its types are not shipped
+    """A pickler that collects storages and counts references to tensors and modules."""
+
     def __init__(self, file: io.BytesIO, buffers: _Buffers) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffers)
         self.storages: list[Storage] = []
-        #: Tensors and modules, and how often they were met: once for each reference to them.
+        #: Tensors and modules, and how often the pickler met them: once per reference.
         self.visits: dict[int, tuple[Any, int]] = {}
         self._numbers: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> Any:
+        """Keep a storage out of the pickle, as its number; called for every object."""
         numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
         if numpy is not None and isinstance(obj, numpy.memmap):
-            raise ValueError("it maps a file, which is better read where it is")
+            raise ValueError("it maps a file, which would be copied to memory")
         if torch is None:
             return None
         if isinstance(obj, torch.UntypedStorage):
@@ -174,12 +180,13 @@ class _Freezer(cloudpickle.Pickler):  # type: ignore[misc] # its types are not s
         if isinstance(obj, torch.storage.TypedStorage):
             return self._number(obj._untyped_storage), obj.dtype
         if not self.visits or isinstance(obj, (torch.Tensor, torch.nn.Module)):
-            # The first is the object itself; the reference to it is that of whoever keeps it.
+            # The first is the object itself, whose one reference is the store's.
             _, n_visits = self.visits.get(id(obj), (obj, 0))
             self.visits[id(obj)] = obj, n_visits + 1
         return None
 
     def _number(self, storage: Storage) -> int:
+        """The number of a storage, which is collected when it is met first."""
         number = self._numbers.setdefault(storage._cdata, len(self.storages))
         if number == len(self.storages):
             self.storages.append(storage)
@@ -187,6 +194,8 @@ class _Freezer(cloudpickle.Pickler):  # type: ignore[misc] # its types are not s
 
 
 class _Thawer(pickle.Unpickler):
+    """An unpickler that inserts storages by their numbers."""
+
     def __init__(
         self, skeleton: bytes, storages: Sequence[Storage], buffers: Sequence[memoryview]
     ) -> None:
@@ -194,6 +203,7 @@ class _Thawer(pickle.Unpickler):
         self._storages = storages
 
     def persistent_load(self, pid: Any) -> Any:
+        """The storage that ``_Freezer.persistent_id`` has numbered."""
         import torch
 
         number, dtype = pid
@@ -204,7 +214,7 @@ class _Thawer(pickle.Unpickler):
 
 
 def _is_part(visited: tuple[Any, int]) -> bool:
-    """Whether something that was met is there still: not made for the occasion."""
+    """Whether a visited object still has other references: it was not created by pickling."""
     return sys.getrefcount(visited[0]) > _LOOKING
 
 
@@ -212,9 +222,9 @@ def _is_part(visited: tuple[Any, int]) -> bool:
 
 
 def modules_of(value: Any) -> Frozen:
-    """The tensors of the modules in an object, which cannot be put together again."""
+    """The storages of the modules in an object that cannot be frozen; without a skeleton."""
     parts, storages = _parts_of(value)
-    # Whoever has a part now is taken to be within; of the object itself that is told by nobody.
+    # References that exist now are taken for the object's own. The object itself has one.
     counts = [sys.getrefcount(parts[index]) - _LOOKING for index in range(len(parts))]
     inside = [(part, 1 if part is value else n) for part, n in zip(parts, counts, strict=True)]
     return Frozen(None, storages, owners=Owners(inside, storages))
@@ -228,7 +238,7 @@ def _parts_of(value: Any) -> tuple[list[Any], list[Storage]]:
     for module in _modules(value, torch.nn.Module) if torch is not None else ():
         parts[id(module)] = module
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            with contextlib.suppress(Exception):  # None; sparse and lazy ones have none
+            with contextlib.suppress(Exception):  # None, or a sparse or lazy tensor
                 storage = tensor.untyped_storage()
                 storages.setdefault(storage._cdata, storage)
                 parts[id(tensor)] = tensor
@@ -236,7 +246,7 @@ def _parts_of(value: Any) -> tuple[list[Any], list[Storage]]:
 
 
 def _modules(value: Any, kind: Any) -> list[Any]:
-    """All modules in an object, in what it holds, and within each other."""
+    """All modules in an object, found through containers, attributes and submodules."""
     found: dict[int, Any] = {}
     seen: set[int] = set()
     todo: list[tuple[Any, int]] = [(value, 0)]
@@ -258,12 +268,12 @@ def _modules(value: Any, kind: Any) -> list[Any]:
     return list(found.values())
 
 
-#: Packages whose objects are pickled without loss.
+#: Packages whose objects survive pickling without loss.
 _PLAIN = frozenset({"torch", "transformers", "sentence_transformers", "numpy", "dask_pcm"})
 
 
 def is_plain(value: Any) -> bool:
-    """Whether an object is a torch module, or of a library known to pickle well, or holds such."""
+    """Whether an object consists of torch modules and of objects that are known to pickle well."""
     torch = sys.modules.get("torch")
     seen: set[int] = set()
     todo = [value]
@@ -288,7 +298,7 @@ def is_plain(value: Any) -> bool:
 
 
 def _n_users(storages: Sequence[Storage]) -> int:
-    """How many tensors and the like use storages; 0 where torch does not tell."""
+    """How many tensors use these storages; 0 if this torch does not tell."""
     torch = sys.modules.get("torch")
     count = getattr(getattr(torch, "_C", None), "_storage_Use_Count", None)
     return sum(count(storage._cdata) for storage in storages) if count else 0

@@ -1,15 +1,15 @@
-"""The host rung: live objects in memory files, which outlive the process but not the job.
+"""The host tier: images of live objects in memory files, which survive the process, not the job.
 
-A memory file (``memfd_create``) is memory that lives for as long as some process has it open. A
-keeper outside the worker process, its nanny, has it open too: if the worker is killed the next one
-finds it there, and when the job ends the kernel frees it. It has no name in any filesystem, so
-neither the size of ``/dev/shm`` nor other users matter.
+A memory file (``memfd_create``) exists as long as a process has it open. The worker's nanny, as its
+keeper, has it open too. If the worker is killed, its successor finds the image there; when the job
+ends, the kernel frees it. A memory file has no name in a filesystem, so neither the size of
+``/dev/shm`` nor other users affect it.
 
-An image holds bytes of storages and buffers at aligned offsets, then the skeleton (see
-``tensors.py``) and the places, then where those begin. Once written it is sealed.
+An image holds the bytes of storages and buffers at aligned offsets, then a pickle of the skeleton
+(see ``freeze.py``) and these offsets, then the offset of that pickle. Once written it is sealed.
 
-A process has few descriptors, and may have many contexts. The keeper needs one for each; a worker
-only for what does not use the file's own memory.
+A process has few file descriptors and may have many contexts. The keeper needs one for each. A
+worker closes its own once the image is mapped.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from dask_pcm.ladder.objects.freeze import Frozen, thaw
 
 logger = logging.getLogger(__name__)
 
-#: Less than this is not worth an image.
+#: Smaller objects get no image: loading them again is as fast.
 LEAST_BYTES = 1 << 16
-#: Of the files that a process may have open, images are one in so many at most.
+#: Images may use this fraction (1/n) of the files that a process may have open.
 _FILES_SHARE = 4
 _ALIGN = 64
 _FOOTER = struct.Struct("<Q")
@@ -47,7 +47,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where bytes stand in an image, and for storages the device that they belong on."""
+    """Offset and length of bytes in an image; for a storage also the device that it belongs on."""
 
     start: int
     n_bytes: int
@@ -55,19 +55,19 @@ class Place:
 
 
 class Image:
-    """What was frozen, in a memory file.
+    """A frozen object in a memory file.
 
     Parameters
     ----------
     fd
-        Of a file that ``write`` has filled; from now on the image's.
+        A descriptor of a file that ``write`` has filled; the image takes it over and closes it.
     digest
-        Of which context it must be.
+        The context that the image must belong to.
 
     Raises
     ------
     ValueError
-        Where it is something else: a descriptor's number may have been given to another file.
+        If the file is another one: the keeper's descriptor number may have been reused.
     """
 
     def __init__(self, fd: int, digest: str = "") -> None:
@@ -82,12 +82,12 @@ class Image:
 
     @classmethod
     def write(cls, frozen: Frozen, digest: str = "") -> Image:
-        """Freeze into a new memory file.
+        """Write a frozen object to a new memory file.
 
         Raises
         ------
         OSError
-            Where there are no memory files, or no memory.
+            If the system has no memory files, or no memory left.
         """
         storages, buffers, end = _places(frozen)
         tail = pickle.dumps((digest, frozen.skeleton, storages, buffers))
@@ -106,32 +106,32 @@ class Image:
 
     @classmethod
     def of_storages(cls, storages: Sequence[Any]) -> Image:
-        """What storages hold, without an object; for as long as this process lives."""
+        """Write storages without a skeleton; for offloading within this process."""
         return cls.write(Frozen(None, list(storages)))
 
     @property
     def is_on_device(self) -> bool:
-        """Whether some of it belongs on an accelerator."""
+        """Whether some storage belongs on an accelerator."""
         return any(place.device not in (None, "cpu") for place in self._storages)
 
     @property
     def is_open(self) -> bool:
-        """Whether it has its file; see ``thaw`` and ``close``."""
+        """Whether its file is open; see ``thaw`` and ``close``."""
         return self._close.alive
 
     def thaw(self, is_mapped: bool) -> tuple[Any, list[Any]]:
-        """Put the object together again.
+        """Make the object again.
 
         Parameters
         ----------
         is_mapped
-            Whether what belongs to the CPU uses the file's own memory (what is written to it
-            becomes this process's own), instead of a copy. Then the file is closed.
+            Whether CPU storages are mapped copy-on-write from the file instead of copied. If they
+            are mapped, the file is closed.
 
         Returns
         -------
         tuple
-            The object and its storages. Those that are mapped cannot be resized.
+            The object and its storages. Mapped storages cannot be resized.
         """
         memory = _mapped(self.fd, self.n_bytes)
         maps = is_mapped and not self.is_on_device
@@ -150,27 +150,31 @@ class Image:
         return value, storages
 
     def refill(self, storages: Sequence[Any]) -> None:
-        """Have storages that were emptied hold again what they held."""
+        """Allocate emptied storages again and fill them from the image.
+
+        If memory runs out, all of them are empty again.
+        """
         empty = [pair for pair in self._placed(storages) if not pair[0].nbytes()]
         sizes = {place.start: place.n_bytes for place in self._storages}
         try:
             for storage, start in empty:
                 storage.resize_(sizes[start])
             tensors.read(self.fd, empty)
-        except BaseException:  # there is no memory for all of it: as before
+        except BaseException:  # a half-filled object would compute garbage
             for storage, _ in empty:
                 storage.resize_(0)
             raise
 
     def is_same(self, storages: Sequence[Any]) -> bool:
-        """Whether storages still hold what they held."""
+        """Whether storages still equal the image, bit for bit."""
         return tensors.is_same(self.fd, self._placed(storages))
 
     def _placed(self, storages: Sequence[Any]) -> list[tuple[Any, int]]:
+        """Storages with their offsets."""
         return [(s, place.start) for s, place in zip(storages, self._storages, strict=True)]
 
     def close(self) -> None:
-        """Let go of the file; what is mapped stays for as long as it is used."""
+        """Close the file; mapped memory stays as long as it is used."""
         self._close()
 
 
@@ -178,25 +182,25 @@ class Keeper(Protocol):
     """Holds memory files open in another process; its methods may be called on any thread."""
 
     def find(self, digest: str) -> str | None:
-        """A path at which the file of a context can be opened; None where it is not kept."""
+        """A path at which the file of a context can be opened; None if it is not kept."""
 
     def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
-        """Keep a file, for all workers of the host or for one.
+        """Keep a file, for all workers of the host if `is_shared`, otherwise for this one.
 
-        False where there is no room, None where nobody answers.
+        Returns False if there is no room, None if the keeper does not answer.
         """
 
     def drop(self, digest: str) -> None:
-        """Keep it no longer."""
+        """Keep a context's file no longer."""
 
 
 class Host:
-    """Images that this process made or found.
+    """The images that this process has made or found; for any thread.
 
     Parameters
     ----------
     keeper
-        Who keeps them beyond this process; None if nobody does.
+        Keeps images beyond this process; None to keep none.
     """
 
     def __init__(self, keeper: Keeper | None = None) -> None:
@@ -205,7 +209,8 @@ class Host:
         self._changing = threading.Lock()
 
     def find(self, digest: str) -> Image | None:
-        """The image of a context; None where there is none."""
+        """The image of a context, from this process or the keeper; None if there is none."""
+        # Under the lock throughout, so that two threads do not open the same file twice.
         with self._changing:
             image = self._images.get(digest)
             if (image is None or not image.is_open) and self._keeper is not None:
@@ -215,20 +220,20 @@ class Host:
                     try:
                         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                         self._images[digest] = Image(fd, digest)
-                    except Exception as error:  # dropped since, or another's by now
+                    except Exception as error:  # dropped since, or the descriptor was reused
                         logger.info("The image of %s is gone: %s", digest, error)
             return self._images.get(digest)
 
     def put(self, digest: str, name: str, frozen: Frozen) -> Image | None:
-        """Make an image of an object that holds tensors or arrays; None where that cannot be.
+        """Make an image of an object and give it to the keeper; None if that is impossible.
 
-        Without one a killed worker builds the object again, from the files on its disk.
+        Without an image, the successor of a killed worker loads the object from staged files.
         """
         if self._keeper is None or frozen.skeleton is None or frozen.n_bytes < LEAST_BYTES:
             return None
         try:
             image = self._written(digest, frozen)
-        except Exception as error:  # no memory files here, no memory, no way off the device
+        except Exception as error:  # no memory files, no memory, or a device error
             _warn(name, frozen, str(error))
             return None
         path = f"/proc/{os.getpid()}/fd/{image.fd}"
@@ -238,13 +243,14 @@ class Host:
                 self._images[digest] = image
             return image
         image.close()
-        if is_kept is None:  # the toolkit leaves, or the job ends
-            logger.info("Nobody is there to keep context %r beyond its process", name)
+        if is_kept is None:  # the toolkit is being uninstalled, or the job ends
+            logger.info("The nanny does not answer, so context %r is not kept", name)
         else:
             _warn(name, frozen, "there is no room for it (pcm.ladder.host.budget, ulimit -n)")
         return None
 
     def _written(self, digest: str, frozen: Frozen) -> Image:
+        """Write an image, unless this process has too many files open already."""
         with self._changing:
             n_open = sum(image.is_open for image in self._images.values())
         if n_open >= max_files():
@@ -252,7 +258,7 @@ class Host:
         return Image.write(frozen, digest)
 
     def drop(self, digest: str) -> None:
-        """Forget an image, here and at the keeper's."""
+        """Drop an image, here and at the keeper."""
         with self._changing:
             image = self._images.pop(digest, None)
         if image is not None:
@@ -262,8 +268,9 @@ class Host:
 
 
 def _warn(name: str, frozen: Frozen, why: str) -> None:
+    """Log that an object has no image."""
     logger.warning(
-        "Context %r (%s bytes) is not kept in the host's memory: %s. A worker that is killed"
+        "Context %r (%s bytes) is not kept on the host tier: %s. The successor of a killed worker"
         " loads it again, from its disk.",
         name,
         f"{frozen.n_bytes:,}",
@@ -272,7 +279,7 @@ def _warn(name: str, frozen: Frozen, why: str) -> None:
 
 
 def _places(frozen: Frozen) -> tuple[list[Place], list[Place], int]:
-    """Where everything goes, and where that ends."""
+    """The places of storages and buffers, and the end of the last one."""
     at, storages, buffers = 0, [], []
     for storage in frozen.storages:
         storages.append(Place(at, storage.nbytes(), str(storage.device)))
@@ -284,33 +291,35 @@ def _places(frozen: Frozen) -> tuple[list[Place], list[Place], int]:
 
 
 def _write(fd: int, memory: memoryview, at: int) -> None:
+    """Write all of `memory`; one call may write less."""
     while memory:
         n_done = os.pwrite(fd, memory, at)
         memory, at = memory[n_done:], at + n_done
 
 
 def max_files() -> int:
-    """How many images a process may have open, so that enough descriptors are left to others."""
+    """How many images a process may have open, so that enough descriptors are left."""
     n_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if n_files == resource.RLIM_INFINITY else n_files // _FILES_SHARE
 
 
 def _mapped(fd: int, n_bytes: int) -> memoryview:
-    """A file's memory, copied where it is written to; until the last view of it is gone.
+    """Map a file copy-on-write; it is unmapped with the last view of it.
 
-    Python's own ``mmap`` would hold a descriptor all that time.
+    Not with Python's ``mmap``, which keeps a descriptor as long as the mapping.
     """
     start = _libc().mmap(None, n_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, fd, 0)
     if start == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     memory = (ctypes.c_char * n_bytes).from_address(start)
     unmaps = weakref.finalize(memory, _libc().munmap, start, n_bytes)
-    unmaps.atexit = False  # other threads may be using it to the end
+    unmaps.atexit = False  # daemon threads may use the memory until the process ends
     return memoryview(memory).cast("B")
 
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
+    """The C library with the signatures of mmap and munmap."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]

@@ -1,4 +1,4 @@
-"""A live object, and how it goes down a rung and up again."""
+"""A live object moves between the device and the host tier and keeps its identity."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ logger = logging.getLogger(__name__)
 
 
 class Live:
-    """What a loader returned.
+    """A loader's result, with what it takes to offload and restore it.
+
+    The store calls ``offload`` and ``restore`` from one thread at a time.
 
     Parameters
     ----------
     value
         The live object.
     recipe
-        Whose hooks it goes by, if there are any.
+        Its recipe, whose offload and restore hooks are used if there are any.
     apart
-        What it was taken apart to.
+        The frozen object.
     image
-        What the host rung has of it, storages in the same order.
+        Its image on the host tier, with storages in the same order.
     is_mapped
-        Whether tensors on the CPU use the image's own memory.
+        Whether CPU tensors are mapped from the image.
     """
 
     def __init__(
@@ -40,11 +42,11 @@ class Live:
     ) -> None:
         self.value = value
         self.image = image
-        #: Until there is an image of it.
+        #: The frozen object, until there is an image of it.
         self.apart: Frozen | None = apart if image is None else None
         self._recipe = recipe
         has_hooks = recipe.offload is not None and recipe.restore is not None
-        # Hooks see to their own: nothing here may hold on to what they let go of.
+        # Hooks free memory themselves: a reference to the storages here would keep it.
         self._n_bytes = _device_bytes(apart.storages) if has_hooks else None
         self._storages = [] if has_hooks else apart.storages
         self._owners: Owners | None = None if has_hooks else apart.owners
@@ -54,20 +56,20 @@ class Live:
 
     @classmethod
     def of_image(cls, image: Image, recipe: Recipe, is_mapped: bool) -> Live:
-        """The object that an image was made of."""
+        """Thaw the object of an image."""
         is_mapped = is_mapped and not image.is_on_device
         value, storages = image.thaw(is_mapped)
-        # Mapped, it never leaves its place: it does not matter who has a part of it.
+        # A mapped object is never emptied, so it does not matter whether its parts are shared.
         owners = None if is_mapped else _owners_of(value)
         return cls(value, recipe, Frozen(None, storages, owners=owners), image, is_mapped)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of its tensors on an accelerator; where there are none, on the CPU."""
+        """Bytes of its tensors on an accelerator; if it has none there, on the CPU."""
         return _device_bytes(self._storages) if self._n_bytes is None else self._n_bytes
 
     def bytes_beside(self, others: Sequence[Live]) -> int:
-        """Those of its bytes that are not those of other objects as well."""
+        """Its bytes without those that it shares with other objects."""
         if self._n_bytes is not None:
             return self._n_bytes
         theirs = {storage._cdata for other in others for storage in other._storages}
@@ -75,32 +77,33 @@ class Live:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether its tensors are as they were when it came, as far as torch tells."""
+        """Whether its tensors are unchanged since it was loaded, as far as torch counts writes."""
         return self._owners is None or self._owners.is_unchanged
 
     @property
     def mapped_bytes(self) -> int:
-        """Bytes of the image's memory that it uses; they count as this process's once touched."""
+        """Bytes that it maps from the image; they count as this process's memory once touched."""
         return self.image.n_bytes if self._is_mapped and self.image is not None else 0
 
     def offload(self) -> bool:
-        """Leave the device for the host's memory; False where there is no way to.
+        """Move the object from the device to host memory; False if that is impossible.
 
-        What the object holds at this moment is what it will hold again, to the bit.
+        ``restore`` brings back exactly the current values, bit for bit.
 
         Raises
         ------
         OSError, MemoryError
-            Where the host has no room. The object stays as it was.
+            If the host has no room. The object stays on the device, unchanged.
         """
         if self._recipe.offload is not None and self._recipe.restore is not None:
             self._replace(self._recipe.offload(self.value))
             return True
-        if self._is_mapped:  # it has been there all the time
+        if self._is_mapped:  # its bytes are in host memory already
             return True
         movable = [storage for storage in self._storages if _can_be_emptied(storage)]
         if not movable or self._owners is None or not self._owners.is_unshared:
-            return False  # what a task has returned may be a part of it
+            return False  # a task's result may refer to its tensors
+        # A task may have changed tensors since the image was made: then make another one.
         if self.image is None or not self.image.is_same(self._storages):
             self.image = Image.of_storages(self._storages)
         for storage in movable:
@@ -108,7 +111,7 @@ class Live:
         return True
 
     def restore(self) -> None:
-        """Be on the device again."""
+        """Move the object back to the device."""
         if self._recipe.offload is not None and self._recipe.restore is not None:
             self._replace(self._recipe.restore(self.value))
         elif not self._is_mapped:
@@ -116,21 +119,25 @@ class Live:
             self.image.refill(self._storages)
 
     def _replace(self, value: Any) -> None:
-        if value is not None:  # some hooks move in place, some return what they have moved
+        """Take over a hook's result."""
+        if value is not None:  # hooks may move the object in place, or return another one
             self.value = value
 
 
 def _device_bytes(storages: Sequence[Any]) -> int:
+    """Bytes of the storages on an accelerator; if there are none, of all."""
     on_device = [storage for storage in storages if storage.device.type != "cpu"]
     return sum(storage.nbytes() for storage in on_device or storages)
 
 
 def _can_be_emptied(storage: Any) -> bool:
-    # Memory that processes share says that it can be resized, and cannot.
+    """Whether a storage's memory can be freed while its tensors live on."""
+    # Shared CPU memory claims to be resizable, but resizing it fails.
     return bool(storage.resizable()) and not (storage.device.type == "cpu" and storage.is_shared())
 
 
 def _owners_of(value: Any) -> Owners | None:
+    """The owners of a thawed object."""
     try:
         return freeze(value).owners
     except Exception:
@@ -138,10 +145,10 @@ def _owners_of(value: Any) -> Owners | None:
 
 
 def frozen(value: Any, recipe: Recipe, name: str) -> Frozen:
-    """An object taken apart; where it cannot be, the storages of its modules.
+    """Freeze a new object; if that is impossible, return the storages of its modules.
 
-    What has hooks of its own holds more than tensors, and is left alone; and so is what pickle
-    might not do justice to.
+    By default, an object is frozen only if it consists of types that are known to pickle well and
+    has no hooks, which suggest that it holds more than tensors. `recipe.reattach` overrides that.
     """
     has_hooks = any(hook is not None for hook in (recipe.offload, recipe.restore, recipe.close))
     may_reattach = not has_hooks and is_plain(value)
@@ -149,5 +156,5 @@ def frozen(value: Any, recipe: Recipe, name: str) -> Frozen:
         try:
             return freeze(value)
         except Exception as error:
-            logger.info("Context %r cannot outlive its process: %s", name, error)
+            logger.info("Context %r cannot be kept on the host tier: %s", name, error)
     return modules_of(value)

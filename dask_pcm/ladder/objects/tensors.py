@@ -1,6 +1,6 @@
-"""Torch tensors up and down the ladder: bytes of storages into files, and back in place.
+"""Copies bytes between torch storages and files, in place, with several threads.
 
-Torch is not imported here: whoever holds a tensor has imported it.
+Torch is not imported at module level: code that has a tensor has imported it already.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
     Storage: TypeAlias = torch.UntypedStorage
 
+#: What one thread copies at a time; also the size of its pinned buffers.
 _CHUNK_BYTES = 16 << 20
 _MAX_THREADS = 8
 
 
 def device_bytes() -> int | None:
-    """What contexts may take on this process's accelerator; None where there is none.
+    """The default device budget: 90 % of the accelerator's memory; None without an accelerator.
 
-    A tenth of it is left to what they compute.
+    The rest is left for activations.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
@@ -35,7 +36,7 @@ def device_bytes() -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory for something, on a device or off it."""
+    """Whether an error means that memory ran out, on a device or on the host."""
     torch = sys.modules.get("torch")
     on_device = () if torch is None else (torch.OutOfMemoryError,)
     if isinstance(error, (MemoryError, *on_device)):
@@ -44,7 +45,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "out of memory" in text or "can't allocate memory" in text
 
 
-#: What a device says when nothing more will run on it in this process (CUDA and HIP).
+#: Parts of the messages of errors after which a device is unusable in this process (CUDA, HIP).
 _STICKY = (
     *("device-side assert", "illegal memory access", "illegal address", "illegal instruction"),
     *("misaligned address", "unspecified launch failure", "launch timed out", "uncorrectable ecc"),
@@ -53,10 +54,10 @@ _STICKY = (
 
 
 def is_sticky(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, says that its device is lost to this process."""
+    """Whether an error, or one of its causes, makes the device unusable for this process."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        seen.add(id(error))  # errors may have come from each other
+        seen.add(id(error))  # the chain of causes may have a cycle
         if type(error).__name__ == "AcceleratorError" or isinstance(error, RuntimeError):
             text = str(error).lower()
             of_device = any(word in text for word in ("cuda", "hip error", "accelerator"))
@@ -67,37 +68,42 @@ def is_sticky(error: BaseException | None) -> bool:
 
 
 def new_storage(n_bytes: int, device: str) -> Storage:
+    """Allocate a storage."""
     import torch
 
     return torch.empty(n_bytes, dtype=torch.uint8, device=device).untyped_storage()
 
 
 def mapped_storage(memory: memoryview) -> Storage:
-    """A storage on somebody else's memory."""
+    """Wrap existing memory in a storage, which keeps it alive."""
     import torch
 
     return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
 
 
 def _as_bytes(storage: Storage) -> torch.Tensor:
+    """A byte tensor that views a whole storage."""
     import torch
 
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _memory(part: torch.Tensor) -> memoryview:
-    """Memory of bytes on the CPU; not ``numpy()``, after which a storage cannot be resized."""
+    """The memory of a byte tensor on the CPU.
+
+    Not with ``numpy()``, which makes the storage non-resizable for good.
+    """
     return memoryview((ctypes.c_char * len(part)).from_address(part.data_ptr())).cast("B")
 
 
 # -- bytes ---------------------------------------------------------------------------------------
 
-#: A storage, and where in a file it begins.
+#: A storage, and its offset in a file.
 Placed: TypeAlias = "tuple[Storage, int]"
 
 
 def write(fd: int, placed: Iterable[Placed]) -> None:
-    """Write storages to a file, each from its offset on."""
+    """Write storages to a file, each at its offset; blocks."""
 
     def put(memory: memoryview, at: int) -> bool:
         while memory:
@@ -109,7 +115,7 @@ def write(fd: int, placed: Iterable[Placed]) -> None:
 
 
 def is_same(fd: int, placed: Iterable[Placed]) -> bool:
-    """Whether a file holds what storages hold, to the bit."""
+    """Whether a file and storages are equal, bit for bit."""
 
     import torch
 
@@ -124,12 +130,12 @@ def is_same(fd: int, placed: Iterable[Placed]) -> bool:
 
 
 def read(fd: int, placed: Iterable[Placed]) -> None:
-    """Fill storages from a file, each from its offset on, straight into place.
+    """Fill storages from a file, each from its offset, in place; blocks.
 
     Raises
     ------
     OSError
-        Where the file ends too soon.
+        If the file is too short or cannot be read.
     """
 
     def get(memory: memoryview, at: int) -> bool:
@@ -146,9 +152,10 @@ def read(fd: int, placed: Iterable[Placed]) -> None:
 def _for_chunks(
     placed: Iterable[Placed], do: Callable[[memoryview, int], bool], is_out: bool
 ) -> bool:
-    """Have `do` called for chunks of storages by several threads; whether all said yes.
+    """Call `do` for all chunks of storages, on several threads; return whether all returned True.
 
-    What is on a device passes through a ring of buffers in pinned memory for each thread.
+    Chunks on a device pass through a ring of pinned buffers, one ring per thread. The first error
+    of a thread is raised here.
     """
     chunks = _Shared(
         (storage, start, min(start + _CHUNK_BYTES, storage.nbytes()), at + start)
@@ -162,7 +169,7 @@ def _for_chunks(
         try:
             with contextlib.closing(_Ring()) as ring:
                 for storage, start, stop, at in chunks:
-                    if errors or not all(answers):
+                    if errors or not all(answers):  # of any thread: the result is known
                         return
                     part = _as_bytes(storage)[start:stop]
                     if part.device.type == "cpu":
@@ -189,7 +196,7 @@ def _for_chunks(
 
 
 class _Shared(Iterator[Any]):
-    """An iterator that several threads take from."""
+    """A thread-safe iterator."""
 
     def __init__(self, items: Iterable[Any]) -> None:
         self._items = iter(items)
@@ -201,7 +208,7 @@ class _Shared(Iterator[Any]):
 
 
 class _Ring:
-    """Two pinned buffers of one thread: one is filled while the other is on its way."""
+    """Two pinned buffers of one thread: one is filled while the other is being copied."""
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
@@ -210,22 +217,23 @@ class _Ring:
         self._stream: Any = None
 
     def _prepare(self, device: torch.device) -> None:
+        """Make the stream and the buffers; only storages on a device need them."""
         import torch
 
         if self._stream is None:
             self._stream = torch.Stream(device)
-            # Memory that was just freed may still be read by what was queued before.
+            # The allocator reuses memory that kernels queued earlier may still read: wait for them.
             self._stream.wait_stream(torch.accelerator.current_stream(device))
             for _ in range(2):
                 try:
                     buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
-                except RuntimeError:  # no more may be pinned: slower, but it goes
+                except RuntimeError:  # the limit of pinned memory is reached: slower without
                     buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
                 self._buffers.append(buffer)
                 self._sent.append(None)
 
     def next(self, part: torch.Tensor) -> memoryview:
-        """A buffer for as many bytes as `part` has, once what it had before has arrived."""
+        """Return a buffer as large as `part`, after its former copy to the device has ended."""
         self._prepare(part.device)
         self._turn = 1 - self._turn
         if self._sent[self._turn] is not None:
@@ -233,13 +241,13 @@ class _Ring:
         return _memory(self._buffers[self._turn][: len(part)])
 
     def send(self, part: torch.Tensor) -> None:
-        """Copy the buffer to where it belongs, without waiting for it."""
+        """Start to copy the current buffer to `part`, without waiting."""
         with self._stream:
             part.copy_(self._buffers[self._turn][: len(part)], non_blocking=True)
             self._sent[self._turn] = self._stream.record_event()
 
     def taken(self, part: torch.Tensor) -> memoryview:
-        """What `part` holds."""
+        """Copy `part` to a buffer and return its memory, valid until the next call but one."""
         memory = self.next(part)
         with self._stream:
             self._buffers[self._turn][: len(part)].copy_(part, non_blocking=True)
@@ -247,5 +255,6 @@ class _Ring:
         return memory
 
     def close(self) -> None:
+        """Wait for all copies; the buffers may be freed afterwards."""
         if self._stream is not None:
             self._stream.synchronize()

@@ -1,14 +1,14 @@
-"""A fork server for nannies: a worker that was killed is back before it could import torch.
+"""Nannies start replacement workers from a fork server that has imported torch already.
 
-A nanny starts its worker as a new process, which imports everything anew: 4 to 20 seconds with
-torch and transformers. Python's fork server imports them once and forks each worker from there.
+By default, a nanny starts its worker as a new process, which imports everything anew: 4 to 20
+seconds with torch and transformers. Python's fork server imports them once and forks each worker.
 
-Dask asks for one start method for all that a process starts, when it starts it. Here it is answered
-for each nanny: those that have the toolkit start their workers from the fork server, unless Dask's
-setting ``distributed.worker.multiprocessing-method`` says something else than its default, and all
-others as ever.
+Dask looks up the start method each time that it starts a process. Here the answer depends on the
+nanny: nannies with the toolkit use the fork server, unless
+``distributed.worker.multiprocessing-method`` is set to something else than its default. All others
+start their workers as before.
 
-The server ends when the last of these nannies has left, and the last worker that it has started.
+The server ends with the last of these nannies and the last worker that it has started.
 """
 
 from __future__ import annotations
@@ -34,29 +34,30 @@ from distributed.utils import get_mp_context
 from dask_pcm.plugins.interrupts import uninterrupted
 
 _METHOD, _DEFAULT = "distributed.worker.multiprocessing-method", "spawn"
-#: Variables that nothing which is imported looks at before a worker uses it.
+#: Variables that libraries read at their first use, not when they are imported.
 _READ_LATE = frozenset({"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"})
 _PRELOAD, _IMPORTS = "dask_pcm.plugins.nanny.preimport", "DASK_PCM__WORKER__IMPORTS"
-#: How often it is looked whether the server has something left to do.
+#: Shortest and longest interval between checks whether the server still has children.
 _MIN_WAIT_S, _MAX_WAIT_S = 0.1, 30.0
-#: Whether what runs in this context starts a worker of a nanny that has the toolkit.
+#: Whether the code in this context starts a worker for a nanny with the toolkit.
 _is_forked: ContextVar[bool] = ContextVar("is_forked", default=False)
 
 
 class Rebirth:
-    """Which nannies of this process start their workers from the fork server."""
+    """Tracks which nannies of this process use the fork server; for any thread."""
 
     def __init__(self) -> None:
-        #: The environment that each was to give its workers.
+        #: The environment that each nanny gave its workers before.
         self._nannies: dict[int, dict[str, str]] = {}
-        #: The fork server, if it was started here.
+        #: The fork server's process, if it was started here.
         self._pid: int | None = None
         self._changing = threading.Lock()
 
     def use(self, nanny: Nanny, modules: Sequence[str]) -> None:
-        """Have the workers of `nanny` start with `modules` imported, where they can be.
+        """Start the next workers of `nanny` with `modules` imported, as far as these can be.
 
-        Environment variables are those of now: the server keeps the ones that it began with.
+        Those workers get the environment variables of this moment: the server itself keeps the
+        ones that it was started with.
         """
         with self._changing:
             if id(nanny) in self._nannies or not modules or _wants_its_own(nanny):
@@ -64,6 +65,7 @@ class Rebirth:
             if dask.config.get(_METHOD) != _DEFAULT:
                 return
             if not self._nannies:
+                # A server that was there before belongs to the user's own code: never ended here.
                 before = _server()._forkserver_pid
                 pid = _begin(nanny, modules)
                 self._pid = pid if pid != before or pid == self._pid else None
@@ -72,19 +74,20 @@ class Rebirth:
             nanny.instantiate = functools.partial(_instantiate, nanny)
 
     def leave(self, nanny: Nanny) -> None:
-        """The toolkit leaves this nanny, or it ends."""
+        """Stop using the server for `nanny`; with the last nanny, end the server."""
         with self._changing:
             if id(nanny) in self._nannies:
                 _set_env(nanny, self._nannies.pop(id(nanny)))
-                del nanny.instantiate  # its class has one
+                del nanny.instantiate  # the class's own method is visible again
                 if not self._nannies and self._pid is not None:
-                    # The worker of this nanny may live on, or is about to end.
+                    # In a thread: the nanny's worker may live on for long.
                     threading.Thread(target=self._end, args=(self._pid,), daemon=True).start()
 
     def _end(self, pid: int) -> None:
-        """End the server once all that it has started has ended, unless it is used again."""
+        """End the server once its last child has ended, unless it is used again."""
         wait_s = _MIN_WAIT_S
-        while not self._nannies and _has_children(pid):  # it has to tell how they end
+        # The server reports its children's exit codes: without it every nanny would see a crash.
+        while not self._nannies and _has_children(pid):
             time.sleep(wait_s)
             wait_s = min(1.5 * wait_s, _MAX_WAIT_S)
         with self._changing:
@@ -96,11 +99,11 @@ class Rebirth:
 
 
 def _begin(nanny: Nanny, modules: Sequence[str]) -> int | None:
-    """Start the server, if there is none; have Dask ask here how to start a process."""
-    # What Dask sets before it starts a worker: else hashes would differ among workers.
+    """Start the server, if there is none, and replace Dask's lookup of the start method."""
+    # As Dask does before it starts a worker: without PYTHONHASHSEED, hashes would differ.
     os.environ.update(nanny.pre_spawn_env)
     multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD])
-    # How settings get there.
+    # The server reads its settings from the environment.
     with _environ(_IMPORTS, repr(list(modules))), uninterrupted():
         forkserver.ensure_running()
     distributed.nanny.get_mp_context = distributed.process.get_mp_context = _mp_context
@@ -109,11 +112,12 @@ def _begin(nanny: Nanny, modules: Sequence[str]) -> int | None:
 
 
 def _server() -> Any:
-    """Python's side of the server, whose state has no public names."""
+    """Python's own handle of the server; the standard library has no public access to it."""
     return forkserver._forkserver
 
 
 def _has_children(pid: int) -> bool:
+    """Whether a process has children."""
     try:
         return bool(psutil.Process(pid).children())
     except psutil.Error:
@@ -121,9 +125,10 @@ def _has_children(pid: int) -> bool:
 
 
 def _let_go(pid: int) -> bool:
-    """Have the server end, as soon as nobody holds on to it; False where it is another by now.
+    """Close the pipe that keeps the server alive; False if another server runs by now.
 
-    Python's own ``_stop`` waits for that, and nobody could start a process meanwhile.
+    Python's own ``_stop`` also waits for the server to end, with a lock held that every start of a
+    process needs.
     """
     server = _server()
     with server._lock:
@@ -141,11 +146,12 @@ def _let_go(pid: int) -> bool:
 
 
 def _mp_context() -> Any:
-    """Stands in for Dask's own function, where nannies look it up."""
+    """Replaces Dask's own function where nannies look it up."""
     return multiprocessing.get_context("forkserver") if _is_forked.get() else get_mp_context()
 
 
 async def _instantiate(nanny: Nanny) -> Any:
+    """Start a nanny's worker from the fork server; replaces ``Nanny.instantiate``."""
     token = _is_forked.set(True)
     try:
         return await type(nanny).instantiate(nanny)
@@ -154,19 +160,24 @@ async def _instantiate(nanny: Nanny) -> Any:
 
 
 def _set_env(nanny: Nanny, env: dict[str, str]) -> None:
+    """Set the environment of a nanny's next worker."""
     nanny.env = env
-    if nanny.process is not None:  # what the next start of it goes by
+    if nanny.process is not None:  # a restart reads it from there
         nanny.process.env = env
 
 
 def _wants_its_own(nanny: Nanny) -> bool:
-    """Whether its workers are to have variables that may be read when something is imported."""
+    """Whether a nanny sets variables that a library may read when it is imported.
+
+    In a forked worker these would come too late.
+    """
     given = nanny.env.keys() - nanny.pre_spawn_env.keys()
     return any(os.environ.get(name) != nanny.env[name] for name in given - _READ_LATE)
 
 
 @contextmanager
 def _environ(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable within the block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -180,5 +191,5 @@ def _environ(name: str, value: str) -> Iterator[None]:
 
 @functools.cache
 def rebirth() -> Rebirth:
-    """That of this process."""
+    """The instance of this process."""
     return Rebirth()

@@ -1,12 +1,12 @@
-"""Nannies that live in the client's process, as those of a ``LocalCluster`` do.
+"""A ``LocalCluster`` keeps a nanny whose worker was lost as long as the nanny tries to restart it.
 
-Some seconds after it has lost a worker (``distributed.deploy.lost-worker-timeout``) a Dask cluster
-object looks once whether it is back, and drops what had started it for good if it is not. For a job
-of a batch system that is right: the job is gone, and ``adapt()`` submits another. A nanny in this
-process is not gone: it has just seen its worker killed once more, and starts the next one.
+Some seconds after a worker was lost (``distributed.deploy.lost-worker-timeout``), a Dask cluster
+object checks once whether it is back, and otherwise discards whatever had started it. For a job of
+a batch system that is right: the job is gone, and ``adapt()`` submits another one. A nanny in this
+process is still there, and starts the next worker.
 
-So that nannies are kept for as long as they try, and all else goes as ever, each loss is looked at
-by what had started that worker, when it happens: there may be no worker yet when the toolkit comes.
+Whether a worker belongs to such a nanny is checked at each loss, not at installation: at that time
+the cluster may have no workers yet. Everything here runs on the cluster's event loop.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from distributed import Nanny, SpecCluster
 from distributed.core import Status
 
 _TIMEOUT, _NEVER = "distributed.deploy.lost-worker-timeout", "52 weeks"
+#: A nanny in one of these has a worker or is starting one.
 _TRIES = (Status.init, Status.starting, Status.running)
 
 
 def keep_local_nannies(cluster: SpecCluster) -> None:
-    """Have a cluster keep nannies of this process whose workers are killed, while they try."""
+    """Replace a cluster's reaction to lost workers; idempotent."""
     if "_update_worker_status" in vars(cluster):
         return
     update = cluster._update_worker_status
@@ -35,6 +36,7 @@ def keep_local_nannies(cluster: SpecCluster) -> None:
             update(op, message)
             return
         _look_later(cluster, name)
+        # Dask reads the timeout in this call: it still does the rest of its bookkeeping.
         with dask.config.set({_TIMEOUT: _NEVER}):
             update(op, message)
 
@@ -42,21 +44,23 @@ def keep_local_nannies(cluster: SpecCluster) -> None:
 
 
 def forget_local_nannies(cluster: SpecCluster) -> None:
-    """Have a cluster look after its nannies as Dask does."""
+    """Restore Dask's own reaction to lost workers."""
     vars(cluster).pop("_update_worker_status", None)
 
 
 def _name(cluster: SpecCluster, address: str) -> Any:
+    """The name of the worker at an address."""
     return cluster.scheduler_info["workers"].get(address, {}).get("name")
 
 
 def _look_later(cluster: SpecCluster, name: Any) -> None:
+    """Check a nanny after Dask's own timeout."""
     timeout = parse_timedelta(dask.config.get(_TIMEOUT))
     asyncio.get_running_loop().call_later(timeout, _look, cluster, name)
 
 
 def _look(cluster: SpecCluster, name: Any) -> None:
-    """Drop a nanny that starts no worker any more, as Dask does: it may be replaced."""
+    """Discard a nanny that has given up, as Dask does, so that the cluster may replace it."""
     nanny = cluster.workers.get(name)
     is_back = any(info["name"] == name for info in cluster.scheduler_info["workers"].values())
     if nanny is None or is_back:

@@ -1,6 +1,6 @@
-"""The toolkit's side in a nanny: what outlives the worker process; and the worker's link to it.
+"""The nanny keeps what a killed worker needs again: images of contexts, and a fork server.
 
-The plugin's methods run on the nanny's event loop.
+The plugin's methods run on the nanny's event loop. ``NannyLink`` is the worker's side.
 """
 
 from __future__ import annotations
@@ -37,20 +37,22 @@ _MODELS = "transformers.models."
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A memory file that is held open."""
+    """A memory file that the nanny holds open."""
 
     fd: int
     n_bytes: int
 
 
 class Shelf:
-    """Memory files of a cluster's workers on this host, kept until its last nanny here leaves.
+    """Keeps the memory files of one cluster's workers on this host.
+
+    All nannies of the cluster in this process share it; it ends with the last of them.
 
     Parameters
     ----------
     budget_bytes
-        What all of them may take; whoever was least lately used makes room. Where there are too
-        many files it is the smallest.
+        What all files may take. The least recently used one is dropped to make room; if there are
+        too many files for the process, the smallest.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -59,14 +61,14 @@ class Shelf:
         weakref.finalize(self, _close, self._kept)
 
     def find(self, name: str) -> str | None:
-        """Where a file can be opened by this user's processes."""
+        """The path at which processes of this user can open a file; None if it is not kept."""
         if name not in self._kept:
             return None
         self._kept.move_to_end(name)
         return f"/proc/{os.getpid()}/fd/{self._kept[name].fd}"
 
     def keep(self, name: str, path: str, n_bytes: int) -> bool | None:
-        """Hold a file open; False where there is no room, None where it is gone."""
+        """Hold a file open; False if there is no room, None if the file is gone."""
         if n_bytes > self.budget_bytes:
             return False
         self.drop(name)
@@ -77,39 +79,41 @@ class Shelf:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # others have taken what was left
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # other code has used up the limit
                 return False
             raise
-        if os.fstat(fd).st_size != n_bytes:  # who asked has closed it since
+        # The worker closed its descriptor meanwhile: the number belongs to another file by now.
+        if os.fstat(fd).st_size != n_bytes:
             os.close(fd)
             return None
         self._kept[name] = Kept(fd, n_bytes)
         return True
 
     def clear(self, suffix: str = "") -> None:
-        """Keep nothing, or nothing whose name ends so."""
+        """Drop all files whose name ends with `suffix`."""
         for name in [name for name in self._kept if name.endswith(suffix)]:
             self.drop(name)
 
     def drop(self, name: str) -> None:
-        """Keep it no longer; processes that use it have it open themselves."""
+        """Drop a file; its memory is freed once no process has it open or mapped."""
         if (kept := self._kept.pop(name, None)) is not None:
             os.close(kept.fd)
 
 
 def _close(kept: OrderedDict[str, Kept]) -> None:
+    """Close all files of a shelf that is garbage-collected."""
     for file in kept.values():
         os.close(file.fd)
 
 
 @functools.cache
 def _shelves() -> weakref.WeakValueDictionary[str, Shelf]:
-    """By the scheduler's address; each lives for as long as one of its nannies holds it."""
+    """The shelves of this process, by scheduler address; each lives as long as a nanny uses it."""
     return weakref.WeakValueDictionary()
 
 
 class KeeperPlugin(ShippedPlugin, NannyPlugin):
-    """Keeps what a worker that is killed finds again, and has it back soon."""
+    """Keeps images for the worker's successor, starts it fast, and drains it on a notice."""
 
     name = "pcm-keeper"
     idempotent = True
@@ -118,6 +122,7 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         self.config = config or Config.read()
 
     def setup(self, nanny: Nanny) -> None:
+        """Dask's hook: register the handlers."""
         self._nanny = nanny
         manager = nanny.memory_manager
         self._limit = manager.memory_limit if manager else None
@@ -131,6 +136,7 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
             signals().heed(self, self.on_notice, self.config.here().notice_s)
 
     def teardown(self, nanny: Any) -> None:
+        """Dask's hook: undo all that ``setup`` and the handlers did."""
         signals().leave(self)
         interrupts().unblock(self)
         for name in self._handlers:
@@ -143,6 +149,7 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
 
     @property
     def _handlers(self) -> dict[str, Any]:
+        """RPCs of the worker and the scheduler, by operation."""
         return {
             "pcm_allow_memory": self.allow_memory,
             "pcm_rebirth": self.use_fork_server,
@@ -155,77 +162,81 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         }
 
     def on_notice(self, seconds: float) -> None:
-        """The batch system ends this process in so many seconds: the worker is to leave."""
+        """The batch system ends this process in `seconds`: drain the worker."""
         self._notice = asyncio.get_running_loop().create_task(self._give_notice(seconds))
 
     async def _give_notice(self, seconds: float) -> None:
+        """Pass a notice on to the worker; close the nanny if the worker cannot drain."""
         nanny = self._nanny
         try:
             told = nanny.rpc(nanny.worker_address).pcm_notice(seconds=seconds)
             await asyncio.wait_for(told, min(_TIMEOUT_S, seconds / 2))
-        except Exception as error:  # it starts, has just ended, or does not answer
-            logger.warning("The worker of %s cannot take its leave: %r", nanny.address, error)
+        except Exception as error:  # it is starting, has just ended, or hangs
+            logger.warning(
+                "The worker of %s cannot drain, so it is closed: %r", nanny.address, error
+            )
             await nanny.close(timeout=_TIMEOUT_S, reason="notice")
 
     def heeds_signals(self) -> bool:
-        """Whether signals are notices in this process, and so in its workers'."""
+        """Whether signals are notices in this process, and therefore in its worker's too."""
         return signals().are_heeded
 
     async def end(self, seconds: float) -> bool:
-        """End the worker process, which has handed over what it had, and this nanny with it.
+        """End the worker process, which has handed over its results, and this nanny.
 
-        What still runs there is not waited for: after `seconds` it is killed.
+        Does not wait for tasks that still run: after `seconds` the process is killed.
         """
         nanny = self._nanny
         if nanny.process is None:
             return False
-        nanny.close_gracefully(reason="notice")
-        # Not from the worker's own side: its process would wait for two seconds before it ends.
+        nanny.close_gracefully(reason="notice")  # so that it does not start another worker
+        # From this side, because a worker that closes itself waits for two seconds before it ends.
         self._ending = asyncio.get_running_loop().create_task(
             nanny.process.kill(timeout=seconds, executor_wait=False, reason="notice")
         )
         return True
 
     def allow_memory(self, n_bytes: int) -> None:
-        """Kill the worker for so many bytes more than the user has set; see ``MemoryAllowance``."""
+        """Raise the limit at which the worker is killed by `n_bytes`; see ``MemoryAllowance``."""
         if self._limit:
             self._nanny.memory_manager.memory_limit = self._limit + n_bytes
 
     def use_fork_server(self, models: Sequence[str]) -> None:
-        """Have the next worker process begin with everything imported, these models too."""
+        """Start the next worker process from the fork server, with these models imported too."""
         if self.config.imports:
             models = [name for name in models if name.startswith(_MODELS)]
             rebirth().use(self._nanny, [*self.config.imports, *models])
 
     def find(self, digest: str) -> str | None:
-        """Where the memory file of a context is: one of this worker, or of all on this host."""
+        """The path of a context's memory file: this worker's own, or the one of the whole host."""
         assert self._shelf is not None
         return self._shelf.find(self._own(digest)) or self._shelf.find(digest)
 
     def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
-        """Keep a memory file that the worker has open, as ``Shelf.keep``."""
+        """Keep a memory file that the worker has open; see ``Shelf.keep``."""
         assert self._shelf is not None
         return self._shelf.keep(digest if is_shared else self._own(digest), path, n_bytes)
 
     def drop(self, digest: str) -> None:
-        """Keep it no longer."""
+        """Drop a context's memory files."""
         if self._shelf is not None:
             self._shelf.drop(digest)
             self._shelf.drop(self._own(digest))
 
     def clear(self) -> None:
-        """Keep nothing of what there is."""
+        """Drop all memory files of the cluster on this host."""
         if self._shelf is not None:
             self._shelf.clear()
 
     def _own(self, digest: str) -> str:
+        """The name of a file that only this nanny's worker uses: it belongs on its device."""
         return f"{digest} {self._nanny.address}"
 
 
 class NannyLink:
-    """A worker's way to its nanny; for any thread but the event loop's.
+    """The worker's side: calls handlers of the nanny. Implements ``images.Keeper``.
 
-    It is the ``Keeper`` of the worker's contexts.
+    Methods block; for any thread but the event loop's.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -233,11 +244,11 @@ class NannyLink:
         self._has_fork_server = self._is_over = False
 
     def close(self) -> None:
-        """The toolkit leaves, as it does from the nanny."""
+        """Call the nanny no longer; the toolkit is being uninstalled there too."""
         self._is_over = True
 
     def ask(self, op: str, **says: Any) -> Any:
-        """Call a handler of the nanny; None where it does not answer, or there is none."""
+        """Call a handler of the nanny; None if there is no nanny or it does not answer."""
         worker = self._worker
         if not worker.nanny or self._is_over:
             return None
@@ -246,26 +257,29 @@ class NannyLink:
             told = asyncio.run_coroutine_threadsafe(asked, worker.loop.asyncio_loop)
             return told.result(_TIMEOUT_S)
         except Exception as error:
-            # Else it is on its way out, and so are we.
+            # Otherwise nanny and worker are shutting down, and no answer is expected.
             if worker.status is Status.running and not self._is_over:
                 logger.warning("The nanny of %s does not answer %s: %r", worker, op, error)
             return None
 
     def use_fork_server(self) -> None:
-        """Have this worker's successor begin with everything imported."""
+        """Start this worker's successor from the fork server; asks the nanny once."""
         if not self._has_fork_server:
             self._has_fork_server = True
-            imported = list(sys.modules)  # at once: other threads go on importing
+            imported = list(sys.modules)  # a copy: other threads go on importing
             self.ask("pcm_rebirth", models=[name for name in imported if name.startswith(_MODELS)])
 
     def find(self, digest: str) -> str | None:
+        """See ``Keeper``."""
         path: str | None = self.ask("pcm_find", digest=digest)
         return path
 
     def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
+        """See ``Keeper``."""
         says = {"digest": digest, "path": path, "n_bytes": n_bytes, "is_shared": is_shared}
         is_kept: bool | None = self.ask("pcm_keep", **says)
         return is_kept
 
     def drop(self, digest: str) -> None:
+        """See ``Keeper``."""
         self.ask("pcm_drop", digest=digest)

@@ -1,6 +1,6 @@
-"""Imported by the fork server of ``plugins/rebirth.py``: what workers need, as far as it is there.
+"""The fork server imports this module, and with it what workers need (see ``fork_server.py``).
 
-Nothing that is missing or broken here may end the server: whoever needs it finds out by itself.
+An import that fails must not end the server: the worker that needs the module gets the error.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from contextlib import suppress
 
 from dask_pcm.config import Config
 
-#: A batch system sends them to all processes of a job. The server ends with the process that has
-#: started it: without it nobody could tell whether a worker still lives, and it would be ended.
+#: A batch system sends these to all processes of a job. The server has to survive them: it reports
+#: whether workers are alive, and workers that seem dead are replaced. It ends with its parent.
 _NOTICES = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
-def _ignore(number: int, frame: object) -> None: ...
+def _ignore(number: int, frame: object) -> None:
+    """Do nothing; a handler of our own, so that a SIG_IGN which was set before stays in workers."""
 
 
 def _stop_ignoring() -> None:
-    """In a worker's process."""
+    """Restore the default in a forked worker, where signals are notices."""
     for number in _NOTICES:
         if signal.getsignal(number) is _ignore:
             signal.signal(number, signal.SIG_DFL)

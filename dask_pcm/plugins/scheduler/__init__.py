@@ -1,1 +1,1 @@
-"""What runs in the scheduler process."""
+"""The gate in the scheduler process: Dask's hooks, and the services behind them."""

@@ -1,11 +1,14 @@
-"""Whose fault it is that a worker is gone: its machine's, or that of what ran there.
+"""Failure attribution: a lost worker counts against its tasks only if its nanny survives.
 
-A worker process that ends while its nanny lives on has ended by itself: killed for its memory, or
-by a crash of native code. What it had in work is to blame, and runs alone from then on, so that the
-next loss tells which. Where the nanny or the machine went too, nobody is: that was preemption.
+A worker process that ends while its nanny lives ended by itself: out of memory, or a crash in
+native code. The tasks that it had begun become suspects. Suspects run isolated, so that the next
+loss identifies the cause. If the nanny or the machine is gone too, it was a preemption, which never
+counts as a failure.
 
-Dask blames every task that a lost worker had, and ends one with ``KilledWorker`` after the fourth
-loss. For tasks of the gate it counts only those that were theirs.
+Dask counts every loss against every task of the worker and ends a task with ``KilledWorker`` after
+the fourth. For tasks of the gate, only losses attributed to them count.
+
+Everything here runs on the scheduler's event loop.
 """
 
 from __future__ import annotations
@@ -22,20 +25,21 @@ from distributed.metrics import monotonic
 
 logger = logging.getLogger(__name__)
 
-#: A nanny that is taken down as well may live so much longer.
+#: How long a nanny that is preempted as well may outlive its worker.
 _GRACE_S = 1.0
+#: Interval and timeout of the requests that check whether a nanny is alive.
 _LOOK_S, _TIMEOUT_S = 0.5, 2.0
-#: A nanny that has started no other worker by then does not do that.
+#: A nanny that lives but has started no worker by then: the loss is attributed to the tasks.
 _LONGEST_S = 20.0
-#: A nanny that was out of reach is back within so many seconds, if it is.
+#: A nanny that comes back within this time was not preempted, only out of reach.
 _BACK_S = 60.0
-#: Without a nanny, so many losses are too many for preemption.
+#: Without a nanny, more losses than this are not explained by preemption.
 _MANY = 20
 
 
 @dataclass(eq=False, slots=True)
 class Loss:
-    """A worker that is gone, and the tasks that it had in work."""
+    """A lost worker's nanny (empty if it had none) and the tasks that the worker had begun."""
 
     nanny: str
     keys: tuple[Any, ...]
@@ -43,12 +47,12 @@ class Loss:
 
 
 class Attribution:
-    """Losses of workers, and what they mean for the tasks that they had.
+    """Decides for each lost worker whether its tasks are suspects.
 
     Attributes
     ----------
     on_judged
-        Called with the keys of a loss once it is clear who is to blame.
+        Called with the keys of a loss once it is attributed.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -57,14 +61,14 @@ class Attribution:
         self._open: list[Loss] = []
         self._forgiven: deque[tuple[float, Loss]] = deque(maxlen=100)
         self._tasks: set[asyncio.Task[None]] = set()
-        #: Losses that each task was there for; those that are its fault, since it last asked.
+        #: Per task: all losses that it was part of; those attributed to it since it last asked.
         self.n_lost: Counter[Any] = Counter()
         self.n_blamed: Counter[Any] = Counter()
-        #: Tasks that run alone.
+        #: Tasks that run isolated.
         self.suspects: set[Any] = set()
 
     def lost(self, nanny: str, keys: Iterable[Any]) -> None:
-        """A worker is gone that nobody had asked to go, with tasks in work."""
+        """Begin to attribute an unexpected loss of a worker that had begun these tasks."""
         loss = Loss(nanny, tuple(keys))
         self.n_lost.update(loss.keys)
         self._open.append(loss)
@@ -73,35 +77,40 @@ class Attribution:
         task.add_done_callback(self._tasks.discard)
 
     def joined(self, nanny: str) -> None:
-        """A nanny has started a worker."""
+        """A nanny has started a worker: its open losses are attributed to their tasks."""
         if not nanny:
             return
         for loss in [loss for loss in self._open if loss.nanny == nanny]:
             self._judge(loss, True)
         now = monotonic()
         for at, loss in list(self._forgiven):
-            if loss.nanny == nanny and now - at < _BACK_S:  # it was only out of reach
+            # The nanny survived after all: what looked like a preemption was a network failure.
+            if loss.nanny == nanny and now - at < _BACK_S:
                 self._blame(loss.keys)
             if loss.nanny == nanny or now - at >= _BACK_S:
                 self._forgiven.remove((at, loss))
 
     def is_open(self, key: Any) -> bool:
-        """Whether a task was lost again, and it is not clear yet what its losses mean."""
+        """Whether a task was lost more than once and a loss is not attributed yet."""
         return self.n_lost[key] > 1 and any(key in loss.keys for loss in self._open)
 
     async def ask(self, key: Any) -> int:
-        """How many processes a task has cost since it was last asked; a task that goes on asks."""
+        """Return how many losses were attributed to a task since the last call; wait for open ones.
+
+        The count restarts at zero: a task that asks must have made progress in between.
+        """
         for loss in [loss for loss in self._open if key in loss.keys]:
             await loss.judged.wait()
         return self.n_blamed.pop(key, 0)
 
     def forget(self, key: Any) -> None:
-        """A task is over; whatever comes out of its losses, a later one of that key is another."""
+        """A task has ended: its losses do not count against a later task with the same key."""
         self.n_lost.pop(key, None)
         self.n_blamed.pop(key, None)
         self.suspects.discard(key)
 
     def close(self) -> None:
+        """Stop attributing; wake everything that waits for a result."""
         for task in self._tasks:
             task.cancel()
         for loss in self._open:
@@ -109,9 +118,9 @@ class Attribution:
         self._open.clear()
 
     async def _look(self, loss: Loss) -> None:
-        """Forgive a loss where the nanny is gone as well; else it starts another worker.
+        """Attribute a loss: to a preemption if the nanny is gone too, else to its tasks.
 
-        Where there was no nanny nobody can say: forgiven, but not for ever.
+        Without a nanny the cause is unknown: counted as a preemption, up to a limit.
         """
         if not loss.nanny:
             self._judge(loss, any(self.n_lost[key] > _MANY for key in loss.keys))
@@ -126,6 +135,7 @@ class Attribution:
         self._judge(loss, True)
 
     async def _lives(self, nanny: str) -> bool:
+        """Whether a nanny answers."""
         try:
             await asyncio.wait_for(self._scheduler.rpc(nanny).identity(), _TIMEOUT_S)
         except (OSError, TimeoutError):
@@ -133,6 +143,7 @@ class Attribution:
         return True
 
     def _judge(self, loss: Loss, is_blamed: bool) -> None:
+        """Close a loss, once: the check and a nanny's new worker may both try to."""
         if loss.judged.is_set():
             return
         self._open.remove(loss)
@@ -141,7 +152,7 @@ class Attribution:
             "A worker of %s was lost with %d tasks: %s",
             loss.nanny or "no nanny",
             len(loss.keys),
-            "its process has ended by itself" if is_blamed else "the machine took it away",
+            "its process ended by itself" if is_blamed else "it was preempted",
         )
         if is_blamed:
             self._blame(loss.keys)
@@ -150,6 +161,7 @@ class Attribution:
         self.on_judged(loss.keys)
 
     def _blame(self, keys: Iterable[Any]) -> None:
-        present = [key for key in keys if key in self.n_lost]  # not over meanwhile
+        """Attribute a loss to tasks, which become suspects."""
+        present = [key for key in keys if key in self.n_lost]  # skip tasks that ended meanwhile
         self.n_blamed.update(present)
         self.suspects.update(present)

@@ -1,4 +1,4 @@
-"""The contexts that tasks and runs ask for: their recipes, and where they are."""
+"""The recipes that tasks and runs refer to, and the residency changes that workers report."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from dask_pcm.plugins.scheduler.workers import Workers
 from dask_pcm.scheduling.events import ContextDeclared, ResidencyReported
 from dask_pcm.tiers import Tier
 
+#: Tiers that a release frees.
 _HELD = (Tier.DEVICE, Tier.LOADING, Tier.HOST)
 
 
 @dataclass(slots=True)
 class Loads:
-    """Loads of one context, cluster-wide, since the gate started."""
+    """Number and total seconds of one context's loads on all workers, since the gate started."""
 
     n: int = 0
     seconds: float = 0.0
 
 
 class Refs:
-    """Recipes of the contexts that tasks or runs ask for, kept for as long as any does."""
+    """Reference-counted recipes: kept as long as a task or an open run refers to them."""
 
     def __init__(self) -> None:
         self._refs: dict[str, ContextRef] = {}
@@ -36,6 +37,7 @@ class Refs:
         return self._refs[digest]
 
     def get(self, digest: str) -> ContextRef | None:
+        """The ref of a digest; None if nothing refers to it."""
         return self._refs.get(digest)
 
     def __len__(self) -> int:
@@ -45,14 +47,14 @@ class Refs:
         return digest in self._refs
 
     def add(self, refs: Iterable[ContextRef]) -> tuple[str, ...]:
-        """One more asks for `refs`; return their digests."""
+        """Count one more reference to each of `refs`; return their digests."""
         for ref in refs:
             self._refs[ref.digest] = ref
             self._n_asking[ref.digest] += 1
         return tuple(ref.digest for ref in refs)
 
     def discard(self, digests: Iterable[str]) -> None:
-        """One fewer asks for them."""
+        """Count one reference less; a recipe without references is dropped."""
         for digest in digests:
             self._n_asking[digest] -= 1
             if not self._n_asking[digest]:
@@ -60,7 +62,7 @@ class Refs:
 
 
 class Contexts(Service):
-    """Recipes that are asked for, and what workers report of them."""
+    """Tells the policy which contexts exist and where they are; releases them on request."""
 
     def __init__(self, hub: Hub, workers: Workers) -> None:
         self._hub = hub
@@ -69,14 +71,17 @@ class Contexts(Service):
         self.loads: dict[str, Loads] = {}
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        """See ``Service``."""
         return {"pcm_release": self.on_release}
 
     def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
+        """See ``Service``."""
         return {"pcm-residency": self.on_residency}
 
     def declare(self, refs: Sequence[ContextRef]) -> tuple[str, ...]:
-        """One more task or run asks for contexts; return their digests."""
+        """Add the references of one task or run; return the digests."""
         for ref in refs:
+            # Declared memory is not part of the digest: a later client may have corrected it.
             known = self.refs.get(ref.digest)
             if known is None or known.device_memory_bytes != ref.device_memory_bytes:
                 file_bytes = sum(bundle.n_bytes for bundle in ref.bundles)
@@ -98,7 +103,7 @@ class Contexts(Service):
         staged_s: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        """A context moved on a worker, or could not be moved."""
+        """A worker reports that a context changed its tier, or failed to."""
         reported = ResidencyReported(
             worker,
             digest,
@@ -117,13 +122,13 @@ class Contexts(Service):
         self._hub.apply(reported)
 
     async def on_release(self, digests: list[str]) -> int:
-        """A client has workers drop contexts; returns how many workers hold one of them."""
+        """A client releases contexts; return how many workers held one of them."""
         n_holding = 0
         for address, view in self._hub.state.workers.items():
             n_holding += any(view.tiers.get(digest) in _HELD for digest in digests)
             for digest in digests:
                 self._workers.tell(address, {"op": "pcm-release", "digest": digest})
-        # Also where the worker that had it is gone.
+        # Nannies too: they keep the images of workers that are gone.
         drops: list[dict[str, Any]] = [{"op": "pcm_drop", "digest": digest} for digest in digests]
         await self._workers.tell_nannies(*drops)
         return n_holding

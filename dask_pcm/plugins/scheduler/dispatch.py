@@ -1,4 +1,4 @@
-"""What the policy decides, carried out: transitions of tasks, and messages to workers."""
+"""Carries out the policy's actions, as transitions of tasks and messages to workers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Dispatch(Service):
     """Carries out the policy's actions.
 
-    To send a task to a worker, it is restricted to that one and moved on to ``processing``.
+    A task is dispatched by restricting it to its worker and recommending ``processing``.
     """
 
     def __init__(self, hub: Hub, workers: Workers, contexts: Contexts, parked: ParkedTasks) -> None:
@@ -35,16 +35,19 @@ class Dispatch(Service):
         self._parked = parked
 
     def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
+        """See ``Service``."""
         return {"pcm-returned": self.on_returned}
 
     def carry_out(self, actions: list[Action]) -> None:
+        """Carry out the actions of one decision, its assignments in one batch of transitions."""
         try:
             for action in actions:
                 self._act(action)
-        finally:  # if one fails, the others are carried out all the same
+        finally:  # the state already counts the assignments as placed, whatever failed here
             self._send([action for action in actions if isinstance(action, Assign)])
 
     def _act(self, action: Action) -> None:
+        """Carry out one action that is not an assignment."""
         match action:
             case Load(worker, context):
                 self._load(worker, context)
@@ -55,9 +58,10 @@ class Dispatch(Service):
                 if ts is not None and ts.state == "no-worker":
                     end_with(self._hub, ts, LoadError(error))
             case Quarantine(host, seconds, error):
-                logger.warning("Node %s is left alone for %.3g s: %s", host, seconds, error)
+                logger.warning("Node %s is quarantined for %.3g s: %s", host, seconds, error)
 
     def _load(self, worker: str, context: str) -> None:
+        """Ask a worker to load a context."""
         logger.debug("Worker %s loads %s", worker, context)
         message = {
             "op": "pcm-load",
@@ -67,10 +71,12 @@ class Dispatch(Service):
         self._workers.tell(worker, message)
 
     def _send(self, assigns: list[Assign]) -> None:
+        """Dispatch tasks; a task that does not arrive in ``processing`` is parked again."""
         tasks = self._hub.scheduler.tasks
         recommendations: dict[Any, str] = {}
         for assign in reversed(assigns):  # Dask takes the last recommendation first
             ts = tasks.get(assign.key)
+            # The decision is a turn of the loop old: the task may have been cancelled since.
             if ts is None or ts.state != "no-worker":
                 self._parked.withdraw(assign.key)
                 continue
@@ -82,16 +88,16 @@ class Dispatch(Service):
             if ts is not None and ts.state == "processing":
                 self._set_apart(ts)
             elif ts is not None and ts.state == "no-worker":
-                # The worker was paused or left in between: look again at the next tick.
+                # Its worker was paused or left in between.
                 parking.park(ts)
                 self._workers.sync_pauses()
                 self._parked.park(key)
 
     def _set_apart(self, ts: TaskState) -> None:
-        """Have a dispatched task take no place among plain ones.
+        """Keep a dispatched task from counting against its worker's threads.
 
-        It runs on a lane, not on one of the worker's threads, as a task does that has seceded. Were
-        it counted, a worker that runs context tasks would get no plain task.
+        It runs on a lane, so to Dask it is marked like a task that has seceded. Otherwise a worker
+        with context tasks would get no plain tasks.
         """
         ws = ts.processing_on
         if ws is not None and ts not in ws.long_running:
@@ -99,9 +105,10 @@ class Dispatch(Service):
             self._hub.scheduler.check_idle_saturated(ws)
 
     def on_long_running(self, key: Any, worker: str, **message: Any) -> None:
-        """A task secedes: if it was on a lane, that is free for what the task waits for.
+        """A task secedes: its lane is free for the tasks that it waits for.
 
-        To Dask it is nothing new there: such a task has been set apart already.
+        Replaces Dask's handler, which expects that the task was not marked long-running before;
+        ``_set_apart`` has done that already.
         """
         scheduler = self._hub.scheduler
         ts = scheduler.tasks.get(key)
@@ -111,14 +118,14 @@ class Dispatch(Service):
             self._hub.apply(WorkEnded(key, is_finished=False))
 
     def on_returned(self, worker: str, keys: list[Any]) -> None:
-        """A worker has not begun these tasks, and does not have them any more."""
+        """A worker has handed back tasks that it had not begun: schedule them anew."""
         placed = self._hub.state.placed
         returned = {key: "released" for key in keys if placed.get(key) == worker}
         self._hub.transition(returned, "returned")
 
 
 def end_with(hub: Hub, ts: TaskState, error: Exception) -> None:
-    """A parked task ends with an error."""
+    """End a parked task with an error."""
     stimulus_id = hub.stimulus("failed")
     recommendations = hub.scheduler.transition(
         ts.key,

@@ -1,4 +1,4 @@
-"""Which contexts a task needs: found by walking its arguments."""
+"""A task needs the contexts among its arguments, which a bounded breadth-first walk finds."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dask._task_spec import DataNode, GraphNode, Task
 
 from dask_pcm.context.context import Context, ContextRef
 
-#: Objects looked at in one task. Beyond it the task counts as seen to its end: a list of a
-#: million elements must not hold up the scheduler's event loop.
+#: Objects visited per task; the rest is ignored. A list of a million elements must not block the
+#: scheduler's event loop.
 MAX_VISITS = 2_000
 
 
 def find_refs(run_spec: Any, inputs: Iterable[Any] = ()) -> tuple[ContextRef, ...]:
-    """Return the refs that a task's specification carries, each digest once, in digest order.
+    """Return the refs in a task's specification, each digest once, in digest order.
 
-    A bare ``DataNode`` is data, not a task that uses it: nothing is found in one. But it is looked
-    into where it is among the `inputs` of a task, as in ``delayed(func)(delayed(context))``.
+    A bare ``DataNode`` is data and uses no context, so nothing is found in it. It is searched if it
+    is among the `inputs` of a task, as in ``delayed(func)(delayed(context))``.
     """
     if not isinstance(run_spec, GraphNode) or isinstance(run_spec, DataNode):
         return ()
     found: dict[str, ContextRef] = {}
-    # Near things first: a long list beside a context must not hide it.
+    # Breadth first: a long list beside a context must not hide it.
     todo = deque([run_spec, *(node for node in inputs if isinstance(node, DataNode))])
     for _ in range(MAX_VISITS):
         if not todo:
@@ -41,6 +41,7 @@ def find_refs(run_spec: Any, inputs: Iterable[Any] = ()) -> tuple[ContextRef, ..
 
 
 def _inside(item: Any) -> Iterable[Any]:
+    """What to visit in an item; nothing in a container that is longer than the whole walk."""
     if isinstance(item, Task):
         return (item.func, *item.args, *item.kwargs.values())
     if isinstance(item, functools.partial):

@@ -1,4 +1,4 @@
-"""Frames that Dask's own ``compute`` computes: workers ask whether one is hopeless."""
+"""Stops a ``compute`` whose function fails on every row: workers report, this service answers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from dask_pcm.scheduling.rules.first_batches import Failing, Frames, Position
 
 
 class FailingFrames(Service):
-    """Partitions of which every row raised, by frame."""
+    """Collects partitions in which every row raised, by frame."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._frames = Frames(scheduler.task_groups.get)
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        """See ``Service``."""
         return {"pcm_failing": self.on_failing}
 
     async def on_failing(
         self, frame: str, number: int, n_partitions: int, n_batches: int, kind: str
     ) -> bool:
-        """Every row of a partition raised; returns whether the computation is hopeless."""
+        """Every row of a partition raised; return whether the computation should stop."""
         failing = Failing(n_batches, kind)
         return self._frames.note(Position(frame, number, n_partitions), failing)

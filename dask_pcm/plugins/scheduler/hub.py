@@ -1,4 +1,7 @@
-"""The gate's state in the scheduler: events go in, the policy decides, actions come out."""
+"""The gate's state in the scheduler: events go in, the policy decides, actions come out.
+
+Everything here runs on the scheduler's event loop.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from dask_pcm.scheduling.state.state import GateState
 
 
 class Hub:
-    """What the services of the gate share.
+    """The state that all services of the gate share, and the way in for events.
 
     Attributes
     ----------
     services
-        All of them; told of workers that join and leave.
+        All services, in the order in which they are notified.
     observers
-        See every event and action.
+        Notified of every event and action.
     carry_out
         Called with the actions of each decision.
     """
@@ -48,7 +51,7 @@ class Hub:
         self.state = GateState()
 
     def apply(self, event: Event) -> None:
-        """Tell the policy what happened; it decides in the loop's next turn."""
+        """Apply an event to the state; the policy decides in the loop's next turn."""
         now = monotonic()
         self.state.apply(event, now)
         for observer in self.observers:
@@ -56,15 +59,17 @@ class Hub:
         self.wake()
 
     def wake(self, first: Callable[[], None] | None = None) -> None:
-        """Have the policy decide in the loop's next turn, once `first` has been called."""
+        """Let the policy decide in the loop's next turn, after a call of `first`."""
         if first is not None and first not in self._before:
             self._before.append(first)
-        # Never at once: a transition hook is called in the middle of the scheduler's transitions.
+        # Never at once: transition hooks run in the middle of the scheduler's transitions, where
+        # an action would start others. Later, one decision also serves all events of this turn.
         if not self._is_woken:
             self._is_woken = True
             self._loop.call_soon(self._decide)
 
     def _decide(self) -> None:
+        """Let the policy decide, notify the observers, and carry out the actions."""
         self._is_woken = False
         before, self._before = self._before, []
         for call in before:
@@ -78,23 +83,23 @@ class Hub:
         self.carry_out(actions)
 
     def explain(self, key: Any) -> str:
-        """Why a task waits, or where it went and why."""
+        """Explain why a task waits, or where it was sent and why."""
         return self._watchdog.explain(self.state, key)
 
     def transition(self, recommendations: dict[Any, str], why: str) -> None:
-        """Have the scheduler move tasks to other states."""
+        """Recommend new states of tasks to the scheduler."""
         if recommendations:
             self.scheduler.transitions(recommendations, self.stimulus(why))
 
     def stimulus(self, why: str) -> str:
-        """A new id of what makes tasks change their states, as Dask wants one."""
+        """Return a new stimulus id, by which Dask's logs name the cause of transitions."""
         return f"pcm-{why}-{next(self._numbers)}"
 
     def state_of(self, key: Any) -> str | None:
-        """The scheduler's state of a task; None if it does not know it."""
+        """The scheduler's state of a task; None if it does not know the task."""
         ts = self.scheduler.tasks.get(key)
         return None if ts is None else ts.state
 
     def states_of(self, keys: Iterable[Any], state: str) -> list[Any]:
-        """Those of the tasks that are in a state."""
+        """The tasks among `keys` that are in a state."""
         return [key for key in keys if self.state_of(key) == state]

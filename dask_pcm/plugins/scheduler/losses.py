@@ -1,4 +1,4 @@
-"""Workers that are lost: which tasks had begun there, and how these go on."""
+"""Tasks that were lost with their worker are parked again once the loss is attributed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from dask_pcm.plugins.scheduler.service import Service
 
 
 class Losses(Service):
-    """Tasks that are lost with their worker.
+    """Handles tasks that are lost with their worker.
 
-    A task that had begun there waits until it is clear who is to blame (see ``attribution.py``) if
-    it was lost before; then it is parked again, isolated if it is a suspect, or ends.
+    A task that had begun there and was lost before waits until the loss is attributed (see
+    ``attribution.py``). Then it is parked again, isolated if it is a suspect, or ends with
+    ``KilledWorker``. A first loss parks the task at once.
     """
 
     def __init__(self, hub: Hub, parked: ParkedTasks, attribution: Attribution) -> None:
@@ -28,38 +29,41 @@ class Losses(Service):
         self._parked = parked
         self._attribution = attribution
         attribution.on_judged = self._on_judged
-        #: Tasks that a worker had which is about to be removed unasked.
+        #: Tasks of a worker that is being removed: Dask moves them before it calls the hook.
         self._lost_with: dict[str, list[Any]] = {}
         self._last_lost: WorkerState | None = None
-        #: How many worker processes have lost their device with a task.
+        #: How many worker processes lost their device in a task.
         self._n_lost_devices: Counter[Any] = Counter()
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        """See ``Service``."""
         return {"pcm_losses": self.on_losses, "pcm_lost_device": self.on_lost_device}
 
     async def on_losses(self, key: Any) -> int:
-        """How many processes a task has cost since it last asked.
+        """Return how many worker losses were attributed to a task since it last asked.
 
-        Waits until it is clear what its last loss means.
+        Waits until its latest loss is attributed.
         """
         return await self._attribution.ask(key)
 
     async def on_lost_device(self, key: Any, is_cause: bool) -> int:
-        """A worker process loses its device in a task; returns how often that has been so."""
+        """A worker process lost its device in a task; return how many have so far."""
         self._n_lost_devices[key] += is_cause
         return self._n_lost_devices[key]
 
     def task_left(self, ts: TaskState) -> None:
-        """A task has left its worker, perhaps since that is gone."""
+        """A task has left its worker, perhaps because the worker is gone."""
         worker = self._hub.state.placed.get(ts.key)
         if ts.suspicious and worker is not None and worker not in self._hub.scheduler.workers:
             self._lost_with.setdefault(worker, []).append(ts.key)
-            ts.suspicious = 0  # Dask blames every task that was there
+            ts.suspicious = 0  # Dask counts the loss against every task of the worker
 
     def worker_joined(self, worker: str, member: Member) -> None:
+        """See ``Service``; a nanny that starts a worker has outlived the one before."""
         self._attribution.joined(member.ws.nanny)
 
     def worker_left(self, worker: str, member: Member, is_lost: bool) -> None:
+        """See ``Service``; hands the tasks that had begun there to the attribution."""
         if not (lost_with := self._lost_with.pop(worker, [])):
             return
         tasks = self._hub.scheduler.tasks
@@ -71,20 +75,20 @@ class Losses(Service):
         self._attribution.lost(member.ws.nanny or "", keys)
         for key in keys:
             ts = tasks[key]
-            lost = {"pcm_lost": self._attribution.n_lost[key]}  # the next attempt is told
+            lost = {"pcm_lost": self._attribution.n_lost[key]}  # the next attempt reads it
             ts.annotations = {**(ts.annotations or {}), **lost}
             if self.is_open(key):
                 self._parked.withdraw(key)
 
     def is_open(self, key: Any) -> bool:
-        """Whether a task has to wait until it is clear who is to blame for its last loss."""
+        """Whether a task has to wait until its latest loss is attributed."""
         return self._attribution.is_open(key)
 
     def _on_judged(self, keys: Iterable[Any]) -> None:
-        """It is clear who is to blame for a loss: its tasks go on, or have cost too much."""
+        """A loss is attributed: park its tasks, or end those with too many losses."""
         allowed = self._hub.scheduler.allowed_failures
         for key in self._hub.states_of(keys, "no-worker"):
-            if key not in self._parked.asked or self.is_open(key):  # there was another loss
+            if key not in self._parked.asked or self.is_open(key):  # lost again since
                 continue
             if self._attribution.n_blamed[key] > allowed:
                 self._parked.withdraw(key)
@@ -99,4 +103,5 @@ class Losses(Service):
         self._attribution.forget(key)
 
     def close(self) -> None:
+        """See ``Service``."""
         self._attribution.close()

@@ -1,4 +1,4 @@
-"""A worker whose plugin has said hello."""
+"""A member is a worker whose plugin has greeted the gate."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from distributed.scheduler import WorkerState
 
 @dataclass(slots=True)
 class Member:
-    """A worker whose plugin has said hello.
+    """A worker whose plugin has greeted the gate.
 
     Attributes
     ----------
     epoch
-        New for each life of the worker's plugin; messages with another one are stale.
+        New each time that the worker's plugin is set up; messages with another one are stale.
     cores
-        The cores that its process may run on.
+        The CPU cores that its process may run on.
     """
 
     epoch: str
@@ -25,4 +25,5 @@ class Member:
 
     @property
     def host(self) -> str:
+        """The host that it runs on."""
         return self.ws.host

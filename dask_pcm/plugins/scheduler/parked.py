@@ -1,4 +1,4 @@
-"""The tasks that need a context, from their graph's arrival until the scheduler forgets them."""
+"""The gate owns every task that needs a context until the scheduler forgets the task."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dask_pcm.scheduling.events import Group, Work, WorkParked, WorkWithdrawn
 
 
 class ParkedTasks(Service):
-    """Tasks that need a context.
+    """Parks tasks that need a context and tells the policy about them.
 
     Attributes
     ----------
     asked
-        What the user restricted each of them to, by key.
+        The user's own restrictions of each task, by key.
     """
 
     def __init__(self, hub: Hub, contexts: Contexts, attribution: Attribution) -> None:
@@ -35,22 +35,23 @@ class ParkedTasks(Service):
         self._unshield = parking.shield_from_timeouts(hub.scheduler, self.asked)
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        """See ``Service``."""
         return {"pcm_explain": self.on_explain}
 
     def take_over(self) -> None:
-        """Take charge of context tasks that were there before the plugin."""
+        """Park the context tasks that were submitted before the plugin was installed."""
         hub = self._hub
         self.add(hub.scheduler.tasks)
         for key in hub.states_of(self.asked, "no-worker"):
             self.park(key)
         queued = hub.states_of(self.asked, "queued")
-        # Released, they come to wait again, and find no worker.
+        # Once released they are scheduled anew, find no worker that may run them, and are parked.
         hub.transition(dict.fromkeys(reversed(queued), "released"), "install")
-        for key in hub.states_of(queued, "no-worker"):  # the plugin's hook is not called yet
+        for key in hub.states_of(queued, "no-worker"):  # Dask does not call the plugin's hook yet
             self.park(key)
 
     def add(self, keys: Iterable[Any], client: str = "") -> None:
-        """Restrict new context tasks to no worker; before their first transition."""
+        """Park the context tasks among `keys`; called before their first transition."""
         for key in list(keys):
             ts = self._hub.scheduler.tasks.get(key)
             if ts is None or key in self.asked or ts.actor:
@@ -63,18 +64,19 @@ class ParkedTasks(Service):
                 parking.park(ts)
 
     def park(self, key: Any) -> None:
-        """A task waits at the gate from now on."""
+        """Tell the policy that a task waits."""
         self._hub.apply(WorkParked(self._work(self._hub.scheduler.tasks[key])))
 
     def withdraw(self, key: Any) -> None:
-        """A task does not wait any more."""
+        """Tell the policy that a task waits no longer."""
         self._hub.apply(WorkWithdrawn(key))
 
     def forget(self, key: Any) -> None:
-        """The scheduler has forgotten a task."""
+        """The scheduler has forgotten a task: drop its restrictions and context references."""
         self._contexts.refs.discard(self.asked.pop(key).contexts)
 
     def _work(self, ts: TaskState) -> Work:
+        """Describe a task to the policy."""
         asked, said = self.asked[ts.key], ts.annotations or {}
         allowed = parking.allowed(self._hub.scheduler, ts, asked)
         is_isolated = ts.key in self._attribution.suspects
@@ -84,28 +86,31 @@ class ParkedTasks(Service):
         return Work(ts.key, group, tuple(ts.priority or ()), n_rows, cut_for, is_again)
 
     async def on_explain(self, key: Any) -> str:
-        """Why a task waits, or where it went and why."""
+        """Explain why a task waits, or where it was sent and why."""
         return self._hub.explain(key)
 
     def worker_joined(self, worker: str, member: Member) -> None:
+        """See ``Service``."""
         self._hub.wake(first=self._regroup)
 
     def worker_left(self, worker: str, member: Member, is_lost: bool) -> None:
+        """See ``Service``."""
         self._hub.wake(first=self._regroup)
 
     def _regroup(self) -> None:
-        """Restricted work may find other workers now than when it was parked."""
+        """Park restricted tasks anew: the set of workers that may run them has changed."""
         for work in list(self._hub.state.waiting.works.values()):
             asked = self.asked[work.key]
             if asked.workers or asked.hosts or work.group.allowed is not None:
                 self.park(work.key)
 
     def tick(self) -> None:
+        """See ``Service``; a decision may depend on time alone, for instance a back-off."""
         if self._hub.state.waiting:
             self._hub.wake()
 
     def uninstall(self) -> None:
-        """Give all tasks back to Dask as the user restricted them."""
+        """See ``Service``; gives all tasks back to Dask with the user's own restrictions."""
         self._unshield()
         for key, asked in self.asked.items():
             if (ts := self._hub.scheduler.tasks.get(key)) is not None:

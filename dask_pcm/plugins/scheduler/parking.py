@@ -1,8 +1,9 @@
-"""How a task waits at the gate, in the scheduler's own terms.
+"""A task is parked by restricting it to a worker that does not exist.
 
-A task is parked by restricting it to a worker that does not exist: the scheduler then keeps it in
-its state ``no-worker``, where it can be neither stolen nor scheduled by anybody else. What the user
-had restricted it to is kept aside, and holds when it is dispatched.
+The scheduler then keeps it in the state ``no-worker``, where it is neither stolen nor scheduled.
+The user's own restrictions are saved; the policy respects them, and ``unpark`` restores them.
+
+Everything here runs on the scheduler's event loop.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 from distributed import Scheduler
 from distributed.scheduler import TaskState
 
-#: The address of no worker.
+#: The address of a worker that does not exist.
 PARKED = "pcm://parked"
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the user restricted a task to, before the gate restricted it to nobody."""
+    """A task's restrictions, annotations and client as the user set them, before it is parked."""
 
     contexts: tuple[str, ...]
     workers: set[str] | None
@@ -31,26 +32,27 @@ class Asked:
 
     @classmethod
     def of(cls, ts: TaskState, contexts: tuple[str, ...], client: str) -> Asked:
-        """What is asked of a task that has not been parked before."""
+        """Save what the user set for a task that has not been parked before."""
         asked = (ts.worker_restrictions, ts.host_restrictions, ts.loose_restrictions)
         return cls(contexts, *asked, ts.annotations, client)
 
 
 def park(ts: TaskState) -> None:
-    """Have no worker take the task."""
+    """Keep every worker from taking the task."""
     restrict(ts, {PARKED})
 
 
 def restrict(ts: TaskState, workers: set[str]) -> None:
-    """Have one of `workers` take the task, whatever the user asked."""
-    # Host and loose restrictions would let it past the gate.
+    """Restrict the task to `workers`, in place of the user's own restrictions."""
+    # Host and loose restrictions would let the scheduler choose another worker.
     ts.worker_restrictions, ts.host_restrictions, ts.loose_restrictions = workers, None, False
 
 
 def allowed(scheduler: Scheduler, ts: TaskState, asked: Asked) -> frozenset[str] | None:
-    """Workers that the user's restrictions and resources leave; None for all."""
+    """The workers that satisfy the user's restrictions and resources; None if any worker does."""
     if not (asked.workers or asked.hosts or ts.resource_restrictions):
         return None
+    # Dask's own rule, asked with the user's restrictions put back for the duration of the call.
     mine = (ts.worker_restrictions, ts.host_restrictions)
     ts.worker_restrictions, ts.host_restrictions = asked.workers, asked.hosts
     try:
@@ -63,15 +65,15 @@ def allowed(scheduler: Scheduler, ts: TaskState, asked: Asked) -> frozenset[str]
 
 
 def unpark(ts: TaskState, asked: Asked) -> None:
-    """Give a task back to Dask as the user had restricted it."""
+    """Give a task back to Dask with the user's own restrictions."""
     ts.worker_restrictions, ts.host_restrictions = asked.workers, asked.hosts
     ts.loose_restrictions, ts.annotations = asked.is_loose, asked.annotations
 
 
 def shield_from_timeouts(scheduler: Scheduler, ours: Container[Any]) -> Callable[[], None]:
-    """Keep ``no-workers-timeout`` from failing what the gate has parked; return what undoes it.
+    """Exempt parked tasks from ``no-workers-timeout``; return a function that undoes it.
 
-    Dask's own check still runs, on the tasks that are not `ours`, in their order.
+    Dask's own check still runs for the tasks that are not `ours`, in their order.
     """
     callback = scheduler.periodic_callbacks.get("no-workers-timeout")
     if callback is None:

@@ -1,7 +1,7 @@
-"""The scheduler plugin: Dask's hooks, passed on to the services of the gate.
+"""The scheduler plugin translates Dask's hooks into calls of the gate's services.
 
-Tasks that need a context are parked (``parking.py``); the policy decides which worker gets one, and
-``dispatch.py`` sends it there. Everything runs on the scheduler's event loop.
+Tasks that need a context are parked (``parking.py``). The policy decides which worker gets one, and
+``dispatch.py`` sends it there. Everything here runs on the scheduler's event loop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dask_pcm.scheduling.events import Restarted, WorkEnded
 from dask_pcm.scheduling.state.state import GateState
 
 GATE = "pcm-gate"
-#: How the stimulus begins when Dask removes a worker that nobody asked to go.
+#: Prefixes of the stimulus ids with which Dask removes a worker that was lost, not retired.
 _LOST = ("handle-worker-cleanup", "check-worker-ttl")
 
 
@@ -41,11 +41,11 @@ class GatePlugin(SchedulerPlugin):
     Attributes
     ----------
     hub
-        The gate's state, and the way in for events.
+        The gate's state, and the way in for events; set by ``start``.
     """
 
     name = GATE
-    idempotent = True  # a second registration must not replace the one that knows what is parked
+    idempotent = True  # a second registration must not replace the one that has parked tasks
     hub_type: ClassVar[type[Hub]] = Hub
 
     def __init__(self, config: Config | None = None) -> None:
@@ -53,9 +53,11 @@ class GatePlugin(SchedulerPlugin):
 
     @property
     def state(self) -> GateState:
+        """The gate's state."""
         return self.hub.state
 
     async def start(self, scheduler: Scheduler) -> None:
+        """Make the services, register their handlers, and park the tasks that are there."""
         hub = self.hub = self.hub_type(scheduler, self.config)
         attribution = Attribution(scheduler)
         self.workers = Workers(hub)
@@ -83,6 +85,8 @@ class GatePlugin(SchedulerPlugin):
             scheduler.handlers.update(service.handlers())
             current = {op: self._if_current(h) for op, h in service.stream_handlers().items()}
             scheduler.stream_handlers.update(current)
+        # These two without the check of the epoch: a greeting announces a new one, and Dask's own
+        # message has none.
         scheduler.stream_handlers["pcm-hello"] = self.workers.on_hello
         scheduler.stream_handlers["long-running"] = self.dispatch.on_long_running
         self._ticker = PeriodicCallback(self._tick, self.config.tick_s * 1000)
@@ -90,7 +94,7 @@ class GatePlugin(SchedulerPlugin):
         self.parked.take_over()
 
     def _if_current(self, handle: Callable[..., None]) -> Callable[..., None]:
-        """A handler that ignores what an earlier life of a worker's plugin says."""
+        """Wrap a handler so that it ignores stale messages, from an earlier epoch of a worker."""
 
         def handle_current(worker: str, epoch: str, **fields: Any) -> None:
             if self.workers.is_current(worker, epoch):
@@ -99,15 +103,16 @@ class GatePlugin(SchedulerPlugin):
         return handle_current
 
     async def close(self) -> None:
+        """Dask's hook: the scheduler closes."""
         self._ticker.stop()
         for service in self.hub.services:
             service.close()
 
     def uninstall(self) -> None:
-        """Leave the scheduler; what is parked goes on as plain Dask tasks.
+        """Remove the plugin from the scheduler; parked tasks continue as plain Dask tasks.
 
-        Handlers stay, since workers and runs may still send messages: they find no worker, and a
-        task that was set apart may still secede.
+        The handlers stay registered, because workers and runs may still send messages. They ignore
+        these, since no worker is a member any more; only a dispatched task may still secede.
         """
         self._ticker.stop()
         self.hub.scheduler.remove_plugin(GATE)
@@ -121,11 +126,13 @@ class GatePlugin(SchedulerPlugin):
     def update_graph(
         self, scheduler: Scheduler, *, tasks: list[Any], client: str = "", **kwargs: Any
     ) -> None:
+        """Dask's hook: a client has submitted tasks."""
         self.parked.add(tasks, client)
 
     def transition(
         self, key: Any, start: str, finish: str, *args: Any, stimulus_id: str, **kwargs: Any
     ) -> None:
+        """Dask's hook: a task changed its state, which is ``finish`` now."""
         if key in self.parked.asked:
             if start == "processing":
                 self._leave_worker(key, is_finished=finish == "memory")
@@ -140,25 +147,29 @@ class GatePlugin(SchedulerPlugin):
             self.losses.forget(key)
 
     def _leave_worker(self, key: Any, is_finished: bool) -> None:
+        """A task has left ``processing``."""
         ts = self.hub.scheduler.tasks.get(key)
         if ts is not None:
             self.losses.task_left(ts)
         self.hub.apply(WorkEnded(key, is_finished))
         if ts is not None:
-            # On every way out, memory included: a result that is lost is computed again, and that
-            # goes through the gate as well.
+            # After success too: if the result is lost later, the task runs again, and has to go
+            # through the gate then.
             parking.park(ts)
 
     def remove_worker(
         self, scheduler: Scheduler, worker: str, *, stimulus_id: str = "", **kwargs: Any
     ) -> None:
+        """Dask's hook: a worker was removed."""
         self.workers.remove_worker(worker, is_lost=stimulus_id.startswith(_LOST))
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        """Dask's hook: a client has disconnected."""
         for service in self.hub.services:
             service.client_left(client)
 
     def restart(self, scheduler: Scheduler) -> None:
+        """Dask's hook: a client restarts the cluster."""
         self.hub.apply(Restarted())
         for service in self.hub.services:
             service.restarted()
@@ -166,9 +177,11 @@ class GatePlugin(SchedulerPlugin):
     def valid_workers_downscaling(
         self, scheduler: Scheduler, workers: list[WorkerState]
     ) -> list[WorkerState]:
+        """Dask's hook: which of these workers may be retired."""
         return self.scaling.removable(workers)
 
     def _tick(self) -> None:
+        """Called every ``pcm.gate.tick``."""
         self._be_last()
         for service in self.hub.services:
             service.tick()
@@ -176,7 +189,7 @@ class GatePlugin(SchedulerPlugin):
             self.hub.wake()
 
     def _be_last(self) -> None:
-        """Be called after plugins that restrict tasks: what they want then holds at dispatch."""
+        """Move this plugin behind all others, so that restrictions which they set are respected."""
         plugins = self.hub.scheduler.plugins
         if next(reversed(plugins)) != GATE and GATE in plugins:
             plugins[GATE] = plugins.pop(GATE)

@@ -1,4 +1,4 @@
-"""Runs that clients drive: what they still will submit, and how their contexts are doing."""
+"""Clients report how much work their runs will still submit, and get the state of contexts back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from dask_pcm.scheduling.events import Group, RunClosed, RunReported
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """A run that is open.
+    """An open run.
 
     Attributes
     ----------
+    client
+        The id of the client that drives it.
     contexts
         Digests of the contexts that its units need.
     """
@@ -29,7 +31,7 @@ class RunInfo:
 
 
 class Runs(Service):
-    """Runs that are open, by their ids."""
+    """Open runs, by id."""
 
     def __init__(self, hub: Hub, contexts: Contexts) -> None:
         self._hub = hub
@@ -37,15 +39,18 @@ class Runs(Service):
         self.runs: dict[str, RunInfo] = {}
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        """See ``Service``."""
         return {"pcm_run": self.on_run}
 
     async def on_run(
         self, run: str, client: str, refs: bytes, kind: str, n_rows: float, n_units: int
     ) -> dict[str, Any]:
-        """A client reports what a run will still submit, and learns how its contexts are doing.
+        """A client reports what a run will still submit; return the state of its contexts.
 
-        `n_units` of 0 closes the run.
+        The first report opens the run, so workers load its contexts before any unit arrives.
+        `n_units` of 0 closes it.
         """
+        # Safe without the user's modules: the recipes inside the refs are sealed.
         asked: tuple[ContextRef, ...] = pickle.loads(refs)
         contexts = tuple(ref.digest for ref in asked)
         group = Group(contexts, kind, client=client)
@@ -54,6 +59,7 @@ class Runs(Service):
         else:
             if run not in self.runs:
                 self.runs[run] = RunInfo(client, self._contexts.declare(asked))
+            # After `declare`: the policy must know the contexts of the work that it plans.
             self._hub.apply(RunReported(run, group, n_rows, n_units))
         loads = [self._contexts.loads.get(context, Loads()) for context in contexts]
         state = self._hub.state
@@ -67,18 +73,22 @@ class Runs(Service):
         }
 
     def client_left(self, client: str) -> None:
+        """See ``Service``; closes the client's runs, since nothing else would."""
         for run in [run for run, info in self.runs.items() if info.client == client]:
             self._close_run(run)
 
     def restarted(self) -> None:
+        """See ``Service``; a run that goes on reports itself again."""
         for run in list(self.runs):
             self._close_run(run)
 
     def tick(self) -> None:
+        """See ``Service``."""
         if self.runs:
             self._hub.wake()
 
     def _close_run(self, run: str) -> None:
+        """Close a run, once: its driver and the loss of its client may both do so."""
         info = self.runs.pop(run, None)
         if info is not None:
             self._hub.apply(RunClosed(run))

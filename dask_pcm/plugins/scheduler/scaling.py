@@ -1,8 +1,8 @@
-"""What a cluster's ``adapt()`` is told: the larger of Dask's own count of workers and the gate's.
+"""A cluster's ``adapt()`` gets the larger of two targets: Dask's own and the gate's.
 
-Dask counts the tasks that the scheduler holds. Of a run these are a window of some units, however
-much is still to come, and those that are at work on lanes are set apart. So the gate, which knows
-the rest, answers as well. Plain work is counted as ever.
+Dask's target counts the tasks that the scheduler holds. Of a run these are only a window of units,
+and tasks on lanes do not count as occupying a worker. The gate knows all remaining work of a run,
+so it answers as well. Plain work is counted as in plain Dask.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ from dask_pcm.scheduling.rules.scaling import n_workers_wanted, needed_workers
 
 
 class Scaling(Service):
-    """Tells clusters how many workers are worth having, and which they may stop."""
+    """Tells clusters how many workers to run, and which of them may be retired."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._undo = answer_adaptive(hub.scheduler, lambda seconds: self.n_wanted(seconds))
 
     def n_wanted(self, target_s: float) -> int:
-        """Workers that would finish the work at the gate within `target_s`."""
+        """The number of workers that would finish the work at the gate within `target_s`."""
         return n_workers_wanted(self._hub.state, target_s)
 
     def removable(self, workers: list[WorkerState]) -> list[WorkerState]:
-        """Those of the workers that the work at the gate does not need."""
+        """The workers among `workers` that the work at the gate does not need."""
         needed = needed_workers(self._hub.state, (ws.address for ws in workers))
         return [ws for ws in workers if ws.address not in needed]
 
     def uninstall(self) -> None:
+        """See ``Service``."""
         self._undo()
 
 
 def answer_adaptive(scheduler: Scheduler, n_wanted: Callable[[float], int]) -> Callable[[], None]:
-    """Have ``adaptive_target`` answer with `n_wanted` too; return what undoes it.
+    """Raise ``adaptive_target`` to at least `n_wanted`; return a function that undoes it.
 
     Parameters
     ----------
     n_wanted
-        Called with the seconds within which work is to be done.
+        Called with the target duration in seconds.
     """
     asked = scheduler.adaptive_target
 
@@ -56,13 +57,13 @@ def answer_adaptive(scheduler: Scheduler, n_wanted: Callable[[float], int]) -> C
         return max(asked(target_duration), n_wanted(parse_timedelta(duration)))
 
     def undo() -> None:
-        # Where another plugin has put its own in front since, that one stays.
+        # A wrapper that another plugin has installed since stays in place.
         if scheduler.adaptive_target is adaptive_target:
             scheduler.adaptive_target = asked
         if scheduler.handlers.get("adaptive_target") is adaptive_target:
             scheduler.handlers["adaptive_target"] = asked
 
-    # Dashboards and operators ask the method, clusters the handler.
+    # Both: dashboards and operators call the method, cluster objects the handler.
     scheduler.adaptive_target = adaptive_target
     scheduler.handlers["adaptive_target"] = adaptive_target
     return undo

@@ -1,4 +1,4 @@
-"""What the parts of the gate in the scheduler process have in common."""
+"""The protocols of the gate in the scheduler process: services and observers."""
 
 from __future__ import annotations
 
@@ -12,49 +12,51 @@ from dask_pcm.scheduling.events import Action, Event
 class Observer(Protocol):
     """Sees every event that the gate applies and every action that it carries out.
 
-    Called on the scheduler's event loop, after the event and before the action; must not block.
+    Called on the scheduler's event loop; must not block.
     """
 
-    def on_event(self, event: Event, now: float) -> None: ...
+    def on_event(self, event: Event, now: float) -> None:
+        """An event was applied; `now` is Dask's monotonic clock, in seconds."""
 
-    def on_action(self, action: Action, now: float) -> None: ...
+    def on_action(self, action: Action, now: float) -> None:
+        """An action is about to be carried out."""
 
 
 class Service:
     """A part of the gate in the scheduler process.
 
-    All methods are called on the scheduler's event loop. A service implements those it needs.
+    All methods are called on the scheduler's event loop. A service overrides those that it needs.
     """
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
-        """RPCs of clients and workers, by name."""
+        """Handlers of RPCs from clients and workers, by operation."""
         return {}
 
     def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
-        """Messages of workers, by name.
+        """Handlers of workers' messages, by operation.
 
-        Called with the worker's address and the message's fields. Messages of an earlier life of
-        the worker's plugin (another epoch) are dropped before.
+        Called with the worker's address and the message's fields. Stale messages, which carry an
+        earlier epoch of the worker's plugin, are dropped before.
         """
         return {}
 
     def worker_joined(self, worker: str, member: Member) -> None:
-        """A worker's plugin has said hello, for the first time or with a new epoch."""
+        """A worker's plugin has greeted the gate, for the first time or with a new epoch."""
 
     def worker_left(self, worker: str, member: Member, is_lost: bool) -> None:
-        """A worker is gone; `is_lost` if nobody asked it to go."""
+        """A worker is gone; `is_lost` unless it was retired or removed on request."""
 
     def client_left(self, client: str) -> None:
-        """A client is gone."""
+        """A client has disconnected."""
 
     def restarted(self) -> None:
-        """Somebody restarts all workers."""
+        """A client restarts the cluster."""
 
     def tick(self) -> None:
         """Called every ``pcm.gate.tick``."""
 
     def uninstall(self) -> None:
-        """The plugin is removed from a scheduler that lives on; called after ``close``."""
+        """The plugin is removed from a scheduler that keeps running; called after ``close``."""
 
     def close(self) -> None:
         """The plugin is removed, or the scheduler closes."""

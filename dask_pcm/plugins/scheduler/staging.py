@@ -1,7 +1,7 @@
-"""Peer staging in the scheduler: it plans the copies of chunks that workers carry out.
+"""The scheduler plans peer staging; workers copy the chunks.
 
-A worker says what it needs for a context and does not have (``pcm-stage``). It is told, chunk by
-chunk, where to get it (``pcm-copy``), and reports what became of it (``pcm-copied``).
+A worker announces a blob that it is missing chunks of (``pcm-stage``). For each chunk it gets a
+source (``pcm-copy``), and it reports how the copy ended (``pcm-copied``).
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from dask_pcm.scheduling.broadcast import Broadcast, Copy
 
 
 class StagingCoordinator(Service):
-    """Plans which worker copies which chunk from whom.
+    """Plans which worker copies which chunk from which source.
 
     Attributes
     ----------
     n_copied
-        Chunks that were copied, by source.
+        Number of chunks that were copied, by source.
     """
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
         self._plan = Broadcast()
-        #: Lets the workers of this cluster know each other; it stands nowhere but in memory.
+        #: Authenticates the workers of this cluster to each other; kept in memory only.
         self._token = secrets.token_bytes(32)
         self._servers: dict[str, tuple[str, int]] = {}
         self.n_copied: Counter[str] = Counter()
 
     def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
+        """See ``Service``."""
         return {
             "pcm-serves": self.on_serves,
             "pcm-stage": self.on_stage,
@@ -44,26 +45,29 @@ class StagingCoordinator(Service):
         }
 
     def worker_joined(self, worker: str, member: Member) -> None:
-        self._forget(worker)  # what an earlier life of it had under way
+        """See ``Service``; sends the worker the cluster's token."""
+        self._forget(worker)  # copies of an earlier epoch of it will never be reported
         self._workers.tell(worker, {"op": "pcm-welcome", "token": self._token})
 
     def worker_left(self, worker: str, member: Member, is_lost: bool) -> None:
+        """See ``Service``."""
         self._forget(worker)
 
     def tick(self) -> None:
+        """See ``Service``; a source that failed is tried again after its back-off."""
         self.dispatch()
 
     def on_serves(self, worker: str, host: str, port: int) -> None:
-        """A worker serves chunks."""
+        """A worker serves chunks at this address."""
         self._servers[worker] = (host, port)
 
     def on_stage(self, worker: str, blob: str, n_chunks: int, have: Iterable[int]) -> None:
-        """A worker stages a blob."""
+        """A worker wants a blob, of which it has some chunks."""
         self._plan.want(worker, blob, n_chunks, have)
         self.dispatch()
 
     def on_staged(self, worker: str, blob: str, n_chunks: int, is_there: bool) -> None:
-        """A worker has all of a blob, or stages it no more."""
+        """A worker has all of a blob, or has stopped staging it."""
         if is_there:
             self._plan.has(worker, blob, n_chunks)
         else:
@@ -71,7 +75,7 @@ class StagingCoordinator(Service):
         self.dispatch()
 
     def on_copied(self, worker: str, blob: str, chunk: int, source: str, outcome: str) -> None:
-        """A copy has ended: it was ``copied``, it ``failed``, or the chunk was ``absent``."""
+        """A copy has ended: ``copied``, ``failed``, or ``absent`` if the source lacks the chunk."""
         copy = Copy(worker, blob, chunk, source)
         if outcome == "copied":
             self.n_copied[source] += 1
@@ -81,12 +85,13 @@ class StagingCoordinator(Service):
         self.dispatch()
 
     def _forget(self, worker: str) -> None:
+        """Drop a worker from the plan, as source and destination."""
         self._servers.pop(worker, None)
         self._plan.remove_worker(worker)
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Tell workers what to copy now."""
+        """Send the copies that can start now."""
         for copy in self._plan.plan(monotonic()):
             at = self._servers.get(copy.source)
             says = {"blob": copy.blob, "chunk": copy.chunk, "source": copy.source, "at": at}

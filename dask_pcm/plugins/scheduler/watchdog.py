@@ -1,4 +1,4 @@
-"""The policy under watch: where it stalls or fails, work goes on as it would in plain Dask."""
+"""If the policy fails or stalls, waiting work is assigned as plain Dask would."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ logger = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Asks the policy, and looks whether it gets anywhere.
+    """Calls the policy, and falls back to Dask's own assignment if it fails or stalls.
 
     Parameters
     ----------
     stall_s
-        Seconds for which work may wait while all its workers idle and nothing is decided.
+        How long work may wait while its workers are idle and nothing is decided.
     """
 
     def __init__(self, stall_s: float) -> None:
         self._stall_s = stall_s
 
     def decide(self, state: GateState, now: float, *rules: Any) -> list[Action]:
-        """What the policy decides; what plain Dask would do, where it fails or has stalled."""
+        """Return the policy's actions, or the fallback's if the policy raises or has stalled."""
         try:
             decide(state, now, *rules)
             key = stalled(state, now, self._stall_s)
         except Exception:
-            logger.exception("The policy failed; what waits goes to idle workers, warm or not")
-            with suppress(Exception):  # what has been decided is to be carried out in any case
+            logger.exception("The policy failed; waiting work goes to idle workers, warm or not")
+            # The state may be what made the policy fail; actions decided before that still count.
+            with suppress(Exception):
                 assign_as_dask(state, now)
             return state.actions
         if key is None:
             return state.actions
         logger.warning(
-            "Work waits, workers idle, and nothing has been decided for %.3g s; what waits goes to"
-            " idle workers, warm or not. %s\nThe last decisions:\n%s",
+            "Work waits, workers idle, and nothing has been decided for %.3g s; waiting work goes"
+            " to idle workers, warm or not. %s\nThe last decisions:\n%s",
             self._stall_s,
             explain(state, key, now),
             decisions(state, now),
@@ -53,11 +54,11 @@ class Watchdog:
         return state.actions
 
     def explain(self, state: GateState, key: Any) -> str:
-        """What the gate knows of a task, or of a unit by the name of its part."""
+        """Explain the state of a task, or of a unit by the name of its part."""
         try:
             hash(key)
         except TypeError:
-            return f"{key!r:.80} is no key: a future, a task's key or the name of a part is wanted."
+            return f"{key!r:.80} is no key: pass a future, a task's key or the name of a part."
         if isinstance(key, str) and key.startswith("part-"):
             ending = "-" + key.removesuffix(".parquet")
             decided = (getattr(d.action, "key", None) for d in reversed(state.decisions))

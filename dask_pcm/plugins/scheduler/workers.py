@@ -1,4 +1,4 @@
-"""The workers of the cluster: who is there, in which life, and how to tell them something."""
+"""A worker takes part once its plugin has greeted the gate, with an epoch that fences messages."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from dask_pcm.scheduling.rules.warming import n_threads
 
 
 class Workers(Service):
-    """Workers whose plugin has said hello.
+    """Keeps the members and sends them messages.
 
     Attributes
     ----------
     members
-        By address.
+        Workers whose plugin has greeted the gate, by address.
     """
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self.members: dict[str, Member] = {}
-        #: Workers that share a host and its cores.
+        #: Number of workers that share a host and its cores.
         self._n_on: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
+        """See ``Service``."""
         return {"pcm-notice": self.on_notice}
 
     def on_hello(
@@ -46,7 +47,8 @@ class Workers(Service):
         ends_in_s: float | None = None,
         **kwargs: Any,
     ) -> None:
-        """A worker's plugin is ready."""
+        """A worker's plugin greets the gate; without effect if its epoch is known already."""
+        # The message may arrive after the worker's removal: Dask then has no state of it.
         ws, known = self._hub.scheduler.workers.get(worker), self.members.get(worker)
         if ws is None or (known is not None and known.epoch == epoch):
             return
@@ -61,22 +63,22 @@ class Workers(Service):
             service.worker_joined(worker, member)
 
     def remove_worker(self, worker: str, is_lost: bool) -> None:
-        """A worker is gone; its tasks have left it already."""
+        """Remove a worker; Dask has moved its tasks already."""
         member = self.members.pop(worker, None)
         if member is None:
             return
         self._n_on[member.host, member.cores] -= 1
-        for service in self._hub.services:  # while the state still has the worker
+        for service in self._hub.services:  # before the event: they need the state's worker
             service.worker_left(worker, member, is_lost)
         self._hub.apply(WorkerLeft(worker, is_lost))
 
     def on_notice(self, worker: str, seconds: float) -> None:
-        """A worker will end in so many seconds: what it has not begun goes elsewhere."""
+        """A worker has got a preemption notice: reschedule the tasks that it has not begun."""
         self._hub.apply(WorkerDraining(worker, seconds))
         self.call_back(worker, list(self._hub.state.workers[worker].running))
 
     def is_current(self, worker: str, epoch: str) -> bool:
-        """Whether a message comes from the present life of a worker."""
+        """Whether `epoch` is the current one of a worker."""
         member = self.members.get(worker)
         return member is not None and member.epoch == epoch
 
@@ -87,11 +89,14 @@ class Workers(Service):
             self._hub.scheduler.worker_send(worker, {**message, "epoch": member.epoch})
 
     def call_back(self, worker: str, keys: list[Any]) -> None:
-        """Ask for tasks that a worker has not begun; freed from here, they might run twice."""
+        """Ask a worker to hand back tasks that it has not begun.
+
+        The scheduler cannot free them by itself: one that begins meanwhile would run twice.
+        """
         self.tell(worker, {"op": "pcm-return", "keys": keys})
 
     async def tell_nannies(self, *messages: dict[str, Any]) -> None:
-        """Tell all nannies; those that do not answer soon are not waited for."""
+        """Send messages to all nannies; do not wait for those that take too long to answer."""
         told = (
             self._hub.scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
             for message in messages
@@ -101,20 +106,22 @@ class Workers(Service):
             await asyncio.wait(telling, timeout=PATIENCE_S)
 
     def n_threads(self, worker: str) -> int:
-        """How many threads a context may use on a worker."""
+        """The number of CPU threads that a context may use on a worker."""
         member = self.members[worker]
         n_neighbors = self._n_on[member.host, member.cores]
         return self._hub.config.n_threads or n_threads(len(member.cores), n_neighbors)
 
     def restarted(self) -> None:
-        # Whoever asks for new processes does not want what the old ones had.
+        """See ``Service``; nannies drop the images of contexts."""
+        # A restart is meant to get rid of state: new processes must not find the old weights.
         asyncio.get_running_loop().create_task(self.tell_nannies({"op": "pcm_clear"}))
 
     def tick(self) -> None:
+        """See ``Service``."""
         self.sync_pauses()
 
     def sync_pauses(self) -> None:
-        """Learn which workers Dask has paused; ask those for what they have not begun."""
+        """Follow Dask's pauses, for which there is no hook; reschedule what has not begun there."""
         scheduler = self._hub.scheduler
         for address, view in self._hub.state.workers.items():
             is_paused = scheduler.workers.get(address) not in scheduler.running
@@ -124,4 +131,5 @@ class Workers(Service):
                     self.call_back(address, list(view.running))
 
     def uninstall(self) -> None:
-        self.members.clear()  # later messages of workers are stale
+        """See ``Service``."""
+        self.members.clear()  # makes all later messages of workers stale

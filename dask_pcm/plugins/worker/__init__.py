@@ -1,1 +1,1 @@
-"""What runs in a worker process."""
+"""The toolkit in a worker process: the plugin, and what tasks call."""

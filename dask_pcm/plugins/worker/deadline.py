@@ -1,11 +1,11 @@
-"""Calls that may take only so long: past that, their process is ended.
+"""A call that exceeds its timeout ends its worker process.
 
-Nothing can interrupt a call that hangs in native code, and such code may hold Python's lock for
-ever. What ends the process is a thread of ``faulthandler``, which needs no lock, and says where
-each thread was. The nanny starts another process; rows that were computed are treated as rows that
-kill.
+Nothing can interrupt a call that hangs in native code, and such code may hold Python's GIL forever.
+So ``faulthandler`` ends the process from a C thread that does not need the GIL, and dumps the
+traceback of every thread. The nanny starts another process. The rows that were being computed are
+treated like rows that crash the process.
 
-A process has one such thread, so it is always set to what ends first.
+A process has one ``faulthandler`` timer, so it is always set to the earliest deadline.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ _STDERR = 2
 
 
 class _Rule(threading.local):
-    """How long calls on this thread may take, where their own function does not say.
+    """The default timeout of calls on this thread, for functions that have none of their own.
 
     Attributes
     ----------
+    seconds
+        None for no timeout.
     descriptor
-        An open file that is told, before the process ends, where its threads were.
+        An open file that receives the tracebacks before the process ends.
     """
 
     seconds: float | None = None
@@ -41,7 +43,7 @@ _rule = _Rule()
 
 @dataclass(slots=True)
 class _Call:
-    """A call that ends at a time of the monotonic clock, or is stopped with so much time left."""
+    """A call's deadline on the monotonic clock; `left_s` is what remains while it is paused."""
 
     ends_at: float
     descriptor: int
@@ -49,26 +51,26 @@ class _Call:
 
 
 class Deadlines:
-    """Of all calls in this process; threads of any kind may call it."""
+    """The deadlines of all calls in this process, one per thread; for any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._calls: dict[int, _Call] = {}  # by thread
 
     def begin(self, seconds: float, descriptor: int) -> None:
-        """The calling thread has so many seconds from now on."""
+        """Start the calling thread's deadline, `seconds` from now."""
         with self._lock:
             self._calls[threading.get_ident()] = _Call(time.monotonic() + seconds, descriptor)
             self._set()
 
     def end(self) -> None:
-        """The calling thread is done in time."""
+        """End the calling thread's deadline: it was met."""
         with self._lock:
             self._calls.pop(threading.get_ident(), None)
             self._set()
 
     def stop(self, is_stopped: bool) -> None:
-        """The calling thread waits for others, which is not its fault; or goes on."""
+        """Pause the calling thread's deadline while it waits for other tasks, or resume it."""
         with self._lock:
             call = self._calls.get(threading.get_ident())
             if call is None:
@@ -80,26 +82,27 @@ class Deadlines:
             self._set()
 
     def _set(self) -> None:
+        """Set the timer to the earliest deadline; with the lock held."""
         running = [call for call in self._calls.values() if call.left_s is None]
         if not running:
             faulthandler.cancel_dump_traceback_later()
             return
         first = min(running, key=lambda call: call.ends_at)
-        left_s = max(1e-3, first.ends_at - time.monotonic())
+        left_s = max(1e-3, first.ends_at - time.monotonic())  # faulthandler refuses 0
         faulthandler.dump_traceback_later(left_s, exit=True, file=first.descriptor)
 
 
 @functools.cache
 def of_process() -> Deadlines:
-    """Those of this process."""
+    """The instance of this process."""
     return Deadlines()
 
 
 @contextmanager
 def ruled(seconds: float | None, descriptor: int | None) -> Iterator[None]:
-    """Within, on this thread, calls may take so long, and a file is told of those that do not end.
+    """Set this thread's default timeout within the block, and the file that gets the tracebacks.
 
-    The file by default is standard error.
+    The default file is standard error.
     """
     _rule.seconds = seconds
     _rule.descriptor = _STDERR if descriptor is None else descriptor
@@ -111,7 +114,7 @@ def ruled(seconds: float | None, descriptor: int | None) -> Iterator[None]:
 
 @contextmanager
 def in_time(seconds: float | None) -> Iterator[None]:
-    """Within, for so many seconds at most, a call; None for as long as the rule on this thread."""
+    """End the process if the block takes longer than `seconds`; None for the thread's default."""
     seconds = _rule.seconds if seconds is None else seconds
     if seconds is None or not _may_end():
         yield
@@ -125,7 +128,7 @@ def in_time(seconds: float | None) -> Iterator[None]:
 
 @contextmanager
 def stopped() -> Iterator[None]:
-    """Within, the clock of a call on this thread stands still."""
+    """Pause the deadline of the call on this thread within the block."""
     of_process().stop(True)
     try:
         yield
@@ -134,7 +137,7 @@ def stopped() -> Iterator[None]:
 
 
 def _may_end() -> bool:
-    """Whether another process comes after this one, and nothing but the worker is in it."""
+    """Whether this process may be ended: it is a worker's own, and a nanny starts another one."""
     try:
         worker = get_worker()
     except ValueError:  # not on a cluster
@@ -146,8 +149,9 @@ def _may_end() -> bool:
 
 @functools.cache
 def _warn_without_nanny(address: str) -> None:
+    """Warn once per worker that timeouts have no effect on it."""
     warn(
         f"batch_timeout has no effect on {address}: a call that takes longer is ended with its"
-        " process, and this worker has no nanny that would start another. Start workers with"
+        " process, but this worker has no nanny to start another one. Start workers with"
         " nannies, as LocalCluster and dask worker do by default.",
     )

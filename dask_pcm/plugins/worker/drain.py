@@ -1,7 +1,8 @@
-"""How a worker leaves when the batch system is about to end it.
+"""On a preemption notice, a worker drains: it finishes its tasks and hands over its results.
 
-It works on until what it has has ended or its time is nearly up. Then its results in memory go to
-peers, and it is gone before it is killed: no task counts as one that may have killed its worker.
+It works on until its tasks have ended or the grace period is nearly over. Then its results in
+memory go to peers, and it unregisters before it is killed, so that its loss makes no task a
+suspect.
 
 Everything here runs on the worker's event loop.
 """
@@ -27,19 +28,23 @@ from dask_pcm.plugins.worker.lanes import is_on_lane
 
 logger = logging.getLogger(__name__)
 
-#: What is kept of a notice for handing over: so long, or this part of it where that is less.
+#: Time reserved for handing over results: in seconds, and as a share of the grace period; the
+#: smaller one counts.
 _MARGIN_S, _MARGIN = 5.0, 0.2
-#: For so long nothing comes before it is taken for nothing more to come.
+#: The lanes are finished once they have been empty for this long: the gate may send more work.
 _IDLE_S = 0.5
+#: Interval between checks; and how long the last messages need to be sent.
 _LOOK_S, _FAREWELL_S = 0.05, 0.05
 _UNBEGUN = frozenset({"waiting", "ready", "constrained"})
 
 
 class Drain:
-    """A worker on its way out.
+    """Drains a worker, at most once.
 
     Parameters
     ----------
+    worker
+        The worker to drain.
     tell
         Sends a message to the scheduler.
     """
@@ -51,45 +56,48 @@ class Drain:
 
     @property
     def is_begun(self) -> bool:
-        """Whether notice has been given."""
+        """Whether the worker drains or has drained."""
         return self._task is not None
 
     def begin(self, seconds: float) -> None:
-        """Leave within `seconds`; nothing happens where that is under way."""
+        """Start to drain, to be done within `seconds`; does nothing the second time."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._leave(seconds))
 
     async def _leave(self, seconds: float) -> None:
+        """Drain: finish tasks, hand back those not begun, hand over results, end the process."""
         worker = self._worker
         margin = min(_MARGIN_S, _MARGIN * seconds)
         end = time.monotonic() + seconds
         stop = end - margin
-        logger.warning("Worker %s ends in %.0f s: it takes its leave", worker.address, seconds)
+        logger.warning("Worker %s ends in %.0f s and drains", worker.address, seconds)
         self._send({"op": "pcm-notice", "seconds": seconds - margin})
-        await self._ask_nanny("close_gracefully", margin, reason="notice")  # starts no other
-        # The gate may still send what ends in time.
+        # So that the nanny does not start another process when this one ends.
+        await self._ask_nanny("close_gracefully", margin, reason="notice")
+        # The gate still sends units that it expects to finish in time.
         await _until(lambda: not self._has_on_lanes(), stop, _IDLE_S)
         if worker.status not in (Status.running, Status.paused, Status.closing_gracefully):
-            return  # somebody else ends it
-        # Not paused, which ends as soon as there is memory: nothing more begins, and plain Dask
-        # sends nothing either.
+            return  # closed by another request meanwhile
+        # From now on no task begins here, and plain Dask sends none. Not Status.paused: the memory
+        # monitor would resume the worker.
         worker.status = Status.closing_gracefully
         give_back(worker, [key for key, ts in worker.state.tasks.items() if is_unbegun(ts)])
         await _until(lambda: not worker.state.all_running_tasks, stop)
-        await asyncio.sleep(_FAREWELL_S)  # what is to be told of them is sent
+        await asyncio.sleep(_FAREWELL_S)  # lets the batched stream send the last results
         await self._hand_over(end - margin / 2 - time.monotonic())
         left = max(margin / 2, end - time.monotonic())
         if await self._ask_nanny("pcm_end", margin, seconds=left) is None:
-            # What still runs is lost with the process: it is not waited for.
+            # Without a nanny. Tasks that still run are lost in any case: do not wait for them.
             await worker.close(executor_wait=False, timeout=left, reason="notice")
 
     def _has_on_lanes(self) -> bool:
+        """Whether a context task runs or waits here."""
         state = self._worker.state
         here = (state.all_running_tasks, state.waiting, state.ready, state.constrained)
         return any(map(is_on_lane, itertools.chain.from_iterable(here)))
 
     async def _hand_over(self, seconds: float) -> None:
-        """Have results in memory go to peers, and be off the scheduler's list."""
+        """Copy results to peers and unregister from the scheduler, in at most `seconds`."""
         worker, stimulus_id = self._worker, f"pcm-leave-{time.time()}"
         about: dict[str, Any] = {"close_workers": False, "remove": True}
         try:
@@ -97,38 +105,39 @@ class Drain:
                 workers=[worker.address], **about, stimulus_id=stimulus_id
             )
             await asyncio.wait_for(retired, max(0.0, seconds))
-        except Exception as error:  # of the scheduler's as well: it is left all the same
+        except Exception as error:  # also raised on the scheduler: the worker ends in any case
             logger.warning("Not all results of %s have reached a peer: %r", worker.address, error)
-        # Where nobody could take them it is still listed: what it ran is no suspect either.
+        # If no peer could take them, the worker is still registered. Unregister as expected, so
+        # that its tasks do not become suspects.
         with suppress(Exception):
             await worker.scheduler.unregister(
                 address=worker.address, expected=True, close=False, stimulus_id=stimulus_id
             )
 
     async def _ask_nanny(self, op: str, timeout: float, **says: Any) -> Any:
-        """Call a handler of the nanny; None where there is none, or it does not answer."""
+        """Call a handler of the nanny; None if there is no nanny or it does not answer."""
         if not self._worker.nanny:
             return None
         asked = getattr(self._worker.rpc(self._worker.nanny), op)(**says)
         try:
             return await asyncio.wait_for(asked, timeout)
-        except Exception:  # it is on its way out, or knows nothing of this
+        except Exception:  # it is shutting down, or does not have the toolkit
             return None
 
 
 def is_unbegun(ts: TaskState) -> bool:
-    """Whether a task is to be executed here and has not begun."""
+    """Whether a task was assigned to this worker and has not begun."""
     return ts.state in _UNBEGUN
 
 
 def free(worker: Worker, keys: Collection[Any]) -> None:
-    """Drop tasks that have not begun; whoever is told of it may have them executed elsewhere."""
+    """Drop tasks that have not begun; once confirmed, the scheduler may run them elsewhere."""
     event = FreeKeysEvent(keys=keys, stimulus_id=f"pcm-return-{time.time()}")
     worker.handle_stimulus(event)
 
 
 def give_back(worker: Worker, keys: Collection[Any]) -> None:
-    """Have Dask schedule tasks anew that have not begun here."""
+    """Drop tasks that have not begun and let Dask schedule them anew."""
     free(worker, keys)
     for key in keys:
         stimulus_id = f"pcm-give-back-{time.time()}"
@@ -136,7 +145,7 @@ def give_back(worker: Worker, keys: Collection[Any]) -> None:
 
 
 async def _until(is_over: Callable[[], bool], stop: float, lasting_s: float = 0.0) -> None:
-    """Wait until it has been so for a while, or the clock (monotonic) stands at `stop`."""
+    """Wait until `is_over` has held for `lasting_s`, or until the monotonic time `stop`."""
     since: float | None = None
     while (now := time.monotonic()) < stop:
         if not is_over():
@@ -149,12 +158,13 @@ async def _until(is_over: Callable[[], bool], stop: float, lasting_s: float = 0.
 
 
 def ends_in_s(walltime_s: float | None) -> float | None:
-    """Seconds until the batch system ends this worker; None where nobody says when.
+    """Seconds until the batch system ends this worker; None if the end is not known.
 
     Parameters
     ----------
     walltime_s
-        That long after the start of ``dask worker``; None for what Slurm says.
+        The job's time limit, counted from the start of ``dask worker``; None to use Slurm's
+        ``SLURM_JOB_END_TIME``.
     """
     if walltime_s is not None:
         return max(0.0, _started_at() + walltime_s - time.time())
@@ -165,9 +175,9 @@ def ends_in_s(walltime_s: float | None) -> float | None:
 
 
 def _started_at() -> float:
-    """When the process began that this worker's life began with: its nanny's, if it has one.
+    """When ``dask worker`` was started: the start of the nanny's process, if there is a nanny.
 
-    Worker processes may have come and gone since, and a fork server may stand in between.
+    This process may be younger: the nanny replaces workers, perhaps through a fork server.
     """
     parent = multiprocessing.parent_process()
     try:

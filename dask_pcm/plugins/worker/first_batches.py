@@ -1,8 +1,8 @@
-"""A task asks whether the computation that it belongs to is hopeless.
+"""A task whose rows all failed asks the scheduler whether the whole computation should stop.
 
-In Dask's own ``compute`` no process sees all results. So a task whose rows all failed asks the
-scheduler, which knows of the others (see ``scheduling/rules/first_batches.py`` for the rule). Tasks
-in which a row succeeded do not ask: where they stand, the rule ends.
+In Dask's own ``compute`` no process sees all results, but the scheduler hears of every failing
+partition (see ``scheduling/rules/first_batches.py`` for the rule). A task in which a row succeeded
+does not ask: the function works, so the rule does not apply.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ _TIMEOUT_S = 30.0
 
 
 class _OfProcess:
-    """Frames that are computed in this process alone, by Dask's local schedulers."""
+    """Failing partitions of this process alone, under Dask's local schedulers; for any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._frames = Frames(lambda frame: self)
 
     def note(self, position: Position, failing: Failing) -> bool:
+        """Add a failing partition; return whether its computation should stop."""
         with self._lock:
             return self._frames.note(position, failing)
 
@@ -36,10 +37,12 @@ _of_process = _OfProcess()
 
 
 def is_hopeless(position: Position, failing: Failing) -> bool:
-    """Whether the computation that the task on this thread belongs to is hopeless.
+    """Whether the computation of the task on this thread should stop.
 
-    All rows of its partition failed, or all that it has come to.
+    For the thread of a task that has failed on all rows of its partition so far. Blocks for the
+    scheduler's answer.
     """
+    # Without a round trip if this partition alone decides it.
     alone = FirstBatches()
     alone.note(position.number, failing)
     if alone.is_hopeless(position.n_partitions):
@@ -55,5 +58,6 @@ def is_hopeless(position: Position, failing: Failing) -> bool:
     try:
         return bool(asked.result(_TIMEOUT_S))
     except Exception as error:
-        logger.info("The scheduler cannot tell whether %s is hopeless: %r", position.frame, error)
+        # No gate, or no answer: judge by the partitions that this process has seen.
+        logger.info("The scheduler did not answer about failing %s: %r", position.frame, error)
         return _of_process.note(position, failing)

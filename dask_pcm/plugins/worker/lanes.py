@@ -1,10 +1,11 @@
-"""Lanes of a worker: threads for context tasks, beside those that it has for plain ones.
+"""Lanes are a worker's threads for context tasks, in addition to its threads for plain tasks.
 
-A worker starts ready tasks in the order of their priorities for as long as fewer are executing than
-it has threads. Lanes come on top of these, and neither kind of task may take the other's places: so
-what is ready waits in two queues, and the worker's state gets a class of its own, whose step that
-starts tasks counts threads and lanes apart. Nothing else of the state changes: ``nthreads`` stays
-what the user has set.
+A worker starts ready tasks by priority while fewer are executing than it has threads. Lanes come on
+top, and neither kind of task may occupy the other's places. So ready tasks wait in two queues, and
+the worker's state gets a subclass that counts threads and lanes separately when it starts tasks.
+Nothing else changes: ``nthreads`` stays as the user has set it.
+
+Everything here runs on the worker's event loop.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from distributed.worker_state_machine import RecsInstrs, TaskState, WorkerState
 
 #: The executor in which context tasks run.
 LANES = "pcm"
+#: Interval between checks whether the last task has left a lane.
 _LOOK_S = 0.5
 _PRIORITY = operator.attrgetter("priority")
 
@@ -31,9 +33,9 @@ def is_on_lane(ts: TaskState) -> bool:
 
 
 class Startable(MutableSet[TaskState]):
-    """Takes the place of a ``HeapSet`` of a worker's state: tasks by priority, in two queues.
+    """Replaces a ``HeapSet`` in a worker's state: tasks by priority, in two queues.
 
-    It has all that a ``HeapSet`` has, of both queues together.
+    It has the whole interface of a ``HeapSet``, over both queues together.
 
     Attributes
     ----------
@@ -56,22 +58,27 @@ class Startable(MutableSet[TaskState]):
         return f"<{type(self).__name__}: {len(self)} items>"
 
     def _queue(self, ts: TaskState) -> HeapSet[TaskState]:
+        """The queue that a task belongs to."""
         return self.on_lanes if is_on_lane(ts) else self.plain
 
     def _filled(self) -> list[HeapSet[TaskState]]:
+        """The queues that are not empty; raises KeyError as ``HeapSet`` does if both are."""
         if not self:
             raise KeyError("peek into empty set")
         return [queue for queue in (self.plain, self.on_lanes) if queue]
 
     def add(self, ts: TaskState) -> None:
+        """Add a task to its queue."""
         self._queue(ts).add(ts)
 
     def discard(self, ts: TaskState) -> None:
-        # Of both: an annotation may have changed since.
+        """Remove a task, if it is here."""
+        # From both: its annotations may have changed since it was added.
         self.plain.discard(ts)
         self.on_lanes.discard(ts)
 
     def clear(self) -> None:
+        """Remove all tasks."""
         self.plain.clear()
         self.on_lanes.clear()
 
@@ -80,7 +87,7 @@ class Startable(MutableSet[TaskState]):
         return min((queue.peek() for queue in self._filled()), key=_PRIORITY)
 
     def pop(self) -> TaskState:
-        """Take out the first by priority."""
+        """Remove and return the first by priority."""
         return min(self._filled(), key=lambda queue: _PRIORITY(queue.peek())).pop()
 
     def peekn(self, n: int) -> Iterator[TaskState]:
@@ -92,7 +99,7 @@ class Startable(MutableSet[TaskState]):
         return max((queue.peekright() for queue in self._filled()), key=_PRIORITY)
 
     def popright(self) -> TaskState:
-        """Take out one of the last by priority."""
+        """Remove and return one of the last by priority."""
         return max(self._filled(), key=lambda queue: _PRIORITY(queue.peekright())).popright()
 
     def sorted(self) -> Iterator[TaskState]:
@@ -113,13 +120,13 @@ class Startable(MutableSet[TaskState]):
 class LanedState(WorkerState):
     """The state of a worker with lanes.
 
-    Its slots are those of its base, so that an object of one can become one of the other.
+    It adds no slots, so that the class of an existing state can be changed to it and back.
     """
 
     __slots__ = ()
 
     def _ensure_computing(self) -> RecsInstrs:
-        """As Dask's own, with places of two kinds."""
+        """Start ready tasks; as Dask's own method, with separate counts for threads and lanes."""
         if not self.running:
             return {}, []
         n_on_lanes = sum(map(is_on_lane, self.executing))
@@ -137,7 +144,7 @@ class LanedState(WorkerState):
             n_plain += not is_on_lane(ts)
 
     def _pop_first(self, kinds: Sequence[str]) -> TaskState | None:
-        """Take out the first task of these kinds that has the resources it needs."""
+        """Remove and return the first task of these kinds whose resources are available."""
         waiting = (self.ready, self.constrained)
         queues = [queue for kind in kinds for has in waiting if (queue := getattr(has, kind))]
         for queue in sorted(queues, key=lambda queue: _PRIORITY(queue.peek())):
@@ -147,7 +154,7 @@ class LanedState(WorkerState):
 
 
 def open_lanes(worker: Worker, n_lanes: int) -> None:
-    """Give a worker lanes; a task that secedes leaves its own to the next, as on other threads."""
+    """Give a worker lanes. A task that secedes frees its lane, as it would free a thread."""
     state = worker.state
     worker.executors[LANES] = ThreadPoolExecutor(n_lanes, thread_name_prefix="pcm-lane")
     state.ready = Startable(state.ready, n_lanes)
@@ -156,9 +163,9 @@ def open_lanes(worker: Worker, n_lanes: int) -> None:
 
 
 def close_lanes(worker: Worker) -> None:
-    """Undo it; what is still on its way runs on the worker's threads.
+    """Undo ``open_lanes``; tasks that have not begun run on the worker's threads.
 
-    What is on a lane stays there; one that has seceded comes back to it at its end.
+    A task on a lane stays there, and one that has seceded can rejoin its lane.
     """
     state = worker.state
     state.__class__ = WorkerState
@@ -168,9 +175,9 @@ def close_lanes(worker: Worker) -> None:
             heap.add(ts)
         setattr(state, name, heap)
     lanes = worker.executors.pop(LANES)
-    worker.executors[LANES] = worker.executors["default"]
+    worker.executors[LANES] = worker.executors["default"]  # queued tasks still name the executor
     on_lanes = {ts for ts in state.all_running_tasks if is_on_lane(ts)}
-    worker.executors[f"{LANES}-{id(lanes)}"] = lanes  # a worker that closes shuts it down
+    worker.executors[f"{LANES}-{id(lanes)}"] = lanes  # shut down with the worker
 
     def end() -> None:
         if on_lanes & state.all_running_tasks:

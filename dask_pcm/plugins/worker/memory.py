@@ -1,4 +1,4 @@
-"""Memory limits of a worker that holds weights: these are no leak."""
+"""A worker's memory limits rise by what its contexts take, since weights are not a leak."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from dask_pcm.plugins.nanny.plugin import NannyLink
 
 
 class MemoryAllowance:
-    """Raises the limits at which a worker pauses, and its nanny kills it, by what contexts take.
+    """Raises the limits at which a worker pauses and its nanny kills it.
 
-    Weights count as process memory, and no spilling makes them smaller: a worker whose model
-    fills it would be paused for ever, or killed in a loop.
+    Weights count as process memory and cannot be spilled. A worker filled by its model would be
+    paused forever, or killed again and again.
+
+    Methods wait for the nanny, so they may be called from any thread but the event loop's; only
+    ``forget`` is for the event loop.
     """
 
     def __init__(self, worker: Worker, nanny: NannyLink) -> None:
@@ -25,21 +28,22 @@ class MemoryAllowance:
         self._limit = worker.memory_manager.memory_limit
         self._taken: dict[str, int] = {}
         self._is_over = False
-        #: Contexts that load now: a loader may acquire others, and tasks load what was hidden.
+        #: Contexts that load now. There may be several: a loader may acquire other contexts, and
+        #: tasks load those that the gate could not see.
         self._n_growing = 0
         self._counting = threading.Lock()
         self._telling = threading.Lock()
 
     def begin(self) -> None:
-        """As if no context had been here: an earlier process may have had some."""
+        """Set the limits for a process without contexts; its predecessor may have raised them."""
         if self._limit:
             self._raise()
 
     @contextmanager
     def growing(self, digest: str, mapped_bytes: Callable[[str], int]) -> Iterator[None]:
-        """While a context loads there is no limit; afterwards it is raised by what was taken.
+        """Lift the limits while a context loads; afterwards raise them by what it takes.
 
-        What is mapped is not touched yet, and will be.
+        Mapped memory counts in full: its pages become resident only when they are first used.
         """
         if not self._limit:
             yield
@@ -55,6 +59,7 @@ class MemoryAllowance:
 
     @contextmanager
     def _unlimited(self) -> Iterator[None]:
+        """Lift the limits within the block."""
         with self._counting:
             self._n_growing += 1
         try:
@@ -66,23 +71,24 @@ class MemoryAllowance:
             self._raise()
 
     def freed(self, digest: str) -> None:
-        """A context has left; on any thread but the event loop's."""
+        """A context was dropped: lower the limits again."""
         with self._counting:
             was_here = self._taken.pop(digest, None) is not None
         if was_here and self._limit:
             self._raise()
 
     def forget(self) -> None:
-        """The toolkit leaves, as it does from the nanny, which sees to its own limit."""
+        """Restore the worker's own limit; the nanny's plugin restores the nanny's."""
         self._is_over = True
         if self._limit:
             self._worker.memory_manager.memory_limit = self._limit
 
     def _raise(self) -> None:
-        """Set the limits to what is right now."""
+        """Compute the limits and set them here and at the nanny."""
         if self._is_over:
             return
-        with self._telling:  # whoever tells last has counted last
+        # Counted and sent under one lock: the last message carries the last count.
+        with self._telling:
             with self._counting:
                 n_bytes = sum(self._taken.values())
                 is_growing = self._n_growing > 0
@@ -93,5 +99,6 @@ class MemoryAllowance:
 
 
 def _rss_bytes() -> int:
+    """Resident memory of this process."""
     n_bytes: int = psutil.Process().memory_info().rss
     return n_bytes

@@ -1,11 +1,11 @@
-"""A task that secedes while it uses an exclusive context: others may use it until it rejoins.
+"""A task that secedes gives up its turns on exclusive contexts until it rejoins.
 
-``compute()``, ``worker_client()`` and ``secede()`` in a function have its task leave the worker's
-threads while it waits for others. It comes back when one of these has a place for it. If all of
-them waited for the context that it holds, none would ever have one.
+``compute()``, ``worker_client()`` and ``secede()`` make a task leave its worker's threads while it
+waits for other tasks. It rejoins when a thread has a place for it. If it kept its contexts and all
+threads waited for one of them, no place would ever become free.
 
-Dask has no hook for either. It looks up the executor of the calling thread, so that thread is shown
-an executor that tells; the one that runs tasks stays as it is.
+Dask has no hook for seceding or rejoining. It looks up the executor of the calling thread, so that
+thread gets a proxy of the executor that gives up the turns; the executor itself does not change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dask_pcm.plugins.worker.deadline import stopped
 
 
 class _Telling:
-    """The executor of a thread, as ``secede`` and ``rejoin`` see it."""
+    """A proxy of a thread's executor, as ``secede`` and ``rejoin`` use it; for that thread."""
 
     def __init__(self, executor: Any, turns: Turns) -> None:
         self._executor = executor
@@ -35,20 +35,22 @@ class _Telling:
         return getattr(self._executor, name)
 
     def _adjust_thread_count(self) -> None:
-        """``secede``: the thread has left."""
+        """Called by ``secede``, once the thread has left: give up its turns."""
         self._given = self._turns.give_back()
         self._executor._adjust_thread_count()
 
     def submit(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        """``rejoin``: wakes a thread that makes place; then this one goes on with its turns."""
+        """Called by ``rejoin`` to wake a thread that makes place: then take the turns again."""
         me = threading.current_thread()
-        with self._executor._rejoin_lock:  # else it has been let in already
+        # Read before the wake-up: afterwards the other thread removes the entry.
+        with self._executor._rejoin_lock:
             let_in = [event for one, event in self._executor._rejoin_list if one is me]
         woken: Future[Any] = self._executor.submit(func, *args, **kwargs)
         with stopped():
+            # First the place, then the turns: with turns held, a wait for the place could deadlock.
             for event in let_in:
                 event.wait()
-            thread_state.proceed = True  # also where the turns are refused: it has its place
+            thread_state.proceed = True  # it has its place, even if the turns are refused below
             given, self._given = self._given, []
             self._turns.take_again(given)
         return woken
@@ -56,9 +58,10 @@ class _Telling:
 
 @contextmanager
 def giving_back(turns: Turns) -> Iterator[None]:
-    """Within, the task on this thread gives back what it uses for as long as it has seceded."""
+    """Within the block, the task on this thread gives up its turns while it has seceded."""
     executor = getattr(thread_state, "executor", None)
-    if executor is None or isinstance(executor, _Telling):  # no thread of Dask's; told already
+    # Not a thread of Dask's, or nested in another block.
+    if executor is None or isinstance(executor, _Telling):
         yield
         return
     thread_state.executor = _Telling(executor, turns)

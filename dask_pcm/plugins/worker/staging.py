@@ -1,7 +1,7 @@
-"""Peer staging on a worker: it serves what is on its disk, and copies chunks as it is told.
+"""Workers serve the blobs on their disks to each other, and copy chunks as the scheduler plans.
 
-Bytes go from worker to worker on sockets of their own (``ladder/files/transfer.py``). Where those
-cannot be reached, they go over the workers' own comms. ``plugins/scheduler/staging.py`` plans.
+Chunks go from worker to worker over separate sockets (``ladder/files/transfer.py``), or over Dask's
+comms where those sockets cannot be reached. The plan is made in ``plugins/scheduler/staging.py``.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from dask_pcm.scheduling.broadcast import STORE
 
 logger = logging.getLogger(__name__)
 
-#: Without a chunk for so long, a worker helps itself from the store.
+#: If no copy ends for this long, a worker reads the rest from the store by itself.
 PATIENCE_S = 30.0
-#: Connections that a copier keeps.
+#: Connections that a copying thread keeps open.
 _MAX_PEERS = 8
-#: For so long a server that cannot be reached is not tried again.
+#: The back-off after a server could not be reached.
 _REST_S = 60.0
 
 
 class _Staging:
-    """A blob that is being staged here; copies of its chunks come and go."""
+    """A blob that is being staged: one thread waits for it, copying threads write its chunks."""
 
     def __init__(self, file: BundledFile, filling: PartialBlob) -> None:
         self.file = file
@@ -51,7 +51,7 @@ class _Staging:
 
     @contextlib.contextmanager
     def writing(self) -> Any:
-        """Keeps the file open; yields False where it is not staged any more."""
+        """Keep the file open within the block; yield False if staging is over already."""
         with self._changed:
             is_open = not self._is_over
             self._n_writing += is_open
@@ -63,36 +63,38 @@ class _Staging:
                 self._changed.notify_all()
 
     def news(self) -> None:
-        """A copy has ended, whatever way."""
+        """A copy has ended, successfully or not: wake the thread that waits."""
         with self._changed:
             self._n_ended += 1
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Until all is there, something is wrong, or nothing has happened for long."""
+        """Wait until the blob is complete, a copy failed for good, or none has ended for long."""
         with self._changed:
             seen = -1
             while self.filling.missing and self.error is None and seen != self._n_ended:
                 seen = self._n_ended
                 self._changed.wait_for(self._is_news(seen), PATIENCE_S)
+            # A late copy must not write any more: the caller closes the file next.
             self._is_over = True
             self._changed.wait_for(lambda: not self._n_writing)
 
     def _is_news(self, seen: int) -> Callable[[], bool]:
+        """A predicate: whether more copies than `seen` have ended."""
         return lambda: self._n_ended != seen
 
 
 class Fetcher:
-    """A worker's end: serves what is on its disk, and copies what it is told to.
+    """Serves and fetches chunks for one worker.
 
     Parameters
     ----------
     worker
-        Whose comms and certificates are used.
+        The worker whose comms and certificates are used.
     disk
-        Opens the cache of this host.
+        Returns the file cache of this host.
     tell
-        Sends a message to the scheduler; from any thread.
+        Sends a message to the scheduler; may be called from any thread.
     """
 
     def __init__(
@@ -111,14 +113,14 @@ class Fetcher:
         self._is_serving = False
         self._staging: dict[str, _Staging] = {}
         self._copiers = ThreadPoolExecutor(2, thread_name_prefix="pcm-copy")
-        self._own = threading.local()  # connections of each copier
-        #: Until when servers that could not be reached are not tried again.
+        self._own = threading.local()  # each copying thread's connections
+        #: When the back-off of each server that could not be reached ends, by the monotonic clock.
         self._unreachable: dict[tuple[str, int], float] = {}
         self._opening = threading.Lock()
         worker.handlers["pcm_chunk"] = self.give
 
     def on_welcome(self, token: bytes) -> None:
-        """The cluster's token, perhaps of a new gate; on the event loop."""
+        """The gate, perhaps a new one, has sent the cluster's token; on the event loop."""
         security = self._worker.security
         listens = security.get_listen_args("worker").get("ssl_context")
         connects = security.get_connection_args("worker").get("ssl_context")
@@ -126,11 +128,11 @@ class Fetcher:
             before, self._server = self._server, None
             self._is_serving = False
             self._access = Access(token, listens, connects)
-        if before is not None:  # it knows another token
+        if before is not None:  # it checks for the former token
             before.close()
 
     def close(self) -> None:
-        """Serve and copy no more."""
+        """Stop serving and copying."""
         self._access = None
         self._worker.handlers.pop("pcm_chunk", None)
         self._copiers.shutdown(wait=False)
@@ -140,7 +142,7 @@ class Fetcher:
     # -- serving ----------------------------------------------------------------------------
 
     def staged(self, blob: Blob, is_there: bool = True) -> None:
-        """A blob is on this host's disk, or could not be staged; on any thread."""
+        """Report that a blob is on this host's disk, or could not be staged; for any thread."""
         if self._access is None:
             return
         if is_there:
@@ -149,7 +151,7 @@ class Fetcher:
         self._tell({"op": "pcm-staged", **says})
 
     def _serve(self) -> None:
-        """Listen, once there is something to serve."""
+        """Start the server; called when there is a blob to serve, for the first one only."""
         with self._opening:
             if self._is_serving or self._access is None:
                 return
@@ -158,14 +160,14 @@ class Fetcher:
             try:
                 self._server = Server(self._disk(), self._access, host, self._config.ports)
             except TransferError as error:
-                logger.warning("%s Peers get chunks over this worker's own comms.", error)
+                logger.warning("%s Peers get chunks over Dask's comms instead.", error)
                 return
         self._tell({"op": "pcm-serves", "host": host, "port": self._server.address[1]})
 
     async def give(self, blob: str, chunk: int, start: int, n_bytes: int) -> bytes | None:
-        """A chunk over this worker's own comms, for peers that reach nothing else.
+        """Return a chunk over Dask's comms, for peers that cannot reach the server.
 
-        None where it is not here; and where no peer of ours would ask for that.
+        None if the chunk is not here, or if the request is not one that a peer would send.
         """
         if not (is_digest(blob) and start >= 0 and 0 <= n_bytes <= MAX_CHUNK_BYTES):
             logger.warning("Refused a request for %r bytes of %.80r: no chunk", n_bytes, blob)
@@ -175,17 +177,19 @@ class Fetcher:
             with self._disk().opened(blob, chunk) as descriptor:
                 return None if descriptor is None else os.pread(descriptor, n_bytes, start)
 
-        return await asyncio.to_thread(read)
+        return await asyncio.to_thread(read)  # the disk may be slow: not on the event loop
 
     # -- fetching ---------------------------------------------------------------------------
 
     def fetch(self, file: BundledFile, filling: PartialBlob) -> None:
-        """Have what is missing of a file copied here, from wherever it is best had.
+        """Fetch the missing chunks of a file as the scheduler plans; blocks, for any thread.
+
+        Without a plan, or if no chunk arrives for long, they are read from the store.
 
         Raises
         ------
         StageError, DiskError
-            As ``ladder.staging.fetch``.
+            See ``ladder.files.staging.fetch``.
         """
         if self._access is not None and filling.missing:
             self._serve()
@@ -202,24 +206,27 @@ class Fetcher:
                 raise staging.error
             if filling.missing:
                 logger.warning(
-                    "No chunk of %s has come for long: reading it here", redacted(file.url)
+                    "No chunk of %s has arrived for %g s: reading the rest from the store",
+                    redacted(file.url),
+                    PATIENCE_S,
                 )
                 self.staged(file.blob, is_there=False)
         fetch(file, filling, self._config.store_timeout_s)
 
     def on_copy(self, blob: str, chunk: int, source: str, at: Sequence[Any] | None) -> None:
-        """The scheduler says where to get a chunk; on the event loop."""
+        """The scheduler names a source for a chunk; on the event loop."""
         self._copiers.submit(self._copy, blob, chunk, source, at)
 
     def _copy(self, blob: str, chunk: int, source: str, at: Sequence[Any] | None) -> None:
+        """Copy a chunk and report the outcome; on a copying thread."""
         outcome, staging = "failed", self._staging.get(blob)
         if staging is None:
-            return  # the scheduler has been told
+            return  # no longer staged, which the scheduler knows from `staged`
         try:
             outcome = self._copied(staging, chunk, source, at)
         except (StageError, DiskError) as error:
-            outcome, staging.error = "absent", error  # no source is to blame
-        except Exception as error:  # a store's own errors, too
+            outcome, staging.error = "absent", error  # "failed" would put the source on back-off
+        except Exception as error:  # fsspec's stores raise errors of their own
             logger.info(
                 "Chunk %s of %s not copied from %s: %s", chunk, blob, source, redacted(str(error))
             )
@@ -228,12 +235,19 @@ class Fetcher:
         staging.news()
 
     def _copied(self, staging: _Staging, chunk: int, source: str, at: Sequence[Any] | None) -> str:
+        """Copy a chunk from the store or a peer; return the outcome.
+
+        Raises
+        ------
+        StageError, DiskError
+            If the store cannot be read or has changed, or if the disk is full.
+        """
         file = staging.file
         found: bytes | memoryview | None
         if source == STORE:
             try:
                 found = read_chunk(file, chunk, self._config.store_timeout_s)
-            except Exception as error:  # each store has its own
+            except Exception as error:  # fsspec's stores raise errors of their own
                 raise StageError(unreadable(file, error)) from error
         else:
             found = self._from_peer(file.blob, chunk, source, at)
@@ -246,12 +260,13 @@ class Fetcher:
                 return "copied"
         if source == STORE:
             raise StageError(changed(file))
-        logger.warning("%s sent a wrong chunk of %s; it was dropped", source, file.name)
+        logger.warning("%s sent a chunk of %s with a wrong digest; dropped", source, file.name)
         return "failed"
 
     def _from_peer(
         self, blob: Blob, chunk: int, source: str, at: Sequence[Any] | None
     ) -> bytes | memoryview | None:
+        """Get a chunk from a peer's server, or over Dask's comms; None if the peer lacks it."""
         if at is not None:
             place = (str(at[0]), int(at[1]))
             if time.monotonic() > self._unreachable.get(place, 0.0):
@@ -261,7 +276,8 @@ class Fetcher:
                 except TransferError:
                     if is_new and place not in self._unreachable:
                         raise
-                    if not is_new:  # it had been idle for long
+                    # The peer closes connections that were idle for long: open a new one.
+                    if not is_new:
                         return self._asked(place, blob, chunk)
         start, stop = blob.span(chunk)
         asked = self._worker.rpc(source).pcm_chunk(
@@ -273,14 +289,14 @@ class Fetcher:
 
     @property
     def _peers(self) -> dict[tuple[str, int], Peer]:
-        """Connections of the calling thread."""
+        """The calling thread's connections, by address."""
         if not hasattr(self._own, "peers"):
             self._own.peers = {}
         found: dict[tuple[str, int], Peer] = self._own.peers
         return found
 
     def _asked(self, place: tuple[str, int], blob: Blob, chunk: int) -> memoryview | None:
-        """A chunk over a connection that is kept for the next."""
+        """Get a chunk over a connection that stays open for the next one."""
         assert self._access is not None
         if place not in self._peers:
             while len(self._peers) >= _MAX_PEERS:
@@ -288,7 +304,7 @@ class Fetcher:
             try:
                 self._peers[place] = Peer(place, self._access).__enter__()
             except TransferError as error:
-                logger.info("%s; for a while chunks come over Dask's comms instead", error)
+                logger.info("%s; using Dask's comms for %g s", error, _REST_S)
                 self._unreachable[place] = time.monotonic() + _REST_S
                 raise
         try:

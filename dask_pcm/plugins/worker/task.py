@@ -1,4 +1,4 @@
-"""What a task calls to get at live objects, wherever it runs."""
+"""Tasks acquire live objects here, with or without the plugin on their worker."""
 
 from __future__ import annotations
 
@@ -24,41 +24,42 @@ from dask_pcm.scheduling.rules.first_batches import Failing
 
 logger = logging.getLogger(__name__)
 
-#: The annotation of a task that was lost with its worker before.
+#: The annotation of a task that was lost with a worker before.
 LOST = "pcm_lost"
 _TIMEOUT_S = 30.0
 
 
 @contextmanager
 def acquire(*contexts: Context) -> Iterator[Any]:
-    """Inside a task of your own, hold the live object of a context.
+    """Hold the live object of a context inside a task of your own.
 
-    Hand the context over as an argument of the task: the gate then sees it, and sends the task to
-    a worker that holds it. Hidden in a closure, a callable object or a scattered value it is not
-    seen; the object is then built where the task happens to run, with a warning.
+    Pass the context as an argument of the task: the gate then sees it, and schedules the task on a
+    worker that holds it. The gate does not see a context in a closure, a callable object or a
+    scattered value. Such a context is loaded where the task happens to run, with a warning.
 
     Parameters
     ----------
     *contexts
-        One ``Context``, or several: then a list of their objects is handed out. Take several in
-        one call: tasks that take them one by one, in other orders, wait for each other.
+        One ``Context``, or several. Acquire several in one call: tasks that acquire them one by
+        one in different orders deadlock.
 
     Yields
     ------
     object
-        What the loader returned. An exclusive context has one holder at a time in a worker; until
-        the block ends it is not evicted. Outside a cluster it is built in this process and kept.
-        While the task has seceded (``compute()``, ``worker_client()``, ``secede()``), others may
-        use it: do so yourself before that, or after it has rejoined.
+        What the loader returned; with several contexts, a list of these. A context is not evicted
+        before the block ends. An exclusive context has one holder at a time per worker. Outside a
+        cluster the context is loaded in this process and kept. While the task has seceded
+        (``compute()``, ``worker_client()``, ``secede()``), other tasks may use the object: use it
+        only before, or after the task has rejoined.
 
     Raises
     ------
     LoadError
-        Where the context cannot be built.
+        If a context cannot be loaded.
     DeadlockError
-        Where tasks that take several one by one, in other orders, would wait for each other.
+        If tasks that acquire several contexts one by one would wait for each other.
     RecipeError
-        Where it is called in a coroutine, or with something else than a context.
+        If it is called in a coroutine, or with something other than a context.
 
     Examples
     --------
@@ -70,8 +71,8 @@ def acquire(*contexts: Context) -> Iterator[Any]:
     """
     if _is_in_loop():
         raise RecipeError(
-            "acquire would hold up the worker's event loop: a coroutine runs on it, and so does"
-            " every heartbeat. Make the task a plain function, def instead of async def."
+            "acquire would block the worker's event loop, on which this coroutine runs, and with"
+            " it every heartbeat. Make the task a plain function: def instead of async def."
         )
     for context in contexts:
         if not isinstance(context, Context):
@@ -81,7 +82,7 @@ def acquire(*contexts: Context) -> Iterator[Any]:
 
 
 def _is_in_loop() -> bool:
-    """Whether this runs on a worker's event loop; a notebook's own loop is nobody's business."""
+    """Whether this runs on a worker's event loop; other loops, as in a notebook, may block."""
     try:
         return get_worker().loop.asyncio_loop is asyncio.get_running_loop()
     except (ValueError, RuntimeError):  # no worker; no loop
@@ -89,25 +90,25 @@ def _is_in_loop() -> bool:
 
 
 class TaskStats(threading.local):
-    """What the task on this thread did with contexts.
+    """What the task on this thread has done with contexts so far; one instance per thread.
 
     Attributes
     ----------
     infer_s
-        Seconds that it has held them.
+        Seconds for which it held contexts.
     facts
-        What they say of themselves in a mapping ``facts``: device, dtype.
+        The contents of the live objects' ``facts`` mappings: device, dtype.
     is_by_rows, errors
-        Whether a function was called by rows, and the errors that it ended with.
+        Whether a row-wise function was called, and the errors that rows ended with.
     tallies
-        What functions by rows have come to in a unit of a run, by their digests.
+        Tallies of the row-wise functions in a unit of a run, by the functions' digests.
     """
 
     def __init__(self) -> None:
         self.begin()
 
     def begin(self) -> None:
-        """A new task begins on this thread."""
+        """Reset everything: a new task begins on this thread."""
         self.infer_s = 0.0
         self.facts: dict[str, str] = {}
         self.is_by_rows = False
@@ -115,7 +116,10 @@ class TaskStats(threading.local):
         self.tallies: dict[str, Tally] = {}
 
     def failing(self) -> tuple[Failing | None, bytes]:
-        """Whether a function failed on all rows of a unit, and how; no batches where none ran."""
+        """How a function failed on all rows of a unit, and its packed exception.
+
+        None if no function did; 0 batches if none ran.
+        """
         for tally in self.tallies.values():
             if (failing := tally.failing) is not None:
                 return failing, tally.error
@@ -127,10 +131,11 @@ task_stats = TaskStats()
 
 @contextmanager
 def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
-    """Hold the live objects of `refs`, wherever this runs.
+    """Hold the live objects of `refs`, on any thread of any process.
 
-    On a worker with our plugin they are warm: the gate saw to that. Elsewhere (another Dask
-    scheduler, a worker without the plugin) they are loaded once in this process and kept.
+    On a worker with the plugin they are warm, because the gate sent the task there. Elsewhere (one
+    of Dask's local schedulers, a worker without the plugin) they are loaded once in this process
+    and kept.
     """
     source = _plugin() or of_process()
     store = source.store if isinstance(source, ContextPlugin) else source
@@ -150,7 +155,7 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
 
 
 def was_lost() -> bool:
-    """Whether the task on this thread was on a worker before that was lost, whatever the cause."""
+    """Whether the task on this thread was lost with a worker before, for whatever reason."""
     try:
         worker = get_worker()
         ts = worker.state.tasks.get(worker.get_current_task())
@@ -160,12 +165,11 @@ def was_lost() -> bool:
 
 
 def n_losses() -> int:
-    """How many worker processes the task on this thread has cost since this was last asked.
+    """How many worker losses were attributed to the task on this thread since the last call.
 
-    Only those count that ended by a fault of their own, a crash or an OOM kill; those that were
-    taken away with their machine do not. May take seconds: whose fault it was is not known at once.
-    Asking is what keeps the gate from ending a task that has cost several, so whoever asks must
-    have got further since. Where nobody can tell, none count.
+    Losses by a crash or an OOM kill count, preemptions do not. May block for seconds, until the
+    latest loss is attributed. Each call resets the count by which the gate ends a task, so the
+    caller must have made progress since the last one. Returns 0 if there is no gate, or no answer.
     """
     if not was_lost():
         return 0
@@ -177,12 +181,19 @@ def n_losses() -> int:
     try:
         found = asked.result(_TIMEOUT_S)
     except Exception as error:
-        logger.warning("Whether %s has cost processes is not known: %r", key, error)
+        logger.warning("The scheduler did not answer about losses of %s: %r", key, error)
         return 0
-    return int(found or 0)  # a scheduler without the gate answers nothing
+    return int(found or 0)  # a scheduler that has lost the gate returns None
 
 
 def _plugin() -> ContextPlugin | None:
+    """The plugin of this thread's worker; None if there is no worker, or no plugin.
+
+    Raises
+    ------
+    Reschedule
+        If the worker is shutting down and has lost its plugin already.
+    """
     try:
         worker = get_worker()
     except ValueError:
@@ -190,7 +201,7 @@ def _plugin() -> ContextPlugin | None:
     plugin = worker.plugins.get(CONTEXTS)
     if isinstance(plugin, ContextPlugin):
         return plugin
-    if worker.status in ENDING:  # what goes on here is done elsewhere
+    if worker.status in ENDING:  # do not load a context for a task that runs again elsewhere
         raise Reschedule
     _warn_not_installed()
     return None
@@ -198,7 +209,8 @@ def _plugin() -> ContextPlugin | None:
 
 @functools.cache
 def _warn_not_installed() -> None:
+    """Warn once per process."""
     warn(
-        "dask_pcm is not installed on this cluster: contexts are loaded in the middle of tasks,"
-        " wherever Dask places them. Call dask_pcm.install(client) first.",
+        "dask_pcm is not installed on this cluster: contexts are loaded in the middle of tasks, on"
+        " any worker that Dask chooses. Call dask_pcm.install(client) first.",
     )

@@ -1,9 +1,9 @@
-"""How a process is set up while contexts are in use, and only then.
+"""Process settings for inference apply only while contexts are in use.
 
-Plain Dask work is not to notice that the toolkit is there. So what inference wants of the process
-is set when a context is loaded or held, and put back once none has been for a while: what Dask
-itself wants holds again. The heaps that have grown meanwhile stay, and plain tasks have their
-memory from them, too: from then on what is free there goes back to the system every few seconds.
+Plain Dask work must behave as without the toolkit. So the settings are made when a context is
+loaded or held, and reverted once none has been in use for a while. Heaps that have grown meanwhile
+stay, and plain tasks allocate from them too: from then on, free memory there is returned to the
+system every few seconds.
 """
 
 from __future__ import annotations
@@ -25,43 +25,43 @@ from distributed.core import Status
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES, _HEAP_BYTES = 1 << 30, 32 << 20
-#: How long a thread that reads or commits keeps Python's lock from the one that infers; Python's
-#: own 5 ms are an eighth of a batch.
+#: Python's switch interval: how long a thread that reads or commits keeps the GIL from the one that
+#: infers. The default of 5 ms is an eighth of a batch.
 _SWITCH_S = 5e-4
-#: Variables that libraries of models look at; OMP_NUM_THREADS for what is not yet imported.
+#: Variables that model libraries read; OMP_NUM_THREADS affects libraries imported later.
 _TOKENIZERS, _THREADS = "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS"
-#: Batches of one run follow each other faster than that.
+#: Settings are reverted after this long without use; batches of a run follow each other faster.
 _IDLE_S = 2.0
-#: How often it is looked whether contexts are in use. While they are not it is done less and less
-#: often, and each time free memory goes back: plain tasks, too, free what they had from the heaps.
+#: Interval between checks whether contexts are in use; it grows up to the maximum while they are
+#: not. Each check returns free memory: plain tasks free what they had from the heaps, too.
 _LOOK_S, _MAX_LOOK_S = 1.0, 4.0
 _LIVING = frozenset({Status.init, Status.starting, Status.running, Status.paused})
 
 
 class Tuning:
-    """Counts who uses contexts in this process; for any thread."""
+    """Makes and reverts the settings of this process; for any thread."""
 
     def __init__(self) -> None:
-        #: Notified when contexts are in use again, and when a worker leaves.
+        #: Notified when contexts are in use again, and when a worker loses the toolkit.
         self._changing = threading.Condition()
         self._n_using = 0
-        #: Workers of this process that have the toolkit, and those that have had it.
+        #: Workers of this process that have the toolkit; and these with those that have had it.
         self._workers: WeakSet[Worker] = WeakSet()
         self._all_workers: WeakSet[Worker] = WeakSet()
         self._used_at = 0.0
         self._is_watched = False
-        #: Python's switch interval and the variables as they were; None where nothing is set.
+        #: The former switch interval and variables; None while nothing is changed.
         self._before: tuple[float, dict[str, str | None]] | None = None
         self._set: dict[str, str] = {}
 
     def join(self, worker: Worker) -> None:
-        """A worker of this process has the toolkit."""
+        """A worker of this process has got the toolkit."""
         with self._changing:
             self._workers.add(worker)
             self._all_workers.add(worker)
 
     def leave(self, worker: Worker) -> None:
-        """It has it no more; without any, all is put back as soon as no task holds a context."""
+        """A worker has lost the toolkit; with the last one, settings are reverted without delay."""
         with self._changing:
             self._workers.discard(worker)
             self._changing.notify_all()
@@ -70,7 +70,7 @@ class Tuning:
 
     @contextmanager
     def in_use(self, n_threads: int) -> Iterator[None]:
-        """While a context is loaded or held; `n_threads` are what it may use of the CPU."""
+        """Apply the settings while a context is loaded or held, with `n_threads` CPU threads."""
         with self._changing:
             self._n_using += 1
             if self._before is None:
@@ -92,12 +92,16 @@ class Tuning:
                 self._used_at = time.monotonic()
 
     def _set_variable(self, name: str, value: str) -> None:
+        """Set an environment variable and remember its former value; with the lock held."""
         assert self._before is not None
         self._before[1].setdefault(name, os.environ.get(name))
         os.environ[name] = self._set[name] = value
 
     def _watch(self) -> None:
-        """For as long as something is to be put back, or a worker that had the toolkit lives."""
+        """Revert settings and return free memory; on a thread of its own.
+
+        Ends once everything is reverted and no worker that has had the toolkit lives.
+        """
         wait_s = _LOOK_S
         while True:
             with self._changing:
@@ -113,7 +117,7 @@ class Tuning:
                 wait_s = _LOOK_S
 
     def _settle(self) -> bool:
-        """Put back what was, if no context is in use; whether none is."""
+        """Revert the settings unless contexts are in use; return whether none is."""
         with self._changing:
             if self._before is not None:
                 idle_s = time.monotonic() - self._used_at
@@ -124,8 +128,8 @@ class Tuning:
             return True
 
     def _put_back(self, switch_s: float, variables: Mapping[str, str | None]) -> None:
-        """What has been changed since by others stays."""
-        if abs(sys.getswitchinterval() - _SWITCH_S) < 1e-6:  # it is kept in microseconds
+        """Restore former values; those that other code has changed since stay as they are."""
+        if abs(sys.getswitchinterval() - _SWITCH_S) < 1e-6:  # Python rounds to microseconds
             sys.setswitchinterval(switch_s)
         for name, value in variables.items():
             if os.environ.get(name) != self._set.pop(name):
@@ -138,35 +142,37 @@ class Tuning:
 
 
 def keep_freed_memory() -> bool:
-    """Have the allocator keep what is freed, for the next batch; False where it is not glibc.
+    """Make the allocator keep freed memory for the next batch; False if it is not glibc's.
 
-    Dask's nanny asks for the opposite (``MALLOC_TRIM_THRESHOLD_``), which makes torch map and
-    unmap every sizeable tensor: twice the CPU time of a batch.
+    Dask's nanny sets the opposite (``MALLOC_TRIM_THRESHOLD_``). Then every large tensor is mapped
+    and unmapped, which doubles the CPU time of a batch.
     """
     return _set_thresholds(_KEPT_BYTES, _HEAP_BYTES)
 
 
 def free_memory_as_before() -> bool:
-    """Have the allocator give back what is freed, as it was started to; False as above."""
+    """Make the allocator return freed memory as it was started to; False if it is not glibc's."""
     trim = os.environ.get("MALLOC_TRIM_THRESHOLD_", "")
     if trim.isdecimal():
         mapped = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
         return _set_thresholds(int(trim), int(mapped) if mapped.isdecimal() else 128 << 10)
-    # Without the variable both grow with what is freed, to these. Once set they do not any more.
+    # By default glibc adapts both thresholds, up to these values. Once set they stay fixed, so the
+    # adapted values are the closest to the default.
     return _set_thresholds(2 * _HEAP_BYTES, _HEAP_BYTES)
 
 
 def give_back_memory() -> None:
-    """Give the system what is free in the allocator's heaps; nothing happens without glibc."""
+    """Return free memory in the allocator's heaps to the system; does nothing without glibc."""
     if (libc := _libc()) is not None:
         libc.malloc_trim(0)
 
 
 def _set_thresholds(trim_bytes: int, mapped_bytes: int) -> bool:
+    """Set glibc's thresholds; False if the allocator is another."""
     libc = _libc()
     if libc is None:
         return False
-    limit = (1 << 31) - 1  # what mallopt takes is an int
+    limit = (1 << 31) - 1  # mallopt takes an int
     trims = libc.mallopt(_M_TRIM_THRESHOLD, min(trim_bytes, limit))
     maps = libc.mallopt(_M_MMAP_THRESHOLD, min(mapped_bytes, _HEAP_BYTES))
     return bool(trims and maps)
@@ -174,7 +180,7 @@ def _set_thresholds(trim_bytes: int, mapped_bytes: int) -> bool:
 
 @functools.cache
 def _libc() -> Any:
-    """glibc; None where the allocator is another."""
+    """glibc; None if the allocator is another."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
@@ -184,5 +190,5 @@ def _libc() -> Any:
 
 @functools.cache
 def tuning() -> Tuning:
-    """That of this process, in which there may be several workers."""
+    """The instance of this process, which may have several workers."""
     return Tuning()

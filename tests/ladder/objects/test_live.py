@@ -155,7 +155,7 @@ def test_what_outlives_the_process_and_what_does_not(caplog):
     wanted = Recipe(model, (), {}, reattach=True)
     with caplog.at_level(logging.INFO):
         apart = frozen({"lock": threading.Lock()}, wanted, "an engine")
-    assert apart.skeleton is None and "'an engine' cannot outlive" in caplog.text
+    assert apart.skeleton is None and "'an engine' cannot be kept" in caplog.text
     assert Host(OwnShelf(1 << 30)).put("a", "an engine", apart) is None
     closes = Recipe(model, (), {}, close=print)
     assert frozen(model(), closes, "an engine").skeleton is None

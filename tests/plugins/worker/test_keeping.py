@@ -110,7 +110,7 @@ def test_where_there_is_no_room_for_it_the_log_says_so_and_it_is_loaded_again(lo
         os.kill(pid, signal.SIGKILL)
         client.submit(ask, 1, context, pure=False).result(60)
     assert n_loads(log) == 2
-    assert "not kept in the host's memory" in capfd.readouterr().err
+    assert "not kept on the host tier" in capfd.readouterr().err
 
 
 def is_back(client, pid):

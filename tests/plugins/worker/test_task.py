@@ -200,7 +200,7 @@ def test_a_hidden_context_that_fails_after_long_is_not_tried_by_every_task(clien
         wait(futures)
     errors = [future.exception() for future in futures]
     assert all(isinstance(error, LoadError) and "no weights" in str(error) for error in errors)
-    assert "without another try" in errors[0].__notes__[0]
+    assert "without another attempt" in errors[0].__notes__[0]
     assert len(log.read_text().splitlines()) <= 2  # one a worker
 
 
