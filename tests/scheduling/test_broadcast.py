@@ -83,7 +83,7 @@ def test_a_source_that_fails_rests_longer_each_time_and_is_not_blamed_for_ever()
     plan.failed(copy, 0.0)
     for now, expected in ((9.9, STORE), (10.0, "flaky")):
         source, copy = begun(now)
-        assert source == expected  # while nobody else can be reached, the store gives
+        assert source == expected  # without another reachable source, the store serves
         plan.failed(copy, 10.0) if source == "flaky" else plan.copied(copy)
     for now, expected in ((29.9, STORE), (30.0, "flaky"), (30.0, "flaky")):
         source, copy = begun(now)

@@ -1,4 +1,4 @@
-"""Whole simulations, with times computed by slot."""
+"""Whole simulations, with times computed by hand."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_broken_worker_gets_fewer_and_fewer_loads_from_us_and_many_from_pervas
     assert ours.bound_s == pytest.approx(45)
 
 
-def test_nobody_who_works_is_told_as_never(tmp_path):
+def test_no_finish_is_reported_as_never(tmp_path):
     silent = {"nodes": pool(broken={"n_workers": 1})}
     for policy in POLICIES:
         result = simulate(world(tmp_path, silent), policy)

@@ -46,7 +46,7 @@ def test_workers_of_one_model_may_differ():
     assert 0.1 < cost.row_s(KIND, "unseen", "T4") < 0.3
 
 
-def test_nothing_is_known_of_what_nobody_has_done():
+def test_unseen_work_has_no_cost():
     cost = CostModel()
     seen(cost, OTHER, "w", "T4", 0.1, 0.1)
     assert cost.row_s(KIND, "w", "T4") is None

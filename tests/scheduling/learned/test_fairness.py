@@ -35,7 +35,7 @@ def one_worker(row_s=1.0):
     return world
 
 
-def test_clients_share_whoever_came_first():
+def test_clients_share_regardless_of_arrival_order():
     world = one_worker()
     park(world, ANN, 100)
     assert served(world, 5) == ["ann"] * 5
@@ -51,7 +51,7 @@ def test_they_share_seconds_and_not_pieces():
     assert counts["bob"] == 30 and counts["ann"] == 10
 
 
-def test_nobody_makes_up_for_having_been_away():
+def test_idle_time_earns_no_credit():
     world = one_worker()
     park(world, BOB, 1, first=1000)
     park(world, ANN, 100)

@@ -69,7 +69,7 @@ def test_nothing_goes_to_a_worker_that_would_end_before():
     assert assigned(world.decide()) == []
 
 
-def test_what_nobody_lasts_for_is_begun_where_most_of_it_gets_done():
+def test_work_longer_than_any_lifetime_starts_on_the_longest_lived_worker():
     world = World()
     ending(world, "short", 5.0)
     ending(world, "longer", 9.0)
@@ -123,7 +123,7 @@ def test_long_work_goes_where_workers_last():
 
 
 @pytest.mark.parametrize("life_s", [5.0, 20.0])
-def test_however_short_lives_are_somebody_begins(life_s):
+def test_work_begins_under_any_lifetime(life_s):
     world = World()
     for number in range(50):
         world.tell(WorkerJoined(f"old{number}", 1))
@@ -137,7 +137,7 @@ def test_however_short_lives_are_somebody_begins(life_s):
     assert len(assigned(world.decide())) == 1
 
 
-def test_before_costs_are_known_whoever_is_about_to_end_is_not_warmed():
+def test_before_costs_are_known_an_ending_worker_is_not_warmed():
     world = World()
     world.tell(ContextDeclared("a", "a", 10**10))  # ten seconds, by its bytes
     world.tell(WorkerJoined("a-dying", 1, ends_in_s=3.0), WorkerJoined("b-fresh", 1))
@@ -145,7 +145,7 @@ def test_before_costs_are_known_whoever_is_about_to_end_is_not_warmed():
     assert warmed(world.decide()) == {"b-fresh"}
 
 
-def test_whoever_ends_before_a_piece_is_done_holds_nobody_back():
+def test_a_worker_that_ends_before_a_piece_delays_no_other():
     world = World()
     ending(world, "fast", 59.0)
     ending(world, "slow", math.inf)
@@ -155,7 +155,7 @@ def test_whoever_ends_before_a_piece_is_done_holds_nobody_back():
     assert assigned(world.decide()) == [("a0", "slow")]
 
 
-def test_where_nobody_lasts_somebody_is_warmed_all_the_same():
+def test_a_worker_is_warmed_even_if_none_lasts():
     world = World()
     world.tell(WorkerJoined("w", 1, ends_in_s=5.0))
     world.warm("w", "a", seconds=2.0)

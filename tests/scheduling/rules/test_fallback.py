@@ -22,7 +22,7 @@ def test_work_that_waits_for_idle_workers_has_stalled():
     assert idle(world, 2.0) == "a0"
 
 
-def test_whoever_works_or_loads_has_not_stalled():
+def test_a_worker_that_runs_or_loads_is_not_stalled():
     world = World("w0")
     world.park(3)
     world.decide()
@@ -34,7 +34,7 @@ def test_whoever_works_or_loads_has_not_stalled():
     assert idle(world, 31.0) == "a2"
 
 
-def test_where_nobody_could_work_nothing_has_stalled():
+def test_without_usable_workers_nothing_has_stalled():
     world = World("w0", "w1")
     world.tell(WorkerPaused("w0", True), WorkerDraining("w1", 5.0))
     world.park(1)

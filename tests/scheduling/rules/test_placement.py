@@ -110,7 +110,7 @@ def test_what_users_have_put_first_goes_before_what_was_cut_for_it():
     assert assigned(world.decide()) == [("urgent", "w")]
 
 
-def test_pieces_of_the_end_go_to_whoever_is_done_with_them_first():
+def test_last_pieces_go_to_the_worker_that_finishes_first():
     """Speeds one to three, seven hundred pieces: the end is within a piece of the bound."""
     world = warm_workers("fast", "slow", n_lanes=1)
     world.learn(A, "fast", 1.0)
@@ -141,7 +141,7 @@ def test_no_worker_is_kept_empty_that_ends_before():
     world.decide()
     kept = [view.address for view in world.state.workers.values() if view.reserved_for]
     assert kept == ["lasting"]
-    world.state.workers["lasting"].ends_at = 5.0  # nobody lasts: the one that lasts longest
+    world.state.workers["lasting"].ends_at = 5.0  # no worker lasts: the one that lasts longest
     world.decide()
     kept = [view.address for view in world.state.workers.values() if view.reserved_for]
     assert kept == ["dying"]

@@ -23,7 +23,7 @@ def test_what_ends_does_no_more(tmp_path):
     assert bound(world(tmp_path, pools, run(10))) == pytest.approx(25 + 7)
 
 
-def test_nobody_is_never_done(tmp_path):
+def test_without_workers_the_bound_is_infinite(tmp_path):
     assert bound(world(tmp_path, {"short": pool(walltime_s=8)})) == math.inf
 
 

@@ -1,4 +1,4 @@
-"""What is told of simulations, and the command."""
+"""Reports of simulations, and the command."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_a_link_is_shared_by_what_it_receives(clock, links, arrived):
     assert arrived == pytest.approx({"from b": 10, "from a": 15})
 
 
-def test_a_slow_path_leaves_room_for_nobody_else(clock, links, arrived):
+def test_unused_bandwidth_of_a_slow_path_is_not_redistributed(clock, links, arrived):
     links.send("a", "b", 100, arrived.note("slow"), most_bytes_s=1)
     links.send("a", "c", 100, arrived.note("fast"))
     play(clock)
