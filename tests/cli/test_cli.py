@@ -276,7 +276,7 @@ def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_
         ({"--report": "/nowhere/at/all.json"}, "The report cannot be written"),
         ({"--scheduler": "tcp://127.0.0.1:9"}, "No scheduler answers at 'tcp://127.0.0.1:9'"),
         ({"--truncate": "label"}, "no field of the prompt"),
-        ({"--batch-timeout": "soon"}, "batch_timeout must be a time"),
+        ({"--batch-timeout": "soon"}, "batch_timeout must be a positive duration"),
     ],
 )
 def test_bad_input_is_one_message_and_no_output(source, tmp_path, change, message, monkeypatch):
