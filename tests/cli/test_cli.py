@@ -308,7 +308,7 @@ def test_ctrl_c_leaves_a_resumable_output_and_says_so(tmp_path):
         os.killpg(first.pid, signal.SIGINT)
         _, said = first.communicate(timeout=patient(60))
     assert first.returncode == 130
-    assert "run the same command to go on" in said
+    assert "rerun the same command to resume" in said
     assert "Traceback" not in said, said
     assert 0 < len(pd.read_parquet(out)) < 8_000
     assert subprocess.run(args, capture_output=True, timeout=patient(110)).returncode == 0
@@ -326,7 +326,7 @@ def test_help_names_the_commands():
     ("options", "message"),
     [
         (["--workers", "2", "--scheduler", "tcp://nowhere:1"], "Give --workers or --scheduler"),
-        (["--sample", "3", "--report", "report.json"], "A sample writes no report"),
+        (["--sample", "3", "--report", "report.json"], "A sample has no report"),
     ],
 )
 def test_options_that_exclude_each_other(invoke, source, tmp_path, options, message):
