@@ -1,8 +1,10 @@
-"""Batch inference on GPUs that come and go, with Dask.
+"""Batch inference with Dask on GPUs that come and go.
 
-The model is loaded once a worker and kept, work goes where it is warm, and nothing finished is
-ever done again. Importing this imports neither torch nor transformers, nor pandas: each name is
-looked up when it is first used, so a worker pays for what its tasks need.
+The model is loaded once per worker and stays loaded, work is scheduled on workers that already hold
+it, and finished rows are never computed again: after any crash, rerun the same call to resume.
+
+Importing this package imports neither torch, transformers nor pandas. Each public name is imported
+when it is first used, so a worker process imports only what its tasks need.
 """
 
 import importlib
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from dask_pcm.plugins.worker.task import acquire
     from dask_pcm.runs import Progress, Report, Run, Sample, attach, write_parquet
 
+#: The module that defines each public name.
 _HOMES = {
     "Context": "dask_pcm.context.context",
     "map_partitions": "dask_pcm.frames.map_partitions",
@@ -65,14 +68,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
-    setattr(sys.modules[__name__], name, value)  # from now on it is found without this
+    setattr(sys.modules[__name__], name, value)  # later look-ups do not come here
     return value
 
 
 def __dir__() -> list[str]:
+    """All public names, imported yet or not."""
     return sorted({*globals(), *__all__})
 
 

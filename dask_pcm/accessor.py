@@ -1,4 +1,7 @@
-"""``ddf.pcm``: the verbs on a Dask DataFrame, for notebooks; see ``registration``."""
+"""``ddf.pcm`` offers the package's functions as methods of a Dask DataFrame.
+
+``registration`` registers it with Dask.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ from dask_pcm.runs import write_parquet
 
 
 def _like(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Show the text and the options of `func`, whose frame is the accessor's."""
+    """Give a method the docstring and the signature of `func`, without its `ddf`."""
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        """Set both on `method`; its body stays."""
         own = inspect.signature(method).parameters["self"]
         theirs = inspect.signature(func).parameters.values()
         shown = [own, *(parameter for parameter in theirs if parameter.name != "ddf")]
@@ -29,9 +33,10 @@ def _like(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[.
 
 
 class Accessor:
-    """The toolkit's verbs on a frame: ``ddf.pcm.classify(llm, ...).pcm.write_parquet(path)``.
+    """Methods of a Dask DataFrame: ``ddf.pcm.classify(llm, ...).pcm.write_parquet(path)``.
 
-    Each is the function of the same name with the frame as its `ddf`.
+    Each method calls the function of the same name in ``dask_pcm`` with the frame as its `ddf`,
+    and has that function's docstring.
     """
 
     def __init__(self, ddf: dd.DataFrame) -> None:

@@ -1,7 +1,7 @@
-"""What people give, held against what is needed: functions, options, frames, live models.
+"""User arguments are validated on the client, in the call that received them.
 
-Each mistake is told where it was made, with the sentence that helps. Nothing here imports what it
-looks for: libraries are known by their names.
+Each error says what was found, what was expected and what to write instead. Objects of other
+libraries are recognised by the name of their module, so none of these libraries is imported here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dask_pcm.errors import ArgumentError, RecipeError, SchemaError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Other names of our options, as other libraries call them.
+#: Names that other libraries use for our options.
 _ALIASES = {
     "batch_rows": "batch_size batchsize bs num_rows n_rows nrows chunk_size chunksize",
     "rows_per_piece": "chunk_size chunksize batch_size num_rows n_rows nrows rows_per_partition",
@@ -37,17 +37,18 @@ _ALIASES = {
     "device_memory": "memory gpu_memory vram",
     "max_failed_rows": "max_errors max_failures",
 }
-#: Libraries whose objects are live: models, engines, indexes.
+#: Libraries whose objects are live (models, engines, indexes) and cannot be sent to workers.
 _LIVE = frozenset(
     "torch transformers sentence_transformers peft diffusers optimum vllm llama_cpp ctranslate2"
     " tensorflow keras jax flax onnxruntime sklearn xgboost lightgbm catboost spacy faiss".split()
 )
+#: The call to write, by verb.
 _CALLS = {
     "map_partitions": "map_partitions(func, ddf, context=..., meta=...)",
     "classify": "classify(ddf, llm, prompt=..., choices=...)",
     "write_parquet": "write_parquet(ddf, path)",
 }
-#: How data of other libraries are written as Parquet, by library and class; "" for the others.
+#: Calls that write other libraries' data as Parquet, by library and class; "" for any class.
 _WRITERS = {
     ("polars", ""): "frame.write_parquet(path)",
     ("polars", "LazyFrame"): "frame.sink_parquet(path)",
@@ -56,7 +57,7 @@ _WRITERS = {
     ("datasets", "IterableDatasetDict"): "dataset['train'].to_parquet(path), one split at a time,",
     ("pyspark", ""): "frame.write.parquet(path)",
 }
-#: How data of other libraries become a pandas frame.
+#: Expressions that convert other libraries' data to a pandas frame.
 _PANDAS = {
     "pandas": "frame",
     "pyarrow": "table.to_pandas()",
@@ -67,12 +68,12 @@ _PANDAS = {
 
 
 def name_of(func: Any) -> str:
-    """How a callable is called in messages."""
+    """The name of a callable in messages."""
     return getattr(func, "__qualname__", None) or type(func).__qualname__
 
 
 def is_live(value: Any) -> bool:
-    """Whether it is an object of a library for models, or a method of one."""
+    """Whether a value is an object of a model library, or a bound method of one."""
     owner = getattr(value, "__self__", None)
     value = value if owner is None or inspect.ismodule(owner) else owner
     if isinstance(value, type) or inspect.isroutine(value):
@@ -81,11 +82,12 @@ def is_live(value: Any) -> bool:
 
 
 def checked(func: Callable[P, R]) -> Callable[P, R]:
-    """Have a function refuse arguments that it does not take with the name that is meant."""
+    """Make a function raise ArgumentError for unknown options, and suggest the right name."""
     signature = inspect.signature(func)
 
     @functools.wraps(func)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        """Check the arguments, then call the function."""
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -97,15 +99,18 @@ def checked(func: Callable[P, R]) -> Callable[P, R]:
 
 
 def _hint(given: Iterable[str], options: Iterable[str], owner: str) -> str:
-    """Which options may be meant by names that are none."""
+    """A sentence for each unknown name that resembles an option of `owner`."""
     options = set(options)
     found = ((name, _meant(name, options)) for name in given if name not in options)
-    meant = [f"{name}= may be meant as {owner}'s {option}=." for name, option in found if option]
+    meant = [
+        f"Instead of {name}=, did you mean {owner}'s {option}=?" for name, option in found if option
+    ]
     return "".join(f" {text}" for text in meant)
 
 
 def _meant(name: str, options: Iterable[str]) -> str | None:
-    """
+    """The option that an unknown name most likely means; None if it resembles none.
+
     >>> _meant("batchsize", ["batch_rows", "meta"]), _meant("max_failed_row", ["max_failed_rows"])
     ('batch_rows', 'max_failed_rows')
     >>> _meant("threshold", ["batch_rows", "meta"])
@@ -121,12 +126,21 @@ def _meant(name: str, options: Iterable[str]) -> str | None:
 def check_function(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: Sequence[str]
 ) -> None:
-    """Refuse a function that could not be called on a partition; `options` are those of the verb.
+    """Refuse a function that cannot be called on a partition.
+
+    Parameters
+    ----------
+    func
+        The function to be mapped.
+    args, kwargs
+        What it would be called with.
+    options
+        Names of the options of ``map_partitions``, for suggestions.
 
     Raises
     ------
     RecipeError
-        Where it is no plain function, or does not take these arguments.
+        If it is not a plain function, or does not accept these arguments.
     """
     if not callable(func) or is_dask_collection(func):
         raise RecipeError(
@@ -135,43 +149,43 @@ def check_function(
         )
     if isinstance(func, type):
         raise RecipeError(
-            f"map_partitions needs a function; found the class {func.__qualname__}, of which every"
-            " call would make an object. Give a function, or an object of the class that has"
-            " __call__; what is expensive to make belongs into a Context."
+            f"map_partitions needs a function; found the class {func.__qualname__}, which every"
+            " call would instantiate. Pass a function, or an instance whose class defines"
+            " __call__; put whatever is expensive to create into a Context."
         )
     _check_plain(func, "map_partitions calls", "Return a DataFrame")
     check_arguments(func, args, kwargs, "map_partitions", options)
 
 
 def check_loader(load: Any) -> None:
-    """Refuse a loader that could not be called, or whose result is of no use.
+    """Refuse a loader that cannot be called, or that can only return None.
 
     Raises
     ------
     RecipeError
-        Where it is no plain function or class, or returns None.
+        If it is not a plain function or class, or always returns None.
     """
     if is_live(load):
         raise RecipeError(
-            f"Context needs a function that loads, and found a live object, {load!r:.80}. Models"
-            " do not travel: write a function that returns it, and Context(load, path), so that"
-            " each worker loads it by itself."
+            f"Context needs a loader function; found a live object, {load!r:.80}. Live models"
+            " cannot be sent to workers: write a function load that returns the model, and pass"
+            " Context(load, path), so that each worker loads its own."
         )
     if not callable(load):
         raise RecipeError(
-            f"Context needs a function that loads, as its first argument; found {load!r:.80}."
+            f"Context needs a loader function as its first argument; found {load!r:.80}."
             " Write Context(load, *arguments), not Context(load(*arguments))."
         )
     _check_plain(load, "Context calls", "Return the live object")
     if _returns_none(load):
         raise RecipeError(
-            f"The loader {name_of(load)} returns None wherever it ends. Return the live object: it"
-            " is what functions get."
+            f"The loader {name_of(load)} always returns None. Return the live object: it is passed"
+            " to the functions that use the context."
         )
 
 
 def _check_plain(func: Any, who: str, instead: str) -> None:
-    """Refuse functions whose call does not run them."""
+    """Refuse coroutine functions and generators: calling them does not run their body."""
     while isinstance(func, functools.partial):
         func = func.func
     called = func if inspect.isroutine(func) or isinstance(func, type) else type(func).__call__
@@ -183,19 +197,19 @@ def _check_plain(func: Any, who: str, instead: str) -> None:
     for is_kind, kind, word in kinds:
         if is_kind(called):
             raise RecipeError(
-                f"{name_of(func)} is {kind}: {who} it, and what comes back would be nothing but an"
-                f" object that waits to be run. {instead} from a plain function, with {word!r}."
+                f"{name_of(func)} is {kind}: {who} it, which would return an object that has not"
+                f" run yet. {instead} from a plain function, with {word!r}."
             )
 
 
 def check_arguments(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], verb: str, options: Sequence[str]
 ) -> None:
-    """Raise RecipeError where a function does not take what `verb` would call it with."""
+    """Raise RecipeError if a function does not accept the arguments that `verb` would pass."""
     try:
-        # Not that of what it wraps: a decorator may take and give other arguments.
+        # The signature of the decorated function itself: a decorator may change the arguments.
         signature = inspect.signature(func, follow_wrapped=False)
-    except (TypeError, ValueError):  # builtins
+    except (TypeError, ValueError):  # some builtins have no signature
         return
     try:
         signature.bind(*args, **kwargs)
@@ -213,7 +227,7 @@ def check_arguments(
 
 
 class _Shown(str):
-    """Stands for a value that is there when the function is called."""
+    """A placeholder in messages for a value that exists only on workers."""
 
     __slots__ = ()
 
@@ -222,7 +236,7 @@ FRAME, LIVE = _Shown("frame"), _Shown("live")
 
 
 def _returns_none(func: Any) -> bool:
-    """Whether every way out of a Python function returns the constant None.
+    """Whether every return of a Python function returns the constant None, by its bytecode.
 
     >>> def fills_a_global():
     ...     global model
@@ -238,26 +252,27 @@ def _returns_none(func: Any) -> bool:
         if step.opname == "RETURN_CONST":
             nones.append(step.argval is None)
         elif step.opname == "RETURN_VALUE":
-            # Where a jump leads to it, another value may lie on the stack.
+            # If it is a jump target, another path may have left another value on the stack.
             is_constant = before is not None and before.opname == "LOAD_CONST"
             nones.append(is_constant and before.argval is None and not step.is_jump_target)  # type: ignore[union-attr] # is_constant says so
     return bool(nones) and all(nones)
 
 
 def frame_refused(verb: str, found: Any) -> SchemaError:
-    """The error where `verb` was given something else than a Dask DataFrame."""
+    """The error of `verb` for a value that is not a Dask DataFrame, with a way to make one."""
     kind = type(found)
     name = f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}".removeprefix("builtins.")
     return SchemaError(f"{verb} needs a Dask DataFrame; found {name}. {_way_to_frame(verb, found)}")
 
 
 def _way_to_frame(verb: str, found: Any) -> str:
+    """How to make a Dask DataFrame of a value, as a sentence."""
     kind = type(found)
     library, name = kind.__module__.partition(".")[0], kind.__name__
     if isinstance(found, (str, os.PathLike)):
         return f"Read the files first: dask_pcm.read_parquet({os.fspath(found)!r:.80})."
     if library == "dask":
-        return "Make one of it: .to_frame() of a series, .to_dataframe() of a bag or an array."
+        return "Convert it: .to_frame() for a series, .to_dataframe() for a bag or an array."
     if library == "pyarrow" and not hasattr(found, "to_pandas"):
         return "Read its files: dask_pcm.read_parquet(path)."
     if writer := _WRITERS.get((library, name)) or _WRITERS.get((library, "")):

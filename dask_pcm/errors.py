@@ -1,26 +1,34 @@
-"""The exceptions of dask_pcm. Each message names the thing, what was found and what to do."""
+"""Every error that dask_pcm raises on purpose derives from ``PCMError``.
+
+Each message names the thing, what was found, what was expected and what to do. Messages may quote
+URLs, rows and files, so ``PCMError`` removes secrets and control characters from them.
+"""
 
 from __future__ import annotations
 
 import re
 
-#: Of a password with a slash in it, what stands before that looks like a port that is no number.
+#: User and password of a URL. A password may contain a slash; the part before the slash then looks
+#: like a port that is not a number.
 _USER = re.compile(
     r"(?i)\b([a-z][a-z0-9+.-]*://)([^\s/'\"<>]+|[^\s/:'\"<>]+:(?!\d+/|:)[^\s'\"<>]+)@"
 )
-#: All but line feeds and tabs; also what changes the direction of text.
+#: Control characters except line feeds and tabs; also those that change the direction of text,
+#: which could disguise a message in a terminal.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+#: A query with a key and a value, such as a signature.
 _QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>]*=[^\s'\"<>]*")
-#: Of the web, also a query or fragment that is a word: a pattern there goes on with a dot or slash.
+#: In web URLs also a query or fragment that is one word: a token. If a dot or slash follows, the
+#: "?" is a wildcard in a glob pattern instead.
 _TOKEN = re.compile(
     r"(?i)\b(https?://[^\s?#'\"<>]*)[?#][^\s'\"<>./*?:,;)\[\]]{6,}(?=$|[\s'\"<>:,;)])"
 )
 
 
 def redacted(text: str) -> str:
-    """Text whose URLs show no password, token or signature.
+    """Remove passwords, tokens and signatures from the URLs in a text.
 
-    What stands before the host is kept where it is the name of a container or a user alone.
+    A container or user name before the host is kept if no password comes with it.
 
     >>> redacted("cannot read https://me:secret@host/model/weights.bin?signature=secret")
     'cannot read https://host/model/weights.bin'
@@ -31,13 +39,17 @@ def redacted(text: str) -> str:
 
 
 def _without_password(found: re.Match[str]) -> str:
+    """The scheme alone, if the user part of the URL may hold a secret."""
     scheme, user = found.groups()
     is_secret = ":" in user or scheme.lower().startswith(("http", "ftp"))
     return scheme if is_secret else found[0]
 
 
 def shown_cause(error: BaseException) -> BaseException | None:
-    """An error to raise ours from; None where its text, or that of its own, shows a secret."""
+    """The cause for ``raise ... from``; None if its text, or that of its causes, shows a secret.
+
+    A traceback prints all causes unredacted.
+    """
     cause: BaseException | None = error
     while cause is not None:
         texts = str(cause), repr(cause)
@@ -48,7 +60,7 @@ def shown_cause(error: BaseException) -> BaseException | None:
 
 
 def printable(text: str) -> str:
-    """Text that does nothing to a terminal but show: control characters are escaped.
+    """Escape control characters, so that quoted text cannot control a terminal.
 
     >>> printable("rows \\x1b[2Jgone")
     'rows \\\\x1b[2Jgone'
@@ -59,7 +71,7 @@ def printable(text: str) -> str:
 class PCMError(Exception):
     """Base of every error that dask_pcm raises on purpose.
 
-    Its message holds no secrets of URLs, and no control characters: it may quote files.
+    Its message contains no secrets from URLs and no control characters.
     """
 
     def __init__(self, *args: object) -> None:
@@ -68,59 +80,59 @@ class PCMError(Exception):
 
 
 class RecipeError(PCMError, TypeError):
-    """A context's recipe, or a function to be mapped, cannot be identified or pickled."""
+    """A recipe or a mapped function cannot be called, identified or pickled."""
 
 
 class IdentityWarning(UserWarning):
-    """Something cannot tell one recipe or job from another as well as it should."""
+    """The identity of a recipe or job misses something that may change its answers."""
 
 
 class LoadError(PCMError, RuntimeError):
-    """A context could not be built; the message holds the loader's own traceback."""
+    """A context could not be built; the message contains the loader's own traceback."""
 
 
-class DeviceMemoryError(MemoryError, PCMError):  # in this order pickle can make it again
-    """A context does not fit on the device; the message has the numbers."""
+class DeviceMemoryError(MemoryError, PCMError):  # this order survives pickling
+    """A context does not fit on the device; the message states the sizes."""
 
 
 class DeviceBusyError(DeviceMemoryError):
-    """A context would fit on the device, but tasks hold on to others there."""
+    """A context would fit on the device, but running tasks hold other contexts there."""
 
 
 class DeviceError(PCMError, RuntimeError):
-    """A device failed in a way that only a new process mends, and did so again and again."""
+    """A device failed repeatedly, in a way that only a new process can recover from."""
 
 
 class DeviceUnusableError(DeviceError):
-    """A worker was given a device that its torch cannot use; the message has the versions."""
+    """A worker's torch cannot use the device assigned to it; the message states the versions."""
 
 
 class LostProcessError(PCMError, RuntimeError):
-    """Worker processes ended, one after the other, while a row was computed alone."""
+    """An isolated row ended several worker processes, one after the other."""
 
 
 class DeadlockError(PCMError, RuntimeError):
-    """Tasks would wait for each other's contexts for ever."""
+    """Tasks would wait for each other's contexts without end."""
 
 
 class RowCountError(PCMError, ValueError):
-    """A function called on n rows at a time did not return one row for each."""
+    """A row-wise function did not return exactly one row per input row."""
 
 
 class UserFunctionError(PCMError, RuntimeError):
-    """A function raised on every row, with an exception that cannot be sent to the client."""
+    """A function raised on every row, with an exception that cannot be pickled."""
 
 
 class ArgumentError(PCMError, TypeError):
-    """A function was given an option that it does not have; the message names the one that is."""
+    """A function does not have a given option; the message suggests one that it has."""
 
 
 class SchemaError(PCMError, ValueError):
-    """Columns are missing, repeated, clash with ours, or differ from what was declared."""
+    """Columns are missing, repeated, reserved, or differ from `meta`."""
 
 
 class PromptError(PCMError, ValueError):
-    """A prompt or a list of choices cannot be used with the frame at hand."""
+    """A prompt or a list of choices is invalid, or does not fit the frame."""
 
 
 class ModelError(PCMError, ValueError):
@@ -128,15 +140,15 @@ class ModelError(PCMError, ValueError):
 
 
 class StageError(PCMError, RuntimeError):
-    """A file of a recipe cannot be brought to a worker, or is not what it was."""
+    """A file of a recipe cannot be staged on a worker, or has changed."""
 
 
 class TransferError(PCMError, RuntimeError):
-    """A peer cannot be reached or trusted, or nothing can be served."""
+    """A peer cannot be reached or trusted, or this process cannot serve files."""
 
 
 class DiskError(PCMError, RuntimeError):
-    """The cache of staged files cannot be made or written, or has no room."""
+    """The cache of staged files cannot be created or written, or is full."""
 
 
 class InputError(PCMError, ValueError):
@@ -144,31 +156,31 @@ class InputError(PCMError, ValueError):
 
 
 class OutputError(PCMError, RuntimeError):
-    """An output directory cannot be used: unwritable, foreign, or another job's."""
+    """An output directory cannot be used: it is not writable, not ours, or another job's."""
 
 
 class BusyError(OutputError):
-    """Another run is at work on an output; the message says whose."""
+    """Another run is writing to an output; the message names its owner."""
 
 
 class FailedRowsError(PCMError, RuntimeError):
-    """More rows failed than were allowed; the message holds some of their errors."""
+    """More rows failed than the limit allows; the message quotes some of their errors."""
 
 
 class LimitError(PCMError, ValueError):
-    """A limit that says neither how many rows nor which share of them."""
+    """A failure limit is neither a number of rows nor a share of them."""
 
 
 class CancelledError(PCMError, RuntimeError):
-    """A run was cancelled; what it has committed stays."""
+    """A run was cancelled; its committed rows are kept."""
 
 
 class FencedError(PCMError, RuntimeError):
-    """A unit belongs to a run that a newer run has replaced; its result was dropped."""
+    """A unit belongs to a run that a newer run has fenced off; its result was dropped."""
 
 
 class ScenarioError(PCMError, ValueError):
-    """A scenario cannot be simulated; the message has file, line and reason of each mistake."""
+    """A scenario is invalid; the message lists file, line and reason of each mistake."""
 
 
 class InstallError(PCMError, RuntimeError):

@@ -1,4 +1,7 @@
-"""Paths and URLs as people give them: as text, without secrets, and when a file has changed."""
+"""User paths and URLs are normalised to text, and shown only without their secrets.
+
+``version_of`` is what tells whether a file has changed since it was listed.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,20 @@ from typing import Any
 
 from dask_pcm.errors import InputError, redacted
 
-#: Object stores whose libraries read no user and password from a URL.
+#: URLs with user and password of object stores whose libraries accept none there.
 _KEY_IN_BUCKET = re.compile(r"(s3a?|s3n|gs|gcs|oss|r2)://[^/@\s]*:[^/@\s]*@(.*)", re.DOTALL)
 
 
 class _Redacts(logging.Filter):
+    """Redacts the URLs in log records."""
+
     def filter(self, record: logging.LogRecord) -> bool:
+        """Replace the record's message by its redacted form; keep every record."""
         record.msg, record.args = redacted(record.getMessage()), ()
         return True
 
 
-#: fsspec logs the URLs that it asks for, passwords and signatures included.
+#: fsspec logs every URL that it requests, passwords and signatures included.
 for _name in ("fsspec", "fsspec.http"):
     logging.getLogger(_name).addFilter(_Redacts())
 
@@ -35,37 +41,38 @@ def path_text(path: str | bytes | os.PathLike[str]) -> str:
     Raises
     ------
     InputError
-        Where it was a URL before pathlib took one of its slashes, or has a key and a secret in it
-        which its store would take for a part of the bucket's name.
+        If it is a URL that pathlib has shortened by a slash, or an object store's URL with a key
+        and a secret, which the store's library would read as part of the bucket's name.
     """
     text = os.fsdecode(path)
     if found := _KEY_IN_BUCKET.match(text):
         scheme, bucket = found.groups()
         raise InputError(
-            f"A URL of {scheme} has no place for a key and a secret. Give '{scheme}://{bucket}',"
-            " and the secret where the store's library looks for it: in its environment variables,"
-            " its configuration files, or storage_options."
+            f"{scheme} URLs cannot contain a key and a secret. Pass '{scheme}://{bucket}', and set"
+            " the secret where the store's library reads it: in environment variables, its"
+            " configuration files, or storage_options."
         )
     if isinstance(path, PurePath) and re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", text):
         url = text.replace(":/", "://", 1)
         raise InputError(
-            f"{path!r} would be a local folder: pathlib takes a URL for a path. Give {url!r}, as"
-            " text."
+            f"{path!r} would be a local folder, because pathlib treats a URL as a path. Pass the"
+            f" string {url!r}."
         )
     return text
 
 
 def redacted_repr(value: Any) -> str:
-    """What ``repr`` shows of a dataclass, without the secrets of URLs in it."""
+    """A dataclass's ``repr`` with the URLs in it redacted; for ``__repr__``."""
     shown = (field.name for field in fields(value) if field.repr)
     texts = (f"{name}={redacted(repr(getattr(value, name)))}" for name in shown)
     return f"{type(value).__name__}({', '.join(texts)})"
 
 
 def names_of(paths: Iterable[str]) -> dict[str, str]:
-    """Input files by paths, as a manifest names them: without what may be a secret.
+    """Names of input files in a manifest, by path: redacted and unique.
 
-    A new signature is no other file. Where URLs differ in nothing else, they are numbered.
+    A new signature does not change a file's name. URLs that differ only in what is redacted are
+    numbered.
 
     >>> names_of(["https://host/a?sig=1", "https://host/get?id=1", "https://host/get?id=2"])
     {'https://host/a?sig=1': 'https://host/a', 'https://host/get?id=1': 'https://host/get', \
@@ -81,7 +88,10 @@ def names_of(paths: Iterable[str]) -> dict[str, str]:
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """When a file was written, or another sign that it is the same; empty if there is none."""
+    """A file's ETag, checksum or modification time; empty if the filesystem reports none.
+
+    Content-based values come first: they do not depend on a clock.
+    """
     keys = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified")
     signs = (info[key] for key in keys if info.get(key) not in (None, ""))
     sign = next(signs, None)

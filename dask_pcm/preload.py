@@ -1,15 +1,16 @@
-"""For clusters that others start: ``dask scheduler --preload dask_pcm.preload``.
+"""``dask scheduler --preload dask_pcm.preload`` installs the plugins without a client.
 
-On a scheduler it installs what ``dask_pcm.install(client)`` would, for every client and for all
-workers that join. Settings are read where the scheduler runs, from its Dask configuration under
-``pcm``.
+Use it for clusters whose start-up you configure but do not script. On the scheduler it does what
+``dask_pcm.install(client)`` does, for all clients and all workers that join. Settings come from the
+Dask configuration of the scheduler's process, under ``pcm``.
 
-With ``dask worker --preload-nanny dask_pcm.preload``, or
-``LocalCluster(preload_nanny=["dask_pcm.preload"])``, workers begin in a process that has torch and
-transformers imported. Without it, they do so from the first restart on. Workers of a
-``LocalCluster`` also live on when the client is interrupted; without the preload they do so from
-``install`` on. (On workers ``--preload``
-is allowed and does nothing: they get their side from the scheduler.)
+With ``dask worker --preload-nanny dask_pcm.preload`` or
+``LocalCluster(preload_nanny=["dask_pcm.preload"])``, nannies fork workers from a process that has
+torch and transformers imported. Without it, they do so from the first restart on. Workers of a
+``LocalCluster`` also survive Ctrl-C in the client; without the preload, only once ``install`` has
+been called.
+
+On workers, ``--preload`` has no effect: the scheduler sends them their plugin.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from dask_pcm.plugins.worker.plugin import ContextPlugin
 
 
 async def dask_setup(server: Any) -> None:
-    """Called by Dask with the scheduler, worker or nanny that starts."""
+    """Install the plugins on the server that starts; Dask's hook, called on its event loop."""
     if isinstance(server, Nanny):
+        # Before the nanny starts its worker: the first worker must profit from both.
         interrupts().block(server)
         rebirth().use(server, Config.read().imports)
     if not isinstance(server, Scheduler):
@@ -44,7 +46,7 @@ async def dask_setup(server: Any) -> None:
 
 
 def dask_teardown(server: Any) -> None:
-    """Called by Dask with what ends."""
+    """Undo the nanny's part when the server stops; Dask's hook."""
     if isinstance(server, Nanny):
         interrupts().unblock(server)
         rebirth().leave(server)

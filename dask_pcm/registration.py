@@ -1,7 +1,7 @@
-"""``ddf.pcm`` on Dask's frames, without importing them: a worker may never see one.
+"""``ddf.pcm`` is registered when ``dask.dataframe`` is imported, and never imports it itself.
 
-Dask's dataframes cost a process pandas and pyarrow, some 90 MiB. So the accessor is registered when
-Dask's module has been imported, by whoever needs it, and its class is imported when it is used.
+``dask.dataframe`` imports pandas and pyarrow, about 90 MiB per process, and many workers never use
+a frame. The accessor's class is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FRAMES, _NAME = "dask.dataframe", "pcm"
 
 
 def register_accessor() -> None:
-    """Register it: now, if Dask's dataframes have been imported, or else as soon as they are."""
+    """Register ``ddf.pcm``: now if ``dask.dataframe`` is imported, otherwise when it is."""
     if _FRAMES in sys.modules:
         _register()
     else:
@@ -26,15 +26,19 @@ def register_accessor() -> None:
 
 
 def _register() -> None:
+    """Register the accessor on Dask's DataFrame class."""
     from dask.dataframe import DataFrame
     from dask.dataframe.accessor import CachedAccessor
 
     class LateAccessor(CachedAccessor):  # type: ignore[misc]
+        """Dask's accessor descriptor, with the accessor's class imported on first use."""
+
         def __init__(self) -> None:
             self._name = _NAME
 
         @cached_property
         def _accessor(self) -> Any:
+            """The class that Dask's descriptor instantiates with the frame."""
             from dask_pcm.accessor import Accessor
 
             return Accessor
@@ -44,7 +48,7 @@ def _register() -> None:
 
 
 class _After(MetaPathFinder):
-    """Finds what the finders behind it find, and calls something once a module is imported."""
+    """Delegates to the other finders, and calls `then` after one module has been imported."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
         self._name = name
@@ -53,6 +57,7 @@ class _After(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """The spec of the module, whose loader also calls `then`; None for other modules."""
         if name != self._name:
             return None
         finders = [finder for finder in sys.meta_path if finder is not self]
@@ -63,9 +68,11 @@ class _After(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_then(module: ModuleType) -> None:
+            """Execute the module, then call `then`."""
             execute(module)
             self._then()
 
-        # The loader is this spec's own: to look for a module without importing it changes nothing.
+        # Each spec has its own loader, so ``importlib.util.find_spec`` without an import has no
+        # side effect.
         spec.loader.exec_module = execute_then  # type: ignore[method-assign]
         return spec

@@ -1,4 +1,8 @@
-"""What was found out at some cost, and holds for other processes of this user: small JSON files."""
+"""Results that are expensive to compute are cached across processes, as small JSON files.
+
+They live under ``$XDG_CACHE_HOME/dask_pcm``, one file per key, readable by this user alone. The
+cache is best effort: a missing, unreadable or unwritable file is never an error.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ from typing import Any
 
 
 def recall(kind: str, key: str) -> Any:
-    """What was noted; None where nothing was, or it cannot be read.
+    """Return a cached value; None if there is none or it cannot be read.
 
     Parameters
     ----------
     kind, key
-        Names of a folder and of a file in it.
+        The names of a folder and of a file in it.
     """
     with contextlib.suppress(OSError, ValueError):
         return json.loads((_folder(kind) / f"{key}.json").read_bytes())
@@ -24,15 +28,17 @@ def recall(kind: str, key: str) -> Any:
 
 
 def note(kind: str, key: str, value: Any) -> None:
-    """Remember a value that JSON can say; a home that cannot be written is no error."""
+    """Cache a value that JSON can represent; do nothing if the home folder is not writable."""
     with contextlib.suppress(OSError):
         folder = _folder(kind)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Written elsewhere, then renamed: concurrent readers see the old or the new value whole.
         temporary = folder / f"{key}.{os.getpid()}.{time.monotonic_ns()}"
         temporary.write_text(json.dumps(value))
         temporary.replace(folder / f"{key}.json")
 
 
 def _folder(kind: str) -> Path:
+    """The folder of one kind of values."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "dask_pcm", kind)

@@ -109,9 +109,9 @@ class TestOptions:
         "name", ["batch_size", "batchsize", "num_rows", "chunk_size", "batch_row", "bs"]
     )
     def test_rows_of_a_call(self, name):
-        with pytest.raises(RecipeError, match=f"{name}= may be meant as .*'s batch_rows="):
+        with pytest.raises(RecipeError, match=f"{name}=, did you mean .*'s batch_rows="):
             over(verify, **{name: 8})
-        with pytest.raises(ArgumentError, match=f"{name}= may be meant as classify's batch_rows="):
+        with pytest.raises(ArgumentError, match=f"{name}=, did you mean classify's batch_rows="):
             pcm.classify(FRAME, LLM, prompt="{id}", choices=["a", "b"], **{name: 8})
 
     @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ class TestOptions:
         ],
     )
     def test_other_names(self, call, message):
-        with pytest.raises(ArgumentError, match=f"may be meant as .*{message}"):
+        with pytest.raises(ArgumentError, match=f"did you mean .*{message}"):
             call()
 
     def test_of_contexts(self):
-        with pytest.raises(RecipeError, match=r"memory= may be meant as Context's device_memory="):
+        with pytest.raises(RecipeError, match=r"memory=, did you mean Context's device_memory="):
             pcm.Context(load, "x", memory="4 GiB")
 
     def test_that_is_like_none(self):
@@ -213,9 +213,9 @@ class TestLoaders:
         [
             (coroutine, "is a coroutine function"),
             (generator, "is a generator"),
-            (lambda: None, "returns None wherever it ends"),
+            (lambda: None, "always returns None"),
             (lambda path: path, "missing a required argument: 'path'"),
-            (3, "needs a function that loads"),
+            (3, "needs a loader function"),
         ],
     )
     def test_refused_on_the_client(self, loader, message):

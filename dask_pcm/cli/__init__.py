@@ -1,4 +1,4 @@
-"""The command ``dask-pcm``."""
+"""The command line interface, ``dask-pcm``."""
 
 from dask_pcm.cli.commands import main
 

@@ -1,4 +1,4 @@
-"""The cluster of the command ``dask-pcm``: one that runs already, or its own."""
+"""``dask-pcm`` uses the cluster at ``--scheduler``, or starts a local one for the command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from dask_pcm.errors import InstallError
 
 @contextmanager
 def client_of(workers: int | None, scheduler: str | None) -> Iterator[Client]:
-    """A client of the cluster at an address, or of a local one for as long as it is used."""
+    """Connect to the scheduler at an address, or to a new local cluster that ends with the block.
+
+    Raises
+    ------
+    InstallError
+        If no scheduler answers at the address.
+    """
     if scheduler:
         try:
             client = Client(scheduler)
@@ -38,16 +44,21 @@ def client_of(workers: int | None, scheduler: str | None) -> Iterator[Client]:
 
 
 class _EndsWithDriver(WorkerPlugin):  # type: ignore[misc] # its types are not shipped
-    """A worker of the command's own cluster, one that a nanny started again as well."""
+    """Ties workers of the command's own cluster to the command; also workers that restarted."""
 
     name = "dask_pcm-cli"
 
     def setup(self, worker: Worker) -> None:
-        """Leave Ctrl-C to the driver, which cancels; a scheduler that is gone is no news."""
-        with suppress(ValueError):  # worker in a thread: its process handles Ctrl-C
+        """Ignore Ctrl-C, and do not log that the scheduler is gone.
+
+        A terminal sends SIGINT to all processes of the command. The driver cancels the run; if
+        workers died first, their rows in flight would be lost.
+        """
+        with suppress(ValueError):  # not on the main thread: that process handles Ctrl-C itself
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         logging.getLogger("distributed.worker").addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
+    """Drop the message that every worker logs when the command's scheduler ends first."""
     return "Failed to communicate with scheduler during heartbeat" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""The command ``dask-pcm``: its commands, a file for each kind."""
+"""``dask-pcm`` is a group of commands; each kind of command has its own file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the commands print, and how they end: messages, exit codes, summaries."""
+"""Commands print errors as one message without a traceback, and exit with a documented code.
+
+Exit codes: 0 success, 1 error, 3 too many failed rows, 130 interrupted or cancelled.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_INTERRUPTED = 3, 1, 130
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print what may quote files and rows."""
+    """Print a text that may quote files and rows, with control characters escaped."""
     click.echo(printable(text), err=err)
 
 
 @contextmanager
 def reported_errors(output: str) -> Iterator[None]:
-    """Errors of ours as one message, without a traceback; Ctrl-C says how to go on."""
+    """Print errors of dask_pcm as one message and exit; on Ctrl-C, print how to resume."""
     try:
         yield
     except (CancelledError, FailedRowsError) as error:
@@ -37,13 +40,14 @@ def reported_errors(output: str) -> Iterator[None]:
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         say(
-            f"Interrupted. What was committed stays in {output}; run the same command to go on.",
+            f"Interrupted. Committed rows are kept in {output}; rerun the same command to resume.",
             err=True,
         )
         sys.exit(EXIT_INTERRUPTED)
 
 
 def summarize(done: Run, is_kept: bool = True) -> None:
+    """Print the report of a finished run; `is_kept` is False for a temporary output."""
     report = done.report
     lines = {
         "output": done.path if is_kept else "not kept; --output DIR keeps it",

@@ -1,4 +1,4 @@
-"""Commands about an output: how its run is doing, and requests to it."""
+"""``dask-pcm status, pause, resume, cancel`` act on an output from any machine that sees it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dask_pcm.cli.errors import reported_errors, say
 @click.argument("output", metavar="OUTPUT")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def show_status(output: str, as_json: bool) -> None:
-    """Show how the run of OUTPUT stands, from anywhere that sees it."""
+    """Show the progress of the run of OUTPUT, from any machine that sees it."""
     from dask_pcm.runs import attach
 
     with reported_errors(output):
@@ -33,7 +33,9 @@ def show_status(output: str, as_json: bool) -> None:
 
 
 def _request(name: str, what: str) -> click.Command:
-    @click.command(name, help=f"{what} the run of OUTPUT, from anywhere that sees it.")
+    """A command that calls the method `name` of an output's run."""
+
+    @click.command(name, help=f"{what} the run of OUTPUT, from any machine that sees it.")
     @click.argument("output", metavar="OUTPUT")
     def ask(output: str) -> None:
         from dask_pcm.runs import attach
@@ -45,5 +47,5 @@ def _request(name: str, what: str) -> click.Command:
 
 
 pause = _request("pause", "Pause")
-resume = _request("resume", "Go on with")
-cancel = _request("cancel", "End")
+resume = _request("resume", "Resume")
+cancel = _request("cancel", "Cancel")

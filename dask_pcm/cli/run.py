@@ -1,7 +1,7 @@
-"""``dask-pcm run`` and ``dask-pcm demo``: runs from the command line.
+"""``dask-pcm run`` and ``dask-pcm demo`` start runs from the command line.
 
-What takes seconds to import is imported by the command that needs it: help is there at once, and
-``demo`` first says what it starts.
+Imports that take seconds are inside the commands: ``--help`` answers immediately, and ``demo``
+prints what it starts before it imports anything.
 """
 
 from __future__ import annotations
@@ -29,40 +29,42 @@ if TYPE_CHECKING:
 @click.argument("output", metavar="OUTPUT")
 @click.option("--model", required=True, help="Folder, Hugging Face hub id, or 'demo'.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--prompt", required=True, help="Text with columns in braces, or @FILE.")
+@click.option("--prompt", required=True, help="Text with column names in braces, or @FILE.")
 @click.option(
-    "--choices", required=True, multiple=True, help="A,B,C (repeatable), or @FILE, one a line."
+    "--choices", required=True, multiple=True, help="A,B,C (repeatable), or @FILE, one per line."
 )
-@click.option("--truncate", metavar="FIELD", help="Field to cut where a row is too long.")
+@click.option("--truncate", metavar="FIELD", help="Field to truncate if a row is too long.")
 @click.option(
     "--special-tokens-in-fields",
     is_flag=True,
-    help="Control tokens that a row spells out count as such; else they are text.",
+    help="Treat control tokens in a row's fields as control tokens, not as text.",
 )
 @click.option(
     "--batch-timeout",
     metavar="TIME",
-    help="End calls that take longer, such as 10m, and fail the rows that make them hang.",
+    help="Limit for one batch, such as 10m; rows that exceed it alone fail.",
 )
 @click.option("--keep", multiple=True, metavar="COLUMNS", help="Columns to keep, A,B (repeatable).")
-@click.option("--workers", type=click.IntRange(1), help="Workers of a local cluster.")
-@click.option("--scheduler", metavar="ADDRESS", help="A cluster that runs already.")
-@click.option("--overwrite", is_flag=True, help="Drop what another run left in OUTPUT.")
-@click.option("--extend", is_flag=True, help="Take in input files added since OUTPUT was begun.")
+@click.option("--workers", type=click.IntRange(1), help="Number of workers of a local cluster.")
+@click.option("--scheduler", metavar="ADDRESS", help="Scheduler of a running cluster.")
+@click.option("--overwrite", is_flag=True, help="Delete what another run left in OUTPUT.")
+@click.option("--extend", is_flag=True, help="Include input files added since OUTPUT was started.")
 @click.option("--retry-failed", is_flag=True, help="Compute rows with an error again.")
-@click.option("--take-over", is_flag=True, help="Shut out a run that is at work on OUTPUT.")
+@click.option("--take-over", is_flag=True, help="Fence off a run that is writing to OUTPUT.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Answer N rows; write nothing.")
 @click.option(
-    "--lock-folder", metavar="DIR", help="Shared folder, for stores without conditional put."
+    "--lock-folder",
+    metavar="DIR",
+    help="Shared folder for locks; for stores without conditional put.",
 )
 @click.option(
     "--max-failed-rows",
     default="1%",
     show_default=True,
     metavar="NUMBER|SHARE",
-    help="End when more have failed: a number, or a share such as 0.05 or 5%.",
+    help="Stop if more rows fail: a number, or a share such as 0.05 or 5%.",
 )
-@click.option("--report", metavar="FILE", help="Where to write the report, as JSON.")
+@click.option("--report", metavar="FILE", help="Write the report to FILE, as JSON.")
 def run(
     input: str,
     output: str,
@@ -85,7 +87,7 @@ def run(
     max_failed_rows: str,
     report: str | None,
 ) -> None:
-    """Have a model choose an answer for every row of INPUT, a Parquet file or folder."""
+    """Choose an answer for every row of INPUT, a Parquet file or folder, with a model."""
     from dask_pcm.cli.cluster import client_of
     from dask_pcm.inference import classify
     from dask_pcm.parquet.pieces import read_parquet
@@ -95,11 +97,12 @@ def run(
     if workers and scheduler:
         raise click.UsageError("Give --workers or --scheduler, not both.")
     if sample and report:
-        raise click.UsageError("A sample writes no report: give --sample or --report, not both.")
+        raise click.UsageError("A sample has no report: give --sample or --report, not both.")
     try:
         limit = FailureLimit.of(max_failed_rows)
     except LimitError as error:
         raise click.BadParameter(str(error), param_hint="--max-failed-rows") from error
+    # Checked before hours of inference.
     if report and not os.access(Path(report).absolute().parent, os.W_OK):
         raise click.BadParameter(f"The report cannot be written to {report!r}.")
     with reported_errors(output):
@@ -135,15 +138,15 @@ def run(
 
 @click.command()
 @click.option("--rows", default=5_000, show_default=True, type=click.IntRange(0))
-@click.option("--output", metavar="DIR", help="Where to leave the verdicts.")
+@click.option("--output", metavar="DIR", help="Folder for the verdicts.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1))
-@click.option("--overwrite", is_flag=True, help="Drop what another run left in DIR.")
+@click.option("--overwrite", is_flag=True, help="Delete what another run left in DIR.")
 def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
-    """Verify generated claims with the model shipped in the package."""
+    """Verify generated claims with the model that the package includes."""
     many = f"{workers} workers" if workers > 1 else "1 worker"
     click.echo(
-        f"Starting {many} on this machine, to verify {rows:,} generated claims with the model that"
-        " the package ships. The start takes some seconds.",
+        f"Starting {many} on this machine to verify {rows:,} generated claims with the model that"
+        " the package includes. This takes a few seconds.",
         err=True,
     )
     from dask_pcm.cli.cluster import client_of
@@ -165,7 +168,7 @@ def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
 
 
 def _text(value: str) -> str:
-    """A text, or the content of a file given as @FILE, its last line end left out."""
+    """A text, or the content of @FILE without its last line feed."""
     if not value.startswith("@"):
         return value
     try:
@@ -175,16 +178,18 @@ def _text(value: str) -> str:
 
 
 def _list(values: tuple[str, ...]) -> list[str]:
-    """Comma-separated texts, repeated options and @FILEs as one list."""
+    """Flatten comma-separated texts, repeated options and @FILEs into one list."""
     items: list[str] = []
     for value in values:
         separator = "\n" if value.startswith("@") else ","
         found = [item.strip() for item in _text(value).split(separator)]
-        items += [item for item in found if item or separator == ","]  # blank lines say nothing
+        # Skip blank lines of a file; an empty text between commas is a mistake to be reported.
+        items += [item for item in found if item or separator == ","]
     return items
 
 
 def _model(model: str, revision: str | None) -> LLM:
+    """The model of ``--model``: the package's own for "demo"."""
     from dask_pcm.factcheck import demo_model
     from dask_pcm.inference import LLM
 
@@ -193,19 +198,20 @@ def _model(model: str, revision: str | None) -> LLM:
 
 @contextmanager
 def _report_of_failed(report: str | None, output: str) -> Iterator[None]:
-    """Write the report of a run that fails, too."""
+    """Write the report of a run that fails, then let the error through."""
     from dask_pcm.runs import attach
 
     try:
         yield
     except Exception as error:
-        # Others of ours come before the run: a report would be another run's.
+        # Other PCMErrors are raised before the run starts: the report would be an earlier run's.
         if report and (isinstance(error, FailedRowsError) or not isinstance(error, PCMError)):
             _write_report(report, attach(output).report)
         raise
 
 
 def _show_sample(sample: Sample) -> None:
+    """Print a sample's rows, its summary and its errors."""
     import pandas as pd
 
     with pd.option_context("display.max_rows", 40, "display.width", 100):
@@ -216,4 +222,5 @@ def _show_sample(sample: Sample) -> None:
 
 
 def _write_report(path: str, report: Report) -> None:
+    """Write a report as JSON."""
     Path(path).write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")

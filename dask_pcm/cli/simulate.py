@@ -1,4 +1,4 @@
-"""``dask-pcm simulate``: scenarios played with the policy that clusters run."""
+"""``dask-pcm simulate`` runs a scenario with the scheduling policy that real clusters use."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _MIN_WIDTH = 110
     type=click.Choice([*simulation.POLICIES, "all"]),
     default=simulation.OURS,
     show_default=True,
-    help="The gate's own, one of the papers', or all in turn.",
+    help="Ours, one from the literature, or all of them in turn.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N")
 @click.option(
     "--report",
     metavar="DIR",
     type=click.Path(file_okay=False, writable=True),
-    help="Where to write CSV files and plots.",
+    help="Folder for CSV files and plots.",
 )
 def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None) -> None:
-    """Play SCENARIO, a YAML file or one of the package's, with the policy that clusters run."""
+    """Simulate SCENARIO, a YAML file or a scenario of the package, with a scheduling policy."""
     with reported_errors(scenario):
         played = simulation.read_scenario(scenario)
         if report:
@@ -42,7 +42,7 @@ def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None)
         ]
         from rich.console import Console
 
-        width = max(_MIN_WIDTH, Console().width)  # figures are not cut short
+        width = max(_MIN_WIDTH, Console().width)  # rich truncates numbers in narrow columns
         Console(width=width).print(simulation.table(played.title, results))
         if report:
             simulation.write_report(Path(report), results)

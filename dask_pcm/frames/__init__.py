@@ -1,1 +1,1 @@
-"""``map_partitions``: an expression of a Dask DataFrame, and what its tasks do."""
+"""``map_partitions``: a Dask DataFrame expression, and the code of its tasks."""

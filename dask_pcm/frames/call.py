@@ -1,4 +1,9 @@
-"""What a task does with a partition: call the user's function on live contexts, and check it."""
+"""A task calls the user's function on one partition and checks the result against `meta`.
+
+With ``batch_rows`` the function is called on one batch at a time. If a batch raises, it is
+bisected until the failing rows are alone; their ``error`` column holds the exception, and the other
+rows of the batch are unaffected.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,7 @@ _NULLABLE_KINDS = "iub"
 
 
 class _Withheld(threading.local):
-    """Why functions by rows are not called on this thread; None where they are."""
+    """Per thread: the error that replaces every row-wise call, or None to call as usual."""
 
     error: Exception | None = None
 
@@ -37,9 +42,10 @@ _withheld = _Withheld()
 
 @contextmanager
 def failing_all_rows(error: Exception) -> Iterator[None]:
-    """Within, on this thread, functions by rows are not called: rows fail as if they had raised.
+    """Fail all rows with `error` instead of calling row-wise functions, on this thread only.
 
-    So rows fail that no function may see again, and are like all that fail.
+    For quarantined rows: no function may see them again, but their output has the same form as
+    that of rows whose function raised.
     """
     _withheld.error = error
     try:
@@ -49,7 +55,7 @@ def failing_all_rows(error: Exception) -> Iterator[None]:
 
 
 class _Notes(threading.local):
-    """Who is told, on this thread, how far the rows at hand are; None: nobody."""
+    """Per thread: callbacks that observe the progress of the current rows, or None."""
 
     on_wait: Callable[[], None] | None = None
     on_call: Callable[[int, int, int], None] | None = None
@@ -60,15 +66,15 @@ _notes = _Notes()
 
 @contextmanager
 def noting(on_wait: Callable[[], None], on_call: Callable[[int, int, int], None]) -> Iterator[None]:
-    """Within, on this thread, say what functions by rows are about to do.
+    """Report what row-wise functions are about to do, on this thread only.
 
     Parameters
     ----------
     on_wait
-        Called before a context is waited for: until the next call the rows do nothing.
+        Called before the task waits for its contexts. No row is computed until `on_call` follows.
     on_call
-        Called as ``on_call(start, stop, n_rows)`` right before a function is called on the rows
-        from `start` to `stop` of a frame of `n_rows`.
+        Called as ``on_call(start, stop, n_rows)`` right before a function is called on rows
+        ``start:stop`` of a frame of `n_rows` rows.
     """
     _notes.on_wait, _notes.on_call = on_wait, on_call
     try:
@@ -79,7 +85,7 @@ def noting(on_wait: Callable[[], None], on_call: Callable[[int, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The user's function and how it is to be called.
+    """The user's function and how to call it.
 
     Attributes
     ----------
@@ -88,13 +94,13 @@ class Call:
     names
         Keywords of the contexts, in the order of the refs; None for one positional context.
     batch_rows
-        Rows of one call; None to give the partition as it is.
+        Rows per call; None to pass the whole partition.
     meta
-        An empty frame of what comes out.
+        An empty frame with the columns and dtypes of the result.
     is_enforced
-        Whether columns and types are held against `meta`.
+        Whether columns and dtypes of the result are checked against `meta`.
     timeout_s
-        What one call may take; None for no limit of its own.
+        Limit of one call in seconds; None for none.
     """
 
     func: Callable[..., Any]
@@ -109,7 +115,7 @@ class Call:
     def on(
         self, frame: pd.DataFrame, contexts: Sequence[Any], tally: Tally
     ) -> Iterator[pd.DataFrame]:
-        """Apply the function to a whole partition, as many rows at a time as it takes."""
+        """Apply the function to a partition, `batch_rows` rows at a time; yield each result."""
         if self.batch_rows is None:
             yield self._call(frame, contexts)
             return
@@ -121,23 +127,29 @@ class Call:
             yield self._batch(rows, contexts, tally)
 
     def joined(self, parts: list[pd.DataFrame]) -> pd.DataFrame:
-        """What the function returned, put together and held against what was declared."""
+        """Concatenate the results of all batches and check them against `meta`."""
         if self.batch_rows is None:
             return self._enforced(parts[0])
         if any(not part.dtypes.equals(parts[0].dtypes) for part in parts[1:]):
-            # Put together as they are, whole numbers and nulls would become rounded floats.
+            # Cast before concatenating: pandas would turn integers and nulls into rounded floats.
             parts = [self._enforced(self._with_error(part)) for part in parts]
         result = parts[0] if len(parts) == 1 else pd.concat(parts)
         return self._enforced(self._with_error(result))
 
     def _with_error(self, result: pd.DataFrame) -> pd.DataFrame:
+        """The result with an ``error`` column, null unless the function returned its own."""
         if ERROR not in result.columns:
             result = result.assign(**{ERROR: _no_error(result)})
         return result
 
     def _call(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Any:
-        # What the function does to its frame stays its own (pandas copies on write): rows may be
-        # given to it again, and a persisted partition is everybody's.
+        """Call the user's function once, within the time limit of a batch.
+
+        Must run on the task's thread: the deadline and interrupts are tied to it.
+        """
+        # The function may modify its frame. A shallow copy isolates the original (pandas copies
+        # on write): bisection passes the same rows again, and other tasks share a persisted
+        # partition.
         frame = frame.copy(deep=False)
         limit = nullcontext() if self.batch_rows is None else in_time(self.timeout_s)
         try:
@@ -151,12 +163,13 @@ class Call:
                 isinstance(error, Exception)
                 or threading.current_thread() is threading.main_thread()
             ):
-                raise  # in the main thread it may be the user who interrupts
-            # Dask would end the worker, or wait for the task for ever.
+                raise  # on the main thread this may be the user's Ctrl-C
+            # SystemExit and the like on a task's thread: Dask would end the worker or never
+            # complete the task.
             raise RuntimeError(f"{_name(self.func)} raised {error!r}") from error
 
     def _batch(self, frame: pd.DataFrame, contexts: Sequence[Any], tally: Tally) -> pd.DataFrame:
-        """One call; where it raises, halves are tried, down to the rows that are at fault."""
+        """Call the function on one batch; if it raises, bisect down to the failing rows."""
         if _withheld.error is not None:
             tally.succeed()
             rows = [frame.iloc[at : at + 1] for at in range(len(frame))]
@@ -166,7 +179,9 @@ class Call:
         except PCMError:
             raise
         except Exception as error:
-            if is_sticky(error):  # nothing else would run here, whatever the rows
+            # A sticky device error fails every later call in this process; bisecting would blame
+            # rows that are fine.
+            if is_sticky(error):
                 raise
             if len(frame) == 1:
                 tally.fail(frame, error)
@@ -174,28 +189,37 @@ class Call:
         else:
             tally.succeed()
             return self._one_for_each(frame, result)
-        # Out of reach of the handler: what halves raise is not to tell of this exception as well.
+        # Outside the except block: errors of the halves must not be chained to this one.
         half = len(frame) // 2
         halves = (frame.iloc[:half], frame.iloc[half:])
         return pd.concat([self._batch(rows, contexts, tally) for rows in halves])
 
     def _one_for_each(self, frame: pd.DataFrame, result: Any) -> pd.DataFrame:
+        """Check that `result` has one row per row of `frame`, in order; return it on its index.
+
+        Raises
+        ------
+        RowCountError
+            If it is no DataFrame, or has another number of rows or another index.
+        SchemaError
+            If its columns differ from `meta`.
+        """
         name = _name(self.func)
         if not isinstance(result, pd.DataFrame):
             raise RowCountError(
-                f"{name} returned {type(result).__name__}; a DataFrame with a row for each of the"
-                f" {len(frame)} rows that it got was expected."
+                f"{name} returned {type(result).__name__}; expected a DataFrame with one row for"
+                f" each of its {len(frame)} input rows."
             )
         if len(result) != len(frame):
             raise RowCountError(
                 f"{name} got {len(frame)} rows and returned {len(result)}. With batch_rows it must"
-                " return one row for each, in order; leave batch_rows out to filter or expand."
+                " return one row per input row, in order; omit batch_rows to filter or expand."
             )
         if not result.index.equals(frame.index):
             if not result.index.equals(pd.RangeIndex(len(result))):
                 raise RowCountError(
-                    f"{name} returned rows with another index than it got, so their order cannot be"
-                    " told. Keep the index, or reset it if the rows are in order."
+                    f"{name} returned an index that differs from its input's, so the order of rows"
+                    " is unknown. Keep the index, or reset it if the rows are in order."
                 )
             result = result.set_axis(frame.index)
         if self.is_enforced:
@@ -203,7 +227,7 @@ class Call:
         return result
 
     def _failed(self, frame: pd.DataFrame, error: Exception) -> pd.DataFrame:
-        """The row that cannot be inferred: its own columns, nulls for the rest, and the reason."""
+        """The output of a failed row: its input columns, nulls for the rest, and the reason."""
         text = _reason(error)
         row = {
             name: frame[name] if _is_passed(name, dtype, frame) else pd.Series([None], frame.index)
@@ -213,6 +237,7 @@ class Call:
         return self._cast(pd.DataFrame(row, index=frame.index))
 
     def _enforced(self, result: Any) -> Any:
+        """The result with the columns, their order and the dtypes of `meta`, if enforced."""
         if not self.is_enforced:
             return result
         if not isinstance(result, pd.DataFrame):
@@ -224,6 +249,7 @@ class Call:
         return self._cast(result[list(self.meta.columns)])
 
     def _check_columns(self, result: pd.DataFrame) -> None:
+        """Raise SchemaError if columns are missing, repeated or not declared in `meta`."""
         if result.columns.equals(self.meta.columns):
             return
         if repeated := sorted({str(c) for c in result.columns[result.columns.duplicated()]}):
@@ -242,6 +268,7 @@ class Call:
             )
 
     def _cast(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Cast columns to the dtypes of `meta`; raise SchemaError if a value would change."""
         different = {
             name: _plain(dtype)
             for name, dtype in self.meta.dtypes.items()
@@ -254,7 +281,7 @@ class Call:
             except MISFITS as error:
                 raise SchemaError(
                     f"{_name(self.func)} returned {name!r} as {frame[name].dtype}, which does not"
-                    f" convert to what meta says, {dtype}: {error}."
+                    f" convert to the dtype in meta, {dtype}: {error}."
                 ) from error
         return frame
 
@@ -265,15 +292,26 @@ def infer(
     refs: tuple[ContextRef, ...],
     position: Position | None = None,
 ) -> pd.DataFrame:
-    """The task: hold the contexts and call; an empty partition needs neither.
+    """Run one task: acquire the contexts and call the function on `frame`.
 
-    `position` is where the rows stand in a frame that Dask computes; None in a run, whose driver
-    sees for itself what comes of them.
+    An empty partition acquires no context and calls nothing.
+
+    Parameters
+    ----------
+    frame
+        The rows of one partition.
+    call
+        The pickled ``Call``.
+    refs
+        The contexts to acquire, in the order of ``Call.names``.
+    position
+        Which partition of which Dask collection this is; None in a run, whose driver checks
+        failures itself.
 
     Raises
     ------
     Exception
-        What the function raised, where it fails on the first rows of the frame, all of them.
+        The function's own exception, if it failed on all of the first rows of the collection.
     """
     opened: Call = call.open()
     is_by_rows = opened.batch_rows is not None
@@ -281,7 +319,8 @@ def infer(
         task_stats.is_by_rows, task_stats.errors = True, []
     if not len(frame):
         if is_by_rows and position is not None:
-            is_hopeless(position, Failing(0))  # what comes after it decides
+            # Record that this partition has no rows, so the check moves on to the next one.
+            is_hopeless(position, Failing(0))
         return opened.meta.copy()
     tally = Tally()
     if is_by_rows and position is None:
@@ -294,7 +333,7 @@ def infer(
             parts.append(part)
             if position is not None and len(parts) == N_BATCHES:
                 _check_hope(position, tally)
-    # Without the contexts: another lane is at it by now.
+    # After the contexts are released: the check may wait, and another lane can use them meanwhile.
     if is_by_rows and position is not None and len(parts) < N_BATCHES:
         _check_hope(position, tally)
     result = opened.joined(parts)
@@ -304,20 +343,23 @@ def infer(
 
 
 def _check_hope(position: Position, tally: Tally) -> None:
-    """Raise the function's own exception where nothing else is to be expected of it."""
+    """Raise the function's own exception if all of the collection's first rows failed with it."""
     failing = tally.failing
     if failing is not None and failing.n_batches and is_hopeless(position, failing):
         error = unpack(tally.error)
         error.add_note(
-            "It ends the computation, since nothing else came of the first rows. If these rows are"
-            " bad in themselves, catch the exception in the function and return its text in the"
+            "It ends the computation, because all of the first rows failed with it. If only these"
+            " rows are bad, catch the exception in the function and return its text in the"
             f" column {ERROR!r}."
         )
         raise error
 
 
 def row_wise_meta(meta: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
-    """`meta` with an ``error`` column, and with types that can be null where a row may fail."""
+    """`meta` with an ``error`` column, and with nullable dtypes: a failed row holds nulls.
+
+    Columns that are copied from the input keep their dtype, since a failed row keeps their values.
+    """
     changed = {
         name: pd.array([], dtype=dtype).astype(_nullable(dtype)).dtype
         for name, dtype in meta.dtypes.items()
@@ -328,16 +370,17 @@ def row_wise_meta(meta: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
 
 
 def _plain(dtype: Any) -> Any:
-    """A dtype without its categories: they differ from partition to partition."""
+    """A dtype that can be compared between partitions: categoricals without their categories."""
     return "category" if isinstance(dtype, pd.CategoricalDtype) else dtype
 
 
 def _is_passed(name: Any, dtype: Any, given: pd.DataFrame) -> bool:
-    """Whether a column of the output stands in the input as well: a failed row keeps it."""
+    """Whether an output column has the name and dtype of an input column; failed rows keep it."""
     return name in given.columns and bool(_plain(given[name].dtype) == _plain(dtype))
 
 
 def _nullable(dtype: Any) -> str:
+    """The name of pandas' nullable counterpart of an integer or boolean dtype."""
     name = str(dtype)
     if name == "bool":
         return "boolean"
@@ -345,18 +388,23 @@ def _nullable(dtype: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The text of an error, whatever it holds."""
+    """The text of the ``error`` column: redacted, truncated and valid UTF-8.
+
+    User exceptions may raise in ``__str__`` or hold lone surrogates, which Parquet cannot store.
+    """
     try:
         text = str(error)
     except Exception as broken:
-        text = f"(its text cannot be had: {type(broken).__name__})"
+        text = f"(its text is not available: {type(broken).__name__} in __str__)"
     text = redacted(f"{type(error).__name__}: {text}")[:_MAX_ERROR_CHARS]
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _no_error(frame: pd.DataFrame) -> pd.Series:
+    """A null for each row of `frame`, as text."""
     return pd.Series([None] * len(frame), index=frame.index, dtype="str")
 
 
 def _name(func: Any) -> str:
+    """The name of a callable in messages."""
     return getattr(func, "__qualname__", None) or type(func).__qualname__

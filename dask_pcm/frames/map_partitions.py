@@ -1,4 +1,4 @@
-"""``map_partitions`` with contexts, as an expression of an ordinary Dask DataFrame."""
+"""``map_partitions`` builds an ordinary Dask DataFrame whose tasks hold live contexts."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from dask_pcm.scheduling.rules.first_batches import Position
 
 
 class ContextMap(CumulativeAggregations):
-    """A map over partitions that holds contexts: one task a partition.
+    """A map over partitions that holds contexts: one task per partition.
 
-    Not blockwise to Dask: what stands above it is never fused into it, so its tasks keep their
-    prefix and need its contexts alone. The reads and projections right below it are folded in,
-    so that a partition is read where it is inferred.
+    The expression is not blockwise, so Dask fuses nothing above into it: its tasks keep their key
+    prefix and need only its own contexts. Reads and projections directly below are folded in, so
+    one task reads a partition and infers it on the same worker.
 
-    It derives from the one kind of expression that Dask takes to be aligned with its input without
-    being blockwise (``are_co_aligned``); nothing else of it is used. Put together with its input,
-    as in ``claims.assign(verdict=verdicts.verdict)``, partitions would be shuffled by their index
-    otherwise, which is wrong where every file counts its rows from 0.
+    It derives from ``CumulativeAggregations`` only because Dask treats that class as aligned with
+    its input without being blockwise (``are_co_aligned``). Otherwise combining it with its input,
+    as in ``claims.assign(verdict=verdicts.verdict)``, would shuffle partitions by index, which is
+    wrong if every file numbers its rows from 0.
     """
 
     _parameters = [  # noqa: RUF012 Dask's
@@ -65,24 +65,28 @@ class ContextMap(CumulativeAggregations):
 
     @functools.cached_property
     def _meta(self) -> pd.DataFrame:
+        """The empty output frame; Dask's hook."""
         return self.operand("meta")
 
     def _divisions(self) -> tuple[Any, ...]:
+        """Divisions of the input: the index does not change; Dask's hook."""
         return tuple(self.frame.divisions)
 
     @functools.cached_property
     def _name(self) -> str:
+        """The key prefix: the function's name and a deterministic token; Dask's hook."""
         return f"{self.operand('label')}-{self.deterministic_token}"
 
     def _lower(self) -> None:
-        return None
+        """Not lowered to another expression: ``_layer`` makes the tasks; Dask's hook."""
 
     @property
     def _is_length_preserving(self) -> bool:
+        """Whether each input row gives one output row, so ``len`` needs no inference."""
         return self.operand("batch_rows") is not None
 
     def _simplify_up(self, parent: Expr, dependents: Any) -> Expr | None:
-        """Pick partitions before they are inferred and, by rows, the first and last rows too."""
+        """Select partitions before inference; if row-wise, also the first or last rows."""
         is_picked = isinstance(parent, Partitions)
         if is_picked or (self._is_length_preserving and isinstance(parent, (Head, Tail))):
             picked = type(parent)(self.frame, *parent.operands[1:])
@@ -90,10 +94,12 @@ class ContextMap(CumulativeAggregations):
         return None
 
     def _own_task(self, name: Any, index: int, position: Position | None = None) -> Task:
+        """The task that infers partition `index`, without the folded reads."""
         below = TaskRef((self.frame._name, index))
         return Task(name, infer, below, self.operand("call"), self.operand("refs"), position)
 
     def _layer(self) -> dict[Any, Task]:
+        """One task per partition, fused with the reads below it; Dask's hook."""
         folded = list(_foldable(self.frame))
         layer = {}
         for index in range(self.frame.npartitions):
@@ -105,7 +111,10 @@ class ContextMap(CumulativeAggregations):
 
 
 def _foldable(expr: Expr) -> Iterator[Expr]:
-    """Reads, projections and heads below `expr`: nothing that is dear to compute twice."""
+    """Reads, projections and heads below `expr`, which are cheap to compute twice.
+
+    Folding duplicates them if other expressions use them too.
+    """
     npartitions = expr.npartitions
     while _is_cheap(expr) and expr.npartitions == npartitions:
         yield expr
@@ -116,8 +125,9 @@ def _foldable(expr: Expr) -> Iterator[Expr]:
 
 
 def _is_cheap(expr: Expr) -> bool:
+    """Whether an expression may be computed twice."""
     if isinstance(expr, FromMap) and not _is_reader(expr.operand("func")):
-        return False  # a function of the user's: dear, or another answer each time
+        return False  # a user's function may be expensive or not deterministic
     if isinstance(expr, Fused):
         return all(_is_cheap(part) for part in expr.exprs)
     cheap = (Projection, ArrowStringConversion, BlockwiseIO, BlockwiseHead, BlockwiseTail)
@@ -126,7 +136,7 @@ def _is_cheap(expr: Expr) -> bool:
 
 
 def _is_reader(func: Any) -> bool:
-    """Whether it is ours or Dask's, and so reads files."""
+    """Whether a function is from Dask or dask_pcm, and so only reads files."""
     while isinstance(func, functools.partial):
         func = func.func
     return str(func.__module__).partition(".")[0] in ("dask", "dask_pcm")
@@ -149,40 +159,43 @@ def map_partitions(
 
     Parameters
     ----------
-    func
-        Called on a worker as ``func(frame, live, *args, **kwargs)``, where `frame` is a pandas
-        DataFrame and `live` what the context's loader returned. With several contexts they come
-        as keywords instead. A plain function, or an object with ``__call__``.
-    ddf
-        Any Dask DataFrame; read by ``dask_pcm.read_parquet`` its pieces make runs resumable to
-        the row range.
-    context
-        One ``Context``, or a dict of them by keyword.
-    meta
-        What comes out: a dict of column to dtype, an empty frame, a function that makes one of
-        the empty input, or anything else that Dask takes as `meta`.
-    batch_rows
-        Call `func` on so many rows at a time; it must return one row for each, in order. A row
-        that makes it raise gets nulls and its reason in the column ``error``, which is added if
-        `meta` lacks it; columns that cannot be null (integers, booleans) become pandas' nullable
-        types. In ``write_parquet`` that holds of a row, too, that ends the worker process. Without
-        `batch_rows`, `func` gets the partition and may filter or expand.
+    func : callable
+        Called on a worker as ``func(frame, live, *args, **kwargs)``. `frame` is a pandas
+        DataFrame, and `live` is the object that the context's loader returned. Several contexts
+        are passed as keywords instead. A plain function, or an object with ``__call__``.
+    ddf : dask.dataframe.DataFrame
+        Any Dask DataFrame. If it comes from ``dask_pcm.read_parquet``, its partitions are pieces
+        and runs resume at row ranges.
+    *args, **kwargs
+        Passed on to `func`.
+    context : Context or dict of str to Context
+        The context, or several by keyword.
+    meta : dict, pandas.DataFrame or callable
+        The columns and dtypes of the result: a dict of column to dtype, an empty frame, a
+        function that makes one from the empty input, or any other `meta` that Dask accepts.
+    batch_rows : int, optional
+        Call `func` on at most this many rows at a time. It must then return one row per input row,
+        in order. If a row raises, its ``error`` column holds the exception and its other new
+        columns are null; other rows of the batch are unaffected. The ``error`` column is added if
+        `meta` lacks it, and integer and boolean columns become pandas' nullable dtypes. In
+        ``write_parquet`` a row that kills its worker process fails in the same way. If omitted,
+        `func` gets whole partitions and may filter or expand them.
 
-        Any number of rows may fail, unless nothing else comes: where every row of the first three
-        batches raises one type of exception (or every row, if there are fewer batches), that
-        exception is raised, with a row that made it. First is what comes first in the frame, so
-        rows that are bad further on, a whole file of them, end nothing.
-    batch_timeout
-        What a call of `func` on `batch_rows` rows may take, in seconds or as a text ("10m"); no
-        limit if left out (but see ``pcm.run.batch-timeout``). A call that takes longer is ended
-        with its worker process, which a nanny starts anew; waiting for an exclusive context does
-        not count. In ``write_parquet`` its rows are then halved, as those of calls that end their
-        process, until those that take too long are alone: they fail with that reason. Elsewhere
-        the task ends with ``KilledWorker`` once it has cost several processes.
-    required_columns
-        Columns that `func` reads; the others are not even read from disk.
-    enforce_metadata
-        Hold columns and types of each result against `meta`.
+        Any number of rows may fail, with one exception: if every row of the first three batches
+        (or of all, if there are fewer) raises the same type of exception, that exception is
+        raised, with one of its rows. Batches count in the order of the frame, so bad rows further
+        on, even a whole file of them, never stop the computation.
+    batch_timeout : float or str, optional
+        Limit for one call of `func`, in seconds or as text ("10m"). Needs `batch_rows`. No limit
+        by default (but see ``pcm.run.batch-timeout``). A call that exceeds it is terminated with
+        its worker process, which the nanny restarts. Time spent waiting for an exclusive context
+        does not count. In ``write_parquet``, the rows are then bisected, like those of calls that
+        kill their process, until the slow rows are isolated; these fail with a timeout. Elsewhere
+        the task fails with ``KilledWorker`` after several processes.
+    required_columns : str or iterable of str, optional
+        Columns that `func` reads. Other columns are not read from disk.
+    enforce_metadata : bool, default True
+        Whether to check the columns and dtypes of each result against `meta`.
 
     Returns
     -------
@@ -192,8 +205,8 @@ def map_partitions(
     Raises
     ------
     RecipeError, SchemaError, ArgumentError
-        At once, where the function cannot be pickled or called, or the arguments do not fit the
-        frame.
+        Raised immediately, if the function cannot be pickled or called, or the arguments do not
+        fit the frame.
     """
     if not isinstance(ddf, dd.DataFrame):
         raise frame_refused("map_partitions", ddf)
@@ -216,9 +229,9 @@ def map_partitions(
         _check_error_column(out, ddf)
         out = row_wise_meta(out, ddf._meta)
     call = Call(func, names, args, kwargs, batch_rows, out, enforce_metadata, timeout_s)
-    # How many rows are called at a time, and how long that may take, changes no answer: it tells no
-    # jobs apart, only tasks. So
-    # with types: which numbers can be null changes with the files that there are.
+    # The identity of a job excludes what changes no answer: the batch size, the timeout, and the
+    # dtypes (which integers are nullable depends on the files that exist now). Tasks with other
+    # values still get other keys, through the expression's operands.
     is_row_wise = batch_rows is not None
     identity = (func, names, args, kwargs, list(out.columns), is_row_wise, enforce_metadata)
     what = f"The function {funcname(func)!r}, or an argument of it,"
@@ -228,20 +241,19 @@ def map_partitions(
 
 
 def _timeout_s(given: float | str | None, batch_rows: int | None) -> float | None:
-    """What a call may take; SchemaError where that is no time, or nothing would be left to do."""
+    """The limit of one call in seconds; SchemaError if it is invalid or `batch_rows` is missing."""
     if given is None:
         return None
     if batch_rows is None:
         raise SchemaError(
-            f"batch_timeout={given!r} needs batch_rows: only rows that can be called apart can be"
-            " told from others. Give batch_rows, and let the function return a row for each."
+            f"batch_timeout={given!r} needs batch_rows: without it, slow rows cannot be isolated."
+            " Set batch_rows, and let the function return one row per input row."
         )
     try:
         return some_seconds(given)
     except (TypeError, ValueError, KeyError):
         raise SchemaError(
-            f"batch_timeout must be a time of more than 0, for instance 90 or '10m'; found"
-            f" {given!r}."
+            f"batch_timeout must be a positive duration, for example 90 or '10m'; found {given!r}."
         ) from None
 
 
@@ -249,7 +261,7 @@ _OPTIONS = tuple(inspect.signature(map_partitions).parameters)
 
 
 def check_columns(ddf: dd.DataFrame, names: str | Iterable[str], what: str) -> list[str]:
-    """Return `names`, or the one name, as a list; raise SchemaError where one is no column."""
+    """Return one or several column names as a list; raise SchemaError if one is missing."""
     names = [names] if isinstance(names, str) else list(names)
     if missing := [name for name in names if name not in ddf.columns]:
         raise SchemaError(
@@ -260,47 +272,50 @@ def check_columns(ddf: dd.DataFrame, names: str | Iterable[str], what: str) -> l
 
 
 def _check_error_column(out: pd.DataFrame, ddf: dd.DataFrame) -> None:
-    """Refuse a column of the user's data where the reasons of failed rows go.
+    """Refuse an ``error`` column of the user's own, which failed rows would overwrite.
 
-    One that an earlier map by rows has made is welcome: its reasons stay where no new ones come.
+    One that an earlier row-wise map added is accepted: its errors stay unless a row fails again.
     """
     if ERROR not in out.columns or ERROR not in ddf.columns:
         return
     maps = (expr for expr in ddf.expr.walk() if isinstance(expr, ContextMap))
     if not any(ERROR in expr._meta.columns for expr in maps):
         raise SchemaError(
-            f"The input already has a column {ERROR!r}, where the reasons of failed rows go. Rename"
-            f" it, for instance with ddf.rename(columns={{{ERROR!r}: 'their_error'}}), or leave it"
-            " out of meta."
+            f"The input already has a column {ERROR!r}, which holds the errors of failed rows."
+            f" Rename it, for example with ddf.rename(columns={{{ERROR!r}: 'their_error'}}), or"
+            " leave it out of meta."
         )
 
 
 def _contexts(
     context: Context | Mapping[str, Context],
 ) -> tuple[tuple[str, ...] | None, tuple[ContextRef, ...]]:
+    """Keywords (None for one positional context) and refs; RecipeError if it is something else."""
     if isinstance(context, Context):
         return None, (context.ref,)
     if not isinstance(context, Mapping) or not context:
         raise RecipeError(
             "context= takes a dask_pcm.Context or a dict of them by keyword; found"
-            f" {context!r:.80}. A live model does not travel: write dask_pcm.Context(load, path),"
-            " where load is a function that returns it."
+            f" {context!r:.80}. A live model cannot be sent to workers: write"
+            " dask_pcm.Context(load, path), where load is a function that returns the model."
         )
     for name, value in context.items():
         if not isinstance(value, Context):
             raise RecipeError(
-                f"context[{name!r}] is no dask_pcm.Context but {value!r:.80}."
-                " Write dask_pcm.Context(load, path), where load is a function that returns it."
+                f"context[{name!r}] must be a dask_pcm.Context; found {value!r:.80}."
+                " Write dask_pcm.Context(load, path), where load is a function that returns the"
+                " model."
             )
     return tuple(context), tuple(value.ref for value in context.values())
 
 
 def _meta(meta: Any, ddf: dd.DataFrame) -> pd.DataFrame:
+    """The user's `meta` as an empty frame; SchemaError if it is no frame or repeats a column."""
     meta = meta(ddf._meta.copy()) if callable(meta) else meta
     out = make_meta(meta, index=ddf._meta.index, parent_meta=ddf._meta)
     if not isinstance(out, pd.DataFrame):
         raise SchemaError(
-            f"meta must describe a DataFrame, for instance {{'id': 'i8', 'verdict': 'str'}}; found"
+            f"meta must describe a DataFrame, for example {{'id': 'i8', 'verdict': 'str'}}; found"
             f" {meta!r:.80}."
         )
     if repeated := sorted({str(name) for name in out.columns[out.columns.duplicated()]}):

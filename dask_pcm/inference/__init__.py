@@ -1,4 +1,4 @@
-"""Text models. torch and transformers are imported when a model is loaded, not before."""
+"""Language models on Dask; torch and transformers are imported only when a model is loaded."""
 
 from dask_pcm.inference.llm import LLM
 from dask_pcm.inference.verbs import classify

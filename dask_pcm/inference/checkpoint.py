@@ -1,8 +1,8 @@
-"""Weights from safetensors files to a device, straight into place.
+"""Weights are read from safetensors files directly into their memory on the device.
 
-The tensors of a checkpoint are first the files' own memory, so that whatever a library does with
-their names costs nothing. Those of the model that are still there afterwards are read from the
-files by several threads into the device's memory; what was converted on the way is copied.
+A checkpoint's tensors are first views of the memory-mapped files, so transformers can rename and
+select them without reading any data. Afterwards, several threads read the tensors that still are
+views from the files into device memory. Tensors that were converted on the way are copied.
 
 The format: https://huggingface.co/docs/safetensors
 """
@@ -38,7 +38,7 @@ _DTYPES = {
 
 
 class Checkpoint:
-    """Tensors of safetensors files; a context manager that holds the files open.
+    """Tensors of safetensors files; a context manager that keeps the files open.
 
     Parameters
     ----------
@@ -48,17 +48,17 @@ class Checkpoint:
     Attributes
     ----------
     tensors
-        By name, on the memory of the files; what is written to them becomes this process's own.
+        Views of the mapped files, by name. The mapping is private: writes do not reach the files.
 
     Raises
     ------
     ValueError
-        Where a file is not of this format, is cut off, or has a type that is not known here.
+        If a file is not safetensors, is truncated, or has an unknown dtype.
     """
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        #: (first address, size, descriptor) of each file's memory.
+        #: (address, size in bytes, file descriptor) of each mapping.
         self._files: list[tuple[int, int, int]] = []
         try:
             for path in paths:
@@ -68,6 +68,7 @@ class Checkpoint:
             raise
 
     def _open(self, path: str) -> None:
+        """Map a file and add its tensors."""
         import torch
 
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -75,7 +76,7 @@ class Checkpoint:
         self._files.append((0, 0, fd))
         head = int.from_bytes(os.pread(fd, 8, 0), "little") if size >= 8 else size
         if head + 8 > size:
-            raise ValueError(f"{path!r} is no safetensors file, or it is cut off.")
+            raise ValueError(f"{path!r} is not a safetensors file, or it is truncated.")
         header = json.loads(os.pread(fd, head, 8))
         memory = torch.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
         self._files[-1] = (memory.data_ptr(), size, fd)
@@ -84,22 +85,23 @@ class Checkpoint:
                 continue
             start, stop = (8 + head + at for at in about["data_offsets"])
             if about["dtype"] not in _DTYPES or stop > size:
-                raise ValueError(f"{path!r}: {name!r} is {about}, which cannot be read here.")
+                raise ValueError(f"{path!r}: cannot read {name!r}, described as {about}.")
             dtype = getattr(torch, _DTYPES[about["dtype"]])
             part = memory[start:stop]
+            # torch requires tensors aligned to their item size; the format does not.
             if part.data_ptr() % dtype.itemsize:
                 part = part.clone()
             self.tensors[name] = part.view(dtype).reshape(about["shape"])
 
     def place(self, module: torch.nn.Module, device: str | torch.device) -> None:
-        """Bring all tensors of a module to a device; identities and ties among them stay.
+        """Move all tensors of a module to a device; tied tensors stay tied.
 
         Parameters
         ----------
         module
-            Whatever was made of `tensors`.
+            A module built from `tensors`.
         device
-            May be the CPU: then they are copied off the files.
+            A torch device. On the CPU, tensors are copied from the mapped files to memory.
         """
         import torch
 
@@ -120,7 +122,7 @@ class Checkpoint:
             tensors.read(fd, pairs)
 
     def _found(self, tensor: torch.Tensor) -> tuple[int, int] | None:
-        """The file that a tensor's memory is of, and where it begins there."""
+        """The file that a tensor is a view of, and its offset there; None if it is no view."""
         if not tensor.is_contiguous() or not tensor.nbytes:
             return None
         address = tensor.data_ptr()
@@ -130,7 +132,7 @@ class Checkpoint:
         return None
 
     def close(self) -> None:
-        """Let go of the files; their memory stays for as long as a tensor uses it."""
+        """Close the files; a mapping stays until no tensor uses it."""
         for *_, fd in self._files:
             os.close(fd)
         self._files.clear()
@@ -149,5 +151,6 @@ class Checkpoint:
 
 
 def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers of a module."""
     yield from module.parameters()
     yield from module.buffers()

@@ -1,17 +1,17 @@
-"""What may stand in a prompt, and how it is written there.
+"""Each type of column has one written form in a prompt, or is refused.
 
 | column | in the prompt |
 |---|---|
 | text | as it is |
 | integers | ``42`` |
-| floats | the fewest digits that name the number at its own width, with a point: ``3.0``, ``0.1`` |
+| floats | the shortest form that round-trips at the column's width: ``3.0``, ``0.1`` |
 | booleans | ``True``, ``False`` |
 | decimals | all their digits, never an exponent: ``3.50`` |
 | dates, times, timestamps | ISO 8601: ``2024-05-01``, ``2024-05-01T12:30:00+02:00`` |
-| lists of texts | their texts, one a line |
+| lists of texts | their texts, one per line |
 
-A null is the row's error. Columns of any other type are refused before anything runs. What a column
-of objects holds is looked at row by row.
+A row with a null in a field gets an error. Columns of any other type are refused before anything
+runs. Values of object columns are checked row by row.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-#: Stands between the texts of a list.
+#: Separates the texts of a list.
 JOINT = "\n"
-_KINDS = "Text, numbers, booleans, decimals, dates, times and lists of texts have one"
+_KINDS = "Supported are text, numbers, booleans, decimals, dates, times and lists of texts"
 
 
 class FieldError(ValueError):
-    """A value has no form in a prompt; the text says what it is."""
+    """A value cannot be written in a prompt; the message says what it is."""
 
 
 def as_text(value: Any) -> str:
-    """How a value is written in a prompt.
+    """The form of a value in a prompt.
 
     Raises
     ------
     FieldError
-        Where it has no form there.
+        If its type is not supported.
 
     Examples
     --------
@@ -52,27 +52,32 @@ def as_text(value: Any) -> str:
             return write(value)
     kind = type(value)
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-    raise FieldError(f"a value of type {name}, which has no form in a prompt. {_KINDS}.")
+    raise FieldError(f"a value of type {name}, which cannot be written in a prompt. {_KINDS}.")
 
 
 def _joined(values: Iterable[Any]) -> str:
+    """The texts of a list, one per line; FieldError if an item is not a text."""
     texts = list(values)
     if others := [value for value in texts if not isinstance(value, str)]:
         raise FieldError(
-            f"a list with {others[0]!r:.40} in it; only lists of texts have a form in a prompt"
+            f"a list that contains {others[0]!r:.40}; only lists of texts can be written in a"
+            " prompt"
         )
     return JOINT.join(texts)
 
 
 def _iso(value: Any) -> str:
+    """A date, time or timestamp in ISO 8601."""
     return value.isoformat()
 
 
 def _refused(value: Any) -> str:
-    raise FieldError(f"a duration ({value}), which has no form in a prompt. {_KINDS}.")
+    """Raise FieldError for a duration."""
+    raise FieldError(f"a duration ({value}), which cannot be written in a prompt. {_KINDS}.")
 
 
-#: The first kind that fits counts: booleans are integers to Python, durations are to numpy.
+#: The first match counts, so subclasses come first: Python's bool is an int, and numpy's
+#: timedelta64 is an integer.
 _FORMS: Sequence[tuple[Any, Callable[[Any], str]]] = (
     (str, lambda value: str.__str__(value)),
     ((bool, np.bool_), lambda value: str(bool(value))),
@@ -88,12 +93,13 @@ _FORMS: Sequence[tuple[Any, Callable[[Any], str]]] = (
 
 
 def rows_of(frame: pd.DataFrame, fields: Sequence[str]) -> list[dict[str, str] | str]:
-    """The texts of each row's fields, or the row's error."""
+    """For each row its fields as texts, or the row's error."""
     columns = [_cells(frame[name]) for name in fields]
     return [_row(dict(zip(fields, cells, strict=True))) for cells in zip(*columns, strict=True)]
 
 
 def _row(cells: dict[str, str | FieldError | None]) -> dict[str, str] | str:
+    """The fields of one row, or its error if one is null or unsupported."""
     if nulls := [name for name, cell in cells.items() if cell is None]:
         return f"Null in prompt field {', '.join(map(repr, nulls))}."
     for name, cell in cells.items():
@@ -103,10 +109,12 @@ def _row(cells: dict[str, str | FieldError | None]) -> dict[str, str] | str:
 
 
 def _cells(series: pd.Series) -> list[str | FieldError | None]:
+    """The written form of each value; None for nulls."""
     return [_cell(value) for value in _values(series)]
 
 
 def _cell(value: Any) -> str | FieldError | None:
+    """The written form of one value, None for a null, or its error."""
     if value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value))):
         return None
     try:
@@ -116,56 +124,59 @@ def _cell(value: Any) -> str | FieldError | None:
 
 
 def _values(series: pd.Series) -> Iterable[Any]:
+    """The values of a column, at the column's own width."""
     if isinstance(series.dtype, pd.CategoricalDtype):
         known = [*_values(pd.Series(series.dtype.categories)), None]  # the code of nulls is -1
         return [known[code] for code in series.cat.codes]
     if pd.api.types.is_float_dtype(series.dtype):
-        # Python's own floats are wider: 0.1 would have 17 digits.
+        # Iterating over a float32 column yields Python's float64: 0.1 would have 17 digits.
         width: Any = getattr(series.dtype, "numpy_dtype", series.dtype)
         return list(series.to_numpy(dtype=width, na_value=np.nan))
     return list(series)
 
 
 def refusal(kind: Any) -> str | None:
-    """Why a column of a type cannot stand in a prompt; None where it can.
+    """Why a column of a type cannot be written in a prompt; None if it can.
 
     Parameters
     ----------
     kind
-        Of pandas or Arrow.
+        A pandas dtype or an Arrow type.
 
     Examples
     --------
     >>> refusal(pa.list_(pa.string())), refusal(np.dtype("int64"))
     (None, None)
     >>> refusal(pa.list_(pa.int64()))
-    'is a column of list<item: int64>, which has no form in a prompt'
+    'is a column of list<item: int64>, which cannot be written in a prompt'
     """
     if isinstance(kind, pd.ArrowDtype):
         kind = kind.pyarrow_dtype
     is_fit = _arrow_fits(kind) if isinstance(kind, pa.DataType) else _pandas_fits(kind)
-    return None if is_fit else f"is a column of {kind}, which has no form in a prompt"
+    return None if is_fit else f"is a column of {kind}, which cannot be written in a prompt"
 
 
 def way_out(name: str) -> str:
-    """What to do about a column that is refused."""
+    """What to do about a column that is refused, as a sentence."""
     return (
-        f"{_KINDS}. Make a text of it first: ddf[{name!r}] = ddf[{name!r}].map(function,"
+        f"{_KINDS}. Convert it to text first: ddf[{name!r}] = ddf[{name!r}].map(function,"
         f" meta=({name!r}, 'str'))."
     )
 
 
 def _pandas_fits(kind: Any) -> bool:
+    """Whether columns of a pandas dtype can be written in a prompt."""
     if isinstance(kind, pd.CategoricalDtype):
         return kind.categories is None or _pandas_fits(kind.categories.dtype)
     types = pd.api.types
     is_number = types.is_numeric_dtype(kind) and not types.is_complex_dtype(kind)
-    # Objects may be anything: each is looked at when its row is.
+    # Object columns may hold anything: values are checked row by row.
     is_text = isinstance(kind, pd.StringDtype) or types.is_object_dtype(kind)
     return is_text or is_number or types.is_bool_dtype(kind) or types.is_datetime64_any_dtype(kind)
 
 
 def _arrow_fits(kind: pa.DataType) -> bool:
+    """Whether columns of an Arrow type can be written in a prompt."""
     types = pa.types
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return _arrow_fits(kind.value_type)
@@ -185,6 +196,7 @@ def _arrow_fits(kind: pa.DataType) -> bool:
 
 
 def _is_list(kind: pa.DataType) -> bool:
+    """Whether a type is any kind of list."""
     types = pa.types
     tests = (types.is_list, types.is_large_list, types.is_fixed_size_list)
     views = (types.is_list_view, types.is_large_list_view)
@@ -192,9 +204,10 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _is_arrow_text(kind: pa.DataType) -> bool:
+    """Whether a type is text, also as a dictionary or an extension."""
     types = pa.types
     if types.is_dictionary(kind):
         return _is_arrow_text(kind.value_type)
-    if isinstance(kind, pa.BaseExtensionType):  # JSON, for one
+    if isinstance(kind, pa.BaseExtensionType):  # such as JSON
         return _is_arrow_text(kind.storage_type)
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)

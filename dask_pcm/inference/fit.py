@@ -1,8 +1,9 @@
-"""Whether a checkpoint's tensors are those that its architecture needs, by transformers itself.
+"""The client checks that a checkpoint has the tensors its architecture needs, as transformers does.
 
-Names in files are not those in memory: experts that are stored one by one are one tensor there,
-tied ones are stored once. Only transformers knows, and it takes torch to ask it. So it is asked in
-a process of its own, with tensors that have shapes and no memory, once for a content.
+Names in files differ from names in memory: experts stored one by one are merged into one tensor,
+and tied tensors are stored once. Only transformers knows these rules, and it needs torch. So the
+check runs in a subprocess, on fake tensors that have shapes but no memory, and the result is cached
+by the digest of the files.
 """
 
 from __future__ import annotations
@@ -28,28 +29,29 @@ _N_NAMED = 3
 
 
 def misfits(path: Path, files: Sequence[Path], content: str) -> list[str]:
-    """What a checkpoint lacks, in words; nothing where that cannot be found out here.
+    """Describe missing and misshapen tensors; empty if there are none or the check cannot run.
 
     Parameters
     ----------
     path
         A model folder.
     files
-        Its weights.
+        The files with its weights.
     content
-        Identity of all its files.
+        Digest of all files of the folder.
     """
     key = digest_of(json.dumps([content, _version("transformers"), _version("torch")]).encode())
     known = user_cache.recall(_KIND, key.hex())
     if known is None:
         known = _asked(path, files)
         if known is None:
-            return []  # workers will say
+            return []  # workers make the same check when they load the model
         user_cache.note(_KIND, key.hex(), known)
     return [str(problem) for problem in known]
 
 
 def _version(package: str) -> str:
+    """The installed version of a package, without importing it; empty if not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -59,7 +61,8 @@ def _version(package: str) -> str:
 
 
 def _asked(path: Path, files: Sequence[Path]) -> list[str] | None:
-    # Loading in threads, as transformers does, goes past the mode that gives tensors no memory.
+    """Run the check in a subprocess; None if it fails, for example without torch."""
+    # transformers loads in threads by default, and FakeTensorMode holds for one thread only.
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
     env["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "dask_pcm.inference.fit", str(path), *map(str, files)]
@@ -69,12 +72,12 @@ def _asked(path: Path, files: Sequence[Path]) -> list[str] | None:
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         told = getattr(error, "stderr", None) or b""
         last = told.decode(errors="replace").strip().rpartition("\n")[2]
-        logger.info("The tensors of %s are not compared here: %r %s", path, error, last)
+        logger.info("The client cannot check the tensors of %s: %r %s", path, error, last)
         return None
 
 
 def problems(path: str, files: Sequence[str]) -> list[str]:
-    """What a checkpoint lacks; imports torch and transformers."""
+    """Describe missing and misshapen tensors; imports torch and transformers."""
     import torch
     import transformers
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -99,7 +102,7 @@ def problems(path: str, files: Sequence[str]) -> list[str]:
 
 
 def _stored(files: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """Shape and type of each tensor, by name."""
+    """Shape and dtype of each stored tensor, by name, without reading data."""
     import torch
 
     if all(file.endswith(".safetensors") for file in files):

@@ -1,4 +1,7 @@
-"""``LLM``: a language model as a context, resolved on the client."""
+"""``LLM`` is a context that loads a transformers model; the client resolves and checks its files.
+
+Workers get a folder with a known digest and never contact a hub.
+"""
 
 from __future__ import annotations
 
@@ -14,41 +17,42 @@ from dask_pcm.inference.fit import misfits
 from dask_pcm.inference.model_folder import PATTERNS, check_folder
 from dask_pcm.inference.padded import load_model
 
-#: What is asked of a hub.
+#: The files to download from a hub.
 _PATTERNS = (*PATTERNS, "*.safetensors")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class LLM(Context):
-    """A context whose live object can score answers.
+    """A context that loads a causal language model; pass it to ``classify``.
 
     Parameters
     ----------
-    model
-        A folder with a transformers model, or the id of one on the Hugging Face hub. An id is
-        resolved here, on the client, to a commit; workers read the files and never ask a hub.
-    revision
+    model : str or path-like
+        A folder with a transformers model, or a model id on the Hugging Face hub. The client
+        resolves an id to a commit and downloads it; workers read the files and never contact a hub.
+    revision : str, optional
         Branch, tag or commit of a hub model.
-    dtype
-        Of the weights: "auto" (as stored), or "float32", "bfloat16", "float16".
-    device
-        "auto" takes the accelerator that the worker was given, and the CPU only where it was given
-        none, or ``pcm.worker.accelerator`` is "cpu": one that torch cannot use is an error. "cpu"
-        asks for the CPU everywhere. None is "auto".
+    dtype : str, default "auto"
+        Dtype of the weights: "auto" (as stored), "float32", "bfloat16" or "float16".
+    device : str, optional
+        "auto" (or None) uses the accelerator assigned to the worker, and raises an error if torch
+        cannot use it. It uses the CPU if no accelerator is assigned, or if
+        ``pcm.worker.accelerator`` is "cpu". "cpu" uses the CPU everywhere.
     name, device_memory
-        As for ``Context``; by default the size of the weights, and nothing on the CPU.
+        As in ``Context``. `device_memory` is the size of the weights by default, in bytes, and 0 on
+        the CPU.
 
     Raises
     ------
     ModelError
-        Where the folder is missing, incomplete, corrupt or quantised, the model is not one that
-        continues texts, or the id cannot be resolved.
+        If the folder is missing, incomplete, corrupt or quantised, the model is not a causal
+        language model, or the id cannot be resolved.
 
     Notes
     -----
-    The identity is the content of the files: the same files elsewhere are the same context. Each
-    is read once for it, and remembered. Workers stage them (see ``Context``). Tokens for private
-    hub models are used on the client alone and go nowhere else.
+    The digest of the context covers the content of the files, not their location: copies of the
+    same files are the same context. Each file is hashed once, and the hash is cached. Workers stage
+    the files (see ``Context``). Hub tokens are used on the client only and are sent nowhere else.
     """
 
     __slots__ = ("commit", "path")
@@ -74,7 +78,7 @@ class LLM(Context):
         files = bundle_of(path, (*PATTERNS, *(file.name for file in weights)))
         if wrong := misfits(path, weights, files.digest):
             raise ModelError(
-                f"The weights in {str(path)!r} are not those of its config.json:"
+                f"The weights in {str(path)!r} do not match its config.json:"
                 f" {'; '.join(wrong)}. Copy or download the folder again."
             )
         name = name or Path(os.fspath(model)).name
@@ -98,7 +102,7 @@ class LLM(Context):
 
 
 def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
-    """The folder of a model, and its commit; empty where it is nobody's but a folder."""
+    """The local folder of a model, and its hub commit; an empty commit for a plain folder."""
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -108,7 +112,7 @@ def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
         return path.resolve(), ""
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(
-            f"There is no model folder {model!r}. Give a folder with config.json, tokenizer and"
+            f"There is no model folder {model!r}. Pass a folder with config.json, tokenizer and"
             " weights, or a hub id with its owner, such as 'HuggingFaceTB/SmolLM2-1.7B-Instruct' or"
             " 'openai-community/gpt2'."
         )
@@ -118,11 +122,12 @@ def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(_PATTERNS)))
     except Exception as error:
         raise ModelError(
-            f"{model!r} is no folder here, and could not be resolved on the hub either"
+            f"{model!r} is not a local folder, and could not be resolved on the hub"
             f" ({type(error).__name__}: {error})."
         ) from error
-    return folder, folder.name  # snapshots are named by their commit
+    return folder, folder.name  # the hub's cache names a snapshot's folder by its commit
 
 
 def _bytes_of(files: Sequence[Path]) -> int:
+    """The total size of files in bytes."""
     return sum(file.stat().st_size for file in files)

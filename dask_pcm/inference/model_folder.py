@@ -1,7 +1,7 @@
-"""A model folder, looked through on the client: what is wrong with it is said before any GPU waits.
+"""The client checks a model folder before any GPU is used: configuration, tokenizer and weights.
 
-torch is not imported for it: transformers' mappings are read from its source, names and sizes of
-tensors from the headers of their files. What only transformers can tell is asked in ``fit``.
+The check does not import torch. It reads transformers' mappings from its source, and the names and
+sizes of tensors from the headers of their files. ``fit`` checks what only transformers can tell.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ from typing import Any
 
 from dask_pcm.errors import ModelError
 
-#: Files that count besides the weights.
+#: Files of a model besides its weights.
 PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
-#: One file with all weights, and what names several, in the order in which transformers looks.
+#: The single weight file and the index of several, in the order in which transformers looks.
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-#: How files of torch before 1.6 begin; nothing in them says how long they are.
+#: First bytes of files of torch before 1.6; their size cannot be checked.
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-#: transformers' mappings, and how most classes of causal models end.
+#: Names of transformers' mappings, and the usual suffixes of causal model classes.
 _CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 _SEQ2SEQ = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"
 _CAUSAL_ENDS = ("ForCausalLM", "LMHeadModel")
-_OWN = "Use a Context with a loader of your own for it."
+_OWN = "To use it anyway, write a loader and a Context."
 
 
 def check_folder(path: Path) -> list[Path]:
-    """Look through a model folder; return the files with its weights.
+    """Check a model folder; return the files with its weights.
 
     Raises
     ------
     ModelError
-        Where it is incomplete or corrupt, quantised, or of a model that does not continue texts.
+        If the folder is incomplete, corrupt or quantised, or its model is not a causal language
+        model.
     """
     config = path / "config.json"
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{str(path)!r} is no model folder: {_without_config(path)}.") from None
+        raise ModelError(f"{str(path)!r} is not a model folder: {_without_config(path)}.") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{str(config)!r} cannot be read: {error}.") from error
     if not isinstance(found, dict) or "model_type" not in found:
@@ -62,21 +63,23 @@ def check_folder(path: Path) -> list[Path]:
 
 
 def _without_config(path: Path) -> str:
+    """Why a folder without config.json cannot be used, for an error message."""
     if (path / "adapter_config.json").exists():
-        return "it has an adapter alone. Merge it into its model and save that"
+        return "it contains only an adapter. Merge the adapter into its model and save the result"
     return "it has no config.json"
 
 
-# -- of which kind -------------------------------------------------------------------------------
+# -- architecture --------------------------------------------------------------------------------
 
 
 def _check_architecture(config: Path, found: Mapping[str, Any]) -> None:
-    """Whether transformers knows the type of model, and it is a causal one."""
+    """Raise ModelError unless transformers knows the model's type and can load it as causal."""
     kind = str(found["model_type"])
     name = str((found.get("architectures") or [""])[0])
     if not _is_known(kind):
         raise ModelError(
-            f"{str(config)!r} says model_type {kind!r}, which transformers does not know here."
+            f"{str(config)!r} has model_type {kind!r}, which the installed transformers does not"
+            " know."
         )
     known = _mappings()
     if _CAUSAL not in known or _continues_texts(found, kind, name, known):
@@ -84,29 +87,30 @@ def _check_architecture(config: Path, found: Mapping[str, Any]) -> None:
     causal = _several(known[_CAUSAL].get(kind))
     what = f"of {name}" if name else f"of model_type {kind!r}"
     raise ModelError(
-        f"{str(config)!r} is {what}, which is no causal model{_other(name, kind, known)}. LLM takes"
-        " models that continue texts, which transformers loads with AutoModelForCausalLM."
-        + (f" Of this type that would be {' or '.join(causal)}." if causal else "")
+        f"{str(config)!r} is {what}, which is not a causal model{_other(name, kind, known)}. LLM"
+        " needs a model that transformers loads with AutoModelForCausalLM."
+        + (f" For this model_type that is {' or '.join(causal)}." if causal else "")
     )
 
 
 def _continues_texts(
     config: Mapping[str, Any], kind: str, name: str, known: Mapping[str, Mapping[str, Any]]
 ) -> bool:
+    """Whether a model of this type and class is a causal language model."""
     if kind not in known[_CAUSAL]:
         return False
     if name.endswith(_CAUSAL_ENDS):
         return True
     names = [each.lower() for each in _several(known[_CAUSAL][kind])]
     if kind not in known.get(_SEQ2SEQ, {}) or config.get("is_decoder"):
-        # Saved without its head, or without a name: what is missing shows by its tensors.
+        # Saved without its head or without a class name: ``fit`` finds any missing tensors.
         bases = _several(known.get("MODEL_MAPPING_NAMES", {}).get(kind))
         names += ["", *(base.lower() for base in bases if "ForConditional" not in base)]
     return name.lower() in names
 
 
 def _other(name: str, kind: str, known: Mapping[str, Mapping[str, Any]]) -> str:
-    """What it is instead, in words."""
+    """What kind of model it is instead, as the end of a phrase; empty if unknown."""
     kinds = {
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "a model of images and text",
         _SEQ2SEQ: "an encoder-decoder (seq2seq)",
@@ -124,14 +128,16 @@ def _other(name: str, kind: str, known: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _several(names: Any) -> tuple[str, ...]:
+    """Class names of a mapping's entry, which is one name, several or None."""
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _is_known(model_type: str) -> bool:
-    # Most types have a folder of their name; to ask transformers itself is to import torch.
+    """Whether transformers knows a model type; True if transformers is not installed here."""
+    # Most types have a folder of their name. Its own configuration module imports torch.
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
-        return True  # workers will say
+        return True  # workers check it when they load the model
     if (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir():
         return True
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -141,7 +147,10 @@ def _is_known(model_type: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _mappings() -> dict[str, dict[str, Any]]:
-    """Classes of transformers by type of model, for each purpose; empty without transformers."""
+    """transformers' mappings from model type to class names; empty without transformers.
+
+    Parsed from source: importing the module would import torch.
+    """
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         return {}
@@ -156,12 +165,13 @@ def _mappings() -> dict[str, dict[str, Any]]:
 
 
 def _pairs(node: ast.expr) -> dict[str, Any]:
-    """Those of a list that are written out."""
+    """The pairs of a list that are literals in the source."""
     items = node.elts if isinstance(node, ast.List) else []
     return dict(ast.literal_eval(item) for item in items if isinstance(item, ast.Tuple))
 
 
 def _check_plain(config: Path, found: Mapping[str, Any]) -> None:
+    """Raise ModelError if the weights are quantised, also those of a nested part."""
     parts = [found, *(part for part in found.values() if isinstance(part, dict))]
     for part in parts:
         for key in ("quantization_config", "compression_config"):
@@ -169,19 +179,20 @@ def _check_plain(config: Path, found: Mapping[str, Any]) -> None:
                 method = about.get("quant_method") if isinstance(about, dict) else None
                 raise ModelError(
                     f"{str(config)!r} says that the weights are quantised"
-                    f" ({method or 'by a method that it does not name'}). LLM reads weights as"
-                    f" they are: give a folder that is not quantised. {_OWN}"
+                    f" ({method or 'by an unnamed method'}). LLM does not support quantised"
+                    f" weights: use a folder that is not quantised. {_OWN}"
                 )
 
 
 def _check_tokenizer(path: Path) -> None:
+    """Raise ModelError if the tokenizer is missing or corrupt."""
     file = path / "tokenizer.json"
     if file.exists():
         from tokenizers import Tokenizer
 
         try:
             Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises Exception itself
+        except Exception as error:  # tokenizers raises plain Exception
             raise ModelError(f"{str(file)!r} is corrupt: {error}.") from error
     elif not any(path.glob("*.model")) and not any(path.glob("vocab*")):
         raise ModelError(
@@ -193,17 +204,17 @@ def _check_tokenizer(path: Path) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that transformers reads a folder's weights from.
+    """The files from which transformers would read a folder's weights.
 
     Raises
     ------
     ModelError
-        Where there are none, or some are missing.
+        If there are none, or some are missing.
     """
     for single, index in (_SAFETENSORS, _BIN):
         shards = sorted(set(_index(path / index).values()))
         if missing := [shard for shard in shards if not (path / shard).exists()]:
-            raise ModelError(f"{str(path)!r} lacks {missing[0]!r}, which its index names.")
+            raise ModelError(f"{str(path)!r} lacks {missing[0]!r}, which its index lists.")
         if (path / single).exists():
             return [path / single]
         if shards:
@@ -216,7 +227,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _index(file: Path) -> dict[str, str]:
-    """Files of tensors by name; nothing where there is no index."""
+    """File name by tensor name; empty if there is no index."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): Path(shard).name for name, shard in found.items()}
@@ -227,19 +238,20 @@ def _index(file: Path) -> dict[str, str]:
 
 
 def _check_index(path: Path, files: list[Path]) -> None:
-    """Whether the index's tensors are in their files, as far as headers tell."""
+    """Raise ModelError if a tensor of the index is missing in its file's header."""
     if len(files) == 1 and files[0].name in (_SAFETENSORS[0], _BIN[0]):
         return
     names = {file.name: {*_header(file)} for file in files if file.suffix != ".bin"}
     for tensor, shard in _index(path / _SAFETENSORS[1]).items():
         if shard in names and tensor not in names[shard]:
             raise ModelError(
-                f"{str(path / shard)!r} lacks {tensor!r}, which the index says is there. Copy or"
+                f"{str(path / shard)!r} lacks {tensor!r}, which the index lists for it. Copy or"
                 " download the folder again."
             )
 
 
 def _header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file: a description of each tensor by name."""
     with file.open("rb") as stream:
         n_header = int.from_bytes(stream.read(8), "little")
         found = json.loads(stream.read(n_header))
@@ -247,9 +259,9 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _safetensors_problem(file: Path) -> str | None:
-    """What is wrong with a safetensors file, from its header and size; the format is
+    """What is wrong with a safetensors file, from its header and size; None if nothing.
 
-    eight bytes of header length, a JSON header with ``data_offsets``, then the data.
+    The format: eight bytes of header length, a JSON header with ``data_offsets``, then the data.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -259,13 +271,17 @@ def _safetensors_problem(file: Path) -> str | None:
     try:
         ends = [about["data_offsets"][1] for about in _header(file).values()]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "its header is not readable"
+        return "its header is not valid"
     expected = 8 + n_header + max(ends, default=0)
     return None if size == expected else f"it should have {expected} bytes and has {size}"
 
 
 def _bin_problem(file: Path) -> str | None:
-    """What is wrong with a file of ``torch.save``: a zip archive, whose table is at its end."""
+    """What is wrong with a file of ``torch.save``; None if nothing.
+
+    The file is a zip archive with its directory at the end, so truncation shows without reading
+    the data.
+    """
     with file.open("rb") as stream:
         head = stream.read(len(_LEGACY))
     if head == _LEGACY:
@@ -274,7 +290,7 @@ def _bin_problem(file: Path) -> str | None:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        what = "it is cut off" if head.startswith(b"PK") else "it is no file of torch"
+        what = "it is truncated" if head.startswith(b"PK") else "it is not a torch file"
         return f"{what} ({error})"
     is_whole = any(name.endswith("data.pkl") for name in names)
-    return None if is_whole else "it holds no tensors"
+    return None if is_whole else "it contains no tensors"

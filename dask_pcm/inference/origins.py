@@ -1,4 +1,8 @@
-"""Where a column of a frame comes from: what pandas calls an object has a type in its files."""
+"""Object columns are checked by the type that they have in their source, before anything runs.
+
+The expression of a Dask DataFrame is followed down to its source, through steps that leave values
+unchanged. A Parquet source has a schema, and a pandas frame in memory has values.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from dask_pcm.errors import SchemaError
 from dask_pcm.inference.fields import FieldError, as_text, refusal, way_out
 from dask_pcm.parquet.pieces import PieceReader
 
-#: What leaves the values of each column as they are.
+#: Expressions that leave the values of columns unchanged.
 _PASSING = (
     ArrowStringConversion,
     BlockwiseHead,
@@ -39,7 +43,7 @@ _PASSING = (
 
 
 def check_fields(ddf: dd.DataFrame, fields: tuple[str, ...]) -> None:
-    """Raise SchemaError where a column cannot stand in a prompt."""
+    """Raise SchemaError if a field of a prompt is a column of an unsupported type."""
     origin = _origin(ddf.expr)
     for name in fields:
         problem = refusal(ddf._meta[name].dtype) or _problem_at(origin, ddf._meta[name], name)
@@ -48,12 +52,14 @@ def check_fields(ddf: dd.DataFrame, fields: tuple[str, ...]) -> None:
 
 
 def _origin(expr: Expr) -> Expr:
+    """The expression that produces the values."""
     while isinstance(expr, _PASSING):
         expr = expr.frame
     return expr
 
 
 def _problem_at(origin: Expr, column: pd.Series, name: str) -> str | None:
+    """Why a column cannot be written in a prompt, by its source; None if no reason is known."""
     if isinstance(origin, FromPandas):
         return _problem_in(origin.operand("frame")._data, column, name)
     schema = _schema(origin)
@@ -63,6 +69,7 @@ def _problem_at(origin: Expr, column: pd.Series, name: str) -> str | None:
 
 
 def _schema(origin: Expr) -> pa.Schema | None:
+    """The Arrow schema of a Parquet source, read by us or by Dask."""
     if isinstance(origin, FromMap) and isinstance(origin.operand("func"), PieceReader):
         return origin.operand("func").schema
     if isinstance(origin, ReadParquet):
@@ -72,11 +79,14 @@ def _schema(origin: Expr) -> pa.Schema | None:
 
 
 def _problem_in(frame: Any, column: pd.Series, name: str) -> str | None:
-    """What Dask makes a text of, of a frame in this process, in a way that is none of ours."""
+    """Why values of a frame in memory cannot be used: Dask converts them to text with ``str``.
+
+    ``from_pandas`` does so with object columns, and its text may differ from ``fields.as_text``.
+    """
     if not isinstance(frame, pd.DataFrame) or not pd.api.types.is_object_dtype(frame[name]):
         return None
     if pd.api.types.is_object_dtype(column):
-        return None  # left as it is: each row is looked at
+        return None  # Dask leaves the values unchanged: they are checked row by row
     for value in frame[name]:
         if isinstance(value, str) or (pd.api.types.is_scalar(value) and pd.isna(value)):
             continue
@@ -86,7 +96,7 @@ def _problem_in(frame: Any, column: pd.Series, name: str) -> str | None:
             is_fit = False
         if not is_fit:
             return (
-                f"holds a {type(value).__name__}, of which dask.dataframe.from_pandas makes the"
+                f"holds a {type(value).__name__}, which dask.dataframe.from_pandas converts to the"
                 f" text {str(value)!r:.60}"
             )
     return None

@@ -1,4 +1,8 @@
-"""A transformers model on one device, run on padded batches: right for every causal one."""
+"""Any causal transformers model can be scored on padded batches, on one device.
+
+Batches are padded on the right. A causal model's logits do not depend on later tokens, so no
+attention mask is needed; ``probe`` verifies this when a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +22,33 @@ from dask_pcm.ladder.device import check_device, chosen_device
 
 logger = logging.getLogger(__name__)
 
-#: A tokenizer that knows no limit says a number like 10**30.
+#: Tokenizers without a limit report a number such as 10**30.
 _NO_LIMIT = 10**9
 
 
 def load_model(
     path: str, dtype: str = "auto", device: str | None = "auto", content: str | None = None
 ) -> PlainModel:
-    """Load a model folder; the loader of ``LLM``, run on workers.
+    """Load a model folder on a worker; the loader of ``LLM``.
 
     Parameters
     ----------
+    path
+        The model folder.
+    dtype
+        Dtype of the weights; "auto" as stored.
     device
-        Of torch, or "auto": the accelerator that the worker was given, and the CPU only where it
-        was given none, or ``pcm.worker.accelerator`` says so.
+        A torch device, or "auto" (or None) for the accelerator assigned to the worker; the CPU if
+        none is assigned or ``pcm.worker.accelerator`` is "cpu".
     content
-        Identity of the files, by which it is remembered that the model passed its probe.
+        Digest of the files. With it, the result of the probe is cached.
 
     Raises
     ------
     DeviceUnusableError
-        Where the worker was given a device that torch cannot use. "cpu" does without it.
+        If torch cannot use the device assigned to the worker. Never raised for "cpu".
     ModelError
-        Where the weights do not fit the architecture, or the model fails its probe.
+        If the weights do not fit the architecture, or the model fails its probe.
     """
     import transformers
 
@@ -71,12 +79,18 @@ def load_model(
 def load_onto(
     path: str, kind: Any, config: Any, files: Sequence[Path], dtype: str, device: str
 ) -> Any:
-    """A model whose weights are read from their files straight into a device's memory.
+    """Load a model whose weights are read from its files directly into device memory.
 
     Parameters
     ----------
+    path
+        The model folder.
     kind
-        The class of the model, of transformers.
+        The model's class in transformers.
+    config
+        Its configuration object.
+    files
+        Its safetensors files.
     """
     import transformers
 
@@ -96,6 +110,7 @@ def load_onto(
 
 
 def _check(found: Mapping[str, Any], path: str) -> None:
+    """Raise ModelError if transformers reports missing or mismatched weights."""
     if found["missing_keys"] or found["mismatched_keys"]:
         wrong = [*found["missing_keys"], *found["mismatched_keys"]]
         raise ModelError(f"Weights of {path!r} are missing or do not fit: {wrong[:3]}.")
@@ -107,9 +122,9 @@ class PlainModel:
     Attributes
     ----------
     max_tokens
-        The longest sequence it takes; None where neither model nor tokenizer says.
+        Context length in tokens; None if neither model nor tokenizer states one.
     n_embeddings
-        Tokens that it knows; a tokenizer may have more.
+        Vocabulary size of the model; a tokenizer may have more tokens.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -127,24 +142,24 @@ class PlainModel:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Where and how it runs, for the ledger."""
+        """Device and dtype, recorded in the ledger."""
         return {"device": str(self.model.device), "dtype": str(self.model.dtype)}
 
     @property
     def eos(self) -> int | None:
-        """The token that ends an answer."""
+        """Id of the end-of-text token; None if the tokenizer has none."""
         eos = self.tokenizer.eos_token_id
         return None if eos is None else int(eos)
 
     def tokenize(self, texts: Sequence[str | Text]) -> list[list[int]]:
-        """Token ids of each text, with the model's own beginning but no ending.
+        """Token ids of each text, with a beginning-of-text token but no end-of-text token.
 
-        Control tokens that a text spells out are text, unless they are a template's own.
+        Control tokens spelled out in a text are plain text, except in a template's own parts.
         """
         return self._encoder(texts)
 
     def check_tokens(self, scoring: Scoring) -> None:
-        """Raise ScoringError where a token is none that the model knows."""
+        """Raise ScoringError if a token is not in the model's vocabulary."""
         last = max(max(scoring.shared), *map(max, scoring.endings))
         if last >= self.n_embeddings:
             (name,) = self.tokenizer.convert_ids_to_tokens([last])
@@ -159,14 +174,15 @@ class PlainModel:
         Parameters
         ----------
         scorings
-            What to run, by row.
+            One per row.
         batch_tokens
-            Padded tokens in one forward.
+            Maximum number of tokens in a forward pass, padding included.
 
         Returns
         -------
         list of list of float
-            By row and choice, the sum of log P(token | all before it) over the choice's tokens.
+            Shape (rows, choices): the sum over a choice's tokens of log P(token | all tokens
+            before it).
         """
         runs = [(row, run) for row, s in enumerate(scorings) for run in s.runs]
         lengths = [len(scorings[row].shared) + len(run) for row, run in runs]
@@ -186,20 +202,23 @@ class PlainModel:
         return scores
 
     def logits(self, sequences: Sequence[Sequence[int]], positions: Sequence[int]) -> Any:
-        """One forward; logits of shape (sequences, positions, tokens).
+        """Run one forward pass; return logits of shape (sequences, positions, vocabulary).
 
-        Padded on the right, where a causal model's earlier logits see nothing of it: no mask and no
-        position ids are needed, which many kinds of model handle in ways of their own, or not.
+        Sequences are padded on the right, which the logits of a causal model do not depend on. So
+        neither attention mask nor position ids are passed: architectures differ in how, or
+        whether, they handle them.
 
         Parameters
         ----------
+        sequences
+            Token ids, of any lengths.
         positions
-            At which logits are wanted, in ascending order.
+            Positions whose logits are returned, in ascending order.
         """
         import torch
 
         n_tokens = max(map(len, sequences))
-        # With its own last token: every model knows that one.
+        # Pad each sequence with its own last token: not every model has a padding token.
         padded = [[*tokens, *[tokens[-1]] * (n_tokens - len(tokens))] for tokens in sequences]
         ids = torch.tensor(padded, device=self.model.device)
         kept = torch.tensor(positions, device=self.model.device)
@@ -211,7 +230,7 @@ class PlainModel:
     def _logprobs(
         self, sequences: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int, int]]
     ) -> list[float]:
-        """One forward; log P of each wanted (sequence, position, token)."""
+        """Run one forward pass; return log P of each wanted (sequence, position, token)."""
         import torch
 
         positions = sorted({position for _, position, _ in wanted})
@@ -225,13 +244,13 @@ class PlainModel:
 
 
 def _n_embeddings(model: Any) -> int:
-    """Tokens that can be put in and scored."""
+    """Number of tokens that are both in the input and in the output embedding."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(len(layer.weight) for layer in layers if layer is not None)
 
 
 def _owned(scoring: Scoring, run: Sequence[int]) -> list[int]:
-    """Choices that are scored on `run`: the first of the runs that shows all before their end."""
+    """Choices scored on `run`: it is the first run that begins with all but their last token."""
     return [
         choice
         for choice, ending in enumerate(scoring.endings)

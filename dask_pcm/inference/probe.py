@@ -1,8 +1,8 @@
-"""Whether a model gives each row of a padded batch the answer that it would have alone.
+"""A model must give each row of a padded batch the same answer as alone; a probe verifies this.
 
-It does where no logit depends on a later token. So that is asked of a model when it is loaded, once
-for its content, the device model and the versions of what runs it: what passed is remembered on the
-host. What fails is asked again, for a fault of a device is not to be held against a model for ever.
+It holds if no logit depends on a later token. The probe runs when a model is loaded. A pass is
+cached on the host, by the digest of the files, the device model and the versions of torch and
+transformers. A failure is never cached: a faulty device may have caused it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Longer than a chunk of most models that read in chunks.
+#: Length of the longest probe text: longer than one chunk of most models with chunked attention.
 _N_TOKENS = 66
-#: Differences of logits over their spread that are rounding: later tokens, neighbours in a batch.
-#: In half precision an expert may be chosen differently at a position: most positions decide.
+#: Limits of the difference of logits, relative to their standard deviation, that rounding explains:
+#: by later tokens, by neighbours in a batch. In half precision, rounding may route single positions
+#: to another expert, so the median position decides instead of the worst.
 _FULL, _HALF = (1e-3, 1e-3), (0.02, 0.1)
 _KIND = "probes"
 
 
 def ensure_exact(model: PlainModel, content: str | None) -> None:
-    """Probe a model, unless its like has passed here.
+    """Probe a model, unless the same model has passed on this host before.
 
     Parameters
     ----------
     content
-        Identity of the model's files; without one nothing is remembered.
+        Digest of the model's files; None disables the cache.
 
     Raises
     ------
     ModelError
-        Where its answers would depend on what shares a batch.
+        If its answers would depend on the other rows of a batch.
     """
     key = None if content is None else _key(model, content)
     if key is not None and user_cache.recall(_KIND, key) is not None:
@@ -53,12 +54,17 @@ def ensure_exact(model: PlainModel, content: str | None) -> None:
 
 
 def probe(model: PlainModel) -> dict[str, float]:
-    """How much logits change by what should not change them, over their spread.
+    """Measure how much later tokens and batch neighbours change logits.
+
+    Returns
+    -------
+    dict of str to float
+        RMS differences relative to the standard deviation of the logits.
 
     Raises
     ------
     ModelError
-        Where that is more than rounding.
+        If a difference is larger than rounding explains.
     """
     rows = _rows(model)
     is_half = model.model.dtype.itemsize < 4
@@ -67,22 +73,22 @@ def probe(model: PlainModel) -> dict[str, float]:
     later = _measured(_later_tokens(model, rows), is_half)
     if later > most_later:
         raise ModelError(
-            f"{name} is no causal model as this folder configures it: later tokens change the"
+            f"{name} is not a causal model as this folder configures it: later tokens change the"
             f" logits of earlier ones (by {later:.2g} of their spread), so it cannot score answers."
-            " Give a model that was trained to continue texts; some have is_decoder in config.json."
+            " Use a causal language model; some need is_decoder in config.json."
         )
     beside = _measured(_beside_others(model, rows), is_half)
     if beside > most_beside:
         raise ModelError(
-            f"{name} gives a text other logits in a batch than alone (by {beside:.2g} of their"
-            f" spread; rounding explains {most_beside:g}), so answers would depend on which rows"
-            " share a batch."
+            f"{name} gives a text different logits in a batch than alone (by {beside:.2g} of their"
+            f" spread; rounding explains {most_beside:g}), so answers would depend on the other"
+            " rows of a batch. Use another model."
         )
     return {"later_tokens": later, "beside_others": beside}
 
 
 def _later_tokens(model: PlainModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
-    """Logits of a text's first half, before one token again and again and before other ones."""
+    """Logits of a text's first half, followed by one repeated token and by other tokens."""
     whole = rows[0]
     half = (len(whole) + 1) // 2
     other = [*whole[:half], *[whole[half - 1]] * (len(whole) - half)]
@@ -91,7 +97,7 @@ def _later_tokens(model: PlainModel, rows: Sequence[list[int]]) -> list[tuple[An
 
 
 def _beside_others(model: PlainModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
-    """Logits of each text in a batch with the others, and alone."""
+    """Logits of each text, in a batch with the others and alone."""
     positions = sorted({position for row in rows for position in _some(len(row))})
     batch = model.logits(rows, positions)
     pairs = []
@@ -102,15 +108,15 @@ def _beside_others(model: PlainModel, rows: Sequence[list[int]]) -> list[tuple[A
 
 
 def _measured(pairs: Sequence[tuple[Any, Any]], is_half: bool) -> float:
-    """Root mean square of differences over the spread, of the worst text.
+    """RMS difference of logits relative to their standard deviation, of the worst text.
 
-    By its worst position, or the median one.
+    Each text counts by its worst position, in half precision by its median position.
     """
     found = []
     for changed, expected in pairs:
         changed, expected = changed.float(), expected.float()
         spread = expected.std(dim=-1)
-        # What is no number is said of each row when it is scored.
+        # NaN and infinity are ignored here: scoring reports them as errors of single rows.
         differences = (changed - expected).nan_to_num(0.0, 0.0, 0.0).square().mean(dim=-1).sqrt()
         ratios = differences / spread.nan_to_num(1.0).clamp(min=1e-12)
         found.append(float(ratios.median() if is_half else ratios.max()))
@@ -118,12 +124,12 @@ def _measured(pairs: Sequence[tuple[Any, Any]], is_half: bool) -> float:
 
 
 def _some(n_tokens: int) -> list[int]:
-    """Some positions of a text: its ends, and between them."""
+    """Positions to compare: near both ends and in the middle."""
     return sorted({0, n_tokens // 3, n_tokens // 2, max(0, n_tokens - 2), n_tokens - 1})
 
 
 def _rows(model: PlainModel) -> list[list[int]]:
-    """Texts of several lengths of tokens without a meaning of their own."""
+    """Token sequences of several lengths, without special tokens; the same for every run."""
     config = model.model.config.get_text_config()
     special = {*model.tokenizer.all_special_ids}
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -141,6 +147,7 @@ def _rows(model: PlainModel) -> list[list[int]]:
 
 
 def _key(model: PlainModel, content: str) -> str:
+    """The cache key: everything that can change a probe's result."""
     import torch
     import transformers
 

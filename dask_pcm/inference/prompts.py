@@ -1,4 +1,7 @@
-"""Prompts and choices, without torch: templates, joint tokenisation, what a model must run."""
+"""Prompts are parsed, and the scoring of choices is planned, without torch or a model.
+
+A plan states the token sequences that a model must run to score all choices of a row.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some of a text, and whether control tokens that are spelt out in it are meant as such."""
+    """Part of a text; `is_own` if control tokens spelled out in it act as control tokens."""
 
     text: str
     is_own: bool
@@ -25,7 +28,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text that a template and a row have made together."""
+    """A template filled with a row; it keeps which parts are the template's own."""
 
     parts: tuple[Part, ...]
 
@@ -33,7 +36,7 @@ class Text:
         return "".join(part.text for part in self.parts)
 
     def followed_by(self, text: str) -> Text:
-        """This text and more that is meant as written."""
+        """This text, followed by `text`, in which control tokens act as such."""
         return Text((*self.parts, Part(text, is_own=True)))
 
 
@@ -53,7 +56,7 @@ class Template:
         Raises
         ------
         PromptError
-            Where there is none, or one is not a plain name.
+            If there is none, or one is not a plain name.
 
         Examples
         --------
@@ -69,7 +72,7 @@ class Template:
         return tuple(dict.fromkeys(names))
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The prompt of one row, as one text."""
+        """The prompt of one row as a string."""
         return str(self.text_of(row))
 
     def text_of(self, row: Mapping[str, Any], is_trusted: bool = False) -> Text:
@@ -78,12 +81,12 @@ class Template:
         Parameters
         ----------
         is_trusted
-            Whether control tokens that a row spells out are meant as such.
+            Whether control tokens spelled out in the row's fields act as control tokens.
 
         Raises
         ------
         FieldError
-            Where a value has no form in a prompt.
+            If a value cannot be written in a prompt.
         """
         parts = []
         for literal, name in _parsed(self.text):
@@ -95,7 +98,7 @@ class Template:
 
 @functools.lru_cache(maxsize=64)
 def _parsed(text: str) -> tuple[tuple[str, str | None], ...]:
-    """Literal texts, and the field after each; None after the last."""
+    """The literal texts of a template, each with the field that follows it or None."""
     try:
         parts = list(string.Formatter().parse(text))
     except ValueError as error:
@@ -105,35 +108,35 @@ def _parsed(text: str) -> tuple[tuple[str, str | None], ...]:
     for _, name, form, conversion in parts:
         if name is not None and (not name or form or conversion):
             raise PromptError(
-                f"The prompt's field {{{name}}} must be the plain name of a column, such as"
-                " {claim}; write {{ and }} for literal braces."
+                f"The prompt's field {{{name}}} must be a plain column name, such as {{claim}};"
+                " write {{ and }} for literal braces."
             )
     return tuple((literal, name) for literal, name, _, _ in parts)
 
 
 def check_choices(choices: Sequence[str]) -> tuple[str, ...]:
-    """Return the choices; raise PromptError where they cannot be told apart.
+    """Return the choices as a tuple; raise PromptError if they are invalid or repeated.
 
-    White space around a choice does not count: it is neither compared nor scored.
+    White space around a choice is ignored: it is neither compared nor scored.
 
     >>> check_choices(["yes", "no"])
     ('yes', 'no')
     """
-    is_list = isinstance(choices, (list, tuple))  # the order decides ties
+    is_list = isinstance(choices, (list, tuple))  # no sets: the order decides ties
     if not is_list or not all(isinstance(choice, str) for choice in choices):
-        raise PromptError(f"choices must be a list of texts; found {choices!r:.80}.")
+        raise PromptError(f"choices must be a list of strings; found {choices!r:.80}.")
     stripped = [choice.strip() for choice in choices]
     if len(choices) < 2:
-        raise PromptError(f"choices needs at least two texts; found {list(choices)}.")
+        raise PromptError(f"choices needs at least two strings; found {list(choices)}.")
     if "" in stripped:
-        raise PromptError(f"choices holds an empty text: {list(choices)}.")
+        raise PromptError(f"choices contains an empty string: {list(choices)}.")
     if repeated := sorted({choice for choice in stripped if stripped.count(choice) > 1}):
         raise PromptError(f"choices repeats {', '.join(map(repr, repeated))}.")
     return tuple(choices)
 
 
 class ScoringError(Exception):
-    """A row whose choices cannot be scored; its text is the row's error."""
+    """The choices of a row cannot be scored; the message becomes the row's error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +146,13 @@ class Scoring:
     Attributes
     ----------
     shared
-        Tokens that the row has in common for all choices: the prompt, as far as its tokens do
-        not depend on what follows.
+        Token prefix common to all choices: the prompt, except tokens at its end that depend on
+        the choice.
     endings
         For each choice its tokens after `shared`.
     runs
-        The fewest sequences after `shared` that show every choice's log-probabilities: each
-        choice without its last token is the beginning of one of them.
+        The fewest sequences after `shared` that give every choice's log-probabilities: each
+        choice without its last token is a prefix of one of them.
     """
 
     shared: Tokens
@@ -163,25 +166,25 @@ class Scoring:
 
 
 def separator(prompt: str) -> str:
-    """What stands between a prompt and its answer: a space, unless the prompt ends with one."""
+    """The text between a prompt and a choice: a space, unless the prompt ends in white space."""
     return "" if not prompt or prompt[-1].isspace() else " "
 
 
 def plan_scoring(sequences: Sequence[Sequence[int]], eos: int | None) -> Scoring:
-    """Split tokenised prompt-and-choice texts into what they share and how they end.
+    """Split tokenised prompt-and-choice texts into a shared prefix and endings.
 
     Parameters
     ----------
     sequences
-        Token ids of prompt and choice together, one for each choice.
+        Token ids of prompt and choice together, one sequence per choice.
     eos
-        Token that ends an answer. Appended to all where one choice begins with another: the
-        longer of the two could never win otherwise.
+        Id of the end-of-text token. It is appended to all sequences if one is a prefix of another:
+        otherwise the longer of the two could never win.
 
     Raises
     ------
     ScoringError
-        Where the model cannot tell the choices apart, or has nothing to predict them from.
+        If choices have the same tokens, or no token precedes them.
 
     Examples
     --------
@@ -191,16 +194,16 @@ def plan_scoring(sequences: Sequence[Sequence[int]], eos: int | None) -> Scoring
     """
     tokens = [tuple(sequence) for sequence in sequences]
     if len(set(tokens)) < len(tokens):
-        raise ScoringError("Some choices are the same tokens to this model: it has no other words.")
+        raise ScoringError("Some choices have the same tokens in this model's vocabulary.")
     if _has_prefix(tokens):
         if eos is None:
             raise ScoringError(
-                "One choice begins with another, and this model has no token that ends an answer."
+                "One choice is a prefix of another, and this model has no end-of-text token."
             )
         tokens = [(*sequence, eos) for sequence in tokens]
     n_shared = _n_shared(tokens)
     if not n_shared:
-        raise ScoringError("Nothing stands before the answer to predict it from.")
+        raise ScoringError("No token precedes the answer, so it cannot be predicted.")
     endings = tuple(sequence[n_shared:] for sequence in tokens)
     starts = {ending[:-1] for ending in endings}
     runs = tuple(
@@ -212,12 +215,14 @@ def plan_scoring(sequences: Sequence[Sequence[int]], eos: int | None) -> Scoring
 
 
 def _has_prefix(sequences: Sequence[Tokens]) -> bool:
-    """Whether one of the sequences begins another."""
+    """Whether one of the sequences is a prefix of another."""
+    # In lexicographic order a prefix is directly followed by a sequence that it begins.
     ordered = sorted(sequences)
     return any(b[: len(a)] == a for a, b in itertools.pairwise(ordered))
 
 
 def _n_shared(sequences: Sequence[Tokens]) -> int:
+    """Length of the common prefix; that of the least and the greatest sequence is that of all."""
     low, high = min(sequences), max(sequences)
     n = 0
     while n < min(len(low), len(high)) and low[n] == high[n]:
@@ -231,26 +236,27 @@ def cut_to_fit(
     n_max: int,
     count: Callable[[Mapping[str, Any]], int],
 ) -> dict[str, Any] | None:
-    """Shorten one field until the row fits, cutting its end: between words where there are any.
+    """Truncate one field at its end, at a word boundary if possible, until the row fits.
 
     Parameters
     ----------
     row
         Fields of the prompt.
     field
-        The one to cut.
+        The field to truncate.
     n_max
-        Tokens that the model takes.
+        The model's context length in tokens.
     count
-        Tokens that a row needs, prompt and longest answer together.
+        Returns the number of tokens of a row, prompt and longest choice together.
 
     Returns
     -------
     dict or None
-        The row with the longest beginning of the field that fits; None if nothing of it does.
+        The row with the longest prefix of the field that fits; None if not even a part of it does.
     """
     text = as_text(row[field])
-    low, high = 0, len(text)  # the most characters that fit lie in [low, high)
+    # Binary search: the largest number of characters that fits is in [low, high).
+    low, high = 0, len(text)
     while low + 1 < high:
         middle = (low + high) // 2
         fits = count({**row, field: text[:middle]}) <= n_max
@@ -258,19 +264,19 @@ def cut_to_fit(
     cut = text[:low]
     is_inside_word = bool(cut) and not (text[low].isspace() or cut[-1].isspace())
     if is_inside_word and len(words := cut.rsplit(maxsplit=1)) > 1:
-        cut = cut[: len(cut) - len(words[-1])]  # not in the middle of a word
+        cut = cut[: len(cut) - len(words[-1])]
     cut = cut.rstrip()
     return {**row, field: cut} if cut and count({**row, field: cut}) <= n_max else None
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group sequences of like length, longest first, capped by tokens after padding.
+    """Group sequences of similar length, longest first, by the number of tokens after padding.
 
     Returns
     -------
     list of list of int
-        Positions in `lengths`; each group's longest times its size is at most `max_tokens`,
-        unless it holds a single sequence.
+        Groups of positions in `lengths`. The longest length of a group times its size is at most
+        `max_tokens`, unless the group has one sequence.
 
     Examples
     --------

@@ -1,9 +1,10 @@
-"""Texts to token ids: one beginning, and no control token that only a row has spelt out.
+"""Control tokens count in a template but not in a row's fields; each text has one beginning.
 
-A tokenizer makes control tokens of their names wherever they stand. A template's are meant; a row
-that has ``<|im_end|>`` in it could end its own turn. Where a row spells one out, a second tokenizer
-is used that differs in one thing: its control tokens have names that nobody can guess, and the
-template's are replaced by those. All else, seams included, is as the model's own tokenizer has it.
+A tokenizer converts the name of a control token wherever it occurs, so a row that contains
+``<|im_end|>`` could end its own turn (prompt injection). If a row spells out such a name, a second
+tokenizer encodes the text. Its control tokens have random names, and only the template's control
+tokens are renamed to them. Everything else, including tokens that span parts, is as in the model's
+own tokenizer.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from typing import Any
 
 from dask_pcm.inference.prompts import Part, Text
 
-#: How a byte is spelt that has no token in a vocabulary of characters: it controls nothing.
+#: Byte-fallback tokens, such as ``<0x0A>``: marked special in some vocabularies, but harmless.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Encoder:
-    """Token ids by a tokenizer of transformers.
+    """Encodes texts with a transformers tokenizer.
 
     Parameters
     ----------
     tokenizer
-        Whose own settings for padding and truncation do not count.
+        Its own padding and truncation settings are ignored.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -40,15 +41,15 @@ class Encoder:
         self._guarded: _Guarded | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_guarded": None}  # large, and seldom needed
+        return {**self.__dict__, "_guarded": None}  # large, rarely needed, and rebuilt on demand
 
     def __call__(self, texts: Sequence[str | Text]) -> list[list[int]]:
-        """Token ids of each text, with the model's own beginning but no ending.
+        """Token ids of each text, with a beginning-of-text token but no end-of-text token.
 
         Parameters
         ----------
         texts
-            Of plain ones nothing is a control token.
+            In plain strings nothing is a control token.
         """
         given = [Text((Part(t, is_own=False),)) if isinstance(t, str) else t for t in texts]
         is_guarded = [self._spells_control(text) for text in given]
@@ -60,7 +61,7 @@ class Encoder:
         ]
 
     def _spells_control(self, text: Text) -> bool:
-        """Whether a control token stands in what is not the template's own, or reaches into it."""
+        """Whether a control token's name overlaps a part that is not the template's own."""
         spans = [match.span() for match in self._control.finditer(str(text))]
         if not spans:
             return False
@@ -73,12 +74,14 @@ class Encoder:
         return False
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts with the model's own tokenizer, in one call."""
         if not texts:
             return []
         found = self._tokenizer(texts, add_special_tokens=True, verbose=False)
         return [list(ids) for ids in found["input_ids"]]
 
     def _encode_guarded(self, text: Text) -> list[int]:
+        """Encode a text whose row spells out a control token."""
         if getattr(self._tokenizer, "backend_tokenizer", None) is None:
             return self._encode_apart(text)
         if self._guarded is None:
@@ -86,7 +89,7 @@ class Encoder:
         return self._guarded.encode(text, self._control)
 
     def _encode_apart(self, text: Text) -> list[int]:
-        """For tokenizers in Python: what stands between the template's control tokens, apart."""
+        """For slow (Python) tokenizers: encode the text between control tokens separately."""
         ids: list[int] = []
         pending = ""
         for part in text.parts:
@@ -100,19 +103,21 @@ class Encoder:
         return list(self._tokenizer.build_inputs_with_special_tokens(ids))
 
     def _plain(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is a control token."""
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return list(self._tokenizer(text, **options)["input_ids"]) if text else []
 
     def _trimmed(self, ids: list[int]) -> list[int]:
-        # The template may begin with what the tokenizer puts in front of all texts.
+        """Remove a repeated beginning-of-text token and an end-of-text token."""
+        # A template may start with the beginning-of-text token that the tokenizer adds itself.
         while self._bos is not None and ids[:2] == [self._bos, self._bos]:
             ids = ids[1:]
-        # Some tokenizers append an end of text: an answer could not follow it.
+        # Some tokenizers append an end-of-text token, after which no answer can follow.
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._eos else ids
 
 
 class _Guarded:
-    """A copy of a tokenizer whose control tokens have names that stand in no text.
+    """A copy of a tokenizer whose control tokens have random names, which no row can contain.
 
     Parameters
     ----------
@@ -135,6 +140,7 @@ class _Guarded:
         self._tokenizer = Tokenizer.from_str(json.dumps(state))
 
     def encode(self, text: Text, control: re.Pattern[str]) -> list[int]:
+        """Token ids of a text; names that match `control` count only in the template's parts."""
         renamed = [
             control.sub(lambda match: self._names.get(match.group(), match.group()), part.text)
             if part.is_own
@@ -145,7 +151,7 @@ class _Guarded:
 
 
 def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
-    """Have a model of a tokenizer know tokens by other names: it finds none of the old in texts."""
+    """Rename tokens in a tokenizer's vocabulary and merges; their old names become plain text."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(token, token): at for token, at in vocabulary.items()}

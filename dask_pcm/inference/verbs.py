@@ -1,4 +1,4 @@
-"""``classify``: verbs of a language model on a Dask DataFrame."""
+"""``classify`` has a language model choose one answer for every row of a Dask DataFrame."""
 
 from __future__ import annotations
 
@@ -44,64 +44,72 @@ def classify(
     batch_timeout: float | str | None = None,
     special_tokens_in_fields: bool = False,
 ) -> dd.DataFrame:
-    """Have a model choose an answer for every row.
+    """Have a language model choose one of several answers for every row.
 
-    A choice scores the sum of the log-probabilities of its tokens after the prompt, prompt and
-    choice tokenised together (with a space between, unless the prompt ends with white space). White
-    space around a choice does not count. Where one choice begins another, the end of the answer is
-    scored as well. A prompt begins with one token that begins a text, if the model has such.
+    The score of a choice is the sum of the log-probabilities of its tokens given the prompt. Prompt
+    and choice are tokenised together, with a space between them unless the prompt ends with white
+    space. White space around a choice is ignored. If one choice is a prefix of another, an
+    end-of-text token is appended to all choices and scored too. A prompt starts with exactly one
+    beginning-of-text token, if the model has one.
 
     Parameters
     ----------
-    ddf
-        Any Dask DataFrame.
-    llm
+    ddf : dask.dataframe.DataFrame
+        The rows to classify.
+    llm : LLM
         The model.
-    prompt
-        Text with columns in braces: ``"Claim: {claim}\\nAnswer:"``. Columns may hold texts,
-        integers (``3``), floats (``3.0``, as many digits as needed), booleans (``True``), decimals,
-        dates and times (ISO 8601), and lists of texts, which are put one on a line.
-    choices
-        The answers to choose from, at least two.
-    truncate
-        A field of the prompt that may be cut at its end, by whole words, where a row is longer
-        than the model takes. Without it such a row gets an error with both numbers.
-    keep
-        Columns of the input to keep; all by default.
-    batch_rows
-        Rows whose lengths are sorted together; ``pcm.inference.batch-rows`` by default.
-    batch_timeout
-        What so many rows may take, in seconds or as a text ("10m"); see ``map_partitions``.
-    special_tokens_in_fields
-        Whether control tokens, such as ``<|im_end|>``, count as such where a row spells them out.
-        They do in the prompt's own text; in a row they are text like any other by default.
+    prompt : str
+        Template with column names in braces: ``"Claim: {claim}\\nAnswer:"``. Columns may hold
+        texts, integers (``3``), floats (``3.0``, shortest form that round-trips), booleans
+        (``True``), decimals, dates and times (ISO 8601), and lists of texts, joined by line feeds.
+    choices : sequence of str
+        The possible answers, at least two.
+    truncate : str, optional
+        A field of the prompt that is cut at its end, at a word boundary, if a row is longer than
+        the model's context length. Without it, such a row gets an error that states both lengths
+        in tokens.
+    keep : sequence of str, optional
+        Columns of the input to keep. All by default.
+    batch_rows : int, optional
+        Rows per call of the model; they are sorted by length and run in batches of at most
+        ``pcm.inference.batch-tokens`` tokens. ``pcm.inference.batch-rows`` by default.
+    batch_timeout : float or str, optional
+        Limit for one call on `batch_rows` rows, in seconds or as text ("10m"); see
+        ``map_partitions``.
+    special_tokens_in_fields : bool, default False
+        Whether control tokens, such as ``<|im_end|>``, that occur in a row's fields act as control
+        tokens. By default they are plain text there, which prevents prompt injection by rows. In
+        the template's own text they always act as control tokens.
 
     Returns
     -------
     dask.dataframe.DataFrame
-        The kept columns; ``answer``; ``answer_probability``, the softmax over the choices'
-        scores (ties go to the first listed); and ``error``, null where there is an answer.
+        The kept columns; ``answer``; ``answer_probability``, the softmax over the scores of the
+        choices (the first listed wins a tie); and ``error``, null if there is an answer.
 
     Raises
     ------
     PromptError, SchemaError
-        At once, where prompt, choices and columns do not go together, or a column of the prompt is
-        of a type that has no form there.
+        Raised immediately, if prompt, choices and columns do not fit together, or a column has a
+        type that cannot be written in a prompt.
     """
     if not isinstance(ddf, dd.DataFrame):
         raise frame_refused("classify", ddf)
     if not isinstance(llm, LLM):
         raise PromptError(
             f"classify needs a dask_pcm.LLM; found {type(llm).__name__}. Write"
-            " dask_pcm.LLM('folder or hub id'); a model that is loaded already does not travel."
+            " dask_pcm.LLM('folder or hub id'); a loaded model cannot be sent to workers."
         )
     if not isinstance(prompt, str):
-        raise PromptError(f"The prompt must be a text with columns in braces; found {prompt!r}.")
+        raise PromptError(
+            f"The prompt must be a string with column names in braces; found {prompt!r}."
+        )
     template = Template(prompt)
     fields = check_columns(ddf, template.fields, "The prompt")
     if truncate is not None and truncate not in fields:
         raise PromptError(
-            f"truncate={truncate!r} is no field of the prompt; its fields are {', '.join(fields)}."
+            f"truncate={truncate!r} is not a field of the prompt; its fields are"
+            f" {', '.join(fields)}."
         )
     if repeated := sorted({str(name) for name in ddf.columns[ddf.columns.duplicated()]}):
         raise SchemaError(f"The frame has columns more than once: {', '.join(repeated)}.")
@@ -112,7 +120,7 @@ def classify(
     if taken := [name for name in (ANSWER, PROBABILITY, ERROR) if name in kept]:
         raise SchemaError(
             f"The input already has {', '.join(map(repr, taken))}, which classify adds. Rename it,"
-            " or choose the columns to keep with keep=[...]."
+            " or select the columns to keep with keep=[...]."
         )
     if not isinstance(special_tokens_in_fields, bool):
         raise PromptError(
@@ -147,7 +155,7 @@ def classify(
 
 @dataclass(frozen=True, slots=True)
 class Classify:
-    """What runs on a worker for each batch of rows."""
+    """The function that a worker calls on each batch of rows."""
 
     template: Template
     choices: tuple[str, ...]
@@ -159,7 +167,7 @@ class Classify:
     __name__ = "classify"
 
     def about(self) -> dict[str, Any]:
-        """What tells this job from another, for the ledger."""
+        """The arguments that change answers; the ledger refuses to resume a job if they differ."""
         return {
             "prompt": self.template.text,
             "choices": list(self.choices),
@@ -169,7 +177,7 @@ class Classify:
         }
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
-        # How many tokens go into one forward changes no answer.
+        # Without batch_tokens: the size of a forward pass changes no answer.
         return ("dask_pcm.classify", *self.about().values())
 
     def __call__(self, frame: pd.DataFrame, model: PlainModel) -> pd.DataFrame:
@@ -188,7 +196,7 @@ class Classify:
         return out
 
     def _plan(self, model: PlainModel, rows: Sequence[dict[str, str] | str]) -> list[Scoring | str]:
-        """What is to be run for each row, or why it cannot be answered."""
+        """The scoring of each row, or the error of a row that cannot be scored."""
         good = [row for row in rows if not isinstance(row, str)]
         plans = iter(zip(good, self._scorings(model, good), strict=True))
         return [row if isinstance(row, str) else self._fit(model, *next(plans)) for row in rows]
@@ -196,6 +204,7 @@ class Classify:
     def _scorings(
         self, model: PlainModel, rows: Sequence[Mapping[str, str]]
     ) -> list[Scoring | str]:
+        """Tokenise every prompt with every choice in one call; a scoring or an error per row."""
         prompts = [self.template.text_of(row, self.special_tokens_in_fields) for row in rows]
         texts = [
             prompt.followed_by(separator(str(prompt)) + choice.strip())
@@ -215,11 +224,13 @@ class Classify:
         return found
 
     def _fit(self, model: PlainModel, row: dict[str, str], scoring: Scoring | str) -> Scoring | str:
+        """The scoring, truncated if it exceeds the context length; an error if it cannot fit."""
         limit = model.max_tokens
         if isinstance(scoring, str) or limit is None or scoring.n_tokens <= limit:
             return scoring
 
         def count(cut: Mapping[str, str]) -> int:
+            """Tokens of a truncated row; over the limit if it cannot be scored."""
             (found,) = self._scorings(model, [cut])
             return found.n_tokens if isinstance(found, Scoring) else limit + 1
 
@@ -230,8 +241,11 @@ class Classify:
         return f"The row has {scoring.n_tokens} tokens; the model takes {limit}."
 
     def _answer(self, scores: list[float]) -> tuple[str | None, float, str | None]:
+        """Answer, probability and error of one row, from the log-probability of each choice."""
         if not all(map(math.isfinite, scores)):
-            return None, math.nan, f"The model's scores are no numbers: {scores}."
+            return None, math.nan, f"The model's scores are not finite: {scores}."
+        # On a tie the first listed choice wins. Exponents are relative to the best score, so the
+        # softmax cannot overflow.
         best = max(range(len(scores)), key=lambda i: (scores[i], -i))
         total = sum(math.exp(score - scores[best]) for score in scores)
         return self.choices[best], 1.0 / total, None

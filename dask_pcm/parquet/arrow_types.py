@@ -1,11 +1,16 @@
-"""Arrow types: which hold the values of others, and what a file's types are read as."""
+"""Rules for Arrow types: the type a column is read as, and the type that holds two others.
+
+All functions are pure and look at types alone, except ``holds``, which also uses the least and
+greatest value of a column.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
 
-# So that files with pandas' periods and intervals are read alike in every process.
+# Registers pandas' period and interval types with Arrow: without it, what a file is read as would
+# depend on what else a process has imported.
 import pandas.core.arrays.arrow.extension_types  # type: ignore[import-not-found]  # noqa: F401
 import pyarrow as pa
 
@@ -15,30 +20,32 @@ _INTEGERS: dict[pa.DataType, Bounds] = {
     **{getattr(pa, f"int{n}")(): (-(2 ** (n - 1)), 2 ** (n - 1) - 1) for n in (8, 16, 32, 64)},
     **{getattr(pa, f"uint{n}")(): (0, 2**n - 1) for n in (8, 16, 32, 64)},
 }
-#: Floating point types, the narrowest first, and whole numbers up to which they hold each.
+#: Floating point types, narrowest first; each holds all integers up to this magnitude exactly.
 _FLOATS = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
 _UNITS = ("s", "ms", "us", "ns")
 
 
 def is_list(kind: pa.DataType) -> bool:
+    """Whether a type is a list, a large list or a list of fixed size."""
     t = pa.types
     return bool(t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind))
 
 
 def is_extension(kind: pa.DataType) -> bool:
+    """Whether a type is an extension type."""
     return isinstance(kind, pa.BaseExtensionType)
 
 
 def has_own_storage(kind: pa.DataType) -> bool:
-    """Whether a type is an extension that is read as what it is stored as."""
+    """Whether a type is an extension that is read as its storage type."""
     return is_extension(kind) and not _is_known(kind)
 
 
 def canonical(kind: pa.DataType) -> pa.DataType:
-    """A type as it is known by: everything may be null, lists name their items alike.
+    """Normalise a type, so that equal data have equal types whatever wrote them.
 
-    Views are what they show. Codes of categories are 32 bits wide, in whatever they were stored;
-    categories within lists and structs are their values.
+    All fields are nullable and list items have one name. Views become plain text or bytes.
+    Category codes have 32 bits. Categories within lists and structs become their values.
     """
     t = pa.types
     if t.is_dictionary(kind):
@@ -51,30 +58,33 @@ def canonical(kind: pa.DataType) -> pa.DataType:
 
 
 def plain(kind: pa.DataType) -> pa.DataType:
-    """A type as it is read: without extensions, but for those that pandas or Python know."""
+    """The type that a column is read as: extension types that pandas does not know are removed."""
     if is_extension(kind):
         return plain(kind.storage_type) if has_own_storage(kind) else kind
     return _with_children(kind, _plain_within)
 
 
 def _plain_within(kind: pa.DataType) -> pa.DataType:
+    """The same for a type within another, where no extension types are supported."""
     if is_extension(kind):
         return _plain_within(kind.storage_type)
-    if pa.types.is_fixed_size_binary(kind):  # pandas has none within lists
+    if pa.types.is_fixed_size_binary(kind):  # not converted to pandas within lists
         return pa.binary()
     return _with_children(kind, _plain_within)
 
 
 def _is_known(kind: pa.DataType) -> bool:
+    """Whether an extension type has a counterpart in pandas or Python."""
     return kind == pa.uuid() or kind.extension_name.startswith("pandas.")
 
 
 def _values(kind: pa.DataType) -> pa.DataType:
+    """The type of a dictionary's values; any other type as it is."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _with_children(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """A nested type with other types in it, all of which may be null."""
+    """A nested type with `change` applied to its children, all nullable; others unchanged."""
     if pa.types.is_struct(kind):
         return pa.struct([(field.name, change(field.type)) for field in kind])
     if pa.types.is_map(kind):
@@ -88,13 +98,13 @@ def _with_children(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataTyp
 
 
 def is_bounded(kind: pa.DataType) -> bool:
-    """Whether it matters how large values are where a wider type is wanted."""
+    """Whether widening a type can overflow, so that ``holds`` needs the values' bounds."""
     t = pa.types
     return kind in (pa.int64(), pa.uint64()) or bool(t.is_timestamp(kind) or t.is_duration(kind))
 
 
 def contains(kind: pa.DataType, is_wanted: Callable[[pa.DataType], bool]) -> bool:
-    """Whether a type or one within it is of some sort."""
+    """Whether a predicate is true of a type or of any type nested in it."""
     if is_wanted(kind):
         return True
     if pa.types.is_dictionary(kind):
@@ -104,14 +114,14 @@ def contains(kind: pa.DataType, is_wanted: Callable[[pa.DataType], bool]) -> boo
 
 
 def has_categories_within(kind: pa.DataType) -> bool:
-    """Whether a nested type has dictionaries in it."""
+    """Whether a type has a dictionary nested in it; a dictionary itself has none."""
     return not pa.types.is_dictionary(kind) and contains(kind, pa.types.is_dictionary)
 
 
 def wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    """The type that has room for the values of both; None where there is none.
+    """The narrowest type that holds the values of both; None if there is none.
 
-    Both are canonical. What depends on the values besides is told by ``holds``.
+    Both must be canonical. Whether large values fit is decided by ``holds``.
 
     >>> wider(pa.int8(), pa.uint8()), wider(pa.int64(), pa.float64()), wider(pa.int8(), pa.string())
     (DataType(int16), DataType(double), None)
@@ -131,6 +141,7 @@ def wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 
 def _wider_number(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """For two integers the narrowest that covers both ranges; with a float, an exact float."""
     ranges = [_INTEGERS.get(a), _INTEGERS.get(b)]
     low = min(r[0] for r in ranges if r) if any(ranges) else 0
     high = max(r[1] for r in ranges if r) if any(ranges) else 0
@@ -144,6 +155,7 @@ def _wider_number(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 
 def _wider_decimal(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """A decimal with the digits of both before and after the point, up to Arrow's 76 in all."""
     if not (pa.types.is_decimal(a) and pa.types.is_decimal(b)):
         return None
     scale = max(a.scale, b.scale)
@@ -154,6 +166,7 @@ def _wider_decimal(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 
 def _wider_text(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """Large text for two texts; bytes for two kinds of bytes."""
     t = pa.types
     if all(t.is_string(kind) or t.is_large_string(kind) for kind in (a, b)):
         return pa.large_string()
@@ -166,6 +179,7 @@ def _wider_text(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 
 def _wider_time(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """The finer unit of two dates, times, timestamps or durations."""
     t = pa.types
     if t.is_date(a) and t.is_date(b):
         return pa.date32()
@@ -180,10 +194,12 @@ def _wider_time(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
         return pa.time64(unit) if unit in ("us", "ns") else pa.time32(unit)
     if (a.tz is None) != (b.tz is None):
         return None
-    return pa.timestamp(unit, a.tz if a.tz == b.tz else "UTC")  # the same moments
+    # A time zone changes how a moment is shown, not the moment.
+    return pa.timestamp(unit, a.tz if a.tz == b.tz else "UTC")
 
 
 def _wider_nested(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """Structs with the same field names, maps and lists: wider child by child."""
     t = pa.types
     if t.is_struct(a) and t.is_struct(b):
         theirs = {field.name: field.type for field in b}
@@ -211,9 +227,9 @@ def _wider_nested(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 
 def holds(kind: pa.DataType, given: pa.DataType, bounds: Bounds | None) -> bool:
-    """Whether values of a type that lie within bounds are the same in a wider one.
+    """Whether a wider type `kind` holds all values of type `given` that lie within bounds.
 
-    Without bounds they may be any.
+    Without `bounds` (least and greatest value), all values of the type count.
     """
     kind, given = _values(kind), _values(given)
     if given in _INTEGERS:
@@ -231,7 +247,7 @@ def holds(kind: pa.DataType, given: pa.DataType, bounds: Bounds | None) -> bool:
 
 
 def _inner(kind: pa.DataType) -> Sequence[pa.DataType]:
-    """Types within a type; those of a struct by name."""
+    """The types nested directly in a type; those of a struct in the order of their names."""
     if pa.types.is_struct(kind):
         return [field.type for field in sorted(kind, key=lambda field: field.name)]
     if pa.types.is_map(kind):
@@ -241,7 +257,7 @@ def _inner(kind: pa.DataType) -> Sequence[pa.DataType]:
 
 @functools.lru_cache(maxsize=1024)
 def n_leaves(kind: pa.DataType) -> int:
-    """Columns that a type takes in a Parquet file."""
+    """Number of physical columns of a type in a Parquet file."""
     if is_extension(kind):
         return n_leaves(kind.storage_type)
     if pa.types.is_dictionary(kind):

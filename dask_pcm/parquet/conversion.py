@@ -1,6 +1,6 @@
-"""Tables of Arrow as frames of pandas and back, so that what went in comes out.
+"""Values survive the round trip from Arrow to pandas and back unchanged, or an error is raised.
 
-What cannot be converted without losing something is refused, by the names of column and type.
+The errors name column and type. Only floats may be narrowed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import pyarrow as pa
 from dask_pcm.parquet.arrow_types import contains, has_own_storage, is_list, plain
 from dask_pcm.parquet.nans import has_floats, mark, unmark
 
-#: What pandas and Arrow raise where values do not fit a type.
+#: Exceptions of pandas and Arrow for values that do not fit a type.
 MISFITS = (pa.ArrowException, OverflowError, TypeError, ValueError)
-#: Pandas types that can hold a null where numpy's cannot.
+#: Pandas' nullable dtypes for Arrow types whose numpy dtype has no null.
 NULLABLE = {
     **{getattr(pa, f"int{n}")(): getattr(pd, f"Int{n}Dtype")() for n in (8, 16, 32, 64)},
     **{getattr(pa, f"uint{n}")(): getattr(pd, f"UInt{n}Dtype")() for n in (8, 16, 32, 64)},
@@ -31,10 +31,11 @@ NULLABLE = {
 
 
 def extension_dtypes(schema: pa.Schema, nullable: Iterable[str]) -> dict[str, Any]:
-    """Types of pandas for columns that have others than Arrow would give them.
+    """Dtypes of the columns for which Arrow's default conversion is not right.
 
-    Those that pandas has noted in the file, those that can hold the nulls there are, and those that
-    hold what Python's own types do not.
+    These are, in this order: the extension dtypes that pandas recorded in the file's metadata,
+    nullable dtypes for the columns in `nullable`, and Arrow dtypes for values that Python's types
+    cannot hold.
     """
     found = {}
     noted = _noted_dtypes(schema)
@@ -50,21 +51,23 @@ def extension_dtypes(schema: pa.Schema, nullable: Iterable[str]) -> dict[str, An
 
 
 def _noted_dtypes(schema: pa.Schema) -> dict[str, Any]:
+    """The dtypes in the file's pandas metadata, by column."""
     noted = {}
     for column in pandas_notes(schema).get("columns", ()):
-        # Pandas does not understand all it notes, and notes may be somebody else's.
+        # Pandas cannot parse every name it writes, and other tools write this metadata too.
         with contextlib.suppress(TypeError, ValueError, KeyError, NotImplementedError):
             noted[column["field_name"]] = pd.api.types.pandas_dtype(column["numpy_type"])
     return noted
 
 
 def pandas_notes(schema: pa.Schema) -> dict[str, Any]:
-    """What pandas has noted in a file; nothing if it has not, or nothing that can be read."""
+    """The pandas metadata of a file; empty if there is none or it is not valid JSON."""
     return _read_notes((schema.metadata or {}).get(b"pandas", b"{}"))
 
 
 @lru_cache(maxsize=1024)
 def _read_notes(notes: bytes) -> dict[str, Any]:
+    """Parse pandas metadata; cached, since all files of a dataset often have the same."""
     try:
         found = json.loads(notes)
     except ValueError:
@@ -73,11 +76,11 @@ def _read_notes(notes: bytes) -> dict[str, Any]:
 
 
 def _is_same(dtype: Any, kind: pa.DataType) -> bool:
-    """Whether a dtype of pandas is for what an Arrow type holds, and holds all of it."""
+    """Whether a pandas dtype represents all values of an Arrow type."""
     if not hasattr(dtype, "__from_arrow__") or isinstance(
         dtype, (pd.Float32Dtype, pd.Float64Dtype)
     ):
-        return False  # masked floats take NaN for null
+        return False  # masked floats turn NaN into null
     with contextlib.suppress(*MISFITS):
         own = pa.array(pd.Series([], dtype=dtype)).type
         return (_is_text(own) and _is_text(kind)) or bool(own == kind)
@@ -85,10 +88,10 @@ def _is_same(dtype: Any, kind: pa.DataType) -> bool:
 
 
 def to_pandas(table: pa.Table, dtypes: Mapping[str, Any]) -> pd.DataFrame:
-    """Convert; the columns of `dtypes` to those.
+    """Convert a table; the columns in `dtypes` get those dtypes.
 
-    Lists of numbers become arrays; structs dicts; maps lists of pairs; dates, times and decimals
-    Python's own.
+    Lists of numbers become numpy arrays, structs dicts, maps lists of pairs, and dates, times and
+    decimals Python objects. NaNs that are values are marked, see ``nans``.
     """
     ordinary = [name for name in table.column_names if name not in dtypes]
     marked = table.select(ordinary)
@@ -99,7 +102,8 @@ def to_pandas(table: pa.Table, dtypes: Mapping[str, Any]) -> pd.DataFrame:
     frame = marked.to_pandas(integer_object_nulls=True, ignore_metadata=True)
     for name in ordinary:
         if _has_no_categories(frame[name]) and _is_text(table.schema.field(name).type.value_type):
-            # They would be objects, which Dask does not put together with texts.
+            # Without categories their dtype is object, and Dask does not concatenate that with
+            # text categories of other partitions.
             frame[name] = frame[name].cat.set_categories(pd.Index([], dtype="str"))
     for name in table.column_names:
         if name in dtypes:
@@ -108,20 +112,22 @@ def to_pandas(table: pa.Table, dtypes: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _has_no_categories(column: pd.Series) -> bool:
+    """Whether a column is categorical and its list of categories is empty."""
     return isinstance(column.dtype, pd.CategoricalDtype) and not len(column.dtype.categories)
 
 
 def _is_text(kind: pa.DataType) -> bool:
+    """Whether a type is text, with 32-bit or 64-bit offsets."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def to_arrow(column: pd.Series, kind: pa.DataType) -> pa.Array:
-    """Convert a column to a type that its values have room in.
+    """Convert a column to an Arrow type, without losing anything of its values.
 
     Raises
     ------
     pyarrow.ArrowException, OverflowError, TypeError, ValueError
-        Where they do not fit.
+        If a value does not fit the type.
     """
     as_read = plain(kind)
     array = _typed(column, as_read)
@@ -135,6 +141,7 @@ def to_arrow(column: pd.Series, kind: pa.DataType) -> pa.Array:
 
 
 def _typed(column: pd.Series, kind: pa.DataType) -> pa.Array:
+    """Convert a column, told the type, as far as Arrow converts by itself; NaNs stay marked."""
     if isinstance(column.dtype, pd.CategoricalDtype) and pa.types.is_dictionary(kind):
         values = pa.array(column.cat.categories.to_series(), type=kind.value_type)
         codes = column.cat.codes.to_numpy()
@@ -151,15 +158,17 @@ def _typed(column: pd.Series, kind: pa.DataType) -> pa.Array:
 
 
 def _check_fits(column: pd.Series, kind: pa.DataType) -> None:
-    """Raise ArrowInvalid where Arrow, told the type, would drop some of a value without a word.
+    """Raise ArrowInvalid if Arrow, given the type, would silently drop part of a value.
 
-    Such as a time's hours, a fraction within a list, or a struct's field. Floats may be narrowed.
+    It does so with the hours of a timestamp, a fraction within a list, or a field of a struct. So
+    the column is converted with the type that Arrow infers, then to `kind` and back, and compared.
+    Floats may be narrowed.
     """
-    if contains(kind, pa.types.is_map):  # Arrow would take what Python has for them for lists
+    if contains(kind, pa.types.is_map):  # Arrow would infer lists or structs for Python's values
         column, kind = column.map(lambda value: _pairs(value, kind)), _without_maps(kind)
     try:
         found = pa.array(column, from_pandas=True)
-    except MISFITS:  # nothing that Arrow would know without being told
+    except MISFITS:  # Arrow infers no type: there is nothing to compare with
         return
     if found.type == kind or pa.types.is_null(found.type):
         return
@@ -167,11 +176,11 @@ def _check_fits(column: pd.Series, kind: pa.DataType) -> None:
     fitted = found.cast(kind)
     with contextlib.suppress(pa.ArrowNotImplementedError):
         if not fitted.cast(found.type).equals(found):
-            raise pa.ArrowInvalid(f"{found.type} has more to it than {kind}")
+            raise pa.ArrowInvalid(f"{kind} does not hold all of {found.type}")
 
 
 def _without_maps(kind: pa.DataType) -> pa.DataType:
-    """A type with lists of pairs for maps; see ``_pairs``."""
+    """A type whose maps are replaced by lists of key-value structs; see ``_pairs``."""
     if pa.types.is_map(kind):
         return pa.list_(
             pa.struct([("key", kind.key_type), ("value", _without_maps(kind.item_type))])
@@ -182,7 +191,7 @@ def _without_maps(kind: pa.DataType) -> pa.DataType:
 
 
 def _pairs(value: Any, kind: pa.DataType) -> Any:
-    """A value with its maps, be they dicts or lists of pairs, as lists of structs."""
+    """A value whose maps (dicts or lists of pairs) are replaced by lists of structs."""
     if value is None or value is pd.NA:
         return None
     if pa.types.is_map(kind):
@@ -197,7 +206,7 @@ def _pairs(value: Any, kind: pa.DataType) -> Any:
 
 
 def _narrowed(found: pa.DataType, kind: pa.DataType) -> pa.DataType:
-    """A type with the widths of floats that another has."""
+    """The type `found` with the float widths of `kind`, at any depth."""
     if pa.types.is_floating(found) and pa.types.is_floating(kind):
         return kind
     if pa.types.is_struct(found) and pa.types.is_struct(kind):
@@ -210,12 +219,12 @@ def _narrowed(found: pa.DataType, kind: pa.DataType) -> pa.DataType:
 
 
 def cast(column: pd.Series, dtype: Any) -> pd.Series:
-    """Convert to a dtype that was declared; floats may be narrowed.
+    """Convert a column to a declared dtype; floats may be narrowed.
 
     Raises
     ------
     pyarrow.ArrowException, OverflowError, TypeError, ValueError
-        Where values would not be the same.
+        If a value would change.
     """
     if isinstance(dtype, pd.ArrowDtype) and column.dtype == object:
         array = to_arrow(column, dtype.pyarrow_dtype)
@@ -225,20 +234,20 @@ def cast(column: pd.Series, dtype: Any) -> pd.Series:
         _check_no_lists(column)
     kind = getattr(dtype, "kind", "")
     if kind == "b" and getattr(column.dtype, "kind", "O") == "O":
-        column = column.astype("boolean")  # to numpy's, any text is true
+        column = column.astype("boolean")  # numpy's bool turns every non-empty text into True
     with np.errstate(invalid="ignore", over="ignore"):
         result = column.astype(dtype)
         if _is_checked(column.dtype, kind) and _differ(column, result):
-            raise ValueError(f"{column.dtype} has values that {dtype} does not hold")
+            raise ValueError(f"{dtype} does not hold all values of this {column.dtype} column")
     if is_object and kind in tuple("iuf"):
         _check_numbers(column, result)
     return result
 
 
 def _check_numbers(given: pd.Series, result: pd.Series) -> None:
-    """Raise where objects that became numbers are others now; texts are taken for what they say.
+    """Raise ValueError if an object changed its value on becoming a number.
 
-    Floats and decimals may be narrowed to a float.
+    Texts are exempt: they were parsed. Floats and decimals may be narrowed to a float.
     """
     is_float = result.dtype.kind == "f"
     for value, number in zip(given, result.tolist(), strict=True):
@@ -253,29 +262,32 @@ def _check_numbers(given: pd.Series, result: pd.Series) -> None:
 
 
 def _check_no_lists(column: pd.Series) -> None:
+    """Raise TypeError if a value is list-like: pandas would write its repr as the text."""
     nested = [value for value in column if pd.api.types.is_list_like(value)]
     if nested:
-        raise TypeError(f"{nested[0]!r:.80} is no text")
+        raise TypeError(f"{nested[0]!r:.80} is not text")
 
 
 def _is_checked(given: Any, kind: str) -> bool:
-    """Whether pandas casts these without looking whether the values stay the same."""
+    """Whether pandas casts between these dtypes without checking that values stay the same."""
     pairs = {"i": "iufb", "u": "iufb", "f": "iufb", "M": "M", "m": "m"}
     return kind != "" and kind in pairs.get(getattr(given, "kind", ""), "")
 
 
 def _differ(given: pd.Series, result: pd.Series) -> bool:
-    if given.dtype.kind == "f" and result.dtype.kind == "f":  # may be narrowed
+    """Whether a cast changed any value, found by casting back."""
+    if given.dtype.kind == "f" and result.dtype.kind == "f":  # narrowing is allowed, overflow not
         return bool((np.isinf(result) & ~np.isinf(given)).fillna(False).any())
     back = result.astype(given.dtype)
     is_other = ((back != given) & given.notna()) | (given.isna() & result.notna())
     if given.dtype.kind in "iuf":
-        is_other |= (result < 0) != (given < 0)  # wrapped around, and back again
+        # A value that wrapped around wraps back to itself; only its sign shows it.
+        is_other |= (result < 0) != (given < 0)
     return bool(is_other.fillna(False).any())
 
 
 def readable_notes(notes: Mapping[bytes, bytes], schema: pa.Schema) -> dict[bytes, bytes]:
-    """What pandas notes in a file, without names of types that it would not understand itself."""
+    """Pandas metadata for a file to write, without dtype names that pandas cannot read back."""
     if b"pandas" not in notes:
         return dict(notes)
     about = json.loads(notes[b"pandas"])
@@ -289,6 +301,7 @@ def readable_notes(notes: Mapping[bytes, bytes], schema: pa.Schema) -> dict[byte
 
 
 def _is_understood(name: str) -> bool:
+    """Whether pandas can parse the name of a dtype."""
     try:
         pd.api.types.pandas_dtype(name)
     except (TypeError, ValueError, NotImplementedError):
@@ -297,4 +310,5 @@ def _is_understood(name: str) -> bool:
 
 
 def _is_extension(column: pd.Series) -> bool:
+    """Whether a column has one of pandas' extension dtypes, which distinguish null from NaN."""
     return isinstance(column.dtype, pd.api.extensions.ExtensionDtype)

@@ -1,4 +1,8 @@
-"""Parquet files as their footers describe them."""
+"""Everything known about an input before rows are read comes from the footers of its files.
+
+Footers give row counts, sizes, schemas, nulls and value bounds, and their hash is the fingerprint
+that shows whether a file has changed between runs.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ _N_READERS = 16
 
 
 class RowGroup(NamedTuple):
-    """Rows, and the bytes of the wanted columns before compression."""
+    """Number of rows, and bytes of the requested columns before compression."""
 
     n_rows: int
     n_bytes: int
@@ -34,14 +38,21 @@ class RowGroup(NamedTuple):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class File:
-    """An input file as its footer describes it; the fingerprint tells whether it changed.
+    """An input file as its footer describes it.
 
     Attributes
     ----------
+    path
+        Path or URL.
+    modified
+        ETag or modification time; see ``paths.version_of``.
+    footer
+        Hash of the raw footer.
     nullable
-        Integer and boolean columns in which a null stands, or may stand for all that is known.
+        Integer and boolean columns that contain nulls, or whose footer does not say.
     bounds
-        The least and the greatest value of columns of integers and moments, where they are known.
+        Least and greatest value of integer, timestamp and duration columns, if the footer has them;
+        0 is always within.
     """
 
     path: str
@@ -58,19 +69,26 @@ class File:
 
     @property
     def fingerprint(self) -> dict[str, str | int]:
+        """What differs if the file has changed; recorded in manifests."""
         return {"size": self.size_bytes, "modified": self.modified, "footer": self.footer}
 
 
 def describe_files(urls: Sequence[str], columns: Sequence[str] | None = None) -> list[File]:
-    """Read the footers of files.
+    """Read the footers of files, in parallel.
 
-    Bytes are counted of `columns`; of all if left out.
+    Sizes count the bytes of `columns`, or of all columns by default.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read or is not a complete Parquet file.
     """
     with ThreadPoolExecutor(_N_READERS) as pool:
         return list(pool.map(lambda url: _describe(url, columns), urls))
 
 
 def _describe(url: str, columns: Sequence[str] | None) -> File:
+    """Read one footer; InputError if the file is not a complete Parquet file."""
     try:
         fs, path = fsspec.core.url_to_fs(url)
         info = file_info(fs, path)
@@ -102,6 +120,7 @@ def _describe(url: str, columns: Sequence[str] | None) -> File:
 def _row_groups(
     metadata: pq.FileMetaData, schema: pa.Schema, columns: Sequence[str] | None
 ) -> Iterator[RowGroup]:
+    """Rows and bytes of each row group; bytes of all columns if leaves cannot be matched."""
     leaves = [field.name for field in schema for _ in range(n_leaves(field.type))]
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -113,7 +132,7 @@ def _row_groups(
 
 
 def _footer(file: Any, size: int, url: str) -> bytes:
-    """The raw footer: it names every column chunk's sizes, offsets and statistics."""
+    """The raw footer, which contains sizes, offsets and statistics of every column chunk."""
     if size < 12:
         raise InputError(f"{url!r} is not a Parquet file: it has {size} bytes.")
     head = file.read(4)
@@ -123,8 +142,8 @@ def _footer(file: Any, size: int, url: str) -> bytes:
         raise InputError(f"{url!r} is not a Parquet file: it begins with {head!r}, not {MAGIC!r}.")
     if tail[-4:] != MAGIC:
         raise InputError(
-            f"{url!r} is torn: it begins as a Parquet file but its end is missing. Whoever wrote"
-            " it was interrupted; write it again."
+            f"{url!r} is truncated: it begins as a Parquet file but its footer is missing. Its"
+            " writer was interrupted; write it again."
         )
     n_bytes = int.from_bytes(tail[-8:-4], "little") + 8
     if n_bytes > len(tail):
@@ -134,7 +153,7 @@ def _footer(file: Any, size: int, url: str) -> bytes:
 
 
 def _with_nulls(schema: pa.Schema, metadata: pq.FileMetaData) -> frozenset[str]:
-    """Integer and boolean columns in which a null stands, or may stand for all we know."""
+    """Integer and boolean columns that contain nulls, or whose statistics do not say."""
     names = {field.name for field in schema if plain(field.type) in NULLABLE}
     found = set()
     for column in _chunks(metadata, names):
@@ -146,7 +165,10 @@ def _with_nulls(schema: pa.Schema, metadata: pq.FileMetaData) -> frozenset[str]:
 
 
 def _bounds(schema: pa.Schema, metadata: pq.FileMetaData) -> dict[str, Bounds]:
-    """Least and greatest values of columns of integers, timestamps and durations."""
+    """Least and greatest value of integer, timestamp and duration columns with statistics.
+
+    A column is left out if any of its chunks has values but no statistics.
+    """
     kinds = {field.name: field.type for field in schema if is_bounded(field.type)}
     found: dict[str, Bounds] = dict.fromkeys(kinds, (0, 0))
     unknown = set()
@@ -154,6 +176,7 @@ def _bounds(schema: pa.Schema, metadata: pq.FileMetaData) -> dict[str, Bounds]:
         name, statistics = column.path_in_schema, column.statistics
         if statistics is not None and statistics.has_min_max:
             low, high = int(statistics.min_raw), int(statistics.max_raw)
+            # Statistics store unsigned values as signed ones of the same bits.
             is_unsigned = pa.types.is_unsigned_integer(kinds[name])
             low, high = (low % 2**64, high % 2**64) if is_unsigned else (low, high)
             found[name] = min(low, found[name][0]), max(high, found[name][1])
@@ -163,7 +186,7 @@ def _bounds(schema: pa.Schema, metadata: pq.FileMetaData) -> dict[str, Bounds]:
 
 
 def _chunks(metadata: pq.FileMetaData, names: Set[str]) -> Iterator[pq.ColumnChunkMetaData]:
-    """Column chunks with values of columns that are not nested."""
+    """Non-empty column chunks of the named columns; nested columns have longer paths."""
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         columns = (group.column(i) for i in range(metadata.num_columns) if group.num_rows)
@@ -171,18 +194,18 @@ def _chunks(metadata: pq.FileMetaData, names: Set[str]) -> Iterator[pq.ColumnChu
 
 
 def column_names(names: Iterable[str] | str, what: str) -> list[str]:
-    """Names of columns as a list; of a single one, too.
+    """Column names as a list; `what` is the option's name in errors.
 
     Raises
     ------
     SchemaError
-        Where something is no name, or stands twice.
+        If a name is not a string, or is repeated.
     """
     found = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     if wrong := [name for name in found if not isinstance(name, str)]:
         raise SchemaError(
-            f"{what} takes a list of names of columns, which are texts in Parquet files; found"
-            f" {wrong[0]!r:.80} in it."
+            f"{what} takes a list of column names, which are strings in Parquet files; found"
+            f" {wrong[0]!r:.80}."
         )
     if repeated := sorted({name for name in found if found.count(name) > 1}):
         raise SchemaError(f"{what} names {', '.join(map(repr, repeated))} more than once.")
@@ -191,19 +214,19 @@ def column_names(names: Iterable[str] | str, what: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class CountedIndex:
-    """A pandas index that is not stored, since its values can be counted."""
+    """A named pandas RangeIndex: its values are not stored but follow from the row number."""
 
     name: str
     start: int
     step: int
 
     def column(self, first: int, n_rows: int) -> pa.Array:
-        """The values of rows `first` and on."""
+        """The values of `n_rows` rows from row `first` on, as int64."""
         return pa.array(self.start + self.step * np.arange(first, first + n_rows), pa.int64())
 
 
 def counted_index(schema: pa.Schema) -> CountedIndex | None:
-    """The index of a file whose values are counted and have a name; others say nothing."""
+    """The named RangeIndex in a file's pandas metadata; None for any other index."""
     for about in pandas_notes(schema).get("index_columns") or ():
         if isinstance(about, dict) and isinstance(name := about.get("name"), str):
             return CountedIndex(name, about["start"], about["step"])
@@ -211,14 +234,14 @@ def counted_index(schema: pa.Schema) -> CountedIndex | None:
 
 
 def index_columns(schema: pa.Schema) -> tuple[str, ...]:
-    """Columns that pandas has as an index; none for a plain range."""
+    """Columns that form the pandas index; none for an unnamed RangeIndex."""
     noted = pandas_notes(schema).get("index_columns") or ()
     names = (about.get("name") if isinstance(about, dict) else about for about in noted)
     return tuple(name for name in names if isinstance(name, str) and name in schema.names)
 
 
 def file_info(fs: Any, path: str) -> dict[str, Any]:
-    """What a filesystem says of a file; of a link, what it says of the file that it leads to."""
+    """fsspec's info of a file; for a symbolic link, size and time of its target."""
     info: dict[str, Any] = fs.info(path)
     if not info.get("islink"):
         return info

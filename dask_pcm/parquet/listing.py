@@ -1,7 +1,7 @@
-"""Which Parquet files an input names: a file, a folder, a pattern, a URL, or several of these.
+"""An input (file, folder, pattern, URL or several) becomes a list of Parquet files, or an error.
 
-Either a row is read or the caller is told why not. So links are followed, a link that leads nowhere
-and a folder that cannot be listed are errors, and a file without a suffix is looked into.
+No row is skipped silently. So symbolic links are followed, a dangling link or a folder that cannot
+be listed is an error, and a file without a suffix is opened to see whether it is Parquet.
 """
 
 from __future__ import annotations
@@ -28,51 +28,51 @@ AnyPath = str | bytes | os.PathLike[str]
 _N_READERS = 16
 _WILD = re.compile(r"[*?[]")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
-#: Names in object stores that are worth a request to see what they are.
+#: Names in object stores that may be Parquet; opening any other is not worth a request.
 _MAY_BE_DATA = re.compile(r"[^.]+|.*\.\d+|.*parq.*", re.IGNORECASE)
 
 
 def path_texts(given: AnyPath | Iterable[AnyPath]) -> list[str]:
-    """The paths of an input as texts, in their order; those of a set are sorted.
+    """The paths of an input as strings, in their order; those of a set are sorted.
 
     Raises
     ------
     InputError
-        Where there is none, or something is no path.
+        If there is none, or something is not a path.
     """
     if isinstance(given, (str, bytes, os.PathLike)):
         given = [given]
-    if hasattr(given, "read"):  # its lines would be taken for paths
+    if hasattr(given, "read"):  # iterating over an open file would yield its lines
         raise InputError(
-            f"read_parquet takes paths, not open files ({type(given).__name__}): workers open them"
-            " themselves. Give the path of the file."
+            f"read_parquet takes paths, not open files ({type(given).__name__}): workers open the"
+            " files. Pass the path of the file."
         )
     if isinstance(given, Mapping) or hasattr(given, "columns") or not isinstance(given, Iterable):
         raise InputError(
             "read_parquet takes the path of a file or folder, or a list of paths; found"
-            f" {type(given).__name__}. Wrap data that is in memory with"
+            f" {type(given).__name__}. Wrap data in memory with"
             " dask.dataframe.from_pandas(frame, npartitions=...)."
         )
     paths = [path.as_py() if hasattr(path, "as_py") else path for path in given]
     if wrong := [path for path in paths if not isinstance(path, (str, bytes, os.PathLike))]:
-        raise InputError(f"Every item of a list of input paths is a path; found {wrong[0]!r:.80}.")
+        raise InputError(f"All items of a list of inputs must be paths; found {wrong[0]!r:.80}.")
     if not paths:
-        raise InputError("The list of input paths is empty. Give at least one file or folder.")
+        raise InputError("The list of input paths is empty. Pass at least one file or folder.")
     texts = [path_text(path) for path in paths]
     if not all(texts):
-        raise InputError("An input path is empty. Give '.' for the folder that you are in.")
+        raise InputError("An input path is empty. Pass '.' for the current folder.")
     return sorted(texts, key=natural_sort_key) if isinstance(given, Set) else texts
 
 
 def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Find what an input names: its files and folders, and the URLs of the Parquet files there.
+    """Find the files and folders that an input names, and the URLs of the Parquet files in them.
 
-    Paths stand in the order given; the files of each in natural order of their names.
+    Paths keep their order; the files of each are in natural order of their names.
 
     Raises
     ------
     InputError
-        Where there are none, where a file is named twice, or where rows would be left out.
+        If there are no files, a file is named twice, or rows would be left out.
     """
     roots: list[str] = []
     urls: dict[str, str] = {}
@@ -83,7 +83,7 @@ def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
             names = _distinct(fs, _files(fs, named, path))
         except InputError:
             raise
-        except Exception as error:  # each library of a store has errors of its own
+        except Exception as error:  # each store's library raises its own types
             raise InputError(f"Cannot open the input {path!r}: {error}") from shown_cause(error)
         roots += (_url(fs, name, path) for name in named)
         for name in names:
@@ -101,12 +101,12 @@ def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _identity(fs: Any, name: str, url: str) -> str:
-    """What two names of one file share."""
+    """A key that is equal for all names of one file."""
     return os.path.realpath(name) if is_local(fs) else url
 
 
 def _distinct(fs: Any, names: Iterable[str]) -> list[str]:
-    """Names of files in natural order, each file once: under its own name rather than a link's."""
+    """Names of files in natural order, each file once; its own name is preferred to a link."""
     if not is_local(fs):
         return sorted(names, key=natural_sort_key)
     found: dict[str, str] = {}
@@ -118,12 +118,12 @@ def _distinct(fs: Any, names: Iterable[str]) -> list[str]:
 
 
 def _url(fs: Any, name: str, given: str) -> str:
-    """The URL of a file; within an archive, that of the archive stays with it."""
+    """The URL of a file; for a file in an archive, chained to the archive's URL."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"The name {os.fsencode(name)!r} is no text in UTF-8. Rename the file."
+            f"The file name {os.fsencode(name)!r} is not valid UTF-8. Rename the file."
         ) from error
     inner, chain, archive = given.partition("::")
     if not chain or "://" not in inner:
@@ -132,14 +132,16 @@ def _url(fs: Any, name: str, given: str) -> str:
 
 
 def is_local(fs: Any) -> bool:
+    """Whether a filesystem is the local one."""
     return isinstance(fs, LocalFileSystem)
 
 
 def _resolve(given: str) -> tuple[Any, list[str]]:
-    """The filesystem of a path or pattern, and the files and folders that it stands for."""
+    """The filesystem of a path or pattern, and the files and folders that it matches."""
     fs, path = fsspec.core.url_to_fs(given)
-    fs.invalidate_cache()  # files may have come or changed since it was listed last
-    if fs.exists(path):  # whatever characters its name has
+    fs.invalidate_cache()  # a cached listing may miss new or changed files
+    # An existing name counts as it is, even if it contains wildcard characters.
+    if fs.exists(path):
         return fs, [path]
     found: list[str] = []
     for pattern in _alternatives(path):
@@ -156,17 +158,17 @@ def _resolve(given: str) -> tuple[Any, list[str]]:
 
 
 def _hint(fs: Any, given: str, pattern: str) -> str:
-    """Another way to write a path that is there."""
+    """A sentence that suggests an existing path, if another spelling of this one exists."""
     literal = re.sub(r"\[", "[[]", pattern)
     others = [os.path.expandvars(given), unquote(pattern), *([literal] if "[" in pattern else [])]
     for other in others if is_local(fs) else ():
         if other not in (given, pattern) and (os.path.exists(other) or glob.glob(other)):
-            return f" Is {other!r} meant?"
+            return f" Did you mean {other!r}?"
     return ""
 
 
 def _alternatives(pattern: str) -> list[str]:
-    """The patterns that one with braces stands for.
+    """Expand the braces of a pattern.
 
     >>> _alternatives("{a,b}/x{1,2}")
     ['a/x1', 'a/x2', 'b/x1', 'b/x2']
@@ -180,11 +182,12 @@ def _alternatives(pattern: str) -> list[str]:
 
 
 def _matches(fs: Any, pattern: str) -> list[str]:
-    """Files and folders that a pattern matches; of files, those that hold Parquet."""
+    """The folders and the Parquet files that a pattern matches."""
     if not _WILD.search(pattern):
         return []
     fixed = _WILD.split(pattern, maxsplit=1)[0].rpartition("/")[0]
     matched = _glob(pattern) if is_local(fs) else fs.glob(pattern)
+    # Hidden names match only if the pattern itself begins a part with the same character.
     dotted = {part[0] for part in pattern[len(fixed) :].split("/") if part[:1] in ("_", ".")}
     below = (name for name in matched if not _hidden(name[len(fixed) :]) - dotted)
     folders: list[str] = []
@@ -199,7 +202,10 @@ def _matches(fs: Any, pattern: str) -> list[str]:
 
 
 def _glob(pattern: str) -> Iterator[str]:
-    """What matches on local disks: through links, and through any depth where it says ``**``."""
+    """Match a pattern on a local disk, following links; ``**`` matches any depth.
+
+    Python's own ``**`` would visit a folder again through every link to it.
+    """
     head, deep, tail = pattern.partition("/**")
     if not deep:
         yield from glob.glob(pattern, include_hidden=True)
@@ -213,7 +219,7 @@ def _glob(pattern: str) -> Iterator[str]:
 
 
 def _files(fs: Any, roots: Sequence[str], given: str) -> list[str]:
-    """The Parquet files that files and folders hold; a file that is named is one."""
+    """The Parquet files among files and in folders; a file named by the user always counts."""
     found: list[str] = []
     others: list[str] = []
     for root in roots:
@@ -239,13 +245,15 @@ def _files(fs: Any, roots: Sequence[str], given: str) -> list[str]:
 
 
 def _walk(top: str) -> list[str]:
-    """The files below a local folder, each once, through links, by names without links if it can.
+    """The files below a local folder, links followed, each file once.
 
-    Hidden names are left out, and so is what a link leads back to.
+    Names without links are preferred. Hidden names are skipped. Folders are compared by their real
+    path, so a cycle of links ends.
     """
     found: dict[str, str] = {}
     folders: set[str] = set()
-    todo = deque([(top, os.path.realpath(top))])  # links stand at the end
+    # Links are at the end, so that every other path to a folder is tried first.
+    todo = deque([(top, os.path.realpath(top))])
     while todo:
         path, real = todo.popleft()
         if not os.path.isdir(path):
@@ -260,7 +268,7 @@ def _walk(top: str) -> list[str]:
 
 
 def _entries(path: str, real: str, is_link: bool) -> Iterator[tuple[str, str]]:
-    """Entries of a folder, and where they really are."""
+    """Visible entries of a folder with their real paths: the links, or all others."""
     try:
         with os.scandir(path) as entries:
             found = [entry for entry in entries if entry.is_symlink() == is_link]
@@ -273,18 +281,19 @@ def _entries(path: str, real: str, is_link: bool) -> Iterator[tuple[str, str]]:
 
 
 def _broken(path: str) -> InputError:
+    """The error for a dangling link."""
     return InputError(
-        f"{path!r} is a link to {os.readlink(path)!r}, and nothing is there. Mend or remove it."
+        f"{path!r} is a link to {os.readlink(path)!r}, which does not exist. Fix or remove it."
     )
 
 
 def _hidden(path: str) -> set[str]:
-    """The signs by which parts of a path are left out."""
+    """The first characters of the hidden parts of a path: "_", "." or both."""
     return {part[0] for part in path.split("/") if part.startswith(("_", "."))}
 
 
 def _check_plain(below: str, given: str) -> None:
-    """Refuse files whose folders' names hold columns: their values would be lost."""
+    """Refuse files in folders such as ``year=2024``: the values in their names would be lost."""
     if "=" in below.rpartition("/")[0]:
         raise InputError(
             f"{given!r} is partitioned by folder names ({below.strip('/')!r}), whose columns"
@@ -293,14 +302,17 @@ def _check_plain(below: str, given: str) -> None:
 
 
 def _check_links(name: str, root: str, given: str) -> None:
-    """The same, for files that links lead to."""
+    """The same, for a file whose real path is reached through a link."""
     folders, own = (os.path.realpath(path).split("/") for path in (os.path.dirname(name), root))
     if extra := [part for part in folders if "=" in part and part not in own]:
         _check_plain(f"{extra[0]}/{os.path.basename(name)}", given)
 
 
 def _check_same_partition(urls: Mapping[str, str]) -> None:
-    """Refuse files from folders that are named as several values of a column."""
+    """Refuse files from several partitions of a column, such as ``year=2023`` and ``year=2024``.
+
+    Files of one partition are accepted: the value is the same for all rows.
+    """
     found: dict[str, tuple[str, str]] = {}
     for url, given in urls.items():
         for part in url.split("/")[:-1] if "=" in url else ():
@@ -314,7 +326,7 @@ def _check_same_partition(urls: Mapping[str, str]) -> None:
 
 
 def _data(fs: Any, names: Sequence[str]) -> list[str]:
-    """Those that are Parquet files, by their suffix or by how they begin."""
+    """The Parquet files among names, by suffix or by their first bytes."""
     sure = {name for name in names if name.lower().endswith(SUFFIXES)}
     look = [name for name in names if name not in sure and not name.endswith("/")]
     if not is_local(fs):  # each look is a request
@@ -326,11 +338,11 @@ def _data(fs: Any, names: Sequence[str]) -> list[str]:
 
 
 def _begins(fs: Any, name: str) -> bytes:
-    """The first bytes of a file; nothing of what is no file, such as a pipe."""
+    """The first bytes of a file; empty for anything else, such as a pipe, which would block."""
     if is_local(fs) and not os.path.isfile(name):
         return b""
     try:
         with fs.open(name, "rb", block_size=len(MAGIC)) as file:
             return bytes(file.read(len(MAGIC)))
     except OSError as error:
-        raise InputError(f"Cannot see whether {name!r} is a Parquet file: {error}") from error
+        raise InputError(f"Cannot check whether {name!r} is a Parquet file: {error}") from error

@@ -1,9 +1,9 @@
-"""NaN beside null, in columns of pandas that have one sign for both.
+"""NaN and null are kept apart in numpy float columns by marking the bits of NaNs that are values.
 
-Arrow tells a number that is NaN from a null; numpy's floats have NaN for either. What is NaN in a
-file is read as a NaN of its own bits, so that it can be told from the plain one, which is what
-pandas puts where nothing is. The bits stay through slicing, concatenation, casts between widths
-and arithmetic; to any function the value is NaN.
+Arrow distinguishes NaN from null; numpy's floats have only NaN, which pandas also uses for missing
+values. A NaN in a file is read as a NaN with a special payload, while a null becomes numpy's
+default NaN. The payload survives slicing, concatenation, casts between widths and arithmetic, and
+to every function the value is an ordinary NaN.
 """
 
 from __future__ import annotations
@@ -16,29 +16,31 @@ import pyarrow.compute as pc
 
 from dask_pcm.parquet.arrow_types import contains, is_extension
 
-#: After the exponent's bits, all set: ten bits of the fraction, as many as the narrowest type has.
-#: Casts keep them in the highest places.
+#: The payload: the ten highest bits of the fraction. float16 has no more, and casts between widths
+#: keep the highest bits.
 _MARK = 0b1100101010
 _N_MARK_BITS = 10
-#: By type: the integer of its width, and the bits of its fraction.
+#: By type: the unsigned integer of the same width, and the number of fraction bits (IEEE 754).
 _LAYOUTS = {pa.float16(): ("u2", 10), pa.float32(): ("u4", 23), pa.float64(): ("u8", 52)}
 
 
 def has_floats(kind: pa.DataType) -> bool:
+    """Whether a type is a float or has floats nested in it."""
     return contains(kind, pa.types.is_floating)
 
 
 def mark(array: pa.Array) -> pa.Array:
-    """NaNs that are values, at any depth, as marked ones."""
+    """Mark all NaNs that are values, at any depth."""
     return _change_floats(array, _mark)
 
 
 def unmark(array: pa.Array) -> pa.Array:
-    """Nulls for plain NaNs, at any depth, and NaN for marked ones."""
+    """Turn unmarked NaNs into nulls and marked NaNs into plain ones, at any depth."""
     return _change_floats(array, _unmark)
 
 
 def _mark(floats: pa.Array) -> pa.Array:
+    """Write the payload into the NaNs of a float array; nulls stay null."""
     is_nan = _is_nan(floats)
     if not is_nan.any():
         return floats
@@ -50,6 +52,7 @@ def _mark(floats: pa.Array) -> pa.Array:
 
 
 def _unmark(floats: pa.Array) -> pa.Array:
+    """The inverse of ``_mark`` on a float array; NaNs without the payload become null."""
     is_nan = _is_nan(floats)
     if not is_nan.any():
         return floats
@@ -62,21 +65,25 @@ def _unmark(floats: pa.Array) -> pa.Array:
 
 
 def _is_nan(floats: pa.Array) -> np.ndarray:
+    """Which values are NaN; a null is not."""
     return np.asarray(pc.is_nan(floats).fill_null(False))
 
 
 def _made(values: np.ndarray, is_null: pa.Array, kind: pa.DataType) -> pa.Array:
+    """An Arrow array of values and a mask of nulls, NaNs kept."""
     return pa.array(values, kind, mask=np.asarray(is_null), from_pandas=False)
 
 
 def _change_floats(array: pa.Array, change: Callable[[pa.Array], pa.Array]) -> pa.Array:
+    """Apply a change to all float arrays nested in an array, without copying the rest."""
     kind = array.type
     if pa.types.is_floating(kind):
         return change(array)
     if is_extension(kind) or pa.types.is_dictionary(kind) or not has_floats(kind):
         return array
     if array.offset:
-        array = pa.concat_arrays([array, array[:0]])  # a copy that begins at 0
+        # Buffers and children ignore the offset of a slice: copy, so that it is 0.
+        array = pa.concat_arrays([array, array[:0]])
     is_struct = pa.types.is_struct(kind)
     inner = [array.field(i) for i in range(kind.num_fields)] if is_struct else [array.values]
     n_own = 1 if is_struct or pa.types.is_fixed_size_list(kind) else 2  # validity, and offsets

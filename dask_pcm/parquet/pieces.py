@@ -1,7 +1,8 @@
-"""Parquet input as pieces: (file, row range), fixed before Dask's optimiser sees the frame.
+"""A piece is a file and a row range, fixed before Dask's optimiser sees the frame.
 
-A partition of a frame that ``read_parquet`` made is a piece. The optimiser may drop columns and
-renumber partitions; it cannot regroup files, so a piece means the same rows in every run.
+Each partition of a frame made by ``read_parquet`` is a piece. The optimiser may drop columns and
+renumber partitions, but it cannot regroup files. So a piece holds the same rows in every run, and
+the ledger can record progress by piece.
 """
 
 from __future__ import annotations
@@ -35,10 +36,22 @@ ROWS_PER_PIECE = 10_000
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Span:
-    """Rows `start` to `stop` of a file; `piece` numbers the piece, `offset` counts rows before.
+    """Rows ``start:stop`` of a file.
 
-    `start` and `stop` count within the file, `offset` within the whole input (of `start`).
-    `version` says when the file was written, as it was found; `n_bytes` is an estimate.
+    Attributes
+    ----------
+    piece
+        Number of the piece within the input.
+    path
+        Path or URL of the file.
+    version
+        The file's modification time or ETag when it was listed.
+    start, stop
+        Row numbers within the file; `stop` is exclusive.
+    offset
+        Row number of `start` within the whole input.
+    n_bytes
+        Estimated size of the rows in bytes, from the footer.
     """
 
     piece: int
@@ -53,14 +66,16 @@ class Span:
 
     @property
     def n_rows(self) -> int:
+        """Number of rows."""
         return self.stop - self.start
 
     @property
     def row_bytes(self) -> float:
+        """Estimated bytes per row."""
         return self.n_bytes / max(1, self.n_rows)
 
     def cut(self, start: int, stop: int) -> Span:
-        """Rows `start` to `stop`, counted from the beginning of this span."""
+        """Rows ``start:stop`` of this span, counted from its first row."""
         n_bytes = round(self.row_bytes * (stop - start))
         offset = self.offset + start
         start, stop = self.start + start, self.start + stop
@@ -68,20 +83,20 @@ class Span:
 
 
 class PieceReader:
-    """Reads spans; one object for a whole frame, carried by every read task.
+    """Reads spans into pandas frames; every read task of a frame holds the same reader.
 
     Attributes
     ----------
     schema
-        Arrow types of the columns and of the index, which hold the values of every file.
+        Arrow types of the columns and the index, wide enough for the values of all files.
     columns
-        Names, in the order of the first file.
+        Column names, in the order of the first file.
     index
-        The column that is the index; None where rows are numbered.
+        The column that becomes the index; None to index by row number.
     files
-        By path; for the ledger, not pickled with tasks.
+        Files by path, for the ledger; not pickled with tasks.
     roots
-        What the user named: files and folders.
+        The files and folders that the user named.
     """
 
     def __init__(
@@ -97,19 +112,21 @@ class PieceReader:
 
     @property
     def has_own_index(self) -> bool:
+        """Whether the index is stored in the files."""
         return self.index is not None
 
     def __call__(self, spans: Span | tuple[Span, ...], columns: Sequence[str]) -> pd.DataFrame:
-        """Return the rows of `spans`, one below the other.
+        """Return the rows of `spans`, concatenated in order.
 
         Raises
         ------
         InputError
-            Where a file has changed since it was listed, or holds what cannot be converted.
+            If a file has changed since it was listed, or holds values that cannot be converted.
         """
         names = list(columns)
         spans = (spans,) if isinstance(spans, Span) else spans
-        # A little at a time, so that only a little is there twice; but many small files at once.
+        # Convert a few megabytes at a time: only those exist twice, as Arrow and as pandas. Rows
+        # of many small files are converted together.
         frames = [self._to_pandas(table, spans)[names] for table in self._tables(spans, names)]
         frame = frames[0] if len(frames) == 1 else pd.concat(frames)
         if not self.has_own_index:
@@ -117,9 +134,10 @@ class PieceReader:
         return frame
 
     def _tables(self, spans: Sequence[Span], names: Sequence[str]) -> Iterator[pa.Table]:
-        """The rows of `spans` in tables of some megabytes, at least one."""
+        """The rows of `spans` in tables of about ``BATCH_BYTES``; at least one table."""
         schema = self._as_read(names)
-        # Categories differ from table to table, so columns of them are converted in one piece.
+        # Each table has its own categories, and pandas concatenates different categoricals as
+        # objects. So with categorical columns, all spans become one table.
         is_whole = any(pa.types.is_dictionary(field.type) for field in schema)
         found: list[pa.Table] = []
         n_bytes = 0
@@ -137,11 +155,12 @@ class PieceReader:
         yield pa.concat_tables(found)
 
     def _as_read(self, names: Sequence[str]) -> pa.Schema:
-        """Columns of a table, with the types that values are converted from."""
+        """The schema of tables before their conversion to pandas, index included."""
         own = [] if self.index is None else [self.index]
         return pa.schema([(name, plain(self.schema.field(name).type)) for name in [*names, *own]])
 
     def _to_pandas(self, table: pa.Table, spans: Sequence[Span] = ()) -> pd.DataFrame:
+        """Convert a table and set its index; `spans` name the files in an error."""
         dtypes = {name: self._dtypes[name] for name in table.column_names if name in self._dtypes}
         try:
             frame = to_pandas(table, dtypes)
@@ -154,7 +173,7 @@ class PieceReader:
         return frame.rename_axis(index=None) if is_unnamed_index(self.index) else frame
 
     def meta(self) -> pd.DataFrame:
-        """An empty frame with the columns and types of every piece."""
+        """An empty frame with the columns and dtypes of every piece."""
         table = self._as_read(self.columns).empty_table()
         frame = clear_known_categories(self._to_pandas(table)[list(self.columns)])
         return frame if self.has_own_index else frame.set_axis(pd.RangeIndex(0))
@@ -173,42 +192,41 @@ def read_parquet(
     columns: str | Iterable[str] | None = None,
     bytes_per_piece: int | str | None = None,
 ) -> dd.DataFrame:
-    """Read a Parquet file or folder as an ordinary Dask DataFrame whose partitions are pieces.
+    """Read Parquet files as an ordinary Dask DataFrame whose partitions are pieces.
 
     Parameters
     ----------
-    path
-        A file of any name; a folder; a pattern with ``*``, ``?``, ``[0-9]``, ``**`` (any depth)
-        or ``{a,b}``, whose folders are read like these; an fsspec URL of these; or several of
-        them as a list or another iterable. A folder is searched to any depth and through links,
-        and each file in it is read once. Names that begin with ``_`` or ``.`` are left out, and
-        so are files that neither have a suffix of Parquet (``.parquet``, ``.parq``, ``.pq``) nor
-        begin as one; in object stores only those without a suffix are looked into.
-    rows_per_piece
-        Row groups of a file are put together until they have as many rows; a larger row group is
-        split. Files are never put together.
-    columns
-        Columns to read, as names or as one name; all by default. Others may differ from file to
-        file.
-    bytes_per_piece
-        No piece has more, as a number or as text ("64 MiB"), as far as a file's footer tells: bytes
-        of its columns before compression. ``pcm.run.unit-bytes`` by default.
+    path : str, path-like or iterable of these
+        A file of any name, a folder, or a glob pattern with ``*``, ``?``, ``[0-9]``, ``**`` (any
+        depth) or ``{a,b}``; a path or an fsspec URL; one or several. Folders are searched
+        recursively and through symbolic links, and each file is read once. In folders, names that
+        begin with ``_`` or ``.`` are skipped, and so are files that have neither a Parquet suffix
+        (``.parquet``, ``.parq``, ``.pq``) nor the Parquet magic bytes. In object stores, only
+        files without a suffix are opened to look for these bytes.
+    rows_per_piece : int, default 10,000
+        Maximum number of rows in a piece. Consecutive row groups of a file are merged up to it,
+        and larger row groups are split. A piece never spans files.
+    columns : str or iterable of str, optional
+        Columns to read. All by default. Only these need to agree between files.
+    bytes_per_piece : int or str, optional
+        Maximum size of a piece, in bytes or as text ("64 MiB"): its columns before compression, as
+        estimated from the file's footer. ``pcm.run.unit-bytes`` by default.
 
     Returns
     -------
     dask.dataframe.DataFrame
-        Indexed by the row's number in the whole input, with known divisions, unless all files
-        have the same pandas index, of one level. Integers and booleans with nulls become pandas'
-        nullable types. A column whose type differs from file to file has one that holds the values
-        of all (``docs/types.md``).
+        Indexed by row number within the whole input, with known divisions; or by the pandas index
+        of the files, if all of them store the same index with one level. Integers and booleans with
+        nulls get pandas' nullable dtypes. A column whose type differs between files gets a type
+        that holds the values of all (``docs/types.md``).
 
     Raises
     ------
     InputError
-        Where there is no such input, rows in it could not be read (a link that leads nowhere, a
-        file that is torn or no Parquet), or no type holds the values of a column in all files.
+        If the input does not exist, some of it cannot be read (a dangling link, a truncated file,
+        a file that is not Parquet), or no type holds the values of a column in all files.
     SchemaError
-        Where a column is asked for that is not there, or a name stands twice.
+        If a requested column does not exist or a name is repeated.
     """
     paths = path_texts(path)
     if rows_per_piece < 1:
@@ -226,7 +244,7 @@ def read_parquet(
     divisions = None
     if not reader.has_own_index and spans[-1].stop:
         divisions = (*(span.offset for span in spans), spans[-1].offset + spans[-1].n_rows - 1)
-    # Dask would turn every object column into text: lists, bytes and decimals among them.
+    # Dask would convert every object column to text, including lists, bytes and decimals.
     with dask.config.set({"dataframe.convert-string": False}):
         return dd.from_map(
             reader, spans, meta=reader.meta(), divisions=divisions, label="read-pieces"
@@ -234,6 +252,7 @@ def read_parquet(
 
 
 def _pieces(files: Sequence[File], max_rows: int, max_bytes: int) -> Iterator[Span]:
+    """Cut every file into pieces, numbered in order."""
     piece = offset = 0
     for file in files:
         start = 0
@@ -243,7 +262,7 @@ def _pieces(files: Sequence[File], max_rows: int, max_bytes: int) -> Iterator[Sp
 
 
 def cuts(groups: Sequence[RowGroup], max_rows: int, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Row numbers at which pieces of a file end, and the bytes of each piece.
+    """Cut the row groups of a file into pieces; yield each piece's end row and size in bytes.
 
     >>> list(cuts([RowGroup(10, 40), RowGroup(5, 20), RowGroup(30, 900)], 20, 400))
     [(15, 60), (25, 300), (35, 300), (45, 300)]
@@ -256,7 +275,7 @@ def cuts(groups: Sequence[RowGroup], max_rows: int, max_bytes: int) -> Iterator[
             yield end, n_bytes
             start, n_bytes = end, 0
         if n_parts > 1:
-            # Near-equal parts: no crumb is left at the end of a row group.
+            # Parts of nearly equal size, so that no row group ends in a tiny piece.
             edges = [end + group.n_rows * part // n_parts for part in range(1, n_parts + 1)]
             for stop in dict.fromkeys(edge for edge in edges if edge > end):
                 yield stop, round(group.n_bytes * (stop - start) / group.n_rows)
@@ -269,6 +288,7 @@ def cuts(groups: Sequence[RowGroup], max_rows: int, max_bytes: int) -> Iterator[
 
 
 def _row_numbers(spans: Sequence[Span]) -> pd.Index:
+    """The row numbers of spans within the input; a RangeIndex if they are contiguous."""
     first, end = spans[0].offset, spans[-1].offset + spans[-1].n_rows
     if end - first == sum(span.n_rows for span in spans):
         return pd.RangeIndex(first, end)
@@ -276,7 +296,7 @@ def _row_numbers(spans: Sequence[Span]) -> pd.Index:
 
 
 def _nullable(schema: pa.Schema, files: Sequence[File]) -> set[str]:
-    """Columns that hold nulls, or may, and whose usual types of pandas cannot."""
+    """Integer and boolean columns that hold nulls, or may: numpy's dtypes have no null."""
     found = set()
     for name in schema.names:
         if plain(schema.field(name).type) in NULLABLE:
@@ -288,19 +308,23 @@ def _nullable(schema: pa.Schema, files: Sequence[File]) -> set[str]:
 
 
 def _cast(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
+    """Cast a table to the common schema; InputError if the footer was wrong about its values."""
     try:
         return table.cast(schema)
     except pa.ArrowException as error:
         raise InputError(
-            f"{path!r} holds what its footer does not tell of: {error}. Write it anew, or leave the"
-            " column out with columns=[...]."
+            f"{path!r} holds values that contradict its footer: {error}. Rewrite the file, or omit"
+            " the column with columns=[...]."
         ) from error
 
 
 def _unreadable(
     table: pa.Table, dtypes: Mapping[str, Any], paths: Sequence[str], error: Exception
 ) -> InputError:
-    """Which column it is that pandas or Python have no values for."""
+    """The error for a table that cannot be converted; it names the column at fault.
+
+    Columns are converted one by one, since Arrow's own error does not name the column.
+    """
     where = repr(paths[0]) + (f" or one of {len(paths) - 1} others" if len(paths) > 1 else "")
     for name in table.column_names:
         try:
@@ -308,7 +332,7 @@ def _unreadable(
         except MISFITS as own:
             kind = table.schema.field(name).type
             return InputError(
-                f"Column {name!r} of {where} is {kind} and has values that Python does not: {own}."
-                " Leave it out with columns=[...], or cast it to text or a number in the files."
+                f"Column {name!r} of {where} is {kind} and has values that Python cannot represent:"
+                f" {own}. Omit it with columns=[...], or cast it to text or a number in the files."
             )
     return InputError(f"Cannot convert rows of {where}: {error}")

@@ -1,4 +1,8 @@
-"""One schema for many files: the types that hold the values of all, or why there are none."""
+"""All files are read with one schema, whose types hold the values of every file.
+
+If there is no such type, or a column is missing somewhere, an error names both files and the
+column.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,22 @@ from dask_pcm.errors import InputError, SchemaError
 from dask_pcm.parquet.arrow_types import canonical, contains, holds, wider
 from dask_pcm.parquet.footers import File, index_columns
 
-#: What an index is stored as that has no name.
+#: Names of columns that store an unnamed index, written by pandas and by Dask.
 _UNNAMED = re.compile(r"__index_level_\d+__|__null_dask_index__")
 
 
 @dataclass(frozen=True, slots=True)
 class CommonSchema:
-    """What is read of files.
+    """The columns, types and index with which all files are read.
 
     Attributes
     ----------
     schema
-        Names and types of the columns, and of the index.
+        Names and types of the columns and the index.
     columns
-        In the order of the first file, or in that in which they were asked for.
+        Names in the order requested, or in that of the first file.
     index
-        The column that all files have as their index; None where rows are numbered.
+        The column that is the pandas index of all files; None to index by row number.
     """
 
     schema: pa.Schema
@@ -36,14 +40,14 @@ class CommonSchema:
 
     @classmethod
     def of(cls, files: Sequence[File], columns: Sequence[str] | None = None) -> CommonSchema:
-        """Compare the columns that are asked for; all if left out.
+        """Find the common schema of the requested columns, or of all.
 
         Raises
         ------
         SchemaError
-            Where a column is asked for that is not there, or a name stands twice.
+            If a requested column does not exist, or a name is repeated.
         InputError
-            Where a column is missing in some file, or no type holds its values in all of them.
+            If a column is missing in some file, or no type holds its values in all files.
         """
         distinct = _distinct(files)
         index = _common_index(distinct)
@@ -61,18 +65,18 @@ class CommonSchema:
 
 
 def _ordinary(files: Sequence[File], index: str | None) -> list[str]:
-    """Columns of the first file that are no index."""
+    """The columns of the first file without its index."""
     names = files[0].schema.names
     return [name for name in names if name != index and not _is_leftover(name, files)]
 
 
 def is_unnamed_index(name: str | None) -> bool:
-    """Whether a column's name is what is written for an index that has none."""
+    """Whether a column name is a placeholder for an unnamed index."""
     return name is not None and _UNNAMED.fullmatch(name) is not None
 
 
 def _distinct(files: Sequence[File]) -> list[File]:
-    """The first file of each schema."""
+    """The first file of each distinct schema: many files usually have few."""
     found: list[File] = []
     for file in files:
         if found and file.schema.equals(found[-1].schema, check_metadata=True):
@@ -87,7 +91,7 @@ def _distinct(files: Sequence[File]) -> list[File]:
 
 
 def _common_index(files: Sequence[File]) -> str | None:
-    """The index that all have; several levels, or others in other files, are columns."""
+    """The single index column of all files; None if they differ or have several levels."""
     stored = {index_columns(file.schema) for file in files}
     if len(stored) != 1 or len(names := stored.pop()) != 1:
         return None
@@ -95,16 +99,17 @@ def _common_index(files: Sequence[File]) -> str | None:
 
 
 def _is_leftover(name: str, files: Sequence[File]) -> bool:
-    """Whether a column is an index without a name."""
+    """Whether a column stores an unnamed index in some file."""
     return is_unnamed_index(name) and any(name in index_columns(file.schema) for file in files)
 
 
 def _check_names(file: File, wanted: Sequence[str], first: File) -> None:
+    """Raise if a file lacks a requested column or has it more than once."""
     names = file.schema.names
     if repeated := [name for name in wanted if names.count(name) > 1]:
         raise SchemaError(
-            f"Columns of {file.path!r} stand more than once: {', '.join(repeated)}. Leave them out"
-            " with columns=[...], or give each a name of its own."
+            f"{file.path!r} has columns more than once: {', '.join(repeated)}. Omit them with"
+            " columns=[...], or give each a unique name."
         )
     if not (missing := [name for name in wanted if name not in names]):
         return
@@ -117,7 +122,7 @@ def _check_names(file: File, wanted: Sequence[str], first: File) -> None:
 
 
 def _check_all_wanted(files: Sequence[File], wanted: Sequence[str]) -> None:
-    """Refuse columns that only some files have; drop an index without a name if it only counts."""
+    """Refuse columns that only some files have; an unnamed integer index is dropped silently."""
     first = files[0]
     for file in files:
         for name in dict.fromkeys(file.schema.names):
@@ -128,13 +133,14 @@ def _check_all_wanted(files: Sequence[File], wanted: Sequence[str]) -> None:
                 raise _differs(file, first, name, kind, None)
             if not pa.types.is_integer(kind):
                 raise InputError(
-                    f"{file.path!r} has an index without a name, of type {kind}, which not all"
-                    " files have alone. Give it a name (frame.index.name = ...), write the files"
-                    " without it (index=False), or say which columns to read with columns=[...]."
+                    f"{file.path!r} has an unnamed index of type {kind}, which is not the only"
+                    " index of all files. Name it (frame.index.name = ...), write the files"
+                    " without it (index=False), or select the columns to read with columns=[...]."
                 )
 
 
 def _common_type(name: str, distinct: Sequence[File], files: Sequence[File]) -> pa.DataType:
+    """The type that holds a column's values in all files; InputError if there is none."""
     for file in distinct:
         _check_readable(name, file.schema.field(name).type, file)
     source = distinct[0]
@@ -148,6 +154,7 @@ def _common_type(name: str, distinct: Sequence[File], files: Sequence[File]) -> 
         is_changed |= not (both.equals(kind) and both.equals(theirs))
         if not both.equals(kind):
             kind, source = both, file
+    # Types come from distinct schemas, but bounds of values differ from file to file.
     if is_changed:
         for file in files:
             _check_holds(name, kind, file)
@@ -155,10 +162,11 @@ def _common_type(name: str, distinct: Sequence[File], files: Sequence[File]) -> 
 
 
 def _check_holds(name: str, kind: pa.DataType, file: File) -> None:
+    """Raise InputError if the common type does not hold all of a file's values."""
     given, bounds = canonical(file.schema.field(name).type), file.bounds.get(name)
     if given.equals(kind) or holds(kind, given, bounds):
         return
-    values = f"from {bounds[0]} to {bounds[1]}" if bounds else "of any size, for all it says"
+    values = f"from {bounds[0]} to {bounds[1]}" if bounds else "of unknown size"
     raise InputError(
         f"Column {name!r} of {file.path!r} is {given}, with values {values}; together with other"
         f" files it would be {kind}, which does not hold all of these. {_way_out(name)}"
@@ -166,30 +174,34 @@ def _check_holds(name: str, kind: pa.DataType, file: File) -> None:
 
 
 def _check_readable(name: str, kind: pa.DataType, file: File) -> None:
+    """Raise SchemaError if Arrow or Python cannot represent a type's values."""
     reason = None
     if contains(kind, _has_repeated_fields):
-        reason = "fields of the same name, and Python's dicts hold one of each"
+        reason = "struct fields with the same name, of which a Python dict holds only one"
     if contains(kind, _is_list_view):
-        reason = "list views, which Arrow does not read from Parquet as they were"
+        reason = "list views, which Arrow does not read back from Parquet unchanged"
     if reason is not None:
         raise SchemaError(
-            f"Column {name!r} of {file.path!r} has {reason}: {kind}. Leave it out with"
+            f"Column {name!r} of {file.path!r} has {reason}: {kind}. Omit it with"
             " columns=[...], or cast it in the files."
         )
 
 
 def _has_repeated_fields(kind: pa.DataType) -> bool:
+    """Whether a type is a struct with repeated field names."""
     names = [field.name for field in kind] if pa.types.is_struct(kind) else []
     return len(set(names)) < len(names)
 
 
 def _is_list_view(kind: pa.DataType) -> bool:
+    """Whether a type is a list view, with 32-bit or 64-bit offsets."""
     return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
 
 
 def _differs(
     file: File, other: File, name: str, mine: pa.DataType | None, theirs: pa.DataType | None
 ) -> InputError:
+    """The error for a column whose type differs between two files; None if it is missing."""
     return InputError(
         f"The schema of {file.path!r} differs from that of {other.path!r}: column {name!r} is"
         f" {'missing' if mine is None else mine} here and"
@@ -198,7 +210,8 @@ def _differs(
 
 
 def _way_out(name: str) -> str:
+    """What to do about a column whose files disagree, as a sentence."""
     return (
-        f"Write the files anew with one type for {name!r}, or leave it out: columns=[...] names"
-        " those to read."
+        f"Rewrite the files with one type for {name!r}, or omit it: columns=[...] lists the columns"
+        " to read."
     )

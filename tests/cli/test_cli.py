@@ -268,15 +268,15 @@ def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_
         ({"--prompt": "{claim} {proof}"}, "The prompt names 'proof'"),
         ({"--prompt": "no field"}, "has no field"),
         ({"--choices": "a,a"}, "choices repeats 'a'"),
-        ({"--choices": "a,,b"}, "choices holds an empty text"),
+        ({"--choices": "a,,b"}, "choices contains an empty string"),
         ({"--model": "./nowhere"}, "no model folder './nowhere'"),
         ({"--prompt": "@nowhere.txt"}, "Cannot read 'nowhere.txt'"),
         ({"--max-failed-rows": "120%"}, "takes a number of rows or a share"),
         ({"--keep": "x"}, "keep names 'x'"),
         ({"--report": "/nowhere/at/all.json"}, "The report cannot be written"),
         ({"--scheduler": "tcp://127.0.0.1:9"}, "No scheduler answers at 'tcp://127.0.0.1:9'"),
-        ({"--truncate": "label"}, "no field of the prompt"),
-        ({"--batch-timeout": "soon"}, "batch_timeout must be a time"),
+        ({"--truncate": "label"}, "not a field of the prompt"),
+        ({"--batch-timeout": "soon"}, "batch_timeout must be a positive duration"),
     ],
 )
 def test_bad_input_is_one_message_and_no_output(source, tmp_path, change, message, monkeypatch):
@@ -308,7 +308,7 @@ def test_ctrl_c_leaves_a_resumable_output_and_says_so(tmp_path):
         os.killpg(first.pid, signal.SIGINT)
         _, said = first.communicate(timeout=patient(60))
     assert first.returncode == 130
-    assert "run the same command to go on" in said
+    assert "rerun the same command to resume" in said
     assert "Traceback" not in said, said
     assert 0 < len(pd.read_parquet(out)) < 8_000
     assert subprocess.run(args, capture_output=True, timeout=patient(110)).returncode == 0
@@ -326,7 +326,7 @@ def test_help_names_the_commands():
     ("options", "message"),
     [
         (["--workers", "2", "--scheduler", "tcp://nowhere:1"], "Give --workers or --scheduler"),
-        (["--sample", "3", "--report", "report.json"], "A sample writes no report"),
+        (["--sample", "3", "--report", "report.json"], "A sample has no report"),
     ],
 )
 def test_options_that_exclude_each_other(invoke, source, tmp_path, options, message):

@@ -104,8 +104,8 @@ def test_what_a_row_cannot_say_is_the_rows_error():
     frame = pd.DataFrame({"x": pd.Series([{"a": 1}, "fine", [1]], dtype=object)})
     bad, fine, numbers = rows_of(frame, ("x",))
     assert fine == {"x": "fine"}
-    assert bad.startswith("Prompt field 'x' holds a value of type dict, which has no form")
-    assert numbers.startswith("Prompt field 'x' holds a list with 1 in it")
+    assert bad.startswith("Prompt field 'x' holds a value of type dict, which cannot be written")
+    assert numbers.startswith("Prompt field 'x' holds a list that contains 1")
 
 
 COLUMNS = {
@@ -130,7 +130,7 @@ class TestRefusedOnTheClient:
     def test_by_the_type_in_the_files(self, folder, name, read):
         ddf = read(folder)
         for frame in (ddf, ddf[["text", name]], ddf[ddf.text == "a"]):
-            with pytest.raises(SchemaError, match=rf"'{name}' is a column of .*no form.*\.map\("):
+            with pytest.raises(SchemaError, match=rf"'{name}' is a column of .*cannot.*\.map\("):
                 check_fields(frame, (name,))
         check_fields(ddf, ("text", "texts"))
 
@@ -148,7 +148,7 @@ class TestRefusedOnTheClient:
 
     def test_lists_of_which_dask_has_made_texts(self):
         frame = pd.DataFrame({"x": pd.Series([None, ["a", "b"]], dtype=object)})
-        with pytest.raises(SchemaError, match=r"'x' holds a list, of which .*from_pandas makes"):
+        with pytest.raises(SchemaError, match=r"'x' holds a list, which .*from_pandas converts"):
             check_fields(dd.from_pandas(frame, npartitions=1), ("x",))
         with dask.config.set({"dataframe.convert-string": False}):
             check_fields(dd.from_pandas(frame, npartitions=1), ("x",))  # each row is looked at

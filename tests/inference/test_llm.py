@@ -69,7 +69,7 @@ class TestRefusedAtOnce:
             raise ConnectionError("no network")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-        with pytest.raises(ModelError, match=r"'org/none' is no folder here.*no network"):
+        with pytest.raises(ModelError, match=r"'org/none' is not a local folder.*no network"):
             LLM("org/none")
 
     def test_a_revision_of_a_folder(self, folder):
@@ -121,8 +121,14 @@ class TestRefusedAtOnce:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"model_type": "llama-of-mars"}, "'llama-of-mars', which transformers does not know"),
-            ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM, which is no causal model"),
+            (
+                {"model_type": "llama-of-mars"},
+                "'llama-of-mars', which the installed transformers does not",
+            ),
+            (
+                {"architectures": ["BertForMaskedLM"]},
+                "BertForMaskedLM, which is not a causal model",
+            ),
         ],
     )
     def test_an_architecture_that_is_no_causal_model(self, folder, change, message):

@@ -91,13 +91,16 @@ KINDS = {
         {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"]},
         r"images and text.*Llama4ForCausalLM",
     ),
-    "images alone": ({"model_type": "vit", "architectures": ["ViTModel"]}, "no causal model"),
+    "images alone": ({"model_type": "vit", "architectures": ["ViTModel"]}, "not a causal model"),
     "speech": (
         {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]},
         "speech|encoder-decoder",
     ),
     "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "a classifier"),
-    "rewards": ({"architectures": ["LlamaForRewards"]}, "of LlamaForRewards, which is no causal"),
+    "rewards": (
+        {"architectures": ["LlamaForRewards"]},
+        "of LlamaForRewards, which is not a causal",
+    ),
     "masked": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "masked words"),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
     "quantised in part": (
@@ -140,7 +143,10 @@ def with_a_lying_index(folder: Path) -> None:
 
 WRONG = {
     "a shard of torch's is missing": (without_shard, r"lacks 'pytorch_model-1\.bin'"),
-    "a file of torch's is cut off": (lambda f: cut(*as_bin(f), 1000), r"bin' is corrupt.*cut off"),
+    "a file of torch's is cut off": (
+        lambda f: cut(*as_bin(f), 1000),
+        r"bin' is corrupt.*truncated",
+    ),
     "its last byte is missing": (
         lambda f: cut((b := as_bin(f)[0]), b.stat().st_size - 1),
         r"bin' is corrupt",
@@ -148,7 +154,7 @@ WRONG = {
     "a shard of torch's is cut off": (lambda f: cut(as_bin(f, 2)[1], 500), r"-1\.bin' is corrupt"),
     "a file of torch's is another": (
         lambda f: as_bin(f)[0].write_bytes(b"version https://git-lfs"),
-        "no file of torch",
+        "not a torch file",
     ),
     "shards without an index": (
         lambda f: in_shards(f, index=False),
@@ -161,7 +167,7 @@ WRONG = {
     ),
     "an adapter alone": (
         lambda f: (f / "config.json").rename(f / "adapter_config.json"),
-        "an adapter alone.*Merge",
+        "only an adapter.*Merge",
     ),
 }
 

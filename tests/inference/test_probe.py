@@ -96,7 +96,7 @@ def test_a_batch_changes_no_score(family):
 def test_what_is_not_causal_is_refused(family, dtype):
     model = made(*OTHERS[family])
     model.model.to(dtype)
-    with pytest.raises(ModelError, match=r"no causal model .*later tokens change the logits"):
+    with pytest.raises(ModelError, match=r"not a causal model .*later tokens change the logits"):
         probe(model)
 
 
@@ -117,7 +117,7 @@ def test_rows_that_see_their_batch_are_refused(monkeypatch):
         return found
 
     monkeypatch.setattr(model.model, "forward", mixing)
-    with pytest.raises(ModelError, match="other logits in a batch than alone"):
+    with pytest.raises(ModelError, match="different logits in a batch than alone"):
         probe(model)
 
 
@@ -157,7 +157,7 @@ class TestRemembered:
             )
         )
         for _ in range(2):
-            with pytest.raises(ModelError, match="no causal model"):
+            with pytest.raises(ModelError, match="not a causal model"):
                 load_model(folder, device="cpu", content="a")
         assert len(probed) == 2
 

@@ -26,9 +26,9 @@ def test_fields_and_filling():
     ("text", "message"),
     [
         ("no field", "has no field"),
-        ("{}", "plain name"),
-        ("{claim!r}", "plain name"),
-        ("{claim:>10}", "plain name"),
+        ("{}", "plain column name"),
+        ("{claim!r}", "plain column name"),
+        ("{claim:>10}", "plain column name"),
         ("{claim", "cannot be parsed"),
     ],
 )
@@ -45,13 +45,13 @@ def test_fields_are_filled_by_name_alone():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ("yes", "list of texts"),
-        (None, "list of texts"),
-        ({"yes", "no"}, "list of texts"),
-        ([1, 2], "list of texts"),
+        ("yes", "list of strings"),
+        (None, "list of strings"),
+        ({"yes", "no"}, "list of strings"),
+        ([1, 2], "list of strings"),
         (["yes"], "at least two"),
         ([], "at least two"),
-        (["yes", " "], "empty text"),
+        (["yes", " "], "empty string"),
         (["yes", "no", " yes "], "repeats 'yes'"),
     ],
 )
@@ -138,8 +138,8 @@ def test_text_without_words_is_cut_between_characters():
     ("sequences", "eos", "message"),
     [
         ([[1, 2], [1, 2]], 0, "same tokens"),
-        ([[1, 2], [1, 2, 3]], None, "no token that ends"),
-        ([[1, 2], [3, 4]], 0, "Nothing stands before"),
+        ([[1, 2], [1, 2, 3]], None, "no end-of-text token"),
+        ([[1, 2], [3, 4]], 0, "No token precedes"),
     ],
 )
 def test_what_cannot_be_scored_says_why(sequences, eos, message):

@@ -72,12 +72,12 @@ def test_scores_that_are_no_numbers_are_the_rows_error(model, monkeypatch):
     monkeypatch.setattr(model, "score", lambda scorings, n: [[math.nan] * 3 for _ in scorings])
     found = Classify(Template(PROMPT), LABELS, None, ("id",), 512)(generate(3), model)
     assert found.answer.isna().all() and found.answer_probability.isna().all()
-    assert found.error.str.startswith("The model's scores are no numbers").all()
+    assert found.error.str.startswith("The model's scores are not finite").all()
 
 
 def test_choices_that_the_model_cannot_tell_apart_are_the_rows_error(model):
     found = Classify(Template(PROMPT), ("oui", "non"), None, ("id",), 512)(generate(3), model)
-    assert found.error.str.startswith("Some choices are the same tokens").all()
+    assert found.error.str.startswith("Some choices have the same tokens").all()
 
 
 def test_an_empty_prompt_is_the_rows_error(model):
@@ -143,7 +143,7 @@ class TestRefusedAtOnce:
             classify(frame, llm, prompt="{claim} {proof}")
         with pytest.raises(PromptError, match="has no field"):
             classify(frame, llm, prompt="Is it true?")
-        with pytest.raises(PromptError, match="no field of the prompt"):
+        with pytest.raises(PromptError, match="not a field of the prompt"):
             classify(frame, llm, truncate="label")
         with pytest.raises(SchemaError, match="keep names 'x'"):
             classify(frame, llm, keep=["x"])

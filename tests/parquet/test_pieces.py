@@ -236,7 +236,7 @@ class TestBadInput:
         folder = claims()
         path = Path(folder, "part-2.parquet")
         path.write_bytes(path.read_bytes()[:-20])
-        with pytest.raises(InputError, match=r"part-2\.parquet' is torn"):
+        with pytest.raises(InputError, match=r"part-2\.parquet' is truncated"):
             pcm.read_parquet(folder)
 
     def test_a_garbled_footer_is_named(self, claims):
@@ -280,5 +280,5 @@ class TestBadInput:
 
 @pytest.mark.parametrize("use", [pcm.read_parquet, pcm.attach])
 def test_a_url_that_went_through_pathlib_is_not_taken_for_a_folder(use):
-    with pytest.raises(InputError, match="Give 's3://bucket/claims', as text"):
+    with pytest.raises(InputError, match="Pass the string 's3://bucket/claims'"):
         use(Path("s3://bucket/claims"))

@@ -119,7 +119,7 @@ UNLIKE = {
         pa.array([1], pa.timestamp("ns")),
         "with values from 0 to 100000000000000000; .* would be timestamp.ns",
     ),
-    "within": (pa.array([[2**60]]), pa.array([[0.5]]), "with values of any size"),
+    "within": (pa.array([[2**60]]), pa.array([[0.5]]), "with values of unknown size"),
 }
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_read_as_one_is_refused_by_file_and_column(tmp_path, a, b
 
 def test_values_of_which_nothing_is_known_are_not_taken_to_fit(tmp_path):
     folder = put(tmp_path / "in", pa.array([1]), pa.array([0.5]), write_statistics=False)
-    with pytest.raises(InputError, match="of any size, for all it says"):
+    with pytest.raises(InputError, match="of unknown size"):
         pcm.read_parquet(folder)
 
 
@@ -230,7 +230,7 @@ class TestIndexOfPandas:
 
     def test_texts_without_a_name_that_only_some_have_are_refused(self, tmp_path):
         self.put(tmp_path, self.BASE.set_axis(list("abcd")), self.BASE)
-        with pytest.raises(InputError, match=r"0\.parquet' has an index without a name.*columns="):
+        with pytest.raises(InputError, match=r"0\.parquet' has an unnamed index.*columns="):
             read(tmp_path)
         assert len(read(tmp_path, columns="n")) == 8
 

@@ -108,7 +108,7 @@ def test_the_setting_holds_for_runs_and_waiting_for_a_turn_does_not_count(client
 
 @pytest.mark.parametrize("given", [0, -1, "soon", "0s", True, float("nan")])
 def test_what_is_no_time_is_refused_at_once(claims, given):
-    with pytest.raises(SchemaError, match="batch_timeout must be a time of more than 0"):
+    with pytest.raises(SchemaError, match="batch_timeout must be a positive duration"):
         job(claims(n_files=1), "log", {}, batch_timeout=given)
 
 
