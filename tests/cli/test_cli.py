@@ -72,7 +72,7 @@ def test_the_demo(tmp_path):
         assert word in done.stdout
     accuracy = float(done.stdout.split("accuracy")[1].strip().rstrip("%"))
     assert accuracy >= 95
-    assert done.stderr.startswith("Starting 2 workers on this machine, to verify 1,200 generated")
+    assert done.stderr.startswith("Starting 2 workers on this machine to verify 1,200 generated")
     assert "1,200/1,200 rows" in done.stderr
     found = pd.read_parquet(out)
     assert found.id.tolist() == list(range(1200))

@@ -219,8 +219,8 @@ class Gate:
             self._offloaded.discard((worker.name, context))
             self._world.later(worker, spec.restore_s, lambda: report(False, Tier.DEVICE))
             return
-        standings = {True: Tier.DEVICE, False: Tier.FAILED}
-        self._world.load(worker, context, lambda is_built: report(is_built, standings[is_built]))
+        tiers = {True: Tier.DEVICE, False: Tier.FAILED}
+        self._world.load(worker, context, lambda is_built: report(is_built, tiers[is_built]))
 
     def _fail(self, key: object) -> None:
         unit = self._unit(key)

@@ -165,7 +165,8 @@ def test_a_job_that_is_killed_leaves_no_fork_server(tmp_path):
     with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster) as client:
         command = [Path(sys.executable).with_name("dask"), "worker", cluster.scheduler_address]
         command += ["--no-dashboard", "--nthreads=1", "--preload-nanny=dask_pcm.preload"]
-        with subprocess.Popen(command, cwd=tmp_path) as job:
+        environ = {**os.environ, "DASK_PCM__WORKER__IMPORTS": "['distributed']"}
+        with subprocess.Popen(command, cwd=tmp_path, env=environ) as job:
             client.wait_for_workers(1, timeout=patient(60))
             parent = client.submit(os.getppid).result(60)
             assert parent != job.pid  # the server's

@@ -614,19 +614,11 @@ async def test_released_it_leaves_every_worker_and_is_loaded_again_when_wanted(c
     model = closing("released")
     await c.gather(c.map(work, range(8), ctx=model, seconds=0.05))
     assert await gate.contexts.on_release([model.digest]) == 2
-    await poll(lambda: not any(v.residency.get(model.digest) for v in held(gate)), 5)
+    workers = gate.state.workers.values()
+    await poll(lambda: all(w.tiers.get(model.digest) is not Tier.DEVICE for w in workers), 5)
     assert await Event("closed released").is_set()
     assert not any(w.plugins[CONTEXTS].memory._taken for w in (a, b))
     assert await c.submit(work, 1, ctx=model) == (1, "released")
-
-
-def held(gate):
-    return [
-        dataclasses.replace(
-            view, standings={k: v for k, v in view.tiers.items() if v is Tier.DEVICE}
-        )
-        for view in gate.state.workers.values()
-    ]
 
 
 @gated(1)
