@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Tests mostly wait for processes that they start; files of tests are shared out among so many.
+# Processes that share the test files; many tests wait for processes of their own.
 TEST_PROCESSES ?= 2
 BENCHMARKS := main_job doors ladder policy
 

@@ -386,3 +386,9 @@ class TestRefused:
                 pcm.read_parquet(tmp_path).compute(scheduler="sync")
             except InputError as error:
                 assert f"Column {name!r} of" in str(error) and "a.parquet" in str(error)
+
+    @pytest.mark.parametrize("dtype", ["complex128", pd.SparseDtype("int64")], ids=str)
+    def test_a_dtype_that_parquet_does_not_hold(self, dtype):
+        meta = pd.DataFrame({"id": [1], "o": pd.Series([0]).astype(dtype)}).iloc[:0]
+        with pytest.raises(SchemaError, match=r"Column 'o' has dtype .*, which Parquet does not"):
+            PartSchema.of(meta, None)
