@@ -43,10 +43,10 @@ from dask_pcm.scheduling.events import (
     WorkerJoined,
     WorkParked,
 )
+from dask_pcm.scheduling.feed.feed import Feed, UnitSizing
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.rules.drain_time import DrainTime
 from dask_pcm.scheduling.state.state import GateState
-from dask_pcm.scheduling.units import DeviceDemand, Outstanding, UnitSizing
 from dask_pcm.simulation import Result, Scenario, read_scenario, simulate, variants
 from dask_pcm.tiers import Tier
 
@@ -296,8 +296,7 @@ class Played:
         self._now = 0.0
         self._state = GateState()
         self._group = Group(("llm",), "infer", client="client")
-        self._stock = Outstanding(UnitSizing(10, 1.0, 10, 2, 0.5))
-        self._askers: list[DeviceDemand] = []
+        self._units = Feed(UnitSizing(10, 1.0, 10, 2, 0.5))
         self._left = n_units * 10
         self._n_cut = 0
         self._sizes: dict[int, int] = {}
@@ -330,7 +329,7 @@ class Played:
                 self._tell(ResidencyReported(about, "llm", Tier.DEVICE, seconds=10.0))
             elif what == "end":
                 n_rows = self._sizes.pop(about)
-                self._stock.remove("", n_rows)
+                self._units.remove("", n_rows)
                 self._tell(WorkEnded(about, is_finished=True))
                 parked = self._feed()
             else:
@@ -352,20 +351,20 @@ class Played:
             self._at(self._now + 0.25, "look", None)
         else:
             self._tell(RunClosed("run"))
-        self._askers = self._state.askers(self._group)
+        self._units.update_demand(self._state.askers(self._group))
 
     def _feed(self) -> float:
         """Hand over more; return the CPU seconds that cutting it took, which is the client's."""
-        n_fed, cutting_s = 0, 0.0
+        sizes, cutting_s = self._units.sizes(lambda: self._left), 0.0
         while True:
             start = time.process_time()
-            size = self._stock.next(self._left, self._askers, n_fed)
+            size = next(sizes, None)
             cutting_s += time.process_time() - start
             if size is None:
                 return cutting_s
-            n_fed, self._n_cut = n_fed + 1, self._n_cut + 1
+            self._n_cut += 1
             self._left -= size.n_rows
-            self._stock.add(size.device, size.n_rows)
+            self._units.add(size.device, size.n_rows)
             self._sizes[self._n_cut] = size.n_rows
             priority = (0.0, float(self._n_cut))
             self._tell(WorkParked(Work(self._n_cut, self._group, priority, float(size.n_rows))))

@@ -48,7 +48,7 @@ ACCESSOR = "print(dd.DataFrame.pcm.__name__, 'pcm' in dir(dd.DataFrame))"
         "import dask_pcm, dask.dataframe as dd",
         "import dask.dataframe as dd, dask_pcm",
         "import dask_pcm; dask_pcm.write_parquet; import dask.dataframe as dd",
-        "import dask_pcm.runs.units.unit; import dask.dataframe as dd",
+        "import dask_pcm.runs.units.run_unit; import dask.dataframe as dd",
         "import dask_pcm.accessor; import dask.dataframe as dd",
         "import dask_pcm, importlib.util as u; u.find_spec('dask.dataframe');"
         " import dask.dataframe as dd",

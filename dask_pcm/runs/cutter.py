@@ -1,4 +1,4 @@
-"""What is still to be done, cut into units."""
+"""Cuts what is left of a run into units."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dask_pcm.ledger.parts import partition_name, range_name
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.parquet.pieces import Span
 from dask_pcm.runs.plan import Plan, Unit
-from dask_pcm.scheduling.units import goes_along, rows_of
+from dask_pcm.scheduling.feed.sizes import cut_pieces
 
 
 class Cutter:
-    """Cuts what is still to be done into units, in input order.
+    """Cuts what is left to do into units, in input order.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ class Cutter:
     done_ranges, done_partitions
         Row ranges, or partitions, that have been committed.
     max_bytes
-        No unit of several pieces has more input.
+        Input that a unit of several pieces may have.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Cutter:
         self._plan = plan
         self._max_bytes = max_bytes
         self._again: list[Unit] = []
-        #: Units cut so far, those left out that are computed again.
+        #: Units cut so far, without those of `again`.
         self.n_cut = 0
         self._order: list[int] | None = None  # of the plan's spans, by offset
         self._todo: list[tuple[int, Span | None]] = []  # (partition, rows), last first
@@ -59,15 +59,15 @@ class Cutter:
         return not self._todo and not self._again
 
     def again(self, place: Range | int, failed: Sequence[int]) -> None:
-        """Have the failed rows of a part computed again.
+        """Also cut the failed rows of a committed part, before anything else.
 
         Parameters
         ----------
         place
             The part's row range, or its partition.
         failed
-            Which of its rows failed. Where a part's rows are not those of its input (functions of
-            partitions, filters), the part is computed again as a whole.
+            Numbers of the failed rows within the part. Where a part's rows are not those of its
+            input (functions of partitions, filters), the whole part is computed again.
         """
         again: tuple[int, ...] = ()
         if isinstance(place, int):
@@ -83,7 +83,7 @@ class Cutter:
         self.n_rows += unit.n_rows or 1
 
     def _spans_of(self, place: Range) -> tuple[int, list[Span]]:
-        """The rows of a part as spans, and a partition that has some of them."""
+        """The rows of a part as spans, and the first partition that has some of them."""
         spans = self._plan.spans or []
         if self._order is None:
             self._order = sorted(range(len(spans)), key=lambda index: spans[index].offset)
@@ -100,10 +100,9 @@ class Cutter:
         return self._order[first], found
 
     def cut(self, n_rows: int) -> Unit:
-        """Take the next unit: up to `n_rows` rows of a piece or of several small ones, or one
-        partition.
+        """Cut the next unit: about `n_rows` rows of one piece or several, or a partition.
 
-        A piece is not cut so that less than a batch is left of it.
+        See ``cut_pieces`` for the number of rows.
         """
         if self._again:
             unit = self._again.pop()
@@ -114,44 +113,40 @@ class Cutter:
         if span is None:
             self.n_rows -= 1
             return Unit(partition_name(partition), partition, None, None, number=number)
+        spans = [span]
         if self._plan.is_splittable:
-            spans = self._several(partition, span, max(1, n_rows))
-        else:
-            spans = [span]
+            self._todo.append((partition, span))
+            taken = cut_pieces(self._ahead(), max(1, n_rows), self._plan.batch_rows)
+            spans = [self._take(n) for n in taken]
         total = sum(s.n_rows for s in spans)
         self.n_rows -= total
         end = spans[-1].offset + spans[-1].n_rows
         name = range_name(spans[0].offset, end)
         return Unit(name, partition, tuple(spans), total, number=number)
 
-    def _several(self, partition: int, span: Span, n_rows: int) -> list[Span]:
-        """Rows of a piece, and of those after it up to a batch, or while they are small."""
-        batch = self._plan.batch_rows
-        taken = [self._take(partition, span, n_rows)]
-        total, n_bytes = taken[0].n_rows, taken[0].n_bytes
-        while self._todo:
-            partition_after, after = self._todo[-1]
-            end = taken[-1].offset + taken[-1].n_rows
-            if after is None or after.offset != end or n_bytes + after.n_bytes > self._max_bytes:
-                break
-            if not goes_along(after.n_rows, total, n_rows, batch):
-                break
-            room = n_rows - total
-            self._todo.pop()
-            taken.append(self._take(partition_after, after, room))
-            total, n_bytes = total + taken[-1].n_rows, n_bytes + taken[-1].n_bytes
-        return taken
+    def _ahead(self) -> Iterator[int]:
+        """Rows of the pieces that one unit may take: neighbours, together below `max_bytes`."""
+        end, n_bytes = None, 0
+        for _, span in reversed(self._todo):
+            if span is None or (end is not None and span.offset != end):
+                return
+            if n_bytes and n_bytes + span.n_bytes > self._max_bytes:
+                return
+            yield span.n_rows
+            end, n_bytes = span.offset + span.n_rows, n_bytes + span.n_bytes
 
-    def _take(self, partition: int, span: Span, n_rows: int) -> Span:
-        n_rows = rows_of(span.n_rows, n_rows, self._plan.batch_rows)
-        if n_rows >= span.n_rows:
+    def _take(self, n_rows: int) -> Span:
+        """Take rows off the next piece."""
+        partition, span = self._todo.pop()
+        assert span is not None
+        if n_rows == span.n_rows:
             return span
         self._todo.append((partition, span.cut(n_rows, span.n_rows)))
         return span.cut(0, n_rows)
 
 
 def _rows(spans: Sequence[Span], numbers: Sequence[int]) -> Iterator[Span]:
-    """Rows of the input by their sorted numbers; neighbours are one span."""
+    """Spans of the rows with these sorted numbers; adjacent rows share a span."""
     at = 0
     for span in spans:
         first, end = span.offset, span.offset + span.n_rows
@@ -165,7 +160,7 @@ def _rows(spans: Sequence[Span], numbers: Sequence[int]) -> Iterator[Span]:
 
 
 def cut_to(span: Span, done: Ranges) -> list[Span]:
-    """What is left of a span."""
+    """The parts of a span that are not done."""
     first = span.offset
     missing = done.missing(first, first + span.n_rows)
     return [span.cut(start - first, stop - first) for start, stop in missing]

@@ -1,7 +1,7 @@
-"""What a run asks of its cluster.
+"""What a run asks of its cluster, with a bound on every wait.
 
-No call here waits for longer than it says, whatever the cluster does: a scheduler may be frozen, a
-network cut, a worker lost with its results. So who drives a run can always heed its user.
+A scheduler may be frozen, a network cut, a worker lost with its results: the thread that drives the
+run still gets back to Ctrl-C and ``Run.cancel``.
 """
 
 from __future__ import annotations
@@ -12,41 +12,65 @@ import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import CancelledError, wait
 from concurrent.futures import Future as Answer
+from dataclasses import dataclass
 from typing import Any
 
 from distributed import Client, Future
 
 from dask_pcm.context.context import ContextRef
+from dask_pcm.scheduling.feed.feed import DeviceDemand
 
-#: How long an answer of the scheduler is waited for; it is taken in later if it comes then.
+#: How long a call waits for the scheduler's answer; an answer that comes later is taken in then.
 _ANSWER_S, _CLOSE_S = 2.0, 1.0
-#: What is lacking for so long, the user is told.
+#: The user is told of what the run has lacked for this long.
 _LACK_S = 10.0
 
 
-class Link:
-    """A run's way to the scheduler, for the thread that drives it.
+@dataclass(frozen=True, slots=True)
+class GateStatus:
+    """The gate's report of a run's contexts and workers.
+
+    Attributes
+    ----------
+    n_workers, n_on_cluster, n_warm
+        Workers with the toolkit, all workers, and workers that hold the run's contexts.
+    n_loads, load_s
+        Times that these contexts were built since they were declared, and the seconds that took.
+    demand
+        Workers by device model, with their speeds.
+    """
+
+    n_workers: int = 0
+    n_on_cluster: int = 0
+    n_warm: int = 0
+    n_loads: int = 0
+    load_s: float = 0.0
+    demand: tuple[DeviceDemand, ...] = ()
+
+
+class GateLink:
+    """A run's way to the gate, for the thread that drives it.
 
     Parameters
     ----------
     kind
-        What the keys of its units have in common, as the gate sees it.
+        What the keys of its units have in common: the gate learns costs by it.
     """
 
     def __init__(self, client: Client, run: str, refs: Sequence[ContextRef], kind: str) -> None:
         self._client = client
-        self._says = {"run": run, "client": client.id, "refs": pickle.dumps(refs), "kind": kind}
+        self._fixed = {"run": run, "client": client.id, "refs": pickle.dumps(refs), "kind": kind}
         self._asked: Answer[Any] | None = None
         self._n_most = 0
         #: When the gate last answered, and when it last had workers.
         self._answered_at = self._had_workers_at = time.monotonic()
         self._n_other = 0
 
-    def report(self, n_rows: float, n_units: int) -> dict[str, Any] | None:
-        """Tell the gate what is still to come, and learn how the contexts stand.
+    def report(self, n_rows: float, n_units: int) -> GateStatus | None:
+        """Report what the run will still submit; return the gate's state of its contexts.
 
-        None where it has not answered in time, has left, or was never there. Until it has, nothing
-        more is told.
+        None where the scheduler has not answered in time, is gone or has no gate. Nothing more is
+        sent until it has answered.
         """
         if self._asked is None:
             self._asked = self._tell(n_rows, n_units)
@@ -58,23 +82,24 @@ class Link:
         self._answered_at = time.monotonic()
         if not isinstance(answer, dict):
             return None
-        n_workers = answer["n_workers"]
-        self._n_most = max(self._n_most, n_workers)
-        self._n_other = answer.get("n_on_cluster", n_workers) - n_workers
-        if n_workers:
+        demand = tuple(DeviceDemand(*one) for one in answer["demand"])
+        gate = GateStatus(**{**answer, "demand": demand})
+        self._n_most = max(self._n_most, gate.n_workers)
+        self._n_other = gate.n_on_cluster - gate.n_workers
+        if gate.n_workers:
             self._had_workers_at = time.monotonic()
-        return answer
+        return gate
 
     def close(self) -> None:
-        """Nothing more will come: the gate need not keep workers for it."""
+        """Close the run at the gate, which then keeps no workers for it."""
         _wait(self._tell(0.0, 0), _CLOSE_S)
 
     def gather(self, futures: Sequence[Future]) -> Answer[list[Any]]:
-        """Their results, once they are here."""
+        """The results of futures, from their workers; returns at once."""
         return self._ask(self._client.gather(list(futures), asynchronous=True))
 
     def processing(self) -> set[Any] | None:
-        """Keys of all tasks that workers have; None where the scheduler does not answer."""
+        """Keys of all tasks that workers have; None if the scheduler does not answer in time."""
         asked = self._ask(self._client.scheduler.processing(workers=None))
         _wait(asked, _ANSWER_S)
         found = _result(asked) if asked.done() else asked.cancel()
@@ -84,7 +109,7 @@ class Link:
 
     @property
     def lack(self) -> str:
-        """What the run cannot go on without, in words; empty while there is nothing of the kind."""
+        """What the run has waited for and cannot go on without, in words; "" if nothing."""
         now = time.monotonic()
         silent_s = now - self._answered_at
         if self._asked is not None and silent_s > _LACK_S:
@@ -97,11 +122,11 @@ class Link:
         return "no workers: the cluster has 0" + (f" ({n_wanted} wanted)" if n_wanted else "")
 
     def begin_waiting(self) -> None:
-        """What is lacking counts from now on."""
+        """Measure from now on how long something is lacking."""
         self._answered_at = self._had_workers_at = time.monotonic()
 
     def _n_wanted(self) -> int:
-        """Workers that the cluster is to have; where nobody says, as many as it had."""
+        """Workers that the cluster plans for; if it has no plan, the most that it had."""
         planned = getattr(self._client.cluster, "plan", ())
         return len(planned) or self._n_most
 
@@ -109,7 +134,7 @@ class Link:
         scheduler = self._client.scheduler
         if scheduler is None:  # the client is closed, and its futures say so
             return None
-        return self._ask(scheduler.pcm_run(**self._says, n_rows=n_rows, n_units=n_units))
+        return self._ask(scheduler.pcm_run(**self._fixed, n_rows=n_rows, n_units=n_units))
 
     def _ask(self, coroutine: Coroutine[Any, Any, Any]) -> Answer[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._client.loop.asyncio_loop)
@@ -121,7 +146,7 @@ def _wait(answer: Answer[Any] | None, seconds: float) -> None:
 
 
 def _result(answer: Answer[Any]) -> Any:
-    """What was answered; None where the scheduler has no gate, or is gone, which futures say."""
+    """The answer; None where the scheduler has no gate, or is gone: then futures raise."""
     try:
         return answer.result(0)
     except (OSError, AttributeError, CancelledError):

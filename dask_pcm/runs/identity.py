@@ -1,4 +1,4 @@
-"""Which job an output belongs to: refused to any other, resumed by the same."""
+"""The identity of a job, in its output's manifest: another job is refused, the same resumes."""
 
 from __future__ import annotations
 
@@ -20,41 +20,42 @@ from dask_pcm.parquet.pieces import PieceReader, Span
 from dask_pcm.paths import names_of
 from dask_pcm.plugins.install import versions
 
-#: Format of the ledger's files; another one is not read.
+#: Format of the ledger's files; other formats are refused.
 FORMAT = 2
-#: Raised with every change in the package that makes the same job give other answers. Only then is
-#: what another version began not resumed.
+#: Increased with every change of the package that makes the same job give other answers: outputs
+#: that other versions began are resumed only where it is equal.
 ANSWERS = 2
 _MAX_SHOWN_CHARS = 80
-#: Components that say nothing to people.
+#: Components that mean nothing to a reader.
 _DIGESTS = ("function", "frame")
-#: What makes a function another one without a change in its code.
+#: How a function may differ without a change in its code.
 _MAY_BE_CACHE = (
     "; if trying the function filled a cache or a counter there, resume from a process in which it"
     " was not tried, or keep that in the context"
 )
-#: Components that parts do not repeat.
+#: Components that the provenance of parts leaves out.
 UNTOLD = ("input", "contexts", *_DIGESTS)
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What stands in an output of its job.
+    """What an output records of its job.
 
     Attributes
     ----------
     identity
-        What tells the job from another, component by component. The files of ``input`` stand in
-        the order in which their rows are counted.
+        What distinguishes the job, by component. The files of ``input`` are in the order in which
+        their rows are numbered.
     recorded
-        What is worth knowing besides: versions, contexts by name, commits of models, digests of
-        the parts of functions and contexts, rows in all, how parts are committed, what rows ran on.
+        For information: versions, contexts by name, commits of models, digests of the parts of
+        functions and contexts, number of rows, how parts are committed, devices that rows ran on.
     """
 
     identity: dict[str, Any]
     recorded: dict[str, Any] = field(default_factory=dict)
 
     def write(self, output: Output) -> None:
+        """Replace the output's manifest."""
         value = {"format": FORMAT, "identity": self.identity, "recorded": self.recorded}
         output.write_json(MANIFEST, value)
 
@@ -65,7 +66,7 @@ class Manifest:
         Raises
         ------
         OutputError
-            Where it cannot be read, or is of another format.
+            It is damaged, or has another format.
         """
         found = output.read_json(MANIFEST)
         if found is None:
@@ -87,12 +88,12 @@ class Manifest:
 
     @property
     def token(self) -> str:
-        """Digest of the job, its input files left out: what a part carries."""
+        """Digest of the job without its input files, which every part carries."""
         return digest({k: v for k, v in self.identity.items() if k != "input"})
 
 
 def _is_manifest(found: Mapping[str, Any]) -> bool:
-    """Whether all that is looked for in a manifest is of its type."""
+    """Whether the fields of a manifest that we read have the right types."""
     identity, recorded = found.get("identity"), found.get("recorded", {})
     if not isinstance(identity, dict) or not isinstance(recorded, dict):
         return False
@@ -112,9 +113,9 @@ def _is_manifest(found: Mapping[str, Any]) -> bool:
 def identify(expr: Expr, is_splittable: bool) -> Manifest:
     """The manifest of a job.
 
-    Where pieces may be split (`is_splittable`), how the input was cut does not count. The answers'
-    types count as they are stored: whether a column of whole numbers can be null changes with
-    every file that is added.
+    Where pieces may be split (`is_splittable`), how the input was cut does not count. The output's
+    types count as stored, not as pandas has them: whether a column of integers can be null, and so
+    its dtype, may change with every file that is added.
     """
     maps = [part for part in _walk(expr) if isinstance(part, ContextMap)]
     numbers = {part._name: number for number, part in enumerate(maps)}
@@ -149,16 +150,16 @@ def identify(expr: Expr, is_splittable: bool) -> Manifest:
 
 
 def check(output: Output, mine: Manifest, overwrite: bool, extend: bool) -> Manifest | None:
-    """Hold a job against the output's manifest; the one to go on with, or None to begin anew.
+    """Compare a job with the output's manifest; return the one to resume, or None to start anew.
 
     Raises
     ------
     OutputError
-        Where the output is another job's or somebody else's, and why; nothing was changed.
+        The output is of another job or program, with the differences; nothing was changed.
     """
     if foreign_files := output.foreign_files():
         raise OutputError(
-            f"The output {output.path!r} holds files that are not ours, such as"
+            f"The output {output.path!r} holds files of another program, such as"
             f" {foreign_files[0]!r}. Give another folder, or move them away."
         )
     if overwrite:
@@ -167,8 +168,8 @@ def check(output: Output, mine: Manifest, overwrite: bool, extend: bool) -> Mani
     if theirs is None:
         if output.parts():
             raise OutputError(
-                f"The output {output.path!r} holds parts but no manifest says of which job. Give"
-                " another folder, or overwrite it (overwrite=True, --overwrite)."
+                f"The output {output.path!r} holds parts but no manifest, so their job is"
+                " unknown. Give another folder, or overwrite it (overwrite=True, --overwrite)."
             )
         return None
     if differences := list(_differences(theirs, mine, extend)):
@@ -192,16 +193,16 @@ def _differences(of_theirs: Manifest, of_mine: Manifest, extend: bool) -> Iterat
         if name == "input":
             yield from _different_input(theirs.get(name) or {}, mine.get(name) or {}, extend)
         elif name == "answers":
-            yield "this version of dask_pcm gives other answers than the one that began it"
+            yield "the version of dask_pcm that began it gives other answers than this one"
         elif name == "contexts" or name in _DIGESTS:
             parts = [of.recorded.get("parts", {}).get(name) for of in (of_theirs, of_mine)]
-            yield f"its {name.removesuffix('s')} is another{_changed_part(*parts)}"
+            yield f"its {name.removesuffix('s')} changed{_changed_part(*parts)}"
         else:
             yield f"its {name} is {_shown(theirs.get(name))}, not {_shown(mine.get(name))}"
 
 
 def _changed_part(theirs: Any, mine: Any) -> str:
-    """How the innermost part differs between two lists of parts by name; "" if unknown."""
+    """Which part differs between two lists of parts, the innermost first; "" if unknown."""
     if not isinstance(theirs, list) or not isinstance(mine, list):
         return ""  # recorded by an earlier version
     for before, now in zip(theirs, mine, strict=False):
@@ -217,9 +218,9 @@ def _changed_part(theirs: Any, mine: Any) -> str:
 def _different_input(
     theirs: Mapping[str, Any], mine: Mapping[str, Any], extend: bool
 ) -> Iterator[str]:
-    """The first file that is gone, changed or new; new ones are welcome if it is to be extended."""
+    """The first file that is missing, changed or new; new ones are no difference with `extend`."""
     if gone := [path for path in theirs if path not in mine]:
-        yield f"its input has {gone[0]!r}, which is not in this one"
+        yield f"its input has {gone[0]!r}, which this one lacks"
         return
     for path in theirs:
         if theirs[path] != mine[path]:
@@ -259,9 +260,9 @@ def _reader_of(expr: Expr) -> PieceReader | None:
 
 
 def _shape(expr: Expr, numbers: Mapping[str, int]) -> Any:
-    """An expression as nested lists of what it does, without its files or how they were cut.
+    """An expression as nested lists of its operations, without its files or how they were cut.
 
-    Maps stand there by number: their functions and contexts are components of their own.
+    Maps appear as numbers: their functions and contexts are components of their own.
     """
     if isinstance(expr, ContextMap):
         types = str(pa.Schema.from_pandas(expr._meta, preserve_index=False).remove_metadata())
@@ -276,7 +277,7 @@ def _shape(expr: Expr, numbers: Mapping[str, int]) -> Any:
 
 
 def _pieces(expr: Expr) -> dict[str, list[tuple[int, int]]]:
-    """Rows of each piece, by file."""
+    """First and last row of each piece, by file."""
     found: dict[str, list[tuple[int, int]]] = {}
     for part in _walk(expr):
         if _reader_of(part) is not None:
@@ -286,7 +287,7 @@ def _pieces(expr: Expr) -> dict[str, list[tuple[int, int]]]:
 
 
 def _picked(expr: Expr) -> Any:
-    """Rows that were picked from a read; None for all."""
+    """Spans selected from a read; None for all."""
     if not expr._filtered:
         return None
     spans: list[Span] = [expr.operand("iterables")[0][index] for index in expr._partitions]

@@ -1,4 +1,4 @@
-"""A run that has lost its cluster: what Dask raises then, and what the user is told."""
+"""The error of a run that has lost its cluster, from the many that Dask raises then."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from distributed.core import RPCClosed
 
 from dask_pcm.errors import PCMError
 
-#: Dask's own for a future that is cancelled derives from the last one.
+#: Dask's FutureCancelledError derives from the last one.
 _LOST = (CommClosedError, RPCClosed, ClosedClientError, CancelledError)
 
 
 def lost(path: str, what: str) -> PCMError:
-    """What a user is told where the cluster is gone, or has dropped what it was given."""
+    """The error where the cluster is gone, or has dropped the run's tasks."""
     return PCMError(
         f"The cluster dropped {what} of {path!r}: it was restarted or is gone, or its client was"
         " closed. What was committed stays; run the same again to go on."
@@ -26,7 +26,7 @@ def lost(path: str, what: str) -> PCMError:
 
 
 def unreachable(path: str, unit: str, error: BaseException) -> PCMError:
-    """What a user is told where a unit did not reach a store: that of its input, or another."""
+    """The error where a unit could not reach a store, that of its input or another."""
     return PCMError(
         f"A store that {unit} of {path!r} needs does not answer: {type(error).__name__}: {error}."
         " What was committed stays; run the same again to go on."
@@ -35,14 +35,14 @@ def unreachable(path: str, unit: str, error: BaseException) -> PCMError:
 
 @contextmanager
 def cluster_errors_told(client: Client, path: str) -> Iterator[None]:
-    """Say of errors that mean a lost cluster that they do.
+    """Turn errors that mean a lost cluster into one that says so.
 
-    A client that is not connected raises a bit of everything, depending on where it was.
+    A client that loses its connection raises many types, depending on the call.
 
     Raises
     ------
     PCMError
-        Caused by what was raised.
+        With the original error as its cause.
     """
     try:
         yield

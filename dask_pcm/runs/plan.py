@@ -1,4 +1,4 @@
-"""A frame as units of work: which rows each has, and the graph that computes them."""
+"""A frame as units of work: the rows of each, and the graph that computes them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPANS = "pcm-spans"
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is dispatched and committed.
+    """Rows that are computed by one task and committed as one part.
 
     Attributes
     ----------
@@ -42,12 +42,12 @@ class Unit:
     spans
         Rows to read instead of that partition's own; None for the partition as it is.
     n_rows
-        Rows of input; None where nobody has counted them.
+        Rows of input; None where unknown.
     again
-        Of a part that is there, the rows to be computed again, counted within it; empty for all of
-        them. None for a unit that is computed for the first time.
+        Numbers of the rows within a committed part that are computed again; empty for all. None for
+        a unit that is computed for the first time.
     number
-        Its place among those that are computed for the first time, in the order of the input.
+        Index among the units that are computed for the first time, in input order.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Graph(NamedTuple):
     result
         The key of its rows.
     leaf
-        The key of the rows that are read for it; None where it is not our reader that reads them.
+        The key of its input rows; None where another reader than ours reads them.
     """
 
     tasks: dict[Any, Task]
@@ -84,13 +84,13 @@ class Plan:
     spans
         Rows of each partition, where our own reader is at the bottom.
     is_splittable
-        Whether any rows of a piece may be computed apart from the others.
+        Whether a unit may have any rows of a piece.
     keeps_rows
-        Whether, besides, there is a row of output for each row of input.
+        Whether each row of input then has one row of output.
     batch_rows
-        Rows of one call; 1 where the function takes partitions.
+        Rows per call; 1 where the function takes partitions.
     timeout_s
-        What a call may take, as its function says; None where none says anything.
+        Longest `batch_timeout` of the functions, in seconds; None if none has one.
     n_rows
         Rows of the input; partitions where rows are not known.
     """
@@ -100,16 +100,7 @@ class Plan:
             top = optimize_until(ddf.expr, "simplified-physical")
         self._top = top
         #: What a unit computes itself, and what Dask computes for it (joins, shuffles); by name.
-        self._nodes: dict[str, Expr] = {}
-        self._below: dict[str, Expr] = {}
-        todo = [top]
-        while todo:
-            expr = todo.pop()
-            if isinstance(expr, (Blockwise, ContextMap)):
-                self._nodes[expr._name] = expr
-                todo += (e for e in expr.dependencies() if e._name not in self._nodes)
-            else:
-                self._below[expr._name] = expr
+        self._nodes, self._below = _divided(top)
         self._inputs: dict[Any, Future] = {}
         self._any: tuple[bytes, list[Any], list[Future]] | None = None
         maps = [expr for expr in self._nodes.values() if isinstance(expr, ContextMap)]
@@ -134,25 +125,15 @@ class Plan:
         if self.n_partitions != ddf.npartitions:
             raise InputError(
                 f"Dask's optimiser would turn the {ddf.npartitions} partitions of this frame into"
-                f" {self.n_partitions}, so none of them could be told again. Call .persist() on the"
+                f" {self.n_partitions}, so a resume could not identify them. Call .persist() on the"
                 " frame below map_partitions, or read it with pcm.read_parquet."
             )
         self.meta: pd.DataFrame = ddf._meta
         self.input_paths = list(_input_paths(ddf.expr))
-        names = [*ddf.columns, *([] if ddf.index.name is None else [ddf.index.name])]
-        if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
-            raise SchemaError(
-                f"Columns (or the index) of the frame have the same name: {', '.join(repeated)}."
-                " Rename them: in a Parquet file each name stands once."
-            )
-        if other := [name for name in names if not isinstance(name, str)]:
-            raise SchemaError(
-                f"Parquet columns are named by texts; found {other[:3]}. Rename them, for instance"
-                " with frame.rename(columns=str)."
-            )
+        _check_names(ddf)
 
     def arrange(self, names: Sequence[str]) -> None:
-        """Count the rows of the input in another order of its files, named as in a manifest."""
+        """Number the input's rows in another order of its files (their names in a manifest)."""
         if self.spans is None or self.reader is None:
             return
         first, n_rows = {}, 0
@@ -163,10 +144,10 @@ class Plan:
         self.spans = [replace(s, offset=first[s.path] + s.start) for s in self.spans]
 
     def graph(self, unit: Unit) -> tuple[bytes, list[Any], list[Future]]:
-        """Pickled tasks that compute a unit, the keys they take from outside, and those inputs.
+        """Pickled tasks that compute a unit, the keys that they take as input, and those inputs.
 
-        The pickle holds a ``Graph``. The rows to read are no part of it: they are the key
-        ``SPANS``. So where rows can be computed apart, one graph computes any.
+        The pickle holds a ``Graph``. The rows to read are the key ``SPANS``, outside it, so one
+        graph computes any rows of a frame that is splittable.
         """
         if not self.is_splittable:
             return self._graph(unit.partition)
@@ -203,8 +184,8 @@ class Plan:
         return pickled, outside, [self._inputs[key] for key in outside]
 
     def start_below(self, client: Client) -> None:
-        """Have Dask compute what is not blockwise; units take it from there."""
-        if not self._below:
+        """Have Dask compute what is not blockwise, once; units take it as input."""
+        if not self._below or self._inputs:
             return
         collections = [new_collection(below) for below in self._below.values()]
         for name, persisted in zip(self._below, client.persist(collections), strict=True):
@@ -213,14 +194,14 @@ class Plan:
                 self._inputs[name, index] = futures[key]
 
     def extent(self) -> Extent:
-        """Which parts the whole output may have."""
+        """The parts that the complete output may have."""
         rows = None
         if self.spans is not None:
             rows = Ranges((span.offset, span.offset + span.n_rows) for span in self.spans)
         return Extent(rows, self.n_partitions, self.keeps_rows)
 
     def close(self) -> None:
-        """Let go of what Dask has computed for the units."""
+        """Release what Dask has computed as input of the units."""
         self._inputs.clear()
 
     def _find_leaf(self) -> Expr | None:
@@ -240,6 +221,36 @@ class Plan:
                 " would stand in the output once. Pick each once."
             )
         return [spans[index] for index in picked]
+
+
+def _divided(top: Expr) -> tuple[dict[str, Expr], dict[str, Expr]]:
+    """The blockwise expressions down from the top, and those that they take their input from."""
+    blockwise: dict[str, Expr] = {}
+    below: dict[str, Expr] = {}
+    todo = [top]
+    while todo:
+        expr = todo.pop()
+        if isinstance(expr, (Blockwise, ContextMap)):
+            blockwise[expr._name] = expr
+            todo += (e for e in expr.dependencies() if e._name not in blockwise)
+        else:
+            below[expr._name] = expr
+    return blockwise, below
+
+
+def _check_names(ddf: dd.DataFrame) -> None:
+    """Raise SchemaError for names that Parquet columns cannot have."""
+    names = [*ddf.columns, *([] if ddf.index.name is None else [ddf.index.name])]
+    if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
+        raise SchemaError(
+            f"Columns (or the index) of the frame have the same name: {', '.join(repeated)}."
+            " Rename them: in a Parquet file each name stands once."
+        )
+    if other := [name for name in names if not isinstance(name, str)]:
+        raise SchemaError(
+            f"Parquet columns are named by texts; found {other[:3]}. Rename them, for instance"
+            " with frame.rename(columns=str)."
+        )
 
 
 def _input_paths(expr: Expr) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What attempts of earlier runs have left: finished rows are committed, and costs carried on."""
+"""Recovery from the journals of earlier runs: commits finished rows, carries costs over."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ from dask_pcm.runs.units.schema import PartSchema
 
 logger = logging.getLogger(__name__)
 
-#: Stands for a unit in the name of the journal that carries costs from run to run.
+#: Name, in place of a unit's, of the journal that carries costs from run to run.
 _COSTS = "costs"
 
 
 def recover(
-    output: Output, extent: Extent | None = None, layout: PartSchema | None = None
+    output: Output, extent: Extent | None = None, schema: PartSchema | None = None
 ) -> tuple[Cost, ...]:
-    """Commit what attempts of earlier runs had finished, as parts of their own.
+    """Commit rows that attempts of earlier runs had finished, as parts of their own.
 
-    Never what overlaps with what is committed: a run that was shut out may leave a journal of rows
-    that have been computed since. Nor what is none of the job's (`extent`, `layout`).
+    Records that overlap a part are dropped: a fenced run may leave a journal of rows that were
+    computed again since. So are records that do not belong to the job (`extent`, `schema`).
 
-    Returns which of the other rows have cost processes. Rows that were in hand at the end of a run
-    have cost none: nobody can tell any more what ended it.
+    Returns
+    -------
+    tuple of Cost
+        Processes that the other rows have cost. Rows in flight when a run ended are not charged:
+        what ended their process cannot be found out any more.
     """
     names = journal_names(output)
     journals: dict[str, list[Found]] = {}
@@ -43,11 +46,11 @@ def recover(
             note_called(output, found.called, name, found.about["run"])
             journals.setdefault(found.about["unit"], []).append(found)
             costs += found.costs
-    _commit_records(output, journals, extent, layout)
+    _commit_records(output, journals, extent, schema)
     if costs:
         committed = _committed(output)
         costs = [cost for cost in Suspects(costs) if any(committed.missing(*cost[:2]))]
-    if costs:  # for the run after this one, should this one end early
+    if costs:  # written before the old journals go, so a crash in between loses none
         with contextlib.closing(begin_journal(output, _COSTS, {})) as journal:
             journal.settle([], costs)
     for name in names:
@@ -59,7 +62,7 @@ def _commit_records(
     output: Output,
     journals: Mapping[str, list[Found]],
     extent: Extent | None,
-    layout: PartSchema | None,
+    schema: PartSchema | None,
 ) -> None:
     committed, new = _committed(output), list[Range]()
     for found_of_unit in journals.values():
@@ -67,7 +70,7 @@ def _commit_records(
             record
             for found in found_of_unit
             for record in found.records
-            if _is_free(record, committed, Ranges(new)) and _is_of_job(record, extent, layout)
+            if _is_free(record, committed, Ranges(new)) and _is_of_job(record, extent, schema)
         ]
         for neighbours in _runs(apart(records)):
             _commit(neighbours, found_of_unit[0].about, output)
@@ -79,17 +82,17 @@ def _is_free(record: Record, *committed: Ranges) -> bool:
     return all(list(ranges.missing(*rows)) == [rows] for ranges in committed)
 
 
-def _is_of_job(record: Record, extent: Extent | None, layout: PartSchema | None) -> bool:
-    rows, schema = (record.start, record.stop), record.table.schema
-    is_fitting = layout is None or list(schema)[: len(layout.schema)] == list(layout.schema)
+def _is_of_job(record: Record, extent: Extent | None, schema: PartSchema | None) -> bool:
+    rows, fields = (record.start, record.stop), list(record.table.schema)
+    is_fitting = schema is None or fields[: len(schema.schema)] == list(schema.schema)
     if is_fitting and (extent is None or not extent.fault(rows, len(record.table))):
         return True
-    logger.warning("Rows %s to %s of a journal are none of this job's, and are left out", *rows)
+    logger.warning("Rows %s to %s of a journal do not belong to this job: left out", *rows)
     return False
 
 
 def forget(output: Output) -> None:
-    """All is committed: what rows have cost in earlier runs is not needed any more."""
+    """Delete the journal of costs, once every row is committed."""
     for name in journal_names(output, _COSTS):
         output.storage.remove(name)
 
@@ -100,7 +103,7 @@ def _committed(output: Output) -> Ranges:
 
 
 def _runs(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records that follow each other, together."""
+    """Groups of adjacent records."""
     taken: list[Record] = []
     for record in records:
         if taken and taken[-1].stop != record.start:

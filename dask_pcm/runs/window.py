@@ -1,4 +1,4 @@
-"""The window of a run: units that are cut, handed over, and not taken in yet."""
+"""The window of a run: the units that are submitted and not collected yet."""
 
 from __future__ import annotations
 
@@ -9,69 +9,76 @@ from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import dask
-from dask.utils import key_split
 from distributed import Client, Future
 
 from dask_pcm.config import Config
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.plan import Plan, Unit
-from dask_pcm.runs.units.unit import UnitSpec, run_unit
-from dask_pcm.scheduling.units import DeviceDemand, Outstanding, UnitSizing
+from dask_pcm.runs.units.run_unit import run_unit
+from dask_pcm.runs.units.unit import UnitSpec
+from dask_pcm.scheduling.feed.feed import DeviceDemand, Feed, UnitSizing
 
 
 class Window:
-    """Keeps enough units at hand for the workers, so that a run of any length costs as little.
+    """Keeps enough units outstanding for the workers, so the scheduler holds few of any run.
 
     Used by one thread.
+
+    Attributes
+    ----------
+    cutter
+        What is not cut into units yet.
     """
 
-    def __init__(self, client: Client, plan: Plan, job: UnitSpec, config: Config) -> None:
+    def __init__(
+        self, client: Client, plan: Plan, spec: UnitSpec, cutter: Cutter, config: Config
+    ) -> None:
         self._client = client
         self._plan = plan
-        self.job = job
-        wants = (config.unit_s, config.max_unit_rows, config.n_lanes, config.ready_s)
-        self._stock = Outstanding(UnitSizing(plan.batch_rows, *wants))
-        #: What is still to be cut; nothing until stock has been taken.
-        self.cutter = Cutter(plan, [(0, plan.n_rows)], frozenset(range(plan.n_partitions)))
-        self._held: list[Unit] = []  # taken back while the run is paused
+        self._spec = spec
+        self.cutter = cutter
+        targets = (config.unit_s, config.max_unit_rows, config.n_lanes, config.ready_s)
+        self._feed = Feed(UnitSizing(plan.batch_rows, *targets))
+        self._withdrawn: list[Unit] = []  # while the run is paused
         self._units: dict[str, tuple[Unit, Future]] = {}  # outstanding, by key
         self._cut_for: dict[str, str] = {}  # device models, by the names of units
         self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._n_keys = 0
-        #: What the keys of units have in common, as the gate sees it.
-        self.kind = key_split(self._key(0, ""))
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is left to be cut, handed over or waited for."""
-        return self.cutter.is_empty and not self._units and not self._held
+        """Whether every row is cut, and every unit collected."""
+        return self.cutter.is_empty and not self._units and not self._withdrawn
 
     def __len__(self) -> int:
-        """Units that are handed over."""
+        """Units outstanding."""
         return len(self._units)
 
-    def feed(self, askers: Sequence[DeviceDemand]) -> None:
-        """Keep the lanes of all workers filled and a little more at hand."""
-        units, self._held = self._held, []
+    def feed(self, demand: Sequence[DeviceDemand]) -> None:
+        """Submit enough units to fill the lanes of all workers, and a little more."""
+        units, self._withdrawn = self._withdrawn, []
         for unit in units:
-            self._stock.add("", unit.n_rows or 1)
-        while not self.cutter.is_empty:
-            size = self._stock.next(self.cutter.n_rows, askers, len(units))
-            if size is None:
-                break
+            self._feed.add("", unit.n_rows or 1)
+        self._feed.update_demand(demand)
+        for size in self._feed.sizes(lambda: self.cutter.n_rows):
             unit = self.cutter.cut(size.n_rows)
             self._cut_for[unit.name] = size.device
-            self._stock.add(size.device, unit.n_rows or 1)
+            self._feed.add(size.device, unit.n_rows or 1)
             units.append(unit)
         for _, alike in itertools.groupby(units, key=self._annotations):
             self._submit(list(alike))
 
+    def learn(self, seconds: float, n_rows: int) -> None:
+        """A unit inferred `n_rows` rows in `seconds` seconds."""
+        self._feed.learn(seconds, n_rows)
+
     def _annotations(self, unit: Unit) -> dict[str, Any]:
-        """What the gate is told of a unit."""
+        """What the gate knows of a unit."""
         return {"pcm_rows": unit.n_rows or 1, "pcm_cut_for": self._cut_for.get(unit.name, "")}
 
     def _submit(self, units: list[Unit]) -> None:
-        """Hand over units that are alike to the gate."""
+        """Submit units with the same annotations."""
+        self._plan.start_below(self._client)
         first = self._n_keys + 1
         self._n_keys += len(units)
         graphs, keys, inputs = zip(*map(self._plan.graph, units), strict=True)
@@ -82,7 +89,7 @@ class Window:
                 graphs,
                 keys,
                 inputs,
-                job=self.job,
+                spec=self._spec,
                 refs=self._plan.refs,
                 key=[self._key(first + n, unit.name) for n, unit in enumerate(units)],
                 pure=False,
@@ -92,11 +99,10 @@ class Window:
             future.add_done_callback(self._finished.put)
 
     def _key(self, number: int, name: str) -> str:
-        stem = name.removesuffix(".parquet")
-        return f"{self._plan.label}_unit-{self.job.output.run}-{number}-{stem}"
+        return unit_key(self._plan, self._spec.output.run, number, name)
 
     def ended(self, wait_s: float) -> list[tuple[Unit, Future]]:
-        """Units that have ended, whatever way; wait so many seconds if none has."""
+        """Units that have ended: finished, failed or cancelled. Waits up to `wait_s` for one."""
         ended = []
         for future in self._arrivals(wait_s):
             if future.key not in self._units:
@@ -113,32 +119,37 @@ class Window:
             while True:
                 yield self._finished.get_nowait()
 
-    def take_out(self, future: Future) -> None:
-        """A unit has been taken in."""
+    def collected(self, future: Future) -> None:
+        """The result of a unit is here."""
         self._drop(future.key)
         future.release()
 
     def _drop(self, key: str) -> Unit:
         unit, _ = self._units.pop(key)
-        self._stock.remove(self._cut_for.pop(unit.name, ""), unit.n_rows or 1)
+        self._feed.remove(self._cut_for.pop(unit.name, ""), unit.n_rows or 1)
         return unit
 
-    def hold_back(self, on_workers: Container[Any] | None) -> None:
-        """Take back the units that no worker has yet; they are handed over again as they are.
+    def withdraw(self, on_workers: Container[Any] | None) -> None:
+        """Withdraw the units that no worker has yet; ``feed`` submits them again as they are.
 
-        Cut anew, one that has been begun in this moment would have rows in common with another.
-        Where nobody knows what workers have, nothing is taken back.
+        Not cut anew: a worker may begin one at this moment, and another unit must not have some of
+        its rows. Nothing is withdrawn where it is unknown which units workers have (None).
         """
         if on_workers is None:
             return
         waiting = [key for key, (_, future) in self._units.items() if future.status == "pending"]
-        taken = [key for key in waiting if key not in on_workers]
         futures = []
-        for key in taken:
-            futures.append(self._units[key][1])
-            self._held.append(self._drop(key))
+        for key in waiting:
+            if key not in on_workers:
+                futures.append(self._units[key][1])
+                self._withdrawn.append(self._drop(key))
         self._client.cancel(futures, force=True)
 
     def cancel(self) -> None:
-        """Take back all that has not run."""
+        """Cancel all outstanding units."""
         self._client.cancel([future for _, future in self._units.values()], force=True)
+
+
+def unit_key(plan: Plan, run: str, number: int = 0, name: str = "") -> str:
+    """Dask key of a unit; dashboards and the gate group units by what precedes the first dash."""
+    return f"{plan.label}_unit-{run}-{number}-{name.removesuffix('.parquet')}"

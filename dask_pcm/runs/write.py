@@ -1,14 +1,11 @@
-"""``write_parquet``: one run of a job, from its manifest to its report."""
+"""``write_parquet``: checks what the user asks, then runs it here or in a thread."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
-import time
 import uuid
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -16,39 +13,21 @@ import dask.dataframe as dd
 from distributed import Client
 
 from dask_pcm.arguments import checked, frame_refused
-from dask_pcm.config import Config
-from dask_pcm.errors import BusyError, CancelledError, InputError, OutputError, redacted
-from dask_pcm.ledger import status
-from dask_pcm.ledger.fence import fence_others, other_runs
+from dask_pcm.errors import CancelledError, InputError, OutputError, redacted
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import Output, local_path
-from dask_pcm.ledger.stash import drop_stash, stash, unstash
-from dask_pcm.ledger.storage import MANIFEST, REPORT
 from dask_pcm.plugins.install import current_client, install, is_installed
 from dask_pcm.runs import identity as manifest
-from dask_pcm.runs.driver import Driver
 from dask_pcm.runs.handle import Run, output_to_look_at
 from dask_pcm.runs.identity import Manifest
 from dask_pcm.runs.lost import cluster_errors_told
 from dask_pcm.runs.plan import Plan
 from dask_pcm.runs.progress.failure_limit import FailureLimit
 from dask_pcm.runs.progress.sample import Sample, draw
-from dask_pcm.runs.units.schema import PartSchema
-from dask_pcm.runs.units.unit import UnitSpec
+from dask_pcm.runs.session import Options, Session
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a run is asked to do, besides its job."""
-
-    overwrite: bool
-    extend: bool
-    retry_failed: bool
-    take_over: bool
-    limit: FailureLimit
 
 
 @overload
@@ -97,10 +76,10 @@ def write_parquet(
     lock_folder: str | os.PathLike[str] | None = None,
     client: Client | None = None,
 ) -> Run | Sample:
-    """Compute a frame into a folder of Parquet files, each row exactly once, whatever dies.
+    """Compute a frame into a folder of Parquet files, each row exactly once.
 
-    Interrupted or killed, the same call goes on where it was: what was committed is never computed
-    again. One run at a time is at work on an output; another is told whose it is.
+    After an interruption or a crash, rerun the same call to resume: committed rows are never
+    computed again. An output has one run at a time; a second one is refused with BusyError.
 
     Parameters
     ----------
@@ -111,57 +90,55 @@ def write_parquet(
         Output folder, on a filesystem that driver and workers share; or a folder of an object
         store by its fsspec URL.
     overwrite
-        Begin anew: drop what another run left, and shut out whatever of it still runs. What it
-        left is dropped when the first new part is there; if none comes, it stays.
+        Start anew, and fence any run that is at work on the output. The old parts are deleted when
+        the first new part is committed; if none ever is, they are put back.
     extend
-        Take in input files that were added since the output was begun.
+        Include input files that were added since the output was begun.
     retry_failed
-        Compute rows with an error again, and those only. Where the rows of a part are not those of
-        its input (functions of partitions, filters), the part is computed again as a whole.
+        Compute the rows that have an error again, and no others. Where a part's rows are not those
+        of its input (functions of partitions, filters), the whole part is computed again.
     max_failed_rows
-        End the run, with some of the errors, as soon as more rows have failed: a number (20), or a
-        share of the rows that are done (0.01, "1%"), looked at from 1,000 rows on and at the end.
-        Without it, any number may, unless nothing else comes: where no row of the output has
-        succeeded, and every row of the first three batches of a run raises one type of exception
-        (or every row, if there are fewer batches), the run ends with that exception and a row that
-        made it. Rows that ``retry_failed`` computes again do not count. "100%" goes on all the
-        same.
+        End the run, with some of the errors, when more rows than this have failed: a number (20),
+        or a share of the rows done (0.01, "1%"), checked from 1,000 rows on and at the end. By
+        default any number may fail, with one exception: if no row of the output has succeeded, and
+        every row of the run's first three batches (or of all its batches, if fewer) raises the same
+        type of exception, the run ends with that exception and a row that raised it. "100%" turns
+        this off, too. Rows that ``retry_failed`` computes again do not count.
     take_over
-        Shut out another run that is at work on the output, and go on where it was.
+        Fence another run that is at work on the output, and resume from what it committed.
     sample
-        Answer so many rows drawn at random from the whole, always the same ones, and estimate what
-        the rest would take. Nothing is written anywhere; of the other options only `overwrite` and
-        `extend` are of account.
+        Compute this many rows, drawn at random from the whole input (always the same ones), and
+        estimate what the rest would take. Nothing is written; of the other options only `overwrite`
+        and `extend` have an effect.
     wait
-        Return when all is done; otherwise at once, while a thread drives the run.
+        Return when the run has ended; otherwise at once, while a thread drives the run.
     progress
-        Whether to show how it goes; by default if `wait`.
+        Whether to show the progress; by default if `wait`.
     lock_folder
-        For object stores that cannot put an object only if there is none: a folder for lock files
-        on a filesystem that driver and workers share.
+        For object stores without conditional puts: a folder for lock files, on a filesystem that
+        driver and workers share.
     client
-        A client of the cluster; the one made last if left out. The toolkit is installed on it.
+        A client of the cluster; the current one if left out. The toolkit is installed on it.
 
     Returns
     -------
     Run
-        With which it can be waited for, looked at, paused and cancelled; and with its report.
+        To wait for the run, look at it, pause or cancel it; it has the report.
     Sample
-        Where a `sample` was asked for: its rows, rows/s and the device-hours of the rest.
+        With `sample`: its rows, rows/s and the device-hours that the rest would take.
 
     Raises
     ------
     BusyError
-        Where another run is at work on the output.
+        Another run is at work on the output.
     OutputError
-        Where the output is another job's, holds other files or cannot be written; nothing there
-        was changed then.
+        The output is another job's, holds other files or cannot be written; nothing was changed.
     LoadError, FailedRowsError
-        Where a context cannot be loaded, or too many rows fail; what was committed stays.
+        A context cannot be loaded, or too many rows failed; what was committed stays.
     Exception
-        What a function raised, where it raised that on all of the first rows.
+        What the function raised on every one of the first rows.
     CancelledError
-        Where somebody cancelled the run while we waited.
+        The run was cancelled, from this process or another, while this call waited.
     """
     client, plan = _prepare(ddf, client)
     options = Options(overwrite, extend, retry_failed, take_over, FailureLimit.of(max_failed_rows))
@@ -175,10 +152,9 @@ def write_parquet(
         return _draw(client, plan, output_to_look_at(path), mine, options, sample)
     output = output_at(path, lock_folder)
     _check_apart(output, plan)
-    session = _Session(client, plan, output, options)
     with cluster_errors_told(client, output.path):
-        session.begin(mine)
-    run = Run(output, session.driver)
+        session = Session(client, plan, output, mine, options)
+    run = Run(output, session.state)
     if wait:
         session.drive(is_shown=progress is not False)
         return run
@@ -216,12 +192,12 @@ def _draw(
 def output_at(
     path: str | os.PathLike[str], lock_folder: str | os.PathLike[str] | None = None
 ) -> Output:
-    """An output at a path or a URL, as a new run sees it.
+    """The output at a path or a URL, for a new run.
 
     Raises
     ------
     OutputError
-        Where the store at a URL cannot be used.
+        The store at the URL cannot be used.
     """
     local = local_path(path)
     if local is not None:
@@ -230,139 +206,8 @@ def output_at(
     return Output(Objects.at(os.fspath(path), locks))
 
 
-class _Session:
-    """A run's time at its output, from taking over to leaving."""
-
-    driver: Driver
-
-    def __init__(self, client: Client, plan: Plan, output: Output, options: Options) -> None:
-        self._client = client
-        self._plan = plan
-        self._output = output
-        self._options = options
-        self._start = time.monotonic()
-        self._stack = contextlib.ExitStack()
-
-    def begin(self, mine: Manifest) -> None:
-        """Take over the output, unless it is another job's or another run is at work on it."""
-        self._refuse_if_busy()
-        if not other_runs(self._output):  # else: what a dead run left is put in order first
-            self._check(mine)
-        if not is_installed(self._client):
-            install(self._client)
-        layout = PartSchema.of(self._plan.meta, self._plan.reader)
-        config, options = Config.read(), self._options
-        timeout_s = self._plan.timeout_s or config.batch_timeout_s
-        sizes = (config.unit_bytes, self._plan.batch_rows) if self._plan.is_splittable else (0, 0)
-        job = UnitSpec(self._output, layout, {}, *sizes, timeout_s=timeout_s)
-        self.driver = Driver(
-            self._client, self._plan, job, config, options.limit, options.retry_failed
-        )
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.driver.close)
-            if not self._output.storage.exists(MANIFEST):
-                self.driver.warm()
-            with self._output.storage.fence.takeover_lock():
-                fence_others(
-                    self._output, include_alive=False
-                )  # what a dead run had set aside is back
-                self._refuse_if_busy()  # again: another run may have begun in the meantime
-                found = self._check(mine)
-                fence_others(self._output)
-                found = self._still(found)
-                stack.enter_context(self._output.storage.fence.open_run(status.whoami()))
-                if found is None:
-                    stack.push(self._put_back)
-                    stash(self._output)
-                used = self._write_manifest(found, mine)
-                self._output = replace(self._output, generation=used.recorded["begun"])
-                self.driver.begin(self._output, self._provenance(mine))
-                stack.enter_context(self.driver.alive())
-            self._stack = stack.pop_all()
-
-    def _refuse_if_busy(self) -> None:
-        options, output = self._options, self._output
-        busy = [owner for owner in other_runs(output) if owner.is_alive]
-        if busy and not (options.overwrite or options.take_over):
-            raise BusyError(
-                f"Another run is at work on {output.path!r}: {busy[0]}. Wait for it with"
-                f" pcm.attach({output.path!r}).wait(), look with dask-pcm status, or shut it out"
-                " with take_over=True (--take-over)."
-            )
-
-    def _check(self, mine: Manifest) -> Manifest | None:
-        options = self._options
-        return manifest.check(self._output, mine, options.overwrite, options.extend)
-
-    def _still(self, found: Manifest | None) -> Manifest | None:
-        """The manifest to go on with, now that every other run is shut out.
-
-        Where one was about to overwrite the output, and had come to nothing, what it had set aside
-        is back: then this run begins anew, as that one had.
-        """
-        if found is None or (now := Manifest.read(self._output)) is None:
-            return None
-        return found if now.recorded.get("begun") == found.recorded.get("begun") else None
-
-    def _write_manifest(self, found: Manifest | None, mine: Manifest) -> Manifest:
-        """Write it if the job is new, or has new input; count rows in the order that it says."""
-        plan = self._plan
-        used = mine if found is None else found
-        plan.arrange(list(used.identity.get("input", {})))
-        counted = "parts" if plan.spans is None else "rows"
-        recorded = {
-            **used.recorded,
-            "total": plan.n_rows,
-            "counted": counted,
-            "committed_by": self._output.commit_method,
-            "begun": uuid.uuid4().hex if found is None else used.recorded.get("begun", ""),
-        }
-        written = Manifest(used.identity, recorded)
-        if found is None or recorded != used.recorded or self._options.extend:
-            written.write(self._output)
-        return written
-
-    def _provenance(self, mine: Manifest) -> dict[str, object]:
-        about = {k: v for k, v in mine.identity.items() if k not in manifest.UNTOLD}
-        own = {"format": manifest.FORMAT, "job": mine.token, "begun": self._output.generation}
-        return {**own, **mine.recorded, **about}
-
-    def drive(self, is_shown: bool) -> None:
-        """Do the work, and leave."""
-        report = self.driver.report
-        with self._stack:
-            try:
-                with cluster_errors_told(self._client, self._output.path):
-                    self.driver.drive(is_shown)
-                drop_stash(self._output)
-            except BaseException as error:
-                is_meant = isinstance(error, (CancelledError, KeyboardInterrupt))
-                report.state = status.CANCELLED if is_meant else status.FAILED
-                report.error = redacted(f"{type(error).__name__}: {error}")
-                with contextlib.suppress(Exception):  # the first error is the one to be told
-                    self._conclude()
-                raise
-            report.state = status.FINISHED
-            self._conclude()
-
-    def _conclude(self) -> None:
-        report = self.driver.report
-        report.total_s = time.monotonic() - self._start
-        n_rows = report.rows - report.rows_resumed + report.rows_retried
-        report.rows_per_s = n_rows / report.total_s
-        self._output.write_json(REPORT, report.as_dict())
-        found = Manifest.read(self._output)
-        if found is not None and report.ran_on:
-            ran_on = sorted({*found.recorded.get("ran_on", []), *report.ran_on})
-            Manifest(found.identity, {**found.recorded, "ran_on": ran_on}).write(self._output)
-
-    def _put_back(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and not self.driver.has_committed:
-            unstash(self._output)
-
-
 def _check_apart(output: Output, plan: Plan) -> None:
-    """Refuse an output that would be read as input, or the other way round."""
+    """Refuse an output inside the input, or an input inside the output."""
     if "://" in output.path:
         mine = output.path
         inside = [p for p in plan.input_paths if f"{p}/".startswith(f"{mine}/")]
@@ -381,6 +226,5 @@ def _check_apart(output: Output, plan: Plan) -> None:
 
 def _inside(output: str, given: str) -> OutputError:
     return OutputError(
-        f"The output {output!r} and the input {given!r} lie in each other. Give a folder beside the"
-        " input."
+        f"The output {output!r} and the input {given!r} overlap. Give a folder outside the input."
     )

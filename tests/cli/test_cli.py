@@ -242,7 +242,7 @@ def test_status_pause_resume_and_cancel_from_another_process(tmp_path):
     assert "was cancelled" in said and "Traceback" not in said
     assert json.loads(invoke_here("status", "--json", out).output)["state"] == "cancelled"
     nobody = invoke_here("pause", out)
-    assert nobody.exit_code == 1 and "Nobody is at work" in nobody.output
+    assert nobody.exit_code == 1 and "No run is at work" in nobody.output
     n_done = len(pd.read_parquet(out))
     assert 0 <= n_done < 20_000
 

@@ -28,9 +28,10 @@ from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.plan import Plan
 from dask_pcm.runs.progress.report import rows_recomputed
 from dask_pcm.runs.recover import recover
-from dask_pcm.runs.units import attempt as attempts
+from dask_pcm.runs.units import pace
+from dask_pcm.runs.units.run_unit import run_unit
 from dask_pcm.runs.units.schema import PartSchema
-from dask_pcm.runs.units.unit import UnitSpec, run_unit
+from dask_pcm.runs.units.unit import UnitSpec
 
 N_ROWS, BATCH = 100, 10
 OWN = {"rows": 27, "failed": 0, "begun": "b"}
@@ -54,7 +55,7 @@ def compute(frame, context):
 
 @pytest.fixture(autouse=True)
 def each_batch_is_noted(monkeypatch):
-    monkeypatch.setattr(attempts, "_RECORD_S", 0.0)
+    monkeypatch.setattr(pace, "_RECORD_S", 0.0)
     monkeypatch.setattr("dask_pcm.runs.units.compute._PROBE_ROWS", N_ROWS)  # all is read at once
     DONE.clear()
     ENDS_AT.clear()
@@ -94,7 +95,7 @@ class Work:
         about = {"begun": "b", "job": "j"}
         job = UnitSpec(output, layout, about, 1 << 20, BATCH)
         graph = self.plan.graph(unit)
-        return unit, run_unit(unit, *graph, job=job, refs=self.plan.refs)
+        return unit, run_unit(unit, *graph, spec=job, refs=self.plan.refs)
 
 
 def place(name):
@@ -239,7 +240,7 @@ def test_rows_of_a_journal_that_the_job_does_not_have(work, caplog):
         left_by_zombie(output, 0, 20)  # its errors have no type
         recover(output, work.plan.extent(), layout)
         assert list(output.parts()) == [range_name(40, 50)]
-    assert "Rows 50 to 60 of a journal are none of this job's" in caplog.text
+    assert "Rows 50 to 60 of a journal do not belong to this job" in caplog.text
 
 
 @pytest.mark.parametrize(

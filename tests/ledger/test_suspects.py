@@ -26,8 +26,10 @@ from dask_pcm.runs.plan import Plan
 from dask_pcm.runs.progress.report import rows_recomputed
 from dask_pcm.runs.recover import forget, recover
 from dask_pcm.runs.units import attempt as attempts
+from dask_pcm.runs.units import history, pace
+from dask_pcm.runs.units.run_unit import run_unit
 from dask_pcm.runs.units.schema import PartSchema
-from dask_pcm.runs.units.unit import UnitSpec, run_unit
+from dask_pcm.runs.units.unit import UnitSpec
 
 N_ROWS, BATCH = 96, 8
 #: What a row to blame costs: its batch twice, then 4 and 2 rows of it, and the row alone twice.
@@ -73,14 +75,14 @@ class Losses:
 @pytest.fixture
 def losses(monkeypatch):
     losses = Losses()
-    monkeypatch.setattr(attempts, "n_losses", losses.n_losses)
-    monkeypatch.setattr(attempts, "was_lost", losses.was_lost)
+    monkeypatch.setattr(history, "n_losses", losses.n_losses)
+    monkeypatch.setattr(history, "was_lost", losses.was_lost)
     return losses
 
 
 @pytest.fixture(autouse=True)
 def each_batch_is_noted(monkeypatch):
-    monkeypatch.setattr(attempts, "_RECORD_S", 0.0)
+    monkeypatch.setattr(pace, "_RECORD_S", 0.0)
     monkeypatch.setattr("dask_pcm.runs.units.compute._PROBE_ROWS", N_ROWS)  # all is read at once
     for found in (FATAL, BROKEN, CALLS):
         found.clear()
@@ -126,7 +128,7 @@ class Work:
         unit = Cutter(plan, done).cut(N_ROWS)
         layout = PartSchema.of(plan.meta, plan.reader)
         job = UnitSpec(output, layout, {"begun": "b", "job": "j"}, 1 << 20, BATCH, costs)
-        return run_unit(unit, *plan.graph(unit), job=job, refs=plan.refs)
+        return run_unit(unit, *plan.graph(unit), spec=job, refs=plan.refs)
 
     def finish(self, output, costs=()):
         """Attempts until one succeeds; return its result, and how many ended their process."""
@@ -391,7 +393,7 @@ def test_it_is_counted_where_the_reasons_do_not_come_through(work):
 
 def test_what_was_noted_together_is_tried_in_batches(work, monkeypatch):
     """However fast they are: what is begun together is lost, and blamed, together."""
-    monkeypatch.setattr(attempts, "_RECORD_S", 1e9)
+    monkeypatch.setattr(pace, "_RECORD_S", 1e9)
     output = work.opened()
     FATAL.update({45, 90})
     begun = []

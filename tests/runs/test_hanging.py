@@ -20,7 +20,7 @@ from tests.conftest import validated_cluster
 pytestmark = pytest.mark.timeout(300)
 N_ROWS, BATCH_ROWS = 40, 2
 TIMEOUT_S = 1.0
-IMPORTS = ["distributed", "pandas", "pyarrow", "dask_pcm.runs.units.unit"]
+IMPORTS = ["distributed", "pandas", "pyarrow", "dask_pcm.runs.units.run_unit"]
 #: A batch of two twice, and the row alone twice.
 N_PROCESSES = 4
 

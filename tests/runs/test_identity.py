@@ -64,15 +64,15 @@ def test_the_same_job(differences):
 
 def test_only_what_differs_is_named(differences):
     assert differences({}, {"func": wrapped}) == [
-        "its function is another (the code of wrapped is new)"
+        "its function changed (the code of wrapped is new)"
     ]
     assert differences({"func": wrapped}, {}) == [
-        "its function is another (the code of wrapped is gone)"
+        "its function changed (the code of wrapped is gone)"
     ]
     options = " (in its arguments or options)"
-    assert differences({}, {"threshold": 2}) == [f"its function is another{options}"]
+    assert differences({}, {"threshold": 2}) == [f"its function changed{options}"]
     other = {"context": pcm.Context(load, "b")}
-    assert differences({}, other) == [f"its context is another{options}"]
+    assert differences({}, other) == [f"its context changed{options}"]
 
 
 def test_two_maps_in_another_order(claims):
@@ -100,7 +100,7 @@ def test_the_global_that_has_changed_is_named(monkeypatch):
     assert list(_differences(before, identified(verify), extend=False)) == []
     monkeypatch.setitem(globals(), "LIMIT", 4)
     (said,) = _differences(before, identified(verify), extend=False)
-    assert said.startswith("its function is another (the global 'LIMIT' of helper has changed; if")
+    assert said.startswith("its function changed (the global 'LIMIT' of helper has changed; if")
     assert "filled a cache or a counter there" in said
 
 
@@ -116,4 +116,4 @@ def test_the_counter_of_a_class_is_named():
 
 def test_a_manifest_without_parts(differences):
     old = Manifest({"function": ["a"]}, {})
-    assert list(_differences(old, identified(verify), extend=False)) == ["its function is another"]
+    assert list(_differences(old, identified(verify), extend=False)) == ["its function changed"]

@@ -21,7 +21,8 @@ import dask_pcm as pcm
 from dask_pcm.errors import CancelledError
 from dask_pcm.ledger.status import Progress
 from dask_pcm.runs import gate_link as link
-from dask_pcm.runs.gate_link import Link
+from dask_pcm.runs.driver import Driver
+from dask_pcm.runs.gate_link import GateLink
 from dask_pcm.runs.window import Window
 
 pytestmark = pytest.mark.timeout(300)
@@ -164,6 +165,8 @@ def waiting(claims, tmp_path, monkeypatch):
     def late(self, wait_s):
         return ended(self, wait_s) if may_gather.wait(wait_s) else []
 
+    drivers, drive = [], Driver.drive
+    monkeypatch.setattr(Driver, "drive", lambda *args: (drivers.append(args[0]), drive(*args)))
     monkeypatch.setattr(Window, "ended", late)
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
@@ -173,15 +176,17 @@ def waiting(claims, tmp_path, monkeypatch):
         run = pcm.write_parquet(frame, tmp_path / "out", client=client, progress=False, wait=False)
         pids = client.run(os.getpid).values()
 
+        until(lambda: drivers)
+
         def are_finished():
-            futures = [future for _, future in list(run._driver._window._units.values())]
+            futures = [future for _, future in list(drivers[0].window._units.values())]
             return futures and all(future.status == "finished" for future in futures)
 
         until(are_finished)
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         may_gather.set()
-        until(lambda: run._driver._arriving)
+        until(lambda: drivers[0]._arriving)
         yield run, pids
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -234,10 +239,14 @@ def test_what_is_lacking_is_told_with_how_much_is_wanted(monkeypatch):
         LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
-        tested = Link(client, "run", (), "kind")
+        tested = GateLink(client, "run", (), "kind")
         answers = []
         monkeypatch.setattr(tested, "_tell", lambda *_: answers.pop(0))
-        hear = lambda **says: (answers.append(answered(says)), tested.report(1, 1))  # noqa: E731
+
+        def hear(**says):
+            answers.append(answered({**says, "demand": ()}))
+            tested.report(1, 1)
+
         hear(n_workers=2, n_on_cluster=2)
         now[0] += 9
         hear(n_workers=0, n_on_cluster=0)

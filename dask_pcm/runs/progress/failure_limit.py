@@ -1,4 +1,4 @@
-"""How many rows may fail before a run ends."""
+"""The number or share of failed rows at which a run ends."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from dask_pcm.errors import LimitError
 
-#: A share of fewer rows says little of the rest.
+#: A share of fewer rows is not checked: it says little of the rest.
 SHARE_ROWS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class FailureLimit:
-    """A number of rows, or a share of those that are done.
+    """A number of rows, or a share of the rows done.
 
     >>> FailureLimit.of(20).allows(20, 100), FailureLimit.of("1%").allows(12, 1_100)
     (True, False)
@@ -30,7 +30,7 @@ class FailureLimit:
         Raises
         ------
         LimitError
-            For anything else.
+            The value is neither.
         """
         if value is None:
             return cls()
@@ -64,9 +64,9 @@ class FailureLimit:
         return "any" if self.share is None else f"{self.share:.6g}"
 
     def allows(self, n_failed: int, n_done: int, is_all: bool = False) -> bool:
-        """Whether so many of the rows that are done may have failed.
+        """Whether `n_failed` of `n_done` rows may fail.
 
-        A share is looked at from ``SHARE_ROWS`` rows on, or where the rows are all that there are.
+        A share is checked from ``SHARE_ROWS`` rows on, or if all rows are done (`is_all`).
         """
         if self.number is not None:
             return n_failed <= self.number
@@ -74,5 +74,5 @@ class FailureLimit:
         return self.share is None or is_early or n_failed <= self.share * n_done
 
     def allows_all(self, n_rows: int) -> bool:
-        """Whether somebody has said that every row may fail."""
+        """Whether the user allows every row to fail."""
         return self.share == 1 or (self.number is not None and self.number >= n_rows)

@@ -1,7 +1,7 @@
-"""A run's sign of life: its status, written from time to time by a thread of its own.
+"""A run's heartbeat: a thread that writes its status at intervals.
 
-What drives a run may be held up (by a listing of a million parts, by a scheduler that does not
-answer) and is at work all the same.
+In a thread of its own because the driver may block (listing a million parts, waiting for a
+scheduler that does not answer) while the run is alive.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dask_pcm.errors import FencedError
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.status import Progress
 
-#: How long the end of a run waits for a last sign of life.
+#: How long the end of a run waits for a heartbeat that is being written.
 _LAST_S = 30.0
 
 
 class Heartbeat:
-    """Writes ``status.json`` until it is left."""
+    """Writes ``status.json`` until the context is left."""
 
     def __init__(self, output: Output, progress: Callable[[], Progress]) -> None:
         self._output = output
@@ -34,15 +34,15 @@ class Heartbeat:
 
     def __exit__(self, *args: object) -> None:
         self._is_over.set()
-        self._thread.join(_LAST_S)  # a filesystem that hangs keeps it for ever
+        self._thread.join(_LAST_S)  # bounded: a filesystem may hang
 
     def beat(self) -> None:
-        """Write how the run stands."""
+        """Write the status now."""
         status = self._progress().as_dict()
         self._output.write_json(f"{self._output.run_dir}/status.json", status)
 
     def check(self) -> None:
-        """Raise FencedError where the run was replaced."""
+        """Raise FencedError if the run was fenced."""
         if self._error is not None:
             raise self._error
 
@@ -53,5 +53,5 @@ class Heartbeat:
             except FencedError as error:
                 self._error = error
                 return
-            except Exception:  # a filesystem that is away for a while; who commits will say so
+            except Exception:  # a filesystem outage: commits report it if it lasts
                 continue

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment that suits."""
+"""Ctrl-C between calls to the cluster, not in the middle of one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], None]]:
-    """Yield a function that raises KeyboardInterrupt if the user has asked for it meanwhile.
+    """Yield a function that raises KeyboardInterrupt if SIGINT has arrived.
 
-    So that none is raised in the midst of a call to the cluster, which would leave it half done.
-    A second one is raised where it comes. Outside the main thread, or where somebody else handles
-    the signal, nothing is changed.
+    An interrupt in the middle of a call to the cluster would leave the call half done. A second
+    SIGINT raises at once. Outside the main thread, or with a SIGINT handler of the user's, nothing
+    is changed.
     """
     is_ours = (
         threading.current_thread() is threading.main_thread()

@@ -1,6 +1,6 @@
-"""How a run is going: a bar on a terminal and in a notebook, plain lines elsewhere.
+"""Shows a run's progress: a bar on a terminal, a line in a notebook, log lines elsewhere.
 
-All of them show the same fields; where there is little room, whole fields are left out.
+All show the same fields; on narrow terminals, whole fields are left out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dask_pcm.ledger.status import PAUSED, Progress, span
 
 LINE_EVERY_S = 10.0
 _BAR_CHARS = 10
-#: A notebook does not say how wide it is.
+#: Notebooks do not tell their width.
 _NOTEBOOK_CHARS = 100
 
 
 class Meter(Protocol):
-    """Shows how a run stands; `note` is what it waits for, and goes before how fast it was."""
+    """Shows progress; `note` is what the run waits for, shown in place of its rate."""
 
     def __enter__(self) -> Meter: ...
 
@@ -37,7 +37,7 @@ class Meter(Protocol):
 
 
 def meter(is_shown: bool) -> Meter:
-    """The meter that fits where we are writing to (standard error)."""
+    """The meter for what standard error is."""
     console = Console(stderr=True)
     if not is_shown:
         return _Silence()
@@ -49,14 +49,14 @@ def meter(is_shown: bool) -> Meter:
 
 
 class _Field(NamedTuple):
-    """A text of the line; those of a high rank are the first to be left out."""
+    """A field of the line; fields of high rank are left out first."""
 
     rank: int
     text: str
 
 
 def line(progress: Progress, width: int | None = None, note: str = "") -> str:
-    """How a run stands, in as many fields as there is room for.
+    """The progress as a line of at most `width` characters.
 
     >>> now = Progress("running", 450, 1_000, failed=3, per_s=110, n_warm=2, n_workers=2)
     >>> line(now)
@@ -80,7 +80,7 @@ def line(progress: Progress, width: int | None = None, note: str = "") -> str:
 
 def _fields(progress: Progress, note: str) -> list[_Field]:
     is_paused = progress.state == PAUSED
-    is_slow = is_paused or note != ""  # what it did before says nothing of when it will be done
+    is_slow = is_paused or note != ""  # the rate so far says nothing about the end
     is_done = progress.done >= progress.total
     eta = "" if is_slow or is_done or progress.eta_s is None else f"ETA {span(progress.eta_s)}"
     return [
@@ -96,7 +96,7 @@ def _fields(progress: Progress, note: str) -> list[_Field]:
 
 
 def _percent(progress: Progress) -> int:
-    """100 at the end, and not before."""
+    """Rounded down: 100 only at the end."""
     return 100 * progress.done // progress.total if progress.total else 100
 
 
@@ -132,7 +132,7 @@ class _Bar:
 
 
 class _Notebook:
-    """An output of the cell that is replaced; needs no widgets."""
+    """A display of the cell that is updated in place; needs no widgets."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -174,7 +174,7 @@ class _Lines:
 
 
 class Stopwatch:
-    """Seconds that something has been under way, pauses left out."""
+    """Seconds of running time, without pauses."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -185,7 +185,7 @@ class Stopwatch:
         return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def run(self, is_running: bool) -> None:
-        """Go on, or stop; nothing if it does already."""
+        """Start or stop; no effect if it is in that state."""
         if is_running and self._since is None:
             self._since = time.monotonic()
         elif not is_running:

@@ -1,4 +1,4 @@
-"""What came out of a run."""
+"""The figures of a run, and the count of rows that it computed again."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Report:
     units, units_resumed, rows_resumed
         Units committed now; units and rows found committed.
     context_loads, load_s
-        Times a context was built, on any worker, and the seconds that took in all.
+        Times that a context was built, on any worker, and the seconds that took in total.
     workers
         The most workers seen at once.
     total_s, infer_s
-        Wall time, and the seconds that contexts were held, summed over workers.
+        Wall time, and seconds that contexts were held, summed over workers.
     rows_per_s
         Rows computed now over wall time.
     ran_on
-        Devices and types of numbers that rows were computed with, each with how many.
+        Rows by the device and dtype that they were computed with.
     committed_by
         How the first writer of a part wins in this output.
     errors
@@ -72,28 +72,29 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """What came out of it, in one line."""
+        """The main figures, in one line."""
         return (
             f"{self.rows:,} rows, {self.rows_failed:,} failed, {self.rows_resumed:,} resumed,"
             f" {self.rows_per_s:,.0f} rows/s, {self.context_loads} loads"
         )
 
     def as_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
         return asdict(self)
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Report:
-        """From a report file, whatever version of it, and whatever became of it."""
+        """From a report file; unknown or damaged fields of other versions are left out."""
         return cls(**known_fields(cls, found))
 
 
 def rows_recomputed(
-    lines: Iterable[Mapping[str, Any]], run: str, rows_of: Callable[[str], int]
+    lines: Iterable[Mapping[str, Any]], run: str, part_rows: Callable[[str], int]
 ) -> int:
     """Rows that `run` computed and that had been computed before, by it or by another run.
 
-    Units of different runs need not be alike, so ranges of rows are compared, not names. Units that
-    are whole partitions, whose rows nobody had counted, have the rows of their part (`rows_of`).
+    Runs cut their units differently, so ranges of rows are compared, not names. A unit that is a
+    whole partition counts the rows of its part (`part_rows`).
     """
     edges: list[tuple[int, bool, int]] = []  # row, whether `run` did it, one more or one less
     journals: dict[Any, tuple[bool, list[Range]]] = {}
@@ -115,12 +116,12 @@ def rows_recomputed(
     n_rows = _again(sorted(edges))
     for name, n_mine in restarted.items():
         n_again = n_mine if partitions[name] > n_mine else n_mine - 1
-        n_rows += max(0, n_again) * (rows_of(name) if n_again > 0 else 0)
+        n_rows += max(0, n_again) * (part_rows(name) if n_again > 0 else 0)
     return n_rows
 
 
 def _again(edges: Sequence[tuple[int, bool, int]]) -> int:
-    """Rows that one run has begun, each time but the first; the first as well if others had."""
+    """Rows times the calls on them by one run, without each row's first call ever."""
     total = n_mine = n_others = at = 0
     for row, is_mine, change in edges:
         total += (row - at) * max(0, n_mine - (n_others <= 0))

@@ -1,4 +1,4 @@
-"""A few rows drawn from the whole, to look at before a run is begun."""
+"""A sample of rows, computed before a run to look at the answers and the cost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAX_ERRORS = 5
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Answers to some rows; nothing of it is committed.
+    """Answers to some rows of the input; nothing is committed.
 
     Attributes
     ----------
@@ -40,12 +40,12 @@ class Sample:
     n_failed, errors
         Rows of the sample with an error, and some of the errors.
     rows_per_s
-        What one device did a second, loading apart. It is small where the sample is: the first
-        batches are the slow ones, and small ones too.
+        Rows per second on one device, without loading. Small samples understate it: first batches
+        and small batches are slow.
     device_hours
-        What the rows that are left would take one device at that pace.
+        Hours that the rows that are left would take one device at that rate.
     total_s
-        How long the sample took in all.
+        Wall time of the sample.
     """
 
     frame: pd.DataFrame
@@ -69,21 +69,21 @@ class Sample:
 
 
 def draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
-    """Answer `n_rows` rows drawn at random, the same ones every time, from the whole input.
+    """Compute `n_rows` rows drawn at random from the whole input, the same ones every time.
 
-    `n_done` rows of it are in the output already.
+    `n_done` rows of the input are in the output already.
 
     Raises
     ------
     SchemaError
-        Where rows cannot be computed one by one.
+        The frame's rows cannot be computed separately.
     Exception
-        What a function raised, where it raised it on all of these rows.
+        What the function raised on every one of these rows.
     """
     if not plan.is_splittable or plan.spans is None:
         raise SchemaError(
-            "A sample needs rows that can be computed apart from others: a frame that"
-            " pcm.read_parquet made, and functions by rows (batch_rows=...)."
+            "A sample needs rows that can be computed separately: a frame of"
+            " pcm.read_parquet, and functions by rows (batch_rows=...)."
         )
     if n_rows < 1:
         raise SchemaError(f"A sample has at least 1 row; found {n_rows}.")
@@ -95,7 +95,7 @@ def draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
         for unit, key in zip(units, keys, strict=True)
     ]
     found = client.gather(futures)
-    _check_hope(found)
+    _raise_if_all_failed(found)
     frame = pd.concat([answer.frame for answer in found]) if found else plan.meta
     busy_s = sum(answer.seconds for answer in found)
     n_asked = sum(unit.n_rows or 0 for unit in units)
@@ -133,7 +133,7 @@ def _units(plan: Plan, n_rows: int, n_workers: int) -> list[Unit]:
 
 
 class _Answer(NamedTuple):
-    """Rows of one unit, the seconds they took, and how they failed if none succeeded."""
+    """Rows of one unit, their seconds, and how they failed if none succeeded."""
 
     frame: pd.DataFrame
     seconds: float
@@ -141,8 +141,8 @@ class _Answer(NamedTuple):
     error: bytes
 
 
-def _check_hope(found: Sequence[_Answer]) -> None:
-    """Raise where every row raised the same."""
+def _raise_if_all_failed(found: Sequence[_Answer]) -> None:
+    """Raise what every row raised, if they all raised the same type."""
     kinds = {answer.failing.kind if answer.failing else None for answer in found}
     packed = [answer.error for answer in found if answer.error]
     if packed and len(kinds) == 1:

@@ -1,7 +1,7 @@
-"""An attempt at a unit by rows: batch by batch, each noted as it is finished.
+"""An attempt at a unit by rows: batch by batch, each journalled when it is finished.
 
-What is noted outlives its process (``journal.py``). The next attempt at the unit takes it over; a
-later run commits it as it is (``recover.py``).
+Journalled rows survive the process. The next attempt at the unit takes them over; a later run
+commits them as they are (``recover.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Self
 
 import pandas as pd
@@ -21,138 +21,53 @@ import pyarrow as pa
 
 from dask_pcm.errors import FencedError, LostProcessError, OutputError
 from dask_pcm.frames.call import ERROR, failing_all_rows, noting
-from dask_pcm.ledger.journal import Journal, Record, apart
-from dask_pcm.ledger.journals import begin_journal, journal_names, read_journals
+from dask_pcm.ledger.journal import Journal, Record
+from dask_pcm.ledger.journals import begin_journal
 from dask_pcm.ledger.log import note_called
 from dask_pcm.ledger.output import Output
-from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
-from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
+from dask_pcm.ledger.suspects import N_TRIES, Suspects
 from dask_pcm.plugins.worker.deadline import ruled
-from dask_pcm.plugins.worker.task import n_losses, task_stats, was_lost
+from dask_pcm.plugins.worker.task import task_stats
 from dask_pcm.runs.cutter import cut_to
 from dask_pcm.runs.plan import Unit
 from dask_pcm.runs.units.compute import Batch, batches
+from dask_pcm.runs.units.history import History, suspects_of
+from dask_pcm.runs.units.pace import Pace
 from dask_pcm.runs.units.schema import GROUP_BYTES, PartSchema
+from dask_pcm.runs.units.unit import UnitSpec
 
 logger = logging.getLogger(__name__)
 
-#: Errors that are told of each batch.
+#: Errors of each batch that are reported.
 MAX_ERRORS = 3
-#: Batches that take less are noted several at a time.
-_RECORD_S = 0.02
-#: So many rows given up in succession are no bad luck; fewer where nothing was ever answered.
+#: Rows in succession that are given up before the run ends; fewer if no row ever succeeded.
 _HOPELESS_ROWS, _HOPELESS_FIRST_ROWS = 25, 5
 
 
-@dataclass(frozen=True, slots=True)
-class _Earlier:
-    """What earlier attempts at a unit have left.
-
-    Attributes
-    ----------
-    names
-        Their journals.
-    records
-        What they had finished.
-    costs
-        Rows that have cost processes, as far as that is settled.
-    in_flight
-        Rows that the last one had begun and not finished; nobody knows yet whether they ended it.
-    was_waiting
-        Whether the last one waited for a context when it ended.
-    late
-        Rows in flight of which it is known that their call took too long.
-    """
-
-    names: list[str]
-    records: list[Record]
-    costs: list[Cost]
-    in_flight: list[Range]
-    was_waiting: bool = False
-    late: list[Range] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, unit: Unit, output: Output, batch_rows: int) -> _Earlier:
-        """Look for journals, and note what those who left them had not come to."""
-        found_by_name = dict(read_journals(output, unit.name)) if _may_have_journals(output) else {}
-        if not found_by_name:
-            return cls([], [], [], _unit_in_flight(unit, output, batch_rows))
-        useful = {name: found for name, found in found_by_name.items() if found is not None}
-        settled = {name for found in useful.values() for name in found.settled}
-        last = [found for name, found in useful.items() if name not in settled]
-        for name, found in useful.items():
-            note_called(output, found.called, name, found.about["run"])
-        late = [found for found in last if found.last_words]
-        for found in late:
-            logger.warning(
-                "A call on rows %s of the input took longer than batch_timeout; its process was"
-                " ended. Where its threads were:\n%s",
-                ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in found.in_flight),
-                found.last_words,
-            )
-        return cls(
-            list(found_by_name),
-            apart([record for found in useful.values() for record in found.records]),
-            [cost for found in useful.values() for cost in found.costs],
-            [rows for found in last for rows in found.in_flight],
-            any(found.waiting for found in last),
-            [rows for found in late for rows in found.in_flight],
-        )
-
-
-def _may_have_journals(output: Output) -> bool:
-    return output.storage.has_journals or was_lost()
-
-
-def _unit_in_flight(unit: Unit, output: Output, batch_rows: int) -> list[Range]:
-    """What a unit had in flight when it was lost, where no journal tells.
-
-    All of it, if it leaves none unless it was lost before. Else it had not been begun.
-    """
-    place = parse_name(unit.name)
-    is_noted = output.storage.has_journals and (unit.n_rows or 0) > batch_rows
-    return [place] if was_lost() and not is_noted and isinstance(place, tuple) else []
-
-
 def attempt(
-    unit: Unit,
-    graph: bytes,
-    output: Output,
-    layout: PartSchema,
-    batch_rows: int,
-    max_bytes: int,
-    origin: Mapping[str, Any],
-    costs: Iterable[Cost] = (),
-    timeout_s: float | None = None,
+    unit: Unit, graph: bytes, spec: UnitSpec, origin: Mapping[str, Any]
 ) -> Generator[Record, None, None]:
-    """Rows of a unit in their order: what earlier attempts had finished, and the rest.
+    """Rows of a unit in input order: those that earlier attempts had finished, and the rest.
 
-    What is computed is noted before it is yielded, and stays so until ``clear``. Rows that ended
-    their process are tried apart from others, and fail in the end (see ``suspects.py``).
+    Rows are journalled before they are yielded, and stay so until ``clear_journals``. Rows that
+    ended their process are tried alone, and fail after ``N_TRIES`` (see ``suspects.py``).
 
     Parameters
     ----------
-    batch_rows
-        Rows of one call.
-    max_bytes
-        Of input that is read at a time.
     origin
-        What a part made of it would tell.
-    costs
-        Processes that rows have cost in earlier runs.
-    timeout_s
-        What a call may take; None for no limit.
+        What a part made of the journal says of its origin.
 
     Raises
     ------
     LostProcessError
-        Where processes end with row after row.
+        Row after row ends its process.
     """
-    # So that a call that hangs is known to be the one, each is noted before it begins.
-    shortest = batch_rows if timeout_s is None else 0
-    earlier = _Earlier.of(unit, output, shortest)
-    kept, suspects = earlier.records, _suspects(unit, earlier, costs)
+    output = spec.output
+    # With a timeout, each call is journalled before it begins: it may be the one that hangs.
+    shortest = spec.batch_rows if spec.timeout_s is None else 0
+    history = History.of(unit, output, shortest)
+    kept, suspects = history.records, suspects_of(unit, history, spec.costs)
     done = Ranges((record.start, record.stop) for record in kept)
     spans = [left for span in unit.spans or () for left in cut_to(span, done)]
     with ExitStack() as stack:
@@ -163,41 +78,21 @@ def attempt(
             stack.callback(journal.close)
         calls = stack.enter_context(_Calls(output, unit, journal))
         if journal is not None:
-            journal.settle(earlier.names, list(suspects))
+            journal.settle(history.journals, list(suspects))
             for record in kept:
                 journal.append(record)
-        for name in earlier.names:  # now that all of it is in ours
+        for name in history.journals:  # only now that ours has all that they had
             output.storage.remove(name)
-        _check_hope(unit, suspects, functools.partial(_has_answers, output, kept))
-        pace = Pace(batch_rows, suspects)
+        _raise_if_hopeless(unit, suspects, functools.partial(_has_answers, output, kept))
+        pace = Pace(spec.batch_rows, suspects)
         left = replace(unit, spans=tuple(spans))
-        todo = batches(left, graph, max_bytes, pace.end) if spans else ()
-        fresh = _computed(todo, layout, journal, calls, pace, timeout_s)
+        todo = batches(left, graph, spec.max_bytes, pace.end) if spans else ()
+        fresh = _computed(todo, spec, journal, calls, pace)
         yield from heapq.merge(kept, fresh, key=lambda record: record.start)
 
 
-def _suspects(unit: Unit, earlier: _Earlier, costs: Iterable[Cost]) -> Suspects:
-    """What rows of a unit have cost, in earlier runs, in this one, and at the last death.
-
-    Whether a process ended by a fault of its own is asked only where rows were begun, and once
-    for each end: the journal that tells of it is settled before anything else is done, so that
-    rows pay for no end that they had no part in. A process that ends elsewhere, while rows are
-    read or a part is committed, is not asked about: the gate counts on, and ends the task.
-    """
-    place = parse_name(unit.name)
-    first, end = place if isinstance(place, tuple) else (0, 0)
-    mine = (cost for cost in costs if cost.start < end and first < cost.stop)
-    suspects = Suspects([*mine, *earlier.costs])
-    # What waited is innocent, but has the gate count anew all the same.
-    is_blamed = bool((earlier.in_flight or earlier.was_waiting) and n_losses())
-    for rows in earlier.in_flight:
-        if is_blamed or rows in earlier.late:
-            suspects.blame(rows, rows in earlier.late)
-    return suspects
-
-
 def _has_answers(output: Output, kept: Iterable[Record]) -> bool:
-    """Whether any row of the job has been answered, as far as can be seen."""
+    """Whether any row of the job has succeeded, in this unit or in a part."""
     if any(record.stop - record.start > record.n_failed for record in kept):
         return True
     for name in output.parts():
@@ -208,8 +103,8 @@ def _has_answers(output: Output, kept: Iterable[Record]) -> bool:
     return False
 
 
-def _check_hope(unit: Unit, suspects: Suspects, has_answers: Callable[[], bool]) -> None:
-    """Where row after row ends its process, it is not the rows that are at fault."""
+def _raise_if_hopeless(unit: Unit, suspects: Suspects, has_answers: Callable[[], bool]) -> None:
+    """End a run where row after row ends its process: the rows are not the cause then."""
     n_rows = 0
     for row in suspects.given_up():
         n_rows = n_rows + 1 if suspects.gives_up(row - 1) else 1
@@ -224,11 +119,10 @@ def _check_hope(unit: Unit, suspects: Suspects, has_answers: Callable[[], bool])
 
 
 class _Calls:
-    """Which rows the function is called on, said before each call.
+    """Records the rows that the function is called on, before each call.
 
-    In the unit's journal, and at the end in the log. Where there is no journal, in the log at
-    once, for the whole unit: it is a batch, or it is in an object store, where the rows that were
-    called are known by the unit only.
+    In the unit's journal, and at the end in the log. Without a journal, in the log at once, for the
+    whole unit: it is a single batch, or in an object store, which counts calls by the unit.
     """
 
     def __init__(self, output: Output, unit: Unit, journal: Journal | None) -> None:
@@ -243,7 +137,7 @@ class _Calls:
 
     def __exit__(self, *raised: object) -> None:
         if self._journal is not None:
-            with contextlib.suppress(FencedError):  # nothing of this run is counted any more
+            with contextlib.suppress(FencedError):  # a fenced run's calls are not counted
                 note_called(self._output, self._called, self._journal.name, self._output.run)
 
     @contextmanager
@@ -273,35 +167,33 @@ class _Calls:
 
 def _computed(
     todo: Iterable[Batch],
-    layout: PartSchema,
+    spec: UnitSpec,
     journal: Journal | None,
     calls: _Calls,
     pace: Pace,
-    timeout_s: float | None,
 ) -> Iterator[Record]:
     descriptor = None if journal is None else journal.descriptor
     for batch in todo:
         if pace.suspects.gives_up(batch.start):  # and if so, it is alone
-            record = _given_up(batch, layout, pace.suspects, timeout_s)
+            record = _given_up(batch, spec, pace.suspects)
         else:
             begun = time.perf_counter()
-            with calls.of(batch), ruled(timeout_s, descriptor):
+            with calls.of(batch), ruled(spec.timeout_s, descriptor):
                 frame = batch.compute()
-            record = make_record(batch.start, batch.stop, frame, layout)
+            record = make_record(batch.start, batch.stop, frame, spec.schema)
             pace.observe(batch.start, time.perf_counter() - begun)
         if journal is not None:
             journal.append(record)
         yield record
 
 
-def _given_up(
-    batch: Batch, layout: PartSchema, suspects: Suspects, timeout_s: float | None
-) -> Record:
+def _given_up(batch: Batch, spec: UnitSpec, suspects: Suspects) -> Record:
     """A row that fails without being computed.
 
-    It is not noted as begun: should what else is done with it end a process as well, nobody asks
-    whether it did, and the gate ends the task.
+    It is not journalled as begun: should the rest of its work end a process as well, the row is
+    not charged again; the gate counts the death, and ends the task after too many.
     """
+    timeout_s = spec.timeout_s
     causes = "killed for its memory, or by a crash of native code"
     causes += "" if timeout_s is None else ", or because it took longer than batch_timeout"
     what = f"the worker process ended {N_TRIES} times while it was computed alone ({causes})"
@@ -312,47 +204,21 @@ def _given_up(
     )
     with failing_all_rows(error):
         frame = batch.compute()
-    return make_record(batch.start, batch.stop, frame, layout)
+    return make_record(batch.start, batch.stop, frame, spec.schema)
 
 
-class Pace:
-    """How many rows are computed between two records: so many that noting them costs little.
-
-    Suspects come by themselves, however little time they take.
-    """
-
-    def __init__(self, batch_rows: int, suspects: Suspects) -> None:
-        self.suspects = suspects
-        self._batch_rows = self._n_rows = batch_rows
-
-    def end(self, start: int) -> int:
-        """Where the rows end, at the latest, that begin with `start`."""
-        return self.suspects.end(start, self._n_rows, self._batch_rows)
-
-    def observe(self, start: int, seconds: float) -> None:
-        if seconds < _RECORD_S and not self.suspects.include(start):
-            self._n_rows *= 2
-
-
-def make_record(start: int, stop: int, frame: pd.DataFrame, layout: PartSchema) -> Record:
-    """What became of rows of the input that were computed just now."""
-    # Where the reasons do not come through, the functions have told of them.
+def make_record(start: int, stop: int, frame: pd.DataFrame, schema: PartSchema) -> Record:
+    """The record of input rows that this task has just computed to `frame`."""
+    # Where the output has no error column, the functions have noted the errors in `task_stats`.
     failed = frame[ERROR].dropna().tolist() if ERROR in frame.columns else task_stats.errors
     failed = failed if task_stats.is_by_rows else []
     errors = [str(error) for error in failed[:MAX_ERRORS]]
-    table = pa.concat_tables(layout.tables(frame))
+    table = pa.concat_tables(schema.tables(frame))
     return Record(start, stop, table, len(failed), errors, dict(task_stats.facts))
 
 
-def clear(unit: str, output: Output) -> None:
-    """A unit is committed: what was noted of it is not needed any more."""
-    if _may_have_journals(output):
-        for name in journal_names(output, unit):
-            output.storage.remove(name)
-
-
 def grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Tables put together to row groups."""
+    """Concatenate tables to row groups of up to ``GROUP_BYTES``."""
     taken: list[pa.Table] = []
     n_bytes = 0
     for table in tables:

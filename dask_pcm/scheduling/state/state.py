@@ -33,6 +33,7 @@ from dask_pcm.scheduling.events import (
     WorkParked,
     WorkWithdrawn,
 )
+from dask_pcm.scheduling.feed.feed import DeviceDemand
 from dask_pcm.scheduling.learned.cost import CostModel
 from dask_pcm.scheduling.learned.failures import Failures
 from dask_pcm.scheduling.learned.fairness import Shares
@@ -42,7 +43,6 @@ from dask_pcm.scheduling.state.decisions import N_DECISIONS, Decision, Forecast
 from dask_pcm.scheduling.state.queue import WorkQueue
 from dask_pcm.scheduling.state.runs import Runs
 from dask_pcm.scheduling.state.worker import WorkerView, remaining_s
-from dask_pcm.scheduling.units import DeviceDemand
 from dask_pcm.tiers import ON_DEVICE, Tier
 
 

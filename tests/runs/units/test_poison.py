@@ -18,7 +18,7 @@ from tests.conftest import validated_cluster
 
 N_ROWS, BATCH_ROWS = 200, 32
 #: So that a process is soon there again.
-IMPORTS = ["distributed", "pandas", "pyarrow", "s3fs", "dask_pcm.runs.units.unit"]
+IMPORTS = ["distributed", "pandas", "pyarrow", "s3fs", "dask_pcm.runs.units.run_unit"]
 #: A batch twice, then 16, 8, 4 and 2 rows of it, and the row alone twice.
 N_PROCESSES = 8
 

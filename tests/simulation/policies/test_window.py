@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dask_pcm.config import Config
-from dask_pcm.scheduling.units import DeviceDemand
+from dask_pcm.scheduling.feed.feed import DeviceDemand
 from dask_pcm.simulation.policies.lanes import Lanes
 from dask_pcm.simulation.policies.window import Unit, Window
 from dask_pcm.simulation.world.lives import draw_lives
