@@ -56,6 +56,7 @@ class Cutter:
 
     @property
     def is_empty(self) -> bool:
+        """Whether nothing is left to cut."""
         return not self._todo and not self._again
 
     def again(self, place: Range | int, failed: Sequence[int]) -> None:

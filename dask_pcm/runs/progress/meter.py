@@ -33,7 +33,8 @@ class Meter(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def show(self, progress: Progress, note: str = "") -> None: ...
+    def show(self, progress: Progress, note: str = "") -> None:
+        """Show the current state; may be called often."""
 
 
 def meter(is_shown: bool) -> Meter:
@@ -182,6 +183,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
+        """Running time so far."""
         return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def run(self, is_running: bool) -> None:

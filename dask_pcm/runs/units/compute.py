@@ -1,4 +1,4 @@
-"""Rows of a unit, computed from its graph: as a whole, or batch by batch."""
+"""Computes the rows of a unit from its graph: as a whole, or batch by batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dask_pcm.parquet.cursors import inflation
 from dask_pcm.parquet.pieces import Span
 from dask_pcm.runs.plan import SPANS, Graph, Unit
 
-#: So many rows are computed first in a process that has not read any yet.
+#: Rows of the first chunk of a file that this process has not read from yet.
 _PROBE_ROWS = 32
 
 
 def chunks(unit: Unit, max_bytes: int) -> Iterator[Unit]:
-    """A unit in pieces that fit in memory: rows may take more there than a file's footer tells.
+    """Cut a unit into chunks of at most `max_bytes` in memory; 0 for no limit.
 
-    A text that stands in every row is stored once. So what rows really take is measured as they
-    are read; a unit that is not to be split has no such bound.
+    Rows may take more memory than the file's footer says: dictionary encoding stores a repeated
+    text once. So the ratio is measured as rows are read, beginning with a small chunk.
     """
     if max_bytes <= 0 or not unit.spans:
         yield unit
@@ -53,14 +53,14 @@ def chunks(unit: Unit, max_bytes: int) -> Iterator[Unit]:
 def compute(
     unit: Unit, graph: bytes, keys: Sequence[Any] = (), inputs: Sequence[Any] = ()
 ) -> pd.DataFrame:
-    """The rows of a unit, from its pickled graph and what it takes from outside."""
+    """The rows of a unit, from its pickled graph and the inputs that it takes."""
     opened = _open(graph)
     given = {SPANS: unit.spans, **dict(zip(keys, inputs, strict=True))}
     return _evaluate(opened.tasks, opened.result, given)
 
 
 class Batch(NamedTuple):
-    """Rows of the input that are computed at a time: which they are, and how to compute them."""
+    """A range of input rows, and how to compute them."""
 
     start: int
     stop: int
@@ -68,12 +68,13 @@ class Batch(NamedTuple):
 
 
 def batches(unit: Unit, graph: bytes, max_bytes: int, end: Callable[[int], int]) -> Iterator[Batch]:
-    """A unit by rows in batches; rows are read many at a time.
+    """Cut a unit into batches; rows are read many batches at a time.
 
-    Each batch ends at `end` of its first row at the latest; asked when those before are computed.
+    `end` gives the end of the batch that begins with a row, at the latest. It is called when the
+    batches before are computed, so it may depend on them.
     """
     opened = _open(graph)
-    rest = dict(opened.tasks)  # all of a graph is executed, whatever is asked of it
+    rest = dict(opened.tasks)  # execute_graph runs every task that it is given
     read = {opened.leaf: rest.pop(opened.leaf)}
     for chunk in chunks(unit, max_bytes):
         spans = list(chunk.spans or ())
@@ -87,7 +88,7 @@ def batches(unit: Unit, graph: bytes, max_bytes: int, end: Callable[[int], int])
 
 
 def _take(spans: list[Span], end: int) -> tuple[int, int]:
-    """Take the rows up to `end` off the front of `spans`, as far as they follow each other."""
+    """Take adjacent rows up to `end` off the front of `spans`; return their first and end."""
     start = stop = spans[0].offset
     while spans and spans[0].offset == stop < end:
         span = spans.pop(0)

@@ -97,6 +97,7 @@ class _Count:
         self.facts: dict[str, str] = {}
 
     def of(self, records: Iterable[Record]) -> Iterator[pa.Table]:
+        """The tables of records, counted as they are taken."""
         for record in records:
             self.n_rows += len(record.table)
             self.n_failed += record.n_failed
@@ -106,6 +107,7 @@ class _Count:
             yield record.table
 
     def as_dict(self) -> dict[str, Any]:
+        """The counts and facts that a part's note has."""
         return {**self.facts, "rows": self.n_rows, "failed": self.n_failed}
 
 

@@ -1,4 +1,4 @@
-"""How frames become tables: the same columns and types in every part."""
+"""The schema of parts: every part of an output has the same columns and types."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _N_SAMPLED = 16
 
 @dataclass(frozen=True, slots=True)
 class PartSchema:
-    """How frames become tables: the same columns and types in every part.
+    """Converts frames to tables with the same columns and types in every part.
 
     Attributes
     ----------
     schema
-        Arrow types of the columns whose types are known beforehand.
+        Columns and their Arrow types.
     has_index
         Whether the index is stored.
     index
-        Arrow type of an index that comes from the input; None where it is as pandas has it.
+        Arrow type of an index that comes from the input; None for pandas' own type.
     notes
-        What pandas notes in a file's metadata, so that it finds its own types again.
+        The metadata from which pandas restores its own types.
     """
 
     schema: pa.Schema
@@ -42,14 +42,14 @@ class PartSchema:
 
     @classmethod
     def of(cls, meta: pd.DataFrame, reader: PieceReader | None) -> PartSchema:
-        """From the empty output, and from the reader of our own input, if it is that.
+        """From the output's `meta`, and from the reader of the input, if it is ours.
 
-        A column that comes through unchanged keeps the type that it has in the file.
+        A column of the input that is passed through keeps its type in the file.
 
         Raises
         ------
         SchemaError
-            Where a column's type cannot be known before it is computed.
+            A column's type cannot be known before it is computed.
         """
         given = None if reader is None else reader.meta()
         own = _own_types(meta)
@@ -75,12 +75,12 @@ class PartSchema:
         return cls(schema, has_index, _index_type(meta, reader), readable_notes(notes, schema))
 
     def tables(self, frame: pd.DataFrame) -> Iterator[pa.Table]:
-        """Convert a part, a row group at a time; at least one.
+        """Convert a frame to tables of a row group each; at least one.
 
         Raises
         ------
         SchemaError
-            Where a column does not have the type that it has in other parts.
+            A column does not fit its type.
         """
         if len(frame) <= _N_SAMPLED:
             yield self.table(frame)
@@ -92,7 +92,7 @@ class PartSchema:
             yield self.table(frame.iloc[start : start + n_rows])
 
     def table(self, frame: pd.DataFrame) -> pa.Table:
-        """Convert rows."""
+        """Convert a frame to one table."""
         frame = frame if self.has_index else frame.reset_index(drop=True)
         arrays = [self._array(frame[field.name], field) for field in self.schema]
         columns = pa.Table.from_arrays(arrays, schema=self.schema)
@@ -116,7 +116,7 @@ class PartSchema:
 
 
 def _own_types(meta: pd.DataFrame) -> pa.Schema:
-    """Arrow types of the columns, as their dtypes say."""
+    """Arrow types of the columns, from their dtypes."""
     try:
         return pa.Schema.from_pandas(meta, preserve_index=False)
     except MISFITS:
@@ -132,7 +132,7 @@ def _own_types(meta: pd.DataFrame) -> pa.Schema:
 
 
 def _index_type(meta: pd.DataFrame, reader: PieceReader | None) -> pa.DataType | None:
-    """The type of the input's index, where the output still has that index."""
+    """The type of the input's index, if the output has that index; else None."""
     if reader is None or reader.index is None:
         return None
     given = reader.meta().index
