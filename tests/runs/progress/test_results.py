@@ -1,0 +1,168 @@
+"""Runs that end because too many rows fail, and samples."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+
+import dask.dataframe as dd
+import pandas as pd
+import pytest
+
+import dask_pcm as pcm
+from dask_pcm.errors import (
+    FailedRowsError,
+    OutputError,
+    SchemaError,
+)
+from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.output import Output
+from tests.support.jobs import LLM, META, verify, write
+
+
+class TestTooManyFailures:
+    def test_a_hopeless_run_ends_early_and_can_be_mended(self, client, job, out, noted):
+        noted.fail(range(1, 100))
+        with pytest.raises(FailedRowsError, match=r"rows failed, more than max_failed_rows=10"):
+            write(job(noted), out, max_failed_rows=10)
+        report = pcm.attach(out).report
+        assert report.state == "failed" and report.rows < 200
+        assert "is bad" in str(report.errors)
+        noted.fail([])
+        with pytest.raises(FailedRowsError, match="in an earlier run"):
+            write(job(noted), out, max_failed_rows=10)
+        done = write(job(noted), out, max_failed_rows=10, retry_failed=True)
+        assert (done.report.rows, done.report.rows_failed) == (200, 0)
+
+    def test_a_share_of_all_rows(self, client, job, out, noted):
+        noted.fail([1, 2])
+        assert write(job(noted), out, max_failed_rows=0.01).report.rows_failed == 2
+        with pytest.raises(FailedRowsError, match=r"max_failed_rows=0\.005 allows of 200"):
+            write(job(noted), out, max_failed_rows="0.5%")
+
+    def test_a_share_says_nothing_before_1000_rows(self, client, claims, out, noted):
+        """Half of all rows fail, too many at any time: it is looked at once there are 1,000."""
+
+        def half(f, model):
+            errors = [None if i % 2 else "even" for i in f["id"]]
+            return verify(f, model).assign(error=errors)
+
+        frame = pcm.read_parquet(claims(n_files=40, n_rows=100))
+        verdicts = pcm.map_partitions(half, frame, context=LLM, meta=META, batch_rows=20)
+        with pytest.raises(FailedRowsError, match=r"=0\.3 allows of [1-3],\d\d\d; .* to be done"):
+            write(verdicts, out, max_failed_rows="30%")
+
+    def test_of_a_frame_whose_rows_nobody_counted(self, client, job, out, noted):
+        read = dd.read_parquet(job.folder)
+        frame = pcm.map_partitions(noted, read, context=LLM, meta=META, batch_rows=8)
+        noted.fail([1, 2])
+        with pytest.raises(FailedRowsError, match="allows of 200"):
+            write(frame, out, max_failed_rows=0.005)
+
+    def test_nothing_but_failures(self, client, claims, out, noted):
+        frame = pcm.read_parquet(claims(n_files=40, n_rows=100))
+        noted.fail(range(4000))
+        verdicts = pcm.map_partitions(noted, frame, context=LLM, meta=META, batch_rows=10)
+        for options in ({}, {"max_failed_rows": "90%"}):
+            with pytest.raises(ValueError, match="is bad") as raised:
+                write(verdicts, out, **options, overwrite=True)
+            assert not isinstance(raised.value, pcm.PCMError)
+            last = traceback.extract_tb(raised.value.__traceback__)[-1]
+            assert last.name == "infer"
+            notes = "".join(raised.value.__notes__)
+            assert "index 0: id=0, claim='claim 0'" in notes and "retry_failed=True" in notes
+        report = pcm.attach(out).report
+        assert report.state == "failed" and report.error == "ValueError: row 0 is bad"
+        assert 30 <= report.rows == report.rows_failed < 4000
+        noted.fail([])
+        assert write(verdicts, out, retry_failed=True).report.rows_failed == 0
+
+    @pytest.mark.parametrize("n_rows", [1, 12])
+    def test_all_of_few_rows(self, client, claims, out, noted, n_rows):
+        frame = pcm.read_parquet(claims(n_files=1, n_rows=n_rows))
+        noted.fail(range(n_rows))
+        verdicts = pcm.map_partitions(noted, frame, context=LLM, meta=META, batch_rows=8)
+        with pytest.raises(ValueError, match="row 0 is bad"):
+            write(verdicts, out)
+        # Rows computed again do not count, nor does it where all may fail.
+        assert write(verdicts, out, retry_failed=True).report.rows_failed == n_rows
+        done = write(verdicts, out, max_failed_rows="100%", overwrite=True)
+        assert done.report.rows_failed == n_rows
+
+    def test_all_rows_of_a_frame_whose_rows_nobody_counted(self, client, job, out, noted):
+        read = dd.read_parquet(job.folder)
+        frame = pcm.map_partitions(noted, read, context=LLM, meta=META, batch_rows=8)
+        noted.fail(range(200))
+        with pytest.raises(ValueError, match="is bad"):
+            write(frame, out)
+
+    def test_bad_rows_late_in_the_input(self, client, job, out, noted):
+        noted.fail(range(60, 200))
+        assert write(job(noted), out).report.rows_failed == 140
+
+    def test_what_has_succeeded_once_is_no_mistake_of_the_function(self, client, job, out, noted):
+        """A run that goes on among bad rows."""
+        noted.fail(range(50, 200))
+        write(job(noted), out)
+        for name in Output(Folder(out, "r")).parts():
+            if int(name.split("-")[1]) >= 50:
+                os.remove(f"{out}/{name}")
+        assert write(job(noted), out).report.rows_failed == 150
+
+    def test_a_function_behind_another_one(self, client, job, out, noted):
+        """Where the first has answered, and the second fails on all that is left."""
+        first = job()
+
+        def second(f, model):
+            raise KeyError("second")
+
+        failing = pcm.map_partitions(
+            second, first[first.error.isna()], context=LLM, meta=META, batch_rows=8
+        )
+        with pytest.raises(KeyError, match="second"):
+            write(failing, out)
+
+    def test_a_limit_that_is_none(self, client, job, out):
+        with pytest.raises(pcm.PCMError, match="takes a number of rows or a share"):
+            write(job(), out, max_failed_rows="many")
+        assert not os.path.exists(out)
+
+
+class TestSample:
+    def test_where_every_row_fails_alike(self, client, job, out, noted):
+        noted.fail(range(200))
+        with pytest.raises(ValueError, match="is bad"):
+            write(job(noted), out, sample=20)
+        noted.fail(range(150))
+        assert 0 < write(job(noted), out, sample=20).n_failed < 20
+
+    def test_rows_of_the_whole_and_what_the_rest_would_take(self, client, job, out, noted):
+        found = write(job(noted), out, sample=20)
+        assert len(found.frame) == 20 and found.frame.id.is_monotonic_increasing
+        assert found.frame.id.max() > 100 and noted.ids() == found.frame.id.tolist()
+        assert (found.n_rows, found.n_left, found.n_failed) == (200, 200, 0)
+        assert found.device_hours == pytest.approx(200 / found.rows_per_s / 3600)
+        assert "20 of 200 rows" in str(found)
+        assert not os.path.exists(out)
+        assert write(job(noted), out, sample=20).frame.id.tolist() == found.frame.id.tolist()
+
+    def test_of_what_is_begun(self, client, job, out, noted):
+        noted.fail([5])
+        write(job(noted), out)
+        sorted(Path(out).glob("part-*.parquet"))[-1].unlink()
+        n_left = 200 - len(pd.read_parquet(out))
+        before = sorted(p.name for p in Path(out).rglob("*"))
+        found = write(job(noted), out, sample=1000)
+        assert (len(found.frame), found.n_left, found.n_failed) == (200, n_left, 1)
+        assert found.errors == ("ValueError: row 5 is bad",)
+        assert sorted(p.name for p in Path(out).rglob("*")) == before
+
+    def test_what_cannot_be_sampled(self, client, job, out):
+        with pytest.raises(SchemaError, match="rows that can be computed apart"):
+            write(job(batch_rows=None), out, sample=5)
+        with pytest.raises(SchemaError, match="at least 1 row"):
+            write(job(), out, sample=0)
+        write(job(), out)
+        with pytest.raises(OutputError, match="of another job"):
+            write(job(lambda f, m: f), out, sample=5)
