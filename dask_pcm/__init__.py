@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dask_pcm.parquet.pieces import read_parquet
     from dask_pcm.plugins.install import explain, install, release, uninstall
     from dask_pcm.plugins.worker.task import acquire
-    from dask_pcm.runs import Progress, Report, Run, Sample, attach, write_parquet
+    from dask_pcm.runs import Progress, Report, Run, Sample, attach, sample, write_parquet
 
 #: The module that defines each public name.
 _HOMES = {
@@ -36,6 +36,7 @@ _HOMES = {
     "Run": "dask_pcm.runs",
     "Sample": "dask_pcm.runs",
     "attach": "dask_pcm.runs",
+    "sample": "dask_pcm.runs",
     "write_parquet": "dask_pcm.runs",
     "read_parquet": "dask_pcm.parquet.pieces",
     "acquire": "dask_pcm.plugins.worker.task",
@@ -62,6 +63,7 @@ __all__ = [
     "map_partitions",
     "read_parquet",
     "release",
+    "sample",
     "uninstall",
     "write_parquet",
 ]

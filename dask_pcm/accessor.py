@@ -14,7 +14,7 @@ import dask.dataframe as dd
 
 from dask_pcm.frames.map_partitions import map_partitions
 from dask_pcm.inference import LLM, classify
-from dask_pcm.runs import write_parquet
+from dask_pcm.runs import sample, write_parquet
 
 
 def _like(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -49,6 +49,10 @@ class Accessor:
     @_like(classify)
     def classify(self, llm: LLM, **options: Any) -> dd.DataFrame:
         return classify(self._ddf, llm, **options)
+
+    @_like(sample)
+    def sample(self, n_rows: int, **options: Any) -> Any:
+        return sample(self._ddf, n_rows, **options)
 
     @_like(write_parquet)
     def write_parquet(self, path: str | os.PathLike[str], **options: Any) -> Any:

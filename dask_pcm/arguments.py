@@ -27,7 +27,7 @@ _ALIASES = {
     "rows_per_piece": "chunk_size chunksize batch_size num_rows n_rows nrows rows_per_partition",
     "bytes_per_piece": "blocksize block_size",
     "path": "output output_dir output_path out out_dir outdir folder directory filename",
-    "sample": "limit n head",
+    "n_rows": "n limit size rows",
     "context": "contexts model llm ctx",
     "llm": "model context",
     "choices": "labels classes candidate_labels options answers",
@@ -35,7 +35,8 @@ _ALIASES = {
     "keep": "columns keep_columns",
     "required_columns": "columns",
     "device_memory": "memory gpu_memory vram",
-    "max_failed_rows": "max_errors max_failures",
+    "max_failed_rows": "max_errors max_failures max_failed",
+    "max_failed_share": "max_failed_fraction max_error_rate",
 }
 #: Libraries whose objects are live (models, engines, indexes) and cannot be sent to workers.
 _LIVE = frozenset(
@@ -46,6 +47,7 @@ _LIVE = frozenset(
 _CALLS = {
     "map_partitions": "map_partitions(func, ddf, context=..., meta=...)",
     "classify": "classify(ddf, llm, prompt=..., choices=...)",
+    "sample": "sample(ddf, 20)",
     "write_parquet": "write_parquet(ddf, path)",
 }
 #: Calls that write other libraries' data as Parquet, by library and class; "" for any class.
@@ -182,6 +184,47 @@ def check_loader(load: Any) -> None:
             f"The loader {name_of(load)} always returns None. Return the live object: it is passed"
             " to the functions that use the context."
         )
+
+
+def check_reserved(load: Any, args: Sequence[Any], given: Iterable[str]) -> None:
+    """Refuse options of ``Context`` that the loader has as parameters of its own.
+
+    Parameters
+    ----------
+    args
+        Positional arguments of the loader; a parameter that they bind is not ambiguous.
+    given
+        Names of the options that were passed to ``Context``.
+
+    Raises
+    ------
+    RecipeError
+        The value would not reach the loader.
+    """
+    bound = load.keywords if isinstance(load, functools.partial) else {}
+    free = [name for name in _parameters(load, args) if name not in bound]
+    if taken := [name for name in given if name in free]:
+        name = taken[0]
+        raise RecipeError(
+            f"The loader {name_of(load)} has a parameter {name!r}, and so has Context, which takes"
+            f" the {name}= that was passed. Bind the loader's with functools.partial:"
+            f" Context(functools.partial({name_of(load)}, {name}=...), ...)."
+        )
+
+
+def _parameters(func: Any, args: Sequence[Any]) -> list[str]:
+    """Names of the parameters that these positional arguments leave unbound."""
+    try:
+        signature = inspect.signature(func, follow_wrapped=False)
+        bound = signature.bind_partial(*args).arguments
+    except (TypeError, ValueError):  # some builtins have no signature
+        return []
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [
+        name
+        for name, parameter in signature.parameters.items()
+        if name not in bound and parameter.kind not in variadic
+    ]
 
 
 def _check_plain(func: Any, who: str, instead: str) -> None:

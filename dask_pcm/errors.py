@@ -171,7 +171,7 @@ class LimitError(PCMError, ValueError):
     """A failure limit is neither a number of rows nor a share of them."""
 
 
-class CancelledError(PCMError, RuntimeError):
+class RunCancelledError(PCMError, RuntimeError):
     """A run was cancelled; its committed rows are kept."""
 
 

@@ -104,6 +104,23 @@ class TestFunctions:
             over(verify, context={"small": LLM})
 
 
+def named(path, name="x", files=()):
+    return path
+
+
+class TestReservedNames:
+    def test_an_option_that_the_loader_has_as_well_is_refused(self):
+        with pytest.raises(RecipeError, match=r"parameter 'name'.*partial\(named, name=\.\.\.\)"):
+            pcm.Context(named, "a", name="b")
+        with pytest.raises(RecipeError, match="parameter 'files'"):
+            pcm.Context(named, "a", files=[__file__])
+
+    def test_bound_or_not_given_it_is_not(self):
+        assert pcm.Context(functools.partial(named, name="b"), "a", name="c").name == "c"
+        assert pcm.Context(named, "a", "b", name="c").name == "c"
+        assert pcm.Context(named, "a").name == "named"
+
+
 class TestOptions:
     @pytest.mark.parametrize(
         "name", ["batch_size", "batchsize", "num_rows", "chunk_size", "batch_row", "bs"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dask_pcm.errors import CancelledError, FailedRowsError, PCMError, printable
+from dask_pcm.errors import FailedRowsError, PCMError, RunCancelledError, printable
 
 if TYPE_CHECKING:
     from dask_pcm.runs import Run
@@ -30,7 +30,7 @@ def reported_errors(output: str) -> Iterator[None]:
     """Print errors of dask_pcm as one message and exit; on Ctrl-C, print how to resume."""
     try:
         yield
-    except (CancelledError, FailedRowsError) as error:
+    except (RunCancelledError, FailedRowsError) as error:
         say(f"{error}", err=True)
         is_failed = isinstance(error, FailedRowsError)
         sys.exit(EXIT_FAILED_ROWS if is_failed else EXIT_INTERRUPTED)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dask_pcm.cli.errors import reported_errors, say, summarize
-from dask_pcm.errors import FailedRowsError, LimitError, PCMError
+from dask_pcm.errors import FailedRowsError, PCMError
 
 if TYPE_CHECKING:
     from dask_pcm.inference import LLM
@@ -58,11 +58,12 @@ if TYPE_CHECKING:
     help="Shared folder for locks; for stores without conditional put.",
 )
 @click.option(
-    "--max-failed-rows",
-    default="1%",
-    show_default=True,
-    metavar="NUMBER|SHARE",
-    help="Stop if more rows fail: a number, or a share such as 0.05 or 5%.",
+    "--max-failed-rows", type=click.IntRange(0), metavar="N", help="Stop if more than N rows fail."
+)
+@click.option(
+    "--max-failed-share",
+    metavar="P",
+    help="Stop if a larger share of the rows fails, such as 0.05 or 5%.",
 )
 @click.option("--report", metavar="FILE", help="Write the report to FILE, as JSON.")
 def run(
@@ -84,24 +85,22 @@ def run(
     take_over: bool,
     sample: int | None,
     lock_folder: str | None,
-    max_failed_rows: str,
+    max_failed_rows: int | None,
+    max_failed_share: str | None,
     report: str | None,
 ) -> None:
     """Choose an answer for every row of INPUT, a Parquet file or folder, with a model."""
     from dask_pcm.cli.cluster import client_of
     from dask_pcm.inference import classify
     from dask_pcm.parquet.pieces import read_parquet
+    from dask_pcm.runs import sample as draw_sample
     from dask_pcm.runs import write_parquet
-    from dask_pcm.runs.progress.failure_limit import FailureLimit
 
     if workers and scheduler:
         raise click.UsageError("Give --workers or --scheduler, not both.")
     if sample and report:
         raise click.UsageError("A sample has no report: give --sample or --report, not both.")
-    try:
-        limit = FailureLimit.of(max_failed_rows)
-    except LimitError as error:
-        raise click.BadParameter(str(error), param_hint="--max-failed-rows") from error
+    share = _share(max_failed_share)
     # Checked before hours of inference.
     if report and not os.access(Path(report).absolute().parent, os.W_OK):
         raise click.BadParameter(f"The report cannot be written to {report!r}.")
@@ -117,19 +116,22 @@ def run(
             keep=_list(keep) or None,
         )
         with client_of(workers, scheduler) as client:
-            options = {"overwrite": overwrite, "extend": extend, "client": client}
             if sample:
-                _show_sample(write_parquet(verdicts, output, sample=sample, **options))
+                begun = None if overwrite else output
+                _show_sample(draw_sample(verdicts, sample, output=begun, client=client))
                 return
             with _report_of_failed(report, output):
                 done = write_parquet(
                     verdicts,
                     output,
+                    overwrite=overwrite,
+                    extend=extend,
                     retry_failed=retry_failed,
                     take_over=take_over,
                     lock_folder=lock_folder,
-                    max_failed_rows=limit,
-                    **options,
+                    max_failed_rows=max_failed_rows,
+                    max_failed_share=share,
+                    client=client,
                 )
     if report:
         _write_report(report, done.report)
@@ -186,6 +188,22 @@ def _list(values: tuple[str, ...]) -> list[str]:
         # Skip blank lines of a file; an empty text between commas is a mistake to be reported.
         items += [item for item in found if item or separator == ","]
     return items
+
+
+def _share(value: str | None) -> float | None:
+    """A share of rows, from a number or a percentage."""
+    if value is None:
+        return None
+    try:
+        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        if 0 <= share <= 1:
+            return share
+    except ValueError:
+        pass
+    raise click.BadParameter(
+        f"{value!r} is no share of the rows: give a number from 0 to 1, or 0% to 100%.",
+        param_hint="--max-failed-share",
+    )
 
 
 def _model(model: str, revision: str | None) -> LLM:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from dask.utils import funcname, parse_bytes
 
-from dask_pcm.arguments import check_arguments, check_loader
+from dask_pcm.arguments import check_arguments, check_loader, check_reserved
 from dask_pcm.context.bundles import Bundle, bundle_of
 from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import RecipeError
@@ -185,6 +185,17 @@ class Context:
         _check_hooks(offload=offload, restore=restore, close=close)
         _check_choice("exclusive", exclusive, (True, False))
         _check_choice("reattach", reattach, (True, False, None))
+        given = {
+            "device_memory": device_memory is not None,
+            "name": name is not None,
+            "exclusive": not exclusive,
+            "files": bool(files),
+            "offload": offload is not None,
+            "restore": restore is not None,
+            "close": close is not None,
+            "reattach": reattach is not None,
+        }
+        check_reserved(load, args, [option for option, is_given in given.items() if is_given])
         name = name or funcname(load)
         bundles = tuple(f if isinstance(f, Bundle) else bundle_of(f) for f in _several(files))
         args, kwargs = _placed(args, kwargs, bundles)

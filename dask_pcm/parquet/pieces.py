@@ -188,8 +188,9 @@ class PieceReader:
 @checked
 def read_parquet(
     path: AnyPath | Iterable[AnyPath],
-    rows_per_piece: int = ROWS_PER_PIECE,
     columns: str | Iterable[str] | None = None,
+    *,
+    rows_per_piece: int = ROWS_PER_PIECE,
     bytes_per_piece: int | str | None = None,
 ) -> dd.DataFrame:
     """Read Parquet files as an ordinary Dask DataFrame whose partitions are pieces.
@@ -203,11 +204,11 @@ def read_parquet(
         begin with ``_`` or ``.`` are skipped, and so are files that have neither a Parquet suffix
         (``.parquet``, ``.parq``, ``.pq``) nor the Parquet magic bytes. In object stores, only
         files without a suffix are opened to look for these bytes.
+    columns : str or iterable of str, optional
+        Columns to read. All by default. Only these need to agree between files.
     rows_per_piece : int, default 10,000
         Maximum number of rows in a piece. Consecutive row groups of a file are merged up to it,
         and larger row groups are split. A piece never spans files.
-    columns : str or iterable of str, optional
-        Columns to read. All by default. Only these need to agree between files.
     bytes_per_piece : int or str, optional
         Maximum size of a piece, in bytes or as text ("64 MiB"): its columns before compression, as
         estimated from the file's footer. ``pcm.run.unit-bytes`` by default.

@@ -3,7 +3,7 @@
 from dask_pcm.ledger.status import Progress
 from dask_pcm.runs.handle import Run, attach
 from dask_pcm.runs.progress.report import Report
-from dask_pcm.runs.progress.sample import Sample
+from dask_pcm.runs.sampling import Sample, sample
 from dask_pcm.runs.write import write_parquet
 
-__all__ = ["Progress", "Report", "Run", "Sample", "attach", "write_parquet"]
+__all__ = ["Progress", "Report", "Run", "Sample", "attach", "sample", "write_parquet"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from distributed import Future
 
-from dask_pcm.errors import CancelledError, InputError, OutputError
+from dask_pcm.errors import InputError, OutputError, RunCancelledError
 from dask_pcm.ledger.fence import read_requests
 from dask_pcm.ledger.inventory import take_inventory
 from dask_pcm.ledger.object_store import is_of_client
@@ -71,8 +71,8 @@ class Driver:
         Raises
         ------
         Exception
-            What a unit raised, with a note that names it; CancelledError or FailedRowsError if the
-            run was ended; KeyboardInterrupt if the user interrupts it.
+            What a unit raised, with a note that names it; RunCancelledError or FailedRowsError if
+            the run was ended; KeyboardInterrupt if the user interrupts it.
         """
         self._report(float(self.window.cutter.n_rows), 1)  # loads count as this run's from now on
         self.heartbeat.beat()
@@ -174,7 +174,7 @@ class Driver:
 
     def _heed(self, requests: frozenset[str]) -> None:
         if CANCEL in requests:
-            raise CancelledError(
+            raise RunCancelledError(
                 f"The run of {self.output.path!r} was cancelled. What was committed stays; run the"
                 " same again to go on."
             )

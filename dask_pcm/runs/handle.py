@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 
-from dask_pcm.errors import CancelledError, OutputError, PCMError, redacted
+from dask_pcm.errors import OutputError, PCMError, RunCancelledError, redacted
 from dask_pcm.ledger.fence import other_runs, read_driver
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.objects import Objects
@@ -137,7 +137,7 @@ class Run:
                 f"The driver of the run of {self.path!r} has died ({progress}). Run the same again"
                 " to resume."
             )
-        kind = CancelledError if progress.state == CANCELLED else PCMError
+        kind = RunCancelledError if progress.state == CANCELLED else PCMError
         raise kind(self.report.error or f"The run of {self.path!r} {progress.state}.")
 
     def _writer(self) -> Writer | None:

@@ -11,7 +11,7 @@ from dask.utils import key_split
 from distributed import Client
 
 from dask_pcm.config import Config
-from dask_pcm.errors import BusyError, CancelledError, FencedError, redacted
+from dask_pcm.errors import BusyError, FencedError, RunCancelledError, redacted
 from dask_pcm.ledger import status
 from dask_pcm.ledger.fence import fence_others, other_runs
 from dask_pcm.ledger.log import read_lines
@@ -175,7 +175,7 @@ class Session:
                     self._run(is_shown)
                 drop_stash(self._lease.output)
             except BaseException as error:
-                is_meant = isinstance(error, (CancelledError, KeyboardInterrupt))
+                is_meant = isinstance(error, (RunCancelledError, KeyboardInterrupt))
                 report.state = status.CANCELLED if is_meant else status.FAILED
                 report.error = redacted(f"{type(error).__name__}: {error}")
                 with contextlib.suppress(Exception):  # the first error is the one to be told

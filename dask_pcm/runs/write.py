@@ -7,57 +7,24 @@ import os
 import threading
 import uuid
 from pathlib import Path
-from typing import overload
 
 import dask.dataframe as dd
 from distributed import Client
 
 from dask_pcm.arguments import checked, frame_refused
-from dask_pcm.errors import CancelledError, InputError, OutputError, redacted
+from dask_pcm.errors import InputError, OutputError, RunCancelledError, redacted
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import Output, local_path
-from dask_pcm.plugins.install import current_client, install, is_installed
+from dask_pcm.plugins.install import current_client
 from dask_pcm.runs import identity as manifest
-from dask_pcm.runs.handle import Run, output_to_look_at
-from dask_pcm.runs.identity import Manifest
+from dask_pcm.runs.handle import Run
 from dask_pcm.runs.lost import cluster_errors_told
 from dask_pcm.runs.plan import Plan
 from dask_pcm.runs.progress.failure_limit import FailureLimit
-from dask_pcm.runs.progress.sample import Sample, draw
 from dask_pcm.runs.session import Options, Session
 
 logger = logging.getLogger(__name__)
-
-
-@overload
-def write_parquet(
-    ddf: dd.DataFrame,
-    path: str | os.PathLike[str],
-    *,
-    sample: int,
-    overwrite: bool = False,
-    extend: bool = False,
-    client: Client | None = None,
-) -> Sample: ...
-
-
-@overload
-def write_parquet(
-    ddf: dd.DataFrame,
-    path: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    extend: bool = False,
-    retry_failed: bool = False,
-    max_failed_rows: float | str | FailureLimit | None = None,
-    take_over: bool = False,
-    sample: None = None,
-    wait: bool = True,
-    progress: bool | None = None,
-    lock_folder: str | os.PathLike[str] | None = None,
-    client: Client | None = None,
-) -> Run: ...
 
 
 @checked
@@ -68,14 +35,14 @@ def write_parquet(
     overwrite: bool = False,
     extend: bool = False,
     retry_failed: bool = False,
-    max_failed_rows: float | str | FailureLimit | None = None,
+    max_failed_rows: int | None = None,
+    max_failed_share: float | None = None,
     take_over: bool = False,
-    sample: int | None = None,
     wait: bool = True,
     progress: bool | None = None,
     lock_folder: str | os.PathLike[str] | None = None,
     client: Client | None = None,
-) -> Run | Sample:
+) -> Run:
     """Compute a frame into a folder of Parquet files, each row exactly once.
 
     After an interruption or a crash, rerun the same call to resume: committed rows are never
@@ -97,19 +64,16 @@ def write_parquet(
     retry_failed
         Compute the rows that have an error again, and no others. Where a part's rows are not those
         of its input (functions of partitions, filters), the whole part is computed again.
-    max_failed_rows
-        End the run, with some of the errors, when more rows than this have failed: a number (20),
-        or a share of the rows done (0.01, "1%"), checked from 1,000 rows on and at the end. By
-        default any number may fail, with one exception: if no row of the output has succeeded, and
-        every row of the run's first three batches (or of all its batches, if fewer) raises the same
-        type of exception, the run ends with that exception and a row that raised it. "100%" turns
-        this off, too. Rows that ``retry_failed`` computes again do not count.
+    max_failed_rows, max_failed_share
+        End the run, with some of the errors, when more rows than this have failed: a number, such
+        as 20, or a share of the rows done, such as 0.01, checked from 1,000 rows on and at the end.
+        By default any number may fail, with one exception: if no row of the output has succeeded,
+        and every row of the run's first three batches (or of all its batches, if fewer) raises the
+        same type of exception, the run ends with that exception and a row that raised it.
+        ``max_failed_share=1`` turns this off, too. Rows that ``retry_failed`` computes again do not
+        count.
     take_over
         Fence another run that is at work on the output, and resume from what it committed.
-    sample
-        Compute this many rows, drawn at random from the whole input (always the same ones), and
-        estimate what the rest would take. Nothing is written; of the other options only `overwrite`
-        and `extend` have an effect.
     wait
         Return when the run has ended; otherwise at once, while a thread drives the run.
     progress
@@ -124,8 +88,6 @@ def write_parquet(
     -------
     Run
         To wait for the run, look at it, pause or cancel it; it has the report.
-    Sample
-        With `sample`: its rows, rows/s and the device-hours that the rest would take.
 
     Raises
     ------
@@ -137,19 +99,20 @@ def write_parquet(
         A context cannot be loaded, or too many rows failed; what was committed stays.
     Exception
         What the function raised on every one of the first rows.
-    CancelledError
+    RunCancelledError
         The run was cancelled, from this process or another, while this call waited.
     """
-    client, plan = _prepare(ddf, client)
-    options = Options(overwrite, extend, retry_failed, take_over, FailureLimit.of(max_failed_rows))
+    if not isinstance(ddf, dd.DataFrame):
+        raise frame_refused("write_parquet", ddf)
+    client, plan = current_client(client), Plan(ddf)
+    limit = FailureLimit(max_failed_rows, max_failed_share)
+    options = Options(overwrite, extend, retry_failed, take_over, limit)
     if extend and plan.spans is None:
         raise InputError(
             "extend=True takes in new files of pcm.read_parquet, with nothing but functions of"
             " partitions and rows above it; it cannot tell which partitions of this frame are new."
         )
     mine = manifest.identify(ddf.expr, plan.is_splittable)
-    if sample is not None:
-        return _draw(client, plan, output_to_look_at(path), mine, options, sample)
     output = output_at(path, lock_folder)
     _check_apart(output, plan)
     with cluster_errors_told(client, output.path):
@@ -164,29 +127,12 @@ def write_parquet(
             session.drive(is_shown=bool(progress))
         except BaseException as error:
             run._error = error
-            if not isinstance(error, CancelledError):
+            if not isinstance(error, RunCancelledError):
                 logger.error("The run of %s ended: %s", redacted(output.path), redacted(str(error)))
 
     run._thread = threading.Thread(target=drive, name=f"pcm-run-{output.run[:8]}", daemon=True)
     run._thread.start()
     return run
-
-
-def _prepare(ddf: dd.DataFrame, client: Client | None) -> tuple[Client, Plan]:
-    if not isinstance(ddf, dd.DataFrame):
-        raise frame_refused("write_parquet", ddf)
-    return current_client(client), Plan(ddf)
-
-
-def _draw(
-    client: Client, plan: Plan, output: Output, mine: Manifest, options: Options, n_rows: int
-) -> Sample:
-    found = manifest.check(output, mine, options.overwrite, options.extend)
-    n_done = Run(output).progress.done if found is not None else 0
-    with cluster_errors_told(client, output.path):
-        if not is_installed(client):
-            install(client)
-        return draw(client, plan, n_rows, n_done)
 
 
 def output_at(

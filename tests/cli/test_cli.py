@@ -156,9 +156,9 @@ def test_rows_that_are_too_long_decide_the_exit_code(invoke, source, tmp_path):
     claims.loc[:9, "evidence"] = "tennis " * 600
     claims.to_parquet(source / "0.parquet", index=False)
     out, report = tmp_path / "out", tmp_path / "report.json"
-    done = invoke(*run_args(source, out, "--report", report))
+    done = invoke(*run_args(source, out, "--report", report, "--max-failed-share", "1%"))
     assert done.exit_code == 3
-    assert "10 rows failed, more than max_failed_rows=0.01 allows of 400" in done.output
+    assert "10 rows failed, more than max_failed_share=0.01 allows of 400" in done.output
     assert "tokens" in done.output and "--retry-failed" in done.output  # some of the errors
     assert json.loads(report.read_text())["state"] == "failed"
     shown = invoke_here("status", out)
@@ -319,7 +319,8 @@ def test_ctrl_c_leaves_a_resumable_output_and_says_so(tmp_path):
 def test_help_names_the_commands():
     shown = CliRunner().invoke(main, ["--help"]).output
     assert "run" in shown and "demo" in shown
-    assert "--max-failed-rows" in CliRunner().invoke(main, ["run", "--help"]).output
+    shown = CliRunner().invoke(main, ["run", "--help"]).output
+    assert "--max-failed-rows" in shown and "--max-failed-share" in shown
 
 
 @pytest.mark.parametrize(
@@ -327,6 +328,9 @@ def test_help_names_the_commands():
     [
         (["--workers", "2", "--scheduler", "tcp://nowhere:1"], "Give --workers or --scheduler"),
         (["--sample", "3", "--report", "report.json"], "A sample has no report"),
+        (["--max-failed-share", "120%"], "'120%' is no share of the rows"),
+        (["--max-failed-share", "a few"], "'a few' is no share of the rows"),
+        (["--max-failed-rows", "1%"], "'1%' is not a valid integer range"),
     ],
 )
 def test_options_that_exclude_each_other(invoke, source, tmp_path, options, message):

@@ -18,8 +18,8 @@ import pytest
 import dask_pcm as pcm
 from dask_pcm.errors import (
     BusyError,
-    CancelledError,
     OutputError,
+    RunCancelledError,
 )
 from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.output import Output
@@ -107,7 +107,7 @@ class TestHandle:
     def test_cancel_and_go_on(self, client, job, out, gate):
         run = write(job(gate), out, wait=False)
         run.cancel()
-        with pytest.raises(CancelledError, match="was cancelled"):
+        with pytest.raises(RunCancelledError, match="was cancelled"):
             run.wait(patient(30))
         assert run.status == run.report.state == "cancelled"
         gate.open()

@@ -14,9 +14,9 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import (
-    CancelledError,
     InputError,
     OutputError,
+    RunCancelledError,
 )
 from dask_pcm.runs import identity as manifest
 from tests.support.jobs import LLM, META, found_in, note_in, verify, write
@@ -136,7 +136,7 @@ class TestRetry:
         write(job(noted), out)
         run = write(job(noted), out, retry_failed=True, wait=False)
         run.cancel()
-        with contextlib.suppress(CancelledError):
+        with contextlib.suppress(RunCancelledError):
             run.wait(patient(30))
         n_failed = int(pd.read_parquet(out).error.notna().sum())
         assert run.report.rows_failed == n_failed

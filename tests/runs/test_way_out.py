@@ -18,7 +18,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
-from dask_pcm.errors import CancelledError
+from dask_pcm.errors import RunCancelledError
 from dask_pcm.ledger.status import Progress
 from dask_pcm.runs import gate_link as link
 from dask_pcm.runs.driver import Driver
@@ -129,7 +129,7 @@ def test_cancelled_it_ends_at_once(remote, claims, tmp_path, frozen):
     until(slow.called.exists)
     cluster.harm(frozen, signal.SIGSTOP)
     time.sleep(0.5)  # whatever it does then, it is doing it
-    with ended_at_once(CancelledError) as asked:
+    with ended_at_once(RunCancelledError) as asked:
         asked()
         run.cancel()
         run.wait(LIMIT_S)
@@ -203,7 +203,7 @@ def test_results_that_are_lost_with_their_workers_are_had_from_the_ledger(waitin
 
 def test_it_is_cancelled_while_results_are_waited_for(waiting):
     run, _ = waiting
-    with ended_at_once(CancelledError) as asked:
+    with ended_at_once(RunCancelledError) as asked:
         asked()
         run.cancel()
         run.wait(LIMIT_S)

@@ -107,7 +107,7 @@ class Results:
         sample = "".join(f"\n  {text}" for text in report.errors) or "\n  (in an earlier run)"
         n_left, counted = self._state.n_total - self._state.n_done, self._state.counted
         raise FailedRowsError(
-            f"{report.rows_failed:,} rows failed, more than max_failed_rows={self._limit} allows of"
+            f"{report.rows_failed:,} rows failed, more than {self._limit} allows of"
             f" {report.rows:,}; {n_left:,} {counted} are still to be done in"
             f" {self._path!r}. Some of the errors:{sample}\nMend the cause and run again"
             " with retry_failed=True (--retry-failed), or allow more."
@@ -126,6 +126,6 @@ class Results:
             f"This ended the run of {self._path!r}, since nothing else came of its first"
             " rows. Mend the cause and run again with retry_failed=True (--retry-failed), or with"
             " overwrite=True where the function changes. If these rows are bad in themselves,"
-            " max_failed_rows='100%' goes on."
+            " max_failed_share=1 goes on."
         )
         raise error

@@ -37,9 +37,9 @@ class TestTooManyFailures:
 
     def test_a_share_of_all_rows(self, client, job, out, noted):
         noted.fail([1, 2])
-        assert write(job(noted), out, max_failed_rows=0.01).report.rows_failed == 2
-        with pytest.raises(FailedRowsError, match=r"max_failed_rows=0\.005 allows of 200"):
-            write(job(noted), out, max_failed_rows="0.5%")
+        assert write(job(noted), out, max_failed_share=0.01).report.rows_failed == 2
+        with pytest.raises(FailedRowsError, match=r"max_failed_share=0\.005 allows of 200"):
+            write(job(noted), out, max_failed_share=0.005)
 
     def test_a_share_says_nothing_before_1000_rows(self, client, claims, out, noted):
         """Half of all rows fail, too many at any time: it is looked at once there are 1,000."""
@@ -51,20 +51,20 @@ class TestTooManyFailures:
         frame = pcm.read_parquet(claims(n_files=40, n_rows=100))
         verdicts = pcm.map_partitions(half, frame, context=LLM, meta=META, batch_rows=20)
         with pytest.raises(FailedRowsError, match=r"=0\.3 allows of [1-3],\d\d\d; .* to be done"):
-            write(verdicts, out, max_failed_rows="30%")
+            write(verdicts, out, max_failed_share=0.3)
 
     def test_of_a_frame_whose_rows_nobody_counted(self, client, job, out, noted):
         read = dd.read_parquet(job.folder)
         frame = pcm.map_partitions(noted, read, context=LLM, meta=META, batch_rows=8)
         noted.fail([1, 2])
         with pytest.raises(FailedRowsError, match="allows of 200"):
-            write(frame, out, max_failed_rows=0.005)
+            write(frame, out, max_failed_share=0.005)
 
     def test_nothing_but_failures(self, client, claims, out, noted):
         frame = pcm.read_parquet(claims(n_files=40, n_rows=100))
         noted.fail(range(4000))
         verdicts = pcm.map_partitions(noted, frame, context=LLM, meta=META, batch_rows=10)
-        for options in ({}, {"max_failed_rows": "90%"}):
+        for options in ({}, {"max_failed_share": 0.9}):
             with pytest.raises(ValueError, match="is bad") as raised:
                 write(verdicts, out, **options, overwrite=True)
             assert not isinstance(raised.value, pcm.PCMError)
@@ -87,7 +87,7 @@ class TestTooManyFailures:
             write(verdicts, out)
         # Rows computed again do not count, nor does it where all may fail.
         assert write(verdicts, out, retry_failed=True).report.rows_failed == n_rows
-        done = write(verdicts, out, max_failed_rows="100%", overwrite=True)
+        done = write(verdicts, out, max_failed_share=1, overwrite=True)
         assert done.report.rows_failed == n_rows
 
     def test_all_rows_of_a_frame_whose_rows_nobody_counted(self, client, job, out, noted):
@@ -124,7 +124,7 @@ class TestTooManyFailures:
             write(failing, out)
 
     def test_a_limit_that_is_none(self, client, job, out):
-        with pytest.raises(pcm.PCMError, match="takes a number of rows or a share"):
+        with pytest.raises(pcm.PCMError, match="takes a number of rows"):
             write(job(), out, max_failed_rows="many")
         assert not os.path.exists(out)
 
@@ -133,19 +133,19 @@ class TestSample:
     def test_where_every_row_fails_alike(self, client, job, out, noted):
         noted.fail(range(200))
         with pytest.raises(ValueError, match="is bad"):
-            write(job(noted), out, sample=20)
+            pcm.sample(job(noted), 20)
         noted.fail(range(150))
-        assert 0 < write(job(noted), out, sample=20).n_failed < 20
+        assert 0 < pcm.sample(job(noted), 20).n_failed < 20
 
     def test_rows_of_the_whole_and_what_the_rest_would_take(self, client, job, out, noted):
-        found = write(job(noted), out, sample=20)
+        found = pcm.sample(job(noted), 20)
         assert len(found.frame) == 20 and found.frame.id.is_monotonic_increasing
         assert found.frame.id.max() > 100 and noted.ids() == found.frame.id.tolist()
         assert (found.n_rows, found.n_left, found.n_failed) == (200, 200, 0)
         assert found.device_hours == pytest.approx(200 / found.rows_per_s / 3600)
         assert "20 of 200 rows" in str(found)
         assert not os.path.exists(out)
-        assert write(job(noted), out, sample=20).frame.id.tolist() == found.frame.id.tolist()
+        assert pcm.sample(job(noted), 20).frame.id.tolist() == found.frame.id.tolist()
 
     def test_of_what_is_begun(self, client, job, out, noted):
         noted.fail([5])
@@ -153,16 +153,16 @@ class TestSample:
         sorted(Path(out).glob("part-*.parquet"))[-1].unlink()
         n_left = 200 - len(pd.read_parquet(out))
         before = sorted(p.name for p in Path(out).rglob("*"))
-        found = write(job(noted), out, sample=1000)
+        found = pcm.sample(job(noted), 1000, output=out)
         assert (len(found.frame), found.n_left, found.n_failed) == (200, n_left, 1)
         assert found.errors == ("ValueError: row 5 is bad",)
         assert sorted(p.name for p in Path(out).rglob("*")) == before
 
     def test_what_cannot_be_sampled(self, client, job, out):
-        with pytest.raises(SchemaError, match="rows that can be computed apart"):
-            write(job(batch_rows=None), out, sample=5)
-        with pytest.raises(SchemaError, match="at least 1 row"):
-            write(job(), out, sample=0)
+        with pytest.raises(SchemaError, match="rows that can be computed separately"):
+            pcm.sample(job(batch_rows=None), 5)
+        with pytest.raises(SchemaError, match="at least 1"):
+            pcm.sample(job(), 0)
         write(job(), out)
         with pytest.raises(OutputError, match="of another job"):
-            write(job(lambda f, m: f), out, sample=5)
+            pcm.sample(job(lambda f, m: f), 5, output=out)

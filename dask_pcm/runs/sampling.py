@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 from distributed import Client
 
+from dask_pcm.arguments import checked, frame_refused
 from dask_pcm.config import Config
 from dask_pcm.context.context import ContextRef
 from dask_pcm.errors import SchemaError
 from dask_pcm.frames.call import ERROR
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.parquet.pieces import Span
+from dask_pcm.plugins.install import current_client, install, is_installed
 from dask_pcm.plugins.worker.tally import unpack
 from dask_pcm.plugins.worker.task import task_stats
+from dask_pcm.runs import identity as manifest
+from dask_pcm.runs.handle import output_to_look_at
+from dask_pcm.runs.lost import cluster_errors_told
 from dask_pcm.runs.plan import Plan, Unit
+from dask_pcm.runs.progress.failure_limit import is_count
+from dask_pcm.runs.progress.stored import stored_progress
 from dask_pcm.runs.units.compute import chunks, compute
 from dask_pcm.scheduling.rules.first_batches import Failing
 
@@ -68,25 +77,67 @@ class Sample:
         return f"<Sample: {self}>"
 
 
-def draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
-    """Compute `n_rows` rows drawn at random from the whole input, the same ones every time.
+@checked
+def sample(
+    ddf: dd.DataFrame,
+    n_rows: int,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    client: Client | None = None,
+) -> Sample:
+    """Compute rows drawn at random, before a run, to look at the answers and the cost.
 
-    `n_done` rows of the input are in the output already.
+    The same rows are drawn every time. Nothing is written.
+
+    Parameters
+    ----------
+    ddf
+        What ``write_parquet`` would be given: over ``dask_pcm.read_parquet``, with functions by
+        rows (``batch_rows``).
+    n_rows
+        Rows of the sample, at least 1; all rows if there are fewer.
+    output
+        An output that the job has begun: its rows do not count as left to do.
+    client
+        A client of the cluster; the current one if left out. The toolkit is installed on it.
 
     Raises
     ------
     SchemaError
         The frame's rows cannot be computed separately.
+    OutputError
+        The output is another job's.
     Exception
         What the function raised on every one of these rows.
     """
+    if not isinstance(ddf, dd.DataFrame):
+        raise frame_refused("sample", ddf)
+    client, plan = current_client(client), Plan(ddf)
+    _check_sample(plan, n_rows)
+    n_done = 0
+    if output is not None:
+        begun = output_to_look_at(output)
+        mine = manifest.identify(ddf.expr, plan.is_splittable)
+        if manifest.check(begun, mine, overwrite=False, extend=True) is not None:
+            n_done = stored_progress(begun, None).done
+    with cluster_errors_told(client, "the sample"):
+        if not is_installed(client):
+            install(client)
+        return _draw(client, plan, n_rows, n_done)
+
+
+def _check_sample(plan: Plan, n_rows: int) -> None:
     if not plan.is_splittable or plan.spans is None:
         raise SchemaError(
             "A sample needs rows that can be computed separately: a frame of"
             " pcm.read_parquet, and functions by rows (batch_rows=...)."
         )
-    if n_rows < 1:
-        raise SchemaError(f"A sample has at least 1 row; found {n_rows}.")
+    if not is_count(n_rows) or n_rows < 1:
+        raise SchemaError(f"A sample has a number of rows, at least 1; found {n_rows!r}.")
+
+
+def _draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
+    """Compute `n_rows` rows; `n_done` rows of the input are in the output already."""
     start = time.monotonic()
     units = list(_units(plan, n_rows, len(client.nthreads())))
     keys = [f"{plan.label}_sample-{start}-{number}" for number in range(len(units))]
