@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dask_pcm.errors import OutputError
-from dask_pcm.ledger.log import parse_line
+from dask_pcm.ledger.log_lines import parse_line
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import is_intact, parse_name, range_name
 from dask_pcm.ledger.ranges import Range, Ranges
-from dask_pcm.ledger.storage import Entry
+from dask_pcm.ledger.storage.base import Entry
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from dask_pcm.errors import OutputError, shown_cause
 from dask_pcm.ledger.decode import parse
+from dask_pcm.ledger.layout import HOME
 from dask_pcm.ledger.parts import Note, note_of, parse_name
-from dask_pcm.ledger.storage import HOME, Committer, Entry, Storage
+from dask_pcm.ledger.storage.base import Committer, Entry, Storage
 from dask_pcm.paths import path_text
 
 logger = logging.getLogger(__name__)

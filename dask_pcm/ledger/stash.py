@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from dask_pcm.ledger.layout import JOURNAL, LOG, MANIFEST, REPORT
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name
-from dask_pcm.ledger.storage import JOURNAL, LOG, MANIFEST, REPORT, Storage
+from dask_pcm.ledger.storage.base import Storage
 
 _ASIDE = "aside"
 

@@ -25,15 +25,15 @@ from dask_pcm.errors import (
 )
 from dask_pcm.frames.call import ERROR
 from dask_pcm.ledger import status
-from dask_pcm.ledger.fence import read_requests
 from dask_pcm.ledger.inventory import Counts, is_first, take_inventory
-from dask_pcm.ledger.journals import journal_names
+from dask_pcm.ledger.layout import CANCEL, PAUSE
 from dask_pcm.ledger.log import read_lines
-from dask_pcm.ledger.object_store import is_of_client
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name, range_name
 from dask_pcm.ledger.stash import drop_stash
-from dask_pcm.ledger.storage import CANCEL, PAUSE
+from dask_pcm.ledger.storage.object_store import is_of_client
+from dask_pcm.ledger.takeover import read_requests
+from dask_pcm.ledger.unit_journals import journal_names
 from dask_pcm.plugins.worker.tally import unpack
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.gate_link import Link

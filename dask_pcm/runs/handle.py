@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dask_pcm.errors import CancelledError, OutputError, PCMError, redacted
-from dask_pcm.ledger.fence import other_runs, read_driver
-from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.objects import Objects
+from dask_pcm.ledger.layout import CANCEL, HOME, PAUSE, REPORT
 from dask_pcm.ledger.output import Output, local_path
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Ranges
@@ -26,7 +24,9 @@ from dask_pcm.ledger.status import (
     Progress,
     Writer,
 )
-from dask_pcm.ledger.storage import CANCEL, HOME, PAUSE, REPORT
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.storage.objects import Objects
+from dask_pcm.ledger.takeover import other_runs, read_driver
 from dask_pcm.runs.identity import Manifest
 from dask_pcm.runs.progress.report import Report
 

@@ -19,12 +19,12 @@ from dask_pcm.arguments import checked, frame_refused
 from dask_pcm.config import Config
 from dask_pcm.errors import BusyError, CancelledError, InputError, OutputError, redacted
 from dask_pcm.ledger import status
-from dask_pcm.ledger.fence import fence_others, other_runs
-from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.objects import Objects
+from dask_pcm.ledger.layout import MANIFEST, REPORT
 from dask_pcm.ledger.output import Output, local_path
 from dask_pcm.ledger.stash import drop_stash, stash, unstash
-from dask_pcm.ledger.storage import MANIFEST, REPORT
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.storage.objects import Objects
+from dask_pcm.ledger.takeover import fence_others, other_runs
 from dask_pcm.plugins.install import current_client, install, is_installed
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.driver import Driver

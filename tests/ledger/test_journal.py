@@ -13,16 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 
 import dask_pcm as pcm
-from dask_pcm.ledger import journal as journals
-from dask_pcm.ledger.fence import fence_others
-from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import Extent, take_inventory
-from dask_pcm.ledger.journal import FileJournal, Record, apart, read_journal
-from dask_pcm.ledger.journals import begin_journal, journal_names
+from dask_pcm.ledger.journal import writer
+from dask_pcm.ledger.journal.reader import apart, read_journal
+from dask_pcm.ledger.journal.record import Record, frame
+from dask_pcm.ledger.journal.writer import FileJournal
 from dask_pcm.ledger.log import read_lines
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.ranges import Ranges
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.takeover import fence_others
+from dask_pcm.ledger.unit_journals import begin_journal, journal_names
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.plan import Plan
@@ -266,8 +268,7 @@ def test_a_record_of_other_content_counts_as_not_written(tmp_path, head):
     path = tmp_path / "journal"
     journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
     journal.append(records()[0])
-    lengths = journals._LENGTHS.pack(len(head), 4, journals._digest(head, b"junk"))
-    journal._write([lengths, head, b"junk"])
+    journal._write(frame(head, b"junk"))
     journal.append(records()[1])
     journal.close()
     found = read_journal(path.read_bytes())
@@ -358,8 +359,8 @@ def test_ranges(ranges, missing):
 
 def test_what_is_noted_is_synced_every_few_seconds_and_no_more(tmp_path, monkeypatch):
     clock, synced = [0.0], []
-    monkeypatch.setattr("dask_pcm.ledger.journal.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("dask_pcm.ledger.journal.os.fdatasync", lambda fd: synced.append(clock[0]))
+    monkeypatch.setattr(writer.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(writer.os, "fdatasync", lambda fd: synced.append(clock[0]))
     path = tmp_path / "journal"
     journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
     for second in range(16):

@@ -19,18 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from dask_pcm.errors import FencedError, OutputError
-from dask_pcm.ledger import commit, fence, lock_objects
-from dask_pcm.ledger.fence import fence_others, other_runs, read_requests
-from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import Counts, take_inventory
-from dask_pcm.ledger.journals import begin_journal, journal_names
+from dask_pcm.ledger.layout import LOG, MANIFEST
 from dask_pcm.ledger.log import note_called, note_start, read_lines
-from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name, partition_name, range_name, write_part
 from dask_pcm.ledger.stash import drop_stash, stash, unstash
-from dask_pcm.ledger.storage import LOG, MANIFEST
-from dask_pcm.ledger.tree import Tree
+from dask_pcm.ledger.storage import commit, fence, lock_objects
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.storage.objects import Objects
+from dask_pcm.ledger.storage.tree import Tree
+from dask_pcm.ledger.takeover import fence_others, other_runs, read_requests
+from dask_pcm.ledger.unit_journals import begin_journal, journal_names
 from dask_pcm.runs.progress.report import rows_recomputed
 from tests.support.patience import patient
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 import dask_pcm as pcm
 from dask_pcm.errors import LostProcessError
-from dask_pcm.ledger.fence import fence_others
-from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import take_inventory
-from dask_pcm.ledger.journals import journal_names, read_journals
 from dask_pcm.ledger.log import read_lines
-from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import Output
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.storage.objects import Objects
 from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
+from dask_pcm.ledger.takeover import fence_others
+from dask_pcm.ledger.unit_journals import journal_names, read_journals
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.plan import Plan

@@ -15,15 +15,15 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import OutputError
-from dask_pcm.ledger.fence import fence_others
-from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import take_inventory
 from dask_pcm.ledger.log import note_start
-from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.stash import drop_stash, stash
-from dask_pcm.ledger.tree import Tree
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.storage.objects import Objects
+from dask_pcm.ledger.storage.tree import Tree
+from dask_pcm.ledger.takeover import fence_others
 
 NAME = range_name(0, 2)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
@@ -185,7 +185,7 @@ class TestOwners:
     def test_root_is_trusted_by_others(self, out):
         subprocess.run(["chmod", "-R", "a+rwX", str(out)], check=True)
         code = (
-            "import os; from dask_pcm.ledger.folder import Folder;"
+            "import os; from dask_pcm.ledger.storage.folder import Folder;"
             "os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534);"
             f"Folder({str(out)!r}, 'other').fence.takeover_lock().__enter__(); print('begun')"
         )
@@ -199,7 +199,7 @@ class TestOwners:
 
     def test_where_all_files_are_shown_as_anothers_they_are_ours(self, out):
         """As on a filesystem that tells nothing of users, or maps them."""
-        from dask_pcm.ledger import tree
+        from dask_pcm.ledger.storage import tree
 
         os.chown(out / "_pcm" / "log", NOBODY, NOBODY)
         with pytest.MonkeyPatch.context() as patched:

@@ -30,10 +30,10 @@ from dask_pcm.errors import (
     OutputError,
     SchemaError,
 )
-from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.layout import MANIFEST
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.stash import stash
-from dask_pcm.ledger.storage import MANIFEST
+from dask_pcm.ledger.storage.folder import Folder
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.identity import Manifest
 from tests.support.patience import patient, until

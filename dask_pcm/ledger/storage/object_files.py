@@ -14,10 +14,10 @@ from typing import Any, BinaryIO, ClassVar
 import fsspec
 
 from dask_pcm.errors import FencedError
-from dask_pcm.ledger.lockfiles import SILENT_S, LockFiles
-from dask_pcm.ledger.object_store import Store
-from dask_pcm.ledger.storage import Entry, Storage
-from dask_pcm.ledger.tree import Tree
+from dask_pcm.ledger.storage.base import Entry, Storage
+from dask_pcm.ledger.storage.lock_files import SILENT_S, LockFiles
+from dask_pcm.ledger.storage.object_store import Store
+from dask_pcm.ledger.storage.tree import Tree
 
 #: Protocols whose fsspec implementation puts conditionally; whether the store does is tried out.
 CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl"})

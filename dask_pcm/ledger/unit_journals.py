@@ -7,9 +7,10 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dask_pcm.ledger.journal import Found, Journal, read_journal
+from dask_pcm.ledger.journal.reader import Found, read_journal
+from dask_pcm.ledger.journal.writer import Journal
+from dask_pcm.ledger.layout import JOURNAL
 from dask_pcm.ledger.output import Output
-from dask_pcm.ledger.storage import JOURNAL
 
 
 def begin_journal(output: Output, unit: str, origin: Mapping[str, Any]) -> Journal:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dask_pcm.ledger.commit import LinkCommitter
-from dask_pcm.ledger.fence import LockFence
-from dask_pcm.ledger.folder_files import FolderFiles
-from dask_pcm.ledger.journal import FileJournal
-from dask_pcm.ledger.log import FileLog
+from dask_pcm.ledger.journal.writer import FileJournal
+from dask_pcm.ledger.storage.commit import LinkCommitter
+from dask_pcm.ledger.storage.fence import LockFence
+from dask_pcm.ledger.storage.folder_files import FolderFiles
+from dask_pcm.ledger.storage.log import FileLog
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from dask_pcm.errors import FencedError, OutputError
-from dask_pcm.ledger.journal import NO_ROOM
-from dask_pcm.ledger.storage import Entry, Storage
-from dask_pcm.ledger.tree import Tree
+from dask_pcm.ledger.journal.writer import NO_ROOM
+from dask_pcm.ledger.storage.base import Entry, Storage
+from dask_pcm.ledger.storage.tree import Tree
 
 #: What is raised where a folder, or what is in it, is not there.
 NO_FOLDER = (FileNotFoundError, NotADirectoryError)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dask_pcm.ledger.tree import Tree
+from dask_pcm.ledger.storage.tree import Tree
 
 #: A lock whose holder has shown nothing for so long is taken over.
 SILENT_S = 30.0

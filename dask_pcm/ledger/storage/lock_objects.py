@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from dask_pcm.errors import redacted
-from dask_pcm.ledger.lockfiles import POLL_S, SILENT_S, refreshing
-from dask_pcm.ledger.object_files import ObjectFiles
-from dask_pcm.ledger.storage import HOME
+from dask_pcm.ledger.layout import HOME
+from dask_pcm.ledger.storage.lock_files import POLL_S, SILENT_S, refreshing
+from dask_pcm.ledger.storage.object_files import ObjectFiles
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dask_pcm.errors import FencedError
-from dask_pcm.ledger.folder_files import FolderFiles, link_new, sync_file
-from dask_pcm.ledger.lockfiles import POLL_S
-from dask_pcm.ledger.log import commit_line
-from dask_pcm.ledger.object_files import ObjectFiles, stamp_of
+from dask_pcm.ledger.log_lines import commit_line
 from dask_pcm.ledger.parts import Note, write_part
-from dask_pcm.ledger.storage import Committer
+from dask_pcm.ledger.storage.base import Committer
+from dask_pcm.ledger.storage.folder_files import FolderFiles, link_new, sync_file
+from dask_pcm.ledger.storage.lock_files import POLL_S
+from dask_pcm.ledger.storage.object_files import ObjectFiles, stamp_of
 
 
 @dataclass(frozen=True, slots=True)

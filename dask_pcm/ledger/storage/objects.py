@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from dask_pcm.errors import OutputError, shown_cause
-from dask_pcm.ledger.commit import PutCommitter
-from dask_pcm.ledger.fence import StatusFence
-from dask_pcm.ledger.journal import Journal, ObjectJournal
-from dask_pcm.ledger.log import ObjectLog
-from dask_pcm.ledger.object_files import CONDITIONAL, ObjectFiles, protocol_of
-from dask_pcm.ledger.storage import HOME
+from dask_pcm.ledger.journal.writer import Journal, ObjectJournal
+from dask_pcm.ledger.layout import HOME
+from dask_pcm.ledger.storage.commit import PutCommitter
+from dask_pcm.ledger.storage.fence import StatusFence
+from dask_pcm.ledger.storage.log import ObjectLog
+from dask_pcm.ledger.storage.object_files import CONDITIONAL, ObjectFiles, protocol_of
 
 
 @dataclass(frozen=True, slots=True)

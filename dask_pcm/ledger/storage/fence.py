@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask_pcm.errors import OutputError
-from dask_pcm.ledger.folder_files import NO_FOLDER, FolderFiles
-from dask_pcm.ledger.lock_objects import LockObjects, age_s
-from dask_pcm.ledger.lockfiles import SILENT_S
-from dask_pcm.ledger.object_files import ObjectFiles
-from dask_pcm.ledger.output import Output
-from dask_pcm.ledger.stash import restore
-from dask_pcm.ledger.status import Writer
-from dask_pcm.ledger.storage import CANCEL, HOME, JOURNAL, LOG, PAUSE, Fence
-from dask_pcm.ledger.tree import check_below
+from dask_pcm.ledger.layout import HOME, JOURNAL, LOG
+from dask_pcm.ledger.storage.base import Fence
+from dask_pcm.ledger.storage.folder_files import NO_FOLDER, FolderFiles
+from dask_pcm.ledger.storage.lock_files import SILENT_S
+from dask_pcm.ledger.storage.lock_objects import LockObjects, age_s
+from dask_pcm.ledger.storage.object_files import ObjectFiles
+from dask_pcm.ledger.storage.tree import check_below
 
 #: Of a run on another host, or without locks: with an older status it is not at work.
 LOCKLESS_SILENT_S = 15.0
@@ -133,9 +131,9 @@ class StatusFence(Fence):
 
     @contextlib.contextmanager
     def open_run(self, says: Mapping[str, Any]) -> Iterator[None]:
-        files, output = self.files, Output(self.files)
-        output.write_json(f"{files.run_dir}/driver.json", dict(says))
-        output.write_json(f"{files.run_dir}/status.json", {})
+        files = self.files
+        files.write(f"{files.run_dir}/driver.json", json.dumps(dict(says), indent=1).encode())
+        files.write(f"{files.run_dir}/status.json", b"{}")
         try:
             yield
         finally:
@@ -148,40 +146,3 @@ class StatusFence(Fence):
     def fence_run(self, run: str) -> str:
         self.files.remove(f"{HOME}/run-{run}/driver.json")
         return f"{HOME}/run-{run}"
-
-
-def other_runs(output: Output) -> list[Writer]:
-    """Other runs that are at work, or were and left their things."""
-    found = []
-    for name in output.storage.entries(HOME):
-        if name.startswith("run-") and name.endswith("/") and name != f"run-{output.run}/":
-            run = name[len("run-") : -1]
-            says = read_driver(output, run)
-            is_alive = output.storage.fence.is_alive(run, says)
-            found.append(Writer(run, says or {}, is_alive))
-    return found
-
-
-def read_driver(output: Output, run: str) -> dict[str, Any] | None:
-    """What a run says of its driver; None if it is gone, empty if it cannot be read."""
-    return output.read_told(f"{HOME}/run-{run}/driver.json")
-
-
-def read_requests(output: Output) -> frozenset[str]:
-    """What is asked of this run: to pause, to cancel."""
-    return frozenset(output.storage.entries(output.run_dir)) & {PAUSE, CANCEL}
-
-
-def fence_others(output: Output, include_alive: bool = True) -> None:
-    """Shut out every other run: none of them can commit once this returns.
-
-    What a run had stashed, and came to nothing, is put back. Unless `include_alive`, only runs
-    whose driver is gone are meant.
-    """
-    for other in other_runs(output):
-        if include_alive or not other.is_alive:
-            restore(output, output.storage.fence.fence_run(other.run))
-    for name in output.storage.entries(HOME):
-        # Left by a process that was killed while it opened a run, or fenced one.
-        if name.startswith(("old-", "new-")) and name.endswith("/"):
-            restore(output, f"{HOME}/{name[:-1]}")
