@@ -639,7 +639,7 @@ class TestObjects:
     def test_a_lock_whose_holder_died_is_taken_over(self, bucket, tmp_path, monkeypatch):
         output = Output(Objects.at(f"{bucket}/out", str(tmp_path)))
         with at_work(output):
-            lock = Path(output.storage.locks, output.storage.lock_files._at(NAME))
+            lock = Path(output.storage.locks, output.storage.lock_files._path_of(NAME))
             lock.write_text("")
             os.utime(lock, (1, 1))
             assert output.commit(NAME, [TABLE], lambda: NOTE)

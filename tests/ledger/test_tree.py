@@ -164,7 +164,7 @@ def test_the_output_itself_may_be_a_link(out, tmp_path):
 @needs_root
 class TestOwners:
     @pytest.mark.parametrize("name", ["", "log", "manifest.json", "log/x.jsonl"])
-    def test_what_belongs_to_a_stranger_is_refused_and_can_be_looked_at(self, out, name):
+    def test_what_belongs_to_a_stranger_is_refused_and_can_be_looked_path_of(self, out, name):
         path = out / "_pcm" / name
         if not path.exists():
             path.write_text("{}")
@@ -216,7 +216,7 @@ class TestLockFolder:
     def test_a_lock_that_somebody_has_put_there(self, output, tmp_path, is_link):
         victim = tmp_path / "victim"
         victim.write_text("precious")
-        lock = Path(output.locks, output.lock_files._at("run"))
+        lock = Path(output.locks, output.lock_files._path_of("run"))
         lock.parent.mkdir()
         lock.symlink_to(victim) if is_link else os.mkfifo(lock)
         with (
@@ -227,7 +227,7 @@ class TestLockFolder:
         assert victim.read_text() == "precious"
 
     def test_a_folder_that_somebody_has_put_there(self, output, tmp_path):
-        place = Path(output.locks, output.lock_files._at("run")).parent
+        place = Path(output.locks, output.lock_files._path_of("run")).parent
         place.symlink_to(tmp_path)
         with pytest.raises(OutputError, match="is a link"), output.fence.takeover_lock():
             pass
@@ -235,7 +235,7 @@ class TestLockFolder:
 
     @needs_root
     def test_a_folder_of_a_stranger(self, output):
-        place = Path(output.locks, output.lock_files._at("run")).parent
+        place = Path(output.locks, output.lock_files._path_of("run")).parent
         place.mkdir()
         os.chown(place, NOBODY, NOBODY)
         with pytest.raises(OutputError, match=f"uid {NOBODY}"), output.fence.takeover_lock():

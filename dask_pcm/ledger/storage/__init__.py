@@ -1,1 +1,1 @@
-"""Where an output is kept: a folder of a filesystem, or an object store."""
+"""Where an output is kept: in a folder of a filesystem, or in an object store."""

@@ -1,4 +1,9 @@
-"""What every storage of an output does, as one run sees it."""
+"""The interface that outputs in folders and in object stores share.
+
+``folder.py`` implements it for a folder of a filesystem, ``objects.py`` for an object store. Both
+read and write files alike. What the two cannot do alike (fence a run, append to the log, commit a
+part) each does in its own way, behind one interface.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ from dask_pcm.ledger.parts import Note
 
 
 class Entry(NamedTuple):
-    """A file as a listing shows it; `stamp` changes with every write."""
+    """A file in a listing; `stamp` changes with every write."""
 
     n_bytes: int
     stamp: str
@@ -30,36 +35,38 @@ class Storage(abc.ABC):
     Attributes
     ----------
     path
-        Where it is: an absolute path that driver and workers see, or a URL.
+        An absolute path that driver and workers see, or a URL.
     run
         Identity of the run, new for each.
     owner
-        The user who drives the run.
+        Id of the user who drives the run.
     """
 
     path: str
     run: str
+    # A default of the driver's process: pickled with the output, it names the driver's user on
+    # workers, which may run as another one.
     owner: int = field(default_factory=os.geteuid, kw_only=True)
 
-    #: How often a run looks for requests, and writes its status.
+    #: Seconds between looks for requests, and between writes of the status.
     poll_s: ClassVar[float] = 0.25
     heartbeat_s: ClassVar[float] = 2.0
-    #: Whether a journal costs so little that every unit has one; elsewhere only units that were
-    #: lost with their worker have.
+    #: Whether journals are cheap enough for every unit. Otherwise only units that were lost with
+    #: their worker before have one.
     has_journals: ClassVar[bool] = False
-    #: Whether a part of a fenced run may still arrive.
+    #: Whether a part of a fenced run can still appear.
     allows_late_commits: ClassVar[bool] = False
 
     @property
     def run_dir(self) -> str:
-        """The folder of this run."""
+        """Name of the run directory."""
         return f"{HOME}/run-{self.run}"
 
     # -- files ------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def entries(self, folder: str = "") -> dict[str, Entry]:
-        """Names in a folder, sorted, folders with a slash at their end; none if there is none."""
+        """List a folder, sorted by name, folders with a trailing slash; empty if there is none."""
 
     @abc.abstractmethod
     def read(self, name: str) -> bytes:
@@ -67,43 +74,47 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def reader(self, name: str) -> AbstractContextManager[BinaryIO]:
-        """A file, open for reading; FileNotFoundError if there is none."""
+        """Open a file for reading; FileNotFoundError if there is none."""
 
     @abc.abstractmethod
-    def exists(self, name: str) -> bool: ...
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or folder of this name."""
 
     @abc.abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Replace a file atomically; FencedError where the run was replaced."""
+        """Replace a file atomically; FencedError if the run is fenced."""
 
     @abc.abstractmethod
-    def move(self, name: str, target: str) -> None: ...
+    def move(self, name: str, target: str) -> None:
+        """Move a file to another name, and make the folder that it needs."""
 
     @abc.abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder with all that is in it; nothing if there is none."""
+        """Remove a file, or a folder with its content; do nothing if there is none."""
 
-    # -- what each storage does in a way of its own -------------------------------------------
-
-    @property
-    @abc.abstractmethod
-    def fence(self) -> Fence: ...
+    # -- what each storage does in its own way ------------------------------------------------
 
     @property
     @abc.abstractmethod
-    def log(self) -> Log: ...
+    def fence(self) -> Fence:
+        """The fence between this run and others of the output."""
+
+    @property
+    @abc.abstractmethod
+    def log(self) -> Log:
+        """The log of the output."""
 
     @abc.abstractmethod
     def committer(self, is_ours: Callable[[str], bool]) -> Committer:
-        """What commits parts.
+        """Return what commits parts.
 
-        `is_ours` tells whether the part that stands under a name belongs to this output, and did
-        not arrive late from a run that was fenced.
+        `is_ours` returns whether the part under a name belongs to this output, and was not put
+        late by a fenced run.
         """
 
     @abc.abstractmethod
     def open_journal(self, name: str, about: Mapping[str, Any]) -> Journal:
-        """A new journal; FencedError where the run was replaced."""
+        """Create a journal; FencedError if the run is fenced."""
 
     @abc.abstractmethod
     def read_journal(self, name: str) -> bytes:
@@ -111,23 +122,26 @@ class Storage(abc.ABC):
 
 
 class Fence(abc.ABC):
-    """How a run takes over, shows that it is alive, and is shut out."""
+    """How a run takes over, shows that it is alive, and is fenced."""
 
     @abc.abstractmethod
     def takeover_lock(self) -> AbstractContextManager[None]:
-        """Of several runs that begin at once, one at a time looks and takes over."""
+        """Lock that serialises takeovers: one run at a time checks for others and fences them."""
 
     @abc.abstractmethod
     def open_run(self, says: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Register this run, as `says` tells others; on exit, fence it."""
+        """Register as the output's writer, with `says` as ``driver.json``; on exit, fence the run.
+
+        Entered while the takeover lock is held. Otherwise two runs could both see no other writer.
+        """
 
     @abc.abstractmethod
     def is_alive(self, run: str, says: Mapping[str, Any] | None) -> bool:
-        """Whether a run is at work that says this of its driver; None if it says nothing."""
+        """Whether a run is at work; `says` is its ``driver.json``, None if it has none."""
 
     @abc.abstractmethod
     def fence_run(self, run: str) -> str:
-        """Take a run's folder from it, so that it can commit nothing more; return its new name."""
+        """Fence a run, so that it can commit nothing more; return its directory's new name."""
 
 
 class Log(abc.ABC):
@@ -135,23 +149,23 @@ class Log(abc.ABC):
 
     @abc.abstractmethod
     def append(self, line: Mapping[str, Any], is_synced: bool = False) -> None:
-        """Add a line; FencedError where the run was replaced.
+        """Add a line; FencedError if the run is fenced.
 
-        If it `is_synced`, it also survives a loss of power, where that takes an effort.
+        With `is_synced` the line also survives a loss of power.
         """
 
     @abc.abstractmethod
     def texts(self) -> Iterator[bytes]:
-        """Every line, in no order, as it stands there."""
+        """Every line as it was written, in no particular order."""
 
 
 class Committer(abc.ABC):
-    """How a part comes to stand under its name."""
+    """How a part gets its name, such that the first of several attempts wins."""
 
     @property
     @abc.abstractmethod
     def method(self) -> str:
-        """How the first writer of a part wins, in words."""
+        """How the first attempt wins, in words."""
 
     @abc.abstractmethod
     def commit(

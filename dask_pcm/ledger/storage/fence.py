@@ -1,6 +1,6 @@
-"""Fencing: how a run takes over an output, shows that it is alive, and is shut out; two ways.
+"""Fencing: how a run takes over an output, shows that it is alive, and is fenced; two ways.
 
-Each storage has a fence of its own; ``fence_others`` and what else is written once stand below.
+What both have in common is in ``takeover.py``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from dask_pcm.ledger.storage.lock_objects import LockObjects, age_s
 from dask_pcm.ledger.storage.object_files import ObjectFiles
 from dask_pcm.ledger.storage.tree import check_below
 
-#: Of a run on another host, or without locks: with an older status it is not at work.
+#: A run on another host, or on a filesystem without locks, counts as dead once its status is
+#: older than this.
 LOCKLESS_SILENT_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class LockFence(Fence):
-    """A run at work holds a lock on a file in its folder; renaming the folder fences the run.
+    """A live run holds a lock on a file in its run directory; renaming the directory fences it.
 
-    The kernel gives the lock back when the process ends, however it ends. On another host, or
-    where there are no locks, a run also counts as at work for as long as its ``status.json`` is
-    written, by the filesystem's own clock.
+    The kernel releases the lock when the process ends, in whatever way. A lock may not be visible
+    on other hosts, and some filesystems have none. There a run also counts as alive while its
+    ``status.json`` is being written, by the filesystem's own clock.
     """
 
     files: FolderFiles
@@ -51,7 +52,8 @@ class LockFence(Fence):
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            with contextlib.suppress(OSError):  # without locks the last one shuts the others out
+            # Without locks, takeovers at the same time fence each other, and the last one stays.
+            with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             check_below(tree, HOME)
             yield
@@ -61,40 +63,46 @@ class LockFence(Fence):
     @contextlib.contextmanager
     def open_run(self, says: Mapping[str, Any]) -> Iterator[None]:
         files, tree = self.files, self.files.tree
-        begun = f"{HOME}/new-{files.run}"
+        unpublished = f"{HOME}/new-{files.run}"
         try:
-            tree.make_folder(begun)
-            with tree.creator(f"{begun}/driver.json") as file:
+            tree.make_folder(unpublished)
+            with tree.creator(f"{unpublished}/driver.json") as file:
                 file.write(json.dumps(says).encode())
-            lock = tree.creator(f"{begun}/alive")
+            lock = tree.creator(f"{unpublished}/alive")
         except OSError as error:
             raise self._unwritable(error) from error
         with lock:
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            tree.rename(begun, files.run_dir)  # seen by others from now on, and with its lock
+            # Locked before it gets its name: a run directory without a lock would look like that
+            # of a dead run, and others would remove it.
+            tree.rename(unpublished, files.run_dir)
             try:
                 yield
             finally:
                 with contextlib.suppress(OSError, OutputError):
-                    # By another name first: nothing may be written while it is being removed.
+                    # Fenced before it is removed: units that still run must not write into a
+                    # directory while it is being removed.
                     files.remove(self.fence_run(files.run))
 
     def is_alive(self, run: str, says: Mapping[str, Any] | None) -> bool:
-        place, host = f"{HOME}/run-{run}", (says or {}).get("host")
+        run_dir, host = f"{HOME}/run-{run}", (says or {}).get("host")
         try:
-            with self.files.tree.reader(f"{place}/alive") as lock:
+            with self.files.tree.reader(f"{run_dir}/alive") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except NO_FOLDER:
             return False
-        except OSError:  # no locks here
+        except OSError:
+            # The filesystem has no locks, so the host proves nothing.
             host = None
-        # On some shared filesystems a lock holds on its own host only.
-        return host != socket.gethostname() and self._is_fresh(f"{place}/status.json")
+        # On some shared filesystems a lock is visible on its own host only. So a free lock proves
+        # the run dead only if it ran on this host.
+        return host != socket.gethostname() and self._is_fresh(f"{run_dir}/status.json")
 
     def _is_fresh(self, name: str) -> bool:
+        # Both times come from the filesystem's clock; clocks of hosts may differ.
         probe, tree = f"{HOME}/clock-{uuid.uuid4().hex}", self.files.tree
         try:
             with tree.creator(probe) as file:
@@ -108,6 +116,7 @@ class LockFence(Fence):
         return silent_s < LOCKLESS_SILENT_S
 
     def fence_run(self, run: str) -> str:
+        # A rename is atomic: each write of the run either happened before it, or fails.
         renamed = f"{HOME}/old-{uuid.uuid4().hex}"
         with contextlib.suppress(*NO_FOLDER):
             self.files.tree.rename(f"{HOME}/run-{run}", renamed)
@@ -119,7 +128,7 @@ class LockFence(Fence):
 
 @dataclass(frozen=True, slots=True)
 class StatusFence(Fence):
-    """A run at work writes its ``status.json``; removing its ``driver.json`` fences the run."""
+    """A live run keeps writing its ``status.json``; removing its ``driver.json`` fences it."""
 
     files: ObjectFiles
 
@@ -131,6 +140,7 @@ class StatusFence(Fence):
 
     @contextlib.contextmanager
     def open_run(self, says: Mapping[str, Any]) -> Iterator[None]:
+        # `driver.json` first: without it the write of the status would find the run fenced.
         files = self.files
         files.write(f"{files.run_dir}/driver.json", json.dumps(dict(says), indent=1).encode())
         files.write(f"{files.run_dir}/status.json", b"{}")
@@ -144,5 +154,6 @@ class StatusFence(Fence):
         return says is not None and age_s(self.files, status) < SILENT_S
 
     def fence_run(self, run: str) -> str:
+        # The directory keeps its name, as moving objects one by one would not be atomic.
         self.files.remove(f"{HOME}/run-{run}/driver.json")
         return f"{HOME}/run-{run}"

@@ -1,7 +1,7 @@
 """An output in a folder of a filesystem that driver and workers share.
 
-A part is written below the run's folder, synced, and then linked to its name (``commit.py``).
-Fencing a run renames its folder (``fence.py``), and every later link of it fails.
+A part is written in the run directory, synced, and then linked to its name (``commit.py``). Fencing
+a run renames its directory (``fence.py``), so every later link of the run fails.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ class Folder(FolderFiles):
         return FileLog(self)
 
     def committer(self, is_ours: Callable[[str], bool]) -> LinkCommitter:
-        return LinkCommitter(self)  # nothing arrives late here
+        # No need of `is_ours`: the link of a fenced run fails, so a part is never late.
+        return LinkCommitter(self)
 
     def open_journal(self, name: str, about: Mapping[str, Any]) -> FileJournal:
         with self.fenced():
             descriptor = self.create(name, os.O_WRONLY | os.O_APPEND)
+        # Later appends need no look at the fence: a takeover reads what is there, and removes the
+        # journal. What a fenced run still appends goes to a file without a name.
         return FileJournal(descriptor, name, about)
 
     def read_journal(self, name: str) -> bytes:

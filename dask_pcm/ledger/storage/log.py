@@ -1,7 +1,6 @@
-"""The ledger's log: a unit begins, a function is called on rows, a part is committed.
+"""Where lines of the log are written: a file per process, or an object per line.
 
-The log saves reading parts, and tells what was computed twice. It decides nothing: what a part is,
-its own note says. So a line that was torn, damaged or lost costs a look at its part, no more.
+For the lines themselves see ``log_lines.py``.
 """
 
 from __future__ import annotations
@@ -22,14 +21,17 @@ from dask_pcm.ledger.storage.base import Log
 from dask_pcm.ledger.storage.folder_files import FolderFiles
 from dask_pcm.ledger.storage.object_files import ObjectFiles
 
-#: A name of an object is no longer than this in any store.
+#: The longest object name that all stores accept.
 MAX_NAME_BYTES = 1024
 _N_READERS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class FileLog(Log):
-    """A file per process, to which lines are appended."""
+    """A file per process, to which lines are appended.
+
+    Appends of several hosts to one file can overwrite each other on NFS.
+    """
 
     files: FolderFiles
 
@@ -37,7 +39,9 @@ class FileLog(Log):
         files, tree = self.files, self.files.tree
         name = f"{LOG}/{files.run}.{socket.gethostname()}.{os.getpid()}.jsonl"
         with files.fenced():
-            tree.status(files.run_dir)  # a run that was replaced notes nothing any more
+            # The log file stays when the run is fenced, so an append alone would succeed. This
+            # check can come a moment too early; a line too many is harmless.
+            tree.status(files.run_dir)
             try:
                 descriptor = tree.open(name, os.O_RDWR | os.O_APPEND)
             except FileNotFoundError:
@@ -51,24 +55,28 @@ class FileLog(Log):
 
     def texts(self) -> Iterator[bytes]:
         for name in self.files.entries(LOG):
-            if not name.endswith("/"):  # a folder is none of ours
+            # Runs make no folders here.
+            if not name.endswith("/"):
                 yield from filter(None, self.files.read(f"{LOG}/{name}").splitlines())
 
 
 def _append_line(descriptor: int, data: bytes) -> None:
-    """Append a line in one write, if there is room for all of it."""
+    """Append a line, by one write unless the disk is about to be full."""
     n_bytes = os.fstat(descriptor).st_size
-    if n_bytes and os.pread(descriptor, 1, n_bytes - 1) != b"\n":  # the line before was torn
+    # A torn line has no line break. Without one, this line would be lost together with it.
+    if n_bytes and os.pread(descriptor, 1, n_bytes - 1) != b"\n":
         data = b"\n" + data
-    while data:  # what is written in part is followed by the rest, or by an error that says why
+    # After a short write, the next one either continues or raises the reason.
+    while data:
         data = data[os.write(descriptor, data) :]
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectLog(Log):
-    """An object per line, which its name holds.
+    """An object per line, with the line in its name.
 
-    Nothing can be appended to an object, and reading many small ones is slow.
+    Nothing can be appended to an object. One listing returns a thousand names, while reading as
+    many objects takes a request each.
     """
 
     files: ObjectFiles
@@ -76,12 +84,13 @@ class ObjectLog(Log):
     def append(self, line: Mapping[str, Any], is_synced: bool = False) -> None:
         files = self.files
         files.check_fence()
-        said, name = encode_line(line), f"{LOG}/{uuid.uuid4().hex[:12]}"
-        telling = f"{name}.{base64.urlsafe_b64encode(said).decode()}"
-        if files.is_flat and len(files.url(telling).encode()) <= MAX_NAME_BYTES:
-            files.put(telling, b"-")
+        encoded, name = encode_line(line), f"{LOG}/{uuid.uuid4().hex[:12]}"
+        named = f"{name}.{base64.urlsafe_b64encode(encoded).decode()}"
+        if files.is_flat and len(files.url(named).encode()) <= MAX_NAME_BYTES:
+            # Not empty: some tools take empty objects for folders.
+            files.put(named, b"-")
         else:
-            files.put(name, said)
+            files.put(name, encoded)
 
     def texts(self) -> Iterator[bytes]:
         with ThreadPoolExecutor(_N_READERS) as pool:
@@ -89,6 +98,7 @@ class ObjectLog(Log):
 
     def _text(self, name: str) -> bytes:
         _, dot, text = name.partition(".")
-        with contextlib.suppress(ValueError, FileNotFoundError, IsADirectoryError):  # not ours
+        # ValueError: the name is no base64, so another tool has put the object.
+        with contextlib.suppress(ValueError, FileNotFoundError, IsADirectoryError):
             return base64.urlsafe_b64decode(text) if dot else self.files.read(f"{LOG}/{name}")
         return b""
