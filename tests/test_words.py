@@ -25,7 +25,7 @@ REFUSED = {
 }
 WORDS = re.compile(rf"\b({'|'.join(REFUSED)})\b", re.IGNORECASE)
 #: Rooms whose texts are still to be rewritten.
-LATER = ("ledger", "runs")
+LATER = ("runs",)
 
 
 def texts():

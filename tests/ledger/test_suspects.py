@@ -1,4 +1,4 @@
-"""Rows that cost processes: found by halving, over journals, without a process being lost."""
+"""Rows that cost processes: isolated by bisection over journals, without losing a process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def judge(frame, context):
 
 
 class Losses:
-    """Stands in for the gate: how many processes a unit has lost since that was last asked."""
+    """Replaces the gate: how many processes a unit has lost since it was last asked."""
 
     def __init__(self):
         self.n, self.n_asked, self.is_forgiving, self.were_there = 0, 0, False, False

@@ -129,6 +129,7 @@ class FileJournal(Journal):
             ) from error
 
     def close(self) -> None:
+        """Close the file; all records are in the page cache at least."""
         os.close(self._descriptor)
 
 

@@ -37,12 +37,14 @@ class LinkCommitter(Committer):
 
     @property
     def method(self) -> str:
+        """``hard links``, or that there are none, by a trial."""
         has_links = self.files.has_links()
         return "hard links" if has_links else "renaming (there are no hard links here)"
 
     def commit(
         self, name: str, tables: Iterable[pa.Table], note: Note, replaces: bool = False
     ) -> bool:
+        """Write a part in the run directory, sync it, and link it to its name."""
         files, tree, temporary = self.files, self.files.tree, self.files.temporary(name)
         try:
             # Content, line, name, folder are synced in this order, so that after a loss of power
@@ -80,12 +82,14 @@ class PutCommitter(Committer):
 
     @property
     def method(self) -> str:
+        """``conditional put``, or the folder of the lock files."""
         locks = self.files.locks
         return f"lock files in {locks}" if locks else "conditional put"
 
     def commit(
         self, name: str, tables: Iterable[pa.Table], note: Note, replaces: bool = False
     ) -> bool:
+        """Encode a part in memory, and put it if its name is free."""
         # In memory, since a put takes the whole object.
         buffer, files = io.BytesIO(), self.files
         n_bytes, told = write_part(buffer, name, tables, note)

@@ -43,6 +43,7 @@ class LockFence(Fence):
 
     @contextlib.contextmanager
     def takeover_lock(self) -> Iterator[None]:
+        """Hold a ``flock`` on ``_pcm/lock``; make the folders and check what is in them."""
         tree = self.files.tree
         try:
             os.makedirs(self.files.path, exist_ok=True)
@@ -62,6 +63,7 @@ class LockFence(Fence):
 
     @contextlib.contextmanager
     def open_run(self, says: Mapping[str, Any]) -> Iterator[None]:
+        """Make the run directory with a locked file; on exit, rename and remove it."""
         files, tree = self.files, self.files.tree
         unpublished = f"{HOME}/new-{files.run}"
         try:
@@ -86,6 +88,7 @@ class LockFence(Fence):
                     files.remove(self.fence_run(files.run))
 
     def is_alive(self, run: str, says: Mapping[str, Any] | None) -> bool:
+        """Whether the run's file is locked, or its status is fresh where locks are not seen."""
         run_dir, host = f"{HOME}/run-{run}", (says or {}).get("host")
         try:
             with self.files.tree.reader(f"{run_dir}/alive") as lock:
@@ -116,6 +119,7 @@ class LockFence(Fence):
         return silent_s < LOCKLESS_SILENT_S
 
     def fence_run(self, run: str) -> str:
+        """Rename the run directory."""
         # A rename is atomic: each write of the run either happened before it, or fails.
         renamed = f"{HOME}/old-{uuid.uuid4().hex}"
         with contextlib.suppress(*NO_FOLDER):
@@ -133,6 +137,7 @@ class StatusFence(Fence):
     files: ObjectFiles
 
     def takeover_lock(self) -> AbstractContextManager[None]:
+        """Hold the lock file if the output has lock files, else the numbered object."""
         files = self.files
         return (
             files.lock_files.takeover_lock() if files.locks else LockObjects(files).takeover_lock()
@@ -140,6 +145,7 @@ class StatusFence(Fence):
 
     @contextlib.contextmanager
     def open_run(self, says: Mapping[str, Any]) -> Iterator[None]:
+        """Put ``driver.json`` and an empty status; on exit, remove them, the former first."""
         # `driver.json` first: without it the write of the status would find the run fenced.
         files = self.files
         files.write(f"{files.run_dir}/driver.json", json.dumps(dict(says), indent=1).encode())
@@ -150,10 +156,12 @@ class StatusFence(Fence):
             files.remove(self.fence_run(files.run))
 
     def is_alive(self, run: str, says: Mapping[str, Any] | None) -> bool:
+        """Whether the run has a driver and a fresh status."""
         status = f"{HOME}/run-{run}/status.json"
         return says is not None and age_s(self.files, status) < SILENT_S
 
     def fence_run(self, run: str) -> str:
+        """Remove the run's ``driver.json``."""
         # The directory keeps its name, as moving objects one by one would not be atomic.
         self.files.remove(f"{HOME}/run-{run}/driver.json")
         return f"{HOME}/run-{run}"

@@ -24,17 +24,21 @@ class Folder(FolderFiles):
 
     @property
     def fence(self) -> LockFence:
+        """Locks and renames."""
         return LockFence(self)
 
     @property
     def log(self) -> FileLog:
+        """A file per process."""
         return FileLog(self)
 
     def committer(self, is_ours: Callable[[str], bool]) -> LinkCommitter:
+        """Commits by hard links."""
         # No need of `is_ours`: the link of a fenced run fails, so a part is never late.
         return LinkCommitter(self)
 
     def open_journal(self, name: str, about: Mapping[str, Any]) -> FileJournal:
+        """Create the journal's file; FencedError if the run is fenced."""
         with self.fenced():
             descriptor = self.create(name, os.O_WRONLY | os.O_APPEND)
         # Later appends need no look at the fence: a takeover reads what is there, and removes the
@@ -42,4 +46,5 @@ class Folder(FolderFiles):
         return FileJournal(descriptor, name, about)
 
     def read_journal(self, name: str) -> bytes:
+        """Read the journal's file."""
         return self.read(name)

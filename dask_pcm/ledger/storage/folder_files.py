@@ -49,6 +49,7 @@ class FolderFiles(Storage):
         return Tree(self.path, self.is_guarded, self.owner)
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
+        """List a folder; the stamp of a file is its time in nanoseconds."""
         found = {}
         with contextlib.suppress(*NO_FOLDER):
             for name, status in self.tree.entries(folder):
@@ -57,16 +58,20 @@ class FolderFiles(Storage):
         return dict(sorted(found.items()))
 
     def read(self, name: str) -> bytes:
+        """Read a file."""
         with self.tree.reader(name) as file:
             return file.read()
 
     def reader(self, name: str) -> BinaryIO:
+        """Open a file for reading."""
         return self.tree.reader(name)
 
     def exists(self, name: str) -> bool:
+        """Whether there is anything of this name."""
         return self.tree.exists(name)
 
     def write(self, name: str, data: bytes) -> None:
+        """Write a file in the run directory, sync it, and rename it to its name."""
         temporary, tree = self.temporary(os.path.basename(name)), self.tree
         with self.fenced(temporary):
             with tree.creator(temporary) as file:
@@ -77,10 +82,12 @@ class FolderFiles(Storage):
             tree.sync_folder(os.path.dirname(name))
 
     def move(self, name: str, target: str) -> None:
+        """Rename a file, and make the folder that it needs."""
         self.tree.make_folder(os.path.dirname(target))
         self.tree.rename(name, target)
 
     def remove(self, name: str) -> None:
+        """Remove a file, or a folder with its content."""
         self.tree.remove(name)
 
     def create(self, name: str, flags: int) -> int:

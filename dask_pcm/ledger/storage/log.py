@@ -36,6 +36,7 @@ class FileLog(Log):
     files: FolderFiles
 
     def append(self, line: Mapping[str, Any], is_synced: bool = False) -> None:
+        """Append a line to the file of this process; FencedError if the run is fenced."""
         files, tree = self.files, self.files.tree
         name = f"{LOG}/{files.run}.{socket.gethostname()}.{os.getpid()}.jsonl"
         with files.fenced():
@@ -54,6 +55,7 @@ class FileLog(Log):
                 os.close(descriptor)
 
     def texts(self) -> Iterator[bytes]:
+        """Lines of all files, also those of fenced runs."""
         for name in self.files.entries(LOG):
             # Runs make no folders here.
             if not name.endswith("/"):
@@ -82,6 +84,7 @@ class ObjectLog(Log):
     files: ObjectFiles
 
     def append(self, line: Mapping[str, Any], is_synced: bool = False) -> None:
+        """Put an object for a line; FencedError if the run is fenced."""
         files = self.files
         files.check_fence()
         encoded, name = encode_line(line), f"{LOG}/{uuid.uuid4().hex[:12]}"
@@ -93,6 +96,7 @@ class ObjectLog(Log):
             files.put(name, encoded)
 
     def texts(self) -> Iterator[bytes]:
+        """Lines from names of objects, and from content where the name was too long."""
         with ThreadPoolExecutor(_N_READERS) as pool:
             yield from pool.map(self._text, self.files.entries(LOG))
 

@@ -66,6 +66,7 @@ class ObjectFiles(Storage):
         return f"{self.path}/{name}" if name else self.path
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
+        """List a folder; the stamp of an object is what its store has, see `stamp_of`."""
         fs = self.fs
         root = fs._strip_protocol(self.url(folder)).rstrip("/")
         found = {}
@@ -80,29 +81,35 @@ class ObjectFiles(Storage):
         return dict(sorted(found.items()))
 
     def read(self, name: str) -> bytes:
+        """Read an object."""
         content: bytes = self.fs.cat_file(self.url(name))
         return content
 
     def reader(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """Open an object for reading."""
         file: AbstractContextManager[BinaryIO] = self.fs.open(self.url(name), "rb")
         return file
 
     def exists(self, name: str) -> bool:
+        """Whether there is an object or folder of this name now."""
         fs = self.fs
         fs.invalidate_cache()
         return bool(fs.exists(self.url(name)))
 
     def write(self, name: str, data: bytes) -> None:
+        """Put an object, after checking the fence."""
         # `driver.json` is the fence: a run writes it once, when it registers.
         if name != f"{self.run_dir}/driver.json":
             self.check_fence()
         self.put(name, data)
 
     def move(self, name: str, target: str) -> None:
+        """Copy an object to another name and remove it; not atomic."""
         self._make_folder(target)
         self.fs.mv(self.url(name), self.url(target))
 
     def remove(self, name: str) -> None:
+        """Remove an object, or all below a folder."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(self.url(name), recursive=True)
 

@@ -79,17 +79,22 @@ class Objects(ObjectFiles):
 
     @property
     def fence(self) -> StatusFence:
+        """``driver.json`` and the status's age."""
         return StatusFence(self)
 
     @property
     def log(self) -> ObjectLog:
+        """An object per line."""
         return ObjectLog(self)
 
     def committer(self, is_ours: Callable[[str], bool]) -> PutCommitter:
+        """Commits by conditional puts, or under lock files."""
         return PutCommitter(self, is_ours)
 
     def open_journal(self, name: str, about: Mapping[str, Any]) -> Journal:
+        """Begin a journal of numbered objects; FencedError if the run is fenced."""
         return ObjectJournal(self.write, name, about)
 
     def read_journal(self, name: str) -> bytes:
+        """Join the journal's objects, in the order of writing."""
         return b"".join(self.read(f"{name}/{number}") for number in self.entries(name))

@@ -1,4 +1,4 @@
-"""What others may have put where an output lies: nothing of it is followed, opened or moved."""
+"""Links, FIFOs and files of other users in an output are not followed, opened or moved."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def out(tmp_path):
-    """An output with a part, at which nobody is at work."""
+    """An output with a part, and no run at work."""
     output = Output(Folder(str(tmp_path / "out"), "first"))
     with begun(output):
         output.write_json("_pcm/manifest.json", {"format": 2, "identity": {}})
@@ -174,8 +174,8 @@ class TestOwners:
             go_on(out)
         assert pcm.attach(out).progress.done == 2
 
-    def test_a_worker_of_another_user_trusts_who_drives_the_run(self, out):
-        """And what root has made is anybody's."""
+    def test_a_worker_of_another_user_trusts_the_driver_of_the_run(self, out):
+        """And folders of root."""
         for path in [out, *out.rglob("*")]:
             os.chown(path, NOBODY, NOBODY)
         with pytest.raises(OutputError, match="belongs to"):
@@ -198,7 +198,7 @@ class TestOwners:
         assert done.stdout == "begun\n", done.stderr
 
     def test_where_all_files_are_shown_as_anothers_they_are_ours(self, out):
-        """As on a filesystem that tells nothing of users, or maps them."""
+        """As on a filesystem without owners, or that maps them."""
         from dask_pcm.ledger.storage import tree
 
         os.chown(out / "_pcm" / "log", NOBODY, NOBODY)
@@ -213,7 +213,7 @@ class TestLockFolder:
         return Objects.at(f"local://{tmp_path}/store/out", str(tmp_path / "locks"))
 
     @pytest.mark.parametrize("is_link", [True, False])
-    def test_a_lock_that_somebody_has_put_there(self, output, tmp_path, is_link):
+    def test_a_lock_that_another_user_has_put_there(self, output, tmp_path, is_link):
         victim = tmp_path / "victim"
         victim.write_text("precious")
         lock = Path(output.locks, output.lock_files._path_of("run"))
@@ -226,7 +226,7 @@ class TestLockFolder:
             pass
         assert victim.read_text() == "precious"
 
-    def test_a_folder_that_somebody_has_put_there(self, output, tmp_path):
+    def test_a_folder_that_another_user_has_put_there(self, output, tmp_path):
         place = Path(output.locks, output.lock_files._path_of("run")).parent
         place.symlink_to(tmp_path)
         with pytest.raises(OutputError, match="is a link"), output.fence.takeover_lock():
@@ -234,7 +234,7 @@ class TestLockFolder:
         assert not list(tmp_path.glob("*.lock"))
 
     @needs_root
-    def test_a_folder_of_a_stranger(self, output):
+    def test_a_folder_of_another_user(self, output):
         place = Path(output.locks, output.lock_files._path_of("run")).parent
         place.mkdir()
         os.chown(place, NOBODY, NOBODY)
