@@ -94,7 +94,7 @@ class TestFolder:
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", full)
-            with pytest.raises(OutputError, match=r"no room left .*\. Make room, and run the same"):
+            with pytest.raises(OutputError, match=r"no room left .*\. Free some space, and rerun"):
                 output.commit(NAME, [TABLE], lambda: NOTE)
         assert not output.parts()
         assert {p.name for p in Path(output.path, output.run_dir).iterdir()} == {

@@ -164,7 +164,7 @@ def test_the_output_itself_may_be_a_link(out, tmp_path):
 @needs_root
 class TestOwners:
     @pytest.mark.parametrize("name", ["", "log", "manifest.json", "log/x.jsonl"])
-    def test_what_belongs_to_a_stranger_is_refused_and_can_be_looked_path_of(self, out, name):
+    def test_what_belongs_to_another_user_is_refused_and_can_be_read(self, out, name):
         path = out / "_pcm" / name
         if not path.exists():
             path.write_text("{}")
