@@ -103,7 +103,7 @@ def take_inventory(output: Output, extent: Extent | None = None) -> dict[str, Co
         origin = parse_name(name)
         if extent and origin is not None and (fault := extent.fault(origin, n_rows)):
             raise _removable(output, name, fault)
-    for name in _overlapping(output, list(found)):
+    for name in _remove_overlapping(output, list(found)):
         del found[name]
     return found
 
@@ -150,7 +150,7 @@ def _warn_of_removed(output: Output, noted: Mapping[str, Any], parts: Mapping[st
         )
 
 
-def _overlapping(output: Output, names: list[str]) -> Iterator[str]:
+def _remove_overlapping(output: Output, names: list[str]) -> Iterator[str]:
     """Remove parts that have rows in common with wider ones, and yield their names.
 
     They can only appear in object stores, late from a fenced run; elsewhere they are an error.
@@ -176,7 +176,7 @@ def _overlapping(output: Output, names: list[str]) -> Iterator[str]:
 
 
 def is_first(name: str) -> bool:
-    """Whether a part is the empty one, which makes an output readable from the start of its run."""
+    """Whether a part is the empty one, committed first so that the output can be read at once."""
     return name == range_name(0, 0)
 
 

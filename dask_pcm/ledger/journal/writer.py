@@ -63,10 +63,10 @@ class Journal(abc.ABC):
         self._write(pack({"call": [start, stop]}))
 
     def settle(self, earlier: Sequence[str], costs: Sequence[Cost]) -> None:
-        """Record what rows have cost in all; the deaths in the journals `earlier` are included.
+        """Record what rows have cost in all, with the process deaths in the journals `earlier`.
 
-        Called before any row is computed. Otherwise the death of this process would charge the
-        same rows once more for the death that `earlier` tells of.
+        Called before any row is computed. Otherwise, if this process died, the next attempt would
+        charge the deaths in `earlier` once more.
         """
         self._write(pack({"costs": list(costs), "settled": list(earlier)}))
 

@@ -47,8 +47,8 @@ class LinkCommitter(Committer):
         """Write a part in the run directory, sync it, and link it to its name."""
         files, tree, temporary = self.files, self.files.tree, self.files.temporary(name)
         try:
-            # Content, line, name, folder are synced in this order, so that after a loss of power
-            # each that is there has those before it.
+            # Synced in this order: content, line of the log, name. So after a loss of power, a part
+            # that has its name is complete and has its line.
             with files.fenced(temporary), tree.creator(temporary) as file:
                 n_bytes, told = write_part(file, name, tables, note)
                 sync_file(file)

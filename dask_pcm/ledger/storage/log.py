@@ -90,7 +90,6 @@ class ObjectLog(Log):
         encoded, name = encode_line(line), f"{LOG}/{uuid.uuid4().hex[:12]}"
         named = f"{name}.{base64.urlsafe_b64encode(encoded).decode()}"
         if files.is_flat and len(files.url(named).encode()) <= MAX_NAME_BYTES:
-            # Not empty: some tools take empty objects for folders.
             files.put(named, b"-")
         else:
             files.put(name, encoded)
