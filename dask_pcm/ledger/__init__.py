@@ -1,1 +1,1 @@
-"""The ledger: an output's own record of what is done, to the row range."""
+"""The ledger: a commit log in the output itself, which records finished work to the row range."""

@@ -1,4 +1,4 @@
-"""JSON that others may have written, or a lost node has torn: parsed and checked by its types."""
+"""Decoding JSON that other users may have written, or a lost node has torn: types are checked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+#: Arrow and Parquet count rows in signed 64 bits; JSON has integers of any size.
 _MAX_COUNT = 1 << 63
 
 
@@ -16,11 +17,12 @@ def parse(data: bytes | str) -> Any:
     Raises
     ------
     ValueError
-        Where it is none, or nested beyond measure.
+        If it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(data)
     except RecursionError:
+        # Callers expect ValueError of any damaged text.
         raise ValueError("it is nested too deeply") from None
 
 
@@ -30,6 +32,7 @@ def is_count(value: Any) -> bool:
     >>> is_count(3), is_count(-1), is_count(True), is_count(3.0)
     (True, False, False, False)
     """
+    # isinstance would let True pass.
     return type(value) is int and 0 <= value < _MAX_COUNT
 
 
@@ -49,14 +52,14 @@ def are_ranges(value: Any) -> bool:
 
 
 def are_texts(values: Any) -> bool:
-    """Whether a value is a list of texts."""
+    """Whether a value is a list of strings."""
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def known_fields(cls: type[Any], found: Any) -> dict[str, Any]:
-    """What a JSON object tells of a dataclass: fields that it has, with values like their defaults.
+    """Fields of a dataclass in a JSON object, as far as their values have the types of the fields.
 
-    Others are left out: another version has written it, or it is damaged.
+    All others are left out: they are of another version of the package, or damaged.
     """
     if not isinstance(found, Mapping):
         return {}
@@ -68,6 +71,7 @@ def known_fields(cls: type[Any], found: Any) -> dict[str, Any]:
 
 
 def _is_like(value: Any, field: Any) -> bool:
+    # With postponed annotations, the type of a field is its text.
     kind = str(field.type)
     if kind == "int":
         return is_count(value)

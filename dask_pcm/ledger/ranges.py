@@ -1,4 +1,4 @@
-"""Ranges of rows."""
+"""Sets of rows, as ranges."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ Range = tuple[int, int]
 
 
 class Ranges:
-    """Rows, as ranges that may overlap."""
+    """A set of rows, made from ranges that may overlap."""
 
     def __init__(self, ranges: Iterable[Range]) -> None:
+        # Invariant: sorted, none empty, and neither overlapping nor adjacent.
         self._ranges: list[Range] = []
         for start, stop in sorted(pair for pair in ranges if pair[0] < pair[1]):
             if self._ranges and start <= self._ranges[-1][1]:
@@ -22,19 +23,21 @@ class Ranges:
         self._starts = [start for start, _ in self._ranges]
 
     def __iter__(self) -> Iterator[Range]:
-        """As few ranges as there can be, in their order."""
+        """The fewest ranges with these rows, sorted."""
         return iter(self._ranges)
 
     @property
     def n_rows(self) -> int:
+        """Number of rows."""
         return sum(stop - start for start, stop in self._ranges)
 
     def missing(self, start: int, stop: int) -> Iterator[Range]:
-        """What these lack of the rows `start` to `stop`.
+        """Ranges of the rows `start` to `stop` that are not in this set.
 
         >>> list(Ranges([(2, 4), (6, 9)]).missing(0, 8))
         [(0, 2), (4, 6)]
         """
+        # Bisected, as a recovery asks once per record, and an output may have very many parts.
         index = max(0, bisect.bisect_right(self._starts, start) - 1)
         for first, end in self._ranges[index:]:
             if first >= stop:

@@ -1,7 +1,7 @@
-"""What another job left in an output, stashed while a new one begins; and put back.
+"""The output of another job, stashed while a new job begins, and put back if nothing comes of it.
 
-An overwriting run moves the old job's files into its own folder. They are dropped when something
-has come of the new job, and stand again where they stood if nothing has.
+An overwriting run moves the files of the old job into its run directory. They are dropped once the
+new job has a result, and moved back if it ends without one.
 """
 
 from __future__ import annotations
@@ -9,59 +9,66 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from dask_pcm.ledger.layout import JOURNAL, LOG, MANIFEST, REPORT, STASH
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name
-from dask_pcm.ledger.storage import JOURNAL, LOG, MANIFEST, REPORT, Storage
-
-_ASIDE = "aside"
+from dask_pcm.ledger.storage.base import Storage
 
 
 def stash(output: Output) -> None:
-    """Move what another job left out of the way; it is there until ``drop_stash``.
+    """Move the files of another job into the run directory; they stay there until ``drop_stash``.
 
-    The manifest goes first, and comes back last. So, wherever this or ``restore`` is killed, a
-    manifest beside stashed files is that of a new job, and without one they are to be put back.
+    The manifest is moved first, and moved back last. So, wherever this or ``restore_stash`` is
+    killed: if there are stashed files, a manifest in its place is that of the new job; if there is
+    none in its place, the stash is to be put back.
     """
     for name in [*_job_files(output.storage), *output.parts()]:
+        # A worker of the old job may remove a journal at any time.
         with contextlib.suppress(FileNotFoundError):
-            output.storage.move(name, f"{output.run_dir}/{_ASIDE}/{name}")
+            output.storage.move(name, f"{output.run_dir}/{STASH}/{name}")
 
 
 def drop_stash(output: Output) -> None:
-    """There is something new now: what another job left may go."""
-    output.storage.remove(f"{output.run_dir}/{_ASIDE}")
+    """Remove the stashed files: the new job has a result."""
+    output.storage.remove(f"{output.run_dir}/{STASH}")
 
 
 def unstash(output: Output) -> None:
-    """Nothing new came of this run: what it stashed stands again where it stood.
+    """Put back what this run has stashed, as nothing came of it.
 
-    Ends this run. Where a unit has committed after all, the new job stays instead.
+    Ends this run. If a unit has committed after all, the new job stays instead.
     """
     fence = output.storage.fence
     with fence.takeover_lock():
-        if next(_walk(output.storage, f"{output.run_dir}/{_ASIDE}"), None):
-            restore(output, fence.fence_run(output.run))  # first: from now on none of it commits
+        if next(_walk(output.storage, f"{output.run_dir}/{STASH}"), None):
+            # Fenced first: a unit that commits between the look at the parts and the moves would
+            # leave its part in the old job's output.
+            restore_stash(output, fence.fence_run(output.run))
 
 
-def restore(output: Output, run_dir: str) -> None:
-    """Put back what a fenced run had stashed, and remove the rest of it.
+def restore_stash(output: Output, run_dir: str) -> None:
+    """Put back what a fenced run has stashed, and remove the rest of its run directory.
 
-    Killed at any point, it goes on where it was when it is called again.
+    If this is killed at any point, calling it again completes it.
     """
-    storage, aside = output.storage, f"{run_dir}/{_ASIDE}"
-    kept = list(_walk(storage, aside))
+    storage, stashed = output.storage, f"{run_dir}/{STASH}"
+    kept = list(_walk(storage, stashed))
     if kept and storage.exists(MANIFEST):
+        # The empty first part is committed before any unit, so it is no result.
         if any(parse_name(name) != (0, 0) for name in output.parts()):
-            kept = []  # something has come of the new job
+            kept = []
         else:
+            # The manifest is removed last. If it were gone when this is killed, the next call
+            # would keep the new job's other files beside those of the old job.
             for name in reversed([*_job_files(storage), *output.parts()]):
                 storage.remove(name)
     for name in sorted(kept, key=lambda name: name == MANIFEST):
-        storage.move(f"{aside}/{name}", name)
+        storage.move(f"{stashed}/{name}", name)
     storage.remove(run_dir)
 
 
 def _job_files(storage: Storage) -> list[str]:
+    """Files of the job in ``_pcm``, the manifest first."""
     lines = [f"{folder}/{n}" for folder in (LOG, JOURNAL) for n in _walk(storage, folder)]
     return [*(name for name in (MANIFEST, REPORT) if storage.exists(name)), *lines]
 

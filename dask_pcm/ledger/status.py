@@ -1,4 +1,4 @@
-"""How a run stands, for whoever looks: the process that drives it, or any other."""
+"""Status of a run, for the process that drives it and for any other that reads it."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from typing import Any, NamedTuple
 
 from dask_pcm.ledger.decode import known_fields
 
-#: While it looks at what is there, it has not counted yet.
+#: States of a run. One that is starting has not counted its rows yet.
 STARTING = "starting"
 RUNNING, PAUSED = "running", "paused"
 FINISHED, FAILED, CANCELLED = "finished", "failed", "cancelled"
-#: Nobody drives it, and it did not end by itself: its driver died.
+#: Its driver died before the run ended. Never written: readers conclude it.
 INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes
     ----------
     state
         ``starting``, ``running``, ``paused``, ``finished``, ``failed``, ``cancelled``; or
-        ``interrupted``, where the process that drove the run is gone.
+        ``interrupted`` if the driver's process has died.
     done, total
-        Rows of the whole job that are committed, and all; parts where rows are not known.
+        Committed rows, and all rows, of the whole job; parts if rows are not known.
     counted
-        What `done` and `total` count: ``rows`` or ``parts``.
+        Unit of `done` and `total`: ``rows`` or ``parts``.
     failed
         Rows with an error.
     per_s
-        What this run has done a second; 0 before it has done anything.
+        Rate of this run, in rows or parts per second; 0 before the first is done.
     n_warm, n_workers
-        Workers that hold the contexts, and all.
+        Workers that hold the contexts, and all workers.
     n_loads
         Contexts built for this run.
     lack
-        What it has been without for 10 s and cannot go on without, in words: no workers, no answer
-        from the scheduler; else empty.
+        What has been missing for 10 s and blocks the run, in words: no workers, no answer from the
+        scheduler; else empty.
     """
 
     state: str
@@ -59,17 +59,22 @@ class Progress:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until all is done at this pace; None if it cannot be told."""
+        """Seconds until all is done at the current rate; None if there is no rate."""
         if self.state != RUNNING or not self.per_s or self.lack:
             return None
         return (self.total - self.done) / self.per_s
 
     def as_dict(self) -> dict[str, Any]:
+        """Content of a status file."""
         return asdict(self)
 
     @classmethod
     def of(cls, found: Mapping[str, Any], **changed: Any) -> Progress:
-        """From a status file, whatever version of it, and whatever became of it."""
+        """From the content of a status file, `changed` in some fields.
+
+        The file may be of another version, or damaged: unknown fields are ignored, missing ones
+        have their defaults.
+        """
         known = known_fields(cls, found)
         return cls(**{"state": INTERRUPTED, "done": 0, "total": 0, **known, **changed})
 
@@ -84,7 +89,17 @@ class Progress:
 
 
 class Writer(NamedTuple):
-    """Who drives a run."""
+    """A run that writes an output, and its driver's process.
+
+    Attributes
+    ----------
+    run
+        Identity of the run.
+    says
+        What its driver wrote about itself (see `whoami`); empty if that cannot be read.
+    is_alive
+        Whether it is at work.
+    """
 
     run: str
     says: dict[str, Any]
@@ -97,21 +112,23 @@ class Writer(NamedTuple):
 
 
 def whoami() -> dict[str, Any]:
-    """Who drives a run, for others to read."""
+    """This process as the driver of a run, for others to read."""
     try:
         user = getpass.getuser()
-    except (OSError, KeyError):  # a container without an entry for the user
+    except (OSError, KeyError):
+        # Containers often have no passwd entry for the user that they run as.
         user = str(os.getuid())
     begun = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {"host": socket.gethostname(), "pid": os.getpid(), "user": user, "begun": begun}
 
 
 def span(seconds: float) -> str:
-    """A duration for people.
+    """Format a duration for display.
 
     >>> span(5), span(300), span(7300), span(200_000)
     ('5 s', '5 min', '2.0 h', '2.3 d')
     """
+    # A unit is used from two of it on: "90 min" says more than "1.5 h".
     for unit, size, digits in (("d", 86_400, 1), ("h", 3_600, 1), ("min", 60, 0)):
         if seconds >= 2 * size or (unit == "min" and seconds >= size):
             return f"{seconds / size:.{digits}f} {unit}"

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from distributed import Future
 
 from dask_pcm.errors import InputError, OutputError, RunCancelledError
-from dask_pcm.ledger.fence import read_requests
 from dask_pcm.ledger.inventory import take_inventory
-from dask_pcm.ledger.object_store import is_of_client
+from dask_pcm.ledger.layout import CANCEL, PAUSE
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.stash import drop_stash
-from dask_pcm.ledger.storage import CANCEL, PAUSE
+from dask_pcm.ledger.storage.object_store import is_of_client
+from dask_pcm.ledger.takeover import read_requests
 from dask_pcm.runs.gate_link import GateLink
 from dask_pcm.runs.lost import lost, unreachable
 from dask_pcm.runs.plan import Plan, Unit

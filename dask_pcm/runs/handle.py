@@ -8,9 +8,7 @@ import time
 import uuid
 
 from dask_pcm.errors import OutputError, PCMError, RunCancelledError, redacted
-from dask_pcm.ledger.fence import other_runs, read_driver
-from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.objects import Objects
+from dask_pcm.ledger.layout import CANCEL, PAUSE, REPORT
 from dask_pcm.ledger.output import Output, local_path
 from dask_pcm.ledger.status import (
     CANCELLED,
@@ -22,7 +20,9 @@ from dask_pcm.ledger.status import (
     Progress,
     Writer,
 )
-from dask_pcm.ledger.storage import CANCEL, PAUSE, REPORT
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.storage.objects import Objects
+from dask_pcm.ledger.takeover import other_runs, read_driver
 from dask_pcm.runs.identity import Manifest
 from dask_pcm.runs.progress.report import Report
 from dask_pcm.runs.progress.state import RunState

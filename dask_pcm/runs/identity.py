@@ -14,8 +14,8 @@ from dask_pcm.context.identity.digest import digest
 from dask_pcm.errors import OutputError, redacted
 from dask_pcm.frames.map_partitions import ContextMap
 from dask_pcm.ledger.decode import are_texts, is_count
+from dask_pcm.ledger.layout import MANIFEST
 from dask_pcm.ledger.output import Output
-from dask_pcm.ledger.storage import MANIFEST
 from dask_pcm.parquet.pieces import PieceReader, Span
 from dask_pcm.paths import names_of
 from dask_pcm.plugins.install import versions

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dask_pcm.ledger.inventory import Extent
-from dask_pcm.ledger.journal import Found, Record, apart
-from dask_pcm.ledger.journals import begin_journal, journal_names, read_journals
+from dask_pcm.ledger.journal.reader import Found, apart
+from dask_pcm.ledger.journal.record import Record
 from dask_pcm.ledger.log import note_called
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name, range_name
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import Cost, Suspects
+from dask_pcm.ledger.unit_journals import begin_journal, journal_names, read_journals
 from dask_pcm.runs.units.attempt import grouped
 from dask_pcm.runs.units.schema import PartSchema
 

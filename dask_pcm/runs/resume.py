@@ -9,10 +9,10 @@ import numpy as np
 
 from dask_pcm.frames.call import ERROR
 from dask_pcm.ledger.inventory import Counts, is_first, take_inventory
-from dask_pcm.ledger.journals import journal_names
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.suspects import Cost
+from dask_pcm.ledger.unit_journals import journal_names
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.plan import Plan
 from dask_pcm.runs.progress.report import Report

@@ -13,12 +13,12 @@ from distributed import Client
 from dask_pcm.config import Config
 from dask_pcm.errors import BusyError, FencedError, RunCancelledError, redacted
 from dask_pcm.ledger import status
-from dask_pcm.ledger.fence import fence_others, other_runs
+from dask_pcm.ledger.layout import MANIFEST, REPORT
 from dask_pcm.ledger.log import read_lines
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.stash import drop_stash, stash, unstash
-from dask_pcm.ledger.storage import MANIFEST, REPORT
+from dask_pcm.ledger.takeover import fence_others, other_runs
 from dask_pcm.plugins.install import install, is_installed
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.driver import Driver

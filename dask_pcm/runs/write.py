@@ -13,9 +13,9 @@ from distributed import Client
 
 from dask_pcm.arguments import checked, frame_refused
 from dask_pcm.errors import InputError, OutputError, RunCancelledError, redacted
-from dask_pcm.ledger.folder import Folder
-from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import Output, local_path
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.storage.objects import Objects
 from dask_pcm.plugins.install import current_client
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.handle import Run

@@ -1,4 +1,4 @@
-"""Rows that cost processes: found by halving, over journals, without a process being lost."""
+"""Rows that cost processes: isolated by bisection over journals, without losing a process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 import dask_pcm as pcm
 from dask_pcm.errors import LostProcessError
-from dask_pcm.ledger.fence import fence_others
-from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import take_inventory
-from dask_pcm.ledger.journals import journal_names, read_journals
 from dask_pcm.ledger.log import read_lines
-from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import Output
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.storage.objects import Objects
 from dask_pcm.ledger.suspects import N_TRIES, Cost, Suspects
+from dask_pcm.ledger.takeover import fence_others
+from dask_pcm.ledger.unit_journals import journal_names, read_journals
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.plan import Plan
@@ -54,7 +54,7 @@ def judge(frame, context):
 
 
 class Losses:
-    """Stands in for the gate: how many processes a unit has lost since that was last asked."""
+    """Replaces the gate: how many processes a unit has lost since it was last asked."""
 
     def __init__(self):
         self.n, self.n_asked, self.is_forgiving, self.were_there = 0, 0, False, False

@@ -21,10 +21,10 @@ from dask_pcm.errors import (
     OutputError,
     RunCancelledError,
 )
-from dask_pcm.ledger.folder import Folder
+from dask_pcm.ledger.layout import MANIFEST
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.stash import stash
-from dask_pcm.ledger.storage import MANIFEST
+from dask_pcm.ledger.storage.folder import Folder
 from dask_pcm.runs.identity import Manifest
 from tests.support.jobs import LLM, META, found_in, verify, write
 from tests.support.patience import patient, until

@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
 from dask_pcm.errors import OutputError, PCMError
-from dask_pcm.ledger.object_store import Store
+from dask_pcm.ledger.storage.object_store import Store
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 90.0

@@ -21,12 +21,13 @@ import pyarrow as pa
 
 from dask_pcm.errors import FencedError, LostProcessError, OutputError
 from dask_pcm.frames.call import ERROR, failing_all_rows, noting
-from dask_pcm.ledger.journal import Journal, Record
-from dask_pcm.ledger.journals import begin_journal
+from dask_pcm.ledger.journal.record import Record
+from dask_pcm.ledger.journal.writer import Journal
 from dask_pcm.ledger.log import note_called
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import N_TRIES, Suspects
+from dask_pcm.ledger.unit_journals import begin_journal
 from dask_pcm.plugins.worker.deadline import ruled
 from dask_pcm.plugins.worker.task import task_stats
 from dask_pcm.runs.cutter import cut_to

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from dask_pcm.ledger.journal import Record, apart
-from dask_pcm.ledger.journals import journal_names, read_journals
+from dask_pcm.ledger.journal.reader import apart
+from dask_pcm.ledger.journal.record import Record
 from dask_pcm.ledger.log import note_called
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Range
 from dask_pcm.ledger.suspects import Cost, Suspects
+from dask_pcm.ledger.unit_journals import journal_names, read_journals
 from dask_pcm.plugins.worker.task import n_losses, was_lost
 from dask_pcm.runs.plan import Unit
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from dask_pcm.context.context import ContextRef
 from dask_pcm.frames.call import ERROR
-from dask_pcm.ledger.journal import Record
+from dask_pcm.ledger.journal.record import Record
 from dask_pcm.ledger.log import note_start
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import Note

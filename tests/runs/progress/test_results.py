@@ -16,8 +16,8 @@ from dask_pcm.errors import (
     OutputError,
     SchemaError,
 )
-from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.output import Output
+from dask_pcm.ledger.storage.folder import Folder
 from tests.support.jobs import LLM, META, verify, write
 
 

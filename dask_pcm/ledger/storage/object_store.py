@@ -1,4 +1,4 @@
-"""An fsspec filesystem that says in our words that its store does not answer."""
+"""An fsspec filesystem that raises OutputError if its store does not answer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 from dask_pcm.errors import OutputError, shown_cause
 
-#: Where libraries come from whose errors tell of a store, or of the way to it.
+#: Libraries whose exceptions are about a store or the connection to it.
 _CLIENTS = frozenset(
     {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3"}
 )
 
 
 class Store:
-    """A filesystem, whose methods raise OutputError where the store cannot be reached.
+    """A filesystem whose methods raise OutputError if the store cannot be reached.
 
-    What is said of a file (that it is missing, exists, may not be written) is raised as it is.
+    Errors about a file (missing, exists, not permitted) are raised as they are: callers handle
+    them.
     """
 
     def __init__(self, fs: Any, url: str) -> None:
@@ -25,9 +26,9 @@ class Store:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._fs, name)
-        return self._told(found) if callable(found) else found
+        return self._translating(found) if callable(found) else found
 
-    def _told(self, method: Any) -> Any:
+    def _translating(self, method: Any) -> Any:
         @functools.wraps(method)
         def call(*args: Any, **options: Any) -> Any:
             try:
@@ -37,18 +38,22 @@ class Store:
                     raise
                 raise OutputError(
                     f"The store of {self._url!r} does not answer: {type(error).__name__}: {error}."
-                    " What was committed stays; run the same again to go on."
+                    " Committed parts stay; rerun the same call to resume."
                 ) from shown_cause(error)
 
         return call
 
 
 def is_of_store(error: BaseException) -> bool:
-    """Whether an error tells that a store cannot be reached, not of one of its files."""
+    """Whether an error means that a store cannot be reached, and is not about one of its files."""
     return isinstance(error, (ConnectionError, TimeoutError)) or is_of_client(error)
 
 
 def is_of_client(error: BaseException) -> bool:
-    """Whether an error is one that a store's client library raises of the way to its store."""
+    """Whether a store's client library raised an error about the connection to its store.
+
+    Libraries are recognised by the modules of the error's classes, so that none has to be imported.
+    Their subclasses of OSError are about files.
+    """
     modules = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
     return not isinstance(error, OSError) and not modules.isdisjoint(_CLIENTS)

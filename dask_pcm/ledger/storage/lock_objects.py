@@ -1,4 +1,4 @@
-"""The lock of an object store that puts conditionally: numbered objects, each created once."""
+"""The takeover lock in a store that puts conditionally: numbered objects, each created once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from dask_pcm.errors import redacted
-from dask_pcm.ledger.lockfiles import POLL_S, SILENT_S, refreshing
-from dask_pcm.ledger.object_files import ObjectFiles
-from dask_pcm.ledger.storage import HOME
+from dask_pcm.ledger.layout import HOME
+from dask_pcm.ledger.storage.lock_files import POLL_S, SILENT_S, refreshing
+from dask_pcm.ledger.storage.object_files import ObjectFiles
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +23,19 @@ _LOCK = re.compile(r"lock-\d{9}")
 
 @dataclass(frozen=True, slots=True)
 class LockObjects:
-    """Who creates the next of numbered objects holds the lock.
+    """A lock that is held by creating the next of a series of numbered objects.
 
-    The last one says who holds it, until it is emptied or has not been written for a while. It is
-    never removed, only followed: else one of two who find it old at the same moment could remove
-    what the other has just created.
+    The last object is the lock. It holds the id of the run that has it; it is free once it is
+    emptied, or has not been written for `SILENT_S`. The last object is never removed, only
+    followed by the next. If it were removed, one of two runs that find it silent at the same time
+    could remove what the other has just created.
     """
 
     files: ObjectFiles
 
     @contextlib.contextmanager
     def takeover_lock(self) -> Iterator[None]:
-        """Of several runs that begin at once, one at a time is in here."""
+        """Hold the lock that serialises takeovers; see ``Fence``."""
         lock, mine = self._take(), self.files.run.encode()
         try:
             with refreshing(lambda: self.files.put(lock, mine), SILENT_S):
@@ -43,26 +44,29 @@ class LockObjects:
             self.files.put(lock, b"")
 
     def _take(self) -> str:
-        files, begun = self.files, time.monotonic()
+        files, since = self.files, time.monotonic()
         for attempt in itertools.count():
-            if attempt and time.monotonic() - begun > SILENT_S:
-                begun = time.monotonic()
+            if attempt and time.monotonic() - since > SILENT_S:
+                since = time.monotonic()
                 logger.warning("Waiting for another run that takes over %s", redacted(files.path))
             number, last = self._last()
             lock = f"{HOME}/lock-{number + 1:09d}"
             if (last is None or self._is_free(last)) and files.create(lock, files.run.encode()):
-                if self._last()[1] == lock:  # else we had looked too long ago
+                # Other runs may have taken and passed on later locks since our listing, and removed
+                # the older ones, ours among them: then ours was created anew behind the last.
+                if self._last()[1] == lock:
                     for name in self._names()[:-1]:
                         files.remove(f"{HOME}/{name}")
                     return lock
                 files.remove(lock)
             time.sleep(POLL_S)
-        raise AssertionError  # it counts for ever
+        raise AssertionError("itertools.count() does not end")
 
     def _is_free(self, lock: str) -> bool:
         try:
             return not self.files.read(lock) or age_s(self.files, lock) > SILENT_S
-        except FileNotFoundError:  # another run was first
+        except FileNotFoundError:
+            # Removed since it was listed, so a later one has been created: look again.
             return False
 
     def _last(self) -> tuple[int, str | None]:
@@ -74,7 +78,11 @@ class LockObjects:
 
 
 def age_s(files: ObjectFiles, name: str) -> float:
-    """Seconds since an object was written, by the store's clock; infinity if there is none."""
+    """Seconds since an object was written, by the store's clock; infinity if there is none.
+
+    The time of an object that is written now is compared with that of the object: clocks of hosts
+    may differ by more than the limits that ages are compared with.
+    """
     probe = f"{HOME}/clock-{files.run}"
     files.put(probe, b"now")
     try:

@@ -1,4 +1,4 @@
-"""Finished rows of unfinished units: noted, taken over, committed."""
+"""Journals of a unit: kept by the next attempt, committed by a later run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import dask_pcm as pcm
-from dask_pcm.ledger import journal as journals
-from dask_pcm.ledger.fence import fence_others
-from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import Extent, take_inventory
-from dask_pcm.ledger.journal import FileJournal, Record, apart, read_journal
-from dask_pcm.ledger.journals import begin_journal, journal_names
+from dask_pcm.ledger.journal.record import Record
+from dask_pcm.ledger.journal.writer import FileJournal
 from dask_pcm.ledger.log import read_lines
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.ranges import Ranges
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.takeover import fence_others
+from dask_pcm.ledger.unit_journals import begin_journal, journal_names
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.plan import Plan
@@ -34,9 +34,15 @@ from dask_pcm.runs.units.schema import PartSchema
 from dask_pcm.runs.units.unit import UnitSpec
 
 N_ROWS, BATCH = 100, 10
+
+
 OWN = {"rows": 27, "failed": 0, "begun": "b"}
+
+
 #: Rows that were given to the function; its code finds this list by its module's name.
 DONE: list[int] = []
+
+
 ENDS_AT: list[int] = []
 
 
@@ -192,7 +198,7 @@ def test_what_was_committed_after_all_is_not_committed_again(work):
 
 
 def left_by_zombie(output, start, stop, **about):
-    """A journal of a run that was shut out, of units as it had cut them."""
+    """A journal of a fenced run, of units as it had cut them."""
     rows = range(start, stop)
     table = pa.table({"id": rows, "twice": [2 * i for i in rows], "error": pa.nulls(len(rows))})
     name = f"_pcm/journal/part-{start:012d}-{stop:012d}.parquet.zombie.1"
@@ -205,7 +211,7 @@ def left_by_zombie(output, start, stop, **about):
 
 
 def test_what_overlaps_is_never_committed(work):
-    """A run that was shut out leaves journals of rows that have been computed since."""
+    """A fenced run leaves journals of rows that have been computed since."""
     output, at_work = work.opened("r1")
     with at_work:
         output.commit(range_name(35, 62), [pa.table({"id": range(35, 62)})], lambda: OWN)
@@ -243,48 +249,6 @@ def test_rows_of_a_journal_that_the_job_does_not_have(work, caplog):
     assert "Rows 50 to 60 of a journal do not belong to this job" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        b"5",
-        b"{",
-        b"\xff",
-        b"[" * 99_999,
-        b'{"rows": [9, 0]}',
-        b'{"rows": 5}',
-        b'{"begin": [0]}',
-        b'{"wait": 3}',
-        b'{"call": [[0, 1]]}',
-        b'{"costs": [[0, 1]], "settled": []}',
-        b'{"costs": [], "settled": [5]}',
-        b'{"rows": [0, 10], "failed": "1", "errors": [], "facts": {}}',
-        b'{"rows": [0, 10], "failed": 1, "errors": 5, "facts": {}}',
-        b'{"rows": [0, 10], "failed": 0, "errors": [], "facts": {}}',  # and no table
-        b"{}",
-    ],
-)
-def test_a_record_of_other_content_counts_as_not_written(tmp_path, head):
-    path = tmp_path / "journal"
-    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
-    journal.append(records()[0])
-    lengths = journals._LENGTHS.pack(len(head), 4, journals._digest(head, b"junk"))
-    journal._write([lengths, head, b"junk"])
-    journal.append(records()[1])
-    journal.close()
-    found = read_journal(path.read_bytes())
-    assert [(r.start, r.stop) for r in found.records] == [(0, 10)]
-    assert (found.begun, found.costs, found.settled) == ([], [], [])
-
-
-def test_a_full_disk_is_told_of(tmp_path, monkeypatch):
-    path = tmp_path / "journal"
-    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
-    monkeypatch.setattr(os, "writev", lambda file, blocks: 5)
-    with pytest.raises(pcm.PCMError, match="no room left for the journals"):
-        journal.begin(0, 1)
-    journal.close()
-
-
 def test_a_journal_of_another_job_in_the_same_place_is_removed(work):
     output, at_work = work.opened("r1")
     with at_work:
@@ -299,8 +263,8 @@ def test_a_journal_of_another_job_in_the_same_place_is_removed(work):
         assert not other.parts() and not journal_names(other)
 
 
-def test_a_run_that_was_shut_out_harms_nothing(work):
-    """Its worker lives on, and notes what nobody will read."""
+def test_a_fenced_run_harms_nothing(work):
+    """Its worker lives on, and appends to a journal that is not read again."""
     output, at_work = work.opened("r1")
     with at_work:
         journal = begin_journal(output, "part-000000000000-000000000100.parquet", {})
@@ -312,73 +276,3 @@ def test_a_run_that_was_shut_out_harms_nothing(work):
                 begin_journal(output, "part-000000000000-000000000100.parquet", {})
             assert not journal_names(later)
     journal.close()
-
-
-def records():
-    tables = [pa.table({"id": range(n * 10, n * 10 + 10)}) for n in range(3)]
-    return [Record(n * 10, n * 10 + 10, table, n, [f"e{n}"]) for n, table in enumerate(tables)]
-
-
-def test_torn_anywhere_what_is_whole_before_is_there(tmp_path):
-    path, ends = tmp_path / "journal", []
-    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
-    for record in records():
-        journal.append(record)
-        ends.append(path.stat().st_size)
-    journal.close()
-    data = path.read_bytes()
-    for n_bytes in range(0, len(data), 7):
-        found = read_journal(data[:n_bytes])
-        n_whole = sum(end <= n_bytes for end in ends)
-        assert n_whole == 0 if found is None else len(found.records) == n_whole
-    damaged = bytearray(data)
-    damaged[ends[0] + 100] ^= 1
-    assert len(read_journal(bytes(damaged)).records) == 1
-    found = read_journal(data)
-    assert [(r.start, r.stop, r.n_failed, r.errors) for r in found.records] == [
-        (0, 10, 0, ["e0"]),
-        (10, 20, 1, ["e1"]),
-        (20, 30, 2, ["e2"]),
-    ]
-    assert all(r.table.equals(own.table) for r, own in zip(found.records, records(), strict=True))
-
-
-def test_of_records_with_rows_in_common_one_counts():
-    one, two, three = records()
-    other = Record(5, 15, one.table)
-    assert apart([three, other, two, one]) == [one, two, three]
-
-
-@pytest.mark.parametrize(
-    ("ranges", "missing"),
-    [([], [(0, 9)]), ([(0, 9)], []), ([(2, 3), (3, 5)], [(0, 2), (5, 9)]), ([(20, 30)], [(0, 9)])],
-)
-def test_ranges(ranges, missing):
-    assert list(Ranges(ranges).missing(0, 9)) == missing
-
-
-def test_what_is_noted_is_synced_every_few_seconds_and_no_more(tmp_path, monkeypatch):
-    clock, synced = [0.0], []
-    monkeypatch.setattr("dask_pcm.ledger.journal.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("dask_pcm.ledger.journal.os.fdatasync", lambda fd: synced.append(clock[0]))
-    path = tmp_path / "journal"
-    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
-    for second in range(16):
-        clock[0] = float(second)
-        journal.append(Record(second, second + 1, pa.table({"id": [second]})))
-    journal.close()
-    assert synced == [6.0, 12.0]
-
-
-def test_the_last_words_of_a_process_whose_call_took_too_long(tmp_path):
-    path = tmp_path / "journal"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    journal = FileJournal(descriptor, "j", {"run": "r"})
-    journal.append(Record(0, 10, pa.table({"x": ["Timeout (0:00:01)!"]})))
-    journal.begin(10, 20)
-    assert read_journal(path.read_bytes()).last_words == ""
-    os.write(journal.descriptor, b"Timeout (0:00:01)!\nThread 1 (most recent call first)")
-    journal.close()
-    found = read_journal(path.read_bytes())
-    assert found.last_words.startswith("Timeout (0:00:01)!\nThread 1")
-    assert (found.in_flight, len(found.records)) == ([(10, 20)], 1)

@@ -1,4 +1,4 @@
-"""What others may have put where an output lies: nothing of it is followed, opened or moved."""
+"""Links, FIFOs and files of other users in an output are not followed, opened or moved."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import OutputError
-from dask_pcm.ledger.fence import fence_others
-from dask_pcm.ledger.folder import Folder
 from dask_pcm.ledger.inventory import take_inventory
 from dask_pcm.ledger.log import note_start
-from dask_pcm.ledger.objects import Objects
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.stash import drop_stash, stash
-from dask_pcm.ledger.tree import Tree
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.storage.objects import Objects
+from dask_pcm.ledger.storage.tree import Tree
+from dask_pcm.ledger.takeover import fence_others
 
 NAME = range_name(0, 2)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
@@ -32,7 +32,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def out(tmp_path):
-    """An output with a part, at which nobody is at work."""
+    """An output with a part, and no run at work."""
     output = Output(Folder(str(tmp_path / "out"), "first"))
     with begun(output):
         output.write_json("_pcm/manifest.json", {"format": 2, "identity": {}})
@@ -164,7 +164,7 @@ def test_the_output_itself_may_be_a_link(out, tmp_path):
 @needs_root
 class TestOwners:
     @pytest.mark.parametrize("name", ["", "log", "manifest.json", "log/x.jsonl"])
-    def test_what_belongs_to_a_stranger_is_refused_and_can_be_looked_at(self, out, name):
+    def test_what_belongs_to_another_user_is_refused_and_can_be_read(self, out, name):
         path = out / "_pcm" / name
         if not path.exists():
             path.write_text("{}")
@@ -174,8 +174,8 @@ class TestOwners:
             go_on(out)
         assert pcm.attach(out).progress.done == 2
 
-    def test_a_worker_of_another_user_trusts_who_drives_the_run(self, out):
-        """And what root has made is anybody's."""
+    def test_a_worker_of_another_user_trusts_the_driver_of_the_run(self, out):
+        """And folders of root."""
         for path in [out, *out.rglob("*")]:
             os.chown(path, NOBODY, NOBODY)
         with pytest.raises(OutputError, match="belongs to"):
@@ -185,7 +185,7 @@ class TestOwners:
     def test_root_is_trusted_by_others(self, out):
         subprocess.run(["chmod", "-R", "a+rwX", str(out)], check=True)
         code = (
-            "import os; from dask_pcm.ledger.folder import Folder;"
+            "import os; from dask_pcm.ledger.storage.folder import Folder;"
             "os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534);"
             f"Folder({str(out)!r}, 'other').fence.takeover_lock().__enter__(); print('begun')"
         )
@@ -198,8 +198,8 @@ class TestOwners:
         assert done.stdout == "begun\n", done.stderr
 
     def test_where_all_files_are_shown_as_anothers_they_are_ours(self, out):
-        """As on a filesystem that tells nothing of users, or maps them."""
-        from dask_pcm.ledger import tree
+        """As on a filesystem without owners, or that maps them."""
+        from dask_pcm.ledger.storage import tree
 
         os.chown(out / "_pcm" / "log", NOBODY, NOBODY)
         with pytest.MonkeyPatch.context() as patched:
@@ -213,10 +213,10 @@ class TestLockFolder:
         return Objects.at(f"local://{tmp_path}/store/out", str(tmp_path / "locks"))
 
     @pytest.mark.parametrize("is_link", [True, False])
-    def test_a_lock_that_somebody_has_put_there(self, output, tmp_path, is_link):
+    def test_a_lock_that_another_user_has_put_there(self, output, tmp_path, is_link):
         victim = tmp_path / "victim"
         victim.write_text("precious")
-        lock = Path(output.locks, output.lock_files._at("run"))
+        lock = Path(output.locks, output.lock_files._path_of("run"))
         lock.parent.mkdir()
         lock.symlink_to(victim) if is_link else os.mkfifo(lock)
         with (
@@ -226,16 +226,16 @@ class TestLockFolder:
             pass
         assert victim.read_text() == "precious"
 
-    def test_a_folder_that_somebody_has_put_there(self, output, tmp_path):
-        place = Path(output.locks, output.lock_files._at("run")).parent
+    def test_a_folder_that_another_user_has_put_there(self, output, tmp_path):
+        place = Path(output.locks, output.lock_files._path_of("run")).parent
         place.symlink_to(tmp_path)
         with pytest.raises(OutputError, match="is a link"), output.fence.takeover_lock():
             pass
         assert not list(tmp_path.glob("*.lock"))
 
     @needs_root
-    def test_a_folder_of_a_stranger(self, output):
-        place = Path(output.locks, output.lock_files._at("run")).parent
+    def test_a_folder_of_another_user(self, output):
+        place = Path(output.locks, output.lock_files._path_of("run")).parent
         place.mkdir()
         os.chown(place, NOBODY, NOBODY)
         with pytest.raises(OutputError, match=f"uid {NOBODY}"), output.fence.takeover_lock():

@@ -1,17 +1,17 @@
 """An output in an object store, by any fsspec URL.
 
-A part is put under its name only if there is none yet: by a conditional put, where the store has
-it. Where it has not, whoever creates a lock file for the unit, in a folder that all workers share,
-may put the part (``commit.py``); a lock whose holder put nothing for a while is taken over.
+A part is put under its name only if there is none yet: by a conditional put, if the store has it.
+Otherwise the worker that creates the unit's lock file, in a folder that all workers share, may put
+the part (``commit.py``). A lock that is not refreshed is taken over.
 
-Nothing can be renamed atomically here. A run is fenced by removing its ``driver.json``, which
-every unit looks for right before it puts its part. A part that was on its way at that moment may
-still arrive; the run at work finds it before it ends, and removes it (see ``Driver``).
+Nothing can be renamed atomically. A run is fenced by removing its ``driver.json``; each unit checks
+for it right before it puts its part. A put that was under way at that moment can still succeed. The
+new run finds such a part before it ends, and removes it (see ``inventory.py``).
 
-Nothing can be appended to either: finished rows are journalled, as small objects, only of units
-that have cost a process.
+Nothing can be appended to, either: only units that were lost with their worker before have a
+journal, of small objects.
 
-A run counts as at work for as long as its ``status.json`` is written, by the store's own clock.
+A run counts as alive as long as its ``status.json`` is being written, by the store's own clock.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from dask_pcm.errors import OutputError, shown_cause
-from dask_pcm.ledger.commit import PutCommitter
-from dask_pcm.ledger.fence import StatusFence
-from dask_pcm.ledger.journal import Journal, ObjectJournal
-from dask_pcm.ledger.log import ObjectLog
-from dask_pcm.ledger.object_files import CONDITIONAL, ObjectFiles, protocol_of
-from dask_pcm.ledger.storage import HOME
+from dask_pcm.ledger.journal.writer import Journal, ObjectJournal
+from dask_pcm.ledger.layout import HOME
+from dask_pcm.ledger.storage.commit import PutCommitter
+from dask_pcm.ledger.storage.fence import StatusFence
+from dask_pcm.ledger.storage.log import ObjectLog
+from dask_pcm.ledger.storage.object_files import CONDITIONAL, ObjectFiles, protocol_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,12 @@ class Objects(ObjectFiles):
 
     @classmethod
     def at(cls, url: str, locks: str | None) -> Objects:
-        """Find out whether the store puts conditionally, unless lock files are to be used.
+        """Open the output at a URL; without `locks`, test that the store puts conditionally.
 
         Raises
         ------
         OutputError
-            Where it does not, and no folder for lock files is given; or it cannot be reached.
+            If it does not and no folder for lock files is given, or if it cannot be reached.
         """
         storage = cls(url.rstrip("/"), uuid.uuid4().hex, locks and os.path.abspath(locks))
         try:
@@ -55,7 +55,7 @@ class Objects(ObjectFiles):
             is_conditional = storage._puts_conditionally()
         except OutputError:
             raise
-        except Exception as error:  # each store has its own
+        except Exception as error:  # each store's client has exceptions of its own
             raise OutputError(
                 f"Cannot write to the output {url!r}: {type(error).__name__}: {error}."
             ) from shown_cause(error)
@@ -68,6 +68,7 @@ class Objects(ObjectFiles):
         return storage
 
     def _puts_conditionally(self) -> bool:
+        # By a trial, not by protocol alone: some S3 servers ignore the condition and replace.
         if protocol_of(self.path) not in CONDITIONAL:
             return False
         probe = f"{HOME}/probe-{self.run}"
@@ -78,17 +79,22 @@ class Objects(ObjectFiles):
 
     @property
     def fence(self) -> StatusFence:
+        """``driver.json`` and the status's age."""
         return StatusFence(self)
 
     @property
     def log(self) -> ObjectLog:
+        """An object per line."""
         return ObjectLog(self)
 
     def committer(self, is_ours: Callable[[str], bool]) -> PutCommitter:
+        """Commits by conditional puts, or under lock files."""
         return PutCommitter(self, is_ours)
 
     def open_journal(self, name: str, about: Mapping[str, Any]) -> Journal:
+        """Begin a journal of numbered objects; FencedError if the run is fenced."""
         return ObjectJournal(self.write, name, about)
 
     def read_journal(self, name: str) -> bytes:
+        """Join the journal's objects, in the order of writing."""
         return b"".join(self.read(f"{name}/{number}") for number in self.entries(name))

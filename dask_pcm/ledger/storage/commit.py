@@ -1,7 +1,7 @@
-"""How a part comes to stand under its name, once: two ways.
+"""How a part gets its name, once: by a hard link, or by a conditional put.
 
-Either way the log tells of a part before it is there: of a part that nobody noted all bytes have to
-be read, while a line without its part costs nothing.
+Either way the line of the log comes before the part. A part without a line would have to be read as
+a whole by the next inventory; a line without a part costs nothing.
 """
 
 from __future__ import annotations
@@ -16,40 +16,44 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dask_pcm.errors import FencedError
-from dask_pcm.ledger.folder_files import FolderFiles, link_new, sync_file
-from dask_pcm.ledger.lockfiles import POLL_S
-from dask_pcm.ledger.log import commit_line
-from dask_pcm.ledger.object_files import ObjectFiles, stamp_of
+from dask_pcm.ledger.log_lines import commit_line
 from dask_pcm.ledger.parts import Note, write_part
-from dask_pcm.ledger.storage import Committer
+from dask_pcm.ledger.storage.base import Committer
+from dask_pcm.ledger.storage.folder_files import FolderFiles, link_new, sync_file
+from dask_pcm.ledger.storage.lock_files import POLL_S
+from dask_pcm.ledger.storage.object_files import ObjectFiles, stamp_of
 
 
 @dataclass(frozen=True, slots=True)
 class LinkCommitter(Committer):
-    """Links a part to its name: ``link(2)`` refuses to replace a file.
+    """Links a part to its name: ``link(2)`` never replaces a file.
 
-    Where the filesystem has no hard links, a part is renamed to its name unless that is there. Two
-    attempts at one unit can then both write, one after the other; what stands there is always one
-    whole part of that unit.
+    On a filesystem without hard links, a part is renamed unless its name is taken. Of two attempts
+    at one unit that finish at the same time, the later then replaces the part of the earlier.
+    Either is a complete part of that unit.
     """
 
     files: FolderFiles
 
     @property
     def method(self) -> str:
+        """``hard links``, or that there are none, by a trial."""
         has_links = self.files.has_links()
         return "hard links" if has_links else "renaming (there are no hard links here)"
 
     def commit(
         self, name: str, tables: Iterable[pa.Table], note: Note, replaces: bool = False
     ) -> bool:
+        """Write a part in the run directory, sync it, and link it to its name."""
         files, tree, temporary = self.files, self.files.tree, self.files.temporary(name)
         try:
+            # Synced in this order: content, line of the log, name. So after a loss of power, a part
+            # that has its name is complete and has its line.
             with files.fenced(temporary), tree.creator(temporary) as file:
                 n_bytes, told = write_part(file, name, tables, note)
                 sync_file(file)
+                # A link or rename keeps the time, so the line can have that of the part.
                 stamp = str(os.fstat(file.fileno()).st_mtime_ns)
-            # Before it is there, and synced as it is: else many would have to be read through.
             files.log.append(commit_line(files.run, name, n_bytes, told, stamp), is_synced=True)
             with files.fenced(temporary):
                 if replaces:
@@ -69,8 +73,8 @@ class PutCommitter(Committer):
     Attributes
     ----------
     is_ours
-        Whether a part is there that did not arrive late from a run that was fenced; one that did
-        is replaced.
+        Whether there is a part under a name that was not put late by a fenced run. One that was
+        late is replaced.
     """
 
     files: ObjectFiles
@@ -78,15 +82,19 @@ class PutCommitter(Committer):
 
     @property
     def method(self) -> str:
+        """``conditional put``, or the folder of the lock files."""
         locks = self.files.locks
         return f"lock files in {locks}" if locks else "conditional put"
 
     def commit(
         self, name: str, tables: Iterable[pa.Table], note: Note, replaces: bool = False
     ) -> bool:
+        """Encode a part in memory, and put it if its name is free."""
+        # In memory, since a put takes the whole object.
         buffer, files = io.BytesIO(), self.files
         n_bytes, told = write_part(buffer, name, tables, note)
         data = buffer.getvalue()
+        # Appending the line checks the fence, right before the put.
         files.log.append(commit_line(files.run, name, n_bytes, told, ""))
         if replaces:
             files.put(name, data)
@@ -96,20 +104,26 @@ class PutCommitter(Committer):
         elif not files.create(name, data):
             if self.is_ours(name):
                 return False
+            # Late, of a fenced run: nothing of the current output is lost by replacing it.
             files.put(name, data)
-        with contextlib.suppress(FencedError, OSError):  # it only saves reading it through
+        # The stamp is known only now. Without this line the part is committed all the same, and is
+        # read as a whole by the next inventory.
+        with contextlib.suppress(FencedError, OSError):
             stamp = stamp_of(files.fs.info(files.url(name), refresh=True))
             files.log.append(commit_line(files.run, name, n_bytes, told, stamp))
         return True
 
     def _put_locked(self, name: str, data: bytes) -> bool:
-        """Put a part under a lock file; False if it is there, or comes while we wait for it."""
+        """Put a part under a lock file; False if it exists, or appears while this waits."""
         files = self.files
         while not self.is_ours(name):
             with files.lock_files.hold(name) as is_held:
                 if is_held:
-                    if self.is_ours(name):  # put by whoever held the lock before us
+                    # Look again: the previous holder may have put the part and released the lock
+                    # since the loop looked.
+                    if self.is_ours(name):
                         return False
+                    # Waiting for the lock may have taken long.
                     files.check_fence()
                     files.put(name, data)
                     return True

@@ -1,7 +1,7 @@
-"""Lock files of one output, for object stores that cannot put an object only if there is none.
+"""Lock files for outputs in object stores without conditional puts.
 
-They lie in a folder of the output's own below one that driver and workers share. What others put
-beside that folder, or in its place, is not opened.
+They are in a folder of their own per output, below a folder that driver and workers share. Links
+and files that other users put there are not opened.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dask_pcm.ledger.tree import Tree
+from dask_pcm.ledger.storage.tree import Tree
 
-#: A lock whose holder has shown nothing for so long is taken over.
+#: Seconds without a refresh after which a lock may be taken over.
 SILENT_S = 30.0
-#: How often a lock that another holds is looked at.
+#: Seconds between looks at a lock that another process holds.
 POLL_S = 0.2
 
 
@@ -31,24 +31,25 @@ class LockFiles:
     Attributes
     ----------
     tree
-        The folder that is shared.
+        The shared folder.
     url
-        The output; other runs of it have the same locks.
+        The output; all its runs have the same locks.
     silent_s
-        A lock whose holder has shown nothing for so long is taken over.
+        Seconds without a refresh after which a lock may be taken over.
     """
 
     tree: Tree
     url: str
     silent_s: float
 
-    def _at(self, name: str) -> str:
+    def _path_of(self, name: str) -> str:
+        # A digest: one folder serves all outputs, and URLs are no file names.
         return f"pcm-{hashlib.sha256(self.url.encode()).hexdigest()[:16]}/{name}.lock"
 
     @contextlib.contextmanager
     def takeover_lock(self) -> Iterator[None]:
-        """Of several runs that begin at once, one at a time is in here."""
-        name = self._at("run")
+        """Hold the lock that serialises takeovers; see ``Fence``."""
+        name = self._path_of("run")
         self.tree.make_folder(os.path.dirname(name))
         descriptor = self.tree.open(name, os.O_RDWR | os.O_CREAT)
         try:
@@ -60,8 +61,12 @@ class LockFiles:
 
     @contextlib.contextmanager
     def hold(self, part: str) -> Iterator[bool]:
-        """Hold the lock of a part, if nobody else does: whether it is held."""
-        name = self._at(part)
+        """Try to hold the lock of a part; yield whether it is held.
+
+        The lock is a file that exists, not a ``flock``: workers may be on hosts between which the
+        shared filesystem passes no locks, but creates a file only once.
+        """
+        name = self._path_of(part)
         try:
             self.tree.make_folder(os.path.dirname(name))
             self.tree.creator(name).close()
@@ -76,24 +81,28 @@ class LockFiles:
             self.tree.remove(name)
 
     def _break(self, name: str) -> None:
-        """Remove a lock whose holder shows nothing, by the clock of the filesystem it is on."""
+        """Remove a lock that its holder has stopped refreshing."""
         probe = f"{name}.{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
+            # Both times come from the filesystem's clock; clocks of hosts may differ.
             self.tree.creator(probe).close()
             age_s = self.tree.status(probe).st_mtime - self.tree.status(name).st_mtime
             if age_s > self.silent_s:
-                self.tree.rename(name, probe)  # of several who see it, one
+                # If several find the lock old, only one rename of it succeeds. None gets the lock
+                # by that: all compete for creating it again.
+                self.tree.rename(name, probe)
         self.tree.remove(probe)
 
 
 @contextlib.contextmanager
 def refreshing(touch: Callable[[], Any], silent_s: float) -> Iterator[None]:
-    """Show from time to time that whoever holds a lock is at work."""
+    """Refresh a lock in a thread, five times per `silent_s`, while the block runs."""
     is_over = threading.Event()
 
     def refresh() -> None:
         while not is_over.wait(silent_s / 5):
-            with contextlib.suppress(Exception):  # a store that is away for a while
+            # A store may fail for a moment. Five attempts fit before the lock counts as silent.
+            with contextlib.suppress(Exception):
                 touch()
 
     thread = threading.Thread(target=refresh, name="pcm-lock", daemon=True)
@@ -101,5 +110,6 @@ def refreshing(touch: Callable[[], Any], silent_s: float) -> Iterator[None]:
     try:
         yield
     finally:
+        # Joined before the lock is given back: a late refresh would create it again.
         is_over.set()
         thread.join()

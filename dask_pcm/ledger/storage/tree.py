@@ -1,13 +1,14 @@
-"""A folder and what is below it, opened by descriptors: no link is followed.
+"""A folder and what is below it, accessed through descriptors such that no link is followed.
 
-Others may be able to write where an output lies. A name is walked folder by folder, each opened
-below the one before and not through a link, so nothing that somebody has put there leads elsewhere:
-to a file that would be truncated, or to a folder whose files would be moved. A FIFO or a device is
-never opened. Folders below are trusted only if they belong to the user who drives the run, to the
-user of this process, or to root: others can put something into those only if they were let.
+Other users may be able to write where an output is. A name is resolved folder by folder: each is
+opened relative to the one above it, and not through a link. So a link that another user has put
+there leads nowhere: not to a file that would be truncated, and not to a folder from which files
+would be moved. FIFOs and devices are never opened. Folders below the root are trusted only if they
+belong to the user who drives the run, to the user of this process, or to root. Other users can put
+files into those only if their owner permits it.
 
-What makes a link or renames a file looks the file's last folder up in the same call. So it fails
-where that folder has been renamed meanwhile, which is how a run is shut out.
+Calls that link or rename a file also resolve the last folder of its name. So they fail if that
+folder has been renamed in the meantime, which is how a run is fenced.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from typing import BinaryIO
 
 from dask_pcm.errors import OutputError
 
+# O_PATH: a folder is only a starting point, so no permission to list it is needed.
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+# O_NONBLOCK: a FIFO that replaces a file after the check of its type must not block the open.
 _SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 _KINDS = {
     stat.S_IFLNK: "a link",
@@ -41,16 +44,16 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A folder; names are relative to it, and their folders are separated by ``/``.
+    """A folder. Names are relative to it, with ``/`` between folders.
 
     Attributes
     ----------
     root
-        Its path. It is the user's own word, so it may be a link, and anybody's.
+        Its path. The user has named it, so it may be a link, and may belong to any user.
     is_guarded
-        Whether folders of others are refused; who only looks may look at anybody's.
+        Whether folders of other users are refused. Those who only read an output may read any.
     owner
-        The user by whom, besides this process's and root, folders may have been made.
+        Id of a user whose folders are trusted, besides root and the user of this process.
     """
 
     root: str
@@ -61,14 +64,14 @@ class Tree:
 
     @contextlib.contextmanager
     def folder(self, name: str = "", is_made: bool = False) -> Iterator[int]:
-        """A descriptor of a folder, for the calls that take one; made if it `is_made`.
+        """Open a folder and yield its descriptor; with `is_made`, make it and those above it.
 
         Raises
         ------
         FileNotFoundError
-            Where there is none.
+            If there is none.
         OutputError
-            Where it, or one on the way to it, is a link, a file or somebody else's.
+            If it, or a folder above it, is a link or a file, or belongs to another user.
         """
         descriptor = os.open(self.root, os.O_PATH | os.O_DIRECTORY)
         try:
@@ -78,6 +81,7 @@ class Tree:
                 if is_made:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(part, dir_fd=descriptor)
+                # One level at a time, as O_NOFOLLOW applies to the last component of a path only.
                 above, descriptor = descriptor, _step(self, descriptor, part, walked)
                 os.close(above)
             yield descriptor
@@ -86,24 +90,25 @@ class Tree:
 
     @contextlib.contextmanager
     def _above(self, name: str) -> Iterator[tuple[int, str]]:
-        """The folder that a name is in, and the name within it."""
+        """Open the folder that a name is in; yield its descriptor, and the name within it."""
         above, _, own = name.rpartition("/")
         with self.folder(above) as descriptor:
             yield descriptor, own
 
     def make_folder(self, name: str) -> None:
-        """Make a folder and those above it, unless they are there."""
+        """Make a folder and those above it, unless they exist."""
         with self.folder(name, is_made=True):
             pass
 
     def entries(self, name: str = "") -> Iterator[tuple[str, os.stat_result]]:
-        """What is in a folder: names, and what they are; links as links."""
+        """Names in a folder with their status; links are not followed."""
         with self.folder(name) as above:
             descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=above)
         try:
             with os.scandir(descriptor) as found:
                 for entry in found:
-                    with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                    # A file may be removed between the listing and its status.
+                    with contextlib.suppress(FileNotFoundError):
                         yield entry.name, entry.stat(follow_symlinks=False)
         finally:
             os.close(descriptor)
@@ -111,15 +116,17 @@ class Tree:
     # -- files ------------------------------------------------------------------------------
 
     def open(self, name: str, flags: int) -> int:
-        """Open a file; with ``O_CREAT`` it may be a new one.
+        """Open a file and return its descriptor; with ``O_CREAT`` the file may be new.
 
         Raises
         ------
         OutputError
-            Where it is no file.
+            If it is not a regular file.
         """
         with self._above(name) as (above, own):
-            with contextlib.suppress(FileNotFoundError):  # first: opening may do something
+            # Checked before it is opened, as opening a device can have effects; and again after,
+            # as the name may have been given to something else between the two.
+            with contextlib.suppress(FileNotFoundError):
                 _check_is_file(self.root, name, os.stat(own, dir_fd=above, follow_symlinks=False))
             try:
                 descriptor = os.open(own, flags | _SAFE, 0o666, dir_fd=above)
@@ -135,18 +142,20 @@ class Tree:
         return descriptor
 
     def reader(self, name: str) -> BinaryIO:
+        """Open a file for reading."""
         return os.fdopen(self.open(name, os.O_RDONLY), "rb")
 
     def creator(self, name: str) -> BinaryIO:
-        """A new file; FileExistsError if it is there."""
+        """Create a file and open it for writing; FileExistsError if it exists."""
         return os.fdopen(self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
 
     def status(self, name: str) -> os.stat_result:
-        """What a name is; FileNotFoundError where there is none."""
+        """Status of a file or folder, links not followed; FileNotFoundError if there is none."""
         with self._above(name) as (above, own):
             return os.stat(own, dir_fd=above, follow_symlinks=False)
 
     def exists(self, name: str) -> bool:
+        """Whether there is anything of this name."""
         try:
             self.status(name)
         except (FileNotFoundError, NotADirectoryError):
@@ -154,30 +163,33 @@ class Tree:
         return True
 
     def rename(self, name: str, target: str) -> None:
-        """Give a file or folder another name, in place of whatever file has that."""
+        """Rename a file or folder, and replace a file that has the new name."""
         with self._source(name) as (above, own), self._above(target) as (into, new):
             os.rename(own, new, src_dir_fd=above, dst_dir_fd=into)
 
     def link(self, name: str, target: str) -> None:
-        """Give a file another name as well; FileExistsError where that is taken."""
+        """Give a file a second name; FileExistsError if that is taken."""
         with self._source(name) as (above, own), self._above(target) as (into, new):
             os.link(own, new, src_dir_fd=above, dst_dir_fd=into, follow_symlinks=False)
 
     @contextlib.contextmanager
     def _source(self, name: str) -> Iterator[tuple[int, str]]:
-        """As `_above`, but the last folder of a name is left to the call that is given it."""
+        """As `_above`, but one level higher: the system call resolves the last folder itself."""
+        # A descriptor of the run directory would stay valid after its rename, and a link from it
+        # would succeed. By name, the lookup and the link are one call, which fails once it is
+        # renamed.
         parts = name.split("/")
         n_above = len(parts) - (2 if len(parts) > 2 else 1)
         with self.folder("/".join(parts[:n_above])) as descriptor:
             yield descriptor, "/".join(parts[n_above:])
 
     def touch(self, name: str) -> None:
-        """Have a file written now."""
+        """Set the times of a file to now."""
         with self._above(name) as (above, own):
             os.utime(own, dir_fd=above, follow_symlinks=False)
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder with all that is in it; nothing if there is none."""
+        """Remove a file, or a folder with its content; do nothing if there is none."""
         with contextlib.suppress(FileNotFoundError), self._above(name) as (above, own):
             if stat.S_ISDIR(os.stat(own, dir_fd=above, follow_symlinks=False).st_mode):
                 shutil.rmtree(own, ignore_errors=True, dir_fd=above)
@@ -185,7 +197,7 @@ class Tree:
                 os.unlink(own, dir_fd=above)
 
     def sync_folder(self, name: str = "") -> None:
-        """Have the names in a folder survive a loss of power."""
+        """Sync a folder, so that its names survive a loss of power."""
         with self.folder(name) as above:
             descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=above)
         try:
@@ -195,12 +207,12 @@ class Tree:
 
 
 def check_below(tree: Tree, name: str) -> None:
-    """Look at all that is below a folder.
+    """Check all that is below a folder.
 
     Raises
     ------
     OutputError
-        Where something is no file and no folder, or is somebody else's.
+        If something is neither a file nor a folder, or belongs to another user.
     """
     with contextlib.suppress(FileNotFoundError):
         for own, status in tree.entries(name):
@@ -230,9 +242,9 @@ def _check_owner(tree: Tree, name: str, uid: int) -> None:
         return
     raise OutputError(
         f"{name!r} in {tree.root!r} belongs to {_user(uid)}, and this process runs as"
-        f" {_user(os.geteuid())}. What another user has put there is not trusted. If you do"
-        f" trust it, copy {tree.root!r} (cp -r) and go on in the copy, or have root change its"
-        " owner (chown -R); otherwise give another folder."
+        f" {_user(os.geteuid())}. Files of other users are not trusted. If you do trust them,"
+        f" copy {tree.root!r} (cp -r) and resume in the copy, or have root change the owner"
+        " (chown -R); otherwise give another folder."
     )
 
 
@@ -245,13 +257,16 @@ def _wrong(root: str, name: str, mode: int, expected: str) -> OutputError:
     found = _KINDS.get(stat.S_IFMT(mode), "of another kind")
     return OutputError(
         f"{name!r} in {root!r} is {found}, where a {expected} was expected. It is not"
-        " used; see who put it there, and remove it."
+        " used; find out who put it there, and remove it."
     )
 
 
 @lru_cache(maxsize=16)
 def _uid_in(root: str) -> int | None:
-    """To whom a file belongs that this process makes there: some filesystems say another user."""
+    """The owner that a filesystem reports for a file that this process creates; None if it cannot.
+
+    Some filesystems have no owners, or map them: there, our own files appear as another user's.
+    """
     probe = os.path.join(root, f".pcm-{uuid.uuid4().hex}")
     try:
         descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, 0o600)
