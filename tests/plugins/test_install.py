@@ -63,7 +63,7 @@ async def test_uninstall_with_work_waiting(c, s, gate, a, b):
     only = c.map(numbers, range(4), model=A, key="only", workers=[b.address])
     futures = c.map(numbers, range(10), model=A)
     child = c.submit(sum, futures)
-    await poll(lambda: len(gate.state.waiting) == 14, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 14, 5)
     gate.uninstall()
     await c.unregister_worker_plugin(CONTEXTS)
     assert await c.gather(futures) == list(range(10)) and await child == 45
@@ -103,7 +103,7 @@ async def test_annotations_of_the_users_own_are_theirs_again_after_uninstall(c, 
 
     with dask.annotate(executor="mine"):
         future = c.submit(thread_of, 1, model=A)
-    await poll(lambda: len(gate.state.waiting) == 1, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 1, 5)
     gate.uninstall()
     await c.unregister_worker_plugin(CONTEXTS)
     assert await future == "mine"

@@ -70,7 +70,7 @@ class Losses(Service):
         found = [ts for key in lost_with if (ts := tasks.get(key)) is not None]
         view = self._hub.state.workers.get(worker)
         priorities = {ts.key: tuple(ts.priority or ()) for ts in found}
-        keys = view.begun_of(priorities) if view else list(priorities)
+        keys = view.select_begun(priorities) if view else list(priorities)
         self._last_lost = member.ws.clean()
         self._attribution.lost(member.ws.nanny or "", keys)
         for key in keys:

@@ -99,14 +99,14 @@ class ParkedTasks(Service):
 
     def _regroup(self) -> None:
         """Park restricted tasks anew: the set of workers that may run them has changed."""
-        for work in list(self._hub.state.waiting.works.values()):
+        for work in list(self._hub.state.ahead.waiting.works.values()):
             asked = self.asked[work.key]
             if asked.workers or asked.hosts or work.group.allowed is not None:
                 self.park(work.key)
 
     def tick(self) -> None:
         """See ``Service``; a decision may depend on time alone, for instance a back-off."""
-        if self._hub.state.waiting:
+        if self._hub.state.ahead.waiting:
             self._hub.wake()
 
     def uninstall(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from dask_pcm.scheduling.events import Group, Work
+from dask_pcm.scheduling.events import Group, Work, WorkerJoined
 from dask_pcm.scheduling.learned.cost import CostModel
 from dask_pcm.tiers import ON_DEVICE, Tier
 
@@ -59,6 +59,24 @@ class WorkerView:
     #: Group of isolated work that waits for this worker to be empty.
     reserved_for: Group | None = None
 
+    @classmethod
+    def from_event(cls, event: WorkerJoined, now: float) -> WorkerView:
+        """The view of a worker that has just joined, `now` in seconds of the policy's clock."""
+        return cls(
+            event.worker,
+            event.n_lanes,
+            event.device_bytes,
+            event.host,
+            event.device,
+            event.pool or event.device,
+            joined_at=now,
+            ends_at=now + event.ends_in_s,
+        )
+
+    def drain(self, ends_at: float) -> None:
+        """The worker has had notice of its end; it may end before that anyway."""
+        self.is_draining, self.ends_at = True, min(self.ends_at, ends_at)
+
     def give(self, work: Work, now: float) -> None:
         """Record that `work` was assigned to this worker."""
         if not self.running:
@@ -76,7 +94,12 @@ class WorkerView:
             del self.n_rows[work.group], self.n_works[work.group]
         return work
 
-    def begun_of(self, priorities: Mapping[K, tuple[float, ...]]) -> list[K]:
+    def use(self, contexts: tuple[str, ...], now: float) -> None:
+        """Record that contexts are in use at `now`; ``eviction`` prefers those used long ago."""
+        for context in contexts:
+            self.used_at[context] = now
+
+    def select_begun(self, priorities: Mapping[K, tuple[float, ...]]) -> list[K]:
         """Select the tasks that the worker had begun: the first by priority, one per lane."""
         return sorted(priorities, key=lambda key: priorities[key])[: self.n_lanes]
 
@@ -123,6 +146,25 @@ class WorkerView:
         if tier is not Tier.ABSENT:
             self.tiers[context] = tier
         self.taken_bytes += n_bytes * ((tier in ON_DEVICE) - (before in ON_DEVICE))
+
+    def load(self, context: str, n_bytes: int, expected_s: float, now: float) -> None:
+        """Record that the worker was asked to load a context."""
+        self.loading_s[context] = expected_s
+        self.loading_since[context] = now
+        self.set_tier(context, Tier.LOADING, n_bytes)
+
+    def report_tier(self, context: str, tier: Tier, n_bytes: int, now: float) -> None:
+        """Take in the worker's own report of where a context is."""
+        self.set_tier(context, tier, n_bytes)
+        if tier is not Tier.DEVICE:
+            self.evicting.pop(context, None)
+        if tier is Tier.LOADING:
+            self.begun.add(context)
+        else:
+            self.begun.discard(context)
+            self.loading_since.pop(context, None)
+        if tier is Tier.DEVICE:
+            self.used_at[context] = self.warm_since[context] = now
 
     def given_s(self, cost: CostModel) -> float | None:
         """Learned seconds of all work assigned and not ended; None while a cost is unknown."""

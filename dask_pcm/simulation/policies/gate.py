@@ -91,7 +91,7 @@ class Gate:
             n_units = max(1, len(window.units))
             report = RunReported(run.name, self._group(run), float(window.n_uncut), n_units)
             self._apply(report)
-            window.update_demand(self.state.askers(self._group(run)))
+            window.update_demand(self.state.device_demand(self._group(run)))
             self._feed(window)
             self._world.clock.after(_LOOK_S, lambda: self._look(window))
 

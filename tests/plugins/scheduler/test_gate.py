@@ -197,7 +197,7 @@ async def test_cancel_while_parked(c, s, gate, a, b):
     await poll(lambda: len(s.unrunnable) == 5, 5)
     await c.cancel(futures)
     await poll(lambda: not s.tasks, 5)
-    assert not gate.parked.asked and not s.unrunnable and not gate.state.waiting
+    assert not gate.parked.asked and not s.unrunnable and not gate.state.ahead.waiting
 
 
 @gated(is_held=True)
@@ -208,7 +208,7 @@ async def test_disconnect_while_parked(c, s, gate, a, b):
         await poll(lambda: len(s.unrunnable) == 5, 5)
         del futures
     await poll(lambda: not s.tasks, 5)
-    assert not gate.parked.asked and not gate.state.waiting
+    assert not gate.parked.asked and not gate.state.ahead.waiting
 
 
 @gated(is_held=True, Worker=Nanny, timeout=60)
@@ -329,7 +329,7 @@ async def test_whatever_goes_wrong_around_a_load_is_answered(c, s, gate, a, b):
 async def test_a_host_restriction_does_not_bypass_the_gate(c, s, gate, a):
     futures = c.map(numbers, range(4), ctx=A, workers=["127.0.0.1"])
     loose = c.map(numbers, range(4), ctx=A, key="l", workers=[a.address], allow_other_workers=True)
-    await poll(lambda: len(gate.state.waiting) == 8, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 8, 5)
     assert {f.status for f in futures + loose} == {"pending"}
     gate.release()
     await wait(futures + loose)
@@ -347,7 +347,7 @@ async def test_restricted_work_finds_a_worker_that_joins_later(c, s, gate, a):
     from distributed import Worker
 
     future = c.submit(numbers, 1, ctx=A, resources={"GPU": 1})
-    await poll(lambda: len(gate.state.waiting) == 1, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 1, 5)
     async with Worker(s.address, resources={"GPU": 1}) as late:
         assert await future == 1
         assert await where(c, [future]) == {late.address}
@@ -356,9 +356,9 @@ async def test_restricted_work_finds_a_worker_that_joins_later(c, s, gate, a):
 @gated(1, is_held=True)
 async def test_priorities(c, s, gate, a):
     low = c.map(noted, range(4), ctx=A, key="low")
-    await poll(lambda: len(gate.state.waiting) == 4, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 4, 5)
     high = c.map(noted, range(4, 8), ctx=A, key="high", priority=10)
-    await poll(lambda: len(gate.state.waiting) == 8, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 8, 5)
     gate.release()
     await wait(low + high)
     assert set(DONE[:4]) == {4, 5, 6, 7}
@@ -382,10 +382,10 @@ async def test_priorities_across_contexts(c, s, gate, a):
         await asyncio.to_thread(a.plugins[CONTEXTS].store.load, context.ref)
     await poll(lambda: gate.state.workers[a.address].holds((A.digest, B.digest)), 5)
     low = c.map(noted, range(6), ctx=A, key="low")
-    await poll(lambda: len(gate.state.waiting) == 6, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 6, 5)
     high = c.map(noted, range(10, 14), ctx=B, key="high", priority=10)
     middle = c.map(noted, range(20, 24), ctx=A, key="middle", priority=5)
-    await poll(lambda: len(gate.state.waiting) == 14, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 14, 5)
     gate.release()
     await wait(low + high + middle)
     ranks = [2 if i < 10 else 0 if i < 20 else 1 for i in DONE]
