@@ -16,9 +16,9 @@ from distributed.utils_test import inc
 
 from dask_pcm import Context
 from dask_pcm.errors import DeviceBusyError, LoadError
-from dask_pcm.plugins.scheduler.find_refs import find_refs
-from dask_pcm.plugins.scheduler.parking import PARKED
 from dask_pcm.plugins.scheduler.plugin import GATE, GatePlugin
+from dask_pcm.plugins.scheduler.tasks.find_refs import find_refs
+from dask_pcm.plugins.scheduler.tasks.parking import PARKED
 from dask_pcm.plugins.worker.plugin import CONTEXTS
 from dask_pcm.plugins.worker.task import hold
 from dask_pcm.tiers import Tier
@@ -57,7 +57,7 @@ def numbers(i, ctx=None):
 
 
 def is_warm(worker, context=A):
-    return worker.plugins[CONTEXTS].store.n_loads(context.digest)
+    return worker.plugins[CONTEXTS].contexts.store.n_loads(context.digest)
 
 
 async def where(c, futures):
@@ -379,7 +379,7 @@ async def test_release_while_processing(c, s, gate, a, b):
 @gated(1, is_held=True)
 async def test_priorities_across_contexts(c, s, gate, a):
     for context in (A, B):
-        await asyncio.to_thread(a.plugins[CONTEXTS].store.load, context.ref)
+        await asyncio.to_thread(a.plugins[CONTEXTS].contexts.store.load, context.ref)
     await poll(lambda: gate.state.workers[a.address].holds((A.digest, B.digest)), 5)
     low = c.map(noted, range(6), ctx=A, key="low")
     await poll(lambda: len(gate.state.ahead.waiting) == 6, 5)
@@ -652,14 +652,17 @@ async def test_unused_for_long_it_leaves(c, s, gate, a, b):
         assert await c.submit(work, i, ctx=model, workers=workers, pure=False) == (i, "idle")
     assert is_warm(a, model) == 1
     await asyncio.wait_for(Event("closed idle").wait(), 10)
-    await poll(lambda: not any(w.plugins[CONTEXTS].store.n_loads(model.digest) for w in (a, b)), 10)
+    await poll(
+        lambda: not any(w.plugins[CONTEXTS].contexts.store.n_loads(model.digest) for w in (a, b)),
+        10,
+    )
     assert await c.submit(work, 9, ctx=model) == (9, "idle")
 
 
 @gated(nthreads=1)
 async def test_moved_away_under_a_task_it_goes_through_the_gate_again(c, s, gate, a):
     """Two tasks that hold one context each and wait for room: one begins anew, none fails."""
-    store, n_busy = a.plugins[CONTEXTS].store, 0
+    store, n_busy = a.plugins[CONTEXTS].contexts.store, 0
     acquire = store.acquire
 
     def busy(refs, again):
