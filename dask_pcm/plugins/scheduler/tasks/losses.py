@@ -8,12 +8,12 @@ from typing import Any
 
 from distributed.scheduler import KilledWorker, TaskState, WorkerState
 
-from dask_pcm.plugins.scheduler.attribution import Attribution
-from dask_pcm.plugins.scheduler.dispatch import end_with
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.members import Member
-from dask_pcm.plugins.scheduler.parked import ParkedTasks
 from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.plugins.scheduler.tasks.attribution import Attribution
+from dask_pcm.plugins.scheduler.tasks.dispatch import end_with
+from dask_pcm.plugins.scheduler.tasks.parked import ParkedTasks
 
 
 class Losses(Service):

@@ -7,13 +7,13 @@ from typing import Any
 
 from distributed.scheduler import TaskState
 
-from dask_pcm.plugins.scheduler import parking
-from dask_pcm.plugins.scheduler.attribution import Attribution
 from dask_pcm.plugins.scheduler.contexts import Contexts
-from dask_pcm.plugins.scheduler.find_refs import find_refs
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.members import Member
 from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.plugins.scheduler.tasks import parking
+from dask_pcm.plugins.scheduler.tasks.attribution import Attribution
+from dask_pcm.plugins.scheduler.tasks.find_refs import find_refs
 from dask_pcm.plugins.worker.lanes import LANES
 from dask_pcm.scheduling.events import Group, Work, WorkParked, WorkWithdrawn
 
