@@ -296,8 +296,8 @@ class Played:
         self._now = 0.0
         self._state = GateState()
         self._group = Group(("llm",), "infer", client="client")
-        self._stock = Outstanding(UnitSizing(10, 1.0, 10, 2, 0.5))
-        self._askers: list[DeviceDemand] = []
+        self._outstanding = Outstanding(UnitSizing(10, 1.0, 10, 2, 0.5))
+        self._demand: list[DeviceDemand] = []
         self._left = n_units * 10
         self._n_cut = 0
         self._sizes: dict[int, int] = {}
@@ -330,7 +330,7 @@ class Played:
                 self._tell(ResidencyReported(about, "llm", Tier.DEVICE, seconds=10.0))
             elif what == "end":
                 n_rows = self._sizes.pop(about)
-                self._stock.remove("", n_rows)
+                self._outstanding.remove("", n_rows)
                 self._tell(WorkEnded(about, is_finished=True))
                 parked = self._feed()
             else:
@@ -352,20 +352,20 @@ class Played:
             self._at(self._now + 0.25, "look", None)
         else:
             self._tell(RunClosed("run"))
-        self._askers = self._state.device_demand(self._group)
+        self._demand = self._state.device_demand(self._group)
 
     def _feed(self) -> float:
         """Hand over more; return the CPU seconds that cutting it took, which is the client's."""
         n_fed, cutting_s = 0, 0.0
         while True:
             start = time.process_time()
-            size = self._stock.next(self._left, self._askers, n_fed)
+            size = self._outstanding.next(self._left, self._demand, n_fed)
             cutting_s += time.process_time() - start
             if size is None:
                 return cutting_s
             n_fed, self._n_cut = n_fed + 1, self._n_cut + 1
             self._left -= size.n_rows
-            self._stock.add(size.device, size.n_rows)
+            self._outstanding.add(size.device, size.n_rows)
             self._sizes[self._n_cut] = size.n_rows
             priority = (0.0, float(self._n_cut))
             self._tell(WorkParked(Work(self._n_cut, self._group, priority, float(size.n_rows))))

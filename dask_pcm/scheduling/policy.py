@@ -48,14 +48,15 @@ def decide(
     """
     plans = state.plans
     plans.actions = []
-    state.settle(now)
+    for name in plans.changed:
+        state.estimates.settle(state.workers[name], now)
     is_due = plans.is_due(now)
     if is_due:
         _plan(state, now, n_load_attempts)
         workers = list(state.workers.values())
     else:
         names = plans.to_look_at()
-        workers = [state.workers[name] for name in names if name in state.workers]
+        workers = [state.workers[name] for name in names]
     plans.begin_round()
     if state.ahead.waiting.queues:
         Placement(state, now, pipeline_s).assign(workers)

@@ -90,7 +90,7 @@ class Placement:
         """Whether a lane is free, or the assigned work lasts less than `pipeline_s`."""
         if len(view.running) < view.n_lanes:
             return not view.has_isolated_work
-        given_s = view.given_s(self._state.estimates.cost)
+        given_s = self._state.estimates.given_s(view)
         return given_s is not None and given_s < self._pipeline_s and not view.has_isolated_work
 
     def _next(self, group: Group, heap: list[_Free]) -> bool:

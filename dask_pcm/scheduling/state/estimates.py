@@ -32,6 +32,38 @@ class Estimates:
         self.pools[view.pool].remove_worker(view.joined_at, now, is_lost or view.is_draining)
         self.cost.forget_worker(view.address)
 
+    def settle(self, view: WorkerView, now: float) -> None:
+        """Turn the rows that a worker has finished since the last call into learned costs.
+
+        The worker counts as one server. While it has work, the time between two finishes is the
+        cost of the second, in whichever lane it ran. Finishes reported together share the time by
+        their rows. Lanes alternate, so time in excess of the learned cost was spent on the work
+        that still runs; `ahead_s` keeps it.
+        """
+        if not view.finished:
+            return
+        seconds, n_rows = now - view.busy_since, sum(view.finished.values())
+        view.ahead_s = view.ahead_s + seconds if n_rows else 0.0
+        for group, done in view.finished.items():
+            if not done:
+                continue
+            costs = group.costs, view.address, view.device
+            self.cost.observe_rows(*costs, seconds * done / n_rows, done)
+            view.ahead_s -= done * (self.cost.row_s(*costs) or 0.0)
+        view.ahead_s = min(max(0.0, view.ahead_s), self.given_s(view) or 0.0)
+        view.finished.clear()
+        view.busy_since = now
+
+    def given_s(self, view: WorkerView) -> float | None:
+        """Learned seconds of all work assigned and not ended; None while a cost is unknown."""
+        total = 0.0
+        for group, n_rows in view.n_rows.items():
+            row_s = self.cost.row_s(group.costs, view.address, view.device)
+            if row_s is None:
+                return None
+            total += n_rows * row_s
+        return total
+
     def backlog_s(self, view: WorkerView, now: float) -> float:
         """Estimated seconds until `view` has finished its assigned work."""
         if not view.running:

@@ -35,7 +35,7 @@ from dask_pcm.scheduling.state.ahead import WorkAhead
 from dask_pcm.scheduling.state.contexts import Contexts
 from dask_pcm.scheduling.state.estimates import Estimates
 from dask_pcm.scheduling.state.plans import Plans
-from dask_pcm.scheduling.state.worker import WorkerView
+from dask_pcm.scheduling.state.worker import WorkerView, joined
 from dask_pcm.scheduling.units import DeviceDemand
 from dask_pcm.tiers import ON_DEVICE, Tier
 
@@ -83,7 +83,8 @@ class GateState:
                 self.workers[worker].is_paused = is_paused
                 self.plans.changed[worker] = None
             case WorkerDraining(worker, seconds) if worker in self.workers:
-                self.workers[worker].drain(now + seconds)
+                view = self.workers[worker]
+                view.is_draining, view.ends_at = True, min(view.ends_at, now + seconds)
             case RunReported(run, group):
                 if run not in self.ahead.runs:
                     self._forgive(group)
@@ -146,12 +147,6 @@ class GateState:
 
     # -- consistency ----------------------------------------------------------------------------
 
-    def settle(self, now: float) -> None:
-        """Learn costs from the work that has finished since the last call."""
-        for address in self.plans.changed:
-            if address in self.workers:
-                self.workers[address].settle(self.estimates.cost, now)
-
     def validate(self) -> None:
         """Raise AssertionError if parts of the state contradict each other."""
         self.ahead.validate()
@@ -190,7 +185,7 @@ class GateState:
         if view.reserved_for == work.group:
             view.reserved_for = None
         view.give(work, now)
-        view.use(work.group.contexts, now)
+        view.used_at.update(dict.fromkeys(work.group.contexts, now))
         self.plans.moved_at[work.group] = now
         self.placed[key] = worker
         row_s = self.estimates.cost.row_s(work.group.costs, worker, view.device)
@@ -208,7 +203,7 @@ class GateState:
         work = view.take(key)
         self.plans.changed[worker] = None
         if used_at is not None:
-            view.use(work.group.contexts, used_at)
+            view.used_at.update(dict.fromkeys(work.group.contexts, used_at))
         if is_finished:
             # Part of a retry may be journalled already, so its duration says nothing of its rows.
             n_rows = 0.0 if work.is_again else work.n_rows
@@ -218,7 +213,7 @@ class GateState:
     def _add_worker(self, event: WorkerJoined, now: float) -> None:
         # The same address can join again before its loss is reported.
         self._remove_worker(event.worker, True, now)
-        view = self.workers[event.worker] = WorkerView.from_event(event, now)
+        view = self.workers[event.worker] = joined(event, now)
         self.estimates.add_worker(view.pool, now)
         self.plans.changed[event.worker] = None
         for context in self.failures.charge_process_ends(view.host, self.contexts.names, now):

@@ -34,11 +34,11 @@ class Window:
     def __init__(self, run: RunSpec, config: Config) -> None:
         self.run = run
         wants = (config.unit_s, config.max_unit_rows, config.n_lanes, config.ready_s)
-        self._stock = Outstanding(UnitSizing(run.batch_rows, *wants))
+        self._outstanding = Outstanding(UnitSizing(run.batch_rows, *wants))
         self.n_uncut = run.n_rows
         self.units: dict[tuple[str, int], Unit] = {}  # outstanding
         self._n_keys = 0
-        self._askers: list[DeviceDemand] = []
+        self._demand: list[DeviceDemand] = []
         self._seconds = self._rows_done = 0.0
 
     @property
@@ -46,16 +46,16 @@ class Window:
         """Whether all rows are cut, and no unit is outstanding."""
         return not self.n_uncut and not self.units
 
-    def update_demand(self, askers: Sequence[DeviceDemand]) -> None:
+    def update_demand(self, demand: Sequence[DeviceDemand]) -> None:
         """Take in the gate's report of the workers by device model, and their speeds."""
-        self._askers = list(askers)
+        self._demand = list(demand)
 
     def feed(self) -> list[Unit]:
         """Cut and return the units to submit now: enough to fill all lanes, and a little more."""
         row_s = self._seconds / self._rows_done if self._rows_done else None
-        askers = [one._replace(row_s=one.row_s or row_s) for one in self._askers]
+        demand = [one._replace(row_s=one.row_s or row_s) for one in self._demand]
         fed: list[Unit] = []
-        while (size := self._stock.next(self.n_uncut, askers, len(fed))) is not None:
+        while (size := self._outstanding.next(self.n_uncut, demand, len(fed))) is not None:
             fed.append(self._add(self._cut(size.n_rows), size.device))
         return fed
 
@@ -77,20 +77,20 @@ class Window:
 
     def _drop(self, key: tuple[str, int]) -> Unit:
         unit = self.units.pop(key)
-        self._stock.remove(unit.cut_for, unit.n_rows)
+        self._outstanding.remove(unit.cut_for, unit.n_rows)
         return unit
 
     def shrink(self, unit: Unit, n_rows: int) -> None:
         """`n_rows` rows of a unit are in its journal, and need no inference."""
         unit.n_rows -= n_rows
-        self._stock.shrink(unit.cut_for, n_rows)
+        self._outstanding.shrink(unit.cut_for, n_rows)
 
     def _add(self, n_rows: int, cut_for: str = "") -> Unit:
         self._n_keys += 1
         self.n_uncut -= n_rows
         unit = Unit(self._n_keys, self.run, n_rows, cut_for)
         self.units[unit.key] = unit
-        self._stock.add(cut_for, n_rows)
+        self._outstanding.add(cut_for, n_rows)
         return unit
 
     def _cut(self, wanted: int) -> int:
