@@ -103,6 +103,8 @@ class Gate:
 
     def _apply(self, event: Event) -> None:
         self.state.apply(event, self._world.clock.now)
+        # As in the scheduler, one decision serves all events until it is made; how far apart two
+        # are is what the scheduler's other work makes of it.
         if not self._is_woken:
             self._is_woken = True
             self._world.clock.at(self._decided_s + self._overheads.decide_every_s, self._decide)
