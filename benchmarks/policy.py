@@ -351,7 +351,7 @@ class Played:
             self._at(self._now + 0.25, "look", None)
         else:
             self._tell(RunClosed("run"))
-        self._units.update_demand(self._state.askers(self._group))
+        self._units.update_demand(self._state.device_demand(self._group))
 
     def _feed(self) -> float:
         """Hand over more; return the CPU seconds that cutting it took, which is the client's."""

@@ -206,17 +206,17 @@ def stream(rows: Rows) -> None:
     order = [rng.randrange(3) for _ in range(600)]
 
     def count(dask_worker: Any = None) -> None:
-        store = dask_worker.plugins[CONTEXTS].store
-        tell, store.n_moves = store._on_change, 0
+        store = dask_worker.plugins[CONTEXTS].contexts.store
+        tell, store.n_moves = store._residencies.report, 0
 
         def counted(change: Any) -> None:
             store.n_moves += change.state.value == "device"
             tell(change)
 
-        store._on_change = counted
+        store._residencies.report = counted
 
     def counted(dask_worker: Any = None) -> int:
-        return int(dask_worker.plugins[CONTEXTS].store.n_moves)
+        return int(dask_worker.plugins[CONTEXTS].contexts.store.n_moves)
 
     best = belady(order, 2)
     for n_ahead in (16, 1):

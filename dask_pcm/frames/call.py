@@ -17,7 +17,9 @@ import pandas as pd
 
 from dask_pcm.context.context import ContextRef
 from dask_pcm.context.sealed import Sealed
-from dask_pcm.errors import PCMError, RowCountError, SchemaError, redacted
+from dask_pcm.errors import PCMError, RowCountError, SchemaError
+from dask_pcm.frames.failed_rows import ERROR as ERROR  # callers of this module read it
+from dask_pcm.frames.failed_rows import failed_row, with_error, without_categories
 from dask_pcm.ladder.objects.tensors import is_sticky
 from dask_pcm.parquet.conversion import MISFITS, cast
 from dask_pcm.plugins.worker.deadline import in_time
@@ -25,10 +27,6 @@ from dask_pcm.plugins.worker.first_batches import is_hopeless
 from dask_pcm.plugins.worker.tally import Tally, unpack
 from dask_pcm.plugins.worker.task import hold, task_stats
 from dask_pcm.scheduling.rules.first_batches import N_BATCHES, Failing, Position
-
-ERROR = "error"
-_MAX_ERROR_CHARS = 2_000
-_NULLABLE_KINDS = "iub"
 
 
 class _Withheld(threading.local):
@@ -132,15 +130,9 @@ class Call:
             return self._enforced(parts[0])
         if any(not part.dtypes.equals(parts[0].dtypes) for part in parts[1:]):
             # Cast before concatenating: pandas would turn integers and nulls into rounded floats.
-            parts = [self._enforced(self._with_error(part)) for part in parts]
+            parts = [self._enforced(with_error(part)) for part in parts]
         result = parts[0] if len(parts) == 1 else pd.concat(parts)
-        return self._enforced(self._with_error(result))
-
-    def _with_error(self, result: pd.DataFrame) -> pd.DataFrame:
-        """The result with an ``error`` column, null unless the function returned its own."""
-        if ERROR not in result.columns:
-            result = result.assign(**{ERROR: _no_error(result)})
-        return result
+        return self._enforced(with_error(result))
 
     def _call(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Any:
         """Call the user's function once, within the time limit of a batch.
@@ -173,7 +165,9 @@ class Call:
         if _withheld.error is not None:
             tally.succeed()
             rows = [frame.iloc[at : at + 1] for at in range(len(frame))]
-            return pd.concat([self._failed(row, _withheld.error) for row in rows])
+            return pd.concat(
+                [self._cast(failed_row(row, self.meta, _withheld.error)) for row in rows]
+            )
         try:
             result = self._call(frame, contexts)
         except PCMError:
@@ -185,7 +179,7 @@ class Call:
                 raise
             if len(frame) == 1:
                 tally.fail(frame, error)
-                return self._failed(frame, error)
+                return self._cast(failed_row(frame, self.meta, error))
         else:
             tally.succeed()
             return self._one_for_each(frame, result)
@@ -226,16 +220,6 @@ class Call:
             self._check_columns(result)
         return result
 
-    def _failed(self, frame: pd.DataFrame, error: Exception) -> pd.DataFrame:
-        """The output of a failed row: its input columns, nulls for the rest, and the reason."""
-        text = _reason(error)
-        row = {
-            name: frame[name] if _is_passed(name, dtype, frame) else pd.Series([None], frame.index)
-            for name, dtype in self.meta.dtypes.items()
-        }
-        row[ERROR] = pd.Series([text], frame.index)
-        return self._cast(pd.DataFrame(row, index=frame.index))
-
     def _enforced(self, result: Any) -> Any:
         """The result with the columns, their order and the dtypes of `meta`, if enforced."""
         if not self.is_enforced:
@@ -270,9 +254,9 @@ class Call:
     def _cast(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Cast columns to the dtypes of `meta`; raise SchemaError if a value would change."""
         different = {
-            name: _plain(dtype)
+            name: without_categories(dtype)
             for name, dtype in self.meta.dtypes.items()
-            if _plain(frame[name].dtype) != _plain(dtype)
+            if without_categories(frame[name].dtype) != without_categories(dtype)
         }
         frame = frame.copy(deep=False)
         for name, dtype in different.items():
@@ -353,56 +337,6 @@ def _check_hope(position: Position, tally: Tally) -> None:
             f" column {ERROR!r}."
         )
         raise error
-
-
-def row_wise_meta(meta: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
-    """`meta` with an ``error`` column, and with nullable dtypes: a failed row holds nulls.
-
-    Columns that are copied from the input keep their dtype, since a failed row keeps their values.
-    """
-    changed = {
-        name: pd.array([], dtype=dtype).astype(_nullable(dtype)).dtype
-        for name, dtype in meta.dtypes.items()
-        if getattr(dtype, "kind", "") in _NULLABLE_KINDS and not _is_passed(name, dtype, given)
-    }
-    meta = meta.astype(changed)
-    return meta if ERROR in meta.columns else meta.assign(**{ERROR: _no_error(meta)})
-
-
-def _plain(dtype: Any) -> Any:
-    """A dtype that can be compared between partitions: categoricals without their categories."""
-    return "category" if isinstance(dtype, pd.CategoricalDtype) else dtype
-
-
-def _is_passed(name: Any, dtype: Any, given: pd.DataFrame) -> bool:
-    """Whether an output column has the name and dtype of an input column; failed rows keep it."""
-    return name in given.columns and bool(_plain(given[name].dtype) == _plain(dtype))
-
-
-def _nullable(dtype: Any) -> str:
-    """The name of pandas' nullable counterpart of an integer or boolean dtype."""
-    name = str(dtype)
-    if name == "bool":
-        return "boolean"
-    return name.replace("uint", "UInt").replace("int", "Int") if name.islower() else name
-
-
-def _reason(error: Exception) -> str:
-    """The text of the ``error`` column: redacted, truncated and valid UTF-8.
-
-    User exceptions may raise in ``__str__`` or hold lone surrogates, which Parquet cannot store.
-    """
-    try:
-        text = str(error)
-    except Exception as broken:
-        text = f"(its text is not available: {type(broken).__name__} in __str__)"
-    text = redacted(f"{type(error).__name__}: {text}")[:_MAX_ERROR_CHARS]
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _no_error(frame: pd.DataFrame) -> pd.Series:
-    """A null for each row of `frame`, as text."""
-    return pd.Series([None] * len(frame), index=frame.index, dtype="str")
 
 
 def _name(func: Any) -> str:

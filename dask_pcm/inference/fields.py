@@ -92,7 +92,7 @@ _FORMS: Sequence[tuple[Any, Callable[[Any], str]]] = (
 )
 
 
-def rows_of(frame: pd.DataFrame, fields: Sequence[str]) -> list[dict[str, str] | str]:
+def rows_as_text(frame: pd.DataFrame, fields: Sequence[str]) -> list[dict[str, str] | str]:
     """For each row its fields as texts, or the row's error."""
     columns = [_cells(frame[name]) for name in fields]
     return [_row(dict(zip(fields, cells, strict=True))) for cells in zip(*columns, strict=True)]

@@ -14,7 +14,7 @@ from dask_pcm.arguments import checked, frame_refused
 from dask_pcm.config import Config
 from dask_pcm.errors import PromptError, SchemaError
 from dask_pcm.frames.map_partitions import check_columns, map_partitions
-from dask_pcm.inference.fields import rows_of
+from dask_pcm.inference.fields import rows_as_text
 from dask_pcm.inference.llm import LLM
 from dask_pcm.inference.origins import check_fields
 from dask_pcm.inference.padded import PlainModel
@@ -114,14 +114,7 @@ def classify(
     if repeated := sorted({str(name) for name in ddf.columns[ddf.columns.duplicated()]}):
         raise SchemaError(f"The frame has columns more than once: {', '.join(repeated)}.")
     check_fields(ddf, tuple(fields))
-    kept = list(ddf.columns) if keep is None else check_columns(ddf, keep, "keep")
-    if repeated := sorted({name for name in kept if kept.count(name) > 1}):
-        raise SchemaError(f"keep names columns more than once: {', '.join(repeated)}.")
-    if taken := [name for name in (ANSWER, PROBABILITY, ERROR) if name in kept]:
-        raise SchemaError(
-            f"The input already has {', '.join(map(repr, taken))}, which classify adds. Rename it,"
-            " or select the columns to keep with keep=[...]."
-        )
+    kept = _kept_columns(ddf, keep)
     if not isinstance(special_tokens_in_fields, bool):
         raise PromptError(
             f"special_tokens_in_fields must be True or False; found {special_tokens_in_fields!r}."
@@ -135,7 +128,6 @@ def classify(
         config.batch_tokens,
         special_tokens_in_fields,
     )
-    needed = list(dict.fromkeys([*kept, *fields]))
     added = {
         ANSWER: pd.Series([], dtype="str"),
         PROBABILITY: pd.Series([], dtype="f8"),
@@ -149,8 +141,21 @@ def classify(
         meta=meta,
         batch_rows=config.batch_rows if batch_rows is None else batch_rows,
         batch_timeout=batch_timeout,
-        required_columns=needed,
+        required_columns=list(dict.fromkeys([*kept, *fields])),
     )
+
+
+def _kept_columns(ddf: dd.DataFrame, keep: Sequence[str] | None) -> list[str]:
+    """Columns of the input that the result keeps; refuses those that ``classify`` adds."""
+    kept = list(ddf.columns) if keep is None else list(check_columns(ddf, keep, "keep"))
+    if repeated := sorted({name for name in kept if kept.count(name) > 1}):
+        raise SchemaError(f"keep names columns more than once: {', '.join(repeated)}.")
+    if taken := [name for name in (ANSWER, PROBABILITY, ERROR) if name in kept]:
+        raise SchemaError(
+            f"The input already has {', '.join(map(repr, taken))}, which classify adds. Rename it,"
+            " or select the columns to keep with keep=[...]."
+        )
+    return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +186,7 @@ class Classify:
         return ("dask_pcm.classify", *self.about().values())
 
     def __call__(self, frame: pd.DataFrame, model: PlainModel) -> pd.DataFrame:
-        rows = rows_of(frame, self.template.fields)
+        rows = rows_as_text(frame, self.template.fields)
         planned = self._plan(model, rows)
         scorings = [scoring for scoring in planned if isinstance(scoring, Scoring)]
         scores = iter(model.score(scorings, self.batch_tokens))

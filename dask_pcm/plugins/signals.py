@@ -65,7 +65,7 @@ class Signals:
     def leave(self, who: object) -> None:
         """Remove a listener; the former handlers are restored with the last one."""
         if self._told.pop(who, None) is not None and not self._told:
-            self._put_back()
+            self._restore()
 
     def _handle(self, number: int, frame: Any) -> None:
         """The signal handler."""
@@ -86,13 +86,13 @@ class Signals:
     def _give_up(self) -> None:
         """Do what SIGTERM would have done at first."""
         former = self._former.get(signal.SIGTERM, signal.SIG_DFL)
-        self._put_back()
+        self._restore()
         if callable(former):
             former(signal.SIGTERM, None)
         else:
             signal.raise_signal(signal.SIGTERM)
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         """Restore the former handlers and cancel the end of the grace period."""
         for number, former in self._former.items():
             if signal.getsignal(number) == self._handle:  # not if replaced since

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dask_pcm.frames.call import ERROR
+from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.ledger.inventory import Counts, is_first, take_inventory
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name

@@ -17,7 +17,7 @@ from dask_pcm.arguments import checked, frame_refused
 from dask_pcm.config import Config
 from dask_pcm.context.context import ContextRef
 from dask_pcm.errors import SchemaError
-from dask_pcm.frames.call import ERROR
+from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.parquet.pieces import Span
 from dask_pcm.plugins.install import current_client, install, is_installed

@@ -11,7 +11,7 @@ sees everything here, so no incentives are needed.
 from __future__ import annotations
 
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -43,6 +43,37 @@ class _Swarm:
     #: Chunks being read from the store, and since when, in seconds.
     from_store: dict[int, float] = field(default_factory=dict)
 
+    def hold(self, worker: str, chunk: int) -> None:
+        """A worker holds a chunk, so it lacks it no longer."""
+        self.holders[chunk].add(worker)
+        missing = self.missing.get(worker)
+        if missing is not None:
+            missing.discard(chunk)
+
+
+@dataclass(slots=True)
+class _BackOffs:
+    """Sources that have failed, and until when each is left alone."""
+
+    first_s: float
+    n_failures: Counter[str] = field(default_factory=Counter)
+    until: dict[str, float] = field(default_factory=dict)
+
+    def fail(self, source: str, now: float) -> None:
+        """A copy from a source has failed: it backs off, each time for twice as long."""
+        # Up to 64 times the first: a source that is back is to be found out within minutes.
+        self.until[source] = now + self.first_s * 2 ** min(self.n_failures[source], 6)
+        self.n_failures[source] += 1
+
+    def forget(self, source: str) -> None:
+        """A source works, or has left."""
+        self.n_failures.pop(source, None)
+        self.until.pop(source, None)
+
+    def is_over(self, source: str, now: float) -> bool:
+        """Whether copies may be made from a source."""
+        return self.until.get(source, 0.0) <= now
+
 
 class Broadcast:
     """Plans copies. Pure: the caller reports what happened and carries out ``plan``.
@@ -69,14 +100,12 @@ class Broadcast:
     ) -> None:
         self._n_from_each = n_from_each
         self._n_ahead = n_ahead
-        self._back_off_s = back_off_s
         self._hangs_s = hangs_s
         self._swarms: dict[str, _Swarm] = {}
         self.under_way: set[Copy] = set()
         self._n_out: Counter[str] = Counter()
         self._n_in: Counter[str] = Counter()
-        self._n_failures: Counter[str] = Counter()
-        self._backs_off_until: dict[str, float] = defaultdict(float)
+        self._back_offs = _BackOffs(back_off_s)
 
     # -- events ---------------------------------------------------------------------------------
 
@@ -85,22 +114,21 @@ class Broadcast:
         swarm = self._swarm(blob, n_chunks)
         swarm.missing[worker] = set(range(n_chunks))
         for chunk in have:
-            self._hold(swarm, worker, chunk)
+            swarm.hold(worker, chunk)
 
     def has(self, worker: str, blob: str, n_chunks: int) -> None:
         """A worker holds all chunks of a blob."""
         swarm = self._swarm(blob, n_chunks)
         for chunk in range(n_chunks):
-            self._hold(swarm, worker, chunk)
+            swarm.hold(worker, chunk)
         swarm.missing.pop(worker, None)
 
     def copied(self, copy: Copy) -> None:
         """A copy has succeeded."""
         if not self._end(copy):
             return
-        self._n_failures.pop(copy.source, None)
-        self._backs_off_until.pop(copy.source, None)
-        self._hold(self._swarms[copy.blob], copy.worker, copy.chunk)
+        self._back_offs.forget(copy.source)
+        self._swarms[copy.blob].hold(copy.worker, copy.chunk)
 
     def failed(self, copy: Copy, now: float, is_absent: bool = False) -> None:
         """A copy has failed, so its source backs off.
@@ -114,9 +142,7 @@ class Broadcast:
         if is_absent:
             swarm.holders[copy.chunk].discard(copy.source)
             return
-        n_failures = self._n_failures[copy.source]
-        self._n_failures[copy.source] += 1
-        self._backs_off_until[copy.source] = now + self._back_off_s * 2 ** min(n_failures, 6)
+        self._back_offs.fail(copy.source, now)
 
     def drop(self, worker: str, blob: str) -> None:
         """A worker no longer wants a blob, or no longer holds it."""
@@ -139,7 +165,8 @@ class Broadcast:
         """A worker has left."""
         for blob in list(self._swarms):
             self.drop(worker, blob)
-        for by_worker in (self._n_failures, self._backs_off_until, self._n_out, self._n_in):
+        self._back_offs.forget(worker)
+        for by_worker in (self._n_out, self._n_in):
             by_worker.pop(worker, None)
 
     # -- planning -------------------------------------------------------------------------------
@@ -182,7 +209,8 @@ class Broadcast:
 
     def _source(self, swarm: _Swarm, chunk: int, worker: str, now: float) -> str | None:
         """The least busy source of a chunk; None if all are busy and waiting is better."""
-        available = [h for h in swarm.holders[chunk] if h != worker and self._is_available(h, now)]
+        others = swarm.holders[chunk] - {worker}
+        available = [holder for holder in others if self._back_offs.is_over(holder, now)]
         if not available:  # no worker holds the chunk, or all holders back off
             # The limit applies per blob. A read that hangs stops counting after `hangs_s`, so it
             # can delay other reads no longer than that.
@@ -192,10 +220,15 @@ class Broadcast:
         free = [holder for holder in available if self._n_out[holder] < self._n_from_each]
         return min(free, key=lambda holder: (self._n_out[holder], holder), default=None)
 
-    def _is_available(self, source: str, now: float) -> bool:
-        return self._backs_off_until.get(source, 0.0) <= now
-
     # -- state ----------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Raise AssertionError if the counts of copies in flight disagree with the copies."""
+        assert Counter(copy.source for copy in self.under_way) == +self._n_out
+        assert Counter(copy.worker for copy in self.under_way) == +self._n_in
+        for copy in self.under_way:
+            # Nobody copies the same chunk twice at a time.
+            assert copy.chunk not in self._swarms[copy.blob].missing.get(copy.worker, ()), copy
 
     def _swarm(self, blob: str, n_chunks: int) -> _Swarm:
         if blob not in self._swarms:
@@ -204,12 +237,6 @@ class Broadcast:
                     del self._swarms[old]
             self._swarms[blob] = _Swarm(n_chunks, [set() for _ in range(n_chunks)])
         return self._swarms[blob]
-
-    def _hold(self, swarm: _Swarm, worker: str, chunk: int) -> None:
-        swarm.holders[chunk].add(worker)
-        missing = swarm.missing.get(worker)
-        if missing is not None:
-            missing.discard(chunk)
 
     def _begin(self, copy: Copy, now: float) -> None:
         swarm = self._swarms[copy.blob]

@@ -40,10 +40,10 @@ def _present(state: GateState, key: object, now: float) -> list[str]:
     """Where the work is now; for waiting work, a reason for each worker that does not run it."""
     if key in state.placed:
         return [_placed(state, key, state.placed[key], now)]
-    work = state.waiting.works.get(key)
+    work = state.ahead.waiting.works.get(key)
     if work is None:
         return []
-    keys = state.waiting.keys(work.group)
+    keys = state.ahead.waiting.keys(work.group)
     n_before = keys.index(key)
     order = (
         f"behind {n_before:,} of {len(keys) - 1:,} others of its group"
@@ -66,7 +66,7 @@ def _present(state: GateState, key: object, now: float) -> list[str]:
 
 def _placed(state: GateState, key: object, worker: str, now: float) -> str:
     view = state.workers[worker]
-    backlog_s = state.backlog_s(view, now)
+    backlog_s = state.estimates.backlog_s(view, now)
     others = len(view.running) - 1
     return (
         f"{key!r} is assigned to {worker}, with {others} other{'' if others == 1 else 's'};"
@@ -108,7 +108,7 @@ def _reason(state: GateState, group: Group, view: WorkerView, now: float) -> str
     if view.ends_at < math.inf and not math.isfinite(_finish_s(state, group, view, now)):
         return f"ends in {_seconds(view.ends_at - now)}, before the work could finish"
     if len(view.running) >= view.n_lanes:
-        return f"warm, busy for about {_seconds(state.backlog_s(view, now))}"
+        return f"warm, busy for about {_seconds(state.estimates.backlog_s(view, now))}"
     return (
         f"warm, but would finish in {_seconds(_finish_s(state, group, view, now))}: other workers"
         " are expected to finish it sooner"
@@ -118,18 +118,20 @@ def _reason(state: GateState, group: Group, view: WorkerView, now: float) -> str
 def _why_cold(state: GateState, group: Group, view: WorkerView, now: float) -> str:
     """Why a cold worker is not being warmed for a group."""
     missing = view.missing(group.contexts)
-    n_bytes = sum(state.contexts.sizes.get(context, 0) for context in missing)
+    n_bytes = sum(state.contexts.size(context) for context in missing)
     free = view.free_bytes
     if n_bytes > free:
         return (
             f"cold: {_names(state, group)} needs {n_bytes:,} bytes of its device, {free:,.0f} are"
             " free, and the contexts on it are in use or their turn is not over"
         )
-    ready_s = state.backlog_s(view, now) + sum(state.warm_s(view, context) for context in missing)
+    ready_s = state.estimates.backlog_s(view, now) + sum(
+        state.estimates.warm_s(view, context) for context in missing
+    )
     if view.is_draining or now + ready_s > view.ends_at:
         return f"cold, and ends in {_seconds(view.ends_at - now)}"
     serving = capacities(state, group, state.candidates(group), now)
-    drained_s = drain_s(state.rows_ahead(group), serving)
+    drained_s = drain_s(state.ahead.n_rows(group), serving)
     if ready_s >= drained_s:
         return (
             f"cold: it would be warm in {_seconds(ready_s)}, after the other workers have finished"
@@ -140,22 +142,22 @@ def _why_cold(state: GateState, group: Group, view: WorkerView, now: float) -> s
 
 def _finish_s(state: GateState, group: Group, view: WorkerView, now: float) -> float:
     """Expected seconds until a worker would have finished the group's next work."""
-    work = state.peek(group, view.device)
-    seconds = (state.row_s(group, view, now) or 0.0) * (work.n_rows if work else 1.0)
-    backlog_s = state.backlog_s(view, now)
-    return backlog_s + state.lasting_s(view, seconds, now + backlog_s)
+    work = state.ahead.peek(group, view.device)
+    seconds = (state.estimates.row_s(group, view, now) or 0.0) * (work.n_rows if work else 1.0)
+    backlog_s = state.estimates.backlog_s(view, now)
+    return backlog_s + state.estimates.lasting_s(view, seconds, now + backlog_s)
 
 
 def _past(state: GateState, key: object, now: float) -> list[str]:
     """Decisions on a piece of work, the last first."""
-    own = [d for d in state.decisions if getattr(d.action, "key", None) == key]
+    own = [d for d in state.plans.decisions if getattr(d.action, "key", None) == key]
     return [_line(state, decision, now) for decision in reversed(own[-_MAX_LINES:])]
 
 
 def decisions(state: GateState, now: float, n: int = 20) -> str:
     """Describe the last `n` decisions, the last first, one per line."""
     return "\n".join(
-        _line(state, decision, now) for decision in list(state.decisions)[: -n - 1 : -1]
+        _line(state, decision, now) for decision in list(state.plans.decisions)[: -n - 1 : -1]
     )
 
 

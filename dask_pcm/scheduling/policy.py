@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dask_pcm.scheduling.events import Action, Group
+from dask_pcm.scheduling.events import Action
 from dask_pcm.scheduling.rules.eviction import (
     Demand,
     cancel_evictions,
@@ -13,10 +13,6 @@ from dask_pcm.scheduling.rules.placement import Placement, reserve_workers
 from dask_pcm.scheduling.rules.quarantine import give_up, quarantine_nodes
 from dask_pcm.scheduling.rules.warming import warm
 from dask_pcm.scheduling.state.state import GateState
-
-#: Up to `_FEW` pairs of a group and a worker, every decision plans anew. Each further pair adds
-#: `_LOOK_S` seconds between plans, `_LONGEST_S` at most.
-_FEW, _LOOK_S, _LONGEST_S = 100, 1e-4, 2.0
 
 
 def decide(
@@ -50,23 +46,23 @@ def decide(
     list of Action
         In the order in which they must be carried out.
     """
-    state.actions = []
-    state.settle(now)
-    is_due = now - state.planned_at >= min(_LONGEST_S, (state.n_looks - _FEW) * _LOOK_S)
+    plans = state.plans
+    plans.actions = []
+    for name in plans.changed:
+        state.estimates.settle(state.workers[name], now)
+    is_due = plans.is_due(now)
     if is_due:
         _plan(state, now, n_load_attempts)
         workers = list(state.workers.values())
     else:
-        # A group that had no work may suit workers that had room left, so look at these as well.
-        names = {**state.changed, **state.roomy} if state.has_new_work else state.changed
-        workers = [state.workers[name] for name in names if name in state.workers]
-    state.changed.clear()
-    state.has_new_work = False
-    if state.waiting.queues:
+        names = plans.to_look_at()
+        workers = [state.workers[name] for name in names]
+    plans.begin_round()
+    if state.ahead.waiting.queues:
         Placement(state, now, pipeline_s).assign(workers)
     if is_due and idle_s is not None:
         offload_idle(state, now, idle_s)
-    return state.actions
+    return plans.actions
 
 
 def _plan(state: GateState, now: float, n_load_attempts: int) -> None:
@@ -76,12 +72,8 @@ def _plan(state: GateState, now: float, n_load_attempts: int) -> None:
     demand = Demand.of(state)
     cancel_evictions(state, demand, now)
     reserve_workers(state, now)
-    groups = state.groups()
-    for group in state.forecasts.keys() - set(groups):
-        del state.forecasts[group]
-    for moved in [key for key in state.moved_at if isinstance(key, Group)]:
-        if moved not in state.waiting.queues:
-            del state.moved_at[moved]
+    groups = state.ahead.groups()
+    state.plans.forget_groups(groups, state.ahead.waiting.queues)
     n_looks = len(state.workers)
     for group in groups:
         workers = state.candidates(group)
@@ -93,5 +85,4 @@ def _plan(state: GateState, now: float, n_load_attempts: int) -> None:
         for action in dict.fromkeys(ended):  # both rules may fail the same work
             state.commit(action, now)
         warm(state, group, workers, demand, now)
-    state.planned_at, state.n_looks = now, n_looks
-    state.n_plans += 1
+    state.plans.record_plan(now, n_looks)

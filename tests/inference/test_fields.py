@@ -18,7 +18,7 @@ import pytest
 import dask_pcm as pcm
 from dask_pcm.errors import SchemaError
 from dask_pcm.factcheck import demo_model
-from dask_pcm.inference.fields import FieldError, as_text, refusal, rows_of
+from dask_pcm.inference.fields import FieldError, as_text, refusal, rows_as_text
 from dask_pcm.inference.origins import check_fields
 from dask_pcm.inference.prompts import Template
 
@@ -97,12 +97,12 @@ def test_each_kind_of_column_has_that_form_and_nulls(kind):
     values, text = FORMS[kind]
     frame = pd.DataFrame({"x": values})
     assert refusal(frame.x.dtype) is None
-    assert rows_of(frame, ("x",)) == [{"x": text}, "Null in prompt field 'x'."]
+    assert rows_as_text(frame, ("x",)) == [{"x": text}, "Null in prompt field 'x'."]
 
 
 def test_what_a_row_cannot_say_is_the_rows_error():
     frame = pd.DataFrame({"x": pd.Series([{"a": 1}, "fine", [1]], dtype=object)})
-    bad, fine, numbers = rows_of(frame, ("x",))
+    bad, fine, numbers = rows_as_text(frame, ("x",))
     assert fine == {"x": "fine"}
     assert bad.startswith("Prompt field 'x' holds a value of type dict, which cannot be written")
     assert numbers.startswith("Prompt field 'x' holds a list that contains 1")

@@ -161,10 +161,10 @@ def test_what_a_task_changes_while_the_image_is_written_is_not_what_others_find(
     class Meddling(Host):
         def put(self, digest, name, frozen):
             with torch.no_grad():
-                store._residencies[digest].value.weight.add_(100)
+                store._residencies.by_digest[digest].value.weight.add_(100)
             return super().put(digest, name, frozen)
 
-    store._builder._host = store._host = Meddling(shelf)
+    store._loads._builder._host = store._residencies._host = Meddling(shelf)
     store.load(context.ref)
     assert shelf.find(context.digest) is None
     assert ask(store, context) == 101

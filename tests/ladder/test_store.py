@@ -280,7 +280,7 @@ def test_who_never_takes_them_again_ends_no_turn_of_another(store):
 
 def test_what_cannot_be_loaded_rests_ten_times_as_long_as_the_load_took(store, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("dask_pcm.ladder.store.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dask_pcm.ladder.loads.time.monotonic", lambda: now[0])
 
     def failing():
         now[0] += 5.0

@@ -34,8 +34,8 @@ import dask_pcm as pcm
 from dask_pcm.errors import RecipeError
 from dask_pcm.ladder.store import of_process
 from dask_pcm.plugins import delivery
-from dask_pcm.plugins.scheduler.parking import PARKED
 from dask_pcm.plugins.scheduler.plugin import GATE
+from dask_pcm.plugins.scheduler.tasks.parking import PARKED
 from dask_pcm.plugins.worker.plugin import CONTEXTS
 from tests.support.gated import gated, install, poll
 from tests.support.patience import patient, until
@@ -63,7 +63,7 @@ async def test_uninstall_with_work_waiting(c, s, gate, a, b):
     only = c.map(numbers, range(4), model=A, key="only", workers=[b.address])
     futures = c.map(numbers, range(10), model=A)
     child = c.submit(sum, futures)
-    await poll(lambda: len(gate.state.waiting) == 14, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 14, 5)
     gate.uninstall()
     await c.unregister_worker_plugin(CONTEXTS)
     assert await c.gather(futures) == list(range(10)) and await child == 45
@@ -103,7 +103,7 @@ async def test_annotations_of_the_users_own_are_theirs_again_after_uninstall(c, 
 
     with dask.annotate(executor="mine"):
         future = c.submit(thread_of, 1, model=A)
-    await poll(lambda: len(gate.state.waiting) == 1, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 1, 5)
     gate.uninstall()
     await c.unregister_worker_plugin(CONTEXTS)
     assert await future == "mine"
@@ -431,8 +431,8 @@ def test_another_plugin_that_restricts(is_before):
         futures = c.map(use, range(8), model=A)
         assert await asyncio.wait_for(c.gather(futures), 20) == [(i, "a") for i in range(8)]
         assert {w for ws in (await c.who_has(futures)).values() for w in ws} == {b.address}
-        assert a.plugins[CONTEXTS].store.n_loads(A.digest) == 0
-        assert b.plugins[CONTEXTS].store.n_loads(A.digest) == 1
+        assert a.plugins[CONTEXTS].contexts.store.n_loads(A.digest) == 0
+        assert b.plugins[CONTEXTS].contexts.store.n_loads(A.digest) == 1
         assert gate.contexts.loads[A.digest].n == 1
         gate.state.validate()
 
@@ -449,7 +449,7 @@ async def test_two_clients_with_different_contexts(c, s, gate, a, b):
         more = c.map(use, range(20, 30), model=A)
     assert await c.gather(more) == [(i, "a") for i in range(20, 30)]
     for worker in (a, b):
-        assert max(worker.plugins[CONTEXTS].store.n_loads(x.digest) for x in (A, B)) <= 1
+        assert max(worker.plugins[CONTEXTS].contexts.store.n_loads(x.digest) for x in (A, B)) <= 1
 
 
 @gated()
@@ -534,7 +534,7 @@ def test_a_preload_and_settings_for_a_cluster_that_others_start(started):
 
         def seen(dask_worker):
             plugin = dask_worker.plugins[CONTEXTS]
-            return plugin.config.n_lanes, plugin.store.n_loads(A.digest)
+            return plugin.config.n_lanes, plugin.contexts.store.n_loads(A.digest)
 
         assert set(client.run(seen).values()) == {(3, 1)}
         pcm.install(client)  # again: changes nothing

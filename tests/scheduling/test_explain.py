@@ -157,8 +157,8 @@ def test_every_decision_can_be_said_and_the_last_are_kept():
     world.decide()
     world.warm("w")
     world.decide()
-    kinds = {type(decision.action) for decision in world.state.decisions}
+    kinds = {type(decision.action) for decision in world.state.plans.decisions}
     assert kinds == {Load, Assign}
-    assert all(len(describe(world.state, d)) > 20 for d in world.state.decisions)
+    assert all(len(describe(world.state, d)) > 20 for d in world.state.plans.decisions)
     lines = decisions(world.state, world.now, 2).splitlines()
     assert len(lines) == 2 and "'a1'" in lines[0]

@@ -205,14 +205,14 @@ class Gate(RuleBasedStateMachine):
     def think(self, seconds, idle_s, is_large):
         self.now += seconds
         if is_large:  # as in a large cluster, which is not planned at every call
-            self.state.n_looks += 10_000
+            self.state.plans.n_looks += 10_000
         # Unrequested reports may exceed the device limit.
         over = {n: view.free_bytes < 0 for n, view in self.state.workers.items()}
-        n_decided = len(self.state.decisions)
+        n_decided = len(self.state.plans.decisions)
         actions = decide(self.state, self.now, idle_s=idle_s)
         for action in actions:
             self.check(action, over)
-        made = list(self.state.decisions)[n_decided:]
+        made = list(self.state.plans.decisions)[n_decided:]
         assert [decision.action for decision in made] == actions
         for decision in made:
             assert describe(self.state, decision)
@@ -245,7 +245,9 @@ class Gate(RuleBasedStateMachine):
     @invariant()
     def no_work_is_lost_or_duplicated(self):
         self.state.validate()
-        assert self.state.waiting.works.keys() | self.state.placed.keys() == self.wanted.keys()
+        assert (
+            self.state.ahead.waiting.works.keys() | self.state.placed.keys() == self.wanted.keys()
+        )
         assert len(self.committed) == len(set(self.committed))
 
     @invariant()

@@ -129,7 +129,7 @@ def test_what_a_run_will_submit_counts_as_work():
     world.tell(RunReported("run", A, 1000.0, 2))
     assert warmed(world.decide()) == {"w0", "w1"}
     world.tell(RunClosed("run"))
-    assert world.state.groups() == []
+    assert world.state.ahead.groups() == []
 
 
 def test_a_first_unit_that_takes_long_is_not_waited_for_for_ever():
@@ -210,7 +210,7 @@ def test_a_failed_load_is_tried_elsewhere_and_then_given_up_with_its_error():
     world.park(1)
     assert len(set(fail_loads(world, 3))) == 3
     assert world.decide() == [Fail("a0", "a", "no weights (2)"), LoadsGivenUp("a")]
-    assert not world.state.waiting.works
+    assert not world.state.ahead.waiting.works
     assert world.decide() == []
     world.park(1)  # asked for again, it is tried again
     assert len(warmed(world.decide())) == 1
@@ -259,7 +259,7 @@ def test_two_contexts_that_no_worker_can_have_together_are_given_up():
             good, bad = ("a", "b") if worker == "w0" else ("b", "a")
             world.warm(worker, good)
             world.tell(ResidencyReported(worker, bad, Tier.FAILED, seconds=0.1, error=f"no {bad}"))
-        if not world.state.waiting.works:
+        if not world.state.ahead.waiting.works:
             break
     assert {action.key for action in actions if isinstance(action, Fail)} == {"k", "l"}
 
@@ -427,10 +427,10 @@ def test_learns_row_times_from_finishes_that_arrive_together():
         world.tell(*(WorkEnded(key, is_finished=True) for key in done))
         n_done = len(done)
         world.decide()
-        if not world.state.waiting.works:
+        if not world.state.ahead.waiting.works:
             break
     assert n_done
-    learned = world.state.cost.row_s(A.costs, "w0")
+    learned = world.state.estimates.cost.row_s(A.costs, "w0")
     assert learned == pytest.approx(0.4 / 2, rel=0.5)
 
 
@@ -445,7 +445,7 @@ def test_what_was_begun_before_tells_nothing_of_costs():
     world.tell(WorkEnded("again", is_finished=True))
     world.park(1)
     world.decide()
-    assert world.state.cost.row_s(A.costs, "w0") == pytest.approx(1.0)
+    assert world.state.estimates.cost.row_s(A.costs, "w0") == pytest.approx(1.0)
     assert world.state.workers["w0"].busy_since == world.now
 
 
@@ -457,20 +457,20 @@ def test_lanes_that_take_turns_are_both_nearly_done():
     world.park(2, n_rows=10.0)
     world.decide()
     view = world.state.workers["w0"]
-    assert world.state.backlog_s(view, world.now) == pytest.approx(20.0)
+    assert world.state.estimates.backlog_s(view, world.now) == pytest.approx(20.0)
     world.now = 19.0
     world.tell(WorkEnded("a0", is_finished=True))
     world.decide()
-    assert world.state.backlog_s(view, world.now) < 5.0
+    assert world.state.estimates.backlog_s(view, world.now) < 5.0
 
 
 def test_what_a_run_has_submitted_is_not_expected_twice():
     world = World()
     world.tell(RunReported("run", A, 100.0, 5))
     world.park(3, n_rows=20.0)
-    assert world.state.rows_ahead(A) == 100.0
+    assert world.state.ahead.n_rows(A) == 100.0
     world.park(1, n_rows=20.0)  # the same again: it came back
-    assert world.state.rows_ahead(A) == 100.0
+    assert world.state.ahead.n_rows(A) == 100.0
 
 
 def test_a_lost_worker_gives_its_work_back():

@@ -47,7 +47,7 @@ class World:
         """As of two pieces of work: the first counts for little."""
         device = self.state.workers[worker].device
         for _ in range(2):
-            self.state.cost.observe_rows(group.costs, worker, device, row_s * 100, 100)
+            self.state.estimates.cost.observe_rows(group.costs, worker, device, row_s * 100, 100)
 
 
 def warmed(actions):

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +27,7 @@ from typing import Any
 
 import cloudpickle
 
+from dask_pcm.context.identity.addresses import Addresses
 from dask_pcm.context.identity.bytecode import imported, instructions, referenced, signature, stored
 from dask_pcm.context.identity.caches import initial_values
 from dask_pcm.context.identity.classes import (
@@ -57,8 +56,6 @@ _INCIDENTAL = frozenset(
     "__annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
     "__abstractmethods__ _abc_impl __dataclass_fields__ __match_args__".split()
 )
-#: Numbers that may be memory addresses.
-_ADDRESS = re.compile(r"(?P<of> (?:object )?at )?\b(?P<number>0x[0-9a-f]{6,16}|[1-9]\d{8,19})\b")
 #: Attributes in which libraries store fields that were written as members of a class.
 _FIELD_TABLES = ("__pydantic_fields__", "__attrs_attrs__", "__dataclass_fields__")
 
@@ -111,20 +108,26 @@ def digest(*values: Any) -> str:
 
 
 class _Walk:
-    """One traversal of values; an object that contains itself yields a back-reference."""
+    """One traversal of values; an object that contains itself yields a back-reference.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    of_state
+        The addresses to leave out, for a walk over an object's present state: functions and classes
+        count by name there, and what cannot be pickled by its type. None for any other walk.
+    """
+
+    def __init__(self, of_state: Addresses | None = None) -> None:
         self.parts: dict[str, str] = {}
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # ids stay unique while we hold the objects
-        self._is_strict = True
+        self._is_strict = of_state is None
         # Digests of data without functions of the user's or back-references inside, by id.
         self._plain: dict[int, bytes] = {}
         self._n_references = 0
-        self._is_in_state = False
-        self._is_shallow = False
+        self._is_in_state = self._is_shallow = of_state is not None
         self._checked: set[type] = set()
-        self._addresses: set[int] = set()
+        self._addresses = of_state or Addresses()
 
     @functools.cached_property
     def _owned(self) -> dict[int, str]:
@@ -147,7 +150,7 @@ class _Walk:
         if type(value) in (bool, int, float, complex, str, type(None)):
             shown = repr(value)
             if self._is_in_state and type(value) in (int, str):
-                shown = _ADDRESS.sub(self._without_address, shown)
+                shown = self._addresses.without(shown)
             yield f"{type(value).__name__}={shown}".encode()
             return
         if type(value) is bytes:
@@ -178,20 +181,6 @@ class _Walk:
         else:
             yield from tokens
 
-    def _of_state(self, value: Any) -> str:
-        """The digest of an object's present pickle, with functions and classes by name."""
-        walk = _Walk()
-        walk._addresses = self._addresses
-        walk._is_strict, walk._is_in_state, walk._is_shallow = False, True, True
-        return walk.digest(value)
-
-    def _without_address(self, found: re.Match[str]) -> str:
-        """Replace a number that is the memory address of an object: it differs in every process."""
-        if not self._addresses:
-            self._addresses |= {id(value) for value in gc.get_objects()}
-        is_address = found["of"] or int(found["number"], 0) in self._addresses
-        return "address" if is_address else found[0]
-
     def _compound(self, value: Any) -> Iterator[bytes]:
         """The tokens of a value that is not a plain constant."""
         if is_environment(value):
@@ -205,7 +194,11 @@ class _Walk:
                 for item in value:
                     yield from self._tokens(item)
             case dict() if type(value) is dict:
-                yield from self._mapping("dict", value)
+                yield f"dict={len(value)}".encode()
+                # In the order of the keys' digests: keys of several types do not compare.
+                for _, key in sorted((digest(key), key) for key in value):
+                    yield from self._tokens(key)
+                    yield from self._tokens(value[key])
             case set() | frozenset() if type(value) in (set, frozenset):
                 yield f"set={len(value)}".encode()
                 yield from sorted(digest(item).encode() for item in value)
@@ -216,18 +209,11 @@ class _Walk:
             case FunctionType():
                 yield from self._function(value)
             case ModuleType():
-                yield from self._module(value.__name__)
+                yield from _module_tokens(value.__name__)
             case type():
                 yield from self._part(f"class {value.__qualname__}", self._class(value))
             case _:
                 yield from self._object(value)
-
-    def _mapping(self, name: str, value: Mapping[Any, Any]) -> Iterator[bytes]:
-        """The tokens of a mapping, independent of its order."""
-        yield f"{name}={len(value)}".encode()
-        for _, key in sorted((digest(key), key) for key in value):
-            yield from self._tokens(key)
-            yield from self._tokens(value[key])
 
     def _function(self, func: FunctionType) -> Iterator[bytes]:
         """The tokens of a function: its name if installed, otherwise all that it consists of."""
@@ -306,13 +292,7 @@ class _Walk:
             yield from self._tokens(constant)
         for name in imported(code):
             if not is_installed(name) and origin(name):
-                yield from self._module(name)
-
-    def _module(self, name: str) -> Iterator[bytes]:
-        """The tokens of a module: its name, and the source if it is the user's."""
-        yield f"module={name}".encode()
-        for user_module, source in sorted(user_modules(name).items()):
-            yield f"{user_module}={source}".encode()
+                yield from _module_tokens(name)
 
     def _class(self, cls: type) -> Iterator[bytes]:
         """The tokens of a class."""
@@ -373,7 +353,9 @@ class _Walk:
             and type(value).__module__.partition(".")[0] not in DATA_PACKAGES
         ):
             self._checked.add(type(value))
-            if self._of_state(value) != self._of_state(value):
+            # Twice: what two pickles of one object differ in differs between processes, too.
+            first, second = (_Walk(self._addresses).digest(value) for _ in range(2))
+            if first != second:
                 _warn_of_state(value)
         self._is_in_state = True
         yield from self._tokens([build, args, *items])
@@ -387,6 +369,13 @@ def _hashed(tokens: Iterable[bytes]) -> str:
         sha.update(f"{len(token)}:".encode())
         sha.update(token)
     return sha.hexdigest()
+
+
+def _module_tokens(name: str) -> Iterator[bytes]:
+    """The tokens of a module: its name, and the source if it is the user's."""
+    yield f"module={name}".encode()
+    for user_module, source in sorted(user_modules(name).items()):
+        yield f"{user_module}={source}".encode()
 
 
 def _settings(wrapper: FunctionType) -> Iterator[Any]:

@@ -31,14 +31,14 @@ import re
 import shutil
 import stat
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from dask_pcm.context.bundles import Blob, Bundle, checked_name, digest_of
 from dask_pcm.errors import DiskError
 from dask_pcm.ladder.files.locks import is_held, locked
 from dask_pcm.ladder.files.partial import PartialBlob, read_note, state, verified_chunks, write_note
+from dask_pcm.ladder.files.trees import Trees, is_stale
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,6 @@ _SHARED = (
     *("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "9p", "afs", "pvfs", "wekafs"),
     *("gluster", "panfs", "orangefs", "sshfs", "s3fs", "juicefs", "gcsfuse", "goofys", "rclone"),
 )
-#: Partial blobs that were not written to for this long are removed.
-_STALE_S = 86_400.0
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 #: The form of blobs' names.
 _DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -79,12 +77,13 @@ class FileCache:
     def __init__(self, root: str | os.PathLike[str], quota_bytes: int | None = None) -> None:
         self.root = Path(root)
         self._quota_bytes = quota_bytes
-        self._blobs, self._trees = self.root / "blobs", self.root / "trees"
+        self._blobs = self.root / "blobs"
         self._room_lock = self.root / "lock"
         #: Blobs that this process is staging.
         self._fillings: dict[str, PartialBlob] = {}
-        for folder in (self.root, self._blobs, self._trees):
+        for folder in (self.root, self._blobs, self.root / "trees"):
             _make_own(folder)
+        self._trees = Trees(self.root / "trees", self._blobs)
         self._clean()
 
     def has(self, blob: Blob) -> bool:
@@ -139,7 +138,7 @@ class FileCache:
                 stack.enter_context(locked(lock, fcntl.LOCK_SH))
                 self._check(file.blob)
             targets = {checked_name(f.name): self._blobs / f.blob.digest for f in bundle.files}
-            tree = self._tree(bundle.digest, targets)
+            tree = self._trees.make(bundle.digest, targets)
             yield str(tree if bundle.is_folder else tree / bundle.files[0].name)
 
     def _check(self, blob: Blob) -> None:
@@ -168,27 +167,7 @@ class FileCache:
         """Return a folder of links to the files of a local bundle, and to no others."""
         targets = {checked_name(file.name): Path(file.url) for file in bundle.files}
         where = digest_of(bundle.files[0].url.encode()).hex()
-        return str(self._tree(f"{bundle.digest}-{where}", targets))
-
-    def _tree(self, name: str, targets: Mapping[str, Path]) -> Path:
-        """Return a folder of these links; made anew if its contents differ, as a loader may write.
-
-        A tree that matches is never replaced: another loader may be reading it.
-        """
-        tree = self._trees / name
-        # One at a time: otherwise a process could replace the tree that another has just returned.
-        with locked(self._blobs / f"{name}.tree", fcntl.LOCK_EX):
-            if _links(tree) == targets:
-                return tree
-            making, aside = (self._trees / f".{name}-{uuid.uuid4().hex}" for _ in range(2))
-            for link, target in targets.items():
-                (making / link).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                (making / link).symlink_to(target)
-            with contextlib.suppress(FileNotFoundError):
-                tree.rename(aside)
-            making.rename(tree)
-        shutil.rmtree(aside, ignore_errors=True)
-        return tree
+        return str(self._trees.make(f"{bundle.digest}-{where}", targets))
 
     @contextlib.contextmanager
     def opened(self, digest: str, chunk: int) -> Iterator[int | None]:
@@ -263,7 +242,7 @@ class FileCache:
                 )
             self.evict(rest.pop())
         if len(rest) < len(digests):
-            self._clean_trees()
+            self._trees.clean()
 
     def _lacking(self, n_bytes: int) -> int:
         """Bytes to free before `n_bytes` fit; negative if there is room to spare."""
@@ -283,27 +262,13 @@ class FileCache:
         """Remove files of killed processes that no process has continued to write."""
         with locked(self._room_lock, fcntl.LOCK_EX):
             found = list(self._blobs.iterdir())
-            parts = {path.stem for path in found if path.suffix == ".part" and not _is_stale(path)}
+            parts = {path.stem for path in found if path.suffix == ".part" and not is_stale(path)}
             there = {path.stem for path in found if not path.suffix} | parts
             left = {p.stem for p in found if p.suffix in (".part", ".note", ".staging", ".lock")}
             for digest in left - there:
                 self.evict(digest)
-            self._clean_trees()
-        for path in self._trees.glob(".*"):
-            if _is_stale(path):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _clean_trees(self) -> None:
-        """Remove trees all of whose links dangle. A tree in use has locked blobs, so it stays."""
-        names = {path.stem for path in self._blobs.glob("*.tree")}
-        for name in names | {path.name for path in self._trees.glob("[!.]*")}:
-            tree, lock = self._trees / name, self._blobs / f"{name}.tree"
-            if not _is_dangling(tree):
-                continue
-            with contextlib.suppress(BlockingIOError), locked(lock, _AT_ONCE):
-                if _is_dangling(tree):  # again, under the lock: it may have been made anew
-                    shutil.rmtree(tree, ignore_errors=True)
-                    lock.unlink()
+            self._trees.clean()
+        self._trees.remove_stale()
 
 
 def is_digest(name: object) -> bool:
@@ -363,31 +328,6 @@ def _worth(place: Path) -> float:
         return 0.0
     seconds = float(read_note(place).get("seconds", 0.0))
     return (_FIXED_S + seconds) / max(1, n_bytes) / max(1.0, time.time() - used_at)
-
-
-def _is_stale(path: Path) -> bool:
-    """Whether a file has not been written to for a day."""
-    try:
-        return time.time() - path.stat().st_mtime > _STALE_S
-    except FileNotFoundError:
-        return False
-
-
-def _is_dangling(tree: Path) -> bool:
-    """Whether a tree is missing, or no link in it leads to a file."""
-    links = [path for path in tree.rglob("*") if path.is_symlink()]
-    return not (any(path.exists() for path in links) if links else tree.exists())
-
-
-def _links(tree: Path) -> dict[str, Path]:
-    """The targets of the links in a folder; other files are listed with an empty path."""
-    found = {}
-    for path in tree.rglob("*"):
-        if path.is_symlink():
-            found[str(path.relative_to(tree))] = path.readlink()
-        elif not path.is_dir():
-            found[str(path.relative_to(tree))] = Path()
-    return found
 
 
 def _size(path: Path) -> int:

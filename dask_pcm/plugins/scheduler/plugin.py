@@ -15,17 +15,17 @@ from distributed.scheduler import WorkerState
 from tornado.ioloop import PeriodicCallback
 
 from dask_pcm.config import Config
-from dask_pcm.plugins.scheduler import parking
-from dask_pcm.plugins.scheduler.attribution import Attribution
 from dask_pcm.plugins.scheduler.contexts import Contexts
-from dask_pcm.plugins.scheduler.dispatch import Dispatch
 from dask_pcm.plugins.scheduler.first_batches import FailingFrames
 from dask_pcm.plugins.scheduler.hub import Hub
-from dask_pcm.plugins.scheduler.losses import Losses
-from dask_pcm.plugins.scheduler.parked import ParkedTasks
 from dask_pcm.plugins.scheduler.runs import Runs
 from dask_pcm.plugins.scheduler.scaling import Scaling
 from dask_pcm.plugins.scheduler.staging import StagingCoordinator
+from dask_pcm.plugins.scheduler.tasks import parking
+from dask_pcm.plugins.scheduler.tasks.attribution import Attribution
+from dask_pcm.plugins.scheduler.tasks.dispatch import Dispatch
+from dask_pcm.plugins.scheduler.tasks.losses import Losses
+from dask_pcm.plugins.scheduler.tasks.parked import ParkedTasks
 from dask_pcm.plugins.scheduler.workers import Workers
 from dask_pcm.scheduling.events import Restarted, WorkEnded
 from dask_pcm.scheduling.state.state import GateState

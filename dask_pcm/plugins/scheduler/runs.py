@@ -69,7 +69,7 @@ class Runs(Service):
             "n_warm": sum(view.holds(contexts) for view in state.workers.values()),
             "n_loads": sum(load.n for load in loads),
             "load_s": sum(load.seconds for load in loads),
-            "demand": [tuple(one) for one in state.askers(group)],
+            "demand": [tuple(one) for one in state.device_demand(group)],
         }
 
     def client_left(self, client: str) -> None:

@@ -40,9 +40,9 @@ class Watchdog:
             # The state may be what made the policy fail; actions decided before that still count.
             with suppress(Exception):
                 assign_as_dask(state, now)
-            return state.actions
+            return state.plans.actions
         if key is None:
-            return state.actions
+            return state.plans.actions
         logger.warning(
             "Work waits, workers idle, and nothing has been decided for %.3g s; waiting work goes"
             " to idle workers, warm or not. %s\nThe last decisions:\n%s",
@@ -51,7 +51,7 @@ class Watchdog:
             decisions(state, now),
         )
         assign_as_dask(state, now)
-        return state.actions
+        return state.plans.actions
 
     def explain(self, state: GateState, key: Any) -> str:
         """Explain the state of a task, or of a unit by the name of its part."""
@@ -61,7 +61,7 @@ class Watchdog:
             return f"{key!r:.80} is no key: pass a future, a task's key or the name of a part."
         if isinstance(key, str) and key.startswith("part-"):
             ending = "-" + key.removesuffix(".parquet")
-            decided = (getattr(d.action, "key", None) for d in reversed(state.decisions))
-            known = itertools.chain(state.placed, state.waiting.works, decided)
+            decided = (getattr(d.action, "key", None) for d in reversed(state.plans.decisions))
+            known = itertools.chain(state.placed, state.ahead.waiting.works, decided)
             key = next((k for k in known if isinstance(k, str) and k.endswith(ending)), key)
         return explain(state, key, monotonic())

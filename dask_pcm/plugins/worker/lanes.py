@@ -57,10 +57,6 @@ class Startable(MutableSet[TaskState]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {len(self)} items>"
 
-    def _queue(self, ts: TaskState) -> HeapSet[TaskState]:
-        """The queue that a task belongs to."""
-        return self.on_lanes if is_on_lane(ts) else self.plain
-
     def _filled(self) -> list[HeapSet[TaskState]]:
         """The queues that are not empty; raises KeyError as ``HeapSet`` does if both are."""
         if not self:
@@ -69,7 +65,7 @@ class Startable(MutableSet[TaskState]):
 
     def add(self, ts: TaskState) -> None:
         """Add a task to its queue."""
-        self._queue(ts).add(ts)
+        (self.on_lanes if is_on_lane(ts) else self.plain).add(ts)
 
     def discard(self, ts: TaskState) -> None:
         """Remove a task, if it is here."""

@@ -17,7 +17,8 @@ from dask_pcm.context.context import Context, ContextRef
 from dask_pcm.errors import RecipeError
 from dask_pcm.ladder.objects.tensors import is_sticky
 from dask_pcm.ladder.store import of_process
-from dask_pcm.plugins.worker.plugin import CONTEXTS, ENDING, ContextPlugin
+from dask_pcm.plugins.worker.contexts import ENDING, Contexts
+from dask_pcm.plugins.worker.plugin import CONTEXTS, ContextPlugin
 from dask_pcm.plugins.worker.seceding import giving_back
 from dask_pcm.plugins.worker.tally import Tally
 from dask_pcm.scheduling.rules.first_batches import Failing
@@ -137,8 +138,9 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
     of Dask's local schedulers, a worker without the plugin) they are loaded once in this process
     and kept.
     """
-    source = _plugin() or of_process()
-    store = source.store if isinstance(source, ContextPlugin) else source
+    plugin = _plugin()
+    source = plugin.contexts if plugin else of_process()
+    store = source.store if isinstance(source, Contexts) else source
     with source.acquire(refs) as values, giving_back(store.turns):
         start = time.perf_counter()
         for value in values:
@@ -147,8 +149,8 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
         try:
             yield values
         except Exception as error:
-            if isinstance(source, ContextPlugin) and is_sticky(error):
-                source.lose_device(error)
+            if plugin and is_sticky(error):
+                plugin.device.end_task(error)
             raise
         finally:
             task_stats.infer_s += time.perf_counter() - start

@@ -123,11 +123,11 @@ class Tuning:
                 idle_s = time.monotonic() - self._used_at
                 if self._n_using or (self._workers and idle_s < _IDLE_S):
                     return False
-                self._put_back(*self._before)
+                self._restore(*self._before)
                 self._before = None
             return True
 
-    def _put_back(self, switch_s: float, variables: Mapping[str, str | None]) -> None:
+    def _restore(self, switch_s: float, variables: Mapping[str, str | None]) -> None:
         """Restore former values; those that other code has changed since stay as they are."""
         if abs(sys.getswitchinterval() - _SWITCH_S) < 1e-6:  # Python rounds to microseconds
             sys.setswitchinterval(switch_s)

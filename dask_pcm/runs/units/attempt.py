@@ -20,7 +20,8 @@ import pandas as pd
 import pyarrow as pa
 
 from dask_pcm.errors import FencedError, LostProcessError, OutputError
-from dask_pcm.frames.call import ERROR, failing_all_rows, noting
+from dask_pcm.frames.call import failing_all_rows, noting
+from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.ledger.journal.record import Record
 from dask_pcm.ledger.journal.writer import Journal
 from dask_pcm.ledger.log import note_called

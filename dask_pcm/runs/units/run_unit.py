@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from dask_pcm.context.context import ContextRef
-from dask_pcm.frames.call import ERROR
+from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.ledger.journal.record import Record
 from dask_pcm.ledger.log import note_start
 from dask_pcm.ledger.output import Output

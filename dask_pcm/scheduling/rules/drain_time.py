@@ -80,22 +80,22 @@ def capacities(
     """(seconds until ready, seconds per row) of each worker that is warm or loading for a group.
 
     A worker that ends before its next unit would is left out. The hazard rate of the worker's
-    pool enters as longer rows; see ``GateState.expected_s``.
+    pool enters as longer rows; see ``Estimates.expected_s``.
     """
     found = []
     contexts = set(group.contexts)
-    work = state.peek(group)
+    work = state.ahead.peek(group)
     n_rows = work.n_rows if work else 1.0
     for view in workers:
         if view.missing(group.contexts) or (view.evicting and view.evicting.keys() & contexts):
             continue
-        ready_s = state.backlog_s(view, now)
+        ready_s = state.estimates.backlog_s(view, now)
         if view.loading_since:
             for context in group.contexts:
                 since = view.loading_since.get(context)
                 if since is not None:
                     ready_s += remaining_s(view.loading_s[context], now - since)
-        unit_s = (state.row_s(group, view, now) or 0.0) * n_rows
+        unit_s = (state.estimates.row_s(group, view, now) or 0.0) * n_rows
         if now + ready_s + unit_s <= view.ends_at:
-            found.append((ready_s, state.expected_s(view, unit_s, now) / n_rows))
+            found.append((ready_s, state.estimates.expected_s(view, unit_s, now) / n_rows))
     return found

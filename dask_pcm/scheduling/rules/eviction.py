@@ -41,10 +41,10 @@ class Demand:
     def of(cls, state: GateState) -> Demand:
         """Build the demand of the current state."""
         by_context: dict[str, list[Group]] = {}
-        for group in state.groups():
+        for group in state.ahead.groups():
             for context in dict.fromkeys(group.contexts):
                 by_context.setdefault(context, []).append(group)
-        return cls(state, by_context, frozenset(state.runs.expected_groups()))
+        return cls(state, by_context, frozenset(state.ahead.runs.expected_groups()))
 
     def urgency(self, context: str, worker: str) -> tuple[float, ...] | None:
         """Priority of the first work that needs a context and may run on a worker.
@@ -61,7 +61,7 @@ class Demand:
         return [group for group in dict.fromkeys(found) if self._urgency_of(group) is not None]
 
     def _urgency_of(self, group: Group) -> tuple[float, ...] | None:
-        work = self.state.peek(group)
+        work = self.state.ahead.peek(group)
         if work is not None:
             return work.priority
         return () if group in self.expected else None
@@ -78,9 +78,7 @@ def find_victims(
         The least valuable first; empty if all fit already. None if they cannot fit, or if the
         turn of the contexts in their way is not over.
     """
-    missing_bytes = sum(
-        state.contexts.sizes.get(context, 0) for context in view.missing(group.contexts)
-    )
+    missing_bytes = sum(state.contexts.size(context) for context in view.missing(group.contexts))
     lacking = missing_bytes - view.free_bytes
     if lacking <= 0:
         return []
@@ -97,7 +95,7 @@ def find_victims(
         is_promised = view.evicting.get(context, group) != group
         if not is_promised and _can_evict(state, view, context, group, demand, now):
             evicting.append(context)
-            lacking -= state.contexts.sizes.get(context, 0)
+            lacking -= state.contexts.size(context)
     return evicting if lacking <= 0 else None
 
 
@@ -124,8 +122,8 @@ def _worth(
     """
     urgency = demand.urgency(context, view.address)
     idle_s = now - view.used_at.get(context, now)
-    back_s = max(state.cost.restore_s(context, view.device), 1e-3)
-    seconds = back_s * 0.5 ** (idle_s / _HALF_LIFE_S) / max(state.contexts.sizes.get(context, 0), 1)
+    back_s = max(state.estimates.cost.restore_s(context, view.device), 1e-3)
+    seconds = back_s * 0.5 ** (idle_s / _HALF_LIFE_S) / max(state.contexts.size(context), 1)
     return urgency is not None, tuple(-number for number in urgency or ()), seconds
 
 
@@ -138,12 +136,12 @@ def _can_evict(
     rival = demand.urgency(context, view.address)
     if rival is None:
         return True
-    work = state.peek(group)
+    work = state.ahead.peek(group)
     own = work.priority if work is not None else ()
     if own and rival and own[0] != rival[0]:  # the user's own priority precedes turns
         return own[0] < rival[0]
-    moving_s = state.cost.restore_s(context, view.device) + sum(
-        state.warm_s(view, missing) for missing in view.missing(group.contexts)
+    moving_s = state.estimates.cost.restore_s(context, view.device) + sum(
+        state.estimates.warm_s(view, missing) for missing in view.missing(group.contexts)
     )
     turn_s = now - view.warm_since.get(context, now)
     return turn_s >= max(_MIN_TURN_S, TURNS * moving_s)
@@ -159,7 +157,7 @@ def fail_too_large(
     limits = [view.device_bytes for view in workers]
     known = [limit for limit in limits if limit is not None]
     contexts = dict.fromkeys(group.contexts)
-    n_bytes = sum(state.contexts.sizes.get(context, 0) for context in contexts)
+    n_bytes = sum(state.contexts.size(context) for context in contexts)
     if not known or len(known) < len(limits) or n_bytes <= max(known):
         return
     names = " and ".join(repr(state.contexts.names.get(context, context)) for context in contexts)
@@ -169,14 +167,14 @@ def fail_too_large(
         " pcm.ladder.device.budget). Use a smaller model or data type, or workers with larger"
         " devices."
     )
-    yield from (Fail(key, group.contexts[0], error) for key in state.waiting.keys(group))
+    yield from (Fail(key, group.contexts[0], error) for key in state.ahead.waiting.keys(group))
 
 
 def cancel_evictions(state: GateState, demand: Demand, now: float) -> None:
     """Cancel pending evictions whose group has no work ahead, needs no room, or lost its turn."""
     for view in state.workers.values():
         for group in list(dict.fromkeys(view.evicting.values())):
-            is_over = not state.rows_ahead(group) or not view.missing(group.contexts)
+            is_over = not state.ahead.n_rows(group) or not view.missing(group.contexts)
             # An urgent request for a context on the way out can take its turn back.
             needed = [] if is_over else find_victims(state, view, group, demand, now) or []
             promised = [context for context, whom in view.evicting.items() if whom == group]
@@ -190,7 +188,7 @@ def offload_idle(state: GateState, now: float, idle_s: float) -> None:
 
     Contexts that waiting or expected work needs stay on the device.
     """
-    wanted = {context for group in state.groups() for context in group.contexts}
+    wanted = {context for group in state.ahead.groups() for context in group.contexts}
     for view in state.workers.values():
         wanted_here = view.in_use() | wanted
         for context, tier in list(view.tiers.items()):

@@ -23,14 +23,14 @@ def stalled(state: GateState, now: float, stall_s: float) -> object | None:
     object or None
         None if nothing has stalled.
     """
-    for group in state.waiting.queues:
-        moved_at = state.moved_at.get(group, -math.inf)
-        loaded_at = max(state.moved_at.get(context, -math.inf) for context in group.contexts)
+    for group in state.ahead.waiting.queues:
+        moved_at = state.plans.moved_at.get(group, -math.inf)
+        loaded_at = max(state.plans.moved_at.get(context, -math.inf) for context in group.contexts)
         if now - max(moved_at, loaded_at) < stall_s:
             continue
         workers = [view for view in state.candidates(group) if not view.is_draining]
         if any(map(_is_idle, workers)) and not any(_is_serving(view, group) for view in workers):
-            work = state.peek(group)
+            work = state.ahead.peek(group)
             return work.key if work else None
     return None
 
@@ -48,10 +48,10 @@ def _is_serving(view: WorkerView, group: Group) -> bool:
 
 def assign_as_dask(state: GateState, now: float) -> None:
     """Assign waiting work to idle workers, warm or not; a cold worker loads first."""
-    for group in list(state.waiting.queues):
+    for group in list(state.ahead.waiting.queues):
         idle = [v for v in state.candidates(group) if not v.running and not v.is_draining]
         for view in idle:
-            work = state.peek(group, view.device)
+            work = state.ahead.peek(group, view.device)
             if work is None:
                 break
             for context in view.missing(group.contexts):

@@ -48,12 +48,12 @@ class Placement:
         """
         state = self._state
         free = self._free(workers)
-        urgent = [(state.urgency(group), number, group) for number, group in enumerate(free)]
+        urgent = [(state.ahead.urgency(group), number, group) for number, group in enumerate(free)]
         heapq.heapify(urgent)
         while urgent:
             _, number, group = heapq.heappop(urgent)
-            if self._next(group, free[group]) and state.peek(group) is not None:
-                heapq.heappush(urgent, (state.urgency(group), number, group))
+            if self._next(group, free[group]) and state.ahead.peek(group) is not None:
+                heapq.heappush(urgent, (state.ahead.urgency(group), number, group))
 
     def _free(self, workers: Iterable[WorkerView]) -> dict[Group, list[_Free]]:
         """A heap of workers with room, for each group whose work they may run."""
@@ -61,12 +61,12 @@ class Placement:
         free: dict[Group, list[_Free]] = {}
         for view in workers:
             if not self._has_room(view):
-                state.roomy.pop(view.address, None)
+                state.plans.roomy.pop(view.address, None)
                 continue
-            state.roomy[view.address] = None
+            state.plans.roomy[view.address] = None
             groups = [group for group in self._waiting_for(view) if state.can_serve(view, group)]
             if groups:
-                backlog_s = state.backlog_s(view, self._now)
+                backlog_s = state.estimates.backlog_s(view, self._now)
                 entry = _Free(backlog_s, len(view.running), view.address)
                 for group in groups:
                     free.setdefault(group, []).append(entry)
@@ -76,7 +76,7 @@ class Placement:
 
     def _waiting_for(self, view: WorkerView) -> Iterable[Group]:
         """Groups with waiting work for some context that a worker has on any tier."""
-        by_context, tiers = self._state.waiting.by_context, view.tiers
+        by_context, tiers = self._state.ahead.waiting.by_context, view.tiers
         # Iterate over the smaller side: this runs for every worker at every event.
         if len(tiers) <= len(by_context):
             wanted = [context for context in tiers if context in by_context]
@@ -90,7 +90,7 @@ class Placement:
         """Whether a lane is free, or the assigned work lasts less than `pipeline_s`."""
         if len(view.running) < view.n_lanes:
             return not view.has_isolated_work
-        given_s = view.given_s(self._state.cost)
+        given_s = self._state.estimates.given_s(view)
         return given_s is not None and given_s < self._pipeline_s and not view.has_isolated_work
 
     def _next(self, group: Group, heap: list[_Free]) -> bool:
@@ -102,16 +102,16 @@ class Placement:
             view = state.workers[entry.address]
             if not self._has_room(view) or not _is_for(view, group):
                 continue
-            backlog_s = state.backlog_s(view, now)
+            backlog_s = state.estimates.backlog_s(view, now)
             current = _Free(backlog_s, len(view.running), view.address)
             if current > entry:  # stale: it was assigned other work in this round
                 heapq.heappush(heap, current)
                 continue
-            work = state.peek(group, view.device)
+            work = state.ahead.peek(group, view.device)
             if work is None:
                 return False
-            seconds = (state.row_s(group, view, now) or 0.0) * work.n_rows
-            finish_s = backlog_s + state.lasting_s(view, seconds, now + backlog_s)
+            seconds = (state.estimates.row_s(group, view, now) or 0.0) * work.n_rows
+            finish_s = backlog_s + state.estimates.lasting_s(view, seconds, now + backlog_s)
             if math.isinf(finish_s):
                 ending.append(view)
             elif self._is_in_time(group, finish_s, work.n_rows):
@@ -124,10 +124,10 @@ class Placement:
         state, now = self._state, self._now
         state.commit(Assign(work.key, view.address), now, finish_s, work.n_rows)
         if self._has_room(view):
-            entry = _Free(state.backlog_s(view, now), len(view.running), view.address)
+            entry = _Free(state.estimates.backlog_s(view, now), len(view.running), view.address)
             heapq.heappush(heap, entry)
         else:
-            state.roomy.pop(view.address, None)
+            state.plans.roomy.pop(view.address, None)
 
     def _is_in_time(self, group: Group, finish_s: float, n_rows: float) -> bool:
         """Whether finishing in `finish_s` seconds does not delay the end.
@@ -135,17 +135,17 @@ class Placement:
         It does if the fastest worker could run the piece after everything else and end sooner.
         """
         state, now = self._state, self._now
-        forecast = state.forecasts.get(group)
-        if forecast is None or forecast.plan < state.n_plans:
+        forecast = state.plans.forecasts.get(group)
+        if forecast is None or forecast.plan < state.plans.n_plans:
             if forecast is not None:
                 # Plenty of work is left, so the end is far away: skip the look at all workers.
-                rows_each = state.rows_ahead(group) / len(state.workers)
+                rows_each = state.ahead.n_rows(group) / len(state.workers)
                 if finish_s < rows_each * forecast.fastest_row_s:
                     return True
             serving = capacities(state, group, state.candidates(group), now)
-            drain = DrainTime(state.rows_ahead(group), serving)
-            forecast = Forecast(state.n_plans, now + drain.seconds, drain.fastest_row_s)
-            state.forecasts[group] = forecast
+            drain = DrainTime(state.ahead.n_rows(group), serving)
+            forecast = Forecast(state.plans.n_plans, now + drain.seconds, drain.fastest_row_s)
+            state.plans.forecasts[group] = forecast
         latest_at = forecast.drained_at + forecast.fastest_row_s * n_rows
         return now + finish_s <= latest_at + 1e-3 * finish_s
 
@@ -158,10 +158,10 @@ class Placement:
         if not ending:
             return False
         state, now = self._state, self._now
-        work = state.peek(group)
+        work = state.ahead.peek(group)
         assert work is not None
         for view in state.candidates(group):
-            seconds = (state.row_s(group, view, now) or 0.0) * work.n_rows
+            seconds = (state.estimates.row_s(group, view, now) or 0.0) * work.n_rows
             if view.holds(group.contexts) and now + seconds <= view.ends_at:
                 return False  # this worker lasts long enough; wait until it has room
         self._give(work, max(ending, key=lambda view: view.ends_at), heap, math.inf)
@@ -183,10 +183,10 @@ def reserve_workers(state: GateState, now: float) -> None:
     for view in state.workers.values():
         group = view.reserved_for
         if group is not None and not (
-            group in state.waiting.queues and state.can_serve(view, group)
+            group in state.ahead.waiting.queues and state.can_serve(view, group)
         ):
             view.reserved_for = None
-    for group in state.waiting.queues:
+    for group in state.ahead.waiting.queues:
         if not group.is_isolated:
             continue
         serving = [
@@ -203,13 +203,13 @@ def reserve_workers(state: GateState, now: float) -> None:
         for view in serving:
             view.reserved_for = None
         if fit:
-            best = reserved or [min(fit, key=lambda view: state.backlog_s(view, now))]
+            best = reserved or [min(fit, key=lambda view: state.estimates.backlog_s(view, now))]
             best[0].reserved_for = group
 
 
 def _lasts(state: GateState, view: WorkerView, group: Group, now: float) -> bool:
     """Whether a worker, once empty, could finish a group's next work before it ends."""
-    work = state.peek(group)
+    work = state.ahead.peek(group)
     assert work is not None
-    seconds = (state.row_s(group, view, now) or 0.0) * work.n_rows
-    return now + state.backlog_s(view, now) + seconds <= view.ends_at
+    seconds = (state.estimates.row_s(group, view, now) or 0.0) * work.n_rows
+    return now + state.estimates.backlog_s(view, now) + seconds <= view.ends_at

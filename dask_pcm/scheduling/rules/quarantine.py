@@ -60,7 +60,9 @@ def give_up(
     failures = state.failures
     worst = max(failed, key=lambda context: len(failures.of_context.get(context, ())))
     if worst in failures.given_up or _has_failed_enough(state, worst, workers, n_load_attempts):
-        yield from (Fail(key, worst, failures.errors[worst]) for key in state.waiting.keys(group))
+        yield from (
+            Fail(key, worst, failures.errors[worst]) for key in state.ahead.waiting.keys(group)
+        )
         yield LoadsGivenUp(worst)
 
 
@@ -92,7 +94,7 @@ def _give_up_devices(
     context = group.contexts[0]
     errors = "\n".join(sorted(said))
     error = f"No node has a usable device; each was tried {n_load_attempts} times:\n{errors}"
-    yield from (Fail(key, context, error) for key in state.waiting.keys(group))
+    yield from (Fail(key, context, error) for key in state.ahead.waiting.keys(group))
     yield LoadsGivenUp(context)
 
 
@@ -108,7 +110,9 @@ def _has_failed_enough(
         return True
     n_nodes = min(n_load_attempts, len({view.host for view in workers}))
     kinds = {kind for _, kind in failures} - {DEVICE}
-    if state.cost.has_loaded(context):  # it does not end its process, so something else did
+    if state.estimates.cost.has_loaded(
+        context
+    ):  # it does not end its process, so something else did
         kinds.discard(END_OF_PROCESS)
     for kind in kinds:
         nodes = [host for host, its_kind in failures if its_kind == kind]

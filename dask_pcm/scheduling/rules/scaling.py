@@ -19,7 +19,7 @@ def n_workers_wanted(state: GateState, target_s: float) -> int:
     counts as one worker, as in ``warming``.
     """
     working = (group for view in state.workers.values() for group in view.n_works)
-    groups = dict.fromkeys([*state.groups(), *working])
+    groups = dict.fromkeys([*state.ahead.groups(), *working])
     return math.ceil(sum(_share(state, group, target_s) for group in groups))
 
 
@@ -33,7 +33,7 @@ def is_needed(state: GateState, view: WorkerView) -> bool:
     """Whether a worker is loading, running work, or warm for waiting or expected work."""
     if view.running or Tier.LOADING in view.tiers.values():
         return True
-    wanted = {context for group in state.groups() for context in group.contexts}
+    wanted = {context for group in state.ahead.groups() for context in group.contexts}
     return any(tier is Tier.DEVICE and context in wanted for context, tier in view.tiers.items())
 
 
@@ -41,13 +41,13 @@ def _share(state: GateState, group: Group, target_s: float) -> float:
     """Workers that one group needs, as a fraction."""
     views = state.workers.values()
     n_works = sum(view.n_works.get(group, 0) for view in views)
-    queue = state.waiting.queues.get(group)
+    queue = state.ahead.waiting.queues.get(group)
     n_works += queue.n_works if queue else 0
-    runs = state.runs.of_group(group)
+    runs = state.ahead.runs.of_group(group)
     row_s = _row_s(state, group)
     if row_s is None:
         return float(max(n_works, sum(run.n_units for run in runs)))
-    n_rows = state.rows_ahead(group) + sum(view.n_rows.get(group, 0.0) for view in views)
+    n_rows = state.ahead.n_rows(group) + sum(view.n_rows.get(group, 0.0) for view in views)
     warm_s = sum(_warm_s(state, context) for context in group.contexts)
     n_apart = n_works + sum(run.n_rows for run in runs)  # no more workers than pieces
     return min(n_apart, n_rows * row_s / max(target_s, warm_s, 1e-9))
@@ -56,14 +56,14 @@ def _share(state: GateState, group: Group, target_s: float) -> float:
 def _row_s(state: GateState, group: Group) -> float | None:
     """Mean learned seconds per row over the candidates; without any, over all devices seen."""
     views = state.candidates(group)
-    known = [state.cost.row_s(group.costs, view.address, view.device) for view in views]
-    if not views and group.costs in state.cost.rows:
-        known = [rate.value for rate in state.cost.rows[group.costs].rates.values()]
+    known = [state.estimates.cost.row_s(group.costs, view.address, view.device) for view in views]
+    if not views and group.costs in state.estimates.cost.rows:
+        known = [rate.value for rate in state.estimates.cost.rows[group.costs].rates.values()]
     found = [seconds for seconds in known if seconds is not None]
     return sum(found) / len(found) if found else None
 
 
 def _warm_s(state: GateState, context: str) -> float:
     """Estimated seconds to warm a new worker of an unknown device model."""
-    load_s = state.cost.load_s(context, "", state.contexts.sizes.get(context, 0))
-    return load_s + state.cost.stage_s(context, state.contexts.file_bytes.get(context, 0))
+    load_s = state.estimates.cost.load_s(context, "", state.contexts.size(context))
+    return load_s + state.estimates.cost.stage_s(context, state.contexts.file_bytes.get(context, 0))

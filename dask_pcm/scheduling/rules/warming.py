@@ -45,7 +45,7 @@ def warm(
     state: GateState, group: Group, workers: Sequence[WorkerView], demand: Demand, now: float
 ) -> None:
     """Warm cold workers, one more as long as it would be ready before the work has drained."""
-    n_rows = state.rows_ahead(group)
+    n_rows = state.ahead.n_rows(group)
     if not n_rows:
         return
     could = [v for v in workers if not v.has(group.contexts) and not v.failed(group.contexts)]
@@ -90,8 +90,12 @@ def _cold(
         evicting = find_victims(state, view, group, demand, now)
         if view.is_draining or evicting is None:
             continue
-        missing_s = sum(state.warm_s(view, context) for context in view.missing(group.contexts))
-        ready_s = state.backlog_s(view, now) + state.expected_s(view, missing_s, now)
+        missing_s = sum(
+            state.estimates.warm_s(view, context) for context in view.missing(group.contexts)
+        )
+        ready_s = state.estimates.backlog_s(view, now) + state.estimates.expected_s(
+            view, missing_s, now
+        )
         urgencies = (demand.urgency(context, view.address) for context in evicting)
         is_contested = any(urgency is not None for urgency in urgencies)
         yield _Cold(view, ready_s, evicting, is_contested, n_failures(state, view, group))
@@ -100,7 +104,7 @@ def _cold(
 def _mean_row_s(
     state: GateState, group: Group, workers: Sequence[WorkerView], now: float
 ) -> float | None:
-    known = [s for view in workers if (s := state.row_s(group, view, now)) is not None]
+    known = [s for view in workers if (s := state.estimates.row_s(group, view, now)) is not None]
     return sum(known) / len(known) if known else None
 
 
@@ -116,7 +120,7 @@ def _for_each_piece(
     None if some worker is warm already: it will soon measure the cost.
     """
     is_warm = any(view.serves(group.contexts) for view in workers)
-    n_wanted = 0 if is_warm else max(0, state.works_ahead(group) - n_serving)
+    n_wanted = 0 if is_warm else max(0, state.ahead.n_works(group) - n_serving)
     if free and all(one.view.failed(group.contexts) is not None for one in free):
         n_wanted = min(n_wanted, 1)  # retry on one worker only
 
@@ -140,11 +144,11 @@ def _that_pay(
     """
     mean_s = _mean_row_s(state, group, workers, now)
     assert mean_s is not None
-    work = state.peek(group)
+    work = state.ahead.peek(group)
     unit_rows = work.n_rows if work else 1.0
     chosen = []
     for one in sorted(free, key=lambda one: (one.n_failures, one.ready_s)):
-        row_s = state.row_s(group, one.view, now) or mean_s
+        row_s = state.estimates.row_s(group, one.view, now) or mean_s
         if now + one.ready_s + row_s * unit_rows > one.view.ends_at:
             continue
         if one.ready_s + mean_s * unit_rows >= drain.seconds:
@@ -171,18 +175,22 @@ def _pays(
     """
     if not serving:
         return True
-    rows_s = [s for s in (state.row_s(group, other, now) for other in state.candidates(group)) if s]
+    rows_s = [
+        s
+        for s in (state.estimates.row_s(group, other, now) for other in state.candidates(group))
+        if s
+    ]
     if not rows_s:
         return False
     view = one.view
-    warm_s = sum(state.warm_s(view, context) for context in view.missing(group.contexts))
-    own = (warm_s, state.row_s(group, view, now) or sum(rows_s) / len(rows_s))
-    n_rows = state.rows_ahead(group)
+    warm_s = sum(state.estimates.warm_s(view, context) for context in view.missing(group.contexts))
+    own = (warm_s, state.estimates.row_s(group, view, now) or sum(rows_s) / len(rows_s))
+    n_rows = state.ahead.n_rows(group)
     before_s, after_s = drain_s(n_rows, serving), drain_s(n_rows, [*serving, own])
     for rival in demand.groups(one.evicting):
         servers = state.candidates(rival)
         others = [other for other in servers if other is not view]
-        n_rows = state.rows_ahead(rival)
+        n_rows = state.ahead.n_rows(rival)
         before_s = max(before_s, drain_s(n_rows, capacities(state, rival, servers, now)))
         after_s = max(after_s, drain_s(n_rows, capacities(state, rival, others, now)))
     return after_s < _GAIN * before_s

@@ -34,6 +34,10 @@ class Contexts:
     file_bytes: dict[str, int] = field(default_factory=dict)
     staged_on: dict[str, set[str]] = field(default_factory=dict)
 
+    def size(self, context: str) -> int:
+        """Bytes of a context on a device; 0 while unknown."""
+        return self.sizes.get(context, 0)
+
     def declare(self, event: ContextDeclared) -> int | None:
         """Take in a declaration; return the declared size, or None where a better one is known."""
         self.names[event.context] = event.name

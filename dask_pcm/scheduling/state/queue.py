@@ -118,10 +118,15 @@ class WorkQueue:
         works = ((key, self.works.get(key)) for key in dict.fromkeys(key for *_, key in queued))
         return [key for key, work in works if work is not None and work.group == group]
 
-    def rows(self, group: Group) -> float:
+    def n_rows(self, group: Group) -> float:
         """Rows of a group that wait."""
         queue = self.queues.get(group)
         return queue.n_rows if queue else 0.0
+
+    def n_works(self, group: Group) -> int:
+        """Pieces of work of a group that wait."""
+        queue = self.queues.get(group)
+        return queue.n_works if queue else 0
 
     def validate(self) -> None:
         """Raise AssertionError if the indexes disagree with the waiting work."""

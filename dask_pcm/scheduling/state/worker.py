@@ -7,8 +7,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from dask_pcm.scheduling.events import Group, Work
-from dask_pcm.scheduling.learned.cost import CostModel
+from dask_pcm.scheduling.events import Group, Work, WorkerJoined
 from dask_pcm.tiers import ON_DEVICE, Tier
 
 K = TypeVar("K", bound=Hashable)
@@ -42,7 +41,7 @@ class WorkerView:
     busy_since: float = 0.0
     #: Seconds of work already done at `busy_since` on what still runs, because lanes alternate.
     ahead_s: float = 0.0
-    #: Rows finished since `busy_since`, by group; ``settle`` turns them into costs.
+    #: Rows finished since `busy_since`, by group; ``Estimates.settle`` turns them into costs.
     finished: dict[Group, float] = field(default_factory=dict)
     #: When each load in flight was requested.
     loading_since: dict[str, float] = field(default_factory=dict)
@@ -76,7 +75,7 @@ class WorkerView:
             del self.n_rows[work.group], self.n_works[work.group]
         return work
 
-    def begun_of(self, priorities: Mapping[K, tuple[float, ...]]) -> list[K]:
+    def select_begun(self, priorities: Mapping[K, tuple[float, ...]]) -> list[K]:
         """Select the tasks that the worker had begun: the first by priority, one per lane."""
         return sorted(priorities, key=lambda key: priorities[key])[: self.n_lanes]
 
@@ -124,37 +123,24 @@ class WorkerView:
             self.tiers[context] = tier
         self.taken_bytes += n_bytes * ((tier in ON_DEVICE) - (before in ON_DEVICE))
 
-    def given_s(self, cost: CostModel) -> float | None:
-        """Learned seconds of all work assigned and not ended; None while a cost is unknown."""
-        total = 0.0
-        for group, n_rows in self.n_rows.items():
-            row_s = cost.row_s(group.costs, self.address, self.device)
-            if row_s is None:
-                return None
-            total += n_rows * row_s
-        return total
+    def load(self, context: str, n_bytes: int, expected_s: float, now: float) -> None:
+        """Record that the worker was asked to load a context."""
+        self.loading_s[context] = expected_s
+        self.loading_since[context] = now
+        self.set_tier(context, Tier.LOADING, n_bytes)
 
-    def settle(self, cost: CostModel, now: float) -> None:
-        """Turn the rows finished since the last call into learned costs.
-
-        The worker counts as one server. While it has work, the time between two finishes is the
-        cost of the second, in whichever lane it ran. Finishes reported together share the time by
-        their rows. Lanes alternate, so time in excess of the learned cost was spent on the work
-        that still runs; `ahead_s` keeps it.
-        """
-        if not self.finished:
-            return
-        seconds, n_rows = now - self.busy_since, sum(self.finished.values())
-        self.ahead_s = self.ahead_s + seconds if n_rows else 0.0
-        for group, done in self.finished.items():
-            if not done:
-                continue
-            costs = group.costs, self.address, self.device
-            cost.observe_rows(*costs, seconds * done / n_rows, done)
-            self.ahead_s -= done * (cost.row_s(*costs) or 0.0)
-        self.ahead_s = min(max(0.0, self.ahead_s), self.given_s(cost) or 0.0)
-        self.finished.clear()
-        self.busy_since = now
+    def report_tier(self, context: str, tier: Tier, n_bytes: int, now: float) -> None:
+        """Take in the worker's own report of where a context is."""
+        self.set_tier(context, tier, n_bytes)
+        if tier is not Tier.DEVICE:
+            self.evicting.pop(context, None)
+        if tier is Tier.LOADING:
+            self.begun.add(context)
+        else:
+            self.begun.discard(context)
+            self.loading_since.pop(context, None)
+        if tier is Tier.DEVICE:
+            self.used_at[context] = self.warm_since[context] = now
 
     def validate(self, sizes: Mapping[str, int]) -> None:
         """Raise AssertionError if the counters contradict the work and tiers that they sum up."""
@@ -168,6 +154,20 @@ class WorkerView:
             assert self.tiers.get(context) is Tier.DEVICE, (self.address, context)
         if self.has_isolated_work:
             assert len(self.running) == 1, self.running
+
+
+def joined(event: WorkerJoined, now: float) -> WorkerView:
+    """The view of a worker that has just joined, `now` in seconds of the policy's clock."""
+    return WorkerView(
+        event.worker,
+        event.n_lanes,
+        event.device_bytes,
+        event.host,
+        event.device,
+        event.pool or event.device,
+        joined_at=now,
+        ends_at=now + event.ends_in_s,
+    )
 
 
 def remaining_s(expected_s: float, elapsed_s: float) -> float:

@@ -127,9 +127,11 @@ class Manager:
     def _dispatch(self) -> None:
         """Assign tasks to idle workers, at a limited rate per second."""
         while self._tasks and self._idle:
+            # Idle for longest first. Which one is warm plays no part: that is the baseline.
             slot = self._idle.pop(next(iter(self._idle)))
             slot.task = self._tasks.popleft()
             self._world.record.n_dispatches += 1
+            # One manager serves all: with many short tasks it is what limits the rate.
             at_s = max(self._world.clock.now, self._next_dispatch_s)
             self._next_dispatch_s = at_s + 1.0 / self._settings.dispatches_per_s
             wait_s = at_s - self._world.clock.now + self._settings.task_s
@@ -143,6 +145,7 @@ class Manager:
         if self._kind is Baseline.PERVASIVE and slot.library == contexts:
             self._infer(slot)
             return
+        # A worker keeps one library; another run's ends when the new one begins.
         slot.library = ()
         self._load(slot, contexts, contexts)
 

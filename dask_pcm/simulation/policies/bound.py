@@ -70,6 +70,7 @@ def _fill_s(n_rows: float, speeds: Sequence[tuple[float, float, float]]) -> floa
     steps += [(end_s, -per_s) for _, end_s, per_s in speeds if math.isfinite(end_s)]
     per_s = now_s = 0.0
     for at_s, change in sorted(steps):
+        # Sums of speeds that have come and gone are not exactly 0.
         if per_s > 1e-12 and n_rows <= per_s * (at_s - now_s):
             break
         n_rows -= per_s * (at_s - now_s)

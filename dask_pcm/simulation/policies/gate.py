@@ -15,35 +15,27 @@ from dask_pcm.scheduling.events import (
     ContextDeclared,
     Event,
     Fail,
-    Group,
     Load,
     Offload,
     ResidencyReported,
-    RunClosed,
-    RunReported,
-    Work,
     WorkEnded,
     WorkerDraining,
     WorkerJoined,
     WorkerLeft,
-    WorkParked,
     WorkWithdrawn,
 )
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.state.state import GateState
+from dask_pcm.simulation.policies.drivers import Drivers
 from dask_pcm.simulation.policies.lanes import Lanes
-from dask_pcm.simulation.policies.window import Unit, Window
-from dask_pcm.simulation.scenario.scenario import RunSpec
+from dask_pcm.simulation.policies.window import Unit
 from dask_pcm.simulation.world.staging import Swarm
 from dask_pcm.simulation.world.world import Worker, World
 from dask_pcm.tiers import Tier
 
-#: Interval at which a run reports its remaining work to the gate, in seconds (``runs/driver.py``).
-_LOOK_S = 0.25
-
 
 class Gate:
-    """The scheduler plugin and the drivers of all runs, in one object."""
+    """The scheduler plugin; ``drivers.py`` is the client side of all runs."""
 
     def __init__(self, world: World) -> None:
         world.staging = Swarm(world.clock, world.links)
@@ -52,8 +44,7 @@ class Gate:
         self._world = world
         self._config = Config.read()
         self._overheads = world.scenario.overheads
-        self._windows: dict[str, Window] = {}
-        self._n_to_come = len(world.scenario.runs)
+        self._drivers = Drivers(world.clock, self._config, self._apply, self.state.device_demand)
         self._lanes: dict[str, Lanes] = {}
         self._offloaded: set[tuple[str, str]] = set()
         self._is_woken = False
@@ -62,56 +53,14 @@ class Gate:
     @property
     def is_done(self) -> bool:
         """Whether all runs have started and ended."""
-        return not self._n_to_come and not self._windows
+        return self._drivers.is_done
 
     def begin(self) -> None:
         """Declare the contexts, and schedule the start of each run."""
         for spec in self._world.scenario.contexts.values():
             self._apply(ContextDeclared(spec.name, spec.name, spec.device_bytes or None))
-        for run in self._world.scenario.runs:
-            self._world.clock.at(run.starts_s, functools.partial(self._open, run))
+        self._drivers.schedule(self._world.scenario.runs)
         self._tick()
-
-    # -- runs -----------------------------------------------------------------------------------
-
-    def _open(self, run: RunSpec) -> None:
-        self._n_to_come -= 1
-        window = self._windows[run.name] = Window(run, self._config)
-        if not run.is_run:
-            self._park(window.pieces())
-            return
-        # While the output is being listed, only the number of pieces is known.
-        n_pieces = -(-run.n_rows // run.task_rows)
-        self._apply(RunReported(run.name, self._group(run), float(n_pieces), n_pieces))
-        self._look(window)
-
-    def _look(self, window: Window) -> None:
-        run = window.run
-        if run.name in self._windows:
-            n_units = max(1, len(window.units))
-            report = RunReported(run.name, self._group(run), float(window.n_uncut), n_units)
-            self._apply(report)
-            window.update_demand(self.state.askers(self._group(run)))
-            self._feed(window)
-            self._world.clock.after(_LOOK_S, lambda: self._look(window))
-
-    def _feed(self, window: Window) -> None:
-        if window.run.is_run:
-            self._park(window.feed())
-        if window.is_empty and window.run.name in self._windows:
-            del self._windows[window.run.name]
-            self._apply(RunClosed(window.run.name))
-
-    def _park(self, units: list[Unit], is_again: bool = False) -> None:
-        for unit in units:
-            # As in Dask: user priority, then submission order. Only runs declare rows.
-            priority = (-unit.run.priority, unit.run.starts_s, float(unit.number))
-            n_rows = float(max(1, unit.n_rows)) if unit.run.is_run else 1.0
-            work = Work(unit.key, self._group(unit.run), priority, n_rows, unit.cut_for, is_again)
-            self._apply(WorkParked(work))
-
-    def _group(self, run: RunSpec) -> Group:
-        return Group(run.contexts, run.name)
 
     # -- workers --------------------------------------------------------------------------------
 
@@ -134,35 +83,34 @@ class Gate:
             self._apply(WorkerDraining(worker.name, worker.life.ends_s - self._world.clock.now))
             for unit in self._lanes[worker.name].hand_back():
                 self._apply(WorkEnded(unit.key, False))
-                self._park([unit])
+                self._drivers.park([unit])
 
     def left(self, worker: Worker) -> None:
         """A worker has left: keep its journalled rows, and park the rest of its units again."""
         self._apply(WorkerLeft(worker.name))
         is_journalled = self._overheads.is_journalled
         for unit, n_kept in self._lanes.pop(worker.name).lose(is_journalled):
-            self._windows[unit.run.name].shrink(unit, n_kept)
             self._world.record.done(n_kept, self._world.clock.now)
-            self._park([unit], is_again=True)
+            self._drivers.resubmit(unit, n_kept)
 
     def _ended(self, worker: Worker, unit: Unit, seconds: float) -> None:
         """A unit was committed, and the scheduler has its message."""
         self._world.record.done(unit.n_rows, self._world.clock.now)
         self._apply(WorkEnded(unit.key, True))
-        window = self._windows[unit.run.name]
-        window.ended(unit.key, seconds)
-        self._feed(window)
+        self._drivers.collect(unit, seconds)
 
     # -- the policy -----------------------------------------------------------------------------
 
     def _apply(self, event: Event) -> None:
         self.state.apply(event, self._world.clock.now)
+        # As in the scheduler, one decision serves all events until it is made; how far apart two
+        # are is what the scheduler's other work makes of it.
         if not self._is_woken:
             self._is_woken = True
             self._world.clock.at(self._decided_s + self._overheads.decide_every_s, self._decide)
 
     def _tick(self) -> None:
-        if self._windows and not self._is_woken:
+        if self._drivers.is_busy and not self._is_woken:
             self._decide()
         self._world.clock.after(self._config.tick_s, self._tick)
 
@@ -189,11 +137,7 @@ class Gate:
 
     def _assign(self, key: object, lanes: Lanes) -> None:
         self._world.record.n_dispatches += 1
-        lanes.send(self._unit(key))
-
-    def _unit(self, key: object) -> Unit:
-        assert isinstance(key, tuple)
-        return self._windows[key[0]].units[key]
+        lanes.send(self._drivers.unit(key))
 
     def _warm(self, worker: Worker, context: str) -> None:
         start_s = self._world.clock.now
@@ -223,9 +167,7 @@ class Gate:
         self._world.load(worker, context, lambda is_built: report(is_built, tiers[is_built]))
 
     def _fail(self, key: object) -> None:
-        unit = self._unit(key)
-        window = self._windows[unit.run.name]
+        unit = self._drivers.unit(key)
         self._world.record.rows_failed += unit.n_rows
-        window.failed(unit.key)
         self._apply(WorkWithdrawn(key))
-        self._feed(window)
+        self._drivers.give_up(unit)

@@ -25,6 +25,7 @@ def require_bokeh() -> None:
 def html(results: Sequence[tuple[str, Result]]) -> str:
     """Return a self-contained HTML page; raise ScenarioError without Bokeh."""
     require_bokeh()
+    # Imported here: a simulation without a report needs no Bokeh.
     from bokeh.embed import file_html
     from bokeh.layouts import column
     from bokeh.models.widgets import Div

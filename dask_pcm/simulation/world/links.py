@@ -114,14 +114,16 @@ class Links:
             transfer.most_bytes_s,
         )
         if transfer.timer is not None:
+            # The same rate gives the same end; a timer less to cancel and to set.
             if math.isclose(bytes_s, transfer.bytes_s):
                 return
             transfer.timer.cancel()
         transfer.left_bytes -= transfer.bytes_s * (now - transfer.since_s)
         transfer.bytes_s, transfer.since_s = bytes_s, now
+        # Rounding may have sent a few bytes too many.
         seconds = max(0.0, transfer.left_bytes) / bytes_s
         transfer.timer = self._clock.after(seconds, lambda: self._arrive(transfer))
 
     def _arrive(self, transfer: Transfer) -> None:
-        self.stop(transfer)
+        self.stop(transfer)  # first: what `done` begins gets its share of the link
         transfer.done()

@@ -62,6 +62,8 @@ def _take_place(pool: Pool, place: int, random: np.random.Generator) -> Iterator
     is_broken = pool.broken is not None and place < pool.broken.n_workers
     number = 0
     while True:
+        # Both are drawn even in a pool whose workers are all alike: a spread that is set later then
+        # changes speeds and links, and not the lifetimes that are drawn next.
         slowness = math.exp(pool.row_spread * random.standard_normal())
         link_bytes_s = _link(pool, random.random())
         lasts_s = random.exponential(pool.life_s) if pool.life_s else math.inf

@@ -39,9 +39,11 @@ class FromStore:
         self._links = links
 
     def fetch(self, worker: str, file: str, n_bytes: int, done: Callable[[], object]) -> None:
+        """Read the file anew, even if other workers of the same host have it."""
         self._links.send(STORE, worker, n_bytes, done)
 
     def left(self, worker: str) -> None:
+        """The worker's reads stop, and leave their share to the others."""
         self._links.close(worker)
 
 
@@ -73,16 +75,19 @@ class FromPeers:
         self._copies: dict[Transfer, _Want] = {}
 
     def fetch(self, worker: str, file: str, n_bytes: int, done: Callable[[], object]) -> None:
+        """Queue the request; requests for one file are served in order."""
         self._waiting[file].append(_Want(worker, file, n_bytes, done))
         self._serve()
 
     def left(self, worker: str) -> None:
+        """Its own requests end; copies from it begin again from another source."""
         for holders in self._holders.values():
             if worker in holders:
                 holders.remove(worker)
         for file, wants in self._waiting.items():
             self._waiting[file] = deque(want for want in wants if want.worker != worker)
         for copy in self._links.close(worker):
+            # At the tail: others have waited longer, and nothing of a copy is kept.
             want = self._copies.pop(copy)
             self._waiting[want.file].append(want)
         self._copies = {c: want for c, want in self._copies.items() if want.worker != worker}
@@ -97,8 +102,10 @@ class FromPeers:
 
     def _send(self, source: str, want: _Want) -> None:
         most_bytes_s = math.inf
+        # Drawn per copy, not per worker: any transfer may be slow, from any worker.
         if source != _MANAGER and self._random.random() < self._settings.slow_share:
             most_bytes_s = self._settings.slow_bytes_s
+        # The callback names the copy, which exists only once it was sent.
         copy = self._links.send(source, want.worker, want.n_bytes, lambda: None, most_bytes_s)
         copy.done = functools.partial(self._arrive, copy)
         self._copies[copy] = want
@@ -133,7 +140,9 @@ class Swarm:
         self._members: dict[str, set[str]] = defaultdict(set)
 
     def fetch(self, worker: str, file: str, n_bytes: int, done: Callable[[], object]) -> None:
+        """Receive the file after those that the worker has asked for before."""
         now = self._clock.now
+        # Once all that held it have left, the store has to send it again.
         if not self._members[file]:
             self._sent_at[file] = now + n_bytes / self._links.bandwidth(STORE)
         self._members[file].add(worker)
@@ -145,6 +154,7 @@ class Swarm:
         self._clock.at(ends_s, lambda: done() if worker in self._members[file] else None)
 
     def left(self, worker: str) -> None:
+        """The others go on: a swarm does not depend on one member."""
         self._links.close(worker)
         self._busy_until.pop(worker, None)
         for members in self._members.values():

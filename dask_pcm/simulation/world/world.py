@@ -15,6 +15,7 @@ from dask_pcm.simulation.world.lives import Life
 from dask_pcm.simulation.world.record import LOAD, STAGE, Record
 from dask_pcm.simulation.world.staging import STORE, Staging
 
+#: Least quiet time after which a simulation counts as stalled, in seconds.
 _STALL_S = 3_600.0
 
 
@@ -99,12 +100,13 @@ class World:
         self.record.joined(worker.name, self.clock.now)
 
         def leave() -> None:
-            worker.is_here = False
+            worker.is_here = False  # first: what was scheduled for it must not happen any more
             self.record.left(worker.name, self.clock.now)
             for since_s in worker.loads.values():
                 self.record.load_failed(worker.name, since_s, self.clock.now)
             self.staging.left(worker.name)
             self._expect(lives, policy)
+            # Last: the policy may act at once, on a cluster that has no such worker any more.
             policy.left(worker)
 
         if math.isfinite(life.ends_s):
@@ -140,6 +142,7 @@ class World:
     def rows_by(self, worker: Worker, run: RunSpec, n_rows: int, seconds: float) -> tuple[int, int]:
         """Of `n_rows`, those in batches finished after `seconds` seconds, and those begun."""
         batch_s = self.infer_s(worker, run, run.batch_rows)
+        # The tolerance: a batch that ends right now has ended, whatever rounding says.
         n_ended = int(seconds / batch_s + 1e-9) * run.batch_rows
         n_begun = math.ceil(seconds / batch_s - 1e-9) * run.batch_rows
         return min(n_ended, n_rows), min(n_begun, n_rows)
@@ -181,6 +184,7 @@ class Load:
         worker.loads[self.context] = world.clock.now
         broken, files = worker.life.broken, world.scenario.contexts[self.context].files
         if broken is not None:
+            # Without a time it hangs: only the policy's own patience ends such a load.
             if broken.fails_after_s is not None:
                 world.later(worker, broken.fails_after_s, self._fail)
             return
@@ -199,6 +203,7 @@ class Load:
 
     def _unpacked(self, number: int) -> None:
         self.n_lacking -= 1
+        # Kept although the load may never end: the next one on this worker finds the file.
         if self.keeps_files:
             self.worker.disk.add((self.context, number))
         if not self.n_lacking:

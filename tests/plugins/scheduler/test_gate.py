@@ -16,9 +16,9 @@ from distributed.utils_test import inc
 
 from dask_pcm import Context
 from dask_pcm.errors import DeviceBusyError, LoadError
-from dask_pcm.plugins.scheduler.find_refs import find_refs
-from dask_pcm.plugins.scheduler.parking import PARKED
 from dask_pcm.plugins.scheduler.plugin import GATE, GatePlugin
+from dask_pcm.plugins.scheduler.tasks.find_refs import find_refs
+from dask_pcm.plugins.scheduler.tasks.parking import PARKED
 from dask_pcm.plugins.worker.plugin import CONTEXTS
 from dask_pcm.plugins.worker.task import hold
 from dask_pcm.tiers import Tier
@@ -57,7 +57,7 @@ def numbers(i, ctx=None):
 
 
 def is_warm(worker, context=A):
-    return worker.plugins[CONTEXTS].store.n_loads(context.digest)
+    return worker.plugins[CONTEXTS].contexts.store.n_loads(context.digest)
 
 
 async def where(c, futures):
@@ -197,7 +197,7 @@ async def test_cancel_while_parked(c, s, gate, a, b):
     await poll(lambda: len(s.unrunnable) == 5, 5)
     await c.cancel(futures)
     await poll(lambda: not s.tasks, 5)
-    assert not gate.parked.asked and not s.unrunnable and not gate.state.waiting
+    assert not gate.parked.asked and not s.unrunnable and not gate.state.ahead.waiting
 
 
 @gated(is_held=True)
@@ -208,7 +208,7 @@ async def test_disconnect_while_parked(c, s, gate, a, b):
         await poll(lambda: len(s.unrunnable) == 5, 5)
         del futures
     await poll(lambda: not s.tasks, 5)
-    assert not gate.parked.asked and not gate.state.waiting
+    assert not gate.parked.asked and not gate.state.ahead.waiting
 
 
 @gated(is_held=True, Worker=Nanny, timeout=60)
@@ -329,7 +329,7 @@ async def test_whatever_goes_wrong_around_a_load_is_answered(c, s, gate, a, b):
 async def test_a_host_restriction_does_not_bypass_the_gate(c, s, gate, a):
     futures = c.map(numbers, range(4), ctx=A, workers=["127.0.0.1"])
     loose = c.map(numbers, range(4), ctx=A, key="l", workers=[a.address], allow_other_workers=True)
-    await poll(lambda: len(gate.state.waiting) == 8, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 8, 5)
     assert {f.status for f in futures + loose} == {"pending"}
     gate.release()
     await wait(futures + loose)
@@ -347,7 +347,7 @@ async def test_restricted_work_finds_a_worker_that_joins_later(c, s, gate, a):
     from distributed import Worker
 
     future = c.submit(numbers, 1, ctx=A, resources={"GPU": 1})
-    await poll(lambda: len(gate.state.waiting) == 1, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 1, 5)
     async with Worker(s.address, resources={"GPU": 1}) as late:
         assert await future == 1
         assert await where(c, [future]) == {late.address}
@@ -356,9 +356,9 @@ async def test_restricted_work_finds_a_worker_that_joins_later(c, s, gate, a):
 @gated(1, is_held=True)
 async def test_priorities(c, s, gate, a):
     low = c.map(noted, range(4), ctx=A, key="low")
-    await poll(lambda: len(gate.state.waiting) == 4, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 4, 5)
     high = c.map(noted, range(4, 8), ctx=A, key="high", priority=10)
-    await poll(lambda: len(gate.state.waiting) == 8, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 8, 5)
     gate.release()
     await wait(low + high)
     assert set(DONE[:4]) == {4, 5, 6, 7}
@@ -379,13 +379,13 @@ async def test_release_while_processing(c, s, gate, a, b):
 @gated(1, is_held=True)
 async def test_priorities_across_contexts(c, s, gate, a):
     for context in (A, B):
-        await asyncio.to_thread(a.plugins[CONTEXTS].store.load, context.ref)
+        await asyncio.to_thread(a.plugins[CONTEXTS].contexts.store.load, context.ref)
     await poll(lambda: gate.state.workers[a.address].holds((A.digest, B.digest)), 5)
     low = c.map(noted, range(6), ctx=A, key="low")
-    await poll(lambda: len(gate.state.waiting) == 6, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 6, 5)
     high = c.map(noted, range(10, 14), ctx=B, key="high", priority=10)
     middle = c.map(noted, range(20, 24), ctx=A, key="middle", priority=5)
-    await poll(lambda: len(gate.state.waiting) == 14, 5)
+    await poll(lambda: len(gate.state.ahead.waiting) == 14, 5)
     gate.release()
     await wait(low + high + middle)
     ranks = [2 if i < 10 else 0 if i < 20 else 1 for i in DONE]
@@ -652,14 +652,17 @@ async def test_unused_for_long_it_leaves(c, s, gate, a, b):
         assert await c.submit(work, i, ctx=model, workers=workers, pure=False) == (i, "idle")
     assert is_warm(a, model) == 1
     await asyncio.wait_for(Event("closed idle").wait(), 10)
-    await poll(lambda: not any(w.plugins[CONTEXTS].store.n_loads(model.digest) for w in (a, b)), 10)
+    await poll(
+        lambda: not any(w.plugins[CONTEXTS].contexts.store.n_loads(model.digest) for w in (a, b)),
+        10,
+    )
     assert await c.submit(work, 9, ctx=model) == (9, "idle")
 
 
 @gated(nthreads=1)
 async def test_moved_away_under_a_task_it_goes_through_the_gate_again(c, s, gate, a):
     """Two tasks that hold one context each and wait for room: one begins anew, none fails."""
-    store, n_busy = a.plugins[CONTEXTS].store, 0
+    store, n_busy = a.plugins[CONTEXTS].contexts.store, 0
     acquire = store.acquire
 
     def busy(refs, again):

@@ -37,7 +37,7 @@ def stalls(monkeypatch):
 @pytest.fixture
 def fails(monkeypatch):
     def decide(state, now, *rules):
-        state.actions = []
+        state.plans.actions = []
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(watch, "decide", decide)
@@ -132,7 +132,7 @@ def test_why_a_unit_of_a_run(tmp_path):
         pcm.write_parquet(job, tmp_path / "out", progress=False)
         (part,) = [p.name for p in (tmp_path / "out").glob("part-*-000000000030.parquet")]
         state = cluster.scheduler.plugins["pcm-gate"].state
-        keys = [getattr(d.action, "key", None) for d in state.decisions]
+        keys = [getattr(d.action, "key", None) for d in state.plans.decisions]
         (key,) = [key for key in keys if key]
         assert key.endswith(part.removesuffix(".parquet"))
         assert "(30 rows)" in pcm.explain(key)
@@ -152,7 +152,7 @@ def test_the_gate_learns_what_staging_takes(tmp_path):
         context = pcm.Context(read, path, files=[path])
         await c.submit(use, 1, ctx=context)
         assert gate.state.contexts.file_bytes[context.digest] == 1000
-        assert gate.state.cost.stages[context.digest].value > 0
+        assert gate.state.estimates.cost.stages[context.digest].value > 0
         assert gate.state.contexts.staged_on[context.digest] == {"127.0.0.1"}
 
     on_cluster()

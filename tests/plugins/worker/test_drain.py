@@ -390,7 +390,7 @@ def test_signals_of_a_notebook_are_the_users():
         pcm.install(client)
 
         def is_settled(dask_worker):
-            return dask_worker.plugins[CONTEXTS]._loader._work_queue.qsize() == 0
+            return dask_worker.plugins[CONTEXTS].contexts._loader._work_queue.qsize() == 0
 
         until(lambda: all(client.run(is_settled).values()))
         assert handlers() == before

@@ -45,10 +45,10 @@ def test_install_is_idempotent_and_restarts_nothing(own_client):
     assert own_client.run(os.getpid) == pids
 
     def n_loads(dask_worker):
-        return dask_worker.plugins[CONTEXTS].store.n_loads(A.digest)
+        return dask_worker.plugins[CONTEXTS].contexts.store.n_loads(A.digest)
 
     def store(dask_worker):
-        return id(dask_worker.plugins[CONTEXTS].store)
+        return id(dask_worker.plugins[CONTEXTS].contexts.store)
 
     stores = own_client.run(store)
     pcm.install(own_client)

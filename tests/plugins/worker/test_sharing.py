@@ -55,14 +55,14 @@ def client(tmp_path):
 
 
 def check(dask_worker):
-    store = dask_worker.plugins["pcm-contexts"].store
+    store = dask_worker.plugins["pcm-contexts"].contexts.store
     store.validate()
-    return {ref: store.tier(ref).value for ref in list(store._residencies)}
+    return {ref: store.tier(ref).value for ref in list(store._residencies.by_digest)}
 
 
 def n_kept(dask_worker):
     """Images are made while the contexts are in use already."""
-    return len(dask_worker.plugins["pcm-contexts"].store._host._images)
+    return len(dask_worker.plugins["pcm-contexts"].contexts.store._residencies._host._images)
 
 
 def contexts(log, n, **options):

@@ -63,7 +63,7 @@ def seen(client, shared_cluster):
 
 def _wanted(client, context):
     def wanted(dask_worker):
-        return context.digest in dask_worker.plugins[CONTEXTS]._wanted
+        return context.digest in dask_worker.plugins[CONTEXTS].contexts.wanted
 
     return any(client.run(wanted).values())
 

@@ -62,7 +62,7 @@ def cluster(object_store):  # whose address the workers need
 @pytest.fixture
 def n_forgiven(caplog):
     """Losses that were taken for preemption so far: nannies that a busy machine kept silent."""
-    caplog.set_level(logging.INFO, "dask_pcm.plugins.scheduler.losses")
+    caplog.set_level(logging.INFO, "dask_pcm.plugins.scheduler.tasks.losses")
     return lambda: sum("it was preempted" in text for text in caplog.messages)
 
 

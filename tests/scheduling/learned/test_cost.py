@@ -117,6 +117,6 @@ def test_files_that_are_on_a_host_need_not_come_there_again():
     report = ResidencyReported("a1", "llm", Tier.DEVICE, seconds=9.0, is_built=True, staged_s=5.0)
     world.tell(report)
     views = world.state.workers
-    assert world.state.warm_s(views["a2"], "llm") == pytest.approx(4.0)
-    assert world.state.warm_s(views["b1"], "llm") == pytest.approx(9.0)
-    assert world.state.cost.stage_s("other", 2 * 10**9) == pytest.approx(10.0)
+    assert world.state.estimates.warm_s(views["a2"], "llm") == pytest.approx(4.0)
+    assert world.state.estimates.warm_s(views["b1"], "llm") == pytest.approx(9.0)
+    assert world.state.estimates.cost.stage_s("other", 2 * 10**9) == pytest.approx(10.0)

@@ -84,4 +84,4 @@ def test_clients_that_are_gone_are_forgotten():
         group = Group(("a",), "infer", client=f"client{number}")
         park(world, group, 1)
         world.tell(WorkEnded(*[(assigned(world.decide())[0][0]), True]))
-    assert len(world.state.shares.served_s) <= 2
+    assert len(world.state.ahead.shares.served_s) <= 2

@@ -46,11 +46,11 @@ def test_who_was_asked_to_go_is_no_loss_and_who_was_taken_with_notice_is():
     world = World("w0", "w1", "w2")
     world.now = 10.0
     world.tell(WorkerLeft("w0", is_lost=False))
-    assert world.state.pools[""].n_lost == 0
+    assert world.state.estimates.pools[""].n_lost == 0
     world.tell(WorkerDraining("w1", 5.0), WorkerLeft("w1", is_lost=False))
-    assert world.state.pools[""].n_lost == 1
+    assert world.state.estimates.pools[""].n_lost == 1
     world.tell(WorkerLeft("w2"))
-    assert world.state.pools[""].n_lost == 2
+    assert world.state.estimates.pools[""].n_lost == 2
 
 
 def ending(world, worker, seconds, n_lanes=1):

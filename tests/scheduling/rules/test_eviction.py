@@ -62,9 +62,9 @@ class Played:
             if isinstance(event, WorkEnded):
                 self.done[event.key] = self.now
             self.decide()
-            if not self._events and (self.state.waiting.works or self.state.placed):
+            if not self._events and (self.state.ahead.waiting.works or self.state.placed):
                 self._at(self.now + 0.25, ContextDeclared("tick", "tick"))  # the gate's ticker
-                assert self.now < until_s, self.state.waiting.works
+                assert self.now < until_s, self.state.ahead.waiting.works
         return self
 
     def decide(self):
@@ -154,8 +154,8 @@ def test_the_context_that_is_costlier_to_restore_stays():
     played.park(0, "a", "a")
     played.park(10, "b", "b")
     played.run()
-    played.state.cost.observe_warm("a", "", 50.0, is_built=False)
-    played.state.cost.observe_warm("b", "", 0.5, is_built=False)
+    played.state.estimates.cost.observe_warm("a", "", 50.0, is_built=False)
+    played.state.estimates.cost.observe_warm("b", "", 0.5, is_built=False)
     played.park(20, "c", "c")
     played.run()
     assert [a.context for _, a in played.said if isinstance(a, Offload)] == ["b"]

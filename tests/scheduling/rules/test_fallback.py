@@ -46,12 +46,12 @@ def test_then_idle_workers_are_given_what_waits_warm_or_not():
     world = World("w0", "w1")
     world.warm("w0")
     world.park(3)
-    world.state.actions = []
+    world.state.plans.actions = []
     assign_as_dask(world.state, world.now)
-    assert assigned(world.state.actions) == [("a0", "w0"), ("a1", "w1")]
-    assert warmed(world.state.actions) == {"w1"}
+    assert assigned(world.state.plans.actions) == [("a0", "w0"), ("a1", "w1")]
+    assert warmed(world.state.plans.actions) == {"w1"}
     world.state.validate()
-    assert world.state.peek(A).key == "a2"
+    assert world.state.ahead.peek(A).key == "a2"
 
 
 def test_what_others_do_hides_no_stall():
@@ -61,7 +61,7 @@ def test_what_others_do_hides_no_stall():
     world.park(1)
     world.state.workers["w1"].tiers["a"] = Tier.FAILED
     for _ in range(40):
-        world.state.forecasts.clear()
+        world.state.plans.forecasts.clear()
         Placement(world.state, world.now, 0.05).assign([world.state.workers["w0"]])
         world.now += 1.0
         world.tell(*(WorkEnded(key, True) for key in list(world.state.placed)))

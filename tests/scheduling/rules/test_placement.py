@@ -117,7 +117,7 @@ def test_last_pieces_go_to_the_worker_that_finishes_first():
     world.learn(A, "slow", 3.0)
     world.park(700)
     ends = {}
-    while world.state.waiting or ends:
+    while world.state.ahead.waiting or ends:
         for key, worker in assigned(world.decide()):
             ends[key] = world.now + (1.0 if worker == "fast" else 3.0)
         if not ends:

@@ -53,7 +53,7 @@ def test_no_worker_is_asked_for_that_would_load_for_longer_than_the_work_lasts()
     world = World("w")
     world.learn(A, "w", 0.001)
     world.warm("w", seconds=0.0)
-    world.state.cost.observe_warm("a", "", 60.0, is_built=True)
+    world.state.estimates.cost.observe_warm("a", "", 60.0, is_built=True)
     world.tell(RunReported("run", A, 20_000.0, 3))
     assert wanted(world) == 1
     world.tell(RunReported("run", A, 600_000.0, 3))

@@ -11,11 +11,11 @@ from distributed.protocol.pickle import dumps
 from distributed.scheduler import TaskState
 
 from dask_pcm.errors import LoadError
-from dask_pcm.plugins.scheduler import parking
 from dask_pcm.plugins.scheduler.contexts import Contexts
 from dask_pcm.plugins.scheduler.hub import Hub
-from dask_pcm.plugins.scheduler.parked import ParkedTasks
 from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.plugins.scheduler.tasks import parking
+from dask_pcm.plugins.scheduler.tasks.parked import ParkedTasks
 from dask_pcm.plugins.scheduler.workers import Workers
 from dask_pcm.scheduling.events import Action, Assign, Fail, Load, Offload, Quarantine, WorkEnded
 

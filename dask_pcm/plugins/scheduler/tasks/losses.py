@@ -8,12 +8,12 @@ from typing import Any
 
 from distributed.scheduler import KilledWorker, TaskState, WorkerState
 
-from dask_pcm.plugins.scheduler.attribution import Attribution
-from dask_pcm.plugins.scheduler.dispatch import end_with
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.members import Member
-from dask_pcm.plugins.scheduler.parked import ParkedTasks
 from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.plugins.scheduler.tasks.attribution import Attribution
+from dask_pcm.plugins.scheduler.tasks.dispatch import end_with
+from dask_pcm.plugins.scheduler.tasks.parked import ParkedTasks
 
 
 class Losses(Service):
@@ -70,7 +70,7 @@ class Losses(Service):
         found = [ts for key in lost_with if (ts := tasks.get(key)) is not None]
         view = self._hub.state.workers.get(worker)
         priorities = {ts.key: tuple(ts.priority or ()) for ts in found}
-        keys = view.begun_of(priorities) if view else list(priorities)
+        keys = view.select_begun(priorities) if view else list(priorities)
         self._last_lost = member.ws.clean()
         self._attribution.lost(member.ws.nanny or "", keys)
         for key in keys:

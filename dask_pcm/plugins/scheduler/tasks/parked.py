@@ -7,13 +7,13 @@ from typing import Any
 
 from distributed.scheduler import TaskState
 
-from dask_pcm.plugins.scheduler import parking
-from dask_pcm.plugins.scheduler.attribution import Attribution
 from dask_pcm.plugins.scheduler.contexts import Contexts
-from dask_pcm.plugins.scheduler.find_refs import find_refs
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.members import Member
 from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.plugins.scheduler.tasks import parking
+from dask_pcm.plugins.scheduler.tasks.attribution import Attribution
+from dask_pcm.plugins.scheduler.tasks.find_refs import find_refs
 from dask_pcm.plugins.worker.lanes import LANES
 from dask_pcm.scheduling.events import Group, Work, WorkParked, WorkWithdrawn
 
@@ -99,14 +99,14 @@ class ParkedTasks(Service):
 
     def _regroup(self) -> None:
         """Park restricted tasks anew: the set of workers that may run them has changed."""
-        for work in list(self._hub.state.waiting.works.values()):
+        for work in list(self._hub.state.ahead.waiting.works.values()):
             asked = self.asked[work.key]
             if asked.workers or asked.hosts or work.group.allowed is not None:
                 self.park(work.key)
 
     def tick(self) -> None:
         """See ``Service``; a decision may depend on time alone, for instance a back-off."""
-        if self._hub.state.waiting:
+        if self._hub.state.ahead.waiting:
             self._hub.wake()
 
     def uninstall(self) -> None:

@@ -15,9 +15,9 @@ import pytest
 from distributed import Client, KilledWorker, LocalCluster, Scheduler, secede
 
 import dask_pcm as pcm
-from dask_pcm.plugins.scheduler import attribution
-from dask_pcm.plugins.scheduler.attribution import Attribution
 from dask_pcm.plugins.scheduler.plugin import GATE
+from dask_pcm.plugins.scheduler.tasks import attribution
+from dask_pcm.plugins.scheduler.tasks.attribution import Attribution
 from dask_pcm.plugins.worker.task import hold, n_losses
 from tests.support.patience import until
 

@@ -1,0 +1,159 @@
+"""The contexts of this process with their holders: what stays, what moves and what leaves.
+
+One lock guards every residency. Objects are offloaded and closed without it: copying weights and
+close hooks take seconds. Meanwhile the context's tier is ``LOADING``, which makes others wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dask_pcm.ladder.build import close
+from dask_pcm.ladder.objects.images import Host
+from dask_pcm.ladder.residency import Change, Residency
+from dask_pcm.tiers import Tier
+
+logger = logging.getLogger(__name__)
+
+
+class Residencies:
+    """All residencies of a process, by digest.
+
+    Parameters
+    ----------
+    on_change
+        Called after every change, from the thread that made it and without the lock.
+    host
+        The host tier, where images of contexts may be.
+
+    Attributes
+    ----------
+    changed
+        Guards every field of every residency; notified when a load, a move or a turn ends.
+    is_closed
+        Whether every context is evicted as soon as no task holds it.
+    """
+
+    def __init__(self, on_change: Callable[[Change], None], host: Host) -> None:
+        self.by_digest: dict[str, Residency] = {}
+        self.changed = threading.Condition()
+        self.is_closed = False
+        self.report = on_change
+        self._host = host
+        #: Contexts that each thread builds now, the innermost last.
+        self._building: dict[int, list[Residency]] = {}
+
+    def take(self, residency: Residency) -> None:
+        """Count one hold; with the lock held. A loader's holds last as long as its object."""
+        me = threading.get_ident()
+        residency.n_holders += 1
+        residency.threads[me] += 1
+        if builds := self._building.get(me):
+            # The object under construction may refer to this one: give_up ends the second hold.
+            residency.n_holders += 1
+            builds[-1].inner.append(residency)
+
+    def let_go(self, residency: Residency, is_inner: bool = False) -> None:
+        """End one hold on a context; evict it if it was released and this was the last."""
+        me = threading.get_ident()
+        with self.changed:
+            residency.n_holders -= 1
+            if not is_inner:
+                residency.threads -= Counter([me])
+            residency.used_at = time.monotonic()
+            self.changed.notify_all()
+            is_unwanted = self.is_closed or residency.is_released
+            is_left = is_unwanted and not residency.n_holders
+        if is_left:
+            self.evict(residency.ref.digest)
+
+    @contextmanager
+    def building(self, residency: Residency) -> Iterator[None]:
+        """What this thread acquires within the block belongs to the object that it builds."""
+        me = threading.get_ident()
+        with self.changed:
+            self._building.setdefault(me, []).append(residency)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._building[me].pop()
+
+    def begin_move(self, residency: Residency) -> None:
+        """Mark a context as moving, which makes other threads wait; with the lock held."""
+        residency.tier, residency.user = Tier.LOADING, threading.get_ident()
+        residency.error = None
+
+    def end_move(self, residency: Residency, tier: Tier) -> None:
+        """Set the tier that a move has led to, wake the threads that wait, and report it."""
+        with self.changed:
+            residency.tier, residency.user, residency.has_room = tier, None, False
+            if tier is Tier.ABSENT:
+                del self.by_digest[residency.ref.digest]
+            self.changed.notify_all()
+        self.report(Change(residency.ref.digest, tier, n_bytes=residency.n_bytes))
+
+    def offload(self, digest: str) -> bool:
+        """Move a context from the device to the host tier; False if held or not on the device.
+
+        A context that cannot be offloaded, or finds no room on the host, is dropped.
+        """
+        with self.changed:
+            residency = self.by_digest.get(digest)
+            if residency is None or residency.n_holders or residency.tier is not Tier.DEVICE:
+                return False
+            self.begin_move(residency)
+            residency.has_room = True  # its bytes count until the copy has ended
+        live = residency.live
+        assert live is not None
+        try:
+            is_offloaded = not residency.inner and live.offload()
+        except Exception as error:
+            logger.warning(
+                "Context %r cannot be offloaded, so it is dropped: %r", residency.ref.name, error
+            )
+            is_offloaded = False
+        if is_offloaded:
+            self.end_move(residency, Tier.HOST)
+        else:
+            self.drop(residency)
+        return True
+
+    def evict(self, digest: str) -> bool:
+        """Drop a context, from the host tier too; False if it is absent, held or loading."""
+        with self.changed:
+            residency = self.by_digest.get(digest)
+            if residency is None or residency.n_holders or residency.tier is Tier.LOADING:
+                return False
+            residency.has_room = residency.is_there
+            self.begin_move(residency)
+        self._host.drop(digest)
+        self.drop(residency)
+        return True
+
+    def drop(self, residency: Residency) -> None:
+        """Forget a context whose move has begun."""
+        self.give_up(residency)
+        self.end_move(residency, Tier.ABSENT)
+
+    def give_up(self, residency: Residency) -> None:
+        """Close the live object, free its files, and let go of the contexts that it is made of."""
+        live, residency.live = residency.live, None
+        with residency.files:
+            if live is not None:
+                close(residency.ref, live.value)
+        del live  # before the inner contexts go: the object may refer to theirs
+        inner, residency.inner = residency.inner, []
+        for held in inner:
+            self.let_go(held, is_inner=True)
+
+    def validate(self) -> None:
+        """Raise AssertionError if residencies contradict themselves; with the lock held."""
+        for digest, residency in self.by_digest.items():
+            assert residency.ref.digest == digest
+            residency.validate()

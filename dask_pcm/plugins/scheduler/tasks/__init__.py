@@ -1,0 +1,1 @@
+"""Tasks at the gate: found, parked, dispatched, and lost with their workers."""
