@@ -12,7 +12,7 @@ import dask_pcm as pcm
 from dask_pcm.parquet.pieces import Span
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.plan import Plan
-from dask_pcm.runs.units import unit as unit_module
+from dask_pcm.runs.units.compute import compute as compute_unit
 
 
 def load():
@@ -34,7 +34,7 @@ def mapped(frame, **options):
 def compute(plan, unit):
     pickled, keys, inputs = plan.graph(unit)
     assert not keys and not inputs
-    return unit_module.compute(unit, pickled)
+    return compute_unit(unit, pickled)
 
 
 def cut_all(plan, n_rows, done=(), partitions=()):
