@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import multiprocessing
 import os
 import sys
 import uuid
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import distributed.utils
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Nanny
 from distributed.comm import CommClosedError
 
 import dask_pcm as pcm
@@ -31,6 +33,16 @@ PACKAGE = f"{Path(pcm.__file__).parent}{os.sep}"
 #: that are about it say what it imports. For this process and those that it starts.
 os.environ.setdefault("DASK_PCM__WORKER__IMPORTS", "[]")
 dask.config.refresh()
+#: What a worker of any test imports, which takes longer than most tests.
+_PRELOADED = [
+    "distributed",
+    "dask.dataframe",
+    "pandas",
+    "pyarrow.parquet",
+    "dask_pcm.plugins.worker.plugin",
+    "dask_pcm.runs.units.run_unit",
+]
+METHOD = "distributed.worker.multiprocessing-method"
 #: Seconds that a test may take, on a machine with nothing else to do.
 _TIMEOUT_S = 120
 
@@ -80,6 +92,31 @@ def default_scheduler_as_before() -> Iterator[None]:
     yield
     if dask.config.get("scheduler", None) != before:
         dask.config.set(scheduler=before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def workers_are_forked() -> Iterator[None]:
+    """Nannies fork workers from a server that has imported what they need; see ``spawned``.
+
+    As if it was started by ``spawn``, each worker gets the environment of its nanny's making.
+    """
+    distributed.utils._forkserver_preload_set = True  # ours is complete
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    made = Nanny.__init__
+
+    def init(self: Nanny, *args: Any, env: dict[str, str] | None = None, **options: Any) -> None:
+        made(self, *args, env={**os.environ, **(env or {})}, **options)
+
+    with pytest.MonkeyPatch.context() as patched, dask.config.set({METHOD: "forkserver"}):
+        patched.setattr(Nanny, "__init__", init)
+        yield
+
+
+@pytest.fixture
+def spawned() -> Iterator[None]:
+    """Nannies start workers as Dask does by default, for tests that are about it."""
+    with dask.config.set({METHOD: "spawn"}):
+        yield
 
 
 @contextmanager
