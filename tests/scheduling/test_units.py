@@ -60,10 +60,10 @@ def stock(batch_rows=1, unit_s=1.0, max_rows=10**6, n_lanes=2, ready_s=0.5):
     return Outstanding(UnitSizing(batch_rows, unit_s, max_rows, n_lanes, ready_s))
 
 
-def fed(stocked, n_uncut, *askers):
+def fed(stocked, n_uncut, *demand):
     """Sizes that are handed over until there are enough."""
     sizes = []
-    while (size := stocked.next(n_uncut, askers, len(sizes))) is not None:
+    while (size := stocked.next(n_uncut, demand, len(sizes))) is not None:
         stocked.add(size.device, size.n_rows)
         sizes.append(size)
         n_uncut -= size.n_rows
