@@ -18,8 +18,7 @@ import pandas as pd
 from dask_pcm.context.context import ContextRef
 from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import PCMError, RowCountError, SchemaError
-from dask_pcm.frames.failed_rows import ERROR as ERROR  # callers of this module read it
-from dask_pcm.frames.failed_rows import failed_row, with_error, without_categories
+from dask_pcm.frames.failed_rows import ERROR, failed_row, with_error, without_categories
 from dask_pcm.ladder.objects.tensors import is_sticky
 from dask_pcm.parquet.conversion import MISFITS, cast
 from dask_pcm.plugins.worker.deadline import in_time

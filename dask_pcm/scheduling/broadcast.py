@@ -226,9 +226,8 @@ class Broadcast:
         """Raise AssertionError if the counts of copies in flight disagree with the copies."""
         assert Counter(copy.source for copy in self.under_way) == +self._n_out
         assert Counter(copy.worker for copy in self.under_way) == +self._n_in
-        for copy in self.under_way:
-            # Nobody copies the same chunk twice at a time.
-            assert copy.chunk not in self._swarms[copy.blob].missing.get(copy.worker, ()), copy
+        # A swarm that is forgotten must have no copy in flight: its end would find no swarm.
+        assert {copy.blob for copy in self.under_way} <= self._swarms.keys()
 
     def _swarm(self, blob: str, n_chunks: int) -> _Swarm:
         if blob not in self._swarms:

@@ -19,6 +19,7 @@ def play(plan, fails=lambda copy: False, queue=(), limit=10_000):
     done, queue, now = [], list(queue), 0.0
     for _ in range(limit):
         queue += plan.plan(now)
+        plan.validate()
         if not queue:
             if not any(any(swarm.missing.values()) for swarm in plan._swarms.values()):
                 return done

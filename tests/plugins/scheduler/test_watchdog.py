@@ -31,7 +31,9 @@ def wait_for(name, ctx=None):
 @pytest.fixture
 def stalls(monkeypatch):
     """A policy that does nothing."""
-    monkeypatch.setattr(watch, "decide", lambda state, now, *rules: setattr(state, "actions", []))
+    monkeypatch.setattr(
+        watch, "decide", lambda state, now, *rules: setattr(state.plans, "actions", [])
+    )
 
 
 @pytest.fixture
