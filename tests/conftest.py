@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,16 @@ _PRELOADED = [
 METHOD = "distributed.worker.multiprocessing-method"
 #: Seconds that a test may take, on a machine with nothing else to do.
 _TIMEOUT_S = 120
+
+
+#: Tests that would begin after this moment, in seconds since the epoch, are skipped, and say so.
+_DEADLINE = float(os.environ.get("PCM_TEST_DEADLINE", "inf"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    if time.time() > _DEADLINE:
+        pytest.skip("out of time: not run (PCM_TEST_DEADLINE)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
