@@ -1,5 +1,5 @@
 """The command line interface, ``dask-pcm``."""
 
-from dask_pcm.cli.commands import main
+from dask_pcm.cli.group import main
 
 __all__ = ["main"]

@@ -7,7 +7,7 @@ from typing import Any
 from dask_pcm.ledger.layout import CANCEL, HOME, PAUSE
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.stash import restore_stash
-from dask_pcm.ledger.status import Writer
+from dask_pcm.ledger.writer import Writer
 
 
 def other_runs(output: Output) -> list[Writer]:

@@ -10,7 +10,12 @@ import uuid
 from dask_pcm.errors import OutputError, PCMError, RunCancelledError, redacted
 from dask_pcm.ledger.layout import CANCEL, PAUSE, REPORT
 from dask_pcm.ledger.output import Output, local_path
-from dask_pcm.ledger.status import (
+from dask_pcm.ledger.storage.folder import Folder
+from dask_pcm.ledger.storage.objects import Objects
+from dask_pcm.ledger.takeover import other_runs, read_driver
+from dask_pcm.ledger.writer import Writer
+from dask_pcm.runs.identity import Manifest
+from dask_pcm.runs.progress.progress import (
     CANCELLED,
     FINISHED,
     INTERRUPTED,
@@ -18,12 +23,7 @@ from dask_pcm.ledger.status import (
     RUNNING,
     STARTING,
     Progress,
-    Writer,
 )
-from dask_pcm.ledger.storage.folder import Folder
-from dask_pcm.ledger.storage.objects import Objects
-from dask_pcm.ledger.takeover import other_runs, read_driver
-from dask_pcm.runs.identity import Manifest
 from dask_pcm.runs.progress.report import Report
 from dask_pcm.runs.progress.state import RunState
 from dask_pcm.runs.progress.stored import stored_progress

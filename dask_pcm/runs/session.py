@@ -12,13 +12,13 @@ from distributed import Client
 
 from dask_pcm.config import Config
 from dask_pcm.errors import BusyError, FencedError, RunCancelledError, redacted
-from dask_pcm.ledger import status
 from dask_pcm.ledger.layout import MANIFEST, REPORT
 from dask_pcm.ledger.log import read_lines
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.ledger.stash import drop_stash, stash, unstash
 from dask_pcm.ledger.takeover import fence_others, other_runs
+from dask_pcm.ledger.writer import whoami
 from dask_pcm.plugins.install import install, is_installed
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.driver import Driver
@@ -28,6 +28,7 @@ from dask_pcm.runs.lost import cluster_errors_told
 from dask_pcm.runs.plan import Plan
 from dask_pcm.runs.progress.failure_limit import FailureLimit
 from dask_pcm.runs.progress.heartbeat import Heartbeat
+from dask_pcm.runs.progress.progress import CANCELLED, FAILED, FINISHED
 from dask_pcm.runs.progress.report import rows_recomputed
 from dask_pcm.runs.progress.results import Results
 from dask_pcm.runs.progress.state import RunState
@@ -100,7 +101,7 @@ class Session:
                 found = self._check(output, mine)
                 fence_others(output)
                 found = self._unless_restarted(output, found)
-                stack.enter_context(fence.open_run(status.whoami()))
+                stack.enter_context(fence.open_run(whoami()))
                 if found is None:
                     stack.push(lambda kind, error, trace: self._unstash(output, error))
                     stash(output)
@@ -176,12 +177,12 @@ class Session:
                 drop_stash(self._lease.output)
             except BaseException as error:
                 is_meant = isinstance(error, (RunCancelledError, KeyboardInterrupt))
-                report.state = status.CANCELLED if is_meant else status.FAILED
+                report.state = CANCELLED if is_meant else FAILED
                 report.error = redacted(f"{type(error).__name__}: {error}")
                 with contextlib.suppress(Exception):  # the first error is the one to be told
                     self._write_report()
                 raise
-            report.state = status.FINISHED
+            report.state = FINISHED
             self._write_report()
 
     def _run(self, is_shown: bool) -> None:

@@ -19,10 +19,10 @@ from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
 from dask_pcm.errors import RunCancelledError
-from dask_pcm.ledger.status import Progress
 from dask_pcm.runs import gate_link as link
 from dask_pcm.runs.driver import Driver
 from dask_pcm.runs.gate_link import GateLink
+from dask_pcm.runs.progress.progress import Progress
 from dask_pcm.runs.window import Window
 
 pytestmark = pytest.mark.timeout(300)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from dask_pcm.errors import FencedError
 from dask_pcm.ledger.output import Output
-from dask_pcm.ledger.status import Progress
+from dask_pcm.runs.progress.progress import Progress
 
 #: How long the end of a run waits for a heartbeat that is being written.
 _LAST_S = 30.0

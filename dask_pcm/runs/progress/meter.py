@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from dask_pcm.ledger.status import PAUSED, Progress, span
+from dask_pcm.runs.progress.progress import PAUSED, Progress, span
 
 LINE_EVERY_S = 10.0
 _BAR_CHARS = 10

@@ -10,7 +10,7 @@ from typing import Any
 from dask_pcm.ledger.decode import known_fields
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Range, Ranges
-from dask_pcm.ledger.status import STARTING
+from dask_pcm.runs.progress.progress import STARTING
 
 
 @dataclass(slots=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dask_pcm.ledger import status
 from dask_pcm.runs.gate_link import GateStatus
 from dask_pcm.runs.progress.meter import Stopwatch
+from dask_pcm.runs.progress.progress import PAUSED, RUNNING, Progress
 from dask_pcm.runs.progress.report import Report
 
 
@@ -39,12 +39,12 @@ class RunState:
         self._first_gate: GateStatus | None = None
 
     @property
-    def progress(self) -> status.Progress:
+    def progress(self) -> Progress:
         """How far the run is; rates leave out what earlier runs have done."""
         report = self.report
-        is_paused = self.is_paused and report.state == status.RUNNING
-        return status.Progress(
-            status.PAUSED if is_paused else report.state,
+        is_paused = self.is_paused and report.state == RUNNING
+        return Progress(
+            PAUSED if is_paused else report.state,
             self.n_done,
             self.n_total,
             self.counted,
@@ -59,7 +59,7 @@ class RunState:
     def begin(self, n_resumed: int) -> None:
         """Start running; `n_resumed` rows (or parts) are done already."""
         self.n_done = self._n_resumed = n_resumed
-        self.report.state = status.RUNNING
+        self.report.state = RUNNING
 
     def note_gate(self, gate: GateStatus) -> None:
         """Take in a report of the gate; loads count from its first one on."""

@@ -9,8 +9,9 @@ from dask_pcm.ledger.layout import HOME, REPORT
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import parse_name
 from dask_pcm.ledger.ranges import Ranges
-from dask_pcm.ledger.status import FINISHED, INTERRUPTED, STARTING, Progress, Writer
+from dask_pcm.ledger.writer import Writer
 from dask_pcm.runs.identity import Manifest
+from dask_pcm.runs.progress.progress import FINISHED, INTERRUPTED, STARTING, Progress
 from dask_pcm.runs.progress.report import Report
 
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from dask_pcm.ledger.status import Progress
 from dask_pcm.runs.progress.meter import line
+from dask_pcm.runs.progress.progress import Progress
 
 NOW = Progress("running", 4_500, 10_000, "rows", 123, 1_100.0, 2, 4, 5)
 
@@ -42,7 +42,7 @@ def test_100_per_cent_is_the_end(done, total):
 
 SCRIPT = """
 from dask_pcm.runs.progress.meter import meter
-from dask_pcm.ledger.status import Progress
+from dask_pcm.runs.progress.progress import Progress
 with meter(True) as shown:
     for done in (0, 4_500, 10_000):
         shown.show(Progress("running", done, 10_000, "rows", 123, 1_100.0, 2, 4, 5))
