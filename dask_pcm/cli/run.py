@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--choices", required=True, multiple=True, help="A,B,C (repeatable), or @FILE, one per line."
 )
-@click.option("--truncate", metavar="FIELD", help="Field to truncate if a row is too long.")
+@click.option("--truncate-column", metavar="FIELD", help="Field to truncate if a row is too long.")
 @click.option(
     "--special-tokens-in-fields",
     is_flag=True,
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     metavar="TIME",
     help="Limit for one batch, such as 10m; rows that exceed it alone fail.",
 )
-@click.option("--keep", multiple=True, metavar="COLUMNS", help="Columns to keep, A,B (repeatable).")
+@click.option(
+    "--keep-columns", multiple=True, metavar="COLUMNS", help="Columns to keep, A,B (repeatable)."
+)
 @click.option("--workers", type=click.IntRange(1), help="Number of workers of a local cluster.")
 @click.option("--scheduler", metavar="ADDRESS", help="Scheduler of a running cluster.")
 @click.option("--overwrite", is_flag=True, help="Delete what another run left in OUTPUT.")
@@ -73,10 +75,10 @@ def run(
     revision: str | None,
     prompt: str,
     choices: tuple[str, ...],
-    truncate: str | None,
+    truncate_column: str | None,
     special_tokens_in_fields: bool,
     batch_timeout: str | None,
-    keep: tuple[str, ...],
+    keep_columns: tuple[str, ...],
     workers: int | None,
     scheduler: str | None,
     overwrite: bool,
@@ -110,10 +112,10 @@ def run(
             _model(model, revision),
             prompt=_text(prompt),
             choices=_list(choices),
-            truncate=truncate,
+            truncate_column=truncate_column,
             special_tokens_in_fields=special_tokens_in_fields,
             batch_timeout=batch_timeout,
-            keep=_list(keep) or None,
+            keep_columns=_list(keep_columns) or None,
         )
         with client_of(workers, scheduler) as client:
             if sample:

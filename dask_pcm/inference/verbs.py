@@ -38,8 +38,8 @@ def classify(
     *,
     prompt: str,
     choices: Sequence[str],
-    truncate: str | None = None,
-    keep: Sequence[str] | None = None,
+    truncate_column: str | None = None,
+    keep_columns: Sequence[str] | None = None,
     batch_rows: int | None = None,
     batch_timeout: float | str | None = None,
     special_tokens_in_fields: bool = False,
@@ -64,11 +64,11 @@ def classify(
         (``True``), decimals, dates and times (ISO 8601), and lists of texts, joined by line feeds.
     choices : sequence of str
         The possible answers, at least two.
-    truncate : str, optional
+    truncate_column : str, optional
         A field of the prompt that is cut at its end, at a word boundary, if a row is longer than
         the model's context length. Without it, such a row gets an error that states both lengths
         in tokens.
-    keep : sequence of str, optional
+    keep_columns : sequence of str, optional
         Columns of the input to keep. All by default.
     batch_rows : int, optional
         Rows per call of the model; they are sorted by length and run in batches of at most
@@ -106,15 +106,15 @@ def classify(
         )
     template = Template(prompt)
     fields = check_columns(ddf, template.fields, "The prompt")
-    if truncate is not None and truncate not in fields:
+    if truncate_column is not None and truncate_column not in fields:
         raise PromptError(
-            f"truncate={truncate!r} is not a field of the prompt; its fields are"
+            f"truncate_column={truncate_column!r} is not a field of the prompt; its fields are"
             f" {', '.join(fields)}."
         )
     if repeated := sorted({str(name) for name in ddf.columns[ddf.columns.duplicated()]}):
         raise SchemaError(f"The frame has columns more than once: {', '.join(repeated)}.")
     check_fields(ddf, tuple(fields))
-    kept = _kept_columns(ddf, keep)
+    kept = _kept_columns(ddf, keep_columns)
     if not isinstance(special_tokens_in_fields, bool):
         raise PromptError(
             f"special_tokens_in_fields must be True or False; found {special_tokens_in_fields!r}."
@@ -123,7 +123,7 @@ def classify(
     func = Classify(
         template,
         check_choices(choices),
-        truncate,
+        truncate_column,
         tuple(kept),
         config.batch_tokens,
         special_tokens_in_fields,
@@ -145,15 +145,17 @@ def classify(
     )
 
 
-def _kept_columns(ddf: dd.DataFrame, keep: Sequence[str] | None) -> list[str]:
+def _kept_columns(ddf: dd.DataFrame, keep_columns: Sequence[str] | None) -> list[str]:
     """Columns of the input that the result keeps; refuses those that ``classify`` adds."""
-    kept = list(ddf.columns) if keep is None else list(check_columns(ddf, keep, "keep"))
+    kept = list(ddf.columns)
+    if keep_columns is not None:
+        kept = check_columns(ddf, keep_columns, "keep_columns")
     if repeated := sorted({name for name in kept if kept.count(name) > 1}):
-        raise SchemaError(f"keep names columns more than once: {', '.join(repeated)}.")
+        raise SchemaError(f"keep_columns names columns more than once: {', '.join(repeated)}.")
     if taken := [name for name in (ANSWER, PROBABILITY, ERROR) if name in kept]:
         raise SchemaError(
             f"The input already has {', '.join(map(repr, taken))}, which classify adds. Rename it,"
-            " or select the columns to keep with keep=[...]."
+            " or select the columns to keep with keep_columns=[...]."
         )
     return kept
 
@@ -164,7 +166,7 @@ class Classify:
 
     template: Template
     choices: tuple[str, ...]
-    truncate: str | None
+    truncate_column: str | None
     kept: tuple[str, ...]
     batch_tokens: int
     special_tokens_in_fields: bool = False
@@ -176,7 +178,7 @@ class Classify:
         return {
             "prompt": self.template.text,
             "choices": list(self.choices),
-            "truncate": self.truncate,
+            "truncate_column": self.truncate_column,
             "columns": list(self.kept),
             "special_tokens_in_fields": self.special_tokens_in_fields,
         }
@@ -239,8 +241,8 @@ class Classify:
             (found,) = self._scorings(model, [cut])
             return found.n_tokens if isinstance(found, Scoring) else limit + 1
 
-        if self.truncate is not None:
-            cut = cut_to_fit(row, self.truncate, limit, count)
+        if self.truncate_column is not None:
+            cut = cut_to_fit(row, self.truncate_column, limit, count)
             if cut is not None:
                 return self._scorings(model, [cut])[0]
         return f"The row has {scoring.n_tokens} tokens; the model takes {limit}."

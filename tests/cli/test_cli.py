@@ -135,7 +135,7 @@ def test_a_terminal_shows_a_bar(tmp_path):
 def test_real_claims_through_the_command(invoke, tmp_path):
     out, report = tmp_path / "out", tmp_path / "report.json"
     args = run_args(
-        DATA / "fever-sample.parquet", out, "--report", report, "--truncate", "evidence"
+        DATA / "fever-sample.parquet", out, "--report", report, "--truncate-column", "evidence"
     )
     done = invoke(*args)
     assert done.exit_code == 0, done.output
@@ -163,7 +163,8 @@ def test_rows_that_are_too_long_decide_the_exit_code(invoke, source, tmp_path):
     assert json.loads(report.read_text())["state"] == "failed"
     shown = invoke_here("status", out)
     assert "failed: " in shown.output and "ended by        FailedRowsError" in shown.output
-    assert invoke(*run_args(source, out)).exit_code == 3  # at once: they have failed already
+    again = invoke(*run_args(source, out, "--max-failed-share", "0.01"))
+    assert again.exit_code == 3  # at once: they have failed already
     allowed = run_args(source, out, "--max-failed-rows", "10", "--report", report)
     assert invoke(*allowed).exit_code == 0
     assert len(pd.read_parquet(out)) == 400
@@ -171,7 +172,7 @@ def test_rows_that_are_too_long_decide_the_exit_code(invoke, source, tmp_path):
     assert invoke(*allowed, "--retry-failed").exit_code == 0
     found = json.loads(report.read_text())
     assert (found["rows_retried"], found["rows_failed"], found["rows"]) == (10, 10, 400)
-    cut = run_args(source, tmp_path / "cut", "--truncate", "evidence")
+    cut = run_args(source, tmp_path / "cut", "--truncate-column", "evidence")
     assert invoke(*cut).exit_code == 0
 
 
@@ -252,7 +253,14 @@ def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_
     (tmp_path / "choices.txt").write_text("SUPPORTED\nREFUTED\n")
     args = ["run", source, tmp_path / "out", "--model", "demo"]
     args += ["--prompt", f"@{tmp_path}/prompt.txt", "--choices", f"@{tmp_path}/choices.txt"]
-    args += ["--choices", "NOT ENOUGH INFO", "--keep", "id,label", "--keep", "claim"]
+    args += [
+        "--choices",
+        "NOT ENOUGH INFO",
+        "--keep-columns",
+        "id,label",
+        "--keep-columns",
+        "claim",
+    ]
     args += ["--special-tokens-in-fields", "--batch-timeout", "10m"]
     done = invoke(*args)
     assert done.exit_code == 0, done.output
@@ -271,11 +279,11 @@ def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_
         ({"--choices": "a,,b"}, "choices contains an empty string"),
         ({"--model": "./nowhere"}, "no model folder './nowhere'"),
         ({"--prompt": "@nowhere.txt"}, "Cannot read 'nowhere.txt'"),
-        ({"--max-failed-rows": "120%"}, "takes a number of rows or a share"),
-        ({"--keep": "x"}, "keep names 'x'"),
+        ({"--max-failed-share": "120%"}, "is no share of the rows"),
+        ({"--keep-columns": "x"}, "keep_columns names 'x'"),
         ({"--report": "/nowhere/at/all.json"}, "The report cannot be written"),
         ({"--scheduler": "tcp://127.0.0.1:9"}, "No scheduler answers at 'tcp://127.0.0.1:9'"),
-        ({"--truncate": "label"}, "not a field of the prompt"),
+        ({"--truncate-column": "label"}, "not a field of the prompt"),
         ({"--batch-timeout": "soon"}, "batch_timeout must be a positive duration"),
     ],
 )

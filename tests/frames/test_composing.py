@@ -322,7 +322,10 @@ class TestAccessor:
         frame = dd.from_pandas(claims, npartitions=2)
         column = next(name for name in claims if claims[name].dtype == "str")
         verdicts = frame.pcm.classify(
-            demo_model(), prompt=f"{{{column}}} ", choices=["SUPPORTED", "REFUTED"], truncate=column
+            demo_model(),
+            prompt=f"{{{column}}} ",
+            choices=["SUPPORTED", "REFUTED"],
+            truncate_column=column,
         )
         run = verdicts.pcm.write_parquet(tmp_path / "out", progress=False)
         assert run.report.rows == 20

@@ -90,10 +90,10 @@ def test_an_empty_prompt_is_the_rows_error(model):
 
 def test_kept_columns_and_the_index(client, llm):
     frame = generate(20).set_index(pd.Index(range(100, 120), name="key"))
-    found = classify(frame, llm, keep=["id", "label"]).compute()
+    found = classify(frame, llm, keep_columns=["id", "label"]).compute()
     assert found.columns.tolist() == ["id", "label", "answer", "answer_probability", "error"]
     assert found.index.tolist() == list(range(100, 120))
-    nothing = classify(frame, llm, keep=[]).compute()
+    nothing = classify(frame, llm, keep_columns=[]).compute()
     assert nothing.columns.tolist() == ["answer", "answer_probability", "error"]
 
 
@@ -122,7 +122,7 @@ class TestLongRows:
         assert found.error[2].endswith("tokens; the model takes 512.")
 
     def test_or_the_field_named_is_cut(self, client, llm):
-        found = classify(self.frame(), llm, truncate="evidence").compute()
+        found = classify(self.frame(), llm, truncate_column="evidence").compute()
         assert found.error.isna().all()
         assert found.answer.notna().all()
         assert found.evidence[2].endswith("tennis")  # the output keeps what came in
@@ -132,7 +132,7 @@ class TestLongRows:
 
     def test_where_cutting_does_not_help_it_is_an_error(self, client, llm):
         frame = self.frame()
-        found = classify(frame, llm, truncate="claim").compute()
+        found = classify(frame, llm, truncate_column="claim").compute()
         assert found.error.notna().sum() == 1
 
 
@@ -144,9 +144,9 @@ class TestRefusedAtOnce:
         with pytest.raises(PromptError, match="has no field"):
             classify(frame, llm, prompt="Is it true?")
         with pytest.raises(PromptError, match="not a field of the prompt"):
-            classify(frame, llm, truncate="label")
-        with pytest.raises(SchemaError, match="keep names 'x'"):
-            classify(frame, llm, keep=["x"])
+            classify(frame, llm, truncate_column="label")
+        with pytest.raises(SchemaError, match="keep_columns names 'x'"):
+            classify(frame, llm, keep_columns=["x"])
 
     def test_choices(self, llm):
         with pytest.raises(PromptError, match="repeats"):
@@ -155,9 +155,9 @@ class TestRefusedAtOnce:
     @pytest.mark.parametrize("name", ["answer", "answer_probability", "error"])
     def test_columns_that_we_add(self, llm, name):
         frame = dd.from_pandas(generate(4).assign(**{name: "x"}), npartitions=1)
-        with pytest.raises(SchemaError, match=rf"already has '{name}'.*keep="):
+        with pytest.raises(SchemaError, match=rf"already has '{name}'.*keep_columns="):
             classify(frame, llm)
-        assert classify(frame, llm, keep=["id"]).columns.tolist()[0] == "id"
+        assert classify(frame, llm, keep_columns=["id"]).columns.tolist()[0] == "id"
 
     def test_a_context_that_is_no_llm(self):
         frame = dd.from_pandas(generate(4), npartitions=1)
