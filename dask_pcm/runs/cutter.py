@@ -47,10 +47,11 @@ class Cutter:
         else:
             for index, span in enumerate(plan.spans):
                 missing = cut_to(span, done)
+                # A piece that can only be computed whole is not done until all of it is.
                 if missing and not plan.is_splittable:
                     missing = [span]
                 self._todo += [(index, rest) for rest in missing]
-        self._todo.reverse()
+        self._todo.reverse()  # so that the next piece is at the end: popping it is cheap
         #: Rows left to be cut; partitions where rows are not known.
         self.n_rows = sum(1 if span is None else span.n_rows for _, span in self._todo)
 
@@ -86,7 +87,7 @@ class Cutter:
     def _spans_of(self, place: Range) -> tuple[int, list[Span]]:
         """The rows of a part as spans, and the first partition that has some of them."""
         spans = self._plan.spans or []
-        if self._order is None:
+        if self._order is None:  # input order differs from partition order once files were added
             self._order = sorted(range(len(spans)), key=lambda index: spans[index].offset)
         start, stop = place
         first = bisect.bisect_right(self._order, start, key=lambda index: spans[index].offset) - 1

@@ -103,6 +103,7 @@ class Driver:
             self._raise_failed(ended)
             self._arriving.append((ended, self.link.gather([future for _, future in ended])))
         wait([results for _, results in self._arriving], _WAIT_S, FIRST_COMPLETED)
+        # Listed once: a result that arrives between two looks would be lost.
         arrived = [one for one in self._arriving if one[1].done()]
         self._arriving = [one for one in self._arriving if one not in arrived]
         for units, results in arrived:
@@ -118,6 +119,7 @@ class Driver:
             n_rows = max(0, (unit.n_rows or 1) - result.n_kept)
             self.window.learn(result.infer_s or result.total_s, n_rows)
         if not self.state.has_committed:
+            # In this order: a failure in between must not put the old parts beside the new one.
             self.state.has_committed = True
             drop_stash(self.output)
 

@@ -72,6 +72,7 @@ class GateLink:
         None where the scheduler has not answered in time, is gone or has no gate. Nothing more is
         sent until it has answered.
         """
+        # One report at a time: a slow scheduler must not get a queue of stale ones.
         if self._asked is None:
             self._asked = self._tell(n_rows, n_units)
             _wait(self._asked, _ANSWER_S)

@@ -115,6 +115,7 @@ class Run:
             exception that ended it, of any type.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        # A blocking run has neither thread nor another driver: it has ended.
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():

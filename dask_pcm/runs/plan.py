@@ -119,6 +119,7 @@ class Plan:
         self.keeps_rows = self.is_splittable and not any(
             isinstance(expr, Filter) for expr in self._nodes.values()
         )
+        # Units refer to the optimised frame's partitions, so these must be the user's.
         self.n_partitions = top.npartitions
         counts = [1] * top.npartitions if self.spans is None else [s.n_rows for s in self.spans]
         self.n_rows = sum(counts)
@@ -158,6 +159,7 @@ class Plan:
     def _graph(self, partition: int) -> tuple[bytes, list[Any], list[Future]]:
         leaf = self._leaf
         if leaf is not None:
+            # The reader's spans become a key that each unit fills in.
             given = {"iterables": [[TaskRef(SPANS)]], "_partitions": None}
             own = leaf.substitute_parameters(given)
         result = (self._top._name, partition)
@@ -178,6 +180,7 @@ class Plan:
                 tasks[key] = expr._own_task(key, key[1])
             else:
                 tasks[key] = expr._task(key, key[1])
+            # Expressions may share inputs: each key is visited once.
             seen = {*tasks, *outside, SPANS}
             todo += [k for k in tasks[key].dependencies if k not in seen]
         pickled = cloudpickle.dumps(Graph(tasks, result, read))
@@ -188,6 +191,7 @@ class Plan:
         if not self._below or self._inputs:
             return
         collections = [new_collection(below) for below in self._below.values()]
+        # Matched by key: `futures_of` promises no order.
         for name, persisted in zip(self._below, client.persist(collections), strict=True):
             futures = {future.key: future for future in futures_of(persisted)}
             for index, key in enumerate(persisted.expr.operand("keys")):
@@ -215,6 +219,7 @@ class Plan:
             return None
         spans = self._leaf.operand("iterables")[0]
         picked = list(self._leaf._partitions)
+        # Parts are named by the rows of the input, so a row can be in the output only once.
         if len(set(picked)) < len(picked):
             raise InputError(
                 f"The frame picks partitions more than once ({picked[:8]}), so that their rows"

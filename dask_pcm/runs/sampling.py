@@ -138,7 +138,7 @@ def _check_sample(plan: Plan, n_rows: int) -> None:
 
 def _draw(client: Client, plan: Plan, n_rows: int, n_done: int) -> Sample:
     """Compute `n_rows` rows; `n_done` rows of the input are in the output already."""
-    start = time.monotonic()
+    start = time.monotonic()  # in the keys, too: Dask must not answer from an earlier sample
     units = list(_units(plan, n_rows, len(client.nthreads())))
     keys = [f"{plan.label}_sample-{start}-{number}" for number in range(len(units))]
     futures = [
@@ -177,6 +177,7 @@ def _units(plan: Plan, n_rows: int, n_workers: int) -> list[Unit]:
         span = plan.spans[piece]
         within = number - (int(ends[piece]) - span.n_rows)
         rows.append(span.cut(within, within + 1))
+    # At least a batch each: smaller calls would understate the rate.
     n_each = max(plan.batch_rows, -(-n_rows // max(1, n_workers)))
     name = range_name(0, 0)
     shares = (rows[at : at + n_each] for at in range(0, len(rows), n_each))

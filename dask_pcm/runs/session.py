@@ -92,6 +92,7 @@ class Session:
             install(self._client)
         with contextlib.ExitStack() as stack:  # closes all of it where one step fails
             stack.callback(self._link.close)
+            # A resumed job may have nothing left to do, so only a new one warms workers already.
             if not output.storage.exists(MANIFEST):
                 self._warm()
             fence = output.storage.fence
@@ -190,6 +191,7 @@ class Session:
         resumed = resume(output, plan, self._schema, config.unit_bytes, self._options.retry_failed)
         resumed.count(self.state.report)
         spec = self._unit_spec(resumed)
+        # After `resume`: only then is it known that no part is there.
         if not resumed.inventory:
             _commit_empty(output, plan, spec)
         self.state.report.committed_by = output.commit_method
@@ -210,7 +212,7 @@ class Session:
             heartbeat=self._lease.heartbeat,
             max_bytes=config.unit_bytes,
         )
-        with contextlib.closing(plan):
+        with contextlib.closing(plan):  # releases inputs that Dask computed, however it ends
             driver.drive(is_shown)
         if resumed.costs:
             forget(output)

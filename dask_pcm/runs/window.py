@@ -105,6 +105,7 @@ class Window:
         """Units that have ended: finished, failed or cancelled. Waits up to `wait_s` for one."""
         ended = []
         for future in self._arrivals(wait_s):
+            # Withdrawn or collected meanwhile; its callback had been queued before.
             if future.key not in self._units:
                 continue
             if future.status in ("pending", "lost"):  # its worker died with the result

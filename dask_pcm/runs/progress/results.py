@@ -51,12 +51,13 @@ class Results:
 
     def add(self, unit: Unit, result: UnitResult) -> None:
         """Count the result of a unit."""
+        # A partition whose rows are not known counts as one.
         self._state.n_done += unit.n_rows or 1
         self._count_rows(unit, result)
         report = self._state.report
         report.infer_s += result.infer_s
         report.units += 1
-        if len(self._errors) < _MAX_KINDS:
+        if len(self._errors) < _MAX_KINDS:  # bounds the memory of a run of a billion rows
             self._errors.update(result.errors)
         report.errors = [text for text, _ in self._errors.most_common(_MAX_ERRORS)]
         if result.facts:
