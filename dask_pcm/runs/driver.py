@@ -139,7 +139,11 @@ class Driver:
             failure = unreachable(self.output.path, unit.name, error)
             failure.__cause__ = error
             return failure
-        end = "." if isinstance(error, InputError) else "; mend the cause and run the same again."
+        end = (
+            "."
+            if isinstance(error, InputError)
+            else "; fix the cause and rerun the same call to resume."
+        )
         error.add_note(
             f"This ended the run of {unit.name} in {self.output.path!r}. What was committed stays"
             f"{end}"
@@ -177,8 +181,8 @@ class Driver:
     def _heed(self, requests: frozenset[str]) -> None:
         if CANCEL in requests:
             raise RunCancelledError(
-                f"The run of {self.output.path!r} was cancelled. What was committed stays; run the"
-                " same again to go on."
+                f"The run of {self.output.path!r} was cancelled. What was committed stays; rerun"
+                " the same call to resume."
             )
         if self.state.is_paused != (PAUSE in requests):
             self.state.is_paused = not self.state.is_paused
@@ -194,7 +198,7 @@ class Driver:
             self.window.cancel()
         if isinstance(error, KeyboardInterrupt):
             logger.warning(
-                "Interrupted: %s of %s %s are in %s. Run the same again to go on.",
+                "Interrupted: %s of %s %s are in %s. Rerun the same call to resume.",
                 f"{self.state.n_done:,}",
                 f"{self.state.n_total:,}",
                 self.state.counted,
@@ -223,9 +227,9 @@ class Driver:
             return True
         if self._n_gone == _MAX_GONE:
             raise OutputError(
-                f"Parts of {self.output.path!r} are gone again whenever they have been committed."
-                " See what removes them (another program, a clean-up of the filesystem), and run"
-                " the same again to go on."
+                f"Parts of {self.output.path!r} vanish again and again after their commit. Find"
+                " what removes them (another program, a clean-up of the filesystem), then rerun the"
+                " same call to resume."
             )
         self._n_gone += 1
         self.window.cutter = missing
@@ -235,7 +239,7 @@ class Driver:
         """Readers of the output would read other Parquet files there as well."""
         if others := [name for name in self.output.foreign_files() if name.endswith(".parquet")]:
             raise OutputError(
-                f"While the run was at work, files that are not ours have come into the output"
-                f" {self.output.path!r}, such as {others[0]!r}. Move them away, and run the same"
-                " again: nothing is computed twice."
+                f"During the run, another program has put files into the output"
+                f" {self.output.path!r}, such as {others[0]!r}. Move them away, and rerun the same"
+                " call: nothing is computed twice."
             )

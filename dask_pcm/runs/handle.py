@@ -135,8 +135,8 @@ class Run:
             return
         if progress.state == INTERRUPTED:
             raise PCMError(
-                f"The driver of the run of {self.path!r} has died ({progress}). Run the same again"
-                " to resume."
+                f"The driver of the run of {self.path!r} has died ({progress}). Rerun the"
+                " same call to resume."
             )
         kind = RunCancelledError if progress.state == CANCELLED else PCMError
         raise kind(self.report.error or f"The run of {self.path!r} {progress.state}.")

@@ -21,7 +21,7 @@ def lost(path: str, what: str) -> PCMError:
     """The error where the cluster is gone, or has dropped the run's tasks."""
     return PCMError(
         f"The cluster dropped {what} of {path!r}: it was restarted or is gone, or its client was"
-        " closed. What was committed stays; run the same again to go on."
+        " closed. What was committed stays; rerun the same call to resume."
     )
 
 
@@ -29,7 +29,7 @@ def unreachable(path: str, unit: str, error: BaseException) -> PCMError:
     """The error where a unit could not reach a store, that of its input or another."""
     return PCMError(
         f"A store that {unit} of {path!r} needs does not answer: {type(error).__name__}: {error}."
-        " What was committed stays; run the same again to go on."
+        " What was committed stays; rerun the same call to resume."
     )
 
 

@@ -74,7 +74,7 @@ def test_a_client_or_a_cluster_that_is_closed(claims, tmp_path, how):
     with threads() as client:
         run = in_the_middle(given, out, client)
         (client if how == "client" else client.cluster).close()
-        with pytest.raises(PCMError, match="run the same again to go on"):
+        with pytest.raises(PCMError, match="rerun the same call to resume"):
             run.wait(PATIENCE_S)
     assert pcm.attach(out).status == "failed"
     n_rows, n_resumed = resumed(given, out)
@@ -115,7 +115,7 @@ def test_a_scheduler_that_is_killed(claims, tmp_path, scheduler):
         run = in_the_middle(given, out, client)
         client._timeout = 2  # so long it tries to reconnect
         process.kill()
-        with pytest.raises(PCMError, match="run the same again to go on"):
+        with pytest.raises(PCMError, match="rerun the same call to resume"):
             run.wait(PATIENCE_S)
         deadline = time.monotonic() + PATIENCE_S
         while Path(f"/proc/{pid}").exists():
@@ -178,7 +178,10 @@ def test_an_input_store_that_does_not_answer(claims, tmp_path):
     made = pcm.map_partitions(
         fetch, pcm.read_parquet(claims()), context=pcm.Context(load), meta={"id": "i8"}
     )
-    with threads() as client, pytest.raises(PCMError, match="run the same again to go on") as found:
+    with (
+        threads() as client,
+        pytest.raises(PCMError, match="rerun the same call to resume") as found,
+    ):
         pcm.write_parquet(made, tmp_path / "out", progress=False, client=client)
     assert "EndpointConnectionError: Could not connect" in str(found.value)
     assert type(found.value.__cause__).__name__ == "EndpointConnectionError"

@@ -481,7 +481,7 @@ def test_a_load_that_fails_ends_the_run_with_the_users_traceback(client, job, ou
 
     with pytest.raises(LoadError, match=r"(?s)in broken.*weights are gone") as caught:
         write(job(context=pcm.Context(broken)), out)
-    assert any("run the same again" in note for note in caught.value.__notes__)
+    assert any("rerun the same call" in note for note in caught.value.__notes__)
 
 
 def test_a_loader_that_workers_cannot_import(client, job, out, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ class Results:
         raise FailedRowsError(
             f"{report.rows_failed:,} rows failed, more than {self._limit} allows of"
             f" {report.rows:,}; {n_left:,} {counted} are still to be done in"
-            f" {self._path!r}. Some of the errors:{sample}\nMend the cause and run again"
+            f" {self._path!r}. Some of the errors:{sample}\nFix the cause and run again"
             " with retry_failed=True (--retry-failed), or allow more."
         )
 
@@ -125,7 +125,7 @@ class Results:
         error = unpack(self._first_error[1])
         error.add_note(
             f"This ended the run of {self._path!r}, since nothing else came of its first"
-            " rows. Mend the cause and run again with retry_failed=True (--retry-failed), or with"
+            " rows. Fix the cause and run again with retry_failed=True (--retry-failed), or with"
             " overwrite=True where the function changes. If these rows are bad in themselves,"
             " max_failed_share=1 goes on."
         )

@@ -114,9 +114,9 @@ def _raise_if_hopeless(unit: Unit, suspects: Suspects, has_answers: Callable[[],
             raise LostProcessError(
                 f"{n_rows} rows of {unit.name} in succession, up to row {row:,} of the input, have"
                 f" each ended the worker process that computed them alone (or took longer than"
-                f" batch_timeout there), {N_TRIES} times. It may"
-                " be the function, a library or the memory of the workers, whatever the rows; what"
-                " the workers logged may say more. Mend the cause, and run the same again to go on."
+                f" batch_timeout there), {N_TRIES} times. The"
+                " cause may be the function, a library or the workers' memory rather than the rows;"
+                " the workers' logs may say more. Fix it, and rerun the same call to resume."
             )
 
 
