@@ -116,7 +116,8 @@ def workers_are_forked() -> Iterator[None]:
     made = Nanny.__init__
 
     def init(self: Nanny, *args: Any, env: dict[str, str] | None = None, **options: Any) -> None:
-        made(self, *args, env={**os.environ, **(env or {})}, **options)
+        is_forked = dask.config.get(METHOD) == "forkserver"
+        made(self, *args, env={**os.environ, **(env or {})} if is_forked else env, **options)
 
     with pytest.MonkeyPatch.context() as patched, dask.config.set({METHOD: "forkserver"}):
         patched.setattr(Nanny, "__init__", init)

@@ -144,7 +144,7 @@ def test_a_part_that_is_removed_meanwhile_is_computed_again(job):
 
 def test_parts_that_are_removed_for_ever_end_the_run(job):
     MEANWHILE.update(dict.fromkeys(range(N_ROWS), lambda: [p.unlink() for p in parts(job)]))
-    with pytest.raises(OutputError, match=r"gone again whenever.*what removes them"):
+    with pytest.raises(OutputError, match=r"vanish again and again.*what removes them"):
         job()
     MEANWHILE.clear()
     assert job().report.rows == N_ROWS and is_whole(job)

@@ -276,7 +276,7 @@ def run_all(made, out, client):
 
 
 def draw(made, out, client):
-    return pcm.write_parquet(made, out, sample=2, client=client)
+    return pcm.sample(made, 2, output=out, client=client)
 
 
 DOORS = (

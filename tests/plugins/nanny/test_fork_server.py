@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import dask
+import pytest
 from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
@@ -17,6 +18,7 @@ from tests.support.patience import patient, until
 
 METHOD = "distributed.worker.multiprocessing-method"
 
+pytestmark = pytest.mark.usefixtures("spawned")
 #: Of transformers no more than a test asks for: it takes seconds.
 IMPORTS = ["distributed", "pandas", "torch", "dask_pcm.plugins.worker.plugin"]
 
