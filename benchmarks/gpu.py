@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from benchmarks.table import Row, Rows, parser
 
@@ -124,7 +125,7 @@ def main_job(rows: Rows, device: str, n_rows: int, n_layers: int) -> None:
         pcm.uninstall(client)
 
 
-def _both(model: Path, scratch: Path, name: str, device: str) -> tuple[float, float, object]:
+def _both(model: Path, scratch: Path, name: str, device: str) -> tuple[float, float, Any]:
     """Seconds of a warm run, and of Dask's threadless scheduler in this process, warm as well."""
     import dask
 

@@ -299,7 +299,7 @@ class Played:
         self._units = Feed(UnitSizing(10, 1.0, 10, 2, 0.5))
         self._left = n_units * 10
         self._n_cut = 0
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[object, int] = {}
         self._free_at: dict[str, float] = {}
         self._timers: list[tuple[float, int, str, Any]] = []
         draw = random.Random(0)

@@ -156,21 +156,21 @@ def alternating(rows: Rows, device: str) -> None:
         made = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048) for _ in range(48)]).to(device)
         apart = frozen(made, recipe, "a model")
         live = Live(made, recipe, apart, Image.write(apart))
-        live.lower()
+        live.offload()
         return live
 
     one, other = module(), module()
-    one.rise()
+    one.restore()
     n_bytes = one.n_bytes
     source = torch.ones(n_bytes, dtype=torch.uint8)
     target = torch.ones(n_bytes, dtype=torch.uint8, device=device)
     ratios, restores, lowers = [], [], []
     for _ in range(9):
         start = time.perf_counter()
-        one.lower()
+        one.offload()
         lowers.append(time.perf_counter() - start)
         start = time.perf_counter()
-        other.rise()
+        other.restore()
         restores.append(time.perf_counter() - start)
         start = time.perf_counter()
         target.copy_(source)

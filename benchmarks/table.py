@@ -64,7 +64,7 @@ class Rows:
         table = RichTable("measure", "value", "bar", "ok")
         for row in self._rows:
             table.add_row(
-                row.measure, f"{row.value:.4g}", row.bar, {None: ""}.get(row.ok, str(row.ok))
+                row.measure, f"{row.value:.4g}", row.bar, "" if row.ok is None else str(row.ok)
             )
         self._console.print(table)
         if path:

@@ -333,7 +333,9 @@ def test_a_second_file_long_after_the_first_comes_from_peers_too(hosts, weights)
     from_store, from_peers = copied(client)
     assert from_store + from_peers == 4 * N_CHUNKS and from_peers >= N_CHUNKS + 1
     failures = client.run_on_scheduler(
-        lambda dask_scheduler: dict(dask_scheduler.plugins[GATE].staging._plan._back_offs.n_failures)
+        lambda dask_scheduler: dict(
+            dask_scheduler.plugins[GATE].staging._plan._back_offs.n_failures
+        )
     )
     assert not failures
 
