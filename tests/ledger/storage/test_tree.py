@@ -139,7 +139,7 @@ def test_a_linked_folder_is_not_entered(out, tmp_path, name):
         path.rename(tmp_path / "away")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(home)
-    with pytest.raises(OutputError, match=rf"'{name}' in .* is a link|files that are not ours"):
+    with pytest.raises(OutputError, match=rf"'{name}' in .* is a link|files of another program"):
         go_on(out)
     with contextlib.suppress(OutputError, FileNotFoundError):
         Folder(str(out), "next").remove(name)
