@@ -57,7 +57,9 @@ class TestExtend:
         with pytest.raises(OutputError, match=r"file '.*part-2\.parquet' has changed"):
             write(job(), out, extend=True)
         Path(job.folder, "part-2.parquet").unlink()
-        with pytest.raises(OutputError, match=r"input has '.*part-2\.parquet', which this one lacks"):
+        with pytest.raises(
+            OutputError, match=r"input has '.*part-2\.parquet', which this one lacks"
+        ):
             write(job(), out, extend=True)
 
     def test_a_new_output_may_be_extended_from_the_beginning(self, client, job, out):
