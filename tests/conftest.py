@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,11 @@ def workers_are_forked() -> Iterator[None]:
 
 @pytest.fixture
 def spawned() -> Iterator[None]:
-    """Nannies start workers as Dask does by default, for tests that are about it."""
+    """Nannies start workers as Dask does by default, and no fork server is running."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined] # a test's own: no public way
     with dask.config.set({METHOD: "spawn"}):
         yield
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
 
 
 @contextmanager

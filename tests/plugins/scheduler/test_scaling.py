@@ -168,7 +168,8 @@ def test_a_local_worker_that_is_killed_stays_its_nannys_business(soon):
         pcm.install(client)
         cluster.scale(1)
         client.wait_for_workers(1, PATIENCE_S)
-        (nanny,) = cluster.workers.values()
+        # The cluster notes a worker after the scheduler does.
+        (nanny,) = until(lambda: list(cluster.workers.values()), PATIENCE_S)
         for _ in range(2):
             pid = nanny.pid
             os.kill(pid, signal.SIGKILL)
