@@ -51,12 +51,22 @@ _TIMEOUT_S = 120
 
 #: Tests that would begin after this moment, in seconds since the epoch, are skipped, and say so.
 _DEADLINE = float(os.environ.get("PCM_TEST_DEADLINE", "inf"))
+_LATE = "out of time: not run (PCM_TEST_DEADLINE)"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     if time.time() > _DEADLINE:
-        pytest.skip("out of time: not run (PCM_TEST_DEADLINE)")
+        pytest.skip(_LATE)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where more than a tenth of the tests were not run for lack of time."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    stats = reporter.stats if reporter else {}
+    n_late = sum(_LATE in str(report.longrepr) for report in stats.get("skipped", ()))
+    if n_late > sum(map(len, stats.values())) / 10:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -127,7 +137,17 @@ def workers_are_forked() -> Iterator[None]:
 
 @pytest.fixture
 def spawned() -> Iterator[None]:
-    """Nannies start workers as Dask does by default, and no fork server is running."""
+    """As ``spawning``, for a test."""
+    with spawning():
+        yield
+
+
+@contextmanager
+def spawning() -> Iterator[None]:
+    """Nannies start workers as Dask does by default, and no fork server is running.
+
+    With the toolkit they start the next ones from its own server.
+    """
     forkserver._forkserver._stop()  # type: ignore[attr-defined] # a test's own: no public way
     with dask.config.set({METHOD: "spawn"}):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 AGAIN = Path(__file__).parents[1] / ".ci" / "again.py"
 FLAKY = """
-import pathlib
+import os, pathlib
 def test_once():
+    assert "PCM_TEST_DEADLINE" not in os.environ  # it would be skipped, and pass
     first = pathlib.Path("first")
     if not first.exists():
         first.touch()
@@ -30,9 +32,11 @@ def again(tmp_path):
 
     def run(source):
         (tmp_path / "test_it.py").write_text(source)
-        subprocess.run([python, "-m", "pytest", "-q"], cwd=tmp_path, capture_output=True)
+        first = {k: v for k, v in os.environ.items() if k != "PCM_TEST_DEADLINE"}
+        subprocess.run([python, "-m", "pytest", "-q"], cwd=tmp_path, env=first, capture_output=True)
         command = [sys.executable, AGAIN, "2"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        late = {**os.environ, "PCM_TEST_DEADLINE": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=late, capture_output=True, text=True)
         return done.returncode, done.stdout
 
     return run

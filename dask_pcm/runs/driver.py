@@ -74,7 +74,7 @@ class Driver:
             What a unit raised, with a note that names it; RunCancelledError or FailedRowsError if
             the run was ended; KeyboardInterrupt if the user interrupts it.
         """
-        self._report(float(self.window.cutter.n_rows), 1)  # loads count as this run's from now on
+        self._report(float(self.window.cutter.n_rows), 1)
         self.heartbeat.beat()
         with self.state.clock, meter(is_shown) as shown, deferred() as interrupt_if_asked:
             try:

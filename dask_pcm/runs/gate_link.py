@@ -12,12 +12,13 @@ import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import CancelledError, wait
 from concurrent.futures import Future as Answer
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distributed import Client, Future
 
 from dask_pcm.context.context import ContextRef
+from dask_pcm.ledger.decode import known_fields
 from dask_pcm.scheduling.feed.feed import DeviceDemand
 
 #: How long a call waits for the scheduler's answer; an answer that comes later is taken in then.
@@ -83,8 +84,9 @@ class GateLink:
         self._answered_at = time.monotonic()
         if not isinstance(answer, dict):
             return None
-        demand = tuple(DeviceDemand(*one) for one in answer["demand"])
-        gate = GateStatus(**{**answer, "demand": demand})
+        # Only fields that both know: the scheduler's gate may be of another version.
+        gate = GateStatus(**known_fields(GateStatus, answer))
+        gate = replace(gate, demand=tuple(DeviceDemand(*one) for one in gate.demand))
         self._n_most = max(self._n_most, gate.n_workers)
         self._n_other = gate.n_on_cluster - gate.n_workers
         if gate.n_workers:

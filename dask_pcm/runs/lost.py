@@ -34,10 +34,11 @@ def unreachable(path: str, unit: str, error: BaseException) -> PCMError:
 
 
 @contextmanager
-def cluster_errors_told(client: Client, path: str) -> Iterator[None]:
+def cluster_errors_told(client: Client, path: str | None) -> Iterator[None]:
     """Turn errors that mean a lost cluster into one that says so.
 
-    A client that loses its connection raises many types, depending on the call.
+    A client that loses its connection raises many types, depending on the call. `path` is the
+    output of a run; None for a sample.
 
     Raises
     ------
@@ -50,5 +51,10 @@ def cluster_errors_told(client: Client, path: str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, _LOST) or client.status != "running":
+            if path is None:
+                raise PCMError(
+                    "The cluster dropped the sample: it was restarted or is gone, or its client was"
+                    " closed. Nothing was written; sample again on a new client."
+                ) from error
             raise lost(path, "the run") from error
         raise

@@ -104,7 +104,7 @@ def sample(
     Raises
     ------
     SchemaError
-        The frame's rows cannot be computed separately.
+        The frame's rows cannot be computed separately, or `n_rows` is no whole number from 1 on.
     OutputError
         The output is another job's.
     Exception
@@ -120,7 +120,7 @@ def sample(
         mine = manifest.identify(ddf.expr, plan.is_splittable)
         if manifest.check(begun, mine, overwrite=False, extend=True) is not None:
             n_done = stored_progress(begun, None).done
-    with cluster_errors_told(client, "the sample"):
+    with cluster_errors_told(client, None):
         if not is_installed(client):
             install(client)
         return _draw(client, plan, n_rows, n_done)

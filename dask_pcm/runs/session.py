@@ -66,7 +66,7 @@ class Session:
     Raises
     ------
     BusyError, OutputError
-        Then nothing was changed.
+        No part was changed. What dead runs had left may have been put in order.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Session:
         if busy and not (self._options.overwrite or self._options.take_over):
             raise BusyError(
                 f"Another run is at work on {output.path!r}: {busy[0]}. Wait for it with"
-                f" pcm.attach({output.path!r}).wait(), look with dask-pcm status, or shut it out"
+                f" pcm.attach({output.path!r}).wait(), look with dask-pcm status, or fence it"
                 " with take_over=True (--take-over)."
             )
 

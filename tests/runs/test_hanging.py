@@ -15,7 +15,7 @@ import dask_pcm as pcm
 from dask_pcm.errors import SchemaError
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.plan import Plan
-from tests.conftest import validated_cluster
+from tests.conftest import spawning, validated_cluster
 
 pytestmark = pytest.mark.timeout(300)
 N_ROWS, BATCH_ROWS = 40, 2
@@ -60,6 +60,7 @@ def job(folder, log, hanging, **options):
 @pytest.fixture(scope="module")
 def client():
     with (
+        spawning(),
         dask.config.set({"pcm.worker.imports": IMPORTS}),
         validated_cluster(memory_limit="4GiB", preload_nanny=["dask_pcm.preload"]) as cluster,
         Client(cluster) as client,

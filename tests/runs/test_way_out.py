@@ -244,7 +244,7 @@ def test_what_is_lacking_is_told_with_how_much_is_wanted(monkeypatch):
         monkeypatch.setattr(tested, "_tell", lambda *_: answers.pop(0))
 
         def hear(**says):
-            answers.append(answered({**says, "demand": ()}))
+            answers.append(answered({**says, "of_a_later_version": 1}))
             tested.report(1, 1)
 
         hear(n_workers=2, n_on_cluster=2)

@@ -127,6 +127,6 @@ class Results:
             f"This ended the run of {self._path!r}, since nothing else came of its first"
             " rows. Fix the cause and run again with retry_failed=True (--retry-failed), or with"
             " overwrite=True where the function changes. If these rows are bad in themselves,"
-            " max_failed_share=1 goes on."
+            " allow them with max_failed_share=1 (--max-failed-share 1)."
         )
         raise error

@@ -1,6 +1,6 @@
 """The window of a simulated run: ``runs/window.py`` and ``runs/cutter.py`` without files.
 
-Only this module and ``gate.py`` depend on the gate's code.
+Only this module, ``drivers.py`` and ``gate.py`` depend on the gate's code.
 """
 
 from __future__ import annotations

@@ -40,6 +40,9 @@ def n_loads(log):
     return len(Path(log).read_text().splitlines())
 
 
+pytestmark = pytest.mark.usefixtures("spawned")
+
+
 @pytest.fixture
 def log(tmp_path):
     return str(tmp_path / "loads")

@@ -14,7 +14,7 @@ import pytest
 from distributed import Client
 
 import dask_pcm as pcm
-from tests.conftest import validated_cluster
+from tests.conftest import spawning, validated_cluster
 
 N_ROWS, BATCH_ROWS = 200, 32
 #: So that a process is soon there again.
@@ -53,6 +53,7 @@ def calls(log):
 @pytest.fixture(scope="module")
 def cluster(object_store):  # whose address the workers need
     with (
+        spawning(),
         dask.config.set({"pcm.worker.imports": IMPORTS}),
         validated_cluster(memory_limit="4GiB", preload_nanny=["dask_pcm.preload"]) as cluster,
     ):
