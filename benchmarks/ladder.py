@@ -73,7 +73,7 @@ def shell(*command: object) -> None:
 
 @contextmanager
 def hosts(n_hosts: int) -> Iterator[None]:
-    """Namespaces pcm1… and pcmstore on a bridge, each with a link of so many Mbit/s."""
+    """Namespaces pcm1… and pcmstore on a bridge, each with a link of the same rate."""
     bridge = "pcmbr"
     names = [*(f"pcm{number}" for number in range(1, n_hosts + 1)), "pcmstore"]
     with ExitStack() as stack:
@@ -336,7 +336,7 @@ def forty(rows: Rows) -> None:
     n_chunks = -(-MODEL_BYTES // (16 * MIB))
     staged = played(Broadcast(), n_chunks, MODEL_S / n_chunks)
     in_turn = [MODEL_S * (number + 1) for number in range(N_WORKERS)]
-    print("workers staged after so many seconds (played), planned and one after another:")
+    print("seconds until each worker is staged (played), planned and one after another:")
     for number in (1, 5, 10, 20, 30, 40):
         print(f"  {number:2d}: {staged[number - 1]:6.1f} {in_turn[number - 1]:6.1f}")
     rows.add(
@@ -349,7 +349,7 @@ def forty(rows: Rows) -> None:
 
 def main() -> None:
     arguments = parser(__doc__)
-    names = ["hosts", "loopback", "forty", "rebirth", "weights", "alternating", "stream"]
+    names = ["hosts", "loopback", "forty", "restart", "weights", "alternating", "stream"]
     arguments.add_argument("--only", choices=names)
     arguments.add_argument("--device", default="cpu", help="for weights and alternating")
     arguments.add_argument("--gib", type=int, default=2, help="size of the checkpoint")
@@ -363,7 +363,7 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = f"{scratch}/digests"
         if given.only in (None, "forty"):
             forty(rows)
-        # In memory: what a disk does with gigabytes that were just written is nobody's rate.
+        # In memory: the rate of a disk varies too much just after gigabytes were written.
         with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
             if given.only in (None, "loopback"):
                 loopback(rows, Path(memory))
@@ -371,8 +371,8 @@ def main() -> None:
                 rungs.weights(rows, Path(memory), given.device, given.gib)
         if given.only in (None, "alternating"):
             rungs.alternating(rows, given.device)
-        if given.only in (None, "rebirth"):
-            rungs.rebirth(rows, Path(scratch, "model"))
+        if given.only in (None, "restart"):
+            rungs.restart(rows, Path(scratch, "model"))
         if given.only in (None, "stream"):
             rungs.stream(rows)
         if given.only in (None, "hosts"):

@@ -67,7 +67,7 @@ def worker(**settings: Any) -> Iterator[Client]:
         yield client
 
 
-def rebirth(rows: Rows, scratch: Path) -> None:
+def restart(rows: Rows, scratch: Path) -> None:
     """SIGKILL of a worker to its context attached again, and to it loaded in a new process."""
     llama(scratch, n_layers=16)
     context = pcm.Context(load, str(scratch))
@@ -240,7 +240,7 @@ def stream(rows: Rows) -> None:
 
 
 def belady(order: Sequence[int], n_places: int) -> int:
-    """Loads and restores where whoever is needed last leaves, tasks done in their order."""
+    """Loads and restores under Belady's optimal replacement, tasks in their order."""
     there: set[int] = set()
     n_moves = 0
     for i, context in enumerate(order):

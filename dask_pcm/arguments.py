@@ -154,7 +154,7 @@ def check_function(
         raise RecipeError(
             f"map_partitions needs a function; found the class {func.__qualname__}, which every"
             " call would instantiate. Pass a function, or an instance whose class defines"
-            " __call__; put whatever is expensive to create into a Context."
+            " __call__; put what is expensive to create into a Context."
         )
     _check_plain(func, "map_partitions calls", "Return a DataFrame")
     check_arguments(func, args, kwargs, "map_partitions", options)

@@ -22,7 +22,7 @@ from distributed.protocol.pickle import dumps
 
 from dask_pcm.config import Config
 from dask_pcm.plugins.interrupts import interrupts
-from dask_pcm.plugins.nanny.fork_server import rebirth
+from dask_pcm.plugins.nanny.fork_server import fork_server
 from dask_pcm.plugins.nanny.plugin import KeeperPlugin
 from dask_pcm.plugins.scheduler.plugin import GatePlugin
 from dask_pcm.plugins.worker.plugin import ContextPlugin
@@ -33,7 +33,7 @@ async def dask_setup(server: Any) -> None:
     if isinstance(server, Nanny):
         # Before the nanny starts its worker: the first worker must profit from both.
         interrupts().block(server)
-        rebirth().use(server, Config.read().imports)
+        fork_server().use(server, Config.read().imports)
     if not isinstance(server, Scheduler):
         return
     config = Config.read()
@@ -49,4 +49,4 @@ def dask_teardown(server: Any) -> None:
     """Undo the nanny's part when the server stops; Dask's hook."""
     if isinstance(server, Nanny):
         interrupts().unblock(server)
-        rebirth().leave(server)
+        fork_server().release(server)

@@ -13,10 +13,14 @@ REFUSED = {
     "whoever": "the process, user or worker that",
     "whomever": "the process, user or worker that",
     "somebody": "a user, a process",
+    "nobody": "say who or what does not",
+    "whatever": "any, regardless of",
     "nobody's": "say what it is",
     "takes its leave": "shuts down",
     "take its leave": "shut down",
-    "stands in for": "replaces",
+    "stand in": "be in, replace",
+    "stands in": "is in, replaces",
+    "by halves": "by bisection",
     "in hand": "in flight",
     "so many": "a number",
     "the rung below": "the next tier",
@@ -27,10 +31,15 @@ WORDS = re.compile(rf"\b({'|'.join(REFUSED)})\b", re.IGNORECASE)
 
 
 def texts():
-    package = ROOT / "dask_pcm"
-    yield from [*package.rglob("*.py"), *package.rglob("*.yaml")]
-    yield ROOT / "README.md"
-    yield from (ROOT / "docs").glob("*.md")
+    for folder, *patterns in (
+        ("dask_pcm", "*.py", "*.yaml"),
+        ("docs", "*.md"),
+        ("benchmarks", "*.py", "*.md"),
+        ("notebooks", "*.ipynb"),
+    ):
+        for pattern in patterns:
+            yield from (ROOT / folder).rglob(pattern)
+    yield from ROOT.glob("*.md")
 
 
 @pytest.mark.parametrize("path", list(texts()), ids=lambda path: str(path.relative_to(ROOT)))

@@ -28,7 +28,7 @@ _NO_LIMIT = 10**9
 
 def load_model(
     path: str, dtype: str = "auto", device: str | None = "auto", content: str | None = None
-) -> PlainModel:
+) -> PaddedModel:
     """Load a model folder on a worker; the loader of ``LLM``.
 
     Parameters
@@ -71,9 +71,9 @@ def load_model(
         _check(found, path)
         model = model.to(device)
     model.requires_grad_(False)
-    plain = PlainModel(model.eval(), tokenizer)
-    ensure_exact(plain, content)
-    return plain
+    padded = PaddedModel(model.eval(), tokenizer)
+    ensure_exact(padded, content)
+    return padded
 
 
 def load_onto(
@@ -116,7 +116,7 @@ def _check(found: Mapping[str, Any], path: str) -> None:
         raise ModelError(f"Weights of {path!r} are missing or do not fit: {wrong[:3]}.")
 
 
-class PlainModel:
+class PaddedModel:
     """A causal language model and its tokenizer.
 
     Attributes

@@ -18,7 +18,7 @@ from dask_pcm.errors import ModelError
 from dask_pcm.ladder.device import device_model
 
 if TYPE_CHECKING:
-    from dask_pcm.inference.padded import PlainModel
+    from dask_pcm.inference.padded import PaddedModel
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _FULL, _HALF = (1e-3, 1e-3), (0.02, 0.1)
 _KIND = "probes"
 
 
-def ensure_exact(model: PlainModel, content: str | None) -> None:
+def ensure_exact(model: PaddedModel, content: str | None) -> None:
     """Probe a model, unless the same model has passed on this host before.
 
     Parameters
@@ -53,7 +53,7 @@ def ensure_exact(model: PlainModel, content: str | None) -> None:
         user_cache.note(_KIND, key, found)
 
 
-def probe(model: PlainModel) -> dict[str, float]:
+def probe(model: PaddedModel) -> dict[str, float]:
     """Measure how much later tokens and batch neighbours change logits.
 
     Returns
@@ -87,7 +87,7 @@ def probe(model: PlainModel) -> dict[str, float]:
     return {"later_tokens": later, "beside_others": beside}
 
 
-def _later_tokens(model: PlainModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
+def _later_tokens(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
     """Logits of a text's first half, followed by one repeated token and by other tokens."""
     whole = rows[0]
     half = (len(whole) + 1) // 2
@@ -96,7 +96,7 @@ def _later_tokens(model: PlainModel, rows: Sequence[list[int]]) -> list[tuple[An
     return [(model.logits([other], positions)[0], model.logits([whole], positions)[0])]
 
 
-def _beside_others(model: PlainModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
+def _beside_others(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
     """Logits of each text, in a batch with the others and alone."""
     positions = sorted({position for row in rows for position in _some(len(row))})
     batch = model.logits(rows, positions)
@@ -128,7 +128,7 @@ def _some(n_tokens: int) -> list[int]:
     return sorted({0, n_tokens // 3, n_tokens // 2, max(0, n_tokens - 2), n_tokens - 1})
 
 
-def _rows(model: PlainModel) -> list[list[int]]:
+def _rows(model: PaddedModel) -> list[list[int]]:
     """Token sequences of several lengths, without special tokens; the same for every run."""
     config = model.model.config.get_text_config()
     special = {*model.tokenizer.all_special_ids}
@@ -146,7 +146,7 @@ def _rows(model: PlainModel) -> list[list[int]]:
     ]
 
 
-def _key(model: PlainModel, content: str) -> str:
+def _key(model: PaddedModel, content: str) -> str:
     """The cache key: everything that can change a probe's result."""
     import torch
     import transformers

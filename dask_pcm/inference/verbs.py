@@ -17,7 +17,7 @@ from dask_pcm.frames.map_partitions import check_columns, map_partitions
 from dask_pcm.inference.fields import rows_as_text
 from dask_pcm.inference.llm import LLM
 from dask_pcm.inference.origins import check_fields
-from dask_pcm.inference.padded import PlainModel
+from dask_pcm.inference.padded import PaddedModel
 from dask_pcm.inference.prompts import (
     Scoring,
     ScoringError,
@@ -187,7 +187,7 @@ class Classify:
         # Without batch_tokens: the size of a forward pass changes no answer.
         return ("dask_pcm.classify", *self.about().values())
 
-    def __call__(self, frame: pd.DataFrame, model: PlainModel) -> pd.DataFrame:
+    def __call__(self, frame: pd.DataFrame, model: PaddedModel) -> pd.DataFrame:
         rows = rows_as_text(frame, self.template.fields)
         planned = self._plan(model, rows)
         scorings = [scoring for scoring in planned if isinstance(scoring, Scoring)]
@@ -202,14 +202,16 @@ class Classify:
         out[ERROR] = pd.array([error for _, _, error in answers], dtype="str")
         return out
 
-    def _plan(self, model: PlainModel, rows: Sequence[dict[str, str] | str]) -> list[Scoring | str]:
+    def _plan(
+        self, model: PaddedModel, rows: Sequence[dict[str, str] | str]
+    ) -> list[Scoring | str]:
         """The scoring of each row, or the error of a row that cannot be scored."""
         good = [row for row in rows if not isinstance(row, str)]
         plans = iter(zip(good, self._scorings(model, good), strict=True))
         return [row if isinstance(row, str) else self._fit(model, *next(plans)) for row in rows]
 
     def _scorings(
-        self, model: PlainModel, rows: Sequence[Mapping[str, str]]
+        self, model: PaddedModel, rows: Sequence[Mapping[str, str]]
     ) -> list[Scoring | str]:
         """Tokenise every prompt with every choice in one call; a scoring or an error per row."""
         prompts = [self.template.text_of(row, self.special_tokens_in_fields) for row in rows]
@@ -230,7 +232,9 @@ class Classify:
                 found.append(str(error))
         return found
 
-    def _fit(self, model: PlainModel, row: dict[str, str], scoring: Scoring | str) -> Scoring | str:
+    def _fit(
+        self, model: PaddedModel, row: dict[str, str], scoring: Scoring | str
+    ) -> Scoring | str:
         """The scoring, truncated if it exceeds the context length; an error if it cannot fit."""
         limit = model.max_tokens
         if isinstance(scoring, str) or limit is None or scoring.n_tokens <= limit:

@@ -22,7 +22,7 @@ from dask_pcm.ladder.objects.tensors import is_out_of_memory, is_sticky
 _PROC = Path("/proc")
 _NVIDIA = "CUDA_VISIBLE_DEVICES"
 #: Variables that declare which devices a process may use. Batch systems set several of them at
-#: once, whatever kind of device the node has.
+#: once, for any kind of device.
 _DECLARING = (
     _NVIDIA,
     "ROCR_VISIBLE_DEVICES",

@@ -42,7 +42,7 @@ def has_own_storage(kind: pa.DataType) -> bool:
 
 
 def canonical(kind: pa.DataType) -> pa.DataType:
-    """Normalise a type, so that equal data have equal types whatever wrote them.
+    """Normalise a type, so that equal data have equal types, regardless of their writer.
 
     All fields are nullable and list items have one name. Views become plain text or bytes.
     Category codes have 32 bits. Categories within lists and structs become their values.

@@ -40,11 +40,11 @@ class Signals:
         self._end: asyncio.TimerHandle | None = None
 
     @property
-    def are_heeded(self) -> bool:
+    def is_listening(self) -> bool:
         """Whether a signal is treated as a notice now."""
         return bool(self._former)
 
-    def heed(self, who: object, tell: Told, seconds: float) -> None:
+    def listen(self, who: object, tell: Told, seconds: float) -> None:
         """Call `tell` when a signal arrives, with a grace period of `seconds`.
 
         For the event loop; does nothing if it does not run in the main thread, which alone may
@@ -62,7 +62,7 @@ class Signals:
             if found is signal.SIG_DFL or _is_dasks(found):  # leave handlers of others alone
                 self._former[number] = signal.signal(number, self._handle)
 
-    def leave(self, who: object) -> None:
+    def ignore(self, who: object) -> None:
         """Remove a listener; the former handlers are restored with the last one."""
         if self._told.pop(who, None) is not None and not self._told:
             self._restore()
@@ -105,7 +105,7 @@ class Signals:
 
 def is_command() -> bool:
     """Whether this process runs Dask's own command, which waits for signals."""
-    return _is_dasks(signal.getsignal(signal.SIGTERM)) or signals().are_heeded
+    return _is_dasks(signal.getsignal(signal.SIGTERM)) or signals().is_listening
 
 
 def _is_dasks(handler: Any) -> bool:

@@ -34,8 +34,8 @@ class Cutter:
     ) -> None:
         self._plan = plan
         self._max_bytes = max_bytes
-        self._again: list[Unit] = []
-        #: Units cut so far, without those of `again`.
+        self._retries: list[Unit] = []
+        #: Units cut so far, without those of `retry`.
         self.n_cut = 0
         self._order: list[int] | None = None  # of the plan's spans, by offset
         self._todo: list[tuple[int, Span | None]] = []  # (partition, rows), last first
@@ -58,9 +58,9 @@ class Cutter:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is left to cut."""
-        return not self._todo and not self._again
+        return not self._todo and not self._retries
 
-    def again(self, place: Range | int, failed: Sequence[int]) -> None:
+    def retry(self, place: Range | int, failed: Sequence[int]) -> None:
         """Also cut the failed rows of a committed part, before anything else.
 
         Parameters
@@ -71,17 +71,17 @@ class Cutter:
             Numbers of the failed rows within the part. Where a part's rows are not those of its
             input (functions of partitions, filters), the whole part is computed again.
         """
-        again: tuple[int, ...] = ()
+        retry: tuple[int, ...] = ()
         if isinstance(place, int):
-            unit = Unit(partition_name(place), place, None, None, again=again)
+            unit = Unit(partition_name(place), place, None, None, retry=retry)
         else:
             partition, spans = self._spans_of(place)
             if self._plan.keeps_rows and failed:
-                again = tuple(failed)
+                retry = tuple(failed)
                 spans = list(_rows(spans, [place[0] + number for number in failed]))
             n_rows = sum(span.n_rows for span in spans)
-            unit = Unit(range_name(*place), partition, tuple(spans), n_rows, again=again)
-        self._again.append(unit)
+            unit = Unit(range_name(*place), partition, tuple(spans), n_rows, retry=retry)
+        self._retries.append(unit)
         self.n_rows += unit.n_rows or 1
 
     def _spans_of(self, place: Range) -> tuple[int, list[Span]]:
@@ -106,8 +106,8 @@ class Cutter:
 
         See ``cut_pieces`` for the number of rows.
         """
-        if self._again:
-            unit = self._again.pop()
+        if self._retries:
+            unit = self._retries.pop()
             self.n_rows -= unit.n_rows or 1
             return unit
         partition, span = self._todo.pop()

@@ -79,7 +79,7 @@ class Driver:
         with self.state.clock, meter(is_shown) as shown, deferred() as interrupt_if_asked:
             try:
                 self.link.begin_waiting()
-                self._heed(read_requests(self.output))
+                self._follow(read_requests(self.output))
                 while not (self.window.is_empty and self._is_complete()):
                     interrupt_if_asked()
                     self._check_results()
@@ -160,7 +160,7 @@ class Driver:
         self._next_look = now + self.output.storage.poll_s
         self.heartbeat.check()
         if not is_last:  # what is done cannot be cancelled
-            self._heed(read_requests(self.output))
+            self._follow(read_requests(self.output))
         # While the run is paused, the gate need not keep workers for it.
         n_rows = 0 if state.is_paused else window.cutter.n_rows
         n_units = 0 if state.is_paused else max(1, len(window))
@@ -178,7 +178,7 @@ class Driver:
             logger.warning("The run of %s waits: %s.", self.output.path, lack)
         self.state.lack = lack
 
-    def _heed(self, requests: frozenset[str]) -> None:
+    def _follow(self, requests: frozenset[str]) -> None:
         if CANCEL in requests:
             raise RunCancelledError(
                 f"The run of {self.output.path!r} was cancelled. What was committed stays; rerun"

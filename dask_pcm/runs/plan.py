@@ -43,7 +43,7 @@ class Unit:
         Rows to read instead of that partition's own; None for the partition as it is.
     n_rows
         Rows of input; None where unknown.
-    again
+    retry
         Numbers of the rows within a committed part that are computed again; empty for all. None for
         a unit that is computed for the first time.
     number
@@ -54,7 +54,7 @@ class Unit:
     partition: int
     spans: tuple[Span, ...] | None
     n_rows: int | None
-    again: tuple[int, ...] | None = None
+    retry: tuple[int, ...] | None = None
     number: int = 0
 
 
@@ -223,7 +223,7 @@ class Plan:
         if len(set(picked)) < len(picked):
             raise InputError(
                 f"The frame picks partitions more than once ({picked[:8]}), so that their rows"
-                " would stand in the output once. Pick each once."
+                " would be in the output only once. Pick each once."
             )
         return [spans[index] for index in picked]
 

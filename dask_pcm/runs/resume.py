@@ -97,6 +97,6 @@ def _retry(output: Output, plan: Plan, inventory: Mapping[str, Counts], cutter: 
         if ERROR in plan.meta.columns:
             errors = output.read_table(name, [ERROR])[ERROR]
             failed = np.flatnonzero(errors.is_valid().to_numpy()).tolist()
-        cutter.again(place, failed)
+        cutter.retry(place, failed)
         n_to_retry += counts.n_failed
     return n_to_retry

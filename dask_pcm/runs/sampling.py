@@ -27,7 +27,7 @@ from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.handle import output_to_look_at
 from dask_pcm.runs.lost import cluster_errors_told
 from dask_pcm.runs.plan import Plan, Unit
-from dask_pcm.runs.progress.failure_limit import is_count
+from dask_pcm.runs.progress.failure_limit import is_whole_number
 from dask_pcm.runs.progress.stored import stored_progress
 from dask_pcm.runs.units.compute import chunks, compute
 from dask_pcm.scheduling.rules.first_batches import Failing
@@ -132,7 +132,7 @@ def _check_sample(plan: Plan, n_rows: int) -> None:
             "A sample needs rows that can be computed separately: a frame of"
             " pcm.read_parquet, and functions by rows (batch_rows=...)."
         )
-    if not is_count(n_rows) or n_rows < 1:
+    if not is_whole_number(n_rows) or n_rows < 1:
         raise SchemaError(f"A sample has a number of rows, at least 1; found {n_rows!r}.")
 
 

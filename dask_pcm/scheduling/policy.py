@@ -11,17 +11,15 @@ from dask_pcm.scheduling.rules.eviction import (
 )
 from dask_pcm.scheduling.rules.placement import Placement, reserve_workers
 from dask_pcm.scheduling.rules.quarantine import give_up, quarantine_nodes
+from dask_pcm.scheduling.rules.rules import Rules
 from dask_pcm.scheduling.rules.warming import warm
 from dask_pcm.scheduling.state.state import GateState
 
+#: The rules where nothing is set.
+DEFAULTS = Rules()
 
-def decide(
-    state: GateState,
-    now: float,
-    pipeline_s: float = 0.05,
-    n_load_attempts: int = 3,
-    idle_s: float | None = None,
-) -> list[Action]:
+
+def decide(state: GateState, now: float, rules: Rules = DEFAULTS) -> list[Action]:
     """Return the actions to carry out now; they are already applied to `state`.
 
     Workers with an event since the last call are assigned work at once. Planning looks at every
@@ -34,12 +32,8 @@ def decide(
         Updated in place: costs are learned and actions applied.
     now
         Seconds of a monotonic clock.
-    pipeline_s
-        Seconds of work assigned to a worker beyond the work that fills its lanes.
-    n_load_attempts
-        Failed loads of a context, on as many nodes if there are, after which its work fails.
-    idle_s
-        Seconds unused after which a context is offloaded; None for never.
+    rules
+        The settings that change what is decided.
 
     Returns
     -------
@@ -52,20 +46,20 @@ def decide(
         state.estimates.settle(state.workers[name], now)
     is_due = plans.is_due(now)
     if is_due:
-        _plan(state, now, n_load_attempts)
+        _plan(state, now, rules)
         workers = list(state.workers.values())
     else:
         names = plans.to_look_at()
         workers = [state.workers[name] for name in names]
     plans.begin_round()
     if state.ahead.waiting.queues:
-        Placement(state, now, pipeline_s).assign(workers)
-    if is_due and idle_s is not None:
-        offload_idle(state, now, idle_s)
+        Placement(state, now, rules.pipeline_s).assign(workers)
+    if is_due and rules.idle_s is not None:
+        offload_idle(state, now, rules.idle_s)
     return plans.actions
 
 
-def _plan(state: GateState, now: float, n_load_attempts: int) -> None:
+def _plan(state: GateState, now: float, rules: Rules) -> None:
     """Fail work that cannot be done, and warm workers for the rest."""
     for quarantine in list(quarantine_nodes(state, now)):
         state.commit(quarantine, now)
@@ -80,7 +74,7 @@ def _plan(state: GateState, now: float, n_load_attempts: int) -> None:
         n_looks += len(workers)
         ended = [
             *fail_too_large(state, group, workers),
-            *give_up(state, group, workers, n_load_attempts),
+            *give_up(state, group, workers, rules.n_load_attempts),
         ]
         for action in dict.fromkeys(ended):  # both rules may fail the same work
             state.commit(action, now)

@@ -51,12 +51,12 @@ def test_architectures_with_other_signatures():
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-    from dask_pcm.inference.padded import PlainModel
+    from dask_pcm.inference.padded import PaddedModel
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
-    model = PlainModel(GPT2LMHeadModel(config).eval(), tokenizer)
+    model = PaddedModel(GPT2LMHeadModel(config).eval(), tokenizer)
     assert model.max_tokens == 64
     rows = [[5, 6, 7, 8, 9], [5], [5, 6, 7]]
     scorings = [plan_scoring([[*row, 10], [*row, 11, 12]], 2) for row in rows]

@@ -13,7 +13,7 @@ import dask_pcm as pcm
 from dask_pcm.errors import ModelError
 from dask_pcm.inference import padded as plain
 from dask_pcm.inference.llm import LLM
-from dask_pcm.inference.padded import PlainModel, load_model
+from dask_pcm.inference.padded import PaddedModel, load_model
 from dask_pcm.inference.probe import probe
 from dask_pcm.inference.prompts import plan_scoring
 from tests.conftest import validated_cluster
@@ -65,8 +65,8 @@ OTHERS = {
 }
 
 
-def made(kind: str, config: str, options: dict) -> PlainModel:
-    return PlainModel(tiny.random_model(kind, config, **options), tiny.tokenizer())
+def made(kind: str, config: str, options: dict) -> PaddedModel:
+    return PaddedModel(tiny.random_model(kind, config, **options), tiny.tokenizer())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,7 +123,7 @@ def test_rows_that_see_their_batch_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("options", [{"max_position_embeddings": 2}, {"vocab_size": 5}])
 def test_models_that_take_little_are_probed_all_the_same(options):
-    model = PlainModel(tiny.llama(**options), tiny.tokenizer())
+    model = PaddedModel(tiny.llama(**options), tiny.tokenizer())
     assert probe(model)["later_tokens"] == 0
 
 

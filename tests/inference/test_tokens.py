@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_pcm.inference.padded import PlainModel, load_model
+from dask_pcm.inference.padded import PaddedModel, load_model
 from dask_pcm.inference.prompts import Part, Template, Text
 from dask_pcm.inference.tokens import Encoder, _Guarded
 from dask_pcm.inference.verbs import Classify
@@ -115,7 +115,7 @@ def test_a_token_beyond_the_embedding_is_the_rows_error():
     words = tiny.tokenizer()
     n_rows = len(words)
     words.add_tokens(["<image>"])
-    model = PlainModel(tiny.llama(vocab_size=n_rows), words)
+    model = PaddedModel(tiny.llama(vocab_size=n_rows), words)
     frame = pd.DataFrame({"claim": ["an <image> here", "none here"]})
     found = Classify(Template("{claim} Answer:"), ("yes", "no"), None, (), 512)(frame, model)
     assert found.error[0].startswith(

@@ -52,9 +52,11 @@ def gate(tmp_path):
 def job(claims):
     folder = claims()
 
-    def make(func=verify, batch_rows=8, keep=None, **options):
+    def make(func=verify, batch_rows=8, keep=None, context=LLM, **options):
         frame = pcm.read_parquet(folder, **options)
-        verdicts = pcm.map_partitions(func, frame, context=LLM, meta=META, batch_rows=batch_rows)
+        verdicts = pcm.map_partitions(
+            func, frame, context=context, meta=META, batch_rows=batch_rows
+        )
         return verdicts if keep is None else verdicts[keep(verdicts)]
 
     make.folder = folder

@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster
 
 import dask_pcm as pcm
 from dask_pcm.errors import OutputError, PCMError
-from dask_pcm.ledger.storage.object_store import Store
+from dask_pcm.ledger.storage.object_store import ObjectStore
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 90.0
@@ -204,7 +204,7 @@ def test_what_is_said_of_a_file_is_not_said_of_its_store(error, is_store):
         def cat_file(self, path):
             raise error
 
-    store = Store(Files(), "s3://bucket/out")
+    store = ObjectStore(Files(), "s3://bucket/out")
     assert store.protocol == "s3"
     with pytest.raises(OutputError if is_store else type(error)) as found:
         store.cat_file("s3://bucket/out/part")

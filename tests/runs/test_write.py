@@ -20,17 +20,8 @@ import pytest
 import dask_pcm as pcm
 from dask_pcm.errors import LoadError, OutputError, RowCountError, SchemaError
 from tests.parquet.test_pieces import TYPES
+from tests.support.jobs import LLM, META, load, verify
 from tests.support.patience import patient, until
-
-META = {"id": "i8", "verdict": "str"}
-
-
-def load(name="model"):
-    return name
-
-
-def verify(frame, model):
-    return pd.DataFrame({"id": frame["id"], "verdict": model + frame["claim"]})
 
 
 def other(frame, model):
@@ -48,26 +39,6 @@ def counted(frame, log):
 def rows_in(log):
     text = Path(log).read_text() if os.path.exists(log) else ""
     return [int(row) for line in text.splitlines() for row in line.split(",")]
-
-
-LLM = pcm.Context(load)
-
-
-@pytest.fixture
-def out(tmp_path):
-    return str(tmp_path / "verdicts")
-
-
-@pytest.fixture
-def job(claims):
-    folder = claims()
-
-    def make(func=verify, context=LLM, batch_rows=8, **options):
-        frame = pcm.read_parquet(folder, **options)
-        return pcm.map_partitions(func, frame, context=context, meta=META, batch_rows=batch_rows)
-
-    make.folder = folder
-    return make
 
 
 def write(frame, out, **options):

@@ -30,6 +30,7 @@ from dask_pcm.scheduling.events import (
 from dask_pcm.scheduling.explain import describe, explain
 from dask_pcm.scheduling.learned.failures import DEVICE
 from dask_pcm.scheduling.policy import decide
+from dask_pcm.scheduling.rules.rules import Rules
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.tiers import Tier
 
@@ -209,7 +210,7 @@ class Gate(RuleBasedStateMachine):
         # Unrequested reports may exceed the device limit.
         over = {n: view.free_bytes < 0 for n, view in self.state.workers.items()}
         n_decided = len(self.state.plans.decisions)
-        actions = decide(self.state, self.now, idle_s=idle_s)
+        actions = decide(self.state, self.now, Rules(idle_s=idle_s))
         for action in actions:
             self.check(action, over)
         made = list(self.state.plans.decisions)[n_decided:]

@@ -12,6 +12,7 @@ from dask_pcm.scheduling.events import (
     WorkParked,
 )
 from dask_pcm.scheduling.policy import decide
+from dask_pcm.scheduling.rules.rules import Rules
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.tiers import Tier
 
@@ -39,7 +40,7 @@ class World:
         self.tell(ResidencyReported(worker, context, Tier.DEVICE, seconds=seconds))
 
     def decide(self, **options):
-        actions = decide(self.state, self.now, **options)
+        actions = decide(self.state, self.now, Rules(**options))
         self.state.validate()
         return actions
 

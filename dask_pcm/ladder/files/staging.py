@@ -194,7 +194,7 @@ def read_chunk(file: BundledFile, chunk: int, timeout_s: float) -> bytes:
     Raises
     ------
     TimeoutError
-        If the store does not answer within `timeout_s`, whatever timeouts its client has.
+        If the store does not answer within `timeout_s`, regardless of its client's own timeouts.
     Exception
         Anything that the store's client raises.
     """

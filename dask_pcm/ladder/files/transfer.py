@@ -50,7 +50,7 @@ _MAX_STRANGERS, _INTRODUCTION_S = 64, 5.0
 _PAUSE_S = 0.5
 
 
-class Shelf(Protocol):
+class ChunkSource(Protocol):
     """What a server serves from, for instance ``FileCache``; called from several threads."""
 
     def opened(self, digest: str, chunk: int) -> contextlib.AbstractContextManager[int | None]:
@@ -86,7 +86,7 @@ class Server:
 
     Parameters
     ----------
-    shelf
+    source
         The blobs to serve.
     access
         The credentials that clients need.
@@ -102,9 +102,9 @@ class Server:
     """
 
     def __init__(
-        self, shelf: Shelf, access: Access, host: str, ports: Iterable[int] = (0,)
+        self, source: ChunkSource, access: Access, host: str, ports: Iterable[int] = (0,)
     ) -> None:
-        self._shelf = shelf
+        self._source = source
         self._access = access
         self._listening = _bound(host, list(ports))
         self.address: tuple[str, int] = self._listening.getsockname()[:2]
@@ -224,7 +224,7 @@ class Server:
         """Answer one request."""
         if n_bytes > MAX_CHUNK_BYTES:
             raise TransferError(f"{n_bytes:,} bytes were requested, more than a chunk has")
-        with self._shelf.opened(digest.hex(), chunk) as descriptor:
+        with self._source.opened(digest.hex(), chunk) as descriptor:
             if descriptor is None or os.fstat(descriptor).st_size < start + n_bytes:
                 stream.sendall(_ANSWER.pack(0))
                 return

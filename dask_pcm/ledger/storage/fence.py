@@ -34,7 +34,7 @@ LOCKLESS_SILENT_S = 15.0
 class LockFence(Fence):
     """A live run holds a lock on a file in its run directory; renaming the directory fences it.
 
-    The kernel releases the lock when the process ends, in whatever way. A lock may not be visible
+    The kernel releases the lock when the process ends, in any way. A lock may not be visible
     on other hosts, and some filesystems have none. There a run also counts as alive while its
     ``status.json`` is being written, by the filesystem's own clock.
     """

@@ -17,7 +17,7 @@ import fsspec
 from dask_pcm.errors import FencedError
 from dask_pcm.ledger.storage.base import Entry, Storage
 from dask_pcm.ledger.storage.lock_files import SILENT_S, LockFiles
-from dask_pcm.ledger.storage.object_store import Store
+from dask_pcm.ledger.storage.object_store import ObjectStore
 from dask_pcm.ledger.storage.tree import Tree
 
 #: Protocols whose fsspec implementation puts conditionally. Whether the store does is tested.
@@ -49,7 +49,7 @@ class ObjectFiles(Storage):
         process.
         """
         fs, _ = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
-        return Store(fs, self.path)
+        return ObjectStore(fs, self.path)
 
     @property
     def is_flat(self) -> bool:

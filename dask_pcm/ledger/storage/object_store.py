@@ -13,7 +13,7 @@ _CLIENTS = frozenset(
 )
 
 
-class Store:
+class ObjectStore:
     """A filesystem whose methods raise OutputError if the store cannot be reached.
 
     Errors about a file (missing, exists, not permitted) are raised as they are: callers handle

@@ -43,7 +43,7 @@ _MIN_WAIT_S, _MAX_WAIT_S = 0.1, 30.0
 _is_forked: ContextVar[bool] = ContextVar("is_forked", default=False)
 
 
-class Rebirth:
+class ForkServer:
     """Tracks which nannies of this process use the fork server; for any thread."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Rebirth:
             _set_env(nanny, {**os.environ, **nanny.env})
             nanny.instantiate = functools.partial(_instantiate, nanny)
 
-    def leave(self, nanny: Nanny) -> None:
+    def release(self, nanny: Nanny) -> None:
         """Stop using the server for `nanny`; with the last nanny, end the server."""
         with self._changing:
             if id(nanny) in self._nannies:
@@ -190,6 +190,6 @@ def _environ(name: str, value: str) -> Iterator[None]:
 
 
 @functools.cache
-def rebirth() -> Rebirth:
+def fork_server() -> ForkServer:
     """The instance of this process."""
-    return Rebirth()
+    return ForkServer()

@@ -1,7 +1,7 @@
 """A ``LocalCluster`` keeps a nanny whose worker was lost as long as the nanny tries to restart it.
 
 Some seconds after a worker was lost (``distributed.deploy.lost-worker-timeout``), a Dask cluster
-object checks once whether it is back, and otherwise discards whatever had started it. For a job of
+object checks once whether it is back, and otherwise discards what had started it. For a job of
 a batch system that is right: the job is gone, and ``adapt()`` submits another one. A nanny in this
 process is still there, and starts the next worker.
 

@@ -25,7 +25,7 @@ from distributed.system import MEMORY_LIMIT
 from dask_pcm.config import Config
 from dask_pcm.ladder.objects.images import max_files
 from dask_pcm.plugins.interrupts import interrupts
-from dask_pcm.plugins.nanny.fork_server import rebirth
+from dask_pcm.plugins.nanny.fork_server import fork_server
 from dask_pcm.plugins.shipping import ShippedPlugin
 from dask_pcm.plugins.signals import is_command, signals
 
@@ -43,7 +43,7 @@ class Kept:
     n_bytes: int
 
 
-class Shelf:
+class ImageShelf:
     """Keeps the memory files of one cluster's workers on this host.
 
     All nannies of the cluster in this process share it; it ends with the last of them.
@@ -107,7 +107,7 @@ def _close(kept: OrderedDict[str, Kept]) -> None:
 
 
 @functools.cache
-def _shelves() -> weakref.WeakValueDictionary[str, Shelf]:
+def _shelves() -> weakref.WeakValueDictionary[str, ImageShelf]:
     """The shelves of this process, by scheduler address; each lives as long as a nanny uses it."""
     return weakref.WeakValueDictionary()
 
@@ -127,17 +127,17 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         manager = nanny.memory_manager
         self._limit = manager.memory_limit if manager else None
         budget = self.config.host_budget_bytes
-        shelf = Shelf(MEMORY_LIMIT // 2 if budget is None else budget)
-        self._shelf: Shelf | None = _shelves().setdefault(nanny.scheduler_addr, shelf)
+        shelf = ImageShelf(MEMORY_LIMIT // 2 if budget is None else budget)
+        self._shelf: ImageShelf | None = _shelves().setdefault(nanny.scheduler_addr, shelf)
         nanny.handlers.update(self._handlers)
         self._notice: asyncio.Task[None] | None = None
         interrupts().block(self)
         if is_command():
-            signals().heed(self, self.on_notice, self.config.here().notice_s)
+            signals().listen(self, self.on_notice, self.config.here().notice_s)
 
     def teardown(self, nanny: Any) -> None:
         """Dask's hook: undo all that ``setup`` and the handlers did."""
-        signals().leave(self)
+        signals().ignore(self)
         interrupts().unblock(self)
         for name in self._handlers:
             nanny.handlers.pop(name, None)
@@ -145,19 +145,19 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         if self._shelf is not None:
             self._shelf.clear(self._own(""))
         self._shelf = None
-        rebirth().leave(nanny)
+        fork_server().release(nanny)
 
     @property
     def _handlers(self) -> dict[str, Any]:
         """RPCs of the worker and the scheduler, by operation."""
         return {
             "pcm_allow_memory": self.allow_memory,
-            "pcm_rebirth": self.use_fork_server,
+            "pcm_fork_server": self.use_fork_server,
             "pcm_find": self.find,
             "pcm_keep": self.keep,
             "pcm_drop": self.drop,
             "pcm_clear": self.clear,
-            "pcm_heeds_signals": self.heeds_signals,
+            "pcm_listens_to_signals": self.listens_to_signals,
             "pcm_end": self.end,
         }
 
@@ -177,9 +177,9 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
             )
             await nanny.close(timeout=_TIMEOUT_S, reason="notice")
 
-    def heeds_signals(self) -> bool:
+    def listens_to_signals(self) -> bool:
         """Whether signals are notices in this process, and therefore in its worker's too."""
-        return signals().are_heeded
+        return signals().is_listening
 
     async def end(self, seconds: float) -> bool:
         """End the worker process, which has handed over its results, and this nanny.
@@ -205,7 +205,7 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         """Start the next worker process from the fork server, with these models imported too."""
         if self.config.imports:
             models = [name for name in models if name.startswith(_MODELS)]
-            rebirth().use(self._nanny, [*self.config.imports, *models])
+            fork_server().use(self._nanny, [*self.config.imports, *models])
 
     def find(self, digest: str) -> str | None:
         """The path of a context's memory file: this worker's own, or the one of the whole host."""
@@ -213,7 +213,7 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         return self._shelf.find(self._own(digest)) or self._shelf.find(digest)
 
     def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
-        """Keep a memory file that the worker has open; see ``Shelf.keep``."""
+        """Keep a memory file that the worker has open; see ``ImageShelf.keep``."""
         assert self._shelf is not None
         return self._shelf.keep(digest if is_shared else self._own(digest), path, n_bytes)
 
@@ -267,7 +267,9 @@ class NannyLink:
         if not self._has_fork_server:
             self._has_fork_server = True
             imported = list(sys.modules)  # a copy: other threads go on importing
-            self.ask("pcm_rebirth", models=[name for name in imported if name.startswith(_MODELS)])
+            self.ask(
+                "pcm_fork_server", models=[name for name in imported if name.startswith(_MODELS)]
+            )
 
     def find(self, digest: str) -> str | None:
         """See ``Keeper``."""

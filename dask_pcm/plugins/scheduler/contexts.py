@@ -19,7 +19,7 @@ _HELD = (Tier.DEVICE, Tier.LOADING, Tier.HOST)
 
 
 @dataclass(slots=True)
-class Loads:
+class LoadReports:
     """Number and total seconds of one context's loads on all workers, since the gate started."""
 
     n: int = 0
@@ -61,14 +61,14 @@ class Refs:
                 del self._n_asking[digest], self._refs[digest]
 
 
-class Contexts(Service):
+class ContextService(Service):
     """Tells the policy which contexts exist and where they are; releases them on request."""
 
     def __init__(self, hub: Hub, workers: Workers) -> None:
         self._hub = hub
         self._workers = workers
         self.refs = Refs()
-        self.loads: dict[str, Loads] = {}
+        self.loads: dict[str, LoadReports] = {}
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
         """See ``Service``."""
@@ -117,7 +117,7 @@ class Contexts(Service):
             staged_s=staged_s,
         )
         if reported.tier is Tier.DEVICE and is_built:
-            loads = self.loads.setdefault(digest, Loads())
+            loads = self.loads.setdefault(digest, LoadReports())
             loads.n, loads.seconds = loads.n + 1, loads.seconds + seconds
         self._hub.apply(reported)
 

@@ -6,6 +6,7 @@ Everything here runs on the scheduler's event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any
@@ -17,7 +18,10 @@ from dask_pcm.config import Config
 from dask_pcm.plugins.scheduler.service import Observer, Service
 from dask_pcm.plugins.scheduler.watchdog import Watchdog
 from dask_pcm.scheduling.events import Action, Event
+from dask_pcm.scheduling.rules.rules import Rules
 from dask_pcm.scheduling.state.state import GateState
+
+logger = logging.getLogger(__name__)
 
 
 class Hub:
@@ -54,8 +58,7 @@ class Hub:
         """Apply an event to the state; the policy decides in the loop's next turn."""
         now = monotonic()
         self.state.apply(event, now)
-        for observer in self.observers:
-            observer.on_event(event, now)
+        self._notify("on_event", event, now)
         self.wake()
 
     def wake(self, first: Callable[[], None] | None = None) -> None:
@@ -74,13 +77,18 @@ class Hub:
         before, self._before = self._before, []
         for call in before:
             call()
-        now, config = monotonic(), self.config
-        rules = (config.pipeline_s, config.n_load_attempts, config.idle_s)
-        actions = self._watchdog.decide(self.state, now, *rules)
+        now = monotonic()
+        actions = self._watchdog.decide(self.state, now, Rules.of(self.config))
         for action in actions if self.observers else ():
-            for observer in self.observers:
-                observer.on_action(action, now)
+            self._notify("on_action", action, now)
         self.carry_out(actions)
+
+    def _notify(self, hook: str, what: Event | Action, now: float) -> None:
+        for observer in self.observers:
+            try:
+                getattr(observer, hook)(what, now)
+            except Exception:  # the gate does not depend on what only looks on
+                logger.exception("An observer of the gate failed: %r", observer)
 
     def explain(self, key: Any) -> str:
         """Explain why a task waits, or where it was sent and why."""

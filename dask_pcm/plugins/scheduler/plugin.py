@@ -15,10 +15,10 @@ from distributed.scheduler import WorkerState
 from tornado.ioloop import PeriodicCallback
 
 from dask_pcm.config import Config
-from dask_pcm.plugins.scheduler.contexts import Contexts
+from dask_pcm.plugins.scheduler.contexts import ContextService
 from dask_pcm.plugins.scheduler.first_batches import FailingFrames
 from dask_pcm.plugins.scheduler.hub import Hub
-from dask_pcm.plugins.scheduler.runs import Runs
+from dask_pcm.plugins.scheduler.runs import RunService
 from dask_pcm.plugins.scheduler.scaling import Scaling
 from dask_pcm.plugins.scheduler.staging import StagingCoordinator
 from dask_pcm.plugins.scheduler.tasks import parking
@@ -61,11 +61,11 @@ class GatePlugin(SchedulerPlugin):
         hub = self.hub = self.hub_type(scheduler, self.config)
         attribution = Attribution(scheduler)
         self.workers = Workers(hub)
-        self.contexts = Contexts(hub, self.workers)
+        self.contexts = ContextService(hub, self.workers)
         self.parked = ParkedTasks(hub, self.contexts, attribution)
         self.dispatch = Dispatch(hub, self.workers, self.contexts, self.parked)
         self.losses = Losses(hub, self.parked, attribution)
-        self.runs = Runs(hub, self.contexts)
+        self.runs = RunService(hub, self.contexts)
         self.staging = StagingCoordinator(self.workers)
         self.scaling = Scaling(hub)
         frames = FailingFrames(scheduler)

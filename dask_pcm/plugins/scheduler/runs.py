@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask_pcm.context.context import ContextRef
-from dask_pcm.plugins.scheduler.contexts import Contexts, Loads
+from dask_pcm.plugins.scheduler.contexts import ContextService, LoadReports
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.scheduling.events import Group, RunClosed, RunReported
@@ -30,10 +30,10 @@ class RunInfo:
     contexts: tuple[str, ...]
 
 
-class Runs(Service):
+class RunService(Service):
     """Open runs, by id."""
 
-    def __init__(self, hub: Hub, contexts: Contexts) -> None:
+    def __init__(self, hub: Hub, contexts: ContextService) -> None:
         self._hub = hub
         self._contexts = contexts
         self.runs: dict[str, RunInfo] = {}
@@ -61,7 +61,7 @@ class Runs(Service):
                 self.runs[run] = RunInfo(client, self._contexts.declare(asked))
             # After `declare`: the policy must know the contexts of the work that it plans.
             self._hub.apply(RunReported(run, group, n_rows, n_units))
-        loads = [self._contexts.loads.get(context, Loads()) for context in contexts]
+        loads = [self._contexts.loads.get(context, LoadReports()) for context in contexts]
         state = self._hub.state
         return {
             "n_workers": len(state.workers),

@@ -13,6 +13,7 @@ from dask_pcm.scheduling.events import Action
 from dask_pcm.scheduling.explain import decisions, explain
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.rules.fallback import assign_as_dask, stalled
+from dask_pcm.scheduling.rules.rules import Rules
 from dask_pcm.scheduling.state.state import GateState
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,10 @@ class Watchdog:
     def __init__(self, stall_s: float) -> None:
         self._stall_s = stall_s
 
-    def decide(self, state: GateState, now: float, *rules: Any) -> list[Action]:
+    def decide(self, state: GateState, now: float, rules: Rules) -> list[Action]:
         """Return the policy's actions, or the fallback's if the policy raises or has stalled."""
         try:
-            decide(state, now, *rules)
+            decide(state, now, rules)
             key = stalled(state, now, self._stall_s)
         except Exception:
             logger.exception("The policy failed; waiting work goes to idle workers, warm or not")

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 ENDING = (Status.closing, Status.closed, Status.failed)
 
 
-class Contexts:
+class WorkerContexts:
     """Loads contexts for the gate and for tasks, and reports what becomes of them.
 
     Parameters
@@ -95,7 +95,7 @@ class Contexts:
     def close(self) -> Future[Any]:
         """Close all contexts, on the loader's thread; the future is done when their hooks are."""
         closing = self.submit(self.store.close)
-        self.submit(tuning().leave, self._worker)
+        self.submit(tuning().remove_worker, self._worker)
         self._loader.shutdown(wait=False)
         self._mover.shutdown(wait=False)
         return closing

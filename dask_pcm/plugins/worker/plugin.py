@@ -27,7 +27,7 @@ from dask_pcm.plugins.interrupts import Ignored
 from dask_pcm.plugins.nanny.plugin import NannyLink
 from dask_pcm.plugins.shipping import ShippedPlugin
 from dask_pcm.plugins.signals import is_command, signals
-from dask_pcm.plugins.worker.contexts import Contexts
+from dask_pcm.plugins.worker.contexts import WorkerContexts
 from dask_pcm.plugins.worker.device_loss import DeviceLoss
 from dask_pcm.plugins.worker.drain import Drain, ends_in_s, free, is_unbegun
 from dask_pcm.plugins.worker.lanes import close_lanes, open_lanes
@@ -68,7 +68,7 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
         self.drain = Drain(worker, self._tell)
         self.memory = MemoryAllowance(worker, self.nanny)
         self.device = DeviceLoss(worker, self.config.n_load_attempts, lambda: self.drain.is_begun)
-        self.contexts = Contexts(
+        self.contexts = WorkerContexts(
             worker,
             self.config,
             self.staging,
@@ -85,10 +85,10 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
         self._interrupts = Ignored()
         if worker.nanny:
             self._interrupts.begin()
-            self.contexts.submit(self._heed_signals_as_nanny)
+            self.contexts.submit(self._listen_to_signals_as_nanny)
         elif is_command():
-            self._heed_signals()
-        tuning().join(worker)
+            self._listen_to_signals()
+        tuning().add_worker(worker)
         open_lanes(worker, self.config.n_lanes)
         for op, handle in self._stream_handlers().items():
             worker.stream_handlers[op] = self._if_now(handle)
@@ -134,24 +134,24 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
         """
         self.drain.begin(seconds)
 
-    def _heed_signals_as_nanny(self) -> None:
+    def _listen_to_signals_as_nanny(self) -> None:
         """Treat signals as notices if the nanny does; on the loader's thread.
 
         Some batch systems signal all processes of a job, others only the first one.
         """
-        if self.nanny.ask("pcm_heeds_signals"):
-            self.worker.loop.add_callback(self._heed_signals)
+        if self.nanny.ask("pcm_listens_to_signals"):
+            self.worker.loop.add_callback(self._listen_to_signals)
 
-    def _heed_signals(self) -> None:
+    def _listen_to_signals(self) -> None:
         """Treat signals as notices; on the event loop."""
         if self.epoch:  # not if uninstalled in between
-            signals().heed(self, self.notice, self.config.notice_s)
+            signals().listen(self, self.notice, self.config.notice_s)
 
     def teardown(self, worker: Worker) -> Awaitable[Any] | None:
         """Dask's hook: close the contexts; the worker shuts down or only loses the plugin."""
         self.epoch = ""  # makes every later message of the scheduler stale
         worker.handlers.pop("pcm_notice", None)
-        signals().leave(self)
+        signals().ignore(self)
         self.fetcher.close()
         if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
             self._interrupts.end()
@@ -178,7 +178,7 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
     def on_return(self, keys: Sequence[Any], **kwargs: Any) -> None:
         """The gate asks for tasks back: free those that have not begun, and name them in the reply.
 
-        Only the worker knows which have begun; whatever it freed may run elsewhere.
+        Only the worker knows which have begun; what it freed may run elsewhere.
         """
         tasks = ((key, self.worker.state.tasks.get(key)) for key in keys)
         unbegun = [key for key, ts in tasks if ts is not None and is_unbegun(ts)]

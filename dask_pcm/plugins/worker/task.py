@@ -17,7 +17,7 @@ from dask_pcm.context.context import Context, ContextRef
 from dask_pcm.errors import RecipeError
 from dask_pcm.ladder.objects.tensors import is_sticky
 from dask_pcm.ladder.store import of_process
-from dask_pcm.plugins.worker.contexts import ENDING, Contexts
+from dask_pcm.plugins.worker.contexts import ENDING, WorkerContexts
 from dask_pcm.plugins.worker.plugin import CONTEXTS, ContextPlugin
 from dask_pcm.plugins.worker.seceding import giving_back
 from dask_pcm.plugins.worker.tally import Tally
@@ -140,7 +140,7 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
     """
     plugin = _plugin()
     source = plugin.contexts if plugin else of_process()
-    store = source.store if isinstance(source, Contexts) else source
+    store = source.store if isinstance(source, WorkerContexts) else source
     with source.acquire(refs) as values, giving_back(store.turns):
         start = time.perf_counter()
         for value in values:
@@ -157,7 +157,7 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
 
 
 def was_lost() -> bool:
-    """Whether the task on this thread was lost with a worker before, for whatever reason."""
+    """Whether the task on this thread was lost with a worker before, for any reason."""
     try:
         worker = get_worker()
         ts = worker.state.tasks.get(worker.get_current_task())

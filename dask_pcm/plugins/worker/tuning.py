@@ -54,13 +54,13 @@ class Tuning:
         self._before: tuple[float, dict[str, str | None]] | None = None
         self._set: dict[str, str] = {}
 
-    def join(self, worker: Worker) -> None:
+    def add_worker(self, worker: Worker) -> None:
         """A worker of this process has got the toolkit."""
         with self._changing:
             self._workers.add(worker)
             self._all_workers.add(worker)
 
-    def leave(self, worker: Worker) -> None:
+    def remove_worker(self, worker: Worker) -> None:
         """A worker has lost the toolkit; with the last one, settings are reverted without delay."""
         with self._changing:
             self._workers.discard(worker)

@@ -11,7 +11,7 @@ from dask_pcm.errors import LimitError
 SHARE_ROWS = 1_000
 
 
-def is_count(value: object) -> bool:
+def is_whole_number(value: object) -> bool:
     """Whether a value is a whole number from 0 on, of Python or NumPy."""
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     return is_whole and int(value) >= 0  # type: ignore[call-overload] # is_whole says so
@@ -42,7 +42,7 @@ class FailureLimit:
 
     def __post_init__(self) -> None:
         rows, share = self.rows, self.share
-        if rows is not None and not is_count(rows):
+        if rows is not None and not is_whole_number(rows):
             hint = " For a share of the rows, use max_failed_share=."
             is_share = isinstance(rows, (float, str))
             raise LimitError(
@@ -50,7 +50,7 @@ class FailureLimit:
                 f"{hint if is_share else ''}"
             )
         if share is not None and not _is_share(share):
-            hint = " For a number of rows, use max_failed_rows=." if is_count(share) else ""
+            hint = " For a number of rows, use max_failed_rows=." if is_whole_number(share) else ""
             raise LimitError(
                 f"max_failed_share takes a share of the rows from 0 to 1, such as 0.01; found"
                 f" {share!r}.{hint}"

@@ -26,17 +26,17 @@ def deferred() -> Iterator[Callable[[], None]]:
         return
     asked = threading.Event()
 
-    def heed() -> None:
+    def raise_if_asked() -> None:
         if asked.is_set():
             raise KeyboardInterrupt
 
     def note(number: int, frame: Any) -> None:
-        heed()
+        raise_if_asked()
         asked.set()
 
     signal.signal(signal.SIGINT, note)
     try:
-        yield heed
+        yield raise_if_asked
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    heed()
+    raise_if_asked()

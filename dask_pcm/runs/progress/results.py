@@ -67,7 +67,7 @@ class Results:
     def _count_rows(self, unit: Unit, result: UnitResult) -> None:
         report = self._state.report
         report.rows_failed += result.n_failed
-        if unit.again is None:
+        if unit.retry is None:
             report.rows += result.n_rows
             self._note_failing(unit, result)
             return
@@ -75,7 +75,7 @@ class Results:
         report.rows_failed -= before.n_failed
         self._n_to_retry -= before.n_failed
         report.rows_retried += unit.n_rows or result.n_rows
-        if not unit.again:  # the whole part was computed again, perhaps to another number of rows
+        if not unit.retry:  # the whole part was computed again, perhaps to another number of rows
             report.rows += result.n_rows - before.n_rows
 
     def _note_failing(self, unit: Unit, result: UnitResult) -> None:

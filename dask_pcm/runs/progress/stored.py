@@ -39,7 +39,7 @@ def _of_ended(output: Output) -> Progress:
 
 
 def _counted(output: Output, found: Mapping[str, Any], state: str) -> Progress:
-    """Count the parts, which are there whatever a dead run has last written of itself."""
+    """Count the parts, which exist regardless of the last status of a dead run."""
     manifest = Manifest.read(output)
     recorded = manifest.recorded if manifest is not None else {}
     places = [parse_name(name) for name in output.parts()]

@@ -47,22 +47,22 @@ def run_unit(
         return UnitResult(unit.name, there["rows"], there["failed"], is_resumed=True)
     task_stats.begin()
     count = _Count()
-    if unit.again is None and spec.batch_rows:
+    if unit.retry is None and spec.batch_rows:
         records = attempt(unit, graph, spec, _origin(spec))
     else:
-        if unit.again is None:
+        if unit.retry is None:
             note_start(output, unit.name, unit.n_rows)
         records = _whole(unit, graph, keys, inputs, spec)
     tables = grouped(count.of(records))
     note: Note = lambda: {**_origin(spec), **count.as_dict()}  # noqa: E731
-    if unit.again:
+    if unit.retry:
         old, old_note = output.read_table(unit.name), output.read_note(unit.name)
-        merged = _merged(old, tables, unit.again)
+        merged = _merged(old, tables, unit.retry)
         retried = [*old_note.get("retried", []), {**_origin(spec), **count.as_dict()}]
         counts = {"rows": len(merged), "failed": len(merged) - merged[ERROR].null_count}
         tables, note = iter([merged]), lambda: {**old_note, **counts, "retried": retried}
     with contextlib.closing(records):  # closes the journal, even if the commit fails
-        output.commit(unit.name, tables, note, replaces=unit.again is not None)
+        output.commit(unit.name, tables, note, replaces=unit.retry is not None)
     clear_journals(unit.name, output)
     # How rows failed in an earlier attempt is unknown here.
     failing, error = (None, b"") if count.n_kept else task_stats.failing()
@@ -121,7 +121,7 @@ def _is_answer(note: Mapping[str, Any], unit: Unit, output: Output) -> bool:
     if note.get("unit") != unit.name or not output.is_current(note):
         return False
     runs = {note.get("run"), *(again.get("run") for again in note.get("retried", ()))}
-    return unit.again is None or output.run in runs
+    return unit.retry is None or output.run in runs
 
 
 def _merged(old: pa.Table, tables: Iterable[pa.Table], again: Sequence[int]) -> pa.Table:

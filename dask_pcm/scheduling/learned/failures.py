@@ -9,7 +9,7 @@ from dask_pcm.scheduling.events import ResidencyReported
 
 #: Error kind of a load whose worker process ended meanwhile.
 END_OF_PROCESS = "end of process"
-#: Error kind of a device that cannot be used, whatever is loaded.
+#: Error kind of a device that cannot be used, for any context.
 DEVICE = "device"
 #: A nanny restarts an ended process within this time, in seconds.
 _RESTART_S = 60.0

@@ -11,7 +11,7 @@ from dask_pcm.tiers import Tier
 
 
 @dataclass(slots=True)
-class Contexts:
+class ContextTable:
     """What is known of each context, by its digest.
 
     Attributes

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.learned.cost import CostModel
 from dask_pcm.scheduling.learned.lifetimes import Lifetimes, expected_s
-from dask_pcm.scheduling.state.contexts import Contexts
+from dask_pcm.scheduling.state.contexts import ContextTable
 from dask_pcm.scheduling.state.worker import WorkerView, remaining_s
 
 
@@ -20,7 +20,7 @@ class Estimates:
     cost: CostModel = field(default_factory=CostModel)
     #: Lifetimes by pool of workers.
     pools: dict[str, Lifetimes] = field(default_factory=dict)
-    contexts: Contexts = field(default_factory=Contexts)
+    contexts: ContextTable = field(default_factory=ContextTable)
 
     def add_worker(self, pool: str, now: float) -> None:
         """A worker of a pool has joined."""

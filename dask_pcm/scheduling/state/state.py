@@ -33,7 +33,7 @@ from dask_pcm.scheduling.events import (
 from dask_pcm.scheduling.feed.feed import DeviceDemand
 from dask_pcm.scheduling.learned.failures import Failures
 from dask_pcm.scheduling.state.ahead import WorkAhead
-from dask_pcm.scheduling.state.contexts import Contexts
+from dask_pcm.scheduling.state.contexts import ContextTable
 from dask_pcm.scheduling.state.estimates import Estimates
 from dask_pcm.scheduling.state.plans import Plans
 from dask_pcm.scheduling.state.worker import WorkerView, joined
@@ -44,7 +44,7 @@ from dask_pcm.tiers import ON_DEVICE, Tier
 class GateState:
     """What the policy knows; events and actions change it, rules read it.
 
-    Pure: no I/O and no clock of its own. Times are seconds of whatever clock the caller uses. What
+    Pure: no I/O and no clock of its own. Times are seconds of the caller's clock. What
     was reported of workers and their work is here; the other parts each own their data.
     """
 
@@ -52,7 +52,7 @@ class GateState:
     #: Worker of each piece of assigned work, by key.
     placed: dict[object, str] = field(default_factory=dict)
     ahead: WorkAhead = field(default_factory=WorkAhead)
-    contexts: Contexts = field(default_factory=Contexts)
+    contexts: ContextTable = field(default_factory=ContextTable)
     failures: Failures = field(default_factory=Failures)
     estimates: Estimates = field(init=False)
     plans: Plans = field(default_factory=Plans)

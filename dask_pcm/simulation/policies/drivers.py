@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dask_pcm.config import Config
 from dask_pcm.scheduling.events import Event, Group, RunClosed, RunReported, Work, WorkParked
 from dask_pcm.scheduling.feed.feed import DeviceDemand
-from dask_pcm.simulation.policies.window import Unit, Window
+from dask_pcm.simulation.policies.window import SimulatedUnit, SimulatedWindow
 from dask_pcm.simulation.scenario.scenario import RunSpec
 from dask_pcm.simulation.world.clock import Clock
 
@@ -38,7 +38,7 @@ class Drivers:
         self._config = config
         self._apply = apply
         self._demand = demand
-        self._windows: dict[str, Window] = {}
+        self._windows: dict[str, SimulatedWindow] = {}
         self._n_to_come = 0
 
     @property
@@ -57,12 +57,12 @@ class Drivers:
         for run in runs:
             self._clock.at(run.starts_s, functools.partial(self._open, run))
 
-    def unit(self, key: object) -> Unit:
+    def unit(self, key: object) -> SimulatedUnit:
         """The outstanding unit of a key."""
         assert isinstance(key, tuple)
         return self._windows[key[0]].units[key]
 
-    def park(self, units: Sequence[Unit], is_again: bool = False) -> None:
+    def park(self, units: Sequence[SimulatedUnit], is_again: bool = False) -> None:
         """Submit units, or submit them again."""
         for unit in units:
             # As in Dask: user priority, then submission order. Only runs declare rows.
@@ -71,18 +71,18 @@ class Drivers:
             work = Work(unit.key, _group(unit.run), priority, n_rows, unit.cut_for, is_again)
             self._apply(WorkParked(work))
 
-    def resubmit(self, unit: Unit, n_kept: int) -> None:
+    def resubmit(self, unit: SimulatedUnit, n_kept: int) -> None:
         """A unit was lost with its worker; `n_kept` of its rows are in its journal."""
         self._windows[unit.run.name].shrink(unit, n_kept)
         self.park([unit], is_again=True)
 
-    def collect(self, unit: Unit, seconds: float) -> None:
+    def collect(self, unit: SimulatedUnit, seconds: float) -> None:
         """A unit was committed after `seconds` of inference: submit what comes next."""
         window = self._windows[unit.run.name]
         window.ended(unit.key, seconds)
         self._feed(window)
 
-    def give_up(self, unit: Unit) -> None:
+    def give_up(self, unit: SimulatedUnit) -> None:
         """A unit has failed for good."""
         window = self._windows[unit.run.name]
         window.failed(unit.key)
@@ -90,7 +90,7 @@ class Drivers:
 
     def _open(self, run: RunSpec) -> None:
         self._n_to_come -= 1
-        window = self._windows[run.name] = Window(run, self._config)
+        window = self._windows[run.name] = SimulatedWindow(run, self._config)
         if not run.is_run:
             self.park(window.pieces())
             return
@@ -99,7 +99,7 @@ class Drivers:
         self._apply(RunReported(run.name, _group(run), float(n_pieces), n_pieces))
         self._poll(window)
 
-    def _poll(self, window: Window) -> None:
+    def _poll(self, window: SimulatedWindow) -> None:
         """Report what is left, and take in what the gate has for it."""
         run = window.run
         if run.name in self._windows:
@@ -109,7 +109,7 @@ class Drivers:
             self._feed(window)
             self._clock.after(_POLL_S, lambda: self._poll(window))
 
-    def _feed(self, window: Window) -> None:
+    def _feed(self, window: SimulatedWindow) -> None:
         if window.run.is_run:
             self.park(window.feed())
         if window.is_empty and window.run.name in self._windows:

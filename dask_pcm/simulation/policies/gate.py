@@ -25,10 +25,11 @@ from dask_pcm.scheduling.events import (
     WorkWithdrawn,
 )
 from dask_pcm.scheduling.policy import decide
+from dask_pcm.scheduling.rules.rules import Rules
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.simulation.policies.drivers import Drivers
 from dask_pcm.simulation.policies.lanes import Lanes
-from dask_pcm.simulation.policies.window import Unit
+from dask_pcm.simulation.policies.window import SimulatedUnit
 from dask_pcm.simulation.world.staging import Swarm
 from dask_pcm.simulation.world.world import Worker, World
 from dask_pcm.tiers import Tier
@@ -93,7 +94,7 @@ class Gate:
             self._world.record.done(n_kept, self._world.clock.now)
             self._drivers.resubmit(unit, n_kept)
 
-    def _ended(self, worker: Worker, unit: Unit, seconds: float) -> None:
+    def _ended(self, worker: Worker, unit: SimulatedUnit, seconds: float) -> None:
         """A unit was committed, and the scheduler has its message."""
         self._world.record.done(unit.n_rows, self._world.clock.now)
         self._apply(WorkEnded(unit.key, True))
@@ -118,9 +119,7 @@ class Gate:
         self._is_woken = False
         self._decided_s = now = self._world.clock.now
         self.n_decisions += 1
-        config = self._config
-        actions = decide(self.state, now, config.pipeline_s, config.n_load_attempts, config.idle_s)
-        for action in actions:
+        for action in decide(self.state, now, Rules.of(self._config)):
             match action:
                 case Assign(key, name):
                     self._assign(key, self._lanes[name])

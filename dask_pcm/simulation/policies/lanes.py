@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dask_pcm.simulation.policies.window import Unit
+from dask_pcm.simulation.policies.window import SimulatedUnit
 from dask_pcm.simulation.world.record import WORK
 from dask_pcm.simulation.world.world import Worker, World
 
@@ -16,7 +16,7 @@ from dask_pcm.simulation.world.world import Worker, World
 class _Task:
     """A unit on this worker, and when its inference began and ended."""
 
-    unit: Unit
+    unit: SimulatedUnit
     is_on_lane: bool = False
     began_s: float | None = None  # to infer
     ended_s: float | None = None
@@ -34,7 +34,7 @@ class Lanes:
         world: World,
         worker: Worker,
         n_lanes: int,
-        ended: Callable[[Worker, Unit, float], object],
+        ended: Callable[[Worker, SimulatedUnit, float], object],
     ) -> None:
         self._world = world
         self.worker = worker
@@ -45,19 +45,19 @@ class Lanes:
         self._is_busy = False
         self._half_s = world.scenario.overheads.unit_s / 2
 
-    def send(self, unit: Unit) -> None:
+    def send(self, unit: SimulatedUnit) -> None:
         """The scheduler has sent a unit; it arrives after the message delay."""
         self._tasks.append(_Task(unit))
         message_s = self._world.scenario.overheads.message_s
         self._world.later(self.worker, message_s, self._fill)
 
-    def hand_back(self) -> list[Unit]:
+    def hand_back(self) -> list[SimulatedUnit]:
         """Remove and return the units that are on no lane yet."""
         back = [task.unit for task in self._tasks if not task.is_on_lane]
         self._tasks = [task for task in self._tasks if task.is_on_lane]
         return back
 
-    def lose(self, is_journalled: bool) -> list[tuple[Unit, int]]:
+    def lose(self, is_journalled: bool) -> list[tuple[SimulatedUnit, int]]:
         """The worker has left; return its units, each with its number of journalled rows."""
         now, lost = self._world.clock.now, []
         for task in self._tasks:

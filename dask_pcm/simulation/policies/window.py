@@ -15,7 +15,7 @@ from dask_pcm.simulation.scenario.scenario import RunSpec
 
 
 @dataclass(slots=True, eq=False)
-class Unit:
+class SimulatedUnit:
     """Rows submitted as a whole; `number` counts the units of a run."""
 
     number: int
@@ -29,7 +29,7 @@ class Unit:
         return self.run.name, self.number
 
 
-class Window:
+class SimulatedWindow:
     """Cuts a run's pieces into units, and keeps enough of them outstanding for the workers."""
 
     def __init__(self, run: RunSpec, config: Config) -> None:
@@ -37,7 +37,7 @@ class Window:
         wants = (config.unit_s, config.max_unit_rows, config.n_lanes, config.ready_s)
         self._feed = Feed(UnitSizing(run.batch_rows, *wants))
         self.n_uncut = run.n_rows
-        self.units: dict[tuple[str, int], Unit] = {}  # outstanding
+        self.units: dict[tuple[str, int], SimulatedUnit] = {}  # outstanding
         self._n_keys = 0
 
     @property
@@ -49,12 +49,12 @@ class Window:
         """Take in the gate's report of the workers by device model, and their speeds."""
         self._feed.update_demand(demand)
 
-    def feed(self) -> list[Unit]:
+    def feed(self) -> list[SimulatedUnit]:
         """Cut and return the units to submit now: enough to fill all lanes, and a little more."""
         sizes = self._feed.sizes(lambda: self.n_uncut)
         return [self._add(self._cut(size.n_rows), size.device) for size in sizes]
 
-    def pieces(self) -> list[Unit]:
+    def pieces(self) -> list[SimulatedUnit]:
         """Cut everything: each piece is one task."""
         cut = []
         while self.n_uncut:
@@ -70,20 +70,20 @@ class Window:
         """A unit has failed for good."""
         self._drop(key)
 
-    def _drop(self, key: tuple[str, int]) -> Unit:
+    def _drop(self, key: tuple[str, int]) -> SimulatedUnit:
         unit = self.units.pop(key)
         self._feed.remove(unit.cut_for, unit.n_rows)
         return unit
 
-    def shrink(self, unit: Unit, n_rows: int) -> None:
+    def shrink(self, unit: SimulatedUnit, n_rows: int) -> None:
         """`n_rows` rows of a unit are in its journal, and need no inference."""
         unit.n_rows -= n_rows
         self._feed.shrink(unit.cut_for, n_rows)
 
-    def _add(self, n_rows: int, cut_for: str = "") -> Unit:
+    def _add(self, n_rows: int, cut_for: str = "") -> SimulatedUnit:
         self._n_keys += 1
         self.n_uncut -= n_rows
-        unit = Unit(self._n_keys, self.run, n_rows, cut_for)
+        unit = SimulatedUnit(self._n_keys, self.run, n_rows, cut_for)
         self.units[unit.key] = unit
         self._feed.add(cut_for, n_rows)
         return unit

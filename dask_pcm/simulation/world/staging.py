@@ -22,7 +22,7 @@ STORE, _MANAGER = "store", "manager"
 _SWARM = 1.3
 
 
-class Staging(Protocol):
+class StagingPolicy(Protocol):
     """How files reach workers."""
 
     def fetch(self, worker: str, file: str, n_bytes: int, done: Callable[[], object]) -> None:

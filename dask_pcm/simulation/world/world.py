@@ -13,7 +13,7 @@ from dask_pcm.simulation.world.clock import Clock, Timer
 from dask_pcm.simulation.world.links import Links
 from dask_pcm.simulation.world.lives import Life
 from dask_pcm.simulation.world.record import LOAD, STAGE, Record
-from dask_pcm.simulation.world.staging import STORE, Staging
+from dask_pcm.simulation.world.staging import STORE, StagingPolicy
 
 #: Least quiet time after which a simulation counts as stalled, in seconds.
 _STALL_S = 3_600.0
@@ -72,7 +72,7 @@ class World:
         self.links = Links(self.clock)
         self.links.open(STORE, scenario.store_bytes_s)
         #: Set by the policy.
-        self.staging: Staging
+        self.staging: StagingPolicy
         self._quiet_limit_s = _quiet_limit_s(scenario)
         joins = [at for pool in scenario.pools for at in pool.joins_s or pool.joins_within_s or ()]
         self._all_begun_s = max([run.starts_s for run in scenario.runs] + joins)
@@ -142,7 +142,7 @@ class World:
     def rows_by(self, worker: Worker, run: RunSpec, n_rows: int, seconds: float) -> tuple[int, int]:
         """Of `n_rows`, those in batches finished after `seconds` seconds, and those begun."""
         batch_s = self.infer_s(worker, run, run.batch_rows)
-        # The tolerance: a batch that ends right now has ended, whatever rounding says.
+        # The tolerance: a batch that ends right now has ended, despite rounding.
         n_ended = int(seconds / batch_s + 1e-9) * run.batch_rows
         n_begun = math.ceil(seconds / batch_s - 1e-9) * run.batch_rows
         return min(n_ended, n_rows), min(n_begun, n_rows)

@@ -20,7 +20,7 @@ import torch
 
 from dask_pcm.ladder.objects.freeze import freeze
 from dask_pcm.ladder.objects.images import LEAST_BYTES, Host, Image
-from dask_pcm.plugins.nanny.plugin import Shelf
+from dask_pcm.plugins.nanny.plugin import ImageShelf
 from tests.support.patience import patient, until
 
 
@@ -31,7 +31,7 @@ def model(n=256, seed=0):
     return module
 
 
-class OwnShelf(Shelf):
+class OwnShelf(ImageShelf):
     """A keeper in this process."""
 
     def keep(self, digest, path, n_bytes, is_shared):
@@ -247,8 +247,8 @@ def test_where_the_keeper_has_no_file_left_there_is_no_room(few_files, caplog):
 
 KEEPER = """
 import os, sys, time
-from dask_pcm.plugins.nanny.plugin import Shelf
-shelf = Shelf(1 << 30)
+from dask_pcm.plugins.nanny.plugin import ImageShelf
+shelf = ImageShelf(1 << 30)
 path, n_bytes = sys.stdin.readline().split()
 shelf.keep("it", path, int(n_bytes))
 print(shelf.find("it"), flush=True)

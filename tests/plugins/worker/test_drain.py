@@ -423,13 +423,13 @@ def test_handlers_of_others_stay():
 
     async def run():
         found = Signals()
-        found.heed("somebody", calls.append, 60)
+        found.listen("somebody", calls.append, 60)
         assert signal.getsignal(signal.SIGUSR1) is mine
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.sleep(0.05)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert calls == [60, signal.SIGUSR1]
-        found.leave("somebody")
+        found.ignore("somebody")
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     before = signal.signal(signal.SIGUSR1, mine)
@@ -449,12 +449,12 @@ def test_time_that_is_up_is_as_a_second_signal(monkeypatch):
         dasks.__module__ = "distributed._signals"
         signal.signal(signal.SIGTERM, dasks)
         found = Signals()
-        found.heed("somebody", lambda seconds: calls.append("told"), patient(0.5))
+        found.listen("somebody", lambda seconds: calls.append("told"), patient(0.5))
         os.kill(os.getpid(), signal.SIGUSR1)
         await poll(lambda: calls, 10, period=0.005)
-        assert calls == ["told"] and found.are_heeded
+        assert calls == ["told"] and found.is_listening
         await poll(lambda: len(calls) > 1, 10)
-        assert calls == ["told", signal.SIGTERM] and not found.are_heeded
+        assert calls == ["told", signal.SIGTERM] and not found.is_listening
         assert signal.getsignal(signal.SIGTERM) is dasks
 
     before = signal.getsignal(signal.SIGTERM)

@@ -38,10 +38,10 @@ def tuning(monkeypatch):
     monkeypatch.setattr(tuning_module, "_LOOK_S", 0.01)
     monkeypatch.setattr(tuning_module, "_IDLE_S", 0.3)
     made.worker = Living()
-    made.join(made.worker)
+    made.add_worker(made.worker)
     yield made
     made.worker.status = Status.closing
-    made.leave(made.worker)
+    made.remove_worker(made.worker)
     until(lambda: not made._is_watched)
 
 
@@ -93,7 +93,7 @@ def test_without_workers_all_is_put_back_as_soon_as_no_task_is_at_it(tuning, mon
     with tuning.in_use(3):
         pass
     assert found() != before
-    tuning.leave(tuning.worker)
+    tuning.remove_worker(tuning.worker)
     assert found() == before
     with tuning.in_use(3):
         assert found() != before

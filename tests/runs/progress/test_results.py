@@ -1,20 +1,16 @@
-"""Runs that end because too many rows fail, and samples."""
+"""Runs that end because too many rows fail."""
 
 from __future__ import annotations
 
 import os
 import traceback
-from pathlib import Path
 
 import dask.dataframe as dd
-import pandas as pd
 import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import (
     FailedRowsError,
-    OutputError,
-    SchemaError,
 )
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.storage.folder import Folder
@@ -127,42 +123,3 @@ class TestTooManyFailures:
         with pytest.raises(pcm.PCMError, match="takes a number of rows"):
             write(job(), out, max_failed_rows="many")
         assert not os.path.exists(out)
-
-
-class TestSample:
-    def test_where_every_row_fails_alike(self, client, job, out, noted):
-        noted.fail(range(200))
-        with pytest.raises(ValueError, match="is bad"):
-            pcm.sample(job(noted), 20)
-        noted.fail(range(150))
-        assert 0 < pcm.sample(job(noted), 20).n_failed < 20
-
-    def test_rows_of_the_whole_and_what_the_rest_would_take(self, client, job, out, noted):
-        found = pcm.sample(job(noted), 20)
-        assert len(found.frame) == 20 and found.frame.id.is_monotonic_increasing
-        assert found.frame.id.max() > 100 and noted.ids() == found.frame.id.tolist()
-        assert (found.n_rows, found.n_left, found.n_failed) == (200, 200, 0)
-        assert found.device_hours == pytest.approx(200 / found.rows_per_s / 3600)
-        assert "20 of 200 rows" in str(found)
-        assert not os.path.exists(out)
-        assert pcm.sample(job(noted), 20).frame.id.tolist() == found.frame.id.tolist()
-
-    def test_of_what_is_begun(self, client, job, out, noted):
-        noted.fail([5])
-        write(job(noted), out)
-        sorted(Path(out).glob("part-*.parquet"))[-1].unlink()
-        n_left = 200 - len(pd.read_parquet(out))
-        before = sorted(p.name for p in Path(out).rglob("*"))
-        found = pcm.sample(job(noted), 1000, output=out)
-        assert (len(found.frame), found.n_left, found.n_failed) == (200, n_left, 1)
-        assert found.errors == ("ValueError: row 5 is bad",)
-        assert sorted(p.name for p in Path(out).rglob("*")) == before
-
-    def test_what_cannot_be_sampled(self, client, job, out):
-        with pytest.raises(SchemaError, match="rows that can be computed separately"):
-            pcm.sample(job(batch_rows=None), 5)
-        with pytest.raises(SchemaError, match="at least 1"):
-            pcm.sample(job(), 0)
-        write(job(), out)
-        with pytest.raises(OutputError, match="of another job"):
-            pcm.sample(job(lambda f, m: f), 5, output=out)

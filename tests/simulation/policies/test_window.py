@@ -5,7 +5,7 @@ import pytest
 from dask_pcm.config import Config
 from dask_pcm.scheduling.feed.feed import DeviceDemand
 from dask_pcm.simulation.policies.lanes import Lanes
-from dask_pcm.simulation.policies.window import Unit, Window
+from dask_pcm.simulation.policies.window import SimulatedUnit, SimulatedWindow
 from dask_pcm.simulation.world.lives import draw_lives
 from dask_pcm.simulation.world.record import Record
 from dask_pcm.simulation.world.world import Worker, World
@@ -24,7 +24,7 @@ def drained(window, n_workers, row_s):
 
 
 def window_of(tmp_path, n_rows, **values):
-    return Window(world(tmp_path, runs=run(n_rows, **values)).runs[0], Config.read())
+    return SimulatedWindow(world(tmp_path, runs=run(n_rows, **values)).runs[0], Config.read())
 
 
 def test_units_grow_with_the_speed_and_shrink_at_the_end(tmp_path):
@@ -70,6 +70,6 @@ def test_a_second_lane_hides_reading_and_committing(tmp_path, n_lanes, expected)
     ended = []
     lanes = Lanes(here, worker, n_lanes, lambda *_: ended.append(here.clock.now))
     for number in range(3):
-        lanes.send(Unit(number, scenario.runs[0], 1))
+        lanes.send(SimulatedUnit(number, scenario.runs[0], 1))
     here.clock.run(lambda: False)
     assert ended == pytest.approx(expected)

@@ -11,7 +11,7 @@ from distributed.protocol.pickle import dumps
 from distributed.scheduler import TaskState
 
 from dask_pcm.errors import LoadError
-from dask_pcm.plugins.scheduler.contexts import Contexts
+from dask_pcm.plugins.scheduler.contexts import ContextService
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.plugins.scheduler.tasks import parking
@@ -28,7 +28,9 @@ class Dispatch(Service):
     A task is dispatched by restricting it to its worker and recommending ``processing``.
     """
 
-    def __init__(self, hub: Hub, workers: Workers, contexts: Contexts, parked: ParkedTasks) -> None:
+    def __init__(
+        self, hub: Hub, workers: Workers, contexts: ContextService, parked: ParkedTasks
+    ) -> None:
         self._hub = hub
         self._workers = workers
         self._contexts = contexts
@@ -43,7 +45,7 @@ class Dispatch(Service):
         try:
             for action in actions:
                 self._act(action)
-        finally:  # the state already counts the assignments as placed, whatever failed here
+        finally:  # the state already counts the assignments as placed, even after a failure here
             self._send([action for action in actions if isinstance(action, Assign)])
 
     def _act(self, action: Action) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from distributed.scheduler import TaskState
 
-from dask_pcm.plugins.scheduler.contexts import Contexts
+from dask_pcm.plugins.scheduler.contexts import ContextService
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.members import Member
 from dask_pcm.plugins.scheduler.service import Service
@@ -27,7 +27,7 @@ class ParkedTasks(Service):
         The user's own restrictions of each task, by key.
     """
 
-    def __init__(self, hub: Hub, contexts: Contexts, attribution: Attribution) -> None:
+    def __init__(self, hub: Hub, contexts: ContextService, attribution: Attribution) -> None:
         self._hub = hub
         self._contexts = contexts
         self._attribution = attribution
