@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import pandas as pd
 
@@ -23,61 +24,12 @@ from dask_pcm.ladder.objects.tensors import is_sticky
 from dask_pcm.parquet.conversion import MISFITS, cast
 from dask_pcm.plugins.worker.deadline import in_time
 from dask_pcm.plugins.worker.first_batches import is_hopeless
+from dask_pcm.plugins.worker.stats import TaskStats
 from dask_pcm.plugins.worker.tally import Tally, unpack
-from dask_pcm.plugins.worker.task import hold, task_stats
+from dask_pcm.plugins.worker.task import attendants, hold
 from dask_pcm.scheduling.rules.first_batches import N_BATCHES, Failing, Position
 
-
-class _Withheld(threading.local):
-    """Per thread: the error that replaces every row-wise call, or None to call as usual."""
-
-    error: Exception | None = None
-
-
-_withheld = _Withheld()
-
-
-@contextmanager
-def failing_all_rows(error: Exception) -> Iterator[None]:
-    """Fail all rows with `error` instead of calling row-wise functions, on this thread only.
-
-    For quarantined rows: no function may see them again, but their output has the same form as
-    that of rows whose function raised.
-    """
-    _withheld.error = error
-    try:
-        yield
-    finally:
-        _withheld.error = None
-
-
-class _Notes(threading.local):
-    """Per thread: callbacks that observe the progress of the current rows, or None."""
-
-    on_wait: Callable[[], None] | None = None
-    on_call: Callable[[int, int, int], None] | None = None
-
-
-_notes = _Notes()
-
-
-@contextmanager
-def noting(on_wait: Callable[[], None], on_call: Callable[[int, int, int], None]) -> Iterator[None]:
-    """Report what row-wise functions are about to do, on this thread only.
-
-    Parameters
-    ----------
-    on_wait
-        Called before the task waits for its contexts. No row is computed until `on_call` follows.
-    on_call
-        Called as ``on_call(start, stop, n_rows)`` right before a function is called on rows
-        ``start:stop`` of a frame of `n_rows` rows.
-    """
-    _notes.on_wait, _notes.on_call = on_wait, on_call
-    try:
-        yield
-    finally:
-        _notes.on_wait = _notes.on_call = None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,31 +61,16 @@ class Call:
     is_enforced: bool
     timeout_s: float | None = None
 
-    def on(
-        self, frame: pd.DataFrame, contexts: Sequence[Any], tally: Tally
-    ) -> Iterator[pd.DataFrame]:
-        """Apply the function to a partition, `batch_rows` rows at a time; yield each result."""
-        if self.batch_rows is None:
-            yield self._call(frame, contexts)
-            return
-        for start in range(0, len(frame), self.batch_rows):
-            rows = frame.iloc[start : start + self.batch_rows]
-            if _notes.on_call is not None and _withheld.error is None:
-                _notes.on_call(start, start + len(rows), len(frame))
-            tally.begin_batch()
-            yield self._batch(rows, contexts, tally)
+    @property
+    def is_served(self) -> bool:
+        """Whether several batches may be in flight: the function has a method ``submit``.
 
-    def joined(self, parts: list[pd.DataFrame]) -> pd.DataFrame:
-        """Concatenate the results of all batches and check them against `meta`."""
-        if self.batch_rows is None:
-            return self._enforced(parts[0])
-        if any(not part.dtypes.equals(parts[0].dtypes) for part in parts[1:]):
-            # Cast before concatenating: pandas would turn integers and nulls into rounded floats.
-            parts = [self._enforced(with_error(part)) for part in parts]
-        result = parts[0] if len(parts) == 1 else pd.concat(parts)
-        return self._enforced(with_error(result))
+        It is called like the function and returns a future. For a context with an attendant it gets
+        the attendant instead of the live object; see ``ladder/residency.py``.
+        """
+        return self.batch_rows is not None and callable(getattr(self.func, "submit", None))
 
-    def _call(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Any:
+    def on(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Any:
         """Call the user's function once, within the time limit of a batch.
 
         Must run on the task's thread: the deadline and interrupts are tied to it.
@@ -143,51 +80,50 @@ class Call:
         # partition.
         frame = frame.copy(deep=False)
         limit = nullcontext() if self.batch_rows is None else in_time(self.timeout_s)
+        with self._raising(), limit:
+            if self.is_served:
+                return self.submit(frame, contexts).result()
+            args, kwargs = self._arguments(contexts)
+            return self.func(frame, *args, **kwargs)
+
+    def submit(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Future[pd.DataFrame]:
+        """Hand a batch to a function that is served; it gets attendants instead of live objects."""
+        args, kwargs = self._arguments(contexts)
+        with self._raising():
+            submitted: Future[pd.DataFrame] = self.func.submit(frame, *args, **kwargs)  # type: ignore[attr-defined] # it is served
+        return submitted
+
+    def _arguments(self, contexts: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the function is called with after its frame."""
+        if self.names is None:
+            return (*contexts, *self.args), dict(self.kwargs)
+        return self.args, {**self.kwargs, **dict(zip(self.names, contexts, strict=True))}
+
+    @contextmanager
+    def _raising(self) -> Iterator[None]:
+        """Turn SystemExit and the like into errors of the function."""
         try:
-            with limit:
-                if self.names is None:
-                    return self.func(frame, *contexts, *self.args, **self.kwargs)
-                named = dict(zip(self.names, contexts, strict=True))
-                return self.func(frame, *self.args, **self.kwargs, **named)
+            yield
         except BaseException as error:
             if (
                 isinstance(error, Exception)
                 or threading.current_thread() is threading.main_thread()
             ):
                 raise  # on the main thread this may be the user's Ctrl-C
-            # SystemExit and the like on a task's thread: Dask would end the worker or never
-            # complete the task.
+            # On a task's thread, Dask would end the worker or never complete the task.
             raise RuntimeError(f"{_name(self.func)} raised {error!r}") from error
 
-    def _batch(self, frame: pd.DataFrame, contexts: Sequence[Any], tally: Tally) -> pd.DataFrame:
-        """Call the function on one batch; if it raises, bisect down to the failing rows."""
-        if _withheld.error is not None:
-            tally.succeed()
-            rows = [frame.iloc[at : at + 1] for at in range(len(frame))]
-            return pd.concat(
-                [self._cast(failed_row(row, self.meta, _withheld.error)) for row in rows]
-            )
-        try:
-            result = self._call(frame, contexts)
-        except PCMError:
-            raise
-        except Exception as error:
-            # A sticky device error fails every later call in this process; bisecting would blame
-            # rows that are fine.
-            if is_sticky(error):
-                raise
-            if len(frame) == 1:
-                tally.fail(frame, error)
-                return self._cast(failed_row(frame, self.meta, error))
-        else:
-            tally.succeed()
-            return self._one_for_each(frame, result)
-        # Outside the except block: errors of the halves must not be chained to this one.
-        half = len(frame) // 2
-        halves = (frame.iloc[:half], frame.iloc[half:])
-        return pd.concat([self._batch(rows, contexts, tally) for rows in halves])
+    def joined(self, parts: list[pd.DataFrame]) -> pd.DataFrame:
+        """Concatenate the results of all batches and check them against `meta`."""
+        if self.batch_rows is None:
+            return self.enforced(parts[0])
+        if any(not part.dtypes.equals(parts[0].dtypes) for part in parts[1:]):
+            # Cast before concatenating: pandas would turn integers and nulls into rounded floats.
+            parts = [self.enforced(with_error(part)) for part in parts]
+        result = parts[0] if len(parts) == 1 else pd.concat(parts)
+        return self.enforced(with_error(result))
 
-    def _one_for_each(self, frame: pd.DataFrame, result: Any) -> pd.DataFrame:
+    def one_for_each(self, frame: pd.DataFrame, result: Any) -> pd.DataFrame:
         """Check that `result` has one row per row of `frame`, in order; return it on its index.
 
         Raises
@@ -219,8 +155,11 @@ class Call:
             self._check_columns(result)
         return result
 
-    def _enforced(self, result: Any) -> Any:
-        """The result with the columns, their order and the dtypes of `meta`, if enforced."""
+    def enforced(self, result: Any) -> Any:
+        """The result with the columns, their order and the dtypes of `meta`, if enforced.
+
+        An ``error`` column that the function did not return is not added.
+        """
         if not self.is_enforced:
             return result
         if not isinstance(result, pd.DataFrame):
@@ -229,7 +168,10 @@ class Call:
                 f" columns {list(self.meta.columns)}."
             )
         self._check_columns(result)
-        return self._cast(result[list(self.meta.columns)])
+        names = [name for name in self.meta.columns if name in result.columns]
+        if names != list(result.columns):
+            result = result[names]
+        return self.cast(result)
 
     def _check_columns(self, result: pd.DataFrame) -> None:
         """Raise SchemaError if columns are missing, repeated or not declared in `meta`."""
@@ -250,13 +192,17 @@ class Call:
                 f" {list(self.meta.columns)} ({difference})."
             )
 
-    def _cast(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def cast(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Cast columns to the dtypes of `meta`; raise SchemaError if a value would change."""
+        wanted = dict(self.meta.dtypes.items())
         different = {
-            name: without_categories(dtype)
-            for name, dtype in self.meta.dtypes.items()
-            if without_categories(frame[name].dtype) != without_categories(dtype)
+            name: wanted[name]
+            for name, dtype in frame.dtypes.items()
+            if dtype != wanted[name]
+            and without_categories(dtype) != without_categories(wanted[name])
         }
+        if not different:
+            return frame
         frame = frame.copy(deep=False)
         for name, dtype in different.items():
             try:
@@ -267,6 +213,164 @@ class Call:
                     f" convert to the dtype in meta, {dtype}: {error}."
                 ) from error
         return frame
+
+
+class Watch(Protocol):
+    """Sees what is about to happen to the rows of a frame."""
+
+    def waits(self) -> None:
+        """The task waits for its contexts. No row is computed until `calls` follows."""
+
+    def calls(self, start: int, stop: int, n_rows: int) -> None:
+        """The function is about to be called on rows ``start:stop`` of a frame of `n_rows`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission(Generic[T]):
+    """A batch that was begun.
+
+    Attributes
+    ----------
+    result
+        Waits for its results, and returns them; for the thread that submitted it.
+    future
+        What is waited for; None if the results are there.
+    """
+
+    result: Callable[[], T]
+    future: Future[Any] | None = None
+
+
+class Caller:
+    """Calls one function in one task, and holds its contexts meanwhile; for the task's thread.
+
+    Parameters
+    ----------
+    sealed
+        The pickled ``Call``.
+    refs
+        The contexts to acquire, in the order of ``Call.names``.
+    stats
+        Collects what the task does.
+    """
+
+    def __init__(self, sealed: Sealed, refs: Sequence[ContextRef], stats: TaskStats) -> None:
+        self.call: Call = sealed.open()
+        self._refs = refs
+        self._stats = stats
+        self.tally = Tally()
+        if self.call.batch_rows is not None:
+            self.tally = stats.tallies.setdefault(sealed.digest, self.tally)
+        #: The contexts of a function that is served; held from the first batch to ``close``.
+        self._held: list[Any] | None = None
+        self._stack = ExitStack()
+
+    def close(self) -> None:
+        """Let go of contexts that are held for batches in flight."""
+        self._held = None
+        self._stack.close()
+
+    def each(self, frame: pd.DataFrame, watch: Watch | None = None) -> Iterator[Any]:
+        """Call the function on `frame`, ``batch_rows`` rows at a time; yield what it returns.
+
+        The contexts are held until the generator ends.
+        """
+        cut = self._cut(frame)  # before the contexts are held: other lanes wait for them
+        if watch is not None:
+            watch.waits()
+        with hold(self._refs, self._stats) as contexts:
+            if self.call.is_served:
+                contexts = attendants(self._refs, contexts)
+            if self.call.batch_rows is None:
+                yield self.call.on(frame, contexts)
+                return
+            start = 0
+            for rows in cut:
+                if watch is not None:
+                    watch.calls(start, start + len(rows), len(frame))
+                start += len(rows)
+                self.tally.begin_batch()
+                yield self._batch(rows, contexts)
+
+    def results(self, frame: pd.DataFrame, watch: Watch | None = None) -> list[pd.DataFrame]:
+        """The results on `frame`, by batch; by rows, each is checked and on its rows' index."""
+        if not len(frame):
+            return [self.call.meta.copy()]
+        return self.checked(frame, list(self.each(frame, watch)))
+
+    def checked(self, frame: pd.DataFrame, found: list[Any]) -> list[pd.DataFrame]:
+        """What ``each`` has yielded for `frame`: by rows, checked and on the index of its rows."""
+        if self.call.batch_rows is None:
+            return found
+        pairs = zip(self._cut(frame), found, strict=True)
+        return [self.call.one_for_each(rows, result) for rows, result in pairs]
+
+    def submit(self, frame: pd.DataFrame, watch: Watch) -> Submission[list[pd.DataFrame]]:
+        """Begin a batch; a function that is not served is called at once."""
+        if not self.call.is_served or not len(frame):
+            found = self.results(frame, watch)
+            return Submission(lambda: found)
+        if self._held is None:
+            watch.waits()
+            values = self._stack.enter_context(hold(self._refs, self._stats))
+            self._held = attendants(self._refs, values)
+        contexts = self._held
+        watch.calls(0, len(frame), len(frame))
+        self.tally.begin_batch()
+        future = self.call.submit(frame.copy(deep=False), contexts)
+        collect = lambda: [  # noqa: E731
+            self.call.one_for_each(frame, self._batch(frame, contexts, future.result))
+        ]
+        return Submission(collect, future)
+
+    def failed(self, frame: pd.DataFrame, error: Exception) -> list[pd.DataFrame]:
+        """The results if all rows fail with `error`, without a call of the function."""
+        self.tally.begin_batch()
+        self.tally.succeed()
+        rows = [frame.iloc[at : at + 1] for at in range(len(frame))]
+        meta = self.call.meta
+        return [pd.concat([self.call.cast(failed_row(row, meta, error)) for row in rows])]
+
+    def _cut(self, frame: pd.DataFrame) -> list[pd.DataFrame]:
+        """The rows of each call."""
+        size = self.call.batch_rows
+        if size is None or len(frame) <= size:
+            return [frame]
+        return [frame.iloc[at : at + size] for at in range(0, len(frame), size)]
+
+    def _batch(
+        self,
+        frame: pd.DataFrame,
+        contexts: Sequence[Any],
+        compute: Callable[[], Any] | None = None,
+    ) -> Any:
+        """Call the function on one batch; if it raises, bisect down to the failing rows.
+
+        What it returned is not checked, except after a bisection.
+        """
+        try:
+            result = self.call.on(frame, contexts) if compute is None else compute()
+        except PCMError:
+            raise
+        except Exception as error:
+            # A sticky device error fails every later call in this process; bisecting would blame
+            # rows that are fine.
+            if is_sticky(error):
+                raise
+            if len(frame) == 1:
+                self.tally.fail(frame, error)
+                return self.call.cast(failed_row(frame, self.call.meta, error))
+        else:
+            self.tally.succeed()
+            return result
+        # Outside the except block: errors of the halves must not be chained to this one.
+        half = len(frame) // 2
+        return pd.concat(
+            [
+                self.call.one_for_each(rows, self._batch(rows, contexts))
+                for rows in (frame.iloc[:half], frame.iloc[half:])
+            ]
+        )
 
 
 def infer(
@@ -296,33 +400,22 @@ def infer(
     Exception
         The function's own exception, if it failed on all of the first rows of the collection.
     """
-    opened: Call = call.open()
-    is_by_rows = opened.batch_rows is not None
-    if is_by_rows:
-        task_stats.is_by_rows, task_stats.errors = True, []
+    caller = Caller(call, refs, TaskStats())
+    opened, is_by_rows = caller.call, caller.call.batch_rows is not None
     if not len(frame):
         if is_by_rows and position is not None:
             # Record that this partition has no rows, so the check moves on to the next one.
             is_hopeless(position, Failing(0))
         return opened.meta.copy()
-    tally = Tally()
-    if is_by_rows and position is None:
-        tally = task_stats.tallies.setdefault(call.digest, tally)
-    parts = []
-    if _notes.on_wait is not None:
-        _notes.on_wait()
-    with hold(refs) as contexts:
-        for part in opened.on(frame, contexts, tally):
-            parts.append(part)
-            if position is not None and len(parts) == N_BATCHES:
-                _check_hope(position, tally)
+    parts: list[Any] = []
+    for part in caller.each(frame):
+        parts.append(part)
+        if position is not None and len(parts) == N_BATCHES:
+            _check_hope(position, caller.tally)
     # After the contexts are released: the check may wait, and another lane can use them meanwhile.
     if is_by_rows and position is not None and len(parts) < N_BATCHES:
-        _check_hope(position, tally)
-    result = opened.joined(parts)
-    if is_by_rows and ERROR in result.columns:
-        task_stats.errors = result[ERROR].dropna().tolist()
-    return result
+        _check_hope(position, caller.tally)
+    return opened.joined(caller.checked(frame, parts))
 
 
 def _check_hope(position: Position, tally: Tally) -> None:

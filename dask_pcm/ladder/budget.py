@@ -1,166 +1,167 @@
-"""Room on the device: a context is brought there only once its bytes fit the budget.
+"""Room on the device: bytes are taken there only once they fit the budget.
 
-To make room, idle contexts are offloaded, least recently used first. Where every context is in use,
-the load waits, unless the tasks that use them wait for room as well.
+Several tenants share a device: the contexts, and later the pages of engines. To make room, a tenant
+is asked to give back what it can spare. If none can, the request waits, unless those that keep the
+memory wait for room as well.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from dask_pcm.errors import DeviceBusyError, DeviceMemoryError
-from dask_pcm.ladder.objects.tensors import is_out_of_memory
-from dask_pcm.ladder.residency import Residency
 from dask_pcm.ladder.turns import Turns
-from dask_pcm.tiers import Tier
 
-logger = logging.getLogger(__name__)
-
-#: How often a load that waits for room checks for a deadlock: the beginning of a holder's own wait
-#: notifies no other thread.
+#: How often a request that waits for room checks for a deadlock: the beginning of a holder's own
+#: wait notifies no other thread.
 _POLL_S = 1.0
 
 
-class DeviceBudget:
-    """Keeps the bytes of contexts on the device within a limit.
+class Tenant(Protocol):
+    """Takes memory of a device, and can give some of it back."""
 
-    Methods may be called from any thread, without the store's lock.
+    def taken(self) -> Iterable[tuple[str, int]]:
+        """What it takes, by name, in bytes; called with the budget's lock held."""
+
+    def holders(self) -> set[int]:
+        """Threads without which it could give back more; called with the budget's lock held."""
+
+    def spare(self) -> Callable[[], bool] | None:
+        """What gives back some memory; None if there is nothing to spare now.
+
+        Called with the budget's lock held. What it returns is called without the lock, since
+        copying weights takes seconds. It returns whether it gave back anything: what was idle may
+        be in use by then, and is not to spare any more.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Bytes that are wanted on the device.
+
+    Attributes
+    ----------
+    name
+        What wants them, for messages.
+    n_bytes
+        What it takes there in all.
+    counted_bytes
+        The part that its tenant counts as taken already.
+    """
+
+    name: str
+    n_bytes: int
+    counted_bytes: int = 0
+
+
+class DeviceBudget:
+    """Keeps the bytes of all tenants of a device within a limit.
+
+    Methods may be called from any thread, without the lock.
 
     Parameters
     ----------
     limit_bytes
-        Returns what contexts may take on the device, in bytes; None for no limit.
-    residencies
-        The store's own mapping, by digest; read with the lock held.
+        Returns what tenants may take on the device, in bytes; None for no limit.
     changed
-        The store's lock, notified when a load, a move or a turn ends.
+        The lock, notified when a tenant has given back memory, or a turn ends.
     turns
         Says which thread waits for which.
-    offload
-        Offloads a context by digest; False if it is held or not on the device.
     """
 
     def __init__(
-        self,
-        limit_bytes: Callable[[], int | None],
-        residencies: Mapping[str, Residency],
-        changed: threading.Condition,
-        turns: Turns,
-        offload: Callable[[str], bool],
+        self, limit_bytes: Callable[[], int | None], changed: threading.Condition, turns: Turns
     ) -> None:
         self._limit_bytes = limit_bytes
-        self._residencies = residencies
         self._changed = changed
         self._turns = turns
-        self._offload = offload
+        self._tenants: list[Tenant] = []
         #: Threads that wait for room on the device.
         self._waiting: set[int] = set()
 
-    def bring(self, wanted: Residency, up: Callable[[Residency], bool]) -> bool:
-        """Reserve room and call `up`; once more, with idle contexts offloaded, if memory runs out.
+    def add(self, tenant: Tenant) -> None:
+        """Add a tenant; those added first are asked first for what they can spare."""
+        with self._changed:
+            self._tenants.append(tenant)
 
-        Budgets are declared or measured, so what torch's allocator finds may be less.
+    def remove(self, tenant: Tenant) -> None:
+        """Remove a tenant, which takes nothing any more."""
+        with self._changed:
+            self._tenants.remove(tenant)
+            self._changed.notify_all()
 
-        Returns
-        -------
-        bool
-            What `up` returns: whether the loader was called.
-        """
-        self.make_room(wanted)
-        tried = self._try(wanted, up)
-        # Outside the except clause, whose traceback would keep the half-built object and its
-        # memory alive.
-        return up(wanted) if tried is None else tried
+    def reserve(self, request: Request, grant: Callable[[], object]) -> None:
+        """Make room, then call `grant`, which has the tenant count the bytes as taken.
 
-    def _try(self, wanted: Residency, up: Callable[[Residency], bool]) -> bool | None:
-        """Call `up`; None if it ran out of memory and idle contexts were offloaded for it."""
-        try:
-            return up(wanted)
-        except BaseException as cause:
-            if not is_out_of_memory(cause) or not self.offload_idle():
-                raise
-            logger.warning(
-                "Out of device memory for context %r: idle contexts were offloaded; trying again",
-                wanted.ref.name,
-            )
-            return None
-
-    def make_room(self, wanted: Residency) -> None:
-        """Reserve the device for `wanted`; offload idle contexts until it fits.
+        `grant` is called with the lock held, so that two requests never count on one gap.
 
         Raises
         ------
         DeviceMemoryError
-            If the context alone exceeds the budget.
+            If the request alone exceeds the budget.
         DeviceBusyError
-            If every thread that holds a context there waits for room as well.
+            If every thread that keeps memory of the device waits for room as well.
         """
-        budget = self._limit_bytes()
-        if budget is None:
-            return
-        if wanted.n_bytes > budget:
+        limit = self._limit_bytes()
+        if limit is not None and request.n_bytes > limit:
             raise DeviceMemoryError(
-                f"Context {wanted.ref.name!r} takes {wanted.n_bytes:,} bytes on the device, which"
-                f" has {budget:,} for contexts (pcm.ladder.device.budget). Use a smaller model or"
+                f"Context {request.name!r} takes {request.n_bytes:,} bytes on the device, which"
+                f" has {limit:,} for contexts (pcm.ladder.device.budget). Use a smaller model or"
                 " data type, or workers with larger devices."
             )
         while True:
             with self._changed:
-                there = [r for r in self._residencies.values() if r is not wanted and r.is_there]
-                if sum(r.n_bytes for r in there) + wanted.n_bytes <= budget:
-                    # Reserved under the same lock as the sum: two loads never count on one gap.
-                    wanted.has_room = True
+                wanted = request.n_bytes - request.counted_bytes
+                if limit is None or self._taken_bytes() + wanted <= limit:
+                    grant()
                     return
-                idle = [r for r in there if r.tier is Tier.DEVICE and not r.n_holders]
-                if not idle:
-                    self._wait_for_room(wanted, there, budget)
-            if idle:
-                # Without the lock: copying weights takes seconds. If the context is acquired in
-                # between, offload() refuses and the loop looks again.
-                self._offload(min(idle, key=lambda r: r.used_at).ref.digest)
+                give_back = self._spare()
+                if give_back is None:
+                    self._wait_for_room(request, limit)
+            if give_back is not None:
+                give_back()
 
-    def measure(self, residency: Residency) -> None:
-        """Correct what a context takes, now that it is on the device; make room for the rest.
-
-        Raises
-        ------
-        DeviceMemoryError, DeviceBusyError
-            See ``make_room``.
-        """
-        assert residency.live is not None
-        inner = [r.live for r in residency.inner if r.live is not None]
-        found = residency.live.bytes_beside(inner)
-        if found > residency.n_bytes:
-            residency.n_bytes = found
-            self.make_room(residency)
-
-    def offload_idle(self) -> bool:
-        """Offload every context that no task holds; False if there was none."""
-        with self._changed:
-            digests = [d for d, r in self._residencies.items() if r.tier is Tier.DEVICE]
-        return sum(map(self._offload, digests)) > 0
+    def reclaim(self) -> bool:
+        """Have every tenant give back what it can spare; False if there was nothing."""
+        is_any = False
+        while True:
+            with self._changed:
+                give_back = self._spare()
+            if give_back is None:
+                return is_any
+            is_any = bool(give_back()) or is_any
 
     def validate(self) -> None:
-        """Raise AssertionError if contexts take more than the budget; with the lock held."""
-        budget = self._limit_bytes()
-        there = sum(r.n_bytes for r in self._residencies.values() if r.is_there)
-        assert budget is None or there <= budget, (there, budget)
+        """Raise AssertionError if tenants take more than the budget; with the lock held."""
+        limit = self._limit_bytes()
+        assert limit is None or self._taken_bytes() <= limit, (self._taken_bytes(), limit)
 
-    def _wait_for_room(self, wanted: Residency, there: list[Residency], budget: int) -> None:
-        """Wait for a change; with the lock held. Refuse if no holder can ever make room."""
+    def _taken_bytes(self) -> int:
+        return sum(n_bytes for tenant in self._tenants for _, n_bytes in tenant.taken())
+
+    def _spare(self) -> Callable[[], bool] | None:
+        return next((give for t in self._tenants if (give := t.spare()) is not None), None)
+
+    def _wait_for_room(self, request: Request, limit: int) -> None:
+        """Wait for a change; with the lock held. Refuse if nothing can ever make room."""
         me = threading.get_ident()
-        holders = {thread for residency in there for thread in residency.holding}
+        holders = {thread for tenant in self._tenants for thread in tenant.holders()}
         if all(self._turns.leads_to(thread, self._waiting | {me}) for thread in holders):
-            names = ", ".join(f"{r.ref.name!r} ({r.n_bytes:,})" for r in there)
-            raise DeviceBusyError(
-                f"Context {wanted.ref.name!r} takes {wanted.n_bytes:,} bytes; the device has"
-                f" {budget:,} for contexts, and the tasks that hold {names} wait for room as well."
-                " Acquire contexts that are used together in one call, so that the gate sees both."
-            )
+            raise DeviceBusyError(self._text(request, limit))
         self._waiting.add(me)
         try:
             self._changed.wait(_POLL_S)
         finally:
             self._waiting.discard(me)
+
+    def _text(self, request: Request, limit: int) -> str:
+        taken: Sequence[tuple[str, int]] = [one for t in self._tenants for one in t.taken()]
+        names = ", ".join(f"{name!r} ({n_bytes:,})" for name, n_bytes in taken)
+        return (
+            f"Context {request.name!r} takes {request.n_bytes:,} bytes; the device has {limit:,}"
+            f" for contexts, and the tasks that hold {names} wait for room as well. Acquire"
+            " contexts that are used together in one call, so that the gate sees both."
+        )

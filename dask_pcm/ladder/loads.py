@@ -10,12 +10,12 @@ import time
 from typing import Any
 
 from dask_pcm.errors import DeviceBusyError, LoadError
-from dask_pcm.ladder.budget import DeviceBudget
+from dask_pcm.ladder.budget import DeviceBudget, Request
 from dask_pcm.ladder.build import Builder, failure_kind, failure_text
 from dask_pcm.ladder.objects.live import Live
-from dask_pcm.ladder.objects.tensors import is_sticky
+from dask_pcm.ladder.objects.tensors import is_out_of_memory, is_sticky
 from dask_pcm.ladder.residencies import Residencies
-from dask_pcm.ladder.residency import Change, Residency
+from dask_pcm.ladder.residency import Attendant, Change, Residency
 from dask_pcm.tiers import Tier
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,10 @@ class Loads:
         error, is_built, wrong = None, False, None
         is_up = False
         try:
-            is_built = self._device.bring(residency, self._up)
+            is_built = self._onto_device(residency)
             is_up = True
-            self._device.measure(residency)
+            self._measure(residency)
+            self._attend(residency)
         except DeviceBusyError as cause:  # not the recipe's fault: no FAILED, no back-off
             self._step_back(residency, is_up)
             raise LoadError(failure_text(residency.ref, cause)) from cause
@@ -60,6 +61,7 @@ class Loads:
                 failure_kind(wrong),
                 is_sticky(wrong),
                 self._builder.staged_s.get(residency.ref.digest, 0.0) if is_built else 0.0,
+                residency.attendant.n_rows if residency.attendant is not None else 0,
             )
         )
         if error:
@@ -71,6 +73,62 @@ class Loads:
         if residency.is_released:  # during the load; does nothing if a task holds it by now
             self._residencies.evict(residency.ref.digest)
         return value
+
+    def _onto_device(self, residency: Residency) -> bool:
+        """Reserve room and bring a context there; once more, with idle ones offloaded, if memory
+        runs out. True if its loader was called.
+
+        Budgets are declared or measured, so what torch's allocator finds may be less.
+        """
+        self._reserve(residency, residency.n_bytes)
+        tried = self._try(residency)
+        # Outside the except clause, whose traceback would keep the half-built object and its
+        # memory alive.
+        return self._up(residency) if tried is None else tried
+
+    def _try(self, residency: Residency) -> bool | None:
+        """Bring a context; None if memory ran out and idle contexts were offloaded for it."""
+        try:
+            return self._up(residency)
+        except BaseException as cause:
+            if not is_out_of_memory(cause) or not self._device.reclaim():
+                raise
+            logger.warning(
+                "Out of device memory for context %r: idle contexts were offloaded; trying again",
+                residency.ref.name,
+            )
+            return None
+
+    def _reserve(self, residency: Residency, n_bytes: int, attendant_bytes: int = 0) -> None:
+        """Make room for a context, and for its attendant; see ``DeviceBudget.reserve``."""
+        counted = residency.taken_bytes if residency.is_there else 0
+
+        def grant() -> None:
+            residency.has_room = True
+            residency.n_bytes, residency.attendant_bytes = n_bytes, attendant_bytes
+
+        request = Request(residency.ref.name, n_bytes + attendant_bytes, counted)
+        self._device.reserve(request, grant)
+
+    def _measure(self, residency: Residency) -> None:
+        """Correct what a context takes, now that it is on the device; make room for the rest."""
+        assert residency.live is not None
+        inner = [r.live for r in residency.inner if r.live is not None]
+        found = residency.live.bytes_beside(inner)
+        if found > residency.n_bytes:
+            with self._residencies.changed:
+                residency.n_bytes = found  # it has them, even if there is no room and it must go
+            self._reserve(residency, found)
+
+    def _attend(self, residency: Residency) -> None:
+        """Start the attendant of an object that has one, within the budget."""
+        attend = getattr(residency.value, "attend", None)
+        if not callable(attend):
+            return
+        attendant: Attendant = attend()
+        self._reserve(residency, residency.n_bytes, attendant.n_bytes)
+        residency.attendant = attendant  # closed with the residency, also if it does not start
+        attendant.start()
 
     def _up(self, residency: Residency) -> bool:
         """Restore, reattach or build a context; True if its loader was called."""
@@ -87,6 +145,7 @@ class Loads:
     def _step_back(self, residency: Residency, is_up: bool) -> None:
         """Abandon a load for which there is no room: back to the host tier, or drop the context."""
         live = residency.live
+        self._residencies.dismiss(residency)
         try:
             if live is not None and (not is_up or (not residency.inner and live.offload())):
                 self._residencies.end_move(residency, Tier.HOST)

@@ -6,6 +6,7 @@ close hooks take seconds. Meanwhile the context's tier is ``LOADING``, which mak
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -111,6 +112,7 @@ class Residencies:
             residency.has_room = True  # its bytes count until the copy has ended
         live = residency.live
         assert live is not None
+        self.dismiss(residency)
         try:
             is_offloaded = not residency.inner and live.offload()
         except Exception as error:
@@ -143,6 +145,7 @@ class Residencies:
 
     def give_up(self, residency: Residency) -> None:
         """Close the live object, free its files, and let go of the contexts that it is made of."""
+        self.dismiss(residency)
         live, residency.live = residency.live, None
         with residency.files:
             if live is not None:
@@ -151,6 +154,40 @@ class Residencies:
         inner, residency.inner = residency.inner, []
         for held in inner:
             self.let_go(held, is_inner=True)
+
+    def dismiss(self, residency: Residency) -> None:
+        """Close the attendant of a context, whose object is about to leave the device."""
+        attendant, residency.attendant = residency.attendant, None
+        if attendant is not None:
+            try:
+                attendant.close()
+            except Exception:
+                name = residency.ref.name
+                logger.warning("The attendant of context %r did not close", name, exc_info=True)
+        with self.changed:
+            residency.attendant_bytes = 0
+            self.changed.notify_all()
+
+    # -- as a tenant of the device --------------------------------------------------------------
+
+    def taken(self) -> Iterator[tuple[str, int]]:
+        """See ``Tenant``: what contexts take on the device."""
+        for residency in self.by_digest.values():
+            if residency.is_there:
+                yield residency.ref.name, residency.taken_bytes
+
+    def holders(self) -> set[int]:
+        """See ``Tenant``: threads that hold contexts on the device."""
+        there = (residency for residency in self.by_digest.values() if residency.is_there)
+        return {thread for residency in there for thread in residency.holding}
+
+    def spare(self) -> Callable[[], bool] | None:
+        """See ``Tenant``: offloads the idle context that was used least recently."""
+        idle = [r for r in self.by_digest.values() if r.tier is Tier.DEVICE and not r.n_holders]
+        if not idle:
+            return None
+        # If the context is acquired in between, ``offload`` refuses.
+        return functools.partial(self.offload, min(idle, key=lambda r: r.used_at).ref.digest)
 
     def validate(self) -> None:
         """Raise AssertionError if residencies contradict themselves; with the lock held."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import ExitStack
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from dask_pcm.context.context import ContextRef
 from dask_pcm.ladder.objects.live import Live
@@ -28,6 +29,8 @@ class Change:
         What the context takes on the device.
     staged_s
         The part of `seconds` that staging its files took.
+    n_rows
+        Rows in flight that its attendant serves at most; 0 if it has none.
     kind
         The type of the error; "device" if this process cannot use its device at all.
     is_sticky
@@ -43,6 +46,45 @@ class Change:
     kind: str = ""
     is_sticky: bool = False
     staged_s: float = 0.0
+    n_rows: int = 0
+
+
+class Attendant(Protocol):
+    """Serves a live object and is not part of it: an engine's thread and pool of pages.
+
+    A live object that has one has a method ``attend``, which returns it. The ladder calls that each
+    time that the object has come to the device, and closes the attendant before the object leaves.
+    So an attendant is never pickled, and no image on the host tier has it. Its context is one with
+    ``exclusive=False``: many tasks hold it at the same time.
+
+    Attributes
+    ----------
+    n_bytes
+        What it takes on the device beside the object, from ``start`` on; reserved before that.
+    n_rows
+        Rows in flight that it takes at most.
+    """
+
+    n_bytes: int
+    n_rows: int
+
+    def start(self) -> None:
+        """Take the memory and begin to serve."""
+
+    def submit(self, request: Any) -> Future[Any]:
+        """Begin to serve a request; may block while there is no room for more."""
+
+    def hungry(self) -> int:
+        """How many more rows it could serve at once, now."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Within the block it serves requests of this thread only."""
+
+    def drain(self) -> None:
+        """Finish what is in flight, and accept nothing more."""
+
+    def close(self) -> None:
+        """Stop at once, free the memory and let go of the live object; requests in flight fail."""
 
 
 @dataclass(slots=True)
@@ -52,10 +94,14 @@ class Residency:
     ref: ContextRef
     tier: Tier = Tier.ABSENT
     live: Live | None = None
+    #: Serves the live object while it is on the device, if the object has one.
+    attendant: Attendant | None = None
     error: str | None = None
     n_loads: int = 0
     #: What it takes on the device: declared, or measured once it has been there.
     n_bytes: int = 0
+    #: What its attendant takes there.
+    attendant_bytes: int = 0
     #: Whether room on the device is reserved for it while it moves.
     has_room: bool = False
     #: When it was last held, by the monotonic clock.
@@ -80,6 +126,11 @@ class Residency:
     def value(self) -> Any:
         """The live object; None while there is none."""
         return None if self.live is None else self.live.value
+
+    @property
+    def taken_bytes(self) -> int:
+        """What it takes on the device with its attendant."""
+        return self.n_bytes + self.attendant_bytes
 
     @property
     def holding(self) -> set[int]:
@@ -112,3 +163,4 @@ class Residency:
         # What is held is never offloaded or evicted.
         assert not self.n_holders or self.tier is Tier.DEVICE, digest
         assert self.live is not None or self.tier not in (Tier.DEVICE, Tier.HOST), digest
+        assert self.attendant is None or self.tier in (Tier.DEVICE, Tier.LOADING), digest

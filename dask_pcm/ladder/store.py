@@ -20,7 +20,7 @@ from dask_pcm.ladder.files.staging import Staging
 from dask_pcm.ladder.loads import Loads
 from dask_pcm.ladder.objects.images import Host
 from dask_pcm.ladder.residencies import Residencies
-from dask_pcm.ladder.residency import Change, Residency
+from dask_pcm.ladder.residency import Attendant, Change, Residency
 from dask_pcm.ladder.turns import Turns
 from dask_pcm.tiers import Tier
 
@@ -42,6 +42,11 @@ class Store:
         Returns what contexts may take on the device, in bytes; None for no limit.
     is_mapped, is_cpu_only
         See ``Builder``.
+
+    Attributes
+    ----------
+    device
+        The budget of the device, which other tenants may share.
     """
 
     def __init__(
@@ -57,15 +62,10 @@ class Store:
         self._residencies = Residencies(on_change or (lambda change: None), host)
         self._is_over = False
         self.turns = Turns(self._residencies.changed)
-        self._device = DeviceBudget(
-            budget,
-            self._residencies.by_digest,
-            self._residencies.changed,
-            self.turns,
-            self._residencies.offload,
-        )
+        self.device = DeviceBudget(budget, self._residencies.changed, self.turns)
+        self.device.add(self._residencies)
         builder = Builder(staging or Staging(), host, is_mapped, is_cpu_only)
-        self._loads = Loads(self._residencies, self._device, builder)
+        self._loads = Loads(self._residencies, self.device, builder)
 
     def tier(self, digest: str) -> Tier:
         """The tier that holds the context now."""
@@ -141,6 +141,12 @@ class Store:
         """Drop a context, from the host tier too; False if it is absent, held or loading."""
         return self._residencies.evict(digest)
 
+    def attendant(self, digest: str) -> Attendant | None:
+        """What serves the context, which the caller holds; None if nothing does."""
+        with self._residencies.changed:
+            residency = self._residencies.by_digest.get(digest)
+            return residency.attendant if residency else None
+
     @contextmanager
     def acquire(self, refs: Sequence[ContextRef], again: bool = True) -> Iterator[list[Any]]:
         """Hold the live objects of `refs`, in their order; load what is missing.
@@ -208,7 +214,7 @@ class Store:
         """Raise AssertionError if the state contradicts itself."""
         with self._residencies.changed:
             self._residencies.validate()
-            self._device.validate()
+            self.device.validate()
 
 
 @functools.cache

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dask_pcm.errors import DeadlockError
 from dask_pcm.ladder.residency import Residency
 
-#: How long a thread sleeps after its turn if another waits. Otherwise it might keep Python's GIL
-#: and delay the next user; 0.5 ms is enough for that one to start a call that releases the GIL.
-_STEP_ASIDE_S = 5e-4
+#: How long a thread sleeps after its turn if another waits, at most, and as a share of its turn.
+#: Otherwise it might keep Python's GIL and delay the next user, which needs about a millisecond to
+#: start a call that releases the GIL. After a short turn the device would wait for this thread.
+_STEP_ASIDE_S, _STEP_ASIDE_SHARE = 1e-3, 0.05
 
 
 class Turns:
@@ -45,6 +46,7 @@ class Turns:
         me = threading.get_ident()
         with self._changed:
             self._begin_use(residency, me)
+        begun = time.perf_counter()
         try:
             yield
         finally:
@@ -57,7 +59,8 @@ class Turns:
                         self._end_use(residency, me)
                         is_awaited = any(one is residency for one in self._awaited.values())
             if is_awaited:
-                time.sleep(_STEP_ASIDE_S)
+                turn_s = time.perf_counter() - begun
+                time.sleep(min(_STEP_ASIDE_S, _STEP_ASIDE_SHARE * turn_s))
 
     def give_back(self) -> list[tuple[Residency, int]]:
         """Give up the calling thread's turns, and return them for ``take_again``.

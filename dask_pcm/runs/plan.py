@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from graphlib import TopologicalSorter
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -18,6 +19,7 @@ from dask.dataframe.dask_expr._expr import Blockwise, Elemwise, Expr, Filter
 from distributed import Client, Future, futures_of
 
 from dask_pcm.context.context import ContextRef
+from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import InputError, SchemaError
 from dask_pcm.frames.map_partitions import ContextMap
 from dask_pcm.ledger.inventory import Extent
@@ -58,11 +60,28 @@ class Unit:
     number: int = 0
 
 
+class Step(NamedTuple):
+    """One function with contexts within the graph of a unit.
+
+    Attributes
+    ----------
+    key, below
+        The keys of its result, and of the frame that it is called on.
+    """
+
+    key: Any
+    below: Any
+    call: Sealed
+    refs: tuple[ContextRef, ...]
+
+
 class Graph(NamedTuple):
     """Tasks that compute a unit, by key.
 
     Attributes
     ----------
+    steps
+        The functions with contexts, each after those whose results it needs.
     result
         The key of its rows.
     leaf
@@ -70,6 +89,7 @@ class Graph(NamedTuple):
     """
 
     tasks: dict[Any, Task]
+    steps: tuple[Step, ...]
     result: Any
     leaf: Any
 
@@ -165,6 +185,8 @@ class Plan:
         result = (self._top._name, partition)
         read: Any = None
         tasks: dict[Any, Task] = {}
+        steps: dict[Any, Step] = {}
+        needs: dict[Any, list[Any]] = {}
         outside: list[Any] = []
         todo = [result]
         while todo:
@@ -177,13 +199,17 @@ class Plan:
                 tasks[key] = own._filtered_task(key, 0)
                 read = key
             elif isinstance(expr, ContextMap):
-                tasks[key] = expr._own_task(key, key[1])
+                below = (expr.frame._name, key[1])
+                steps[key] = Step(key, below, expr.operand("call"), expr.operand("refs"))
             else:
                 tasks[key] = expr._task(key, key[1])
+            needs[key] = [steps[key].below] if key in steps else list(tasks[key].dependencies)
             # Expressions may share inputs: each key is visited once.
-            seen = {*tasks, *outside, SPANS}
-            todo += [k for k in tasks[key].dependencies if k not in seen]
-        pickled = cloudpickle.dumps(Graph(tasks, result, read))
+            seen = {*needs, *outside, SPANS}
+            todo += [k for k in needs[key] if k not in seen]
+        order = TopologicalSorter(needs).static_order()
+        ordered = tuple(steps[key] for key in order if key in steps)
+        pickled = cloudpickle.dumps(Graph(tasks, ordered, result, read))
         return pickled, outside, [self._inputs[key] for key in outside]
 
     def start_below(self, client: Client) -> None:

@@ -21,15 +21,15 @@ from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.parquet.pieces import Span
 from dask_pcm.plugins.install import current_client, install, is_installed
+from dask_pcm.plugins.worker.stats import TaskStats
 from dask_pcm.plugins.worker.tally import unpack
-from dask_pcm.plugins.worker.task import task_stats
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.handle import output_to_look_at
 from dask_pcm.runs.lost import cluster_errors_told
 from dask_pcm.runs.plan import Plan, Unit
 from dask_pcm.runs.progress.failure_limit import is_whole_number
 from dask_pcm.runs.progress.stored import stored_progress
-from dask_pcm.runs.units.compute import chunks, compute
+from dask_pcm.runs.units.compute import Computation, chunks
 from dask_pcm.scheduling.rules.first_batches import Failing
 
 _SEED = 0
@@ -202,9 +202,9 @@ def _raise_if_all_failed(found: Sequence[_Answer]) -> None:
 
 
 def _answer(unit: Unit, graph: bytes, refs: Sequence[ContextRef]) -> _Answer:
-    task_stats.begin()
+    stats = TaskStats()
+    computation = Computation(graph, stats)
     start = time.perf_counter()
-    max_bytes = Config.read().unit_bytes
-    frame = pd.concat([compute(some, graph) for some in chunks(unit, max_bytes)])
-    seconds = task_stats.infer_s or time.perf_counter() - start
-    return _Answer(frame, seconds, *task_stats.failing())
+    outcomes = [computation.whole(some) for some in chunks(unit, Config.read().unit_bytes)]
+    frame = pd.concat([frame for outcome in outcomes for frame in outcome.frames])
+    return _Answer(frame, stats.held_s or time.perf_counter() - start, *stats.failing())

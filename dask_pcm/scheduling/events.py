@@ -137,6 +137,21 @@ class WorkEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkHandedOver:
+    """Work has left its lane and goes on: its lane is free, and its worker still answers for it.
+
+    Attributes
+    ----------
+    is_served
+        Whether its rows are computed meanwhile, by what serves many at a time. Otherwise it waits
+        for other work: it has seceded.
+    """
+
+    key: object
+    is_served: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class WorkWithdrawn:
     """Work was cancelled: its result is no longer needed."""
 
@@ -165,6 +180,8 @@ class ResidencyReported:
         Kind of the error; errors of the same kind have the same cause.
     staged_s
         Seconds of `seconds` spent on staging files.
+    n_rows
+        Rows in flight that its attendant serves at most; 0 if there is none.
     """
 
     worker: str
@@ -178,6 +195,7 @@ class ResidencyReported:
     device_bytes: int | None = None
     kind: str = ""
     staged_s: float = 0.0
+    n_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +245,7 @@ Event: TypeAlias = (
     | WorkerDraining
     | WorkParked
     | WorkEnded
+    | WorkHandedOver
     | WorkWithdrawn
     | ResidencyReported
     | ContextDeclared

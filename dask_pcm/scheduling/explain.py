@@ -67,6 +67,8 @@ def _present(state: GateState, key: object, now: float) -> list[str]:
 def _placed(state: GateState, key: object, worker: str, now: float) -> str:
     view = state.workers[worker]
     backlog_s = state.estimates.backlog_s(view, now)
+    if key in view.waiting:
+        return f"{key!r} is assigned to {worker}; it has seceded, and waits for other work."
     others = len(view.running) - 1
     return (
         f"{key!r} is assigned to {worker}, with {others} other{'' if others == 1 else 's'};"
@@ -107,7 +109,7 @@ def _reason(state: GateState, group: Group, view: WorkerView, now: float) -> str
         return "runs isolated work"
     if view.ends_at < math.inf and not math.isfinite(_finish_s(state, group, view, now)):
         return f"ends in {_seconds(view.ends_at - now)}, before the work could finish"
-    if len(view.running) >= view.n_lanes:
+    if view.n_on_lanes >= view.n_lanes:
         return f"warm, busy for about {_seconds(state.estimates.backlog_s(view, now))}"
     return (
         f"warm, but would finish in {_seconds(_finish_s(state, group, view, now))}: other workers"

@@ -295,7 +295,7 @@ def test_a_process_that_ends_while_rows_are_read_is_not_asked_about(work, monkey
         raise Ended
 
     with monkeypatch.context() as patched:
-        patched.setattr(attempts, "batches", unreadable)
+        patched.setattr(attempts.Computation, "batches", unreadable)
         for n_more in (1, 1, 1):  # the last batch is told of once; then the gate counts on
             with pytest.raises(Ended):
                 work.attempt(output)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -24,6 +26,7 @@ from dask_pcm.scheduling.events import (
     WorkerJoined,
     WorkerLeft,
     WorkerPaused,
+    WorkHandedOver,
     WorkParked,
     WorkWithdrawn,
 )
@@ -90,6 +93,19 @@ class Gate(RuleBasedStateMachine):
         else:
             self.tell(WorkParked(self.wanted[key]))
 
+    @precondition(lambda self: self.state.placed)
+    @rule(data=st.data(), is_served=st.booleans(), n=st.integers(1, 2))
+    def hand_over(self, data, is_served, n):
+        """Work leaves its lane: it has seceded, or is served; the message may be duplicated."""
+        key = data.draw(st.sampled_from(sorted(self.state.placed)))
+        self.tell(*[WorkHandedOver(key, is_served)] * n)
+
+    @rule(number=st.integers(1, 50), is_served=st.booleans())
+    def hand_over_late(self, number, is_served):
+        """It says so of work that has ended, or waits."""
+        if f"k{number}" not in self.state.placed:
+            self.tell(WorkHandedOver(f"k{number}", is_served))
+
     @precondition(lambda self: self.wanted)
     @rule(data=st.data())
     def withdraw(self, data):
@@ -130,7 +146,7 @@ class Gate(RuleBasedStateMachine):
 
     def _lose(self, worker, is_lost):
         view = self.state.workers.get(worker)
-        works = list(view.running.values()) if view else []
+        works = [*view.running.values(), *view.waiting.values()] if view else []
         self.tell(WorkerLeft(worker, is_lost), WorkerLeft(worker, is_lost))
         self.tell(*map(WorkParked, works))  # Dask parks again what ran there
 
@@ -154,8 +170,9 @@ class Gate(RuleBasedStateMachine):
         kind=st.sampled_from(["OSError", DEVICE]),
         n=st.integers(1, 2),
         is_late=st.booleans(),
+        n_rows=st.sampled_from([0, 5, 500]),
     )
-    def report(self, worker, context, tier, n_bytes, kind, n, is_late):
+    def report(self, worker, context, tier, n_bytes, kind, n, is_late, n_rows):
         """Reports may be duplicated, late or unrequested."""
         said = ResidencyReported(
             worker,
@@ -168,6 +185,7 @@ class Gate(RuleBasedStateMachine):
             device_bytes=None,
             kind=kind,
             staged_s=0.5,
+            n_rows=n_rows,
         )
         if is_late:
             self.delayed += [said] * n
@@ -230,6 +248,10 @@ class Gate(RuleBasedStateMachine):
             case Assign(key, worker):
                 view, work = views[worker], self.wanted[key]
                 assert view.running[key] == work
+                for context in work.group.contexts:
+                    rows = [w.n_rows for w in view.running.values() if context in w.group.contexts]
+                    before = sum(rows) - work.n_rows
+                    assert before < view.serves_rows.get(context, math.inf)
                 assert view.holds(work.group.contexts)
                 assert not view.is_paused
                 assert work.group.allowed is None or worker in work.group.allowed

@@ -94,10 +94,11 @@ def _add(found: Found, head: Mapping[str, Any], content: memoryview) -> bool:
     if "costs" in head:
         found.costs.extend(Cost(*cost) for cost in head["costs"])
         found.settled.extend(head.get("settled", []))
-    elif "begin" in head:
-        found.begun.append(tuple(head["begin"]))
-    elif "wait" in head:
-        found.waiting.add(tuple(head["wait"]))
+    elif "begin" in head or "wait" in head:
+        if "begin" in head:
+            found.begun.append(tuple(head["begin"]))
+        if "wait" in head:
+            found.waiting.add(tuple(head["wait"]))
     elif "call" in head:
         start, stop = head["call"]
         found.called.append((start, stop))

@@ -50,9 +50,13 @@ class Journal(abc.ABC):
         self.name = name
         self._write(pack(about))
 
-    def begin(self, start: int, stop: int) -> None:
-        """Record that rows are begun: from now on they may be what ends the process."""
-        self._write(pack({"begin": [start, stop]}))
+    def begin(self, start: int, stop: int, waits: bool = False) -> None:
+        """Record that rows are begun: from now on they may be what ends the process.
+
+        Unless they wait for a context first; see ``wait``.
+        """
+        rows = [start, stop]
+        self._write(pack({"begin": rows, "wait": rows} if waits else {"begin": rows}))
 
     def wait(self, start: int, stop: int) -> None:
         """Record that rows wait for a context: while they do, they cannot end the process."""

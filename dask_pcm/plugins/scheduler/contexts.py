@@ -101,6 +101,7 @@ class ContextService(Service):
         device_bytes: int | None = None,
         kind: str = "",
         staged_s: float = 0.0,
+        n_rows: int = 0,
         **kwargs: Any,
     ) -> None:
         """A worker reports that a context changed its tier, or failed to."""
@@ -115,6 +116,7 @@ class ContextService(Service):
             device_bytes=device_bytes,
             kind=kind,
             staged_s=staged_s,
+            n_rows=n_rows,
         )
         if reported.tier is Tier.DEVICE and is_built:
             loads = self.loads.setdefault(digest, LoadReports())

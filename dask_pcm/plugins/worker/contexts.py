@@ -172,6 +172,7 @@ class WorkerContexts:
             "n_bytes": change.n_bytes,
             "kind": change.kind,
             "staged_s": change.staged_s,
+            "n_rows": change.n_rows,
             "device_bytes": self._budget() if change.tier is Tier.DEVICE else None,
         }
         self._tell(message)

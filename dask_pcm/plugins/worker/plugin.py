@@ -62,10 +62,10 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
         self.worker = worker
         self.config = self.config.here()
         self.epoch = uuid.uuid4().hex
-        self.fetcher = Fetcher(worker, self.config, lambda: self.staging.disk, self._tell)
+        self.fetcher = Fetcher(worker, self.config, lambda: self.staging.disk, self.tell)
         self.staging = Staging(self.config, self.fetcher.fetch, self.fetcher.staged)
         self.nanny = NannyLink(worker)
-        self.drain = Drain(worker, self._tell)
+        self.drain = Drain(worker, self.tell)
         self.memory = MemoryAllowance(worker, self.nanny)
         self.device = DeviceLoss(worker, self.config.n_load_attempts, lambda: self.drain.is_begun)
         self.contexts = WorkerContexts(
@@ -74,7 +74,7 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
             self.staging,
             self.nanny,
             self.memory,
-            self._tell,
+            self.tell,
             self.device.restart,
         )
         # Contexts that tasks loaded before the plugin came would be in memory twice.
@@ -186,7 +186,7 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
         message = {"op": "pcm-returned", "epoch": self.epoch, "keys": unbegun}
         self.worker.batched_stream.send(message)
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def tell(self, message: dict[str, Any]) -> None:
         """Send a message to the scheduler, from any thread."""
         self.worker.loop.add_callback(self._send, {**message, "epoch": self.epoch})
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from distributed import Reschedule, get_worker, warn
+from distributed import Reschedule, get_worker, secede, warn
+from distributed.threadpoolexecutor import thread_state
 
 from dask_pcm.context.context import Context, ContextRef
 from dask_pcm.errors import RecipeError
@@ -20,8 +20,7 @@ from dask_pcm.ladder.store import of_process
 from dask_pcm.plugins.worker.contexts import ENDING, WorkerContexts
 from dask_pcm.plugins.worker.plugin import CONTEXTS, ContextPlugin
 from dask_pcm.plugins.worker.seceding import giving_back
-from dask_pcm.plugins.worker.tally import Tally
-from dask_pcm.scheduling.rules.first_batches import Failing
+from dask_pcm.plugins.worker.stats import TaskStats
 
 logger = logging.getLogger(__name__)
 
@@ -90,49 +89,9 @@ def _is_in_loop() -> bool:
         return False
 
 
-class TaskStats(threading.local):
-    """What the task on this thread has done with contexts so far; one instance per thread.
-
-    Attributes
-    ----------
-    infer_s
-        Seconds for which it held contexts.
-    facts
-        The contents of the live objects' ``facts`` mappings: device, dtype.
-    is_by_rows, errors
-        Whether a row-wise function was called, and the errors that rows ended with.
-    tallies
-        Tallies of the row-wise functions in a unit of a run, by the functions' digests.
-    """
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """Reset everything: a new task begins on this thread."""
-        self.infer_s = 0.0
-        self.facts: dict[str, str] = {}
-        self.is_by_rows = False
-        self.errors: list[str] = []
-        self.tallies: dict[str, Tally] = {}
-
-    def failing(self) -> tuple[Failing | None, bytes]:
-        """How a function failed on all rows of a unit, and its packed exception.
-
-        None if no function did; 0 batches if none ran.
-        """
-        for tally in self.tallies.values():
-            if (failing := tally.failing) is not None:
-                return failing, tally.error
-        return None if self.tallies else Failing(0), b""
-
-
-task_stats = TaskStats()
-
-
 @contextmanager
-def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
-    """Hold the live objects of `refs`, on any thread of any process.
+def hold(refs: Sequence[ContextRef], stats: TaskStats | None = None) -> Iterator[list[Any]]:
+    """Hold the live objects of `refs`, on any thread of any process; times are added to `stats`.
 
     On a worker with the plugin they are warm, because the gate sent the task there. Elsewhere (one
     of Dask's local schedulers, a worker without the plugin) they are loaded once in this process
@@ -141,11 +100,9 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
     plugin = _plugin()
     source = plugin.contexts if plugin else of_process()
     store = source.store if isinstance(source, WorkerContexts) else source
+    asked = time.perf_counter()
     with source.acquire(refs) as values, giving_back(store.turns):
         start = time.perf_counter()
-        for value in values:
-            if isinstance(facts := getattr(value, "facts", None), Mapping):
-                task_stats.facts.update(facts)
         try:
             yield values
         except Exception as error:
@@ -153,7 +110,34 @@ def hold(refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
                 plugin.device.end_task(error)
             raise
         finally:
-            task_stats.infer_s += time.perf_counter() - start
+            if stats is not None:
+                stats.waited_s += start - asked
+                stats.held_s += time.perf_counter() - start
+                stats.note_facts(values)
+
+
+def attendants(refs: Sequence[ContextRef], values: Sequence[Any]) -> list[Any]:
+    """What serves the contexts that this thread holds; the live object itself if nothing does."""
+    plugin = _plugin()
+    store = plugin.contexts.store if plugin else of_process()
+    found = [store.attendant(ref.digest) for ref in refs]
+    return [v if one is None else one for one, v in zip(found, values, strict=True)]
+
+
+def hand_over() -> None:
+    """Leave the lane of the task on this thread, whose rows are served from now on.
+
+    The lane is free for other tasks, and the gate goes on to count the task's rows as in flight.
+    Does nothing outside a lane.
+    """
+    try:
+        worker, plugin = get_worker(), _plugin()
+    except ValueError:
+        return
+    if plugin is None or getattr(thread_state, "executor", None) is None:
+        return
+    plugin.tell({"op": "pcm-handed-over", "key": worker.get_current_task()})
+    secede()
 
 
 def was_lost() -> bool:

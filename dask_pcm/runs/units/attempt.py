@@ -6,22 +6,22 @@ commits them as they are (``recover.py``).
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import heapq
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Self
 
-import pandas as pd
 import pyarrow as pa
 
 from dask_pcm.errors import FencedError, LostProcessError, OutputError
-from dask_pcm.frames.call import failing_all_rows, noting
-from dask_pcm.frames.failed_rows import ERROR
+from dask_pcm.frames.call import Submission
 from dask_pcm.ledger.journal.record import Record
 from dask_pcm.ledger.journal.writer import Journal
 from dask_pcm.ledger.log import note_called
@@ -30,10 +30,10 @@ from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import N_TRIES, Suspects
 from dask_pcm.ledger.unit_journals import begin_journal
 from dask_pcm.plugins.worker.deadline import ruled
-from dask_pcm.plugins.worker.task import task_stats
+from dask_pcm.plugins.worker.task import hand_over, was_lost
 from dask_pcm.runs.cutter import cut_to
 from dask_pcm.runs.plan import Unit
-from dask_pcm.runs.units.compute import Batch, batches
+from dask_pcm.runs.units.compute import Batch, Computation, Outcome
 from dask_pcm.runs.units.history import History, suspects_of
 from dask_pcm.runs.units.pace import Pace
 from dask_pcm.runs.units.schema import GROUP_BYTES, PartSchema
@@ -48,7 +48,7 @@ _HOPELESS_ROWS, _HOPELESS_FIRST_ROWS = 25, 5
 
 
 def attempt(
-    unit: Unit, graph: bytes, spec: UnitSpec, origin: Mapping[str, Any]
+    unit: Unit, computation: Computation, spec: UnitSpec, origin: Mapping[str, Any]
 ) -> Generator[Record, None, None]:
     """Rows of a unit in input order: those that earlier attempts had finished, and the rest.
 
@@ -86,11 +86,15 @@ def attempt(
         for name in history.journals:  # only now that ours has all that they had
             output.storage.remove(name)
         _raise_if_hopeless(unit, suspects, functools.partial(_has_answers, output, kept))
+        stack.enter_context(ruled(spec.timeout_s, None if journal is None else journal.descriptor))
+        stack.callback(computation.close)
         pace = Pace(spec.batch_rows, suspects)
         left = replace(unit, spans=tuple(spans))
-        todo = batches(left, graph, spec.max_bytes, pace.end) if spans else ()
-        fresh = _computed(todo, spec, journal, calls, pace)
-        yield from heapq.merge(kept, fresh, key=lambda record: record.start)
+        # After a loss the cause may be what lies below the function: then only rows that are
+        # journalled as begun are computed.
+        todo = computation.batches(left, spec.max_bytes, pace.end, not was_lost()) if spans else ()
+        flight = _Flight(computation, spec, calls, pace)
+        yield from heapq.merge(kept, flight.records(todo), key=lambda record: record.start)
 
 
 def _has_answers(output: Output, kept: Iterable[Record]) -> bool:
@@ -132,7 +136,6 @@ class _Calls:
         self._unit = unit
         self._journal = journal
         self._called: list[Range] = []
-        self._batch = (0, 0)
 
     def __enter__(self) -> Self:
         return self
@@ -142,23 +145,24 @@ class _Calls:
             with contextlib.suppress(FencedError):  # a fenced run's calls are not counted
                 note_called(self._output, self._called, self._journal.name, self._output.run)
 
-    @contextmanager
-    def of(self, batch: Batch) -> Iterator[None]:
-        """While a batch is computed."""
-        self._batch = (batch.start, batch.stop)
+    def begin(self, batch: Batch) -> _BatchCalls:
+        """Record that a batch is begun; return what is told of its calls."""
         if self._journal is not None:
-            self._journal.begin(*self._batch)
-        with noting(self._on_wait, self._on_call):
-            yield
+            self._journal.begin(batch.start, batch.stop, waits=batch.is_ready)
+        return _BatchCalls(self, batch)
 
-    def _on_wait(self) -> None:
+    def finish(self, record: Record) -> None:
+        """Record that a batch is finished."""
         if self._journal is not None:
-            self._journal.wait(*self._batch)
+            self._journal.append(record)
 
-    def _on_call(self, start: int, stop: int, n_rows: int) -> None:
-        first, end = self._batch
-        # With a filter below, it is not known which rows of the input these are.
-        rows = (first + start, first + stop) if n_rows == end - first else self._batch
+    def on_wait(self, rows: Range) -> None:
+        """Rows wait for a context."""
+        if self._journal is not None:
+            self._journal.wait(*rows)
+
+    def on_call(self, rows: Range) -> None:
+        """A function is called on rows."""
         if self._journal is not None:
             self._journal.call(*rows)
             self._called.append(rows)
@@ -167,29 +171,92 @@ class _Calls:
             note_called(self._output, self._called, None, self._output.run)
 
 
-def _computed(
-    todo: Iterable[Batch],
-    spec: UnitSpec,
-    journal: Journal | None,
-    calls: _Calls,
-    pace: Pace,
-) -> Iterator[Record]:
-    descriptor = None if journal is None else journal.descriptor
-    for batch in todo:
-        if pace.suspects.gives_up(batch.start):  # and if so, it is alone
-            record = _given_up(batch, spec, pace.suspects)
-        else:
-            begun = time.perf_counter()
-            with calls.of(batch), ruled(spec.timeout_s, descriptor):
-                frame = batch.compute()
-            record = make_record(batch.start, batch.stop, frame, spec.schema)
-            pace.observe(batch.start, time.perf_counter() - begun)
-        if journal is not None:
-            journal.append(record)
-        yield record
+class _BatchCalls:
+    """Passes on what happens to the rows of one batch; a ``Watch``."""
+
+    def __init__(self, calls: _Calls, batch: Batch) -> None:
+        self._calls = calls
+        self._rows = batch.start, batch.stop
+        self._waits = batch.is_ready  # recorded when the batch was begun
+
+    def waits(self) -> None:
+        """The batch waits for a context."""
+        if not self._waits:
+            self._calls.on_wait(self._rows)
+        self._waits = False
+
+    def calls(self, start: int, stop: int, n_rows: int) -> None:
+        """A function is called on some of its rows."""
+        first, end = self._rows
+        # With a filter below, it is not known which rows of the input these are.
+        is_known = n_rows == end - first
+        self._calls.on_call((first + start, first + stop) if is_known else self._rows)
 
 
-def _given_up(batch: Batch, spec: UnitSpec, suspects: Suspects) -> Record:
+class _Flight:
+    """The batches of a unit that are begun and not finished; for the task's thread."""
+
+    def __init__(self, computation: Computation, spec: UnitSpec, calls: _Calls, pace: Pace) -> None:
+        self._computation = computation
+        self._spec = spec
+        self._calls = calls
+        self._pace = pace
+        #: Begun batches: when, and what waits for them.
+        self._begun: dict[int, tuple[Batch, float, Submission[Outcome]]] = {}
+        #: Finished, but after one that is not; by first row.
+        self._finished: list[tuple[int, Record]] = []
+
+    def records(self, todo: Iterable[Batch]) -> Iterator[Record]:
+        """Compute batches; yield their records in input order, each journalled when it is done."""
+        for batch in todo:
+            is_suspect = self._pace.suspects.include(batch.start)
+            if is_suspect:  # alone: only then do its rows, and no others, pay for a process death
+                yield from self._drain()
+            self._begin(batch)
+            yield from self._drain() if is_suspect else self._collect(is_waiting=False)
+        if self._begun:  # the rest is served: the lane is free for another unit
+            hand_over()
+        yield from self._drain()
+
+    def _drain(self) -> Iterator[Record]:
+        while self._begun:
+            yield from self._collect(is_waiting=True)
+        yield from self._collect(is_waiting=False)
+
+    def _begin(self, batch: Batch) -> None:
+        if self._pace.suspects.gives_up(batch.start):
+            outcome = _given_up(batch, self._computation, self._spec, self._pace.suspects)
+            self._finish(batch, outcome)
+            return
+        begun = time.perf_counter()
+        submission = self._computation.submit(batch, self._calls.begin(batch))
+        self._begun[batch.start] = batch, begun, submission
+
+    def _collect(self, is_waiting: bool) -> Iterator[Record]:
+        """Finish the batches that are done; wait for the first one, if told to."""
+        futures = [one.future for *_, one in self._begun.values() if one.future is not None]
+        if is_waiting and len(futures) == len(self._begun):
+            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+        for start, (batch, begun, submission) in list(self._begun.items()):
+            if submission.future is None or submission.future.done():
+                outcome = submission.result()
+                del self._begun[start]
+                self._finish(batch, outcome)
+                self._pace.observe(start, time.perf_counter() - begun)
+        first = min(self._begun, default=math.inf)
+        while self._finished and self._finished[0][0] < first:
+            yield heapq.heappop(self._finished)[1]
+
+    def _finish(self, batch: Batch, outcome: Outcome) -> None:
+        schema, facts = self._spec.schema, self._computation.stats.facts
+        record = make_record(batch.start, batch.stop, outcome, schema, facts)
+        self._calls.finish(record)
+        heapq.heappush(self._finished, (batch.start, record))
+
+
+def _given_up(
+    batch: Batch, computation: Computation, spec: UnitSpec, suspects: Suspects
+) -> Outcome:
     """A row that fails without being computed.
 
     It is not journalled as begun: should the rest of its work end a process as well, the row is
@@ -204,19 +271,16 @@ def _given_up(batch: Batch, spec: UnitSpec, suspects: Suspects) -> Record:
     error = LostProcessError(
         f"Row {batch.start:,} of the input: {what}. What the workers logged may say more."
     )
-    with failing_all_rows(error):
-        frame = batch.compute()
-    return make_record(batch.start, batch.stop, frame, spec.schema)
+    return computation.failed(batch, error)
 
 
-def make_record(start: int, stop: int, frame: pd.DataFrame, schema: PartSchema) -> Record:
-    """The record of input rows that this task has just computed to `frame`."""
-    # Where the output has no error column, the functions have noted the errors in `task_stats`.
-    failed = frame[ERROR].dropna().tolist() if ERROR in frame.columns else task_stats.errors
-    failed = failed if task_stats.is_by_rows else []
-    errors = [str(error) for error in failed[:MAX_ERRORS]]
-    table = pa.concat_tables(schema.tables(frame))
-    return Record(start, stop, table, len(failed), errors, dict(task_stats.facts))
+def make_record(
+    start: int, stop: int, outcome: Outcome, schema: PartSchema, facts: Mapping[str, str]
+) -> Record:
+    """The record of input rows that this task has just computed."""
+    tables = [table for frame in outcome.frames for table in schema.tables(frame)]
+    errors = [str(error) for error in outcome.errors[:MAX_ERRORS]]
+    return Record(start, stop, pa.concat_tables(tables), len(outcome.errors), errors, dict(facts))
 
 
 def grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

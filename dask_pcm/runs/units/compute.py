@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import pandas as pd
 from dask._task_spec import DataNode, execute_graph
 
+from dask_pcm.frames.call import Caller, Submission, Watch
+from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.parquet.cursors import inflation
 from dask_pcm.parquet.pieces import Span
+from dask_pcm.plugins.worker.stats import TaskStats
 from dask_pcm.runs.plan import SPANS, Graph, Unit
 
 #: Rows of the first chunk of a file that this process has not read from yet.
@@ -50,41 +53,171 @@ def chunks(unit: Unit, max_bytes: int) -> Iterator[Unit]:
         yield replace(unit, spans=tuple(taken), n_rows=n_taken)
 
 
-def compute(
-    unit: Unit, graph: bytes, keys: Sequence[Any] = (), inputs: Sequence[Any] = ()
-) -> pd.DataFrame:
-    """The rows of a unit, from its pickled graph and the inputs that it takes."""
-    opened = _open(graph)
-    given = {SPANS: unit.spans, **dict(zip(keys, inputs, strict=True))}
-    return _evaluate(opened.tasks, opened.result, given)
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A range of input rows, and the frames from which it is computed.
 
-
-class Batch(NamedTuple):
-    """A range of input rows, and how to compute them."""
+    Attributes
+    ----------
+    start, stop
+        The rows, counted over the whole input.
+    values
+        The frames that are there already, by key of the graph.
+    is_ready
+        Whether the frame that the first function is called on is among them.
+    """
 
     start: int
     stop: int
-    compute: Callable[[], pd.DataFrame]
+    values: dict[Any, pd.DataFrame]
+    is_ready: bool = False
 
 
-def batches(unit: Unit, graph: bytes, max_bytes: int, end: Callable[[int], int]) -> Iterator[Batch]:
-    """Cut a unit into batches; rows are read many batches at a time.
+class Outcome(NamedTuple):
+    """The rows of a batch or a unit, and the errors that some of them failed with."""
 
-    `end` gives the end of the batch that begins with a row, at the latest. It is called when the
-    batches before are computed, so it may depend on them.
+    frames: list[pd.DataFrame]
+    errors: list[str]
+
+
+class Computation:
+    """Computes rows of a unit from its graph; for one task, on its thread.
+
+    Functions with contexts are called between the other tasks of the graph, not by Dask: so a task
+    sees what they do, and several batches may be in flight.
+
+    Parameters
+    ----------
+    graph
+        A pickled ``Graph``.
+    stats
+        Collects what the task does.
+    inputs
+        Frames that others have computed, by key of the graph.
     """
-    opened = _open(graph)
-    rest = dict(opened.tasks)  # execute_graph runs every task that it is given
-    read = {opened.leaf: rest.pop(opened.leaf)}
-    for chunk in chunks(unit, max_bytes):
-        spans = list(chunk.spans or ())
-        rows = _evaluate(read, opened.leaf, {SPANS: chunk.spans})
-        at = 0
-        while spans:
-            start, stop = _take(spans, end(spans[0].offset))
-            given = {opened.leaf: rows.iloc[at : at + stop - start]}
-            yield Batch(start, stop, partial(_evaluate, rest, opened.result, given))
-            at += stop - start
+
+    def __init__(
+        self, graph: bytes, stats: TaskStats, inputs: Mapping[Any, Any] | None = None
+    ) -> None:
+        self.stats = stats
+        self._graph = _open(graph)
+        self._inputs = inputs or {}
+        self._callers = [(step, Caller(step.call, step.refs, stats)) for step in self._graph.steps]
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether a function is called by rows; only its failed rows count as such."""
+        return any(caller.call.batch_rows is not None for _, caller in self._callers)
+
+    def close(self) -> None:
+        """Let go of contexts that batches in flight use."""
+        for _, caller in self._callers:
+            caller.close()
+
+    def whole(self, unit: Unit) -> Outcome:
+        """All rows of a unit, or of the partition that it is."""
+        values = {SPANS: unit.spans, **self._inputs}
+        parts: list[pd.DataFrame] = []
+        for step, caller in self._callers:
+            parts = caller.results(self._evaluate(step.below, values))
+            values[step.key] = caller.call.joined(parts)
+        return self._outcome([self._evaluate(self._graph.result, values)], parts)
+
+    def batches(
+        self, unit: Unit, max_bytes: int, end: Callable[[int], int], is_ahead: bool
+    ) -> Iterator[Batch]:
+        """Cut a unit into batches; rows are read many batches at a time.
+
+        Parameters
+        ----------
+        end
+            Gives the end of the batch that begins with a row, at the latest. It is called when the
+            batches before are begun, so it may depend on them.
+        is_ahead
+            Whether what lies below the first function is computed for many batches at a time, too.
+        """
+        for chunk in chunks(unit, max_bytes):
+            spans = list(chunk.spans or ())
+            whole = self._read(chunk, is_ahead)
+            is_ready = bool(self._callers) and self._callers[0][0].below in whole
+            at = 0
+            while spans:
+                start, stop = _take(spans, end(spans[0].offset))
+                until = at + stop - start
+                values = {key: frame.iloc[at:until] for key, frame in whole.items()}
+                yield Batch(start, stop, values, is_ready)
+                at = until
+
+    def _read(self, chunk: Unit, is_ahead: bool) -> dict[Any, pd.DataFrame]:
+        """The rows of a chunk, and what the first function is called on, where both are in line."""
+        leaf = self._graph.leaf
+        rows = self._evaluate(leaf, {SPANS: chunk.spans})
+        found = {leaf: rows}
+        if is_ahead and self._callers and self._callers[0][0].below != leaf:
+            below = self._callers[0][0].below
+            frame = self._evaluate(below, found)
+            if len(frame) == len(rows):  # no filter has removed any
+                found[below] = frame
+        return found
+
+    def submit(self, batch: Batch, watch: Watch) -> Submission[Outcome]:
+        """Begin a batch; its result is an ``Outcome``. Only the last function may be served."""
+        values = dict(batch.values)
+        if not self._callers:
+            frame = self._evaluate(self._graph.result, values)
+            return Submission(lambda: Outcome([frame], []))
+        *before, (last, caller) = self._callers
+        for step, other in before:
+            parts = other.results(self._evaluate(step.below, values), watch)
+            values[step.key] = other.call.joined(parts)
+        begun = caller.submit(self._evaluate(last.below, values), watch)
+        return Submission(lambda: self._finished(values, begun.result()), begun.future)
+
+    def failed(self, batch: Batch, error: Exception) -> Outcome:
+        """The rows of a batch if all of them fail with `error`, and no function is called."""
+        values, parts = dict(batch.values), []
+        for step, caller in self._callers:
+            parts = caller.failed(self._evaluate(step.below, values), error)
+            values[step.key] = caller.call.joined(parts)
+        return self._outcome([self._evaluate(self._graph.result, values)], parts)
+
+    def _finished(self, values: dict[Any, Any], parts: list[pd.DataFrame]) -> Outcome:
+        """The rows of a batch from the results of the last function."""
+        last, caller = self._callers[-1]
+        if self._graph.result == last.key:
+            return self._outcome([caller.call.enforced(part) for part in parts], parts)
+        values[last.key] = caller.call.joined(parts)
+        return self._outcome([self._evaluate(self._graph.result, values)], parts)
+
+    def _outcome(self, frames: list[pd.DataFrame], parts: list[pd.DataFrame]) -> Outcome:
+        """Frames with their errors; if the frames lack that column, with those of `parts`."""
+        if not self.is_by_rows:
+            return Outcome(frames, [])
+        found = frames if any(ERROR in frame.columns for frame in frames) else parts
+        errors = [
+            error
+            for frame in found
+            if ERROR in frame.columns
+            for error in frame[ERROR].dropna().tolist()
+        ]
+        return Outcome(frames, errors)
+
+    def _evaluate(self, key: Any, values: Mapping[Any, Any]) -> Any:
+        """The value of a key of the graph, from those that are there."""
+        if key in values:
+            return values[key]
+        nodes: dict[Any, Any] = {}
+        todo = [key]
+        while todo:  # only what this key needs: execute_graph runs every task that it is given
+            one = todo.pop()
+            if one in nodes:
+                continue
+            if one in values:
+                nodes[one] = DataNode(one, values[one])
+            else:
+                nodes[one] = self._graph.tasks[one]
+                todo += nodes[one].dependencies
+        return execute_graph(nodes, keys=[key])[key]
 
 
 def _take(spans: list[Span], end: int) -> tuple[int, int]:
@@ -97,13 +230,6 @@ def _take(spans: list[Span], end: int) -> tuple[int, int]:
             spans.insert(0, span.cut(n_taken, span.n_rows))
         stop += n_taken
     return start, stop
-
-
-def _evaluate(tasks: Mapping[Any, Any], result: Any, given: Mapping[Any, Any]) -> pd.DataFrame:
-    if result in given:  # nothing but reading
-        return cast(pd.DataFrame, given[result])
-    nodes = {**tasks, **{key: DataNode(key, value) for key, value in given.items()}}
-    return cast(pd.DataFrame, execute_graph(nodes, keys=[result])[result])
 
 
 @lru_cache(maxsize=16)

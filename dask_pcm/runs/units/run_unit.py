@@ -17,10 +17,10 @@ from dask_pcm.ledger.journal.record import Record
 from dask_pcm.ledger.log import note_start
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import Note
-from dask_pcm.plugins.worker.task import task_stats
+from dask_pcm.plugins.worker.stats import TaskStats
 from dask_pcm.runs.plan import Unit
 from dask_pcm.runs.units.attempt import MAX_ERRORS, attempt, grouped, make_record
-from dask_pcm.runs.units.compute import chunks, compute
+from dask_pcm.runs.units.compute import Computation, chunks
 from dask_pcm.runs.units.history import clear_journals
 from dask_pcm.runs.units.unit import UnitResult, UnitSpec
 
@@ -45,14 +45,14 @@ def run_unit(
     there = output.read_note(unit.name) if output.storage.exists(unit.name) else {}
     if _is_answer(there, unit, output):
         return UnitResult(unit.name, there["rows"], there["failed"], is_resumed=True)
-    task_stats.begin()
-    count = _Count()
+    stats, count = TaskStats(), _Count()
+    computation = Computation(graph, stats, dict(zip(keys, inputs, strict=True)))
     if unit.retry is None and spec.batch_rows:
-        records = attempt(unit, graph, spec, _origin(spec))
+        records = attempt(unit, computation, spec, _origin(spec))
     else:
         if unit.retry is None:
             note_start(output, unit.name, unit.n_rows)
-        records = _whole(unit, graph, keys, inputs, spec)
+        records = _whole(unit, computation, spec)
     tables = grouped(count.of(records))
     note: Note = lambda: {**_origin(spec), **count.as_dict()}  # noqa: E731
     if unit.retry:
@@ -65,13 +65,13 @@ def run_unit(
         output.commit(unit.name, tables, note, replaces=unit.retry is not None)
     clear_journals(unit.name, output)
     # How rows failed in an earlier attempt is unknown here.
-    failing, error = (None, b"") if count.n_kept else task_stats.failing()
+    failing, error = (None, b"") if count.n_kept else stats.failing()
     return UnitResult(
         unit.name,
         count.n_rows,
         count.n_failed,
         count.n_kept,
-        infer_s=task_stats.infer_s,
+        infer_s=stats.held_s,
         total_s=time.perf_counter() - start,
         errors=tuple(count.errors[:MAX_ERRORS]),
         facts=count.facts,
@@ -80,12 +80,11 @@ def run_unit(
     )
 
 
-def _whole(
-    unit: Unit, graph: bytes, keys: Sequence[Any], inputs: Sequence[Any], spec: UnitSpec
-) -> Generator[Record, None, None]:
+def _whole(unit: Unit, computation: Computation, spec: UnitSpec) -> Generator[Record, None, None]:
     """Records of a unit without a journal: rows computed again, or a partition."""
     for chunk in chunks(unit, spec.max_bytes):
-        yield make_record(0, 0, compute(chunk, graph, keys, inputs), spec.schema)
+        outcome = computation.whole(chunk)
+        yield make_record(0, 0, outcome, spec.schema, computation.stats.facts)
 
 
 class _Count:

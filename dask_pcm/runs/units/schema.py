@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from dask_pcm.errors import SchemaError
+from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.parquet.arrow_types import canonical
 from dask_pcm.parquet.conversion import MISFITS, readable_notes, to_arrow
 from dask_pcm.parquet.pieces import PieceReader
@@ -17,6 +18,8 @@ from dask_pcm.parquet.pieces import PieceReader
 #: Bytes of a row group of a part: what is converted and encoded at a time.
 GROUP_BYTES = 32 << 20
 _N_SAMPLED = 16
+#: Rows that are converted at once, however large they are: they are in memory already.
+_N_SMALL = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class PartSchema:
         SchemaError
             A column does not fit its type.
         """
-        if len(frame) <= _N_SAMPLED:
+        if len(frame) <= _N_SMALL:
             yield self.table(frame)
             return
         sampled = np.linspace(0, len(frame) - 1, _N_SAMPLED, dtype=int)
@@ -92,11 +95,17 @@ class PartSchema:
             yield self.table(frame.iloc[start : start + n_rows])
 
     def table(self, frame: pd.DataFrame) -> pa.Table:
-        """Convert a frame to one table."""
-        frame = frame if self.has_index else frame.reset_index(drop=True)
-        arrays = [self._array(frame[field.name], field) for field in self.schema]
+        """Convert a frame to one table; a column ``error`` that it lacks is null."""
+        arrays = [
+            pa.nulls(len(frame), field.type)
+            if field.name == ERROR and ERROR not in frame.columns
+            else self._array(frame[field.name], field)
+            for field in self.schema
+        ]
+        if not self.has_index:
+            return pa.Table.from_arrays(arrays, schema=self._noted)
+        index = pa.Table.from_pandas(frame[[]], preserve_index=True)
         columns = pa.Table.from_arrays(arrays, schema=self.schema)
-        index = pa.Table.from_pandas(frame[[]], preserve_index=self.has_index)
         for name in index.column_names:
             column = index.column(name)
             if self.index is not None:
@@ -104,6 +113,10 @@ class PartSchema:
                 column = self._array(frame.index.to_series(), field)
             columns = columns.append_column(name, column)
         return columns.replace_schema_metadata(self.notes)
+
+    @property
+    def _noted(self) -> pa.Schema:
+        return self.schema.with_metadata(self.notes)
 
     def _array(self, column: pd.Series, field: pa.Field) -> pa.Array:
         try:

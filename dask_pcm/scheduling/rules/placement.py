@@ -64,7 +64,11 @@ class Placement:
                 state.plans.roomy.pop(view.address, None)
                 continue
             state.plans.roomy[view.address] = None
-            groups = [group for group in self._waiting_for(view) if state.can_serve(view, group)]
+            groups = [
+                group
+                for group in self._waiting_for(view)
+                if state.can_serve(view, group) and view.has_rows_left(group)
+            ]
             if groups:
                 backlog_s = state.estimates.backlog_s(view, self._now)
                 entry = _Free(backlog_s, len(view.running), view.address)
@@ -88,7 +92,7 @@ class Placement:
 
     def _has_room(self, view: WorkerView) -> bool:
         """Whether a lane is free, or the assigned work lasts less than `pipeline_s`."""
-        if len(view.running) < view.n_lanes:
+        if view.n_on_lanes < view.n_lanes:
             return not view.has_isolated_work
         given_s = self._state.estimates.given_s(view)
         return given_s is not None and given_s < self._pipeline_s and not view.has_isolated_work
@@ -169,7 +173,9 @@ class Placement:
 
 
 def _is_for(view: WorkerView, group: Group) -> bool:
-    """Whether reservations allow work of a group on a worker; isolated work needs it empty."""
+    """Whether a worker is free for a group: isolated work needs it empty, other work unreserved."""
+    if not view.has_rows_left(group):
+        return False
     if group.is_isolated:
         return not view.running and view.reserved_for in (None, group)
     return view.reserved_for is None

@@ -27,6 +27,7 @@ from dask_pcm.scheduling.events import (
     WorkerJoined,
     WorkerLeft,
     WorkerPaused,
+    WorkHandedOver,
     WorkParked,
     WorkWithdrawn,
 )
@@ -68,6 +69,10 @@ class GateState:
                 self._end_work(key, is_finished, used_at=now)
             case WorkParked(work):
                 self._park_work(work, now)
+            case WorkHandedOver(key, is_served) if key in self.placed:
+                worker = self.placed[key]
+                self.workers[worker].hand_over(key, is_served)
+                self.plans.changed[worker] = None
             case Assign(key, worker):
                 self._assign_work(key, worker, now)
             case WorkWithdrawn(key) | Fail(key):
@@ -153,8 +158,9 @@ class GateState:
         self.estimates.validate(self.workers.values())
         self.plans.validate(self.workers)
         assert not self.ahead.waiting.works.keys() & self.placed.keys()
-        running = {key: view.address for view in self.workers.values() for key in view.running}
-        assert running == self.placed, (running, self.placed)
+        views = self.workers.values()
+        placed = {key: view.address for view in views for key in (*view.running, *view.waiting)}
+        assert placed == self.placed, (placed, self.placed)
         for view in self.workers.values():
             view.validate(self.contexts.sizes)
 
@@ -228,7 +234,7 @@ class GateState:
         self.estimates.remove_worker(view, is_lost, now)
         self.failures.remove_worker(worker)
         self.plans.forget_worker(worker)
-        for key in view.running:
+        for key in (*view.running, *view.waiting):
             del self.placed[key]
 
     def _report_residency(self, view: WorkerView, report: ResidencyReported, now: float) -> None:
@@ -244,7 +250,10 @@ class GateState:
             self.contexts.measured.add(context)
         if report.device_bytes is not None:
             view.device_bytes = report.device_bytes
+        view.serves_rows.pop(context, None)
         if tier is Tier.DEVICE:
+            if report.n_rows:
+                view.serves_rows[context] = report.n_rows
             self.failures.record_load(view.address, view.host, context)
             self.contexts.observe_warm(view, report, self.estimates.cost)
         if tier is Tier.FAILED:

@@ -33,7 +33,14 @@ class WorkerView:
     tiers: dict[str, Tier] = field(default_factory=dict)
     #: Bytes of contexts on the device, warm or loading, as far as sizes are known.
     taken_bytes: int = 0
+    #: Work on a lane, in the queue for one, or served; by key.
     running: dict[object, Work] = field(default_factory=dict)
+    #: Of `running`, the work that has left its lane because an attendant serves it.
+    served: set[object] = field(default_factory=set)
+    #: Work that has seceded: it waits for other work, and takes no room.
+    waiting: dict[object, Work] = field(default_factory=dict)
+    #: Rows in flight that the attendant of a context takes; only contexts that have one.
+    serves_rows: dict[str, int] = field(default_factory=dict)
     #: Rows and pieces of work assigned and not ended, by group.
     n_rows: dict[Group, float] = field(default_factory=dict)
     n_works: dict[Group, int] = field(default_factory=dict)
@@ -66,8 +73,19 @@ class WorkerView:
         self.n_rows[work.group] = self.n_rows.get(work.group, 0.0) + work.n_rows
         self.n_works[work.group] = self.n_works.get(work.group, 0) + 1
 
+    def hand_over(self, key: object, is_served: bool) -> None:
+        """Record that a piece of work has left its lane."""
+        if is_served:
+            if key in self.running:
+                self.served.add(key)
+        elif key not in self.waiting and key not in self.served:
+            self.waiting[key] = self.take(key)
+
     def take(self, key: object) -> Work:
         """Remove a piece of work from this worker, and return it."""
+        if key in self.waiting:
+            return self.waiting.pop(key)
+        self.served.discard(key)
         work = self.running.pop(key)
         self.n_rows[work.group] -= work.n_rows
         self.n_works[work.group] -= 1
@@ -76,8 +94,27 @@ class WorkerView:
         return work
 
     def select_begun(self, priorities: Mapping[K, tuple[float, ...]]) -> list[K]:
-        """Select the tasks that the worker had begun: the first by priority, one per lane."""
-        return sorted(priorities, key=lambda key: priorities[key])[: self.n_lanes]
+        """Select the tasks that the worker had begun: those that have left their lanes, and the
+        first others by priority, one per lane.
+        """
+        has_left = [key for key in priorities if key in self.served or key in self.waiting]
+        others = [key for key in priorities if key not in has_left]
+        return has_left + sorted(others, key=lambda key: priorities[key])[: self.n_lanes]
+
+    @property
+    def n_on_lanes(self) -> int:
+        """Pieces of work that are on a lane or in the queue for one."""
+        return len(self.running) - len(self.served)
+
+    def has_rows_left(self, group: Group) -> bool:
+        """Whether the attendants of a group's contexts take more rows; true without attendants."""
+        for context in group.contexts:
+            limit = self.serves_rows.get(context)
+            if limit is None:
+                continue
+            if sum(n for one, n in self.n_rows.items() if context in one.contexts) >= limit:
+                return False
+        return True
 
     def serves(self, contexts: tuple[str, ...]) -> bool:
         """Whether work that needs `contexts` may be assigned: all warm, none to be evicted."""
@@ -144,6 +181,8 @@ class WorkerView:
 
     def validate(self, sizes: Mapping[str, int]) -> None:
         """Raise AssertionError if the counters contradict the work and tiers that they sum up."""
+        assert self.served <= self.running.keys()
+        assert not self.waiting.keys() & self.running.keys()
         groups = [work.group for work in self.running.values()]
         assert self.n_works == {group: groups.count(group) for group in set(groups)}
         assert self.n_rows.keys() == self.n_works.keys()

@@ -17,7 +17,15 @@ from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.plugins.scheduler.tasks import parking
 from dask_pcm.plugins.scheduler.tasks.parked import ParkedTasks
 from dask_pcm.plugins.scheduler.workers import Workers
-from dask_pcm.scheduling.events import Action, Assign, Fail, Load, Offload, Quarantine, WorkEnded
+from dask_pcm.scheduling.events import (
+    Action,
+    Assign,
+    Fail,
+    Load,
+    Offload,
+    Quarantine,
+    WorkHandedOver,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +46,7 @@ class Dispatch(Service):
 
     def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
         """See ``Service``."""
-        return {"pcm-returned": self.on_returned}
+        return {"pcm-returned": self.on_returned, "pcm-handed-over": self.on_handed_over}
 
     def carry_out(self, actions: list[Action]) -> None:
         """Carry out the actions of one decision, its assignments in one batch of transitions."""
@@ -109,6 +117,8 @@ class Dispatch(Service):
     def on_long_running(self, key: Any, worker: str, **message: Any) -> None:
         """A task secedes: its lane is free for the tasks that it waits for.
 
+        Its worker still answers for it: if the worker is lost, the task may be the cause.
+
         Replaces Dask's handler, which expects that the task was not marked long-running before;
         ``_set_apart`` has done that already.
         """
@@ -117,7 +127,12 @@ class Dispatch(Service):
         if ts is None or ts.processing_on is None or ts not in ts.processing_on.long_running:
             scheduler.handle_long_running(key=key, worker=worker, **message)
         if self._hub.state.placed.get(key) == worker:
-            self._hub.apply(WorkEnded(key, is_finished=False))
+            self._hub.apply(WorkHandedOver(key))
+
+    def on_handed_over(self, worker: str, key: Any, **kwargs: Any) -> None:
+        """A task leaves its lane: from now on an attendant serves its rows."""
+        if self._hub.state.placed.get(key) == worker:
+            self._hub.apply(WorkHandedOver(key, is_served=True))
 
     def on_returned(self, worker: str, keys: list[Any]) -> None:
         """A worker has handed back tasks that it had not begun: schedule them anew."""
