@@ -222,6 +222,23 @@ class Restarted:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """A worker's process has ended by itself while it loaded contexts, and was started again.
+
+    Attributes
+    ----------
+    worker
+        The worker that has taken its place, on node `host`.
+    contexts
+        What was loading: each load may be the cause.
+    """
+
+    worker: str
+    host: str
+    contexts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunReported:
     """A run will submit `n_rows` more rows to a group, in at most `n_units` units at a time."""
 
@@ -250,6 +267,7 @@ Event: TypeAlias = (
     | ResidencyReported
     | ContextDeclared
     | Restarted
+    | ProcessEnded
     | RunReported
     | RunClosed
 )

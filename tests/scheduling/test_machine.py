@@ -15,6 +15,7 @@ from dask_pcm.scheduling.events import (
     Group,
     Load,
     Offload,
+    ProcessEnded,
     Quarantine,
     ResidencyReported,
     Restarted,
@@ -209,6 +210,10 @@ class Gate(RuleBasedStateMachine):
         for name, view in list(self.state.workers.items()):
             if context not in view.in_use():
                 self.tell(ResidencyReported(name, context, Tier.ABSENT))
+
+    @rule(worker=workers, host=st.sampled_from(["", "node"]), context=contexts)
+    def process_ended(self, worker, host, context):
+        self.tell(ProcessEnded(worker, host, (context,)))
 
     @rule()
     def restart(self):

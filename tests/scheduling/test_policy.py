@@ -13,6 +13,7 @@ from dask_pcm.scheduling.events import (
     Group,
     Load,
     LoadsGivenUp,
+    ProcessEnded,
     ResidencyReported,
     Restarted,
     RunClosed,
@@ -326,7 +327,10 @@ def end_processes(world, nodes):
             node = world.state.workers[warm.worker].host
             world.tell(ResidencyReported(warm.worker, warm.context, Tier.LOADING))
             world.tell(WorkerLeft(warm.worker))
-            world.tell(WorkerJoined(f"{node}-{n_ended}", 2, None, nodes(node, n_ended)))
+            successor, there = f"{node}-{n_ended}", nodes(node, n_ended)
+            world.tell(WorkerJoined(successor, 2, None, there))
+            if there == node:
+                world.tell(ProcessEnded(successor, there, (warm.context,)))
         world.now += 1.0
     return n_ended, failed
 
@@ -353,6 +357,7 @@ def test_what_had_not_begun_to_load_is_not_to_blame():
         if "a" in {warm.context for warm in wanted}:
             world.tell(ResidencyReported(worker, "a", Tier.LOADING))
             world.tell(WorkerLeft(worker), WorkerJoined(f"w-{n}", 2, None, "one"))
+            world.tell(ProcessEnded(f"w-{n}", "one", ("a",)))
         else:
             world.tell(ResidencyReported(worker, "b", Tier.LOADING))
             world.tell(ResidencyReported(worker, "b", Tier.DEVICE, seconds=1.0))
@@ -376,7 +381,9 @@ def test_loads_ended_by_a_restart_are_no_failures():
     for n in range(10):
         (warm,) = [action for action in world.decide() if isinstance(action, Load)]
         world.tell(ResidencyReported(warm.worker, warm.context, Tier.LOADING))
-        world.tell(Restarted(), WorkerLeft(warm.worker))
+        world.tell(Restarted())
+        assert not world.state.workers[warm.worker].begun  # nothing to attribute the loss to
+        world.tell(WorkerLeft(warm.worker))
         world.tell(WorkerJoined(f"w-{n}", 2, None, "one"))
     assert not world.state.failures.of_context
 

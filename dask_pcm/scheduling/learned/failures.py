@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from dask_pcm.scheduling.events import ResidencyReported
@@ -11,8 +11,6 @@ from dask_pcm.scheduling.events import ResidencyReported
 END_OF_PROCESS = "end of process"
 #: Error kind of a device that cannot be used, for any context.
 DEVICE = "device"
-#: A nanny restarts an ended process within this time, in seconds.
-_RESTART_S = 60.0
 #: First and longest back-off or quarantine, in seconds; each repetition doubles it.
 _FIRST_S, _LONGEST_S = 10.0, 1_800.0
 
@@ -58,8 +56,6 @@ class Failures:
         Errors of workers whose device could not be used, by (worker, context).
     given_up
         Contexts that are not loaded again until they are requested anew.
-    process_ends
-        (host, context, time) of worker processes that ended while they loaded a context.
     """
 
     errors: dict[str, str] = field(default_factory=dict)
@@ -71,7 +67,6 @@ class Failures:
     n_back_offs: dict[tuple[str, str], int] = field(default_factory=dict)
     of_device: dict[tuple[str, str], str] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
-    process_ends: list[tuple[str, str, float]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget all failures, after all workers were restarted."""
@@ -86,7 +81,6 @@ class Failures:
         for by_pair in (self.retry_at, self.n_back_offs, self.of_device):
             by_pair.clear()
         self.given_up.clear()
-        self.process_ends.clear()
 
     def record_failure(
         self, worker: str, host: str, report: ResidencyReported, has_loaded: bool, now: float
@@ -135,27 +129,13 @@ class Failures:
         self.quarantined.pop(host, None)
         self.n_quarantines.pop(host, None)
 
-    def record_process_end(self, host: str, context: str, now: float) -> None:
-        """Record that a worker process ended while it loaded a context."""
-        self.process_ends.append((host, context, now))
-
-    def charge_process_ends(self, host: str, names: Mapping[str, str], now: float) -> list[str]:
-        """Charge recent process ends on a node to the contexts that were loading; return these.
-
-        Called when a worker joins on the node. A process that comes back this soon was restarted
-        by its nanny, so the load ended it. A node that was preempted does not come back so soon,
-        and its contexts are not charged.
-        """
-        recent = [end for end in self.process_ends if now - end[2] < _RESTART_S]
-        self.process_ends = [end for end in recent if end[0] != host]
-        charged = list(dict.fromkeys(context for at, context, _ in recent if at == host))
-        for context in charged:
-            self.errors[context] = (
-                f"The worker process ended while it loaded context {names.get(context, context)!r}:"
-                " it ran out of memory, or native code crashed. See the worker's log."
-            )
-            self.of_context.setdefault(context, []).append((host, END_OF_PROCESS))
-        return charged
+    def record_process_end(self, host: str, context: str, name: str) -> None:
+        """Record that a worker process ended by itself while it loaded a context."""
+        self.errors[context] = (
+            f"The worker process ended while it loaded context {name!r}: it ran out of memory, or"
+            " native code crashed. See the worker's log."
+        )
+        self.of_context.setdefault(context, []).append((host, END_OF_PROCESS))
 
     def next_quarantine_s(self, host: str) -> float:
         """Seconds of a node's next quarantine."""

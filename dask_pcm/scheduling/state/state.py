@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dask_pcm.scheduling.events import (
@@ -15,6 +16,7 @@ from dask_pcm.scheduling.events import (
     Load,
     LoadsGivenUp,
     Offload,
+    ProcessEnded,
     Quarantine,
     ResidencyReported,
     Restarted,
@@ -104,6 +106,8 @@ class GateState:
                 self.failures.clear()
                 for view in self.workers.values():
                     view.begun.clear()
+            case ProcessEnded(worker, host, contexts):
+                self._charge_loads(self.workers.get(worker), host, contexts)
             case Load(worker, context):
                 seconds = self.estimates.warm_s(self.workers[worker], context)
                 self.workers[worker].load(context, self.contexts.size(context), seconds, now)
@@ -222,20 +226,27 @@ class GateState:
         view = self.workers[event.worker] = joined(event, now)
         self.estimates.add_worker(view.pool, now)
         self.plans.changed[event.worker] = None
-        for context in self.failures.charge_process_ends(view.host, self.contexts.names, now):
-            view.set_tier(context, Tier.FAILED, self.contexts.size(context))
 
     def _remove_worker(self, worker: str, is_lost: bool, now: float) -> None:
         view = self.workers.pop(worker, None)
         if view is None:
             return
-        for context in view.begun:
-            self.failures.record_process_end(view.host, context, now)
         self.estimates.remove_worker(view, is_lost, now)
         self.failures.remove_worker(worker)
         self.plans.forget_worker(worker)
         for key in (*view.running, *view.waiting):
             del self.placed[key]
+
+    def _charge_loads(
+        self, successor: WorkerView | None, host: str, contexts: Iterable[str]
+    ) -> None:
+        """Loads have ended a process; the worker in its place does not try them at once."""
+        for context in contexts:
+            name = self.contexts.names.get(context, context)
+            self.failures.record_process_end(host, context, name)
+            if successor is not None and context not in successor.tiers:
+                successor.set_tier(context, Tier.FAILED, self.contexts.size(context))
+                self.plans.changed[successor.address] = None
 
     def _report_residency(self, view: WorkerView, report: ResidencyReported, now: float) -> None:
         context, tier = report.context, report.tier

@@ -31,7 +31,7 @@ _GRACE_S = 1.0
 _LOOK_S, _TIMEOUT_S = 0.5, 2.0
 #: A nanny that lives but has started no worker by then: the loss is attributed to the tasks.
 _LONGEST_S = 20.0
-#: A nanny that comes back within this time was not preempted, only out of reach.
+#: What is back within this time was not preempted: a nanny out of reach, a process restarted.
 _BACK_S = 60.0
 #: Without a nanny, more losses than this are not explained by preemption.
 _MANY = 20
@@ -39,7 +39,15 @@ _MANY = 20
 
 @dataclass(eq=False, slots=True)
 class Loss:
-    """A lost worker's nanny (empty if it had none) and the tasks that the worker had begun."""
+    """A lost worker.
+
+    Attributes
+    ----------
+    nanny
+        Its nanny; empty if it had none.
+    keys
+        The tasks that it had begun.
+    """
 
     nanny: str
     keys: tuple[Any, ...]
@@ -53,12 +61,17 @@ class Attribution:
     ----------
     on_judged
         Called with the keys of a loss once it is attributed.
+    on_loads_blamed
+        Called with a worker, its node, and the contexts whose loads have ended the process before.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self.on_judged: Callable[[Iterable[Any]], None] = lambda keys: None
+        self.on_loads_blamed: Callable[[str, str, tuple[str, ...]], None] = lambda *loads: None
         self._open: list[Loss] = []
+        #: Loads that lost workers had begun, by node: when, and which.
+        self._loads: deque[tuple[float, str, tuple[str, ...]]] = deque(maxlen=1000)
         self._forgiven: deque[tuple[float, Loss]] = deque(maxlen=100)
         self._tasks: set[asyncio.Task[None]] = set()
         #: Per task: all losses that it was part of; those attributed to it since it last asked.
@@ -67,17 +80,28 @@ class Attribution:
         #: Tasks that run isolated.
         self.suspects: set[Any] = set()
 
-    def lost(self, nanny: str, keys: Iterable[Any]) -> None:
-        """Begin to attribute an unexpected loss of a worker that had begun these tasks."""
-        loss = Loss(nanny, tuple(keys))
+    def lost(
+        self, nanny: str, keys: Iterable[Any], host: str = "", loads: Iterable[str] = ()
+    ) -> None:
+        """Begin to attribute a loss of a worker that had begun these tasks and loads."""
+        if loads := tuple(loads):
+            self._loads.append((monotonic(), host, loads))
+        if not (keys := tuple(keys)):
+            return
+        loss = Loss(nanny, keys)
         self.n_lost.update(loss.keys)
         self._open.append(loss)
         task = asyncio.get_running_loop().create_task(self._look(loss))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def joined(self, nanny: str) -> None:
-        """A nanny has started a worker: its open losses are attributed to their tasks."""
+    def joined(self, nanny: str, worker: str = "", host: str = "") -> None:
+        """A nanny has started a worker: its open losses are attributed to their tasks.
+
+        Loads are attributed by node: where memory is short, the kernel ends the nanny as well, and
+        the batch system starts both again.
+        """
+        self._blame_loads(worker, host)
         if not nanny:
             return
         for loss in [loss for loss in self._open if loss.nanny == nanny]:
@@ -89,6 +113,15 @@ class Attribution:
                 self._blame(loss.keys)
             if loss.nanny == nanny or now - at >= _BACK_S:
                 self._forgiven.remove((at, loss))
+
+    def _blame_loads(self, worker: str, host: str) -> None:
+        """Attribute the process ends of a node to the loads that were under way."""
+        now = monotonic()
+        recent = [one for one in self._loads if now - one[0] < _BACK_S]
+        blamed = dict.fromkeys(load for _, node, loads in recent if node == host for load in loads)
+        self._loads = deque((one for one in recent if one[1] != host), maxlen=self._loads.maxlen)
+        if blamed:
+            self.on_loads_blamed(worker, host, tuple(blamed))
 
     def is_open(self, key: Any) -> bool:
         """Whether a task was lost more than once and a loss is not attributed yet."""

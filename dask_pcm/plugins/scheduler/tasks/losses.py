@@ -14,6 +14,7 @@ from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.plugins.scheduler.tasks.attribution import Attribution
 from dask_pcm.plugins.scheduler.tasks.dispatch import end_with
 from dask_pcm.plugins.scheduler.tasks.parked import ParkedTasks
+from dask_pcm.scheduling.events import ProcessEnded
 
 
 class Losses(Service):
@@ -29,6 +30,7 @@ class Losses(Service):
         self._parked = parked
         self._attribution = attribution
         attribution.on_judged = self._on_judged
+        attribution.on_loads_blamed = lambda *loads: hub.apply(ProcessEnded(*loads))
         #: Tasks of a worker that is being removed: Dask moves them before it calls the hook.
         self._lost_with: dict[str, list[Any]] = {}
         self._last_lost: WorkerState | None = None
@@ -60,19 +62,21 @@ class Losses(Service):
 
     def worker_joined(self, worker: str, member: Member) -> None:
         """See ``Service``; a nanny that starts a worker has outlived the one before."""
-        self._attribution.joined(member.ws.nanny)
+        self._attribution.joined(member.ws.nanny or "", worker, member.ws.host)
 
     def worker_left(self, worker: str, member: Member, is_lost: bool) -> None:
-        """See ``Service``; hands the tasks that had begun there to the attribution."""
-        if not (lost_with := self._lost_with.pop(worker, [])):
+        """See ``Service``; hands the tasks and loads that had begun there to the attribution."""
+        lost_with = self._lost_with.pop(worker, [])
+        view = self._hub.state.workers.get(worker)
+        loads = sorted(view.begun) if view else []
+        if not (lost_with or loads):
             return
         tasks = self._hub.scheduler.tasks
         found = [ts for key in lost_with if (ts := tasks.get(key)) is not None]
-        view = self._hub.state.workers.get(worker)
         priorities = {ts.key: tuple(ts.priority or ()) for ts in found}
         keys = view.select_begun(priorities) if view else list(priorities)
         self._last_lost = member.ws.clean()
-        self._attribution.lost(member.ws.nanny or "", keys)
+        self._attribution.lost(member.ws.nanny or "", keys, member.ws.host, loads)
         for key in keys:
             ts = tasks[key]
             lost = {"pcm_lost": self._attribution.n_lost[key]}  # the next attempt reads it

@@ -214,3 +214,21 @@ def test_without_a_nanny_it_takes_many_losses():
 
     assert asyncio.run(lose(20)) == 0
     assert asyncio.run(lose(24)) == 4
+
+
+def test_loads_are_blamed_where_the_process_is_back_on_its_node_soon(monkeypatch):
+    now, blamed = [0.0], []
+    monkeypatch.setattr(attribution, "monotonic", lambda: now[0])
+    losses = Attribution(Nobody())
+    losses.on_loads_blamed = lambda *loads: blamed.append(loads)
+    losses.lost("nanny", [], "one", ["a", "b"])
+    losses.joined("another", "w2", "two")  # a worker elsewhere says nothing
+    assert blamed == []
+    now[0] = 30.0
+    losses.joined("another", "w3", "one")  # the kernel had ended the nanny as well
+    losses.joined("another", "w4", "one")
+    assert blamed == [("w3", "one", ("a", "b"))]
+    losses.lost("nanny", [], "one", ["a"])
+    now[0] = 100.0
+    losses.joined("nanny", "w5", "one")  # preempted: it took its time
+    assert len(blamed) == 1
