@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import pandas as pd
@@ -60,6 +60,13 @@ class Call:
     meta: pd.DataFrame
     is_enforced: bool
     timeout_s: float | None = None
+    #: Of `meta`: looked up for every batch.
+    _names: list[Any] = field(init=False, repr=False, compare=False)
+    _dtypes: dict[Any, Any] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_names", self.meta.columns.tolist())
+        object.__setattr__(self, "_dtypes", dict(self.meta.dtypes.items()))
 
     @property
     def is_served(self) -> bool:
@@ -175,7 +182,8 @@ class Call:
 
     def _check_columns(self, result: pd.DataFrame) -> None:
         """Raise SchemaError if columns are missing, repeated or not declared in `meta`."""
-        if result.columns.equals(self.meta.columns):
+        names = result.columns.tolist()
+        if names == self._names or (self.batch_rows is not None and [*names, ERROR] == self._names):
             return
         if repeated := sorted({str(c) for c in result.columns[result.columns.duplicated()]}):
             raise SchemaError(
@@ -194,25 +202,32 @@ class Call:
 
     def cast(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Cast columns to the dtypes of `meta`; raise SchemaError if a value would change."""
-        wanted = dict(self.meta.dtypes.items())
-        different = {
-            name: wanted[name]
-            for name, dtype in frame.dtypes.items()
-            if dtype != wanted[name]
-            and without_categories(dtype) != without_categories(wanted[name])
-        }
+        dtypes = frame.dtypes.items()
+        different = [name for name, dtype in dtypes if not self._is_right(name, dtype)]
         if not different:
             return frame
         frame = frame.copy(deep=False)
-        for name, dtype in different.items():
-            try:
-                frame[name] = cast(frame[name], dtype)
-            except MISFITS as error:
-                raise SchemaError(
-                    f"{_name(self.func)} returned {name!r} as {frame[name].dtype}, which does not"
-                    f" convert to the dtype in meta, {dtype}: {error}."
-                ) from error
+        for name in different:
+            frame[name] = self.cast_column(frame[name])
         return frame
+
+    def cast_column(self, column: pd.Series) -> pd.Series:
+        """Cast one column, by its name, to its dtype in `meta`."""
+        name = column.name
+        if not self.is_enforced or self._is_right(name, column.dtype):
+            return column
+        try:
+            return cast(column, self._dtypes[name])
+        except MISFITS as error:
+            raise SchemaError(
+                f"{_name(self.func)} returned {name!r} as {column.dtype}, which does not convert to"
+                f" the dtype in meta, {self._dtypes[name]}: {error}."
+            ) from error
+
+    def _is_right(self, name: Any, dtype: Any) -> bool:
+        """Whether a column's dtype is that in `meta`; categories may differ."""
+        wanted = self._dtypes[name]
+        return bool(dtype == wanted or without_categories(dtype) == without_categories(wanted))
 
 
 class Watch(Protocol):

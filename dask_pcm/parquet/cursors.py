@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,8 @@ _BUFFER_BYTES = 1 << 20
 #: Rows to decode at a time. A dictionary-encoded text is stored once for all rows but takes memory
 #: in each of them once decoded, so the footer can underestimate a row by orders of magnitude.
 _MAX_BATCH_ROWS, _MAX_PROBE_ROWS = 256, 16
+#: Rows of a file not read yet, where others were: files of one dataset are much alike.
+_MAX_NEXT_ROWS = 64
 #: Idle cursors that a process keeps.
 _MAX_IDLE = 4
 #: Files whose row groups are remembered.
@@ -42,14 +44,21 @@ class Cursor:
     Not thread-safe: ``_Idle`` gives a cursor to one thread at a time.
     """
 
-    def __init__(self, path: str, version: str, columns: tuple[str, ...], batch_rows: int) -> None:
+    def __init__(
+        self,
+        path: str,
+        version: str,
+        columns: tuple[str, ...],
+        batch_rows: int,
+        options: Mapping[str, Any],
+    ) -> None:
         self.key = (path, version, columns)
         self.batch_rows = batch_rows
         #: The next row to read; -1 before `begin`.
         self.at = -1
         self._rest: pa.RecordBatch | None = None
         # Keep the filesystem: an archive is closed when its filesystem is collected.
-        self._fs, self._source = _open(path)
+        self._fs, self._source = _open(path, options)
         # With pre_buffer, or without buffer_size, Arrow reads whole row groups into memory.
         self._file = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         self._batches: Iterator[pa.RecordBatch] = iter(())
@@ -190,7 +199,13 @@ def note_inflation(path: str, n_bytes: int, expected: float) -> None:
 
 
 def read_rows(
-    path: str, version: str, columns: tuple[str, ...], start: int, stop: int, row_bytes: float
+    path: str,
+    version: str,
+    columns: tuple[str, ...],
+    start: int,
+    stop: int,
+    row_bytes: float,
+    options: Mapping[str, Any] | None = None,
 ) -> Iterator[pa.Table]:
     """Yield rows ``start:stop`` of a file in tables of about ``BATCH_BYTES``; at least one table.
 
@@ -202,6 +217,8 @@ def read_rows(
         The file's version (see ``paths.version_of``) when it was listed.
     row_bytes
         Bytes per row in these columns, estimated from the footer.
+    options
+        Options of the filesystem.
 
     Raises
     ------
@@ -209,23 +226,24 @@ def read_rows(
         If the file has changed since it was listed, is gone or cannot be read.
     """
     with _named(path):
-        _check_version(path, version)
+        options = options or {}
+        _check_version(path, version, options)
         starts, cursor = idle.starts(path, version), None
         batch_rows = _batch_rows(path, row_bytes)
         if starts is None:
-            cursor = Cursor(path, version, columns, batch_rows)
+            cursor = Cursor(path, version, columns, batch_rows, options)
             starts = cursor.starts()
             idle.note_starts(path, version, starts)
         group = bisect.bisect_right(starts, start) - 1
         if start >= stop or group < 0:
-            cursor = cursor or Cursor(path, version, columns, batch_rows)
+            cursor = cursor or Cursor(path, version, columns, batch_rows, options)
             yield cursor.nothing()
             cursor.close()
             return
         if cursor is None:
             cursor = idle.take((path, version, columns), starts[group], start, batch_rows)
         if cursor is None:
-            cursor = Cursor(path, version, columns, batch_rows)
+            cursor = Cursor(path, version, columns, batch_rows, options)
         if cursor.at < starts[group]:
             cursor.begin(group, starts[group])
         try:
@@ -241,8 +259,10 @@ def read_rows(
 
 def _batch_rows(path: str, row_bytes: float) -> int:
     """Rows to decode at a time: few, until the real size of this file's rows is known."""
-    known = _inflation.get(path)
-    most = _MAX_PROBE_ROWS if known is None else _MAX_BATCH_ROWS
+    known = inflation(path)
+    most = _MAX_PROBE_ROWS if known is None else _MAX_NEXT_ROWS
+    if path in _inflation:
+        most = _MAX_BATCH_ROWS
     return max(1, min(most, int(BATCH_BYTES / max(1.0, row_bytes * (known or 1.0)))))
 
 
@@ -255,16 +275,16 @@ def _named(path: str) -> Iterator[None]:
         raise InputError(f"Cannot read {path!r}: {error}") from shown_cause(error)
 
 
-def _open(path: str) -> tuple[Any, Any]:
+def _open(path: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     """Open a file; return its filesystem and a binary stream."""
-    fs, name = fsspec.core.url_to_fs(path)
+    fs, name = fsspec.core.url_to_fs(path, **options)
     is_local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
     return fs, pa.OSFile(name, "rb") if is_local else fs.open(name, "rb")
 
 
-def _check_version(path: str, version: str) -> None:
+def _check_version(path: str, version: str, options: Mapping[str, Any]) -> None:
     """Raise InputError if a file has changed since it was listed."""
-    fs, name = fsspec.core.url_to_fs(path)
+    fs, name = fsspec.core.url_to_fs(path, **options)
     # A cached listing would report the old version.
     fs.invalidate_cache(fs._parent(name))
     if version_of(file_info(fs, name)) != version:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,6 +53,8 @@ class File:
     bounds
         Least and greatest value of integer, timestamp and duration columns, if the footer has them;
         0 is always within.
+    kept
+        The row groups that may hold rows which are asked for; None for all.
     """
 
     path: str
@@ -64,6 +66,7 @@ class File:
     schema: pa.Schema
     nullable: frozenset[str]
     bounds: Mapping[str, Bounds]
+    kept: frozenset[int] | None = None
 
     __repr__ = redacted_repr
 
@@ -73,10 +76,16 @@ class File:
         return {"size": self.size_bytes, "modified": self.modified, "footer": self.footer}
 
 
-def describe_files(urls: Sequence[str], columns: Sequence[str] | None = None) -> list[File]:
+def describe_files(
+    urls: Sequence[str],
+    columns: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    kept: Callable[[Any, str], Iterable[int] | None] | None = None,
+) -> list[File]:
     """Read the footers of files, in parallel.
 
-    Sizes count the bytes of `columns`, or of all columns by default.
+    Sizes count the bytes of `columns`, or of all columns by default. `options` are those of the
+    filesystem; `kept` selects row groups of a file, given its filesystem and path.
 
     Raises
     ------
@@ -84,18 +93,24 @@ def describe_files(urls: Sequence[str], columns: Sequence[str] | None = None) ->
         If a file cannot be read or is not a complete Parquet file.
     """
     with ThreadPoolExecutor(_N_READERS) as pool:
-        return list(pool.map(lambda url: _describe(url, columns), urls))
+        return list(pool.map(lambda url: _describe(url, columns, options or {}, kept), urls))
 
 
-def _describe(url: str, columns: Sequence[str] | None) -> File:
+def _describe(
+    url: str,
+    columns: Sequence[str] | None,
+    options: Mapping[str, Any],
+    kept: Callable[[Any, str], Iterable[int] | None] | None,
+) -> File:
     """Read one footer; InputError if the file is not a complete Parquet file."""
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url, **options)
         info = file_info(fs, path)
         with fs.open(path, "rb") as file:
             footer = _footer(file, info["size"], url)
             file.seek(0)
             metadata = pq.read_metadata(file)
+        groups = None if kept is None else kept(fs, path)
         schema = metadata.schema.to_arrow_schema()
     except (OSError, pa.ArrowException, EOFError) as error:
         raise InputError(f"Cannot read {url!r} as Parquet: {error}") from shown_cause(error)
@@ -114,6 +129,7 @@ def _describe(url: str, columns: Sequence[str] | None) -> File:
         schema=schema,
         nullable=nullable,
         bounds=bounds,
+        kept=None if groups is None else frozenset(groups),
     )
 
 

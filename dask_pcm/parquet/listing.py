@@ -64,10 +64,13 @@ def path_texts(given: AnyPath | Iterable[AnyPath]) -> list[str]:
     return sorted(texts, key=natural_sort_key) if isinstance(given, Set) else texts
 
 
-def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
+def find_files(
+    given: Sequence[str], options: Mapping[str, Any] | None = None
+) -> tuple[list[str], list[str]]:
     """Find the files and folders that an input names, and the URLs of the Parquet files in them.
 
-    Paths keep their order; the files of each are in natural order of their names.
+    Paths keep their order; the files of each are in natural order of their names. `options` are
+    those of the filesystem.
 
     Raises
     ------
@@ -79,7 +82,7 @@ def find_files(given: Sequence[str]) -> tuple[list[str], list[str]]:
     seen: dict[str, tuple[str, str]] = {}
     for path in given:
         try:
-            fs, named = _resolve(path)
+            fs, named = _resolve(path, options or {})
             names = _distinct(fs, _files(fs, named, path))
         except InputError:
             raise
@@ -136,9 +139,9 @@ def is_local(fs: Any) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
-def _resolve(given: str) -> tuple[Any, list[str]]:
+def _resolve(given: str, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """The filesystem of a path or pattern, and the files and folders that it matches."""
-    fs, path = fsspec.core.url_to_fs(given)
+    fs, path = fsspec.core.url_to_fs(given, **options)
     fs.invalidate_cache()  # a cached listing may miss new or changed files
     # An existing name counts as it is, even if it contains wildcard characters.
     if fs.exists(path):

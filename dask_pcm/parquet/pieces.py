@@ -7,6 +7,8 @@ the ledger can record progress by piece.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +24,17 @@ from dask.utils import parse_bytes
 from dask_pcm.arguments import checked
 from dask_pcm.config import Config
 from dask_pcm.context.identity.digest import digest
-from dask_pcm.errors import InputError
+from dask_pcm.errors import InputError, SchemaError
 from dask_pcm.parquet.arrow_types import plain
 from dask_pcm.parquet.conversion import MISFITS, NULLABLE, extension_dtypes, to_pandas
 from dask_pcm.parquet.cursors import BATCH_BYTES, note_inflation, read_rows
+from dask_pcm.parquet.filters import (
+    Filters,
+    alternatives,
+    filter_columns,
+    matching,
+    matching_groups,
+)
 from dask_pcm.parquet.footers import File, RowGroup, column_names, describe_files
 from dask_pcm.parquet.listing import AnyPath, find_files, path_texts
 from dask_pcm.parquet.schemas import CommonSchema, is_unnamed_index
@@ -100,10 +109,16 @@ class PieceReader:
     """
 
     def __init__(
-        self, roots: Sequence[str], files: Sequence[File], columns: Sequence[str] | None = None
+        self,
+        roots: Sequence[str],
+        files: Sequence[File],
+        columns: Sequence[str] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         common = CommonSchema.of(files, columns)
         self.roots = tuple(roots)
+        #: Options of the filesystem, perhaps with keys: workers need them, and nothing else does.
+        self._options = dict(options or {})
         self.files = {file.path: file for file in files}
         self.columns, self.index = common.columns, common.index
         self._dtypes = extension_dtypes(common.schema, _nullable(common.schema, files))
@@ -144,7 +159,9 @@ class PieceReader:
         for span in spans:
             rows = (span.start, span.stop, span.row_bytes)
             n_decoded = 0
-            for table in read_rows(span.path, span.version, tuple(schema.names), *rows):
+            for table in read_rows(
+                span.path, span.version, tuple(schema.names), *rows, self._options
+            ):
                 if found and not is_whole and n_bytes + table.nbytes > BATCH_BYTES:
                     yield pa.concat_tables(found)
                     found, n_bytes = [], 0
@@ -192,6 +209,8 @@ def read_parquet(
     *,
     rows_per_piece: int = ROWS_PER_PIECE,
     bytes_per_piece: int | str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    filters: Filters | None = None,
 ) -> dd.DataFrame:
     """Read Parquet files as an ordinary Dask DataFrame whose partitions are pieces.
 
@@ -212,6 +231,14 @@ def read_parquet(
     bytes_per_piece : int or str, optional
         Maximum size of a piece, in bytes or as text ("64 MiB"): its columns before compression, as
         estimated from the file's footer. ``pcm.run.unit-bytes`` by default.
+    storage_options : dict, optional
+        Options of the fsspec filesystem of `path`, such as credentials or an endpoint. Workers get
+        them with their tasks; they are in no manifest, report or log, and do not tell jobs apart.
+    filters : list of tuple, or list of list of tuple, optional
+        Conditions ``(column, operator, value)`` with the operators ``==``, ``!=``, ``<``, ``<=``,
+        ``>``, ``>=``, ``in`` and ``not in``, as pandas and Dask take them: rows for which all of a
+        list hold, for one of several lists. Row groups that cannot hold such rows, by their
+        statistics, are not read. A condition on a null does not hold.
 
     Returns
     -------
@@ -227,7 +254,7 @@ def read_parquet(
         If the input does not exist, some of it cannot be read (a dangling link, a truncated file,
         a file that is not Parquet), or no type holds the values of a column in all files.
     SchemaError
-        If a requested column does not exist or a name is repeated.
+        If a requested column does not exist or a name is repeated, or `filters` do not fit.
     """
     paths = path_texts(path)
     if rows_per_piece < 1:
@@ -236,9 +263,15 @@ def read_parquet(
     if limit < 1:
         raise InputError(f"bytes_per_piece must be at least 1; found {bytes_per_piece}.")
     names = None if columns is None else column_names(columns, "columns")
-    roots, urls = find_files(paths)
-    files = describe_files(urls, names)
-    reader = PieceReader(roots, files, names)
+    wanted, read, kept = names, names, None
+    if filters is not None:
+        conditions = alternatives(filters)
+        kept = functools.partial(matching_groups, filters=conditions)
+        if names is not None:  # conditions may be on other columns
+            read = list(dict.fromkeys([*names, *filter_columns(conditions)]))
+    roots, urls = find_files(paths, storage_options)
+    files = describe_files(urls, read, storage_options, kept)
+    reader = PieceReader(roots, files, read, storage_options)
     spans = list(_pieces(files, rows_per_piece, limit)) or [
         Span(0, files[0].path, files[0].modified, 0, 0, 0)
     ]
@@ -247,8 +280,21 @@ def read_parquet(
         divisions = (*(span.offset for span in spans), spans[-1].offset + spans[-1].n_rows - 1)
     # Dask would convert every object column to text, including lists, bytes and decimals.
     with dask.config.set({"dataframe.convert-string": False}):
-        return dd.from_map(
+        frame = dd.from_map(
             reader, spans, meta=reader.meta(), divisions=divisions, label="read-pieces"
+        )
+        if filters is not None:
+            _check_there(filter_columns(conditions), frame.columns)
+            frame = matching(frame, conditions)
+        return frame if wanted == read else frame[wanted]
+
+
+def _check_there(names: Iterable[str], columns: Iterable[str]) -> None:
+    """Raise SchemaError for columns that filters name and the input does not have."""
+    if missing := [name for name in names if name not in columns]:
+        raise SchemaError(
+            f"filters names {', '.join(map(repr, missing))}, which the input does not have; its"
+            f" columns are {', '.join(map(repr, columns))}."
         )
 
 
@@ -256,10 +302,23 @@ def _pieces(files: Sequence[File], max_rows: int, max_bytes: int) -> Iterator[Sp
     """Cut every file into pieces, numbered in order."""
     piece = offset = 0
     for file in files:
-        start = 0
-        for stop, n_bytes in cuts(file.row_groups, max_rows, max_bytes):
-            yield Span(piece, file.path, file.modified, start, stop, offset, n_bytes)
-            piece, offset, start = piece + 1, offset + stop - start, stop
+        for number, groups in _runs_of_groups(file):
+            first = sum(group.n_rows for group in file.row_groups[:number])
+            start = first
+            for stop, n_bytes in cuts(groups, max_rows, max_bytes):
+                stop += first
+                yield Span(piece, file.path, file.modified, start, stop, offset + start, n_bytes)
+                piece, start = piece + 1, stop
+        offset += file.n_rows
+
+
+def _runs_of_groups(file: File) -> Iterator[tuple[int, list[RowGroup]]]:
+    """Successive row groups that are read, with the number of the first."""
+    numbers = range(len(file.row_groups)) if file.kept is None else sorted(file.kept)
+    # Of successive numbers, each less its place is the same.
+    for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in run]
+        yield found[0], [file.row_groups[number] for number in found]
 
 
 def cuts(groups: Sequence[RowGroup], max_rows: int, max_bytes: int) -> Iterator[tuple[int, int]]:
@@ -310,6 +369,8 @@ def _nullable(schema: pa.Schema, files: Sequence[File]) -> set[str]:
 
 def _cast(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
     """Cast a table to the common schema; InputError if the footer was wrong about its values."""
+    if table.schema.equals(schema):
+        return table
     try:
         return table.cast(schema)
     except pa.ArrowException as error:

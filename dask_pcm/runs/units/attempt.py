@@ -278,7 +278,8 @@ def make_record(
     start: int, stop: int, outcome: Outcome, schema: PartSchema, facts: Mapping[str, str]
 ) -> Record:
     """The record of input rows that this task has just computed."""
-    tables = [table for frame in outcome.frames for table in schema.tables(frame)]
+    cast = outcome.call.cast_column if outcome.call is not None else None
+    tables = [table for frame in outcome.frames for table in schema.tables(frame, cast)]
     errors = [str(error) for error in outcome.errors[:MAX_ERRORS]]
     return Record(start, stop, pa.concat_tables(tables), len(outcome.errors), errors, dict(facts))
 

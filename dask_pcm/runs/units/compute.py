@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import pandas as pd
 from dask._task_spec import DataNode, execute_graph
 
-from dask_pcm.frames.call import Caller, Submission, Watch
+from dask_pcm.frames.call import Call, Caller, Submission, Watch
 from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.parquet.cursors import inflation
 from dask_pcm.parquet.pieces import Span
@@ -74,10 +74,19 @@ class Batch:
 
 
 class Outcome(NamedTuple):
-    """The rows of a batch or a unit, and the errors that some of them failed with."""
+    """The rows of a batch or a unit.
+
+    Attributes
+    ----------
+    errors
+        What some of them failed with.
+    call
+        The function that has just returned them, if their columns are not cast to its dtypes yet.
+    """
 
     frames: list[pd.DataFrame]
     errors: list[str]
+    call: Call | None = None
 
 
 class Computation:
@@ -185,7 +194,7 @@ class Computation:
         """The rows of a batch from the results of the last function."""
         last, caller = self._callers[-1]
         if self._graph.result == last.key:
-            return self._outcome([caller.call.enforced(part) for part in parts], parts)
+            return self._outcome(parts, parts)._replace(call=caller.call)
         values[last.key] = caller.call.joined(parts)
         return self._outcome([self._evaluate(self._graph.result, values)], parts)
 

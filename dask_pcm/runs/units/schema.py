@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from dask_pcm.parquet.pieces import PieceReader
 #: Bytes of a row group of a part: what is converted and encoded at a time.
 GROUP_BYTES = 32 << 20
 _N_SAMPLED = 16
+Cast = Callable[[pd.Series], pd.Series]
 #: Rows that are converted at once, however large they are: they are in memory already.
 _N_SMALL = 64
 
@@ -77,8 +78,10 @@ class PartSchema:
         schema = pa.schema(fields)
         return cls(schema, has_index, _index_type(meta, reader), readable_notes(notes, schema))
 
-    def tables(self, frame: pd.DataFrame) -> Iterator[pa.Table]:
+    def tables(self, frame: pd.DataFrame, cast: Cast | None = None) -> Iterator[pa.Table]:
         """Convert a frame to tables of a row group each; at least one.
+
+        `cast` is called with each column before it is converted.
 
         Raises
         ------
@@ -86,20 +89,20 @@ class PartSchema:
             A column does not fit its type.
         """
         if len(frame) <= _N_SMALL:
-            yield self.table(frame)
+            yield self.table(frame, cast)
             return
         sampled = np.linspace(0, len(frame) - 1, _N_SAMPLED, dtype=int)
-        row_bytes = self.table(frame.iloc[sampled]).nbytes / _N_SAMPLED
+        row_bytes = self.table(frame.iloc[sampled], cast).nbytes / _N_SAMPLED
         n_rows = max(1, int(GROUP_BYTES / max(1.0, row_bytes)))
         for start in range(0, len(frame), n_rows):
-            yield self.table(frame.iloc[start : start + n_rows])
+            yield self.table(frame.iloc[start : start + n_rows], cast)
 
-    def table(self, frame: pd.DataFrame) -> pa.Table:
+    def table(self, frame: pd.DataFrame, cast: Cast | None = None) -> pa.Table:
         """Convert a frame to one table; a column ``error`` that it lacks is null."""
         arrays = [
             pa.nulls(len(frame), field.type)
             if field.name == ERROR and ERROR not in frame.columns
-            else self._array(frame[field.name], field)
+            else self._array(frame[field.name] if cast is None else cast(frame[field.name]), field)
             for field in self.schema
         ]
         if not self.has_index:

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 SHARE = 0.5
 #: The first call has at least this many rows, however many workers there are.
 _FEW_ROWS = 32
-#: Pieces are combined into one unit if this many of them fit in it; larger ones stay separate.
-_SMALL = 8
 
 
 def unit_rows(
@@ -61,39 +59,24 @@ def unit_rows(
 def cut_pieces(pieces: Iterable[int], n_wanted: int, batch_rows: int) -> list[int]:
     """Rows that a unit of about `n_wanted` rows takes of each of the next pieces.
 
-    Of the first piece, whole batches, or all of it if less than half a batch would be left. Then of
-    the next pieces up to a batch, and beyond it pieces that are small and fit in whole.
+    Whole batches, which are filled across pieces; or less than one if that is wanted. Of the last
+    piece the unit takes all if less than half a batch would be left.
 
     >>> [cut_pieces([n], 70, 32) for n in (50, 79, 80, 500)]
     [[50], [79], [64], [64]]
-    >>> cut_pieces([20, 20, 20], 32, 32), cut_pieces([100, 10, 10, 50], 128, 32)
-    ([20, 12], [100, 10, 10])
+    >>> cut_pieces([20, 20, 20], 32, 32), cut_pieces([100, 10, 10, 50], 130, 32)
+    ([20, 12], [100, 10, 10, 8])
     """
+    if n_wanted >= batch_rows:
+        n_wanted -= n_wanted % batch_rows
     taken: list[int] = []
-    n_taken = 0
-    for n_piece in pieces:
-        rows = 0
-        while rows < n_piece and _fits(n_piece - rows, n_taken, n_wanted, batch_rows):
-            n_more = _rows_from(n_piece - rows, n_wanted - n_taken, batch_rows)
-            rows, n_taken = rows + n_more, n_taken + n_more
-        if rows:
-            taken.append(rows)
-        if rows < n_piece:
+    rest = iter(pieces)
+    for n_piece in rest:
+        n_rows = min(n_piece, n_wanted - sum(taken))
+        taken.append(n_rows)
+        if sum(taken) == n_wanted:
+            is_little = n_wanted >= batch_rows and n_piece - n_rows < batch_rows // 2
+            if is_little and next(rest, None) is None:
+                taken[-1] = n_piece
             break
     return taken
-
-
-def _rows_from(n_piece: int, n_wanted: int, batch_rows: int) -> int:
-    """Whole batches of a piece; the whole piece if less than half a batch would be left."""
-    if n_wanted > batch_rows:
-        n_wanted -= n_wanted % batch_rows
-    if n_wanted >= batch_rows and n_piece - n_wanted < batch_rows // 2:
-        return n_piece
-    return min(n_wanted, n_piece)
-
-
-def _fits(n_piece: int, n_taken: int, n_wanted: int, batch_rows: int) -> bool:
-    """Whether a unit also takes rows of the next piece: up to a batch, then whole small pieces."""
-    room = n_wanted - n_taken
-    is_small = n_piece * _SMALL <= n_wanted and n_piece <= room
-    return room > 0 and (n_taken < batch_rows or is_small)
