@@ -92,7 +92,7 @@ def ours(function: str, folder: Path, log: Path, out: Path) -> dict[str, float]:
         return {**found, "second_s": once("second"), "calls": n_calls}
 
 
-def dask(function: str, folder: Path, log: Path, out: Path) -> dict[str, float]:
+def plain_dask(function: str, folder: Path, log: Path, out: Path) -> dict[str, float]:
     files = sorted(map(str, folder.glob("*.parquet")))
     with _cluster() as client:
         start = time.monotonic()
@@ -172,7 +172,7 @@ def drive(system: str, function: str, folder: Path, scratch: Path) -> dict[str, 
 def _drive_here(system: str, function: str, folder: Path, scratch: Path) -> None:
     log, out = scratch / "calls", scratch / "out"
     out.mkdir(parents=True)
-    found = {"ours": ours, "dask": dask, "bare": bare}[system](function, folder, log, out)
+    found = {"ours": ours, "dask": plain_dask, "bare": bare}[system](function, folder, log, out)
     calls = read_calls(log)
     first = calls.head(int(found.get("calls", len(calls))))
     gaps = gaps_ms(first)

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from dask_pcm.parquet.pieces import read_parquet
     from dask_pcm.plugins.install import explain, install, release, uninstall
     from dask_pcm.plugins.worker.task import acquire
-    from dask_pcm.runs import Progress, Report, Run, Sample, attach, sample, write_parquet
+    from dask_pcm.runs.handle import Run, attach
+    from dask_pcm.runs.progress.progress import Progress
+    from dask_pcm.runs.progress.report import Report
+    from dask_pcm.runs.sampling import Sample, sample
+    from dask_pcm.runs.write import write_parquet
 
 #: The module that defines each public name.
 _HOMES = {
@@ -31,13 +35,13 @@ _HOMES = {
     "map_partitions": "dask_pcm.frames.map_partitions",
     "LLM": "dask_pcm.inference",
     "classify": "dask_pcm.inference",
-    "Progress": "dask_pcm.runs",
-    "Report": "dask_pcm.runs",
-    "Run": "dask_pcm.runs",
-    "Sample": "dask_pcm.runs",
-    "attach": "dask_pcm.runs",
-    "sample": "dask_pcm.runs",
-    "write_parquet": "dask_pcm.runs",
+    "Progress": "dask_pcm.runs.progress.progress",
+    "Report": "dask_pcm.runs.progress.report",
+    "Run": "dask_pcm.runs.handle",
+    "Sample": "dask_pcm.runs.sampling",
+    "attach": "dask_pcm.runs.handle",
+    "sample": "dask_pcm.runs.sampling",
+    "write_parquet": "dask_pcm.runs.write",
     "read_parquet": "dask_pcm.parquet.pieces",
     "acquire": "dask_pcm.plugins.worker.task",
     "explain": "dask_pcm.plugins.install",

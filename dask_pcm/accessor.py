@@ -14,7 +14,8 @@ import dask.dataframe as dd
 
 from dask_pcm.frames.map_partitions import map_partitions
 from dask_pcm.inference import LLM, classify
-from dask_pcm.runs import sample, write_parquet
+from dask_pcm.runs.sampling import sample
+from dask_pcm.runs.write import write_parquet
 
 
 def _like(func: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

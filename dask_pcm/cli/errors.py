@@ -15,7 +15,7 @@ import click
 from dask_pcm.errors import FailedRowsError, PCMError, RunCancelledError, printable
 
 if TYPE_CHECKING:
-    from dask_pcm.runs import Run
+    from dask_pcm.runs.handle import Run
 
 EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_INTERRUPTED = 3, 1, 130
 

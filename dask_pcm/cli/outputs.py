@@ -14,7 +14,7 @@ from dask_pcm.cli.errors import reported_errors, say
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def show_status(output: str, as_json: bool) -> None:
     """Show the progress of the run of OUTPUT, from any machine that sees it."""
-    from dask_pcm.runs import attach
+    from dask_pcm.runs.handle import attach
 
     with reported_errors(output):
         run = attach(output)
@@ -38,7 +38,7 @@ def _request(name: str, what: str) -> click.Command:
     @click.command(name, help=f"{what} the run of OUTPUT, from any machine that sees it.")
     @click.argument("output", metavar="OUTPUT")
     def ask(output: str) -> None:
-        from dask_pcm.runs import attach
+        from dask_pcm.runs.handle import attach
 
         with reported_errors(output):
             getattr(attach(output), name)()

@@ -21,7 +21,8 @@ from dask_pcm.errors import FailedRowsError, PCMError
 
 if TYPE_CHECKING:
     from dask_pcm.inference import LLM
-    from dask_pcm.runs import Report, Sample
+    from dask_pcm.runs.progress.report import Report
+    from dask_pcm.runs.sampling import Sample
 
 
 @click.command()
@@ -95,8 +96,8 @@ def run(
     from dask_pcm.cli.cluster import client_of
     from dask_pcm.inference import classify
     from dask_pcm.parquet.pieces import read_parquet
-    from dask_pcm.runs import sample as draw_sample
-    from dask_pcm.runs import write_parquet
+    from dask_pcm.runs.sampling import sample as draw_sample
+    from dask_pcm.runs.write import write_parquet
 
     if workers and scheduler:
         raise click.UsageError("Give --workers or --scheduler, not both.")
@@ -156,7 +157,7 @@ def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
     from dask_pcm.cli.cluster import client_of
     from dask_pcm.factcheck import demo as factcheck
     from dask_pcm.parquet.pieces import read_parquet
-    from dask_pcm.runs import write_parquet
+    from dask_pcm.runs.write import write_parquet
 
     with tempfile.TemporaryDirectory(prefix="dask-pcm-demo-") as scratch:
         target = Path(output) if output else Path(scratch, "verdicts")
@@ -219,7 +220,7 @@ def _model(model: str, revision: str | None) -> LLM:
 @contextmanager
 def _report_of_failed(report: str | None, output: str) -> Iterator[None]:
     """Write the report of a run that fails, then let the error through."""
-    from dask_pcm.runs import attach
+    from dask_pcm.runs.handle import attach
 
     try:
         yield

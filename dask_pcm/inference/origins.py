@@ -27,7 +27,7 @@ from dask.dataframe.dask_expr.io.parquet import ReadParquet
 
 from dask_pcm.errors import SchemaError
 from dask_pcm.inference.fields import FieldError, as_text, refusal, way_out
-from dask_pcm.parquet.pieces import PieceReader
+from dask_pcm.parquet.reader import PieceReader
 
 #: Expressions that leave the values of columns unchanged.
 _PASSING = (

@@ -11,9 +11,9 @@ from dask_pcm.errors import DeadlockError
 from dask_pcm.ladder.residency import Residency
 
 #: How long a thread sleeps after its turn if another waits, at most, and as a share of its turn.
-#: Otherwise it might keep Python's GIL and delay the next user, which needs about a millisecond to
+#: Otherwise it might keep Python's GIL and delay the next user, which needs some milliseconds to
 #: start a call that releases the GIL. After a short turn the device would wait for this thread.
-_STEP_ASIDE_S, _STEP_ASIDE_SHARE = 1e-3, 0.05
+_STEP_ASIDE_S, _STEP_ASIDE_SHARE = 4e-3, 0.1
 
 
 class Turns:

@@ -93,7 +93,7 @@ def matching(ddf: dd.DataFrame, filters: Sequence[Sequence[Filter]]) -> dd.DataF
     masks = (
         functools.reduce(
             operator.and_,
-            (_COMPARE[how](ddf[name], value) & ddf[name].notna() for name, how, value in one),
+            (_COMPARE[how](ddf[name], value) & ~ddf[name].isna() for name, how, value in one),
         )
         for one in filters
     )

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from dask_pcm.ledger.parts import partition_name, range_name
 from dask_pcm.ledger.ranges import Range, Ranges
-from dask_pcm.parquet.pieces import Span
-from dask_pcm.runs.plan import Plan, Unit
+from dask_pcm.parquet.reader import Span
+from dask_pcm.runs.plan import Plan
+from dask_pcm.runs.units.graph import Unit, cut_to
 from dask_pcm.scheduling.feed.sizes import cut_pieces
 
 
@@ -159,10 +160,3 @@ def _rows(spans: Sequence[Span], numbers: Sequence[int]) -> Iterator[Span]:
             while at < len(numbers) and numbers[at] == stop < end:
                 stop, at = stop + 1, at + 1
             yield span.cut(start - first, stop - first)
-
-
-def cut_to(span: Span, done: Ranges) -> list[Span]:
-    """The parts of a span that are not done."""
-    first = span.offset
-    missing = done.missing(first, first + span.n_rows)
-    return [span.cut(start - first, stop - first) for start, stop in missing]

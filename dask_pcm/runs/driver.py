@@ -21,13 +21,14 @@ from dask_pcm.ledger.storage.object_store import is_of_client
 from dask_pcm.ledger.takeover import read_requests
 from dask_pcm.runs.gate_link import GateLink
 from dask_pcm.runs.lost import lost, unreachable
-from dask_pcm.runs.plan import Plan, Unit
+from dask_pcm.runs.plan import Plan
 from dask_pcm.runs.progress.heartbeat import Heartbeat
 from dask_pcm.runs.progress.interrupt import deferred
 from dask_pcm.runs.progress.meter import Meter, meter
 from dask_pcm.runs.progress.results import Results
 from dask_pcm.runs.progress.state import RunState
 from dask_pcm.runs.resume import cut_missing
+from dask_pcm.runs.units.graph import Unit
 from dask_pcm.runs.units.unit import UnitResult
 from dask_pcm.runs.window import Window
 

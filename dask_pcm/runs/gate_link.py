@@ -12,13 +12,12 @@ import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import CancelledError, wait
 from concurrent.futures import Future as Answer
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from distributed import Client, Future
 
 from dask_pcm.context.context import ContextRef
-from dask_pcm.ledger.decode import known_fields
 from dask_pcm.scheduling.feed.feed import DeviceDemand
 
 #: How long a call waits for the scheduler's answer; an answer that comes later is taken in then.
@@ -85,7 +84,8 @@ class GateLink:
         if not isinstance(answer, dict):
             return None
         # Only fields that both know: the scheduler's gate may be of another version.
-        gate = GateStatus(**known_fields(GateStatus, answer))
+        names = [field.name for field in fields(GateStatus) if field.name in answer]
+        gate = GateStatus(**{name: answer[name] for name in names})
         gate = replace(gate, demand=tuple(DeviceDemand(*one) for one in gate.demand))
         self._n_most = max(self._n_most, gate.n_workers)
         self._n_other = gate.n_on_cluster - gate.n_workers

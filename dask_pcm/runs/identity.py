@@ -16,7 +16,7 @@ from dask_pcm.frames.map_partitions import ContextMap
 from dask_pcm.ledger.decode import are_texts, is_count
 from dask_pcm.ledger.layout import MANIFEST
 from dask_pcm.ledger.output import Output
-from dask_pcm.parquet.pieces import PieceReader, Span
+from dask_pcm.parquet.reader import PieceReader, Span
 from dask_pcm.paths import names_of
 from dask_pcm.plugins.install import versions
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from graphlib import TopologicalSorter
-from typing import Any, NamedTuple
+from typing import Any
 
 import cloudpickle
 import dask
@@ -19,79 +19,13 @@ from dask.dataframe.dask_expr._expr import Blockwise, Elemwise, Expr, Filter
 from distributed import Client, Future, futures_of
 
 from dask_pcm.context.context import ContextRef
-from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import InputError, SchemaError
 from dask_pcm.frames.map_partitions import ContextMap
 from dask_pcm.ledger.inventory import Extent
 from dask_pcm.ledger.ranges import Ranges
-from dask_pcm.parquet.pieces import PieceReader, Span
+from dask_pcm.parquet.reader import PieceReader, Span
 from dask_pcm.paths import names_of
-
-#: The key of the rows to read, in the graph of a unit.
-SPANS = "pcm-spans"
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Rows that are computed by one task and committed as one part.
-
-    Attributes
-    ----------
-    name
-        File name of its part.
-    partition
-        Partition of the frame whose graph computes it.
-    spans
-        Rows to read instead of that partition's own; None for the partition as it is.
-    n_rows
-        Rows of input; None where unknown.
-    retry
-        Numbers of the rows within a committed part that are computed again; empty for all. None for
-        a unit that is computed for the first time.
-    number
-        Index among the units that are computed for the first time, in input order.
-    """
-
-    name: str
-    partition: int
-    spans: tuple[Span, ...] | None
-    n_rows: int | None
-    retry: tuple[int, ...] | None = None
-    number: int = 0
-
-
-class Step(NamedTuple):
-    """One function with contexts within the graph of a unit.
-
-    Attributes
-    ----------
-    key, below
-        The keys of its result, and of the frame that it is called on.
-    """
-
-    key: Any
-    below: Any
-    call: Sealed
-    refs: tuple[ContextRef, ...]
-
-
-class Graph(NamedTuple):
-    """Tasks that compute a unit, by key.
-
-    Attributes
-    ----------
-    steps
-        The functions with contexts, each after those whose results it needs.
-    result
-        The key of its rows.
-    leaf
-        The key of its input rows; None where another reader than ours reads them.
-    """
-
-    tasks: dict[Any, Task]
-    steps: tuple[Step, ...]
-    result: Any
-    leaf: Any
+from dask_pcm.runs.units.graph import SPANS, Graph, Step, Unit
 
 
 class Plan:

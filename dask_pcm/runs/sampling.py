@@ -19,17 +19,18 @@ from dask_pcm.context.context import ContextRef
 from dask_pcm.errors import SchemaError
 from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.ledger.parts import range_name
-from dask_pcm.parquet.pieces import Span
+from dask_pcm.parquet.reader import Span
 from dask_pcm.plugins.install import current_client, install, is_installed
 from dask_pcm.plugins.worker.stats import TaskStats
 from dask_pcm.plugins.worker.tally import unpack
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.handle import output_to_look_at
 from dask_pcm.runs.lost import cluster_errors_told
-from dask_pcm.runs.plan import Plan, Unit
+from dask_pcm.runs.plan import Plan
 from dask_pcm.runs.progress.failure_limit import is_whole_number
 from dask_pcm.runs.progress.stored import stored_progress
 from dask_pcm.runs.units.compute import Computation, chunks
+from dask_pcm.runs.units.graph import Unit
 from dask_pcm.scheduling.rules.first_batches import Failing
 
 _SEED = 0

@@ -13,7 +13,8 @@ from distributed import Client, Future
 
 from dask_pcm.config import Config
 from dask_pcm.runs.cutter import Cutter
-from dask_pcm.runs.plan import Plan, Unit
+from dask_pcm.runs.plan import Plan
+from dask_pcm.runs.units.graph import Unit
 from dask_pcm.runs.units.run_unit import run_unit
 from dask_pcm.runs.units.unit import UnitSpec
 from dask_pcm.scheduling.feed.feed import DeviceDemand, Feed, UnitSizing

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import dask_pcm as pcm
-from dask_pcm.errors import InputError, SchemaError
+from dask_pcm.errors import SchemaError
 from dask_pcm.parquet import cursors
 from tests.support.jobs import LLM, write
 
@@ -145,8 +145,3 @@ def test_storage_options_reach_the_workers_and_nothing_else(client, object_store
     assert write(job({**options, "secret": "another"})[1], out).report.rows_recomputed == 0
     manifest = json.loads((out / "_pcm" / "manifest.json").read_text())
     assert "endpoint_url" not in json.dumps(manifest)
-
-
-def test_options_that_no_filesystem_knows_are_told(bucket):
-    with pytest.raises(InputError, match="Cannot open the input"):
-        pcm.read_parquet(bucket, storage_options={"no_such_option": 1, "anon": object()})

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dask_pcm as pcm
-from dask_pcm.parquet.pieces import Span
+from dask_pcm.parquet.reader import Span
 from dask_pcm.plugins.worker.stats import TaskStats
 from dask_pcm.runs.cutter import Cutter
 from dask_pcm.runs.plan import Plan

@@ -6,13 +6,14 @@ heartbeat.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from distributed import Reschedule, Worker, warn
@@ -100,8 +101,15 @@ class WorkerContexts:
         self._mover.shutdown(wait=False)
         return closing
 
-    def on_load(self, ref: bytes, n_threads: int, **kwargs: Any) -> None:
-        """The gate asks for a context: load it on the loader's thread."""
+    def on_load(
+        self, ref: bytes, n_threads: int, imports: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        """The gate asks for a context: load it on the loader's thread.
+
+        Meanwhile `imports` are imported, so that the first unit does not wait for them.
+        """
+        if missing := [name for name in imports if name not in sys.modules]:
+            threading.Thread(target=_import, args=(missing,), daemon=True).start()
         wanted: ContextRef = pickle.loads(ref)
         self._n_threads = n_threads
         self.wanted.add(wanted.digest)
@@ -245,3 +253,10 @@ class WorkerContexts:
         if hasattr(torch, "set_num_threads"):  # not while another thread still imports it
             torch.set_num_threads(self._n_threads)
             self._lane.n_threads = self._n_threads
+
+
+def _import(names: Sequence[str]) -> None:
+    """Import modules ahead of their use; an error is told where they are used."""
+    for name in names:
+        with suppress(Exception):
+            importlib.import_module(name)

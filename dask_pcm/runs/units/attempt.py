@@ -31,9 +31,8 @@ from dask_pcm.ledger.suspects import N_TRIES, Suspects
 from dask_pcm.ledger.unit_journals import begin_journal
 from dask_pcm.plugins.worker.deadline import ruled
 from dask_pcm.plugins.worker.task import hand_over, was_lost
-from dask_pcm.runs.cutter import cut_to
-from dask_pcm.runs.plan import Unit
 from dask_pcm.runs.units.compute import Batch, Computation, Outcome
+from dask_pcm.runs.units.graph import Unit, cut_to
 from dask_pcm.runs.units.history import History, suspects_of
 from dask_pcm.runs.units.pace import Pace
 from dask_pcm.runs.units.schema import GROUP_BYTES, PartSchema

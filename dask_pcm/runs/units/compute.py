@@ -14,9 +14,9 @@ from dask._task_spec import DataNode, execute_graph
 from dask_pcm.frames.call import Call, Caller, Submission, Watch
 from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.parquet.cursors import inflation
-from dask_pcm.parquet.pieces import Span
+from dask_pcm.parquet.reader import Span
 from dask_pcm.plugins.worker.stats import TaskStats
-from dask_pcm.runs.plan import SPANS, Graph, Unit
+from dask_pcm.runs.units.graph import SPANS, Graph, Unit
 
 #: Rows of the first chunk of a file that this process has not read from yet.
 _PROBE_ROWS = 32

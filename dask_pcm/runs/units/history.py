@@ -15,7 +15,7 @@ from dask_pcm.ledger.ranges import Range
 from dask_pcm.ledger.suspects import Cost, Suspects
 from dask_pcm.ledger.unit_journals import journal_names, read_journals
 from dask_pcm.plugins.worker.task import n_losses, was_lost
-from dask_pcm.runs.plan import Unit
+from dask_pcm.runs.units.graph import Unit
 
 logger = logging.getLogger(__name__)
 

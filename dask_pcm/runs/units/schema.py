@@ -13,7 +13,7 @@ from dask_pcm.errors import SchemaError
 from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.parquet.arrow_types import canonical
 from dask_pcm.parquet.conversion import MISFITS, readable_notes, to_arrow
-from dask_pcm.parquet.pieces import PieceReader
+from dask_pcm.parquet.reader import PieceReader
 
 #: Bytes of a row group of a part: what is converted and encoded at a time.
 GROUP_BYTES = 32 << 20

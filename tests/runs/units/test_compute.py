@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dask_pcm.parquet import cursors as reading
-from dask_pcm.parquet.pieces import Span
-from dask_pcm.runs.plan import Unit
+from dask_pcm.parquet.reader import Span
 from dask_pcm.runs.units.compute import _PROBE_ROWS
 from dask_pcm.runs.units.compute import chunks as chunks_of
+from dask_pcm.runs.units.graph import Unit
 
 ROW_BYTES = 10
 

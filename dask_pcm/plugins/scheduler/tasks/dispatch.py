@@ -29,6 +29,9 @@ from dask_pcm.scheduling.events import (
 
 logger = logging.getLogger(__name__)
 
+#: What the units of runs need; by name, as plugins know nothing of runs.
+_OF_UNITS = ("dask_pcm.runs.units.run_unit",)
+
 
 class Dispatch(Service):
     """Carries out the policy's actions.
@@ -77,6 +80,7 @@ class Dispatch(Service):
             "op": "pcm-load",
             "ref": pickle.dumps(self._contexts.refs[context]),
             "n_threads": self._workers.n_threads(worker),
+            "imports": _OF_UNITS if context in self._hub.state.ahead.runs.contexts() else (),
         }
         self._workers.tell(worker, message)
 
