@@ -34,7 +34,8 @@ from dask_pcm.config import some_seconds
 from dask_pcm.context.context import Context, ContextRef
 from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import RecipeError, SchemaError
-from dask_pcm.frames.call import Call, infer
+from dask_pcm.frames.call import Call
+from dask_pcm.frames.caller import infer
 from dask_pcm.frames.failed_rows import ERROR, row_wise_meta
 from dask_pcm.scheduling.rules.first_batches import Position
 

@@ -116,12 +116,14 @@ class DeviceBudget:
             with self._changed:
                 wanted = request.n_bytes - request.counted_bytes
                 if limit is None or self._taken_bytes() + wanted <= limit:
+                    # Still with the lock: two requests must not count on one gap.
                     grant()
                     return
                 give_back = self._spare()
                 if give_back is None:
                     self._wait_for_room(request, limit)
             if give_back is not None:
+                # Without the lock, so tasks go on meanwhile. Another request may take the gap.
                 give_back()
 
     def reclaim(self) -> bool:

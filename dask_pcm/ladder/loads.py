@@ -126,6 +126,7 @@ class Loads:
         if not callable(attend):
             return
         attendant: Attendant = attend()
+        # Before it starts: what it takes then must not come on top of a full device.
         self._reserve(residency, residency.n_bytes, attendant.n_bytes)
         residency.attendant = attendant  # closed with the residency, also if it does not start
         attendant.start()

@@ -21,8 +21,7 @@ from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.ledger.parts import range_name
 from dask_pcm.parquet.reader import Span
 from dask_pcm.plugins.install import current_client, install, is_installed
-from dask_pcm.plugins.worker.stats import TaskStats
-from dask_pcm.plugins.worker.tally import unpack
+from dask_pcm.plugins.worker.stats import TaskStats, unpack
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.handle import output_to_look_at
 from dask_pcm.runs.lost import cluster_errors_told

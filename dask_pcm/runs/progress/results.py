@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from dask_pcm.errors import FailedRowsError
 from dask_pcm.ledger.inventory import Counts
-from dask_pcm.plugins.worker.tally import unpack
+from dask_pcm.plugins.worker.stats import unpack
 from dask_pcm.runs.progress.failure_limit import FailureLimit
 from dask_pcm.runs.progress.state import RunState
 from dask_pcm.runs.units.graph import Unit

@@ -21,7 +21,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from dask_pcm.errors import FencedError, LostProcessError, OutputError
-from dask_pcm.frames.call import Submission
+from dask_pcm.frames.caller import Submission
 from dask_pcm.ledger.journal.record import Record
 from dask_pcm.ledger.journal.writer import Journal
 from dask_pcm.ledger.log import note_called
@@ -242,6 +242,7 @@ class _Flight:
                 del self._begun[start]
                 self._finish(batch, outcome)
                 self._pace.observe(start, time.perf_counter() - begun)
+        # Parts have their rows in input order; what is finished early waits, journalled already.
         first = min(self._begun, default=math.inf)
         while self._finished and self._finished[0][0] < first:
             yield heapq.heappop(self._finished)[1]

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, cast
 import pandas as pd
 from dask._task_spec import DataNode, execute_graph
 
-from dask_pcm.frames.call import Call, Caller, Submission, Watch
+from dask_pcm.frames.call import Call
+from dask_pcm.frames.caller import Caller, Submission, Watch
 from dask_pcm.frames.failed_rows import ERROR
 from dask_pcm.parquet.cursors import inflation
 from dask_pcm.parquet.reader import Span

@@ -75,8 +75,6 @@ class GateState:
                 worker = self.placed[key]
                 self.workers[worker].hand_over(key, is_served)
                 self.plans.changed[worker] = None
-            case Assign(key, worker):
-                self._assign_work(key, worker, now)
             case WorkWithdrawn(key) | Fail(key):
                 self._end_work(key, is_finished=False)
                 self.ahead.unpark(key)
@@ -108,20 +106,8 @@ class GateState:
                     view.begun.clear()
             case ProcessEnded(worker, host, contexts):
                 self._charge_loads(self.workers.get(worker), host, contexts)
-            case Load(worker, context):
-                seconds = self.estimates.warm_s(self.workers[worker], context)
-                self.workers[worker].load(context, self.contexts.size(context), seconds, now)
-                self.plans.moved_at[context] = now
-            case Offload(worker, context):
-                self.workers[worker].set_tier(context, Tier.HOST, self.contexts.size(context))
-                self.workers[worker].evicting.pop(context, None)
-            case Vacate(worker, context, group):
-                self.workers[worker].evicting[context] = group
-                self.plans.moved_at[group] = now
-            case Quarantine(host, seconds, error):
-                self.failures.quarantine(host, now + seconds, error)
-            case LoadsGivenUp(context):
-                self.failures.given_up.add(context)
+            case Assign() | Load() | Offload() | Vacate() | Quarantine() | LoadsGivenUp():
+                self._apply_action(happening, now)
 
     def commit(self, action: Action, now: float, *numbers: float) -> None:
         """Decide on an action: apply it, return it to the caller, and record its numbers."""
@@ -169,6 +155,25 @@ class GateState:
             view.validate(self.contexts.sizes)
 
     # -- updates --------------------------------------------------------------------------------
+
+    def _apply_action(self, action: Action, now: float) -> None:
+        match action:
+            case Assign(key, worker):
+                self._assign_work(key, worker, now)
+            case Load(worker, context):
+                seconds = self.estimates.warm_s(self.workers[worker], context)
+                self.workers[worker].load(context, self.contexts.size(context), seconds, now)
+                self.plans.moved_at[context] = now
+            case Offload(worker, context):
+                self.workers[worker].set_tier(context, Tier.HOST, self.contexts.size(context))
+                self.workers[worker].evicting.pop(context, None)
+            case Vacate(worker, context, group):
+                self.workers[worker].evicting[context] = group
+                self.plans.moved_at[group] = now
+            case Quarantine(host, seconds, error):
+                self.failures.quarantine(host, now + seconds, error)
+            case LoadsGivenUp(context):
+                self.failures.given_up.add(context)
 
     def _forgive(self, group: Group) -> None:
         """Allow new attempts at contexts that were given up: they have been requested anew."""

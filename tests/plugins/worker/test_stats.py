@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from dask_pcm.errors import UserFunctionError
-from dask_pcm.plugins.worker.tally import Tally, pack, unpack
+from dask_pcm.plugins.worker.stats import Tally, pack, unpack
 from dask_pcm.scheduling.rules.first_batches import Failing
 
 ROW = pd.DataFrame({"id": [7], "claim": ["x" * 1_000]}, index=[3])

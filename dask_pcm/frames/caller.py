@@ -1,0 +1,246 @@
+"""A task calls the user's function on its rows, and holds the contexts meanwhile.
+
+With ``batch_rows`` the function is called on one batch at a time. If a batch raises, it is
+bisected until the failing rows are alone; their ``error`` column holds the exception, and the other
+rows of the batch are unaffected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import pandas as pd
+
+from dask_pcm.context.context import ContextRef
+from dask_pcm.context.sealed import Sealed
+from dask_pcm.errors import PCMError
+from dask_pcm.frames.call import Call
+from dask_pcm.frames.failed_rows import ERROR, failed_row
+from dask_pcm.ladder.objects.tensors import is_sticky
+from dask_pcm.plugins.worker.first_batches import is_hopeless
+from dask_pcm.plugins.worker.stats import Tally, TaskStats, unpack
+from dask_pcm.plugins.worker.task import attendants, hold
+from dask_pcm.scheduling.rules.first_batches import N_BATCHES, Failing, Position
+
+T = TypeVar("T")
+
+
+class Watch(Protocol):
+    """Sees what is about to happen to the rows of a frame."""
+
+    def waits(self) -> None:
+        """The task waits for its contexts. No row is computed until `calls` follows."""
+
+    def calls(self, start: int, stop: int, n_rows: int) -> None:
+        """The function is about to be called on rows ``start:stop`` of a frame of `n_rows`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission(Generic[T]):
+    """A batch that was begun.
+
+    Attributes
+    ----------
+    result
+        Waits for its results, and returns them; for the thread that submitted it.
+    future
+        What is waited for; None if the results are there.
+    """
+
+    result: Callable[[], T]
+    future: Future[Any] | None = None
+
+
+class Caller:
+    """Calls one function in one task, and holds its contexts meanwhile; for the task's thread.
+
+    Parameters
+    ----------
+    sealed
+        The pickled ``Call``.
+    refs
+        The contexts to acquire, in the order of ``Call.names``.
+    stats
+        Collects what the task does.
+    """
+
+    def __init__(self, sealed: Sealed, refs: Sequence[ContextRef], stats: TaskStats) -> None:
+        self.call: Call = sealed.open()
+        self._refs = refs
+        self._stats = stats
+        self.tally = Tally()
+        if self.call.batch_rows is not None:
+            self.tally = stats.tallies.setdefault(sealed.digest, self.tally)
+        #: The contexts of a function that is served; held from the first batch to ``close``.
+        self._held: list[Any] | None = None
+        self._stack = ExitStack()
+
+    def close(self) -> None:
+        """Let go of contexts that are held for batches in flight."""
+        self._held = None
+        self._stack.close()
+
+    def each(self, frame: pd.DataFrame, watch: Watch | None = None) -> Iterator[Any]:
+        """Call the function on `frame`, ``batch_rows`` rows at a time; yield what it returns.
+
+        The contexts are held until the generator ends.
+        """
+        cut = self._cut(frame)  # before the contexts are held: other lanes wait for them
+        if watch is not None:
+            watch.waits()
+        with hold(self._refs, self._stats) as contexts:
+            if self.call.is_served:
+                contexts = attendants(self._refs, contexts)
+            if self.call.batch_rows is None:
+                yield self.call.on(frame, contexts)
+                return
+            start = 0
+            for rows in cut:
+                if watch is not None:
+                    watch.calls(start, start + len(rows), len(frame))
+                start += len(rows)
+                self.tally.begin_batch()
+                yield self._batch(rows, contexts)
+
+    def results(self, frame: pd.DataFrame, watch: Watch | None = None) -> list[pd.DataFrame]:
+        """The results on `frame`, by batch; by rows, each is checked and on its rows' index."""
+        if not len(frame):
+            return [self.call.meta.copy()]
+        return self.checked(frame, list(self.each(frame, watch)))
+
+    def checked(self, frame: pd.DataFrame, found: list[Any]) -> list[pd.DataFrame]:
+        """What ``each`` has yielded for `frame`: by rows, checked and on the index of its rows."""
+        if self.call.batch_rows is None:
+            return found
+        pairs = zip(self._cut(frame), found, strict=True)
+        return [self.call.one_for_each(rows, result) for rows, result in pairs]
+
+    def submit(self, frame: pd.DataFrame, watch: Watch) -> Submission[list[pd.DataFrame]]:
+        """Begin a batch; a function that is not served is called at once."""
+        if not self.call.is_served or not len(frame):
+            found = self.results(frame, watch)
+            return Submission(lambda: found)
+        if self._held is None:
+            # Held until the unit ends: a batch may be in flight at any moment from now on.
+            watch.waits()
+            values = self._stack.enter_context(hold(self._refs, self._stats))
+            self._held = attendants(self._refs, values)
+        contexts = self._held
+        watch.calls(0, len(frame), len(frame))
+        self.tally.begin_batch()
+        future = self.call.submit(frame.copy(deep=False), contexts)
+        collect = lambda: [  # noqa: E731
+            self.call.one_for_each(frame, self._batch(frame, contexts, future.result))
+        ]
+        return Submission(collect, future)
+
+    def failed(self, frame: pd.DataFrame, error: Exception) -> list[pd.DataFrame]:
+        """The results if all rows fail with `error`, without a call of the function."""
+        self.tally.begin_batch()
+        self.tally.succeed()
+        rows = [frame.iloc[at : at + 1] for at in range(len(frame))]
+        meta = self.call.meta
+        return [pd.concat([self.call.cast(failed_row(row, meta, error)) for row in rows])]
+
+    def _cut(self, frame: pd.DataFrame) -> list[pd.DataFrame]:
+        """The rows of each call."""
+        size = self.call.batch_rows
+        if size is None or len(frame) <= size:
+            return [frame]
+        return [frame.iloc[at : at + size] for at in range(0, len(frame), size)]
+
+    def _batch(
+        self,
+        frame: pd.DataFrame,
+        contexts: Sequence[Any],
+        compute: Callable[[], Any] | None = None,
+    ) -> Any:
+        """Call the function on one batch; if it raises, bisect down to the failing rows.
+
+        What it returned is not checked, except after a bisection.
+        """
+        try:
+            result = self.call.on(frame, contexts) if compute is None else compute()
+        except PCMError:
+            raise
+        except Exception as error:
+            # A sticky device error fails every later call in this process; bisecting would blame
+            # rows that are fine.
+            if is_sticky(error):
+                raise
+            if len(frame) == 1:
+                self.tally.fail(frame, error)
+                return self.call.cast(failed_row(frame, self.call.meta, error))
+        else:
+            self.tally.succeed()
+            return result
+        # Outside the except block: errors of the halves must not be chained to this one.
+        half = len(frame) // 2
+        return pd.concat(
+            [
+                self.call.one_for_each(rows, self._batch(rows, contexts))
+                for rows in (frame.iloc[:half], frame.iloc[half:])
+            ]
+        )
+
+
+def infer(
+    frame: pd.DataFrame,
+    call: Sealed,
+    refs: tuple[ContextRef, ...],
+    position: Position | None = None,
+) -> pd.DataFrame:
+    """Run one task: acquire the contexts and call the function on `frame`.
+
+    An empty partition acquires no context and calls nothing.
+
+    Parameters
+    ----------
+    frame
+        The rows of one partition.
+    call
+        The pickled ``Call``.
+    refs
+        The contexts to acquire, in the order of ``Call.names``.
+    position
+        Which partition of which Dask collection this is; None in a run, whose driver checks
+        failures itself.
+
+    Raises
+    ------
+    Exception
+        The function's own exception, if it failed on all of the first rows of the collection.
+    """
+    caller = Caller(call, refs, TaskStats())
+    opened, is_by_rows = caller.call, caller.call.batch_rows is not None
+    if not len(frame):
+        if is_by_rows and position is not None:
+            # Record that this partition has no rows, so the check moves on to the next one.
+            is_hopeless(position, Failing(0))
+        return opened.meta.copy()
+    parts: list[Any] = []
+    for part in caller.each(frame):
+        parts.append(part)
+        if position is not None and len(parts) == N_BATCHES:
+            _check_hope(position, caller.tally)
+    # After the contexts are released: the check may wait, and another lane can use them meanwhile.
+    if is_by_rows and position is not None and len(parts) < N_BATCHES:
+        _check_hope(position, caller.tally)
+    return opened.joined(caller.checked(frame, parts))
+
+
+def _check_hope(position: Position, tally: Tally) -> None:
+    """Raise the function's own exception if all of the collection's first rows failed with it."""
+    failing = tally.failing
+    if failing is not None and failing.n_batches and is_hopeless(position, failing):
+        error = unpack(tally.error)
+        error.add_note(
+            "It ends the computation, because all of the first rows failed with it. If only these"
+            " rows are bad, catch the exception in the function and return its text in the"
+            f" column {ERROR!r}."
+        )
+        raise error
