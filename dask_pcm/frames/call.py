@@ -57,12 +57,13 @@ class Call:
 
     @property
     def is_served(self) -> bool:
-        """Whether several batches may be in flight: the function has a method ``submit``.
+        """Whether several batches may be in flight: the function says ``is_served = True``.
 
-        It is called like the function and returns a future. For a context with an attendant it gets
-        the attendant instead of the live object; see ``ladder/residency.py``.
+        Then it has a method ``submit``, which is called like the function and returns a future. For
+        a context with an attendant it gets the attendant instead of the live object; see
+        ``ladder/residency.py``.
         """
-        return self.batch_rows is not None and callable(getattr(self.func, "submit", None))
+        return self.batch_rows is not None and getattr(self.func, "is_served", False) is True
 
     def on(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Any:
         """Call the user's function once, within the time limit of a batch.
@@ -74,7 +75,7 @@ class Call:
         # partition.
         frame = frame.copy(deep=False)
         limit = nullcontext() if self.batch_rows is None else in_time(self.timeout_s)
-        with self._raising(), limit:
+        with self.raising(), limit:
             if self.is_served:
                 return self.submit(frame, contexts).result()
             args, kwargs = self._arguments(contexts)
@@ -83,7 +84,7 @@ class Call:
     def submit(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Future[pd.DataFrame]:
         """Hand a batch to a function that is served; it gets attendants instead of live objects."""
         args, kwargs = self._arguments(contexts)
-        with self._raising():
+        with self.raising():
             submitted: Future[pd.DataFrame] = self.func.submit(frame, *args, **kwargs)  # type: ignore[attr-defined] # it is served
         return submitted
 
@@ -94,7 +95,7 @@ class Call:
         return self.args, {**self.kwargs, **dict(zip(self.names, contexts, strict=True))}
 
     @contextmanager
-    def _raising(self) -> Iterator[None]:
+    def raising(self) -> Iterator[None]:
         """Turn SystemExit and the like into errors of the function."""
         try:
             yield
@@ -204,7 +205,7 @@ class Call:
         if not self.is_enforced or self._is_right(name, column.dtype):
             return column
         try:
-            return cast(column, self._dtypes[name])
+            return cast(column, without_categories(self._dtypes[name]))
         except MISFITS as error:
             raise SchemaError(
                 f"{_name(self.func)} returned {name!r} as {column.dtype}, which does not convert to"

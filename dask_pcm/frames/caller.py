@@ -19,7 +19,7 @@ from dask_pcm.context.context import ContextRef
 from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import PCMError
 from dask_pcm.frames.call import Call
-from dask_pcm.frames.failed_rows import ERROR, failed_row
+from dask_pcm.frames.failed_rows import ERROR, failed_row, with_error
 from dask_pcm.ladder.objects.tensors import is_sticky
 from dask_pcm.plugins.worker.first_batches import is_hopeless
 from dask_pcm.plugins.worker.stats import Tally, TaskStats, unpack
@@ -77,12 +77,18 @@ class Caller:
             self.tally = stats.tallies.setdefault(sealed.digest, self.tally)
         #: The contexts of a function that is served; held from the first batch to ``close``.
         self._held: list[Any] | None = None
+        self._is_attended = False
         self._stack = ExitStack()
 
-    def close(self) -> None:
-        """Let go of contexts that are held for batches in flight."""
+    def close(self, *raised: Any) -> None:
+        """Let go of contexts that are held for batches in flight; `raised` as for ``__exit__``."""
         self._held = None
-        self._stack.close()
+        self._stack.__exit__(*(raised or (None, None, None)))
+
+    @property
+    def is_attended(self) -> bool:
+        """Whether all contexts that are held for batches in flight have attendants."""
+        return self._is_attended
 
     def each(self, frame: pd.DataFrame, watch: Watch | None = None) -> Iterator[Any]:
         """Call the function on `frame`, ``batch_rows`` rows at a time; yield what it returns.
@@ -129,12 +135,24 @@ class Caller:
             watch.waits()
             values = self._stack.enter_context(hold(self._refs, self._stats))
             self._held = attendants(self._refs, values)
+            pairs = zip(self._held, values, strict=True)
+            self._is_attended = all(serves is not value for serves, value in pairs)
         contexts = self._held
         watch.calls(0, len(frame), len(frame))
         self.tally.begin_batch()
-        future = self.call.submit(frame.copy(deep=False), contexts)
+        future: Future[pd.DataFrame]
+        try:
+            future = self.call.submit(frame.copy(deep=False), contexts)
+        except Exception as error:  # its rows are isolated like those of a batch that fails later
+            future = Future()
+            future.set_exception(error)
+
+        def result() -> Any:
+            with self.call.raising():
+                return future.result()
+
         collect = lambda: [  # noqa: E731
-            self.call.one_for_each(frame, self._batch(frame, contexts, future.result))
+            self.call.one_for_each(frame, self._batch(frame, contexts, result))
         ]
         return Submission(collect, future)
 
@@ -180,12 +198,12 @@ class Caller:
             return result
         # Outside the except block: errors of the halves must not be chained to this one.
         half = len(frame) // 2
-        return pd.concat(
-            [
-                self.call.one_for_each(rows, self._batch(rows, contexts))
-                for rows in (frame.iloc[:half], frame.iloc[half:])
-            ]
-        )
+        parts = [
+            self.call.one_for_each(rows, self._batch(rows, contexts))
+            for rows in (frame.iloc[:half], frame.iloc[half:])
+        ]
+        # Cast before concatenating: pandas would turn integers and nulls into rounded floats.
+        return pd.concat([self.call.enforced(with_error(part)) for part in parts])
 
 
 def infer(

@@ -231,6 +231,11 @@ def map_partitions(
         _check_error_column(out, ddf)
         out = row_wise_meta(out, ddf._meta)
     call = Call(func, names, args, kwargs, batch_rows, out, enforce_metadata, timeout_s)
+    if call.is_served and any(ref.is_exclusive for ref in refs):
+        raise SchemaError(
+            f"{funcname(func)} says is_served: several batches of it use a context at a time. Make"
+            " the context with exclusive=False."
+        )
     # The identity of a job excludes what changes no answer: the batch size, the timeout, and the
     # dtypes (which integers are nullable depends on the files that exist now). Tasks with other
     # values still get other keys, through the expression's operands.

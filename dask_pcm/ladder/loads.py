@@ -57,7 +57,7 @@ class Loads:
                 seconds,
                 error,
                 is_built,
-                residency.n_bytes,
+                residency.full_bytes,
                 failure_kind(wrong),
                 is_sticky(wrong),
                 self._builder.staged_s.get(residency.ref.digest, 0.0) if is_built else 0.0,
@@ -122,10 +122,10 @@ class Loads:
 
     def _attend(self, residency: Residency) -> None:
         """Start the attendant of an object that has one, within the budget."""
-        attend = getattr(residency.value, "attend", None)
-        if not callable(attend):
+        if getattr(residency.value, "is_attended", False) is not True:
             return
-        attendant: Attendant = attend()
+        attendant: Attendant = residency.value.attend()
+        residency.attendant_size = attendant.n_bytes
         # Before it starts: what it takes then must not come on top of a full device.
         self._reserve(residency, residency.n_bytes, attendant.n_bytes)
         residency.attendant = attendant  # closed with the residency, also if it does not start

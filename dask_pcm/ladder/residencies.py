@@ -97,7 +97,7 @@ class Residencies:
             if tier is Tier.ABSENT:
                 del self.by_digest[residency.ref.digest]
             self.changed.notify_all()
-        self.report(Change(residency.ref.digest, tier, n_bytes=residency.n_bytes))
+        self.report(Change(residency.ref.digest, tier, n_bytes=residency.full_bytes))
 
     def offload(self, digest: str) -> bool:
         """Move a context from the device to the host tier; False if held or not on the device.

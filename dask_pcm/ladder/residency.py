@@ -52,10 +52,10 @@ class Change:
 class Attendant(Protocol):
     """Serves a live object and is not part of it: an engine's thread and pool of pages.
 
-    A live object that has one has a method ``attend``, which returns it. The ladder calls that each
-    time that the object has come to the device, and closes the attendant before the object leaves.
-    So an attendant is never pickled, and no image on the host tier has it. Its context is one with
-    ``exclusive=False``: many tasks hold it at the same time.
+    A live object that has one says ``is_attended = True`` and has a method ``attend``, which makes
+    it. The ladder calls that each time that the object has come to the device, and closes the
+    attendant before the object leaves. So an attendant is never pickled, and no image on the host
+    tier has it. Its context is one with ``exclusive=False``: many tasks hold it at the same time.
 
     Attributes
     ----------
@@ -100,8 +100,9 @@ class Residency:
     n_loads: int = 0
     #: What it takes on the device: declared, or measured once it has been there.
     n_bytes: int = 0
-    #: What its attendant takes there.
+    #: What its attendant takes there now, and what it takes whenever it serves.
     attendant_bytes: int = 0
+    attendant_size: int = 0
     #: Whether room on the device is reserved for it while it moves.
     has_room: bool = False
     #: When it was last held, by the monotonic clock.
@@ -119,6 +120,8 @@ class Residency:
     #: The thread that moves it or, if it is exclusive, has its turn; and how often it has entered.
     user: int | None = None
     n_uses: int = 0
+    #: When the turn began, by the monotonic clock.
+    turn_began: float = 0.0
     #: Keeps the staged files on disk as long as the live object may read them.
     files: ExitStack = field(default_factory=ExitStack)
 
@@ -131,6 +134,11 @@ class Residency:
     def taken_bytes(self) -> int:
         """What it takes on the device with its attendant."""
         return self.n_bytes + self.attendant_bytes
+
+    @property
+    def full_bytes(self) -> int:
+        """What it takes on the device whenever it is there; reported to the gate."""
+        return self.n_bytes + self.attendant_size
 
     @property
     def holding(self) -> set[int]:

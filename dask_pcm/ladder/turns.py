@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from dask_pcm.errors import DeadlockError
 from dask_pcm.ladder.residency import Residency
@@ -34,33 +33,30 @@ class Turns:
         #: The contexts on which each thread has its turn, in the order in which it took them.
         self._used: dict[int, list[Residency]] = {}
 
-    @contextmanager
-    def taken(self, residency: Residency) -> Iterator[None]:
-        """Use a context exclusively; reentrant for this thread.
+    def begin(self, residency: Residency) -> None:
+        """Begin to use a context exclusively; reentrant for this thread.
 
         Raises
         ------
         DeadlockError
             See ``wait``.
         """
-        me = threading.get_ident()
         with self._changed:
-            self._begin_use(residency, me)
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            is_awaited = False
-            with self._changed:
-                # Otherwise the turn was given back and belongs to another thread by now.
-                if residency.user == me:
-                    residency.n_uses -= 1
-                    if not residency.n_uses:
-                        self._end_use(residency, me)
-                        is_awaited = any(one is residency for one in self._awaited.values())
-            if is_awaited:
-                turn_s = time.perf_counter() - begun
-                time.sleep(min(_STEP_ASIDE_S, _STEP_ASIDE_SHARE * turn_s))
+            self._begin_use(residency, threading.get_ident())
+
+    def end(self, residency: Residency) -> None:
+        """End what ``begin`` began; steps aside if another thread waits for the context."""
+        me, is_awaited, turn_s = threading.get_ident(), False, 0.0
+        with self._changed:
+            # Otherwise the turn was given back and belongs to another thread by now.
+            if residency.user == me:
+                residency.n_uses -= 1
+                if not residency.n_uses:
+                    turn_s = time.monotonic() - residency.turn_began
+                    self._end_use(residency, me)
+                    is_awaited = any(one is residency for one in self._awaited.values())
+        if is_awaited:
+            time.sleep(min(_STEP_ASIDE_S, _STEP_ASIDE_SHARE * turn_s))
 
     def give_back(self) -> list[tuple[Residency, int]]:
         """Give up the calling thread's turns, and return them for ``take_again``.
@@ -91,7 +87,7 @@ class Turns:
         """Wait for a turn and enter it `n_uses` times; with the lock held."""
         if residency.user != me:
             self.wait(residency, lambda: residency.user is None)
-            residency.user = me
+            residency.user, residency.turn_began = me, time.monotonic()
             self._used.setdefault(me, []).append(residency)
         residency.n_uses += n_uses
 

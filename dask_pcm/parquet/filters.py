@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import dask.dataframe as dd
+import numpy as np
+import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from dask.dataframe.utils import meta_nonempty
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from dask_pcm.errors import SchemaError
@@ -57,7 +57,8 @@ def alternatives(filters: Filters) -> list[list[Filter]]:
             )
     if not found or not all(found):
         raise SchemaError("filters is empty. Leave it out to read all rows.")
-    return found
+    # Lists are made once: they may be iterators.
+    return [[(n, how, list(v) if "in" in how else v) for n, how, v in one] for one in found]
 
 
 def _is_condition(condition: Any) -> bool:
@@ -65,7 +66,8 @@ def _is_condition(condition: Any) -> bool:
         return False
     name, how, value = condition
     is_list = not isinstance(value, (str, bytes)) and isinstance(value, Iterable)
-    return isinstance(name, str) and how in _COMPARE and is_list == (how in ("in", "not in"))
+    is_known = isinstance(name, str) and isinstance(how, str) and how in _COMPARE
+    return is_known and is_list == (how in ("in", "not in"))
 
 
 def filter_columns(filters: Sequence[Sequence[Filter]]) -> list[str]:
@@ -73,30 +75,60 @@ def filter_columns(filters: Sequence[Sequence[Filter]]) -> list[str]:
     return list(dict.fromkeys(name for one in filters for name, _, _ in one))
 
 
-def matching(ddf: dd.DataFrame, filters: Sequence[Sequence[Filter]]) -> dd.DataFrame:
-    """The rows for which an alternative holds; a condition on a null does not hold.
+def fitted(filters: Sequence[Sequence[Filter]], schema: pa.Schema) -> list[list[Filter]]:
+    """Filters whose values have the types of their columns, so that all comparisons agree.
 
     Raises
     ------
     SchemaError
-        If a value cannot be compared with its column.
+        If a column does not exist, or a value is none of its type.
     """
-    sample = meta_nonempty(ddf._meta)
-    for name, how, value in (condition for one in filters for condition in one):
-        try:
-            _COMPARE[how](sample[name], value)
-        except TypeError as error:
-            raise SchemaError(
-                f"filters compares column {name!r}, which is {ddf.dtypes[name]}, with"
-                f" {value!r:.80}: {error}."
-            ) from error
-    masks = (
-        functools.reduce(
-            operator.and_,
-            (_COMPARE[how](ddf[name], value) & ~ddf[name].isna() for name, how, value in one),
+    return [[_fitted(condition, schema) for condition in one] for one in filters]
+
+
+def _fitted(condition: Filter, schema: pa.Schema) -> Filter:
+    name, how, value = condition
+    if name not in schema.names:
+        raise SchemaError(
+            f"filters names {name!r}, which the input does not have; its columns are"
+            f" {', '.join(map(repr, schema.names))}."
         )
-        for one in filters
-    )
+    kind = schema.field(name).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    try:
+        if how in ("in", "not in"):
+            return name, how, [_value(one, kind) for one in value]
+        return name, how, _value(value, kind)
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+        raise SchemaError(
+            f"filters compares column {name!r}, which is {kind}, with {value!r:.80}: {error}."
+        ) from error
+
+
+def _value(value: Any, kind: pa.DataType) -> Any:
+    """A value as what a column of this type holds in a frame."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and pa.types.is_integer(kind) and int(value) != value:
+        return float(value)  # such as a bound of 2.5: no value of the type equals it
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        if not isinstance(value, str):
+            raise TypeError("text is compared with text")
+        return value
+    if pa.types.is_boolean(kind) and not isinstance(value, (bool, np.bool_)):
+        raise TypeError("a boolean is compared with True or False")
+    return pa.scalar(value).cast(kind).as_py()
+
+
+def matching(ddf: dd.DataFrame, filters: Sequence[Sequence[Filter]]) -> dd.DataFrame:
+    """The rows for which an alternative holds; `filters` are those of ``fitted``."""
+
+    def holds(name: str, how: str, value: Any) -> Any:
+        column = ddf[name]
+        if isinstance(ddf.dtypes[name], pd.CategoricalDtype):  # they compare by rank, if at all
+            column = column.astype(object)
+        return _COMPARE[how](column, value) & ~column.isna()
+
+    masks = (functools.reduce(operator.and_, (holds(*each) for each in one)) for one in filters)
     # Masks of nullable columns have nulls where the conditions do not hold.
     return ddf[functools.reduce(operator.or_, masks).fillna(False)]
 
@@ -105,12 +137,8 @@ def matching_groups(fs: Any, path: str, filters: Sequence[Sequence[Filter]]) -> 
     """The row groups that may hold matching rows, by their statistics; None if that is unknown."""
     fragment = ds.ParquetFileFormat().make_fragment(path, PyFileSystem(FSSpecHandler(fs)))
     try:
-        kept = fragment.subset(_expression(filters))
-    except pa.ArrowException:  # for instance a column whose type differs between files
+        wanted = pq.filters_to_expression(fitted(filters, fragment.physical_schema))
+        kept = fragment.subset(wanted)
+    except (pa.ArrowException, SchemaError):  # such as a type that differs between files
         return None
     return {group.id for group in kept.row_groups}
-
-
-def _expression(filters: Sequence[Sequence[Filter]]) -> pc.Expression:
-    plain = [[(n, h, list(v) if "in" in h else v) for n, h, v in one] for one in filters]
-    return pq.filters_to_expression(plain)

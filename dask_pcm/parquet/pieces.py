@@ -18,11 +18,12 @@ from dask.utils import parse_bytes
 
 from dask_pcm.arguments import checked
 from dask_pcm.config import Config
-from dask_pcm.errors import InputError, SchemaError
+from dask_pcm.errors import InputError
 from dask_pcm.parquet.filters import (
     Filters,
     alternatives,
     filter_columns,
+    fitted,
     matching,
     matching_groups,
 )
@@ -69,7 +70,8 @@ def read_parquet(
         Conditions ``(column, operator, value)`` with the operators ``==``, ``!=``, ``<``, ``<=``,
         ``>``, ``>=``, ``in`` and ``not in``, as pandas and Dask take them: rows for which all of a
         list hold, for one of several lists. Row groups that cannot hold such rows, by their
-        statistics, are not read. A condition on a null does not hold.
+        statistics, are not read. A condition on a null or NaN does not hold. Values are converted
+        to the type of their column.
 
     Returns
     -------
@@ -93,6 +95,8 @@ def read_parquet(
     limit = Config.read().unit_bytes if bytes_per_piece is None else parse_bytes(bytes_per_piece)
     if limit < 1:
         raise InputError(f"bytes_per_piece must be at least 1; found {bytes_per_piece}.")
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        raise InputError(f"storage_options must be a dict; found {type(storage_options).__name__}.")
     names = None if columns is None else column_names(columns, "columns")
     wanted, read, kept = names, names, None
     if filters is not None:
@@ -115,18 +119,8 @@ def read_parquet(
             reader, spans, meta=reader.meta(), divisions=divisions, label="read-pieces"
         )
         if filters is not None:
-            _check_there(filter_columns(conditions), frame.columns)
-            frame = matching(frame, conditions)
+            frame = matching(frame, fitted(conditions, reader.schema))
         return frame if wanted == read else frame[wanted]
-
-
-def _check_there(names: Iterable[str], columns: Iterable[str]) -> None:
-    """Raise SchemaError for columns that filters name and the input does not have."""
-    if missing := [name for name in names if name not in columns]:
-        raise SchemaError(
-            f"filters names {', '.join(map(repr, missing))}, which the input does not have; its"
-            f" columns are {', '.join(map(repr, columns))}."
-        )
 
 
 def _pieces(files: Sequence[File], max_rows: int, max_bytes: int) -> Iterator[Span]:

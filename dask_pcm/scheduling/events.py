@@ -142,13 +142,13 @@ class WorkHandedOver:
 
     Attributes
     ----------
-    is_served
-        Whether its rows are computed meanwhile, by what serves many at a time. Otherwise it waits
-        for other work: it has seceded.
+    n_rows
+        Its rows that are still in flight in what serves many at a time. None if it waits for other
+        work: it has seceded.
     """
 
     key: object
-    is_served: bool = False
+    n_rows: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

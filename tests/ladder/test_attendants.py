@@ -24,6 +24,8 @@ class Served(Weights):
         super().__init__(number, size_mib)
         self.number, self.pool_mib, self.is_broken = number, pool_mib, is_broken
 
+    is_attended = True
+
     def attend(self):
         return Pool(self)
 

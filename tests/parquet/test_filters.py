@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -60,6 +62,43 @@ def test_the_rows_are_those_that_pandas_reads(folder, filters):
     assert found.index.tolist() == expected["plain"].tolist()
 
 
+OTHERS = {
+    "decimal": ([Decimal(i) / 4 for i in range(20)], Decimal("2.5")),
+    "day": ([datetime.date(2026, 1, 1 + i) for i in range(20)], datetime.date(2026, 1, 8)),
+    "time": ([datetime.time(i) for i in range(20)], datetime.time(7)),
+    "bytes": ([bytes([65 + i]) for i in range(20)], b"G"),
+    "single": (pa.array([i / 10 for i in range(20)], pa.float32()), 0.2),
+    "words": (pa.array([f"w{i:02d}" for i in range(20)]).dictionary_encode(), "w07"),
+    "stamp": (pa.array([10**9 * i for i in range(20)], pa.timestamp("ns", "UTC")), None),
+}
+
+
+@pytest.mark.parametrize("group_rows", [1, 20])
+@pytest.mark.parametrize("how", ["==", "!=", "<", ">="])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_types_are_compared_as_what_they_are(tmp_path, name, how, group_rows):
+    values, value = OTHERS[name]
+    table = pa.table({"n": range(20), name: values})
+    value = table[name][7].as_py() if value is None else value
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path, row_group_size=group_rows)
+    found = pcm.read_parquet(path, filters=[(name, how, value)]).compute(scheduler="sync")
+    own = table[name].cast(table[name].type.value_type) if name == "words" else table[name]
+    literal = pa.scalar(value).cast(own.type)  # 0.2 as the column has it
+    is_so = {"==": pc.equal, "!=": pc.not_equal, "<": pc.less, ">=": pc.greater_equal}[how]
+    assert found["n"].tolist() == table.filter(is_so(own, literal))["n"].to_pylist()
+
+
+def test_values_to_choose_from_may_come_from_an_iterator(folder):
+    found = pcm.read_parquet(folder, filters=[("plain", "in", map(int, "359"))])
+    assert found.compute(scheduler="sync")["plain"].tolist() == [3, 5, 9]
+
+
+def test_a_bound_between_two_integers(folder):
+    found = pcm.read_parquet(folder, filters=[("plain", ">", 96.5)])
+    assert found.compute(scheduler="sync")["plain"].tolist() == [97, 98, 99]
+
+
 def test_row_groups_that_cannot_match_are_not_read(folder, monkeypatch):
     read = []
     was = cursors.Cursor.read
@@ -93,7 +132,11 @@ def test_filters_on_columns_that_are_not_wanted(folder):
         ([("number", "in", "abc")], "takes conditions such as"),
         ([], "filters is empty"),
         ([("year", ">", 1)], r"names 'year', which the input does not have; its columns are 'num"),
-        ([("lang", ">", 1)], "compares column 'lang', which is str, with 1"),
+        ([("number", "<", 2**70)], "compares column 'number'"),
+        ([("number", [1], 3)], "takes conditions such as"),
+        ([("is_new", "==", "yes")], "compares column 'is_new'"),
+        ([("at", ">", "soon")], "compares column 'at'"),
+        ([("lang", ">", 1)], "compares column 'lang', which is string, with 1"),
     ],
 )
 def test_what_cannot_be_a_filter_is_refused_at_once(folder, filters, told):

@@ -95,17 +95,17 @@ class Gate(RuleBasedStateMachine):
             self.tell(WorkParked(self.wanted[key]))
 
     @precondition(lambda self: self.state.placed)
-    @rule(data=st.data(), is_served=st.booleans(), n=st.integers(1, 2))
-    def hand_over(self, data, is_served, n):
+    @rule(data=st.data(), n_rows=st.sampled_from([None, 1.0, 50.0]), n=st.integers(1, 2))
+    def hand_over(self, data, n_rows, n):
         """Work leaves its lane: it has seceded, or is served; the message may be duplicated."""
         key = data.draw(st.sampled_from(sorted(self.state.placed)))
-        self.tell(*[WorkHandedOver(key, is_served)] * n)
+        self.tell(*[WorkHandedOver(key, n_rows)] * n)
 
-    @rule(number=st.integers(1, 50), is_served=st.booleans())
-    def hand_over_late(self, number, is_served):
+    @rule(number=st.integers(1, 50), n_rows=st.sampled_from([None, 1.0]))
+    def hand_over_late(self, number, n_rows):
         """It says so of work that has ended, or waits."""
         if f"k{number}" not in self.state.placed:
-            self.tell(WorkHandedOver(f"k{number}", is_served))
+            self.tell(WorkHandedOver(f"k{number}", n_rows))
 
     @precondition(lambda self: self.wanted)
     @rule(data=st.data())
@@ -254,7 +254,11 @@ class Gate(RuleBasedStateMachine):
                 view, work = views[worker], self.wanted[key]
                 assert view.running[key] == work
                 for context in work.group.contexts:
-                    rows = [w.n_rows for w in view.running.values() if context in w.group.contexts]
+                    rows = [
+                        view.served.get(one, other.n_rows)
+                        for one, other in view.running.items()
+                        if context in other.group.contexts
+                    ]
                     before = sum(rows) - work.n_rows
                     assert before < view.serves_rows.get(context, math.inf)
                 assert view.holds(work.group.contexts)

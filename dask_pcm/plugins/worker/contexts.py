@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from distributed import Reschedule, Worker, warn
@@ -185,37 +185,46 @@ class WorkerContexts:
         }
         self._tell(message)
 
-    @contextmanager
-    def acquire(self, refs: Sequence[ContextRef]) -> Iterator[list[Any]]:
-        """Hold the live objects of `refs`; for the thread of a task.
+    def begin_hold(self, refs: Sequence[ContextRef]) -> tuple[list[Any], ExitStack]:
+        """Hold the live objects of `refs` until the stack is closed; for the thread of a task.
 
         Raises
         ------
         LoadError
             If a context cannot be loaded.
         Reschedule
-            If the worker is shutting down, or if a context that the gate had loaded finds no room.
+            See ``reschedule``.
         """
         try:
             for ref in refs:
                 is_there = self.store.tier(ref.digest) is Tier.DEVICE
                 if ref.digest not in self.wanted and not is_there:
                     self._load_in_place(ref)
-            # Not tried again here: the gate decides when a failed load's back-off is over.
-            with (
-                tuning().in_use(self._n_threads),
-                self.store.acquire(refs, again=False) as values,
-            ):
+            with ExitStack() as stack:
+                stack.enter_context(tuning().in_use(self._n_threads))
+                # Not tried again here: the gate decides when a failed load's back-off is over.
+                values, held = self.store.begin_hold(refs, again=False)
+                stack.push(held)
                 self._set_threads()
-                yield values
+                return values, stack.pop_all()
         except LoadError as error:
-            if self._worker.status in ENDING:  # the task runs again elsewhere in any case
-                raise Reschedule from error
-            is_busy = isinstance(error.__cause__, DeviceBusyError)
-            if is_busy and all(ref.digest in self.wanted for ref in refs):
-                # The gate had loaded all of them, but one was offloaded since: back to the gate.
-                raise Reschedule from error
+            self.reschedule(refs, error)
             raise
+
+    def reschedule(self, refs: Sequence[ContextRef], error: LoadError) -> None:
+        """Have the task on this thread run again elsewhere, if `error` is no fault of a context.
+
+        Raises
+        ------
+        Reschedule
+            If the worker is shutting down, or if a context that the gate had loaded finds no room.
+        """
+        if self._worker.status in ENDING:  # the task runs again elsewhere in any case
+            raise Reschedule from error
+        is_busy = isinstance(error.__cause__, DeviceBusyError)
+        if is_busy and all(ref.digest in self.wanted for ref in refs):
+            # The gate had loaded all of them, but one was offloaded since: back to the gate.
+            raise Reschedule from error
 
     def _load_in_place(self, ref: ContextRef) -> None:
         """Load a context that the gate did not see, in the middle of a task; warn once."""

@@ -14,7 +14,7 @@ from distributed import Reschedule, get_worker, secede, warn
 from distributed.threadpoolexecutor import thread_state
 
 from dask_pcm.context.context import Context, ContextRef
-from dask_pcm.errors import RecipeError
+from dask_pcm.errors import LoadError, RecipeError
 from dask_pcm.ladder.objects.tensors import is_sticky
 from dask_pcm.ladder.store import of_process
 from dask_pcm.plugins.worker.contexts import ENDING, WorkerContexts
@@ -101,11 +101,16 @@ def hold(refs: Sequence[ContextRef], stats: TaskStats | None = None) -> Iterator
     source = plugin.contexts if plugin else of_process()
     store = source.store if isinstance(source, WorkerContexts) else source
     asked = time.perf_counter()
-    with source.acquire(refs) as values, giving_back(store.turns):
+    values, held = source.begin_hold(refs)
+    with held, giving_back(store.turns):
         start = time.perf_counter()
+        if stats is not None:
+            stats.note_facts(values)
         try:
             yield values
         except Exception as error:
+            if plugin and isinstance(error, LoadError):  # of a context that the block wanted
+                plugin.contexts.reschedule(refs, error)
             if plugin and is_sticky(error):
                 plugin.device.end_task(error)
             raise
@@ -113,7 +118,6 @@ def hold(refs: Sequence[ContextRef], stats: TaskStats | None = None) -> Iterator
             if stats is not None:
                 stats.waited_s += start - asked
                 stats.held_s += time.perf_counter() - start
-                stats.note_facts(values)
 
 
 def attendants(refs: Sequence[ContextRef], values: Sequence[Any]) -> list[Any]:
@@ -124,11 +128,11 @@ def attendants(refs: Sequence[ContextRef], values: Sequence[Any]) -> list[Any]:
     return [v if one is None else one for one, v in zip(found, values, strict=True)]
 
 
-def hand_over() -> None:
-    """Leave the lane of the task on this thread, whose rows are served from now on.
+def hand_over(n_rows: int) -> None:
+    """Leave the lane of the task on this thread, of which `n_rows` rows are still being served.
 
-    The lane is free for other tasks, and the gate goes on to count the task's rows as in flight.
-    Does nothing outside a lane.
+    The lane is free for other tasks, and the gate goes on to count these rows as in flight. Does
+    nothing outside a lane.
     """
     try:
         worker, plugin = get_worker(), _plugin()
@@ -136,7 +140,7 @@ def hand_over() -> None:
         return
     if plugin is None or getattr(thread_state, "executor", None) is None:
         return
-    plugin.tell({"op": "pcm-handed-over", "key": worker.get_current_task()})
+    plugin.tell({"op": "pcm-handed-over", "key": worker.get_current_task(), "n_rows": n_rows})
     secede()
 
 

@@ -12,6 +12,7 @@ import functools
 import heapq
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import N_TRIES, Suspects
 from dask_pcm.ledger.unit_journals import begin_journal
-from dask_pcm.plugins.worker.deadline import ruled
+from dask_pcm.plugins.worker.deadline import in_time, ruled
 from dask_pcm.plugins.worker.task import hand_over, was_lost
 from dask_pcm.runs.units.compute import Batch, Computation, Outcome
 from dask_pcm.runs.units.graph import Unit, cut_to
@@ -86,14 +87,16 @@ def attempt(
             output.storage.remove(name)
         _raise_if_hopeless(unit, suspects, functools.partial(_has_answers, output, kept))
         stack.enter_context(ruled(spec.timeout_s, None if journal is None else journal.descriptor))
-        stack.callback(computation.close)
+        stack.push(computation.close)  # with the exception, which may be the device's end
         pace = Pace(spec.batch_rows, suspects)
         left = replace(unit, spans=tuple(spans))
         # After a loss the cause may be what lies below the function: then only rows that are
         # journalled as begun are computed.
         todo = computation.batches(left, spec.max_bytes, pace.end, not was_lost()) if spans else ()
         flight = _Flight(computation, spec, calls, pace)
-        yield from heapq.merge(kept, flight.records(todo), key=lambda record: record.start)
+        fresh = flight.records(todo)
+        by_row = operator.attrgetter("start")
+        yield from heapq.merge(kept, fresh, key=by_row) if kept else fresh
 
 
 def _has_answers(output: Output, kept: Iterable[Record]) -> bool:
@@ -213,8 +216,8 @@ class _Flight:
                 yield from self._drain()
             self._begin(batch)
             yield from self._drain() if is_suspect else self._collect(is_waiting=False)
-        if self._begun:  # the rest is served: the lane is free for another unit
-            hand_over()
+        if self._begun and self._computation.is_attended:  # its lane is free for another unit
+            hand_over(sum(batch.stop - batch.start for batch, *_ in self._begun.values()))
         yield from self._drain()
 
     def _drain(self) -> Iterator[Record]:
@@ -235,13 +238,15 @@ class _Flight:
         """Finish the batches that are done; wait for the first one, if told to."""
         futures = [one.future for *_, one in self._begun.values() if one.future is not None]
         if is_waiting and len(futures) == len(self._begun):
-            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+            with in_time(self._computation.timeout_s):  # for one of those in flight to end
+                concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
         for start, (batch, begun, submission) in list(self._begun.items()):
             if submission.future is None or submission.future.done():
                 outcome = submission.result()
                 del self._begun[start]
                 self._finish(batch, outcome)
-                self._pace.observe(start, time.perf_counter() - begun)
+                if submission.future is None:  # what is served has several batches in flight
+                    self._pace.observe(start, time.perf_counter() - begun)
         # Parts have their rows in input order; what is finished early waits, journalled already.
         first = min(self._begun, default=math.inf)
         while self._finished and self._finished[0][0] < first:

@@ -119,10 +119,20 @@ class Computation:
         """Whether a function is called by rows; only its failed rows count as such."""
         return any(caller.call.batch_rows is not None for _, caller in self._callers)
 
-    def close(self) -> None:
-        """Let go of contexts that batches in flight use."""
+    @property
+    def is_attended(self) -> bool:
+        """Whether attendants serve the batches in flight, so that the gate knows their limit."""
+        return bool(self._callers) and self._callers[-1][1].is_attended
+
+    @property
+    def timeout_s(self) -> float | None:
+        """The limit of a batch of the last function, in seconds; None if it has none of its own."""
+        return self._callers[-1][1].call.timeout_s if self._callers else None
+
+    def close(self, *raised: Any) -> None:
+        """Let go of contexts that batches in flight use; `raised` as for ``__exit__``."""
         for _, caller in self._callers:
-            caller.close()
+            caller.close(*raised)
 
     def whole(self, unit: Unit) -> Outcome:
         """All rows of a unit, or of the partition that it is."""

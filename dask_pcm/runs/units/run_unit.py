@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -62,6 +63,8 @@ def run_unit(
         counts = {"rows": len(merged), "failed": len(merged) - merged[ERROR].null_count}
         tables, note = iter([merged]), lambda: {**old_note, **counts, "retried": retried}
     with contextlib.closing(records):  # closes the journal, even if the commit fails
+        # The first row group, in most units all rows, is computed before the part is begun.
+        tables = itertools.chain([next(tables)], tables)
         output.commit(unit.name, tables, note, replaces=unit.retry is not None)
     clear_journals(unit.name, output)
     # How rows failed in an earlier attempt is unknown here.

@@ -70,11 +70,12 @@ def cut_pieces(pieces: Iterable[int], n_wanted: int, batch_rows: int) -> list[in
     if n_wanted >= batch_rows:
         n_wanted -= n_wanted % batch_rows
     taken: list[int] = []
-    rest = iter(pieces)
+    n_taken, rest = 0, iter(pieces)
     for n_piece in rest:
-        n_rows = min(n_piece, n_wanted - sum(taken))
+        n_rows = min(n_piece, n_wanted - n_taken)
         taken.append(n_rows)
-        if sum(taken) == n_wanted:
+        n_taken += n_rows
+        if n_taken == n_wanted:
             is_little = n_wanted >= batch_rows and n_piece - n_rows < batch_rows // 2
             if is_little and next(rest, None) is None:
                 taken[-1] = n_piece

@@ -31,7 +31,7 @@ def needed_workers(state: GateState, workers: Iterable[str]) -> set[str]:
 
 def is_needed(state: GateState, view: WorkerView) -> bool:
     """Whether a worker is loading, running work, or warm for waiting or expected work."""
-    if view.running or Tier.LOADING in view.tiers.values():
+    if view.running or view.waiting or Tier.LOADING in view.tiers.values():
         return True
     wanted = {context for group in state.ahead.groups() for context in group.contexts}
     return any(tier is Tier.DEVICE and context in wanted for context, tier in view.tiers.items())

@@ -71,9 +71,9 @@ class GateState:
                 self._end_work(key, is_finished, used_at=now)
             case WorkParked(work):
                 self._park_work(work, now)
-            case WorkHandedOver(key, is_served) if key in self.placed:
+            case WorkHandedOver(key, n_rows) if key in self.placed:
                 worker = self.placed[key]
-                self.workers[worker].hand_over(key, is_served)
+                self.workers[worker].hand_over(key, n_rows)
                 self.plans.changed[worker] = None
             case WorkWithdrawn(key) | Fail(key):
                 self._end_work(key, is_finished=False)

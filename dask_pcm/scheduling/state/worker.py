@@ -35,8 +35,8 @@ class WorkerView:
     taken_bytes: int = 0
     #: Work on a lane, in the queue for one, or served; by key.
     running: dict[object, Work] = field(default_factory=dict)
-    #: Of `running`, the work that has left its lane because an attendant serves it.
-    served: set[object] = field(default_factory=set)
+    #: Of `running`, the rows that are still served of work that has left its lane; by key.
+    served: dict[object, float] = field(default_factory=dict)
     #: Work that has seceded: it waits for other work, and takes no room.
     waiting: dict[object, Work] = field(default_factory=dict)
     #: Rows in flight that the attendant of a context takes; only contexts that have one.
@@ -73,11 +73,11 @@ class WorkerView:
         self.n_rows[work.group] = self.n_rows.get(work.group, 0.0) + work.n_rows
         self.n_works[work.group] = self.n_works.get(work.group, 0) + 1
 
-    def hand_over(self, key: object, is_served: bool) -> None:
-        """Record that a piece of work has left its lane."""
-        if is_served:
+    def hand_over(self, key: object, n_rows: float | None) -> None:
+        """Record that a piece of work has left its lane; see ``WorkHandedOver``."""
+        if n_rows is not None:
             if key in self.running:
-                self.served.add(key)
+                self.served[key] = n_rows
         elif key not in self.waiting and key not in self.served:
             self.waiting[key] = self.take(key)
 
@@ -85,7 +85,7 @@ class WorkerView:
         """Remove a piece of work from this worker, and return it."""
         if key in self.waiting:
             return self.waiting.pop(key)
-        self.served.discard(key)
+        self.served.pop(key, None)
         work = self.running.pop(key)
         self.n_rows[work.group] -= work.n_rows
         self.n_works[work.group] -= 1
@@ -112,7 +112,8 @@ class WorkerView:
             limit = self.serves_rows.get(context)
             if limit is None:
                 continue
-            if sum(n for one, n in self.n_rows.items() if context in one.contexts) >= limit:
+            works = ((k, w) for k, w in self.running.items() if context in w.group.contexts)
+            if sum(self.served.get(key, work.n_rows) for key, work in works) >= limit:
                 return False
         return True
 
@@ -123,8 +124,9 @@ class WorkerView:
         return not self.evicting or not any(context in self.evicting for context in contexts)
 
     def in_use(self) -> set[str]:
-        """Contexts that the assigned work needs."""
-        return {context for group in self.n_rows for context in group.contexts}
+        """Contexts that the assigned work needs; work that has seceded still holds its own."""
+        groups = [*self.n_rows, *(work.group for work in self.waiting.values())]
+        return {context for group in groups for context in group.contexts}
 
     def holds(self, contexts: tuple[str, ...]) -> bool:
         """Whether all of `contexts` are warm."""
@@ -181,7 +183,7 @@ class WorkerView:
 
     def validate(self, sizes: Mapping[str, int]) -> None:
         """Raise AssertionError if the counters contradict the work and tiers that they sum up."""
-        assert self.served <= self.running.keys()
+        assert self.served.keys() <= self.running.keys()
         assert not self.waiting.keys() & self.running.keys()
         groups = [work.group for work in self.running.values()]
         assert self.n_works == {group: groups.count(group) for group in set(groups)}

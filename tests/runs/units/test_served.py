@@ -12,7 +12,7 @@ import time
 from concurrent.futures import Future
 
 import pytest
-from distributed import Client
+from distributed import Client, get_worker
 
 import dask_pcm as pcm
 from tests.conftest import spawning, validated_cluster
@@ -24,6 +24,9 @@ N_ROWS, BATCH_ROWS = 240, 4
 
 class Model:
     """A live object that an engine serves."""
+
+    is_attended = True
+    facts = {"device": "stand-in"}  # noqa: RUF012
 
     def __init__(self, log, kills=()):
         self.log, self.kills = log, set(kills)
@@ -64,7 +67,9 @@ class Engine:
 
     def _call(self, taken):
         ids = [i for batch, _, _ in taken for i in batch]
-        line = {"pid": os.getpid(), "ids": ids, "units": sorted({unit for _, unit, _ in taken})}
+        sizes = [len(batch) for batch, _, _ in taken]
+        tasks = sorted({task for _, task, _ in taken})
+        line = {"pid": os.getpid(), "ids": ids, "tasks": tasks, "sizes": sizes}
         with open(self._log, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self._kills & set(ids):
@@ -80,14 +85,16 @@ class Engine:
 class Twice:
     """What an engine serves: hands rows over, and makes a frame of the answers."""
 
+    is_served = True
+
     def __call__(self, frame, engine):
         return self.submit(frame, engine).result()
 
     def submit(self, frame, engine):
-        answers, done = (
-            engine.submit((frame["id"].tolist(), int(frame["id"].iloc[0]) // 60)),
-            Future(),
-        )
+        if 99 in frame["id"].values:
+            raise ValueError("row 99 is not even submitted")
+        task = str(get_worker().get_current_task())
+        answers, done = engine.submit((frame["id"].tolist(), task)), Future()
 
         def finish(future):
             if error := future.exception():
@@ -130,23 +137,38 @@ def test_rows_of_several_batches_are_in_one_call_and_each_is_in_the_output_once(
     found, report, calls = served()
     assert found.id.tolist() == list(range(N_ROWS))
     failed = found[found.error.notna()]
-    assert failed.id.tolist() == [77] and "row 77 is bad" in failed.error.iloc[0]
+    assert failed.id.tolist() == [77, 99]
+    assert [text.split(": ")[1] for text in failed.error] == [
+        "row 77 is bad",
+        "row 99 is not even submitted",
+    ]
     good = found[found.error.isna()]
     assert (good.twice == 2 * good.id).all()
-    assert (report.rows, report.rows_failed) == (N_ROWS, 1)
+    assert (report.rows, report.rows_failed) == (N_ROWS, 2)
     assert max(len(call["ids"]) for call in calls) > BATCH_ROWS
-    assert any(len(call["units"]) > 1 for call in calls)
+    assert max(size for call in calls for size in call["sizes"]) <= BATCH_ROWS
+    # A unit whose last rows are being served has left its lane to the next one.
+    assert any(len(call["tasks"]) > 1 for call in calls)
+    assert report.ran_on == {"stand-in": N_ROWS}
 
 
 def test_a_row_that_kills_the_engine_fails_and_the_others_get_answers(served):
     found, _, calls = served(kills=[130])
     assert found.id.tolist() == list(range(N_ROWS))
     failed = found[found.error.notna()]
-    assert failed.id.tolist() == [77, 130]
-    assert "Row 130 of the input" in failed.error.iloc[1]
+    assert failed.id.tolist() == [77, 99, 130]
+    assert "Row 130 of the input" in failed.error.iloc[2]
     good = found[found.error.isna()]
     assert (good.twice == 2 * good.id).all()
     # Found by bisection: suspects are in calls of their own.
     assert [130] in [call["ids"] for call in calls]
     deaths = sum(130 in call["ids"] for call in calls)
     assert deaths <= 14
+
+
+def test_a_context_that_is_exclusive_is_refused(claims):
+    frame = pcm.read_parquet(claims())
+    with pytest.raises(pcm.errors.SchemaError, match="exclusive=False"):
+        pcm.map_partitions(
+            Twice(), frame, context=pcm.Context(Model, "log"), meta=META, batch_rows=BATCH_ROWS
+        )

@@ -33,12 +33,20 @@ def test_served_work_frees_its_lane_until_the_rows_are_full():
     world.park(5, n_rows=10.0)
     assert keys(world) == ["a0"]
     for number in (0, 1):
-        world.tell(WorkHandedOver(f"a{number}", is_served=True))
+        world.tell(WorkHandedOver(f"a{number}", n_rows=10.0))
         assert keys(world) == [f"a{number + 1}"]
-    world.tell(WorkHandedOver("a2", is_served=True))
+    world.tell(WorkHandedOver("a2", n_rows=10.0))
     assert keys(world) == []  # 30 rows are in flight
     world.tell(WorkEnded("a1", True))
     assert keys(world) == ["a3"]
+
+
+def test_a_large_piece_lets_in_the_next_once_its_last_rows_are_served():
+    world = warm_world(n_lanes=2, n_rows=100)
+    world.park(3, n_rows=400.0)
+    assert keys(world) == ["a0"] and keys(world) == []
+    world.tell(WorkHandedOver("a0", n_rows=60.0))
+    assert keys(world) == ["a1"] and keys(world) == []
 
 
 def test_other_contexts_have_the_lanes_while_the_rows_of_one_are_full():
@@ -46,7 +54,7 @@ def test_other_contexts_have_the_lanes_while_the_rows_of_one_are_full():
     world.warm("w", "b")
     world.park(2, n_rows=10.0)
     assert keys(world) == ["a0"]
-    world.tell(WorkHandedOver("a0", is_served=True))
+    world.tell(WorkHandedOver("a0", n_rows=10.0))
     world.park(1, B)
     assert keys(world) == ["b0"]
 
@@ -56,7 +64,7 @@ def test_a_context_that_comes_back_without_an_attendant_has_lanes_only():
     world.warm("w")
     world.park(3, n_rows=10.0)
     assert keys(world) == ["a0"]
-    world.tell(WorkHandedOver("a0", is_served=True))
+    world.tell(WorkHandedOver("a0", n_rows=10.0))
     assert keys(world) == ["a1"]
 
 
@@ -105,6 +113,6 @@ def test_a_suspect_that_is_served_stays_alone():
     world = warm_world(n_rows=100)
     world.tell(WorkParked(Work("bad", SUSPECT, (0,))))
     assert keys(world) == ["bad"]
-    world.tell(WorkHandedOver("bad", is_served=True))
+    world.tell(WorkHandedOver("bad", n_rows=10.0))
     world.park(1)
     assert keys(world) == []

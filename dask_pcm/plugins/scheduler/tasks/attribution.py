@@ -142,6 +142,10 @@ class Attribution:
         self.n_blamed.pop(key, None)
         self.suspects.discard(key)
 
+    def restarted(self) -> None:
+        """All workers are restarted on request: loads that end now are not to blame."""
+        self._loads.clear()
+
     def close(self) -> None:
         """Stop attributing; wake everything that waits for a result."""
         for task in self._tasks:

@@ -133,10 +133,10 @@ class Dispatch(Service):
         if self._hub.state.placed.get(key) == worker:
             self._hub.apply(WorkHandedOver(key))
 
-    def on_handed_over(self, worker: str, key: Any, **kwargs: Any) -> None:
-        """A task leaves its lane: from now on an attendant serves its rows."""
+    def on_handed_over(self, worker: str, key: Any, n_rows: float, **kwargs: Any) -> None:
+        """A task leaves its lane: an attendant serves its last rows."""
         if self._hub.state.placed.get(key) == worker:
-            self._hub.apply(WorkHandedOver(key, is_served=True))
+            self._hub.apply(WorkHandedOver(key, n_rows))
 
     def on_returned(self, worker: str, keys: list[Any]) -> None:
         """A worker has handed back tasks that it had not begun: schedule them anew."""

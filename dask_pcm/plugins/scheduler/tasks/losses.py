@@ -84,6 +84,10 @@ class Losses(Service):
             if self.is_open(key):
                 self._parked.withdraw(key)
 
+    def restarted(self) -> None:
+        """See ``Service``."""
+        self._attribution.restarted()
+
     def is_open(self, key: Any) -> bool:
         """Whether a task has to wait until its latest loss is attributed."""
         return self._attribution.is_open(key)
