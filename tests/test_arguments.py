@@ -253,3 +253,10 @@ class TestLoaders:
         with pcm.acquire(pcm.Context(Verifier, "frame")) as verifier:
             assert verifier.frame == "frame"
         pcm.Context(torch.nn.Linear, 2, 2)
+
+
+def test_calls_of_earlier_snapshots_are_told_what_to_write(tmp_path):
+    with pytest.raises(ArgumentError, match=r"Did you mean dask_pcm\.sample\(ddf, 20\)\?"):
+        pcm.write_parquet(FRAME, tmp_path / "out", sample=20)
+    with pytest.raises(SchemaError, match="use rows_per_piece="):
+        pcm.read_parquet(tmp_path, 5000)

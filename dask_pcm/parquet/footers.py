@@ -219,9 +219,10 @@ def column_names(names: Iterable[str] | str, what: str) -> list[str]:
     """
     found = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     if wrong := [name for name in found if not isinstance(name, str)]:
+        hint = " For a number of rows, use rows_per_piece=." if isinstance(wrong[0], int) else ""
         raise SchemaError(
             f"{what} takes a list of column names, which are strings in Parquet files; found"
-            f" {wrong[0]!r:.80}."
+            f" {wrong[0]!r:.80}.{hint}"
         )
     if repeated := sorted({name for name in found if found.count(name) > 1}):
         raise SchemaError(f"{what} names {', '.join(map(repr, repeated))} more than once.")
