@@ -105,8 +105,8 @@ def _hint(given: Iterable[str], options: Iterable[str], owner: str) -> str:
     """A sentence for each unknown name that resembles an option of `owner`, or is a verb."""
     options = set(options)
     verbs = [f" Did you mean dask_pcm.{_CALLS[name]}?" for name in given if name in _CALLS]
-    given = [name for name in given if name not in _CALLS]
-    found = ((name, _meant(name, options)) for name in given if name not in options)
+    others = [name for name in given if name not in _CALLS]
+    found = ((name, _meant(name, options)) for name in others if name not in options)
     meant = [
         f"Instead of {name}=, did you mean {owner}'s {option}=?" for name, option in found if option
     ]

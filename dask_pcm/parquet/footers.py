@@ -217,7 +217,9 @@ def column_names(names: Iterable[str] | str, what: str) -> list[str]:
     SchemaError
         If a name is not a string, or is repeated.
     """
-    found = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    found: list[Any] = (
+        [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    )
     if wrong := [name for name in found if not isinstance(name, str)]:
         hint = " For a number of rows, use rows_per_piece=." if isinstance(wrong[0], int) else ""
         raise SchemaError(
