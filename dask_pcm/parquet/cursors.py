@@ -30,8 +30,6 @@ _BUFFER_BYTES = 1 << 20
 #: Rows to decode at a time. A dictionary-encoded text is stored once for all rows but takes memory
 #: in each of them once decoded, so the footer can underestimate a row by orders of magnitude.
 _MAX_BATCH_ROWS, _MAX_PROBE_ROWS = 256, 16
-#: Rows of a file not read yet, where others were: files of one dataset are much alike.
-_MAX_NEXT_ROWS = 64
 #: Idle cursors that a process keeps.
 _MAX_IDLE = 4
 #: Files whose row groups are remembered.
@@ -259,10 +257,8 @@ def read_rows(
 
 def _batch_rows(path: str, row_bytes: float) -> int:
     """Rows to decode at a time: few, until the real size of this file's rows is known."""
-    known = inflation(path)
-    most = _MAX_PROBE_ROWS if known is None else _MAX_NEXT_ROWS
-    if path in _inflation:
-        most = _MAX_BATCH_ROWS
+    known = _inflation.get(path)
+    most = _MAX_PROBE_ROWS if known is None else _MAX_BATCH_ROWS
     return max(1, min(most, int(BATCH_BYTES / max(1.0, row_bytes * (known or 1.0)))))
 
 

@@ -205,7 +205,7 @@ def _nullable(schema: pa.Schema, files: Sequence[File]) -> set[str]:
 def _cast(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
     """Cast a table to the common schema; InputError if the footer was wrong about its values."""
     if table.schema.equals(schema):
-        return table
+        return table.replace_schema_metadata(None)
     try:
         return table.cast(schema)
     except pa.ArrowException as error:

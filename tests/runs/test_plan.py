@@ -71,8 +71,8 @@ def test_partitions_that_were_picked_keep_their_rows(claims):
     plan = Plan(mapped(pcm.read_parquet(claims()).partitions[2:], batch_rows=8))
     units = cut_all(plan, 100)
     assert [unit.name for unit in units] == [
-        "part-000000000100-000000000150.parquet",
-        "part-000000000150-000000000200.parquet",
+        "part-000000000100-000000000196.parquet",
+        "part-000000000196-000000000200.parquet",
     ]
 
 
@@ -135,13 +135,13 @@ def test_cutting_covers_exactly_what_is_missing(sizes, batch_rows, wants, data):
 
 def test_small_pieces_are_put_together_up_to_a_batch():
     units = cut_all(FakePlan([10] * 10, 32), 32)
-    assert [unit.n_rows for unit in units] == [32, 32, 32, 4]
+    assert [unit.n_rows for unit in units] == [32, 32, 36]
 
 
 def test_very_small_pieces_are_put_together_up_to_a_unit_and_its_bytes():
     sizes = [unit.n_rows for unit in cut_all(FakePlan([10] * 30, 32), 100)]
-    assert sizes == [100, 100, 100]
-    assert [unit.n_rows for unit in cut_all(FakePlan([20] * 10, 4), 100)] == [20] * 10
+    assert sizes == [96, 96, 108]
+    assert [unit.n_rows for unit in cut_all(FakePlan([20] * 10, 4), 100)] == [100, 100]
     wide = FakePlan([10] * 30, 4)
     wide.spans = [replace(span, n_bytes=1_000) for span in wide.spans]
     cutter = Cutter(wide, max_bytes=3_500)
@@ -151,9 +151,11 @@ def test_very_small_pieces_are_put_together_up_to_a_unit_and_its_bytes():
     assert sizes == [30] * 10
 
 
-def test_no_crumb_is_left_of_a_piece():
+def test_no_crumb_is_left_at_the_end():
+    units = cut_all(FakePlan([200, 190], 32), 192)
+    assert [unit.n_rows for unit in units] == [192, 198]
     units = cut_all(FakePlan([200, 200], 32), 192)
-    assert [unit.n_rows for unit in units] == [200, 200]
+    assert [unit.n_rows for unit in units] == [192, 192, 16]
 
 
 @pytest.mark.parametrize("n_rows", [32, 64, 100])

@@ -78,14 +78,14 @@ def test_the_same_job_again_does_nothing(client, job, out):
 def test_only_what_is_missing_is_done_whatever_the_unit_sizes(client, job, out, tmp_path):
     log = str(tmp_path / "log")
     context = pcm.Context(load, log)
-    write(job(counted, context), out)
+    write(job(counted, context=context), out)
     parts = sorted(Path(out).glob("part-*.parquet"))[1:]
     removed = []
     for part in parts[1:4]:
         removed += pd.read_parquet(part).id.tolist()
         part.unlink()
     os.unlink(log)
-    run = write(job(counted, context, rows_per_piece=17, batch_rows=5), out)
+    run = write(job(counted, context=context, rows_per_piece=17, batch_rows=5), out)
     assert sorted(rows_in(log)) == sorted(removed)
     assert run.report.rows_resumed == 200 - len(removed)
     assert pd.read_parquet(out).id.tolist() == list(range(200))

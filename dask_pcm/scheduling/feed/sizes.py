@@ -7,7 +7,7 @@ twice the rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 #: Size of the next unit, as a fraction of a worker's equal share of the remaining rows.
 SHARE = 0.5
@@ -59,14 +59,17 @@ def unit_rows(
 def cut_pieces(pieces: Iterable[int], n_wanted: int, batch_rows: int) -> list[int]:
     """Rows that a unit of about `n_wanted` rows takes of each of the next pieces.
 
-    Whole batches, which are filled across pieces; or less than one if that is wanted. Of the last
-    piece the unit takes all if less than half a batch would be left.
+    Whole batches, which are filled across pieces; or less than one if that is wanted. If less than
+    half a batch would be left of all pieces, the unit takes that, too.
 
     >>> [cut_pieces([n], 70, 32) for n in (50, 79, 80, 500)]
     [[50], [79], [64], [64]]
     >>> cut_pieces([20, 20, 20], 32, 32), cut_pieces([100, 10, 10, 50], 130, 32)
     ([20, 12], [100, 10, 10, 8])
+    >>> cut_pieces([60, 8, 4, 3], 64, 32)
+    [60, 8, 4, 3]
     """
+    least = batch_rows // 2 if n_wanted >= batch_rows else 0
     if n_wanted >= batch_rows:
         n_wanted -= n_wanted % batch_rows
     taken: list[int] = []
@@ -76,8 +79,15 @@ def cut_pieces(pieces: Iterable[int], n_wanted: int, batch_rows: int) -> list[in
         taken.append(n_rows)
         n_taken += n_rows
         if n_taken == n_wanted:
-            is_little = n_wanted >= batch_rows and n_piece - n_rows < batch_rows // 2
-            if is_little and next(rest, None) is None:
-                taken[-1] = n_piece
-            break
+            return taken[:-1] + (_little([n_piece], rest, n_piece - n_rows, least) or [n_rows])
     return taken
+
+
+def _little(last: list[int], rest: Iterator[int], n_left: int, least: int) -> list[int]:
+    """The `last` piece and all after it, if fewer than `least` rows are left of them; else none."""
+    while n_left < least:
+        n_piece = next(rest, None)
+        if n_piece is None:
+            return last
+        last, n_left = [*last, n_piece], n_left + n_piece
+    return []

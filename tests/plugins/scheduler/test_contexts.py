@@ -173,15 +173,15 @@ async def test_unused_for_long_it_leaves(c, s, gate, a, b):
 async def test_moved_away_under_a_task_it_goes_through_the_gate_again(c, s, gate, a):
     """Two tasks that hold one context each and wait for room: one begins anew, none fails."""
     store, n_busy = a.plugins[CONTEXTS].contexts.store, 0
-    acquire = store.acquire
+    begin_hold = store.begin_hold
 
     def busy(refs, again):
         nonlocal n_busy
         n_busy += 1
         if n_busy <= 2:
             raise LoadError("no room") from DeviceBusyError("others hold on to it")
-        return acquire(refs, again)
+        return begin_hold(refs, again)
 
-    store.acquire = busy
+    store.begin_hold = busy
     assert await c.submit(work, 1, ctx=A) == (1, "a")
     assert n_busy == 3

@@ -33,9 +33,10 @@ def test_units_grow_with_the_speed_and_shrink_at_the_end(tmp_path):
     assert sizes[0] == 4 and max(sizes) == 100 and sizes[-1] <= 8
 
 
-def test_no_unit_is_larger_than_a_piece(tmp_path):
-    sizes = drained(window_of(tmp_path, 1_000, batch_rows=1, task_rows=100), 1, 0.001)
-    assert sum(sizes) == 1_000 and max(sizes) == 100
+def test_units_are_filled_across_pieces(tmp_path):
+    sizes = drained(window_of(tmp_path, 1_000, batch_rows=8, task_rows=100), 1, 0.001)
+    assert sum(sizes) == 1_000 and max(sizes) > 100
+    assert sum(size % 8 != 0 for size in sizes) <= 1  # the last one
 
 
 def test_small_pieces_are_put_together(tmp_path):
