@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 #: A worker that shuts down: Dask removes its plugins before the threads of its tasks end.
 ENDING = (Status.closing, Status.closed, Status.failed)
+#: How long a context that is loaded waits for the imports of units.
+_IMPORT_S = 60.0
 
 
 class WorkerContexts:
@@ -75,6 +77,8 @@ class WorkerContexts:
         self._warned: set[str] = set()
         self._warning = threading.Lock()
         self._lane = threading.local()
+        #: Imports what units need, during a load.
+        self._importing: threading.Thread | None = None
         self.store = Store(
             self._report,
             staging,
@@ -109,7 +113,8 @@ class WorkerContexts:
         Meanwhile `imports` are imported, so that the first unit does not wait for them.
         """
         if missing := [name for name in imports if name not in sys.modules]:
-            threading.Thread(target=_import, args=(missing,), daemon=True).start()
+            self._importing = threading.Thread(target=_import, args=(missing,), daemon=True)
+            self._importing.start()
         wanted: ContextRef = pickle.loads(ref)
         self._n_threads = n_threads
         self.wanted.add(wanted.digest)
@@ -164,6 +169,10 @@ class WorkerContexts:
 
     def _report(self, change: Change) -> None:
         """Report a residency change to the gate; on the thread that made it."""
+        if change.tier is Tier.DEVICE and self._importing is not None:
+            # No unit before that: two threads that import the same modules at once may see them
+            # half-initialised.
+            self._importing.join(_IMPORT_S)
         if change.tier is Tier.ABSENT:
             self._memory.freed(change.digest)
         if change.tier in (Tier.ABSENT, Tier.HOST):
