@@ -7,9 +7,9 @@ rows of the batch are unaffected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -90,7 +90,7 @@ class Caller:
         """Whether all contexts that are held for batches in flight have attendants."""
         return self._is_attended
 
-    def each(self, frame: pd.DataFrame, watch: Watch | None = None) -> Iterator[Any]:
+    def each(self, frame: pd.DataFrame, watch: Watch | None = None) -> Generator[Any, None, None]:
         """Call the function on `frame`, ``batch_rows`` rows at a time; yield what it returns.
 
         The contexts are held until the generator ends.
@@ -241,10 +241,13 @@ def infer(
             is_hopeless(position, Failing(0))
         return opened.meta.copy()
     parts: list[Any] = []
-    for part in caller.each(frame):
-        parts.append(part)
-        if position is not None and len(parts) == N_BATCHES:
-            _check_hope(position, caller.tally)
+    # Closed on this thread: left to the garbage collector, it would let go of the contexts on
+    # another one, whose turn it is not, and they would stay taken for good.
+    with closing(caller.each(frame)) as results:
+        for part in results:
+            parts.append(part)
+            if position is not None and len(parts) == N_BATCHES:
+                _check_hope(position, caller.tally)
     # After the contexts are released: the check may wait, and another lane can use them meanwhile.
     if is_by_rows and position is not None and len(parts) < N_BATCHES:
         _check_hope(position, caller.tally)
