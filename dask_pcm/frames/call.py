@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 
@@ -15,8 +15,6 @@ from dask_pcm.errors import RowCountError, SchemaError
 from dask_pcm.frames.failed_rows import ERROR, with_error, without_categories
 from dask_pcm.parquet.conversion import MISFITS, cast
 from dask_pcm.plugins.worker.deadline import in_time
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
