@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -37,16 +38,29 @@ def measure(kind: str, folder: Path, log: Path, out: Path, n_processes: int = 2)
     """Wall seconds from "go" to the last file."""
     out.mkdir(parents=True)
     files = sorted(map(str, folder.glob("*.parquet")))
-    command = [sys.executable, "-m", "benchmarks.bare", kind, str(log), str(out)]
+    command = ["benchmarks.bare", kind, str(log), str(out)]
+    return race([[*command, *files[n::n_processes]] for n in range(n_processes)])
+
+
+def race(commands: Iterable[Sequence[str]]) -> float:
+    """Start modules with arguments; wall seconds from "go" to the end of the last process.
+
+    Each has done its imports when it says "ready" on a line, and then waits for one.
+
+    Raises
+    ------
+    RuntimeError
+        A process failed.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [*command, *files[n::n_processes]],
+            [sys.executable, "-m", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
         )
-        for n in range(n_processes)
+        for command in commands
     ]
     for process in processes:
         assert process.stdout is not None
@@ -56,7 +70,8 @@ def measure(kind: str, folder: Path, log: Path, out: Path, n_processes: int = 2)
         assert process.stdin is not None
         process.stdin.write(b"go\n")
         process.stdin.close()
-    if any(process.wait() for process in processes):
+    codes = [process.wait() for process in processes]
+    if any(codes):
         raise RuntimeError("a bare process failed")
     return time.monotonic() - start
 

@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dask.dataframe  # noqa: F401 # as every notebook has; bare processes have done their imports
 import pandas as pd
 import psutil
 from distributed import Client, LocalCluster, Worker, WorkerPlugin, get_worker
 
 import dask_pcm as pcm
+from benchmarks.bare import race
 from benchmarks.table import Rows, median, parser
 from benchmarks.user_function import (
     FUNCTIONS,
@@ -116,20 +118,9 @@ def _cluster() -> Iterator[Client]:
 
 def bare(function: str, folder: Path, log: Path, out: Path) -> dict[str, float]:
     files = sorted(map(str, folder.glob("*.parquet")))
-    command = [sys.executable, "-m", "benchmarks.batches", "--work", function, str(log), str(out)]
-    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    processes = [subprocess.Popen([*command, *files[n::2]], **options) for n in range(2)]
-    for process in processes:
-        assert process.stdout is not None
-        process.stdout.readline()
-    start = time.monotonic()
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(b"go\n")
-        process.stdin.close()
-    if any(process.wait() for process in processes):
-        raise RuntimeError("a bare process failed")
-    return {"wall_s": time.monotonic() - start, "cpu_s": sum(psutil.Process().cpu_times()[:4])}
+    command = ["benchmarks.batches", "--work", function, str(log), str(out)]
+    wall_s = race([[*command, *files[n::2]] for n in range(2)])
+    return {"wall_s": wall_s, "cpu_s": sum(psutil.Process().cpu_times()[:4])}
 
 
 def work(function: str, log: str, out: str, *files: str) -> None:

@@ -7,9 +7,9 @@ rows of the batch are unaffected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -90,39 +90,45 @@ class Caller:
         """Whether all contexts that are held for batches in flight have attendants."""
         return self._is_attended
 
-    def each(self, frame: pd.DataFrame, watch: Watch | None = None) -> Generator[Any, None, None]:
-        """Call the function on `frame`, ``batch_rows`` rows at a time; yield what it returns.
+    def results(
+        self,
+        frame: pd.DataFrame,
+        watch: Watch | None = None,
+        after: Callable[[int], None] = lambda _: None,
+    ) -> list[pd.DataFrame]:
+        """Call the function on `frame`, ``batch_rows`` rows at a time; hold the contexts meanwhile.
 
-        The contexts are held until the generator ends.
+        Parameters
+        ----------
+        after
+            Called with the number of batches that are done, after each.
+
+        Returns
+        -------
+        list of pandas.DataFrame
+            The results, by batch; by rows, each is checked and on its rows' index.
         """
+        if not len(frame):
+            return [self.call.meta.copy()]
         cut = self._cut(frame)  # before the contexts are held: other lanes wait for them
+        found = []
         if watch is not None:
             watch.waits()
         with hold(self._refs, self._stats) as contexts:
             if self.call.is_served:
                 contexts = attendants(self._refs, contexts)
             if self.call.batch_rows is None:
-                yield self.call.on(frame, contexts)
-                return
+                return [self.call.on(frame, contexts)]
             start = 0
             for rows in cut:
                 if watch is not None:
                     watch.calls(start, start + len(rows), len(frame))
                 start += len(rows)
                 self.tally.begin_batch()
-                yield self._batch(rows, contexts)
-
-    def results(self, frame: pd.DataFrame, watch: Watch | None = None) -> list[pd.DataFrame]:
-        """The results on `frame`, by batch; by rows, each is checked and on its rows' index."""
-        if not len(frame):
-            return [self.call.meta.copy()]
-        return self.checked(frame, list(self.each(frame, watch)))
-
-    def checked(self, frame: pd.DataFrame, found: list[Any]) -> list[pd.DataFrame]:
-        """What ``each`` has yielded for `frame`: by rows, checked and on the index of its rows."""
-        if self.call.batch_rows is None:
-            return found
-        pairs = zip(self._cut(frame), found, strict=True)
+                found.append(self._batch(rows, contexts))
+                after(len(found))
+        # After the contexts are released: checks would delay the next call of another lane.
+        pairs = zip(cut, found, strict=True)
         return [self.call.one_for_each(rows, result) for rows, result in pairs]
 
     def submit(self, frame: pd.DataFrame, watch: Watch) -> Submission[list[pd.DataFrame]]:
@@ -240,18 +246,16 @@ def infer(
             # Record that this partition has no rows, so the check moves on to the next one.
             is_hopeless(position, Failing(0))
         return opened.meta.copy()
-    parts: list[Any] = []
-    # Closed on this thread: left to the garbage collector, it would let go of the contexts on
-    # another one, whose turn it is not, and they would stay taken for good.
-    with closing(caller.each(frame)) as results:
-        for part in results:
-            parts.append(part)
-            if position is not None and len(parts) == N_BATCHES:
-                _check_hope(position, caller.tally)
-    # After the contexts are released: the check may wait, and another lane can use them meanwhile.
+
+    def check(n_batches: int) -> None:
+        if position is not None and n_batches == N_BATCHES:
+            _check_hope(position, caller.tally)
+
+    parts = caller.results(frame, after=check)
+    # Outside the hold: the check may wait, and another lane can use the contexts meanwhile.
     if is_by_rows and position is not None and len(parts) < N_BATCHES:
         _check_hope(position, caller.tally)
-    return opened.joined(caller.checked(frame, parts))
+    return opened.joined(parts)
 
 
 def _check_hope(position: Position, tally: Tally) -> None:
