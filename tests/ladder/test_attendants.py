@@ -8,7 +8,6 @@ import pytest
 
 from dask_pcm.errors import LoadError
 from dask_pcm.ladder.budget import DeviceBudget, Request
-from dask_pcm.ladder.store import Store
 from dask_pcm.ladder.turns import Turns
 from dask_pcm.tiers import Tier
 from tests.ladder.test_budget import MIB, Weights, context
@@ -55,18 +54,9 @@ def broken(number, size_mib):
     return Served(number, size_mib, is_broken=True)
 
 
-@pytest.fixture
-def changes():
+@pytest.fixture(autouse=True)
+def seen():
     SEEN.clear()
-    return []
-
-
-@pytest.fixture
-def store(changes):
-    """A device of 10 MiB."""
-    store = Store(changes.append, budget=lambda: 10 * MIB, is_mapped=False)
-    yield store
-    store.validate()
 
 
 def test_its_memory_counts_and_it_leaves_before_its_object(store, changes):

@@ -28,19 +28,6 @@ def context(number, size_mib=4, is_declared=True, load=Weights, **hooks):
     return Context(load, number, size_mib, device_memory=memory, name=f"c{number}", **hooks).ref
 
 
-@pytest.fixture
-def changes():
-    return []
-
-
-@pytest.fixture
-def store(changes):
-    """A device of 10 MiB."""
-    store = Store(changes.append, budget=lambda: 10 * MIB, is_mapped=False)
-    yield store
-    store.validate()
-
-
 def used(store, ref):
     with store.acquire([ref]) as (value,):
         store.validate()
