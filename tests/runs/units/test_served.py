@@ -28,8 +28,8 @@ class Model:
     is_attended = True
     facts = {"device": "stand-in"}  # noqa: RUF012
 
-    def __init__(self, log, kills=()):
-        self.log, self.kills = log, set(kills)
+    def __init__(self, log, kills=(), hangs=(), dies_at=None):
+        self.log, self.kills, self.hangs, self.dies_at = log, set(kills), set(hangs), dies_at
 
     def attend(self):
         return Engine(self)
@@ -42,7 +42,7 @@ class Engine:
     n_rows = 100
 
     def __init__(self, model):
-        self._log, self._kills = model.log, model.kills
+        self._log, self._kills, self._model = model.log, model.kills, model
         self._waiting = queue.SimpleQueue()
         self._random = random.Random(0)
 
@@ -76,10 +76,26 @@ class Engine:
             os.kill(os.getpid(), signal.SIGKILL)
         self._random.shuffle(taken)
         for batch, _, future in taken:
-            if 77 in batch and len(batch) > 0:
+            if self._model.hangs & set(batch):
+                continue  # its future is never done
+            if self._dies(batch):
+                future.set_exception(RuntimeError("CUDA error: device-side assert triggered"))
+            elif 55 in batch:
+                future.set_exception(SystemExit("row 55 ends Python"))
+            elif 77 in batch:
                 future.set_exception(ValueError("row 77 is bad"))
             else:
                 future.set_result([2 * i for i in batch])
+
+    def _dies(self, batch):
+        """Whether the device is lost at this batch: once, in the first process that computes it."""
+        if self._model.dies_at not in batch:
+            return False
+        try:
+            open(f"{self._log}.dead", "x").close()
+        except FileExistsError:
+            return False
+        return True
 
 
 class Twice:
@@ -119,11 +135,18 @@ def cluster():
 def served(cluster, claims, tmp_path):
     """Run a job through the engine; returns the rows, the report and the engine's calls."""
 
-    def run(kills=(), n_rows=N_ROWS):
+    def run(n_rows=N_ROWS, batch_timeout=None, **model):
         log = tmp_path / "calls"
-        engine = pcm.Context(Model, str(log), list(kills), exclusive=False)
+        engine = pcm.Context(Model, str(log), exclusive=False, **model)
         frame = pcm.read_parquet(claims(n_files=4, n_rows=n_rows // 4))
-        job = pcm.map_partitions(Twice(), frame, context=engine, meta=META, batch_rows=BATCH_ROWS)
+        job = pcm.map_partitions(
+            Twice(),
+            frame,
+            context=engine,
+            meta=META,
+            batch_rows=BATCH_ROWS,
+            batch_timeout=batch_timeout,
+        )
         with Client(cluster) as client:
             pcm.install(client)
             report = write(job, tmp_path / "out").report
@@ -137,14 +160,15 @@ def test_rows_of_several_batches_are_in_one_call_and_each_is_in_the_output_once(
     found, report, calls = served()
     assert found.id.tolist() == list(range(N_ROWS))
     failed = found[found.error.notna()]
-    assert failed.id.tolist() == [77, 99]
-    assert [text.split(": ")[1] for text in failed.error] == [
+    assert failed.id.tolist() == [55, 77, 99]
+    assert [text.split(": ", 1)[1] for text in failed.error] == [
+        "Twice raised SystemExit('row 55 ends Python')",
         "row 77 is bad",
         "row 99 is not even submitted",
     ]
     good = found[found.error.isna()]
     assert (good.twice == 2 * good.id).all()
-    assert (report.rows, report.rows_failed) == (N_ROWS, 2)
+    assert (report.rows, report.rows_failed) == (N_ROWS, 3)
     assert max(len(call["ids"]) for call in calls) > BATCH_ROWS
     assert max(size for call in calls for size in call["sizes"]) <= BATCH_ROWS
     # A unit whose last rows are being served has left its lane to the next one.
@@ -156,14 +180,29 @@ def test_a_row_that_kills_the_engine_fails_and_the_others_get_answers(served):
     found, _, calls = served(kills=[130])
     assert found.id.tolist() == list(range(N_ROWS))
     failed = found[found.error.notna()]
-    assert failed.id.tolist() == [77, 99, 130]
-    assert "Row 130 of the input" in failed.error.iloc[2]
+    assert failed.id.tolist() == [55, 77, 99, 130]
+    assert "Row 130 of the input" in failed.error.iloc[3]
     good = found[found.error.isna()]
     assert (good.twice == 2 * good.id).all()
     # Found by bisection: suspects are in calls of their own.
     assert [130] in [call["ids"] for call in calls]
     deaths = sum(130 in call["ids"] for call in calls)
     assert deaths <= 14
+
+
+def test_a_row_that_is_never_answered_fails_after_its_time(served):
+    found, _, _ = served(n_rows=60, hangs=[30], batch_timeout=1.0)
+    assert found.id.tolist() == list(range(60))
+    failed = found[found.error.notna()]
+    assert failed.id.tolist() == [30, 55]
+    assert "took longer than batch_timeout (1 s)" in failed.error.iloc[0]
+
+
+def test_a_device_that_is_lost_costs_a_process_and_no_answer(served):
+    found, _, calls = served(dies_at=150)
+    assert found.id.tolist() == list(range(N_ROWS))
+    assert found[found.error.notna()].id.tolist() == [55, 77, 99]
+    assert len({call["pid"] for call in calls}) == 2
 
 
 def test_a_context_that_is_exclusive_is_refused(claims):
