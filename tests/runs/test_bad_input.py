@@ -156,6 +156,22 @@ class TestBadInput:
         with pytest.raises(SchemaError, match="x"):
             pcm.map_partitions(lambda f, m: f, frame, context=LLM, meta=twice)
 
+    @pytest.mark.parametrize("rows", [None, 16])
+    @pytest.mark.parametrize("columns", [["id"], ["id", "verdict", "note"]])
+    def test_columns_that_are_not_enforced_are_neither_missing_nor_lost(
+        self, client, claims, out, columns, rows
+    ):
+        def other(frame, model):
+            return frame.assign(verdict="", note="").loc[:, columns]
+
+        frame = pcm.read_parquet(claims())
+        loose = pcm.map_partitions(
+            other, frame, context=LLM, meta=META, enforce_metadata=False, batch_rows=rows
+        )
+        with pytest.raises(SchemaError) as raised:
+            write(loose, out)
+        assert str(columns) in str(raised.value) and "meta says ['id'," in str(raised.value)
+
     def test_wide_rows_are_units_of_few_rows(self, client, tmp_path, out):
         blobs = [np.random.bytes(200_000) for _ in range(60)]
         pd.DataFrame({"id": range(60), "blob": blobs}).to_parquet(tmp_path / "w.parquet")

@@ -99,6 +99,7 @@ class PartSchema:
 
     def table(self, frame: pd.DataFrame, cast: Cast | None = None) -> pa.Table:
         """Convert a frame to one table; a column ``error`` that it lacks is null."""
+        self._check(frame)
         arrays = [
             pa.nulls(len(frame), field.type)
             if field.name == ERROR and ERROR not in frame.columns
@@ -116,6 +117,18 @@ class PartSchema:
                 column = self._array(frame.index.to_series(), field)
             columns = columns.append_column(name, column)
         return columns.replace_schema_metadata(self.notes)
+
+    def _check(self, frame: pd.DataFrame) -> None:
+        """Raise SchemaError if columns are missing, or would be lost."""
+        if not isinstance(frame, pd.DataFrame):
+            raise SchemaError(f"A partition is a {type(frame).__name__}; meta says a DataFrame.")
+        found, wanted = frame.columns.tolist(), self.schema.names
+        if found == wanted or set(wanted) - {ERROR} == set(found) - {ERROR}:
+            return
+        raise SchemaError(
+            f"A partition has columns {found}, but meta says {wanted}. Give the function whose"
+            " result this is the meta that fits, or have it return these columns."
+        )
 
     @property
     def _noted(self) -> pa.Schema:
