@@ -132,10 +132,7 @@ class Caller:
         return [self.call.one_for_each(rows, result) for rows, result in pairs]
 
     def submit(self, frame: pd.DataFrame, watch: Watch) -> Submission[list[pd.DataFrame]]:
-        """Begin a batch; a function that is not served is called at once."""
-        if not self.call.is_served or not len(frame):
-            found = self.results(frame, watch)
-            return Submission(lambda: found)
+        """Begin a batch of a function that is served; `frame` has rows."""
         if self._held is None:
             # Held until the unit ends: a batch may be in flight at any moment from now on.
             watch.waits()

@@ -113,7 +113,8 @@ class Turns:
         self._refuse_deadlock(residency, me)
         self._awaited[me] = residency
         try:
-            self._changed.wait_for(is_so)
+            while not is_so():
+                self._changed.wait()
         finally:
             del self._awaited[me]
 

@@ -121,5 +121,5 @@ def _commit(records: list[Record], about: Mapping[str, Any], output: Output) -> 
     n_failed = sum(record.n_failed for record in records)
     facts = {key: value for record in records for key, value in record.facts.items()}
     note = {**about, **facts, "rows": n_rows, "failed": n_failed}
-    output.commit(name, grouped(record.table for record in records), lambda: note)
+    output.commit(name, grouped(records), lambda: note)
     logger.info("%s: %s rows that were finished but not committed", name, f"{n_rows:,}")

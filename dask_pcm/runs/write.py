@@ -91,12 +91,22 @@ def write_parquet(
 
     Raises
     ------
+    InstallError
+        There is no Dask client, or ``install(client)`` was not called.
+    SchemaError
+        A column's type cannot be stored, `meta` says nothing of it, or what the function returned
+        does not fit `meta`.
+    InputError
+        The input cannot be read, or has changed since this output was begun.
     BusyError
         Another run is at work on the output.
     OutputError
         The output is another job's, holds other files or cannot be written; nothing was changed.
-    LoadError, FailedRowsError
-        A context cannot be loaded, or too many rows failed; what was committed stays.
+    LoadError, FailedRowsError, LostProcessError
+        A context cannot be loaded, too many rows failed, or row after row ended its worker; what
+        was committed stays.
+    FencedError
+        Another run has taken the output over.
     Exception
         What the function raised on every one of the first rows.
     RunCancelledError

@@ -289,11 +289,21 @@ def make_record(
     return Record(start, stop, pa.concat_tables(tables), len(outcome.errors), errors, dict(facts))
 
 
-def grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Concatenate tables to row groups of up to ``GROUP_BYTES``."""
+def grouped(
+    records: Iterable[Record], each: Callable[[Record], None] = lambda _: None
+) -> Iterator[pa.Table]:
+    """Concatenate the tables of records to row groups of up to ``GROUP_BYTES``.
+
+    Parameters
+    ----------
+    each
+        Called with each record as it is taken.
+    """
     taken: list[pa.Table] = []
     n_bytes = 0
-    for table in tables:
+    for record in records:
+        each(record)
+        table = record.table
         if taken and n_bytes + table.nbytes > GROUP_BYTES:
             yield pa.concat_tables(taken)
             taken, n_bytes = [], 0

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ def run_unit(
         if unit.retry is None:
             note_start(output, unit.name, unit.n_rows)
         records = _whole(unit, computation, spec)
-    tables = grouped(count.of(records))
+    tables = grouped(records, count.add)
     note: Note = lambda: {**_origin(spec), **count.as_dict()}  # noqa: E731
     if unit.retry:
         old, old_note = output.read_table(unit.name), output.read_note(unit.name)
@@ -91,22 +91,20 @@ def _whole(unit: Unit, computation: Computation, spec: UnitSpec) -> Generator[Re
 
 
 class _Count:
-    """Counts the rows of records as they pass."""
+    """Counts the rows of records."""
 
     def __init__(self) -> None:
         self.n_rows = self.n_failed = self.n_kept = 0
         self.errors: list[str] = []
         self.facts: dict[str, str] = {}
 
-    def of(self, records: Iterable[Record]) -> Iterator[pa.Table]:
-        """The tables of records, counted as they are taken."""
-        for record in records:
-            self.n_rows += len(record.table)
-            self.n_failed += record.n_failed
-            self.n_kept += (record.stop - record.start) * record.is_kept
-            self.errors += record.errors
-            self.facts.update(record.facts)
-            yield record.table
+    def add(self, record: Record) -> None:
+        """Count a record, whose rows are about to be written."""
+        self.n_rows += len(record.table)
+        self.n_failed += record.n_failed
+        self.n_kept += (record.stop - record.start) * record.is_kept
+        self.errors += record.errors
+        self.facts.update(record.facts)
 
     def as_dict(self) -> dict[str, Any]:
         """The counts and facts that a part's note has."""
