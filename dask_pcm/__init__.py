@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from dask_pcm.parquet.pieces import read_parquet
     from dask_pcm.plugins.install import explain, install, release, uninstall
     from dask_pcm.plugins.worker.task import acquire
+    from dask_pcm.pools.cluster import PoolCluster
+    from dask_pcm.pools.connection import connect
+    from dask_pcm.pools.pool import Pool
     from dask_pcm.runs.handle import Run, attach
     from dask_pcm.runs.progress.progress import Progress
     from dask_pcm.runs.progress.report import Report
@@ -35,11 +38,14 @@ _HOMES = {
     "map_partitions": "dask_pcm.frames.map_partitions",
     "LLM": "dask_pcm.inference",
     "classify": "dask_pcm.inference",
+    "Pool": "dask_pcm.pools.pool",
+    "PoolCluster": "dask_pcm.pools.cluster",
     "Progress": "dask_pcm.runs.progress.progress",
     "Report": "dask_pcm.runs.progress.report",
     "Run": "dask_pcm.runs.handle",
     "Sample": "dask_pcm.runs.sampling",
     "attach": "dask_pcm.runs.handle",
+    "connect": "dask_pcm.pools.connection",
     "sample": "dask_pcm.runs.sampling",
     "write_parquet": "dask_pcm.runs.write",
     "read_parquet": "dask_pcm.parquet.pieces",
@@ -54,6 +60,8 @@ __all__ = [
     "LLM",
     "Context",
     "PCMError",
+    "Pool",
+    "PoolCluster",
     "Progress",
     "Report",
     "Run",
@@ -62,6 +70,7 @@ __all__ = [
     "acquire",
     "attach",
     "classify",
+    "connect",
     "explain",
     "install",
     "map_partitions",

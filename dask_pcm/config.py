@@ -165,6 +165,8 @@ class Config:
     unit_bytes: int = _set_by("run.unit-bytes", _SOME_BYTES)
     ready_s: float = _set_by("run.ready-seconds", _TIME)
     batch_timeout_s: float | None = _set_by("run.batch-timeout", _SOME_TIME.or_null())
+    # pools
+    poll_s: float = _set_by("pools.poll-interval", _SOME_TIME)
     # inference
     batch_tokens: int = _set_by("inference.batch-tokens", _COUNT)
     batch_rows: int = _set_by("inference.batch-rows", _COUNT)

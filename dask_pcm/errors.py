@@ -183,5 +183,9 @@ class ScenarioError(PCMError, ValueError):
     """A scenario is invalid; the message lists file, line and reason of each mistake."""
 
 
+class PoolError(PCMError, RuntimeError):
+    """A pool is wrong, or its batch system refuses its jobs; the message has the system's words."""
+
+
 class InstallError(PCMError, RuntimeError):
     """The plugins cannot be installed, or versions differ between client and cluster."""

@@ -32,9 +32,12 @@ from tests.support.patience import patient
 #: like the package.
 PACKAGE = f"{Path(pcm.__file__).parent}{os.sep}"
 #: A nanny's fork server imports torch and transformers, which takes seconds of each cluster; tests
-#: that are about it say what it imports. For this process and those that it starts.
-os.environ.setdefault("DASK_PCM__WORKER__IMPORTS", "[]")
-dask.config.refresh()
+#: that are about it say what it imports. For this process and those that it starts. Not by
+#: ``dask.config.refresh``, which empties the configuration first: a worker imports this module while
+#: it runs, and closes if a heartbeat finds no setting.
+if "DASK_PCM__WORKER__IMPORTS" not in os.environ:
+    os.environ["DASK_PCM__WORKER__IMPORTS"] = "[]"
+    dask.config.set({"pcm.worker.imports": []})
 #: What a worker of any test imports, which takes longer than most tests.
 _PRELOADED = [
     "distributed",

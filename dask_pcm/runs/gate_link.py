@@ -121,6 +121,8 @@ class GateLink:
             return ""
         if self._n_other:
             return f"no workers: the cluster has {self._n_other}, none of them with dask_pcm"
+        if lack := getattr(self._client.cluster, "lack", ""):
+            return str(lack)
         n_wanted = self._n_wanted()
         return "no workers: the cluster has 0" + (f" ({n_wanted} wanted)" if n_wanted else "")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.state.state import GateState
@@ -21,6 +21,38 @@ def n_workers_wanted(state: GateState, target_s: float) -> int:
     working = (group for view in state.workers.values() for group in view.n_works)
     groups = dict.fromkeys([*state.ahead.groups(), *working])
     return math.ceil(sum(_share(state, group, target_s) for group in groups))
+
+
+def spread(state: GateState, n_workers: float, limits: Mapping[str, float]) -> dict[str, int]:
+    """Which pools are to have the workers that the work is worth: the fastest ones first.
+
+    Parameters
+    ----------
+    n_workers
+        Workers of mean speed that are wanted, of all pools together.
+    limits
+        The most workers of each pool.
+    """
+    slowness = {pool: _slowness(state, pool) for pool in limits}
+    found: dict[str, int] = {}
+    for pool in sorted(limits, key=lambda pool: slowness[pool]):
+        n = min(limits[pool], math.ceil(max(0.0, n_workers) * slowness[pool] - 1e-9))
+        found[pool] = int(n)
+        n_workers -= n / slowness[pool]
+    return found
+
+
+def _slowness(state: GateState, pool: str) -> float:
+    """Seconds per row on workers of a pool, over the mean of all workers; 1.0 if not known."""
+    ratios = []
+    for group in state.ahead.groups():
+        mean = _row_s(state, group)
+        views = [view for view in state.workers.values() if view.pool == pool]
+        known = [state.estimates.cost.row_s(group.costs, v.address, v.device) for v in views]
+        mine = [seconds for seconds in known if seconds is not None]
+        if mean and mine:
+            ratios.append(sum(mine) / len(mine) / mean)
+    return sum(ratios) / len(ratios) if ratios else 1.0
 
 
 def needed_workers(state: GateState, workers: Iterable[str]) -> set[str]:

@@ -1,0 +1,1 @@
+"""Pools of workers: what their jobs are, and a cluster that keeps them running."""

@@ -1,0 +1,187 @@
+"""What a cluster needs of a batch system: submit jobs, ask what became of them, cancel them."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dask_pcm.config import Config
+from dask_pcm.errors import PoolError
+from dask_pcm.pools.pool import Pool
+
+#: A command of a batch system that takes longer is given up: its server does not answer.
+_COMMAND_S = 60.0
+#: What a surrounding job sets; it would be taken for options of the jobs that are submitted.
+_OF_JOB = ("SLURM_", "SBATCH_", "SRUN_", "PBS_")
+#: Says which configuration the batch system's commands use.
+_OF_SITE = frozenset({"SLURM_CONF", "PBS_CONF_FILE", "PBS_EXEC", "PBS_HOME", "PBS_SERVER"})
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """What a batch system says of a job that it knows.
+
+    Attributes
+    ----------
+    is_running
+        Whether it has its nodes; otherwise it waits.
+    reason
+        Why it waits, in the system's own words.
+    """
+
+    is_running: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What all jobs of a pool start with.
+
+    Attributes
+    ----------
+    address
+        The scheduler's address.
+    name, pool
+        The pool.
+    tls
+        Files of the certificates, by option of ``dask worker``; empty without TLS.
+    logs
+        The folder for the output of jobs.
+    """
+
+    address: str
+    name: str
+    pool: Pool
+    tls: Mapping[str, str]
+    logs: Path
+
+
+class BatchSystem(Protocol):
+    """A batch system, for the cluster's event loop. Errors are ``PoolError`` with its own words."""
+
+    async def check(self, start: Start) -> None:
+        """Ask whether the jobs of a pool would be accepted."""
+
+    async def submit(self, start: Start, n_jobs: int) -> list[str]:
+        """Submit jobs, as one request where the system can; return their ids."""
+
+    async def states(self, jobs: Collection[str]) -> dict[str, JobState]:
+        """The state of each of `jobs`, asked in one query; one that is missing is over."""
+
+    async def cancel(self, jobs: Sequence[str]) -> None:
+        """Cancel jobs; those that are over already are none of its errors."""
+
+    def close(self) -> None:
+        """The cluster is closed; its jobs were cancelled before."""
+
+
+def launcher_options(start: Start) -> dict[str, Any]:
+    """Parameters of dask-jobqueue's jobs for those of a pool, whichever the batch system.
+
+    The launcher is the process of the job (``exec``): it alone gets the batch system's signals.
+    """
+    pool = start.pool
+    python = pool.python or shlex.quote(sys.executable)
+    launcher = ["--pool", start.name, "--workers", str(pool.workers_per_node)]
+    launcher += [f"{option} {shlex.quote(value)}" for option, value in start.tls.items()]
+    return {
+        "scheduler": start.address,
+        "name": start.name,
+        "cores": pool.cores,
+        "memory": f"{pool.memory_bytes} B",
+        "processes": 1,
+        "job_name": f"pcm-{start.name}",
+        "python": f"exec {python}",
+        "worker_command": "dask_pcm.pools.launcher",
+        "worker_extra_args": [*launcher, *pool.worker_args],
+        "local_directory": None if pool.scratch is None else shlex.quote(pool.scratch),
+        "log_directory": None,  # each batch system's way of submitting says where the output goes
+        "death_timeout": 60,
+        "nanny": True,
+        "interface": None,
+        "job_script_prologue": [*_exports(start), *pool.prologue],
+        "job_extra_directives": [],
+        "job_directives_skip": [],
+        "shebang": "#!/usr/bin/env bash",
+    }
+
+
+def log_of(start: Start, job: str) -> Path:
+    """The file with the output of a job."""
+    return start.logs / f"pcm-{start.name}-{job}.out"
+
+
+def _exports(start: Start) -> list[str]:
+    """Settings of the workers' own job, as lines of a shell script."""
+    pool = start.pool
+    values = {
+        "POOL": start.name,
+        "DEVICE": pool.device,
+        "WALLTIME": pool.walltime,
+        "IMPORTS": repr(list(Config.read().imports)),
+    }
+    texts = {key: shlex.quote(value) for key, value in values.items() if value is not None}
+    return [f"export DASK_PCM__WORKER__{key}={text}" for key, text in texts.items()]
+
+
+async def call(*command: str) -> str:
+    """Run a command of a batch system; return what it prints.
+
+    Raises
+    ------
+    PoolError
+        It fails, is missing, or does not answer within a minute.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=scrubbed(os.environ),
+        )
+    except OSError as error:
+        raise PoolError(
+            f"{command[0]} cannot be run on this machine: {error.strerror}. Start the cluster where"
+            " jobs are submitted, on a login node."
+        ) from error
+    try:
+        out, said = await asyncio.wait_for(process.communicate(), _COMMAND_S)
+    except TimeoutError as error:
+        process.kill()
+        raise PoolError(f"{command[0]} has not answered within {_COMMAND_S:.0f} s.") from error
+    if process.returncode:
+        words = (said or out).decode(errors="replace").strip()
+        raise PoolError(f"{command[0]}: {words or f'ended with code {process.returncode}'}")
+    return out.decode(errors="replace")
+
+
+def scrubbed(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what a surrounding job has set in it."""
+    return {
+        key: value
+        for key, value in environ.items()
+        if key in _OF_SITE or not key.startswith(_OF_JOB)
+    }
+
+
+def jobqueue(module: str) -> Any:
+    """Import a module of dask_jobqueue, which replaces the handler of SIGINT by ``sys.exit``.
+
+    The handler stays as it was; on other threads than the main one, which may not set any, the
+    import would fail.
+    """
+    before = signal.signal
+    signal.signal = lambda signalnum, handler: signal.getsignal(signalnum)
+    try:
+        return importlib.import_module(f"dask_jobqueue.{module}")
+    finally:
+        signal.signal = before

@@ -1,0 +1,133 @@
+"""How another terminal, and a job, find the cluster: a file with its address and certificates.
+
+Every cluster has a folder of its own in the user's home, which nobody else can enter. Jobs read it
+there, so the home is one that the nodes share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Security
+
+from dask_pcm.errors import PoolError
+
+_FILES = {"tls_ca_file": "ca.pem", "tls_worker_cert": "cert.pem", "tls_worker_key": "key.pem"}
+_NAME = "connection.json"
+
+
+def home() -> Path:
+    """The folder of all clusters of this user."""
+    return Path(os.environ.get("DASK_PCM_HOME") or Path.home() / ".dask_pcm")
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """The files of one cluster.
+
+    Attributes
+    ----------
+    folder
+        Where they are.
+    tls
+        The certificates, by option of ``dask worker``; empty without TLS.
+    """
+
+    folder: Path
+    tls: Mapping[str, str]
+
+    @property
+    def file(self) -> Path:
+        """The connection file."""
+        return self.folder / _NAME
+
+    @classmethod
+    def make(cls, name: str, security: Security | None) -> Connection:
+        """Make the folder, with the certificates of `security` in it."""
+        folder = home() / "clusters" / f"{name}-{os.getpid()}-{os.urandom(3).hex()}"
+        folder.mkdir(mode=0o700, parents=True)
+        tls = {}
+        for field, file in _FILES.items() if security is not None else ():
+            path = folder / file
+            _write(path, _text(getattr(security, field)))
+            tls[f"--{field.replace('_worker', '').replace('_', '-')}"] = str(path)
+        return cls(folder, tls)
+
+    def publish(self, address: str) -> None:
+        """Write the connection file."""
+        _write(self.file, json.dumps({"address": address, "tls": dict(self.tls)}))
+
+    def remove(self) -> None:
+        """Remove all files; workers that have not read them yet end."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def connect(file: str | os.PathLike[str], **options: Any) -> Client:
+    """Connect to a cluster that was started elsewhere by this user.
+
+    Parameters
+    ----------
+    file
+        The cluster's connection file, ``cluster.connection_file``.
+    **options
+        Passed to ``distributed.Client``.
+
+    Raises
+    ------
+    PoolError
+        The file is missing, is none, or others can read the certificates.
+    """
+    path = Path(file).expanduser()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        address, tls = str(found["address"]), dict(found["tls"])
+    except FileNotFoundError as error:
+        raise PoolError(
+            f"There is no connection file {str(path)!r}: the cluster is closed, or its folder is on"
+            " another machine."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PoolError(f"{str(path)!r} is no connection file: {error!r:.100}.") from error
+    if not tls:
+        return Client(address, **options)
+    for name in tls.values():
+        _refuse_readable(Path(name))
+    ca, cert, key = (tls[f"--tls-{one}"] for one in ("ca-file", "cert", "key"))
+    security = Security(
+        tls_ca_file=ca, tls_client_cert=cert, tls_client_key=key, require_encryption=True
+    )
+    return Client(address, security=security, **options)
+
+
+def _refuse_readable(path: Path) -> None:
+    """Raise if others than the user can read a certificate or its key."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise PoolError(
+            f"The certificate {str(path)!r} cannot be read: {error.strerror}."
+        ) from error
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o077 or found.st_uid != os.getuid():
+        raise PoolError(
+            f"The certificate {str(path)!r} has mode {mode:o} and owner {found.st_uid}; expected"
+            f" 600 and {os.getuid()}. Others may have read it: start the cluster again."
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _text(given: str) -> str:
+    """A certificate: its text, or the file that has it."""
+    return given if "\n" in given else Path(given).read_text(encoding="utf-8")

@@ -1,0 +1,214 @@
+"""The jobs of one pool: what became of each, and which to submit or cancel. Pure: no clock, no I/O.
+
+A worker that is gone may come back (its nanny starts another process) or not (its job has ended,
+which the batch system may only be asked now and then). So the job of a worker that has been gone
+for some seconds is counted as missing, and a replacement is queued; should the worker come back,
+what is too many and has not started is cancelled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from dask_pcm.pools.batch import JobState
+from dask_pcm.pools.pool import Pool
+
+#: A job whose workers have all been gone for this long is missing; if the batch system said since
+#: then that it runs, for the longer time: its nanny starts another worker.
+_MISSING_S, _RESTART_S = 2.5, 60.0
+#: A job that waits and is not wanted any more is cancelled after this time.
+_UNWANTED_S = 5.0
+#: After this many jobs in succession that ended before a worker of theirs had joined, or a refused
+#: submission, the pool waits before it submits again: at first, and at most.
+_N_VAIN, _FIRST_WAIT_S, _LONGEST_WAIT_S = 3, 5.0, 1800.0
+
+
+@dataclass(slots=True)
+class Job:
+    """A job that was submitted and, as far as is known, is not over.
+
+    Attributes
+    ----------
+    workers
+        Names of its workers that are registered now.
+    gone_at
+        Since when it has had none although it had some before.
+    """
+
+    id: str
+    submitted_at: float
+    is_running: bool = False
+    reason: str = ""
+    workers: set[str] = field(default_factory=set)
+    has_joined: bool = False
+    gone_at: float | None = None
+    #: Since when it has been more than what is wanted, and could go.
+    surplus_at: float | None = None
+    is_leaving: bool = False
+    is_cancelled: bool = False
+    #: When the batch system last said that it runs.
+    seen_at: float = -math.inf
+
+    def is_missing(self, now: float) -> bool:
+        """Whether its workers are gone for good, as far as one can tell."""
+        if self.gone_at is None:
+            return False
+        patience = _RESTART_S if self.seen_at > self.gone_at else _MISSING_S
+        return now - self.gone_at >= patience
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What is to be done for a pool now."""
+
+    n_submit: int = 0
+    cancel: tuple[str, ...] = ()
+
+
+class Fleet:
+    """The jobs of one pool.
+
+    Attributes
+    ----------
+    jobs
+        Those that are not known to be over, by id.
+    trouble
+        Why nothing can be submitted, in the batch system's words or from a job's log; "" if all is
+        well.
+    """
+
+    def __init__(self, name: str, pool: Pool) -> None:
+        self.name = name
+        self.pool = pool
+        self.jobs: dict[str, Job] = {}
+        self.trouble = ""
+        self._n_vain = 0
+        self._wait_s = _FIRST_WAIT_S
+        self._blocked_until = -math.inf
+
+    def submitted(self, ids: Iterable[str], now: float) -> None:
+        """Jobs were submitted."""
+        self.jobs.update({one: Job(one, now) for one in ids})
+        if self._n_vain < _N_VAIN:  # otherwise the pool recovers when a worker joins
+            self._recover()
+
+    def refused(self, why: str, now: float) -> None:
+        """A submission was refused: wait before the next, twice as long each time."""
+        self.trouble = why
+        self._blocked_until = now + self._wait_s
+        self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
+
+    def answered(self, states: Mapping[str, JobState], asked_at: float) -> list[Job]:
+        """The batch system has answered: note what it knows; return the jobs that are over."""
+        over = []
+        for job in list(self.jobs.values()):
+            state = states.get(job.id)
+            if state is not None:
+                job.is_running, job.reason = state.is_running, state.reason
+                job.seen_at = asked_at if state.is_running else job.seen_at
+            elif job.submitted_at < asked_at:  # gone, however it ended: nobody would say more
+                over.append(self.jobs.pop(job.id))
+        return over
+
+    def ended_in_vain(self, log: str, now: float) -> bool:
+        """A job is over that had begun, but no worker of it has joined.
+
+        Returns whether this is to be said to the user: after some such jobs in succession.
+        """
+        self._n_vain += 1
+        if self._n_vain % _N_VAIN:
+            return False
+        text = f"{self._n_vain} jobs in succession ended before a worker of theirs had joined"
+        self.refused(f"{text}. The end of the last one's output:\n{log}", now)
+        return True
+
+    def sync(self, workers: Mapping[str, bool], now: float) -> None:
+        """Note which workers are registered.
+
+        Parameters
+        ----------
+        workers
+            By name; true for those that have a preemption notice.
+        """
+        prefix = f"{self.name}-"
+        found: dict[str, set[str]] = {}
+        for name in workers:
+            if name.startswith(prefix):
+                found.setdefault(name[len(prefix) :].split("-")[0], set()).add(name)
+        for job in self.jobs.values():
+            job.workers = found.get(job.id, set())
+            if job.workers:
+                if not job.has_joined:
+                    self._n_vain = 0
+                    self._recover()
+                job.has_joined = job.is_running = True
+                job.gone_at = None
+                job.is_leaving = all(workers[name] for name in job.workers)
+            elif job.has_joined and job.gone_at is None:
+                job.gone_at = now
+
+    def decide(
+        self, n_workers: int, needed: Collection[str], is_adaptive: bool, now: float
+    ) -> Steps:
+        """What to do so that the pool comes to have `n_workers`.
+
+        Parameters
+        ----------
+        needed
+            Names of the workers that have work.
+        is_adaptive
+            Whether workers are only given back once they have been idle for long enough.
+        """
+        counted = [job for job in self.jobs.values() if self._counts(job, now)]
+        n_wanted = math.ceil(n_workers / self.pool.workers_per_job)
+        if self.pool.max_jobs is not None:
+            n_wanted = min(n_wanted, self.pool.max_jobs)
+        n_lacking = n_wanted - len(counted)
+        if n_lacking >= 0:
+            for job in counted:
+                job.surplus_at = None
+            return Steps(n_submit=0 if now < self._blocked_until else self._room(n_lacking))
+        # Those that wait go first, the youngest of them before others; then idle ones.
+        busy = {job.id for job in counted if not job.workers.isdisjoint(needed)}
+        order = sorted(counted, key=lambda j: (j.is_running, j.id in busy, -j.submitted_at))
+        gone = []
+        for job in order[:-n_lacking]:
+            since = job.surplus_at = now if job.surplus_at is None else job.surplus_at
+            patience = self.pool.idle_s if job.is_running else _UNWANTED_S
+            if job.id in busy and is_adaptive:
+                job.surplus_at = None
+            elif not is_adaptive or now - since >= patience:
+                gone.append(job.id)
+        for job in order[-n_lacking:]:
+            job.surplus_at = None
+        return Steps(cancel=tuple(gone))
+
+    def n_waiting(self) -> int:
+        """Jobs that have no nodes yet."""
+        return sum(not job.is_running and not job.is_cancelled for job in self.jobs.values())
+
+    def _counts(self, job: Job, now: float) -> bool:
+        """Whether a job is among those that are wanted: not one that ends."""
+        return not (job.is_cancelled or job.is_leaving or job.is_missing(now))
+
+    def _room(self, n_jobs: int) -> int:
+        """How many of `n_jobs` may be queued."""
+        if self.pool.max_queued is None:
+            return n_jobs
+        return max(0, min(n_jobs, self.pool.max_queued - self.n_waiting()))
+
+    def _recover(self) -> None:
+        """What was wrong is not any more."""
+        self.trouble, self._wait_s, self._blocked_until = "", _FIRST_WAIT_S, -math.inf
+
+    def __str__(self) -> str:
+        running = sum(bool(job.workers) for job in self.jobs.values())
+        text = f"{self.name}: {running} jobs with workers"
+        if n := self.n_waiting():
+            reasons = sorted(
+                {j.reason for j in self.jobs.values() if j.reason and not j.is_running}
+            )
+            text += f", {n} pending" + (f" ({', '.join(reasons)})" if reasons else "")
+        return text + (f"; {self.trouble.splitlines()[0]}" if self.trouble else "")

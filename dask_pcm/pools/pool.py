@@ -1,0 +1,215 @@
+"""A pool is a kind of job: where it is submitted, what it asks for and how many there may be."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dask.utils import parse_bytes, parse_timedelta
+
+from dask_pcm.errors import PoolError
+
+BATCH_SYSTEMS = ("slurm", "local")
+_MEMORY = ("total", "per-cpu", "per-gpu", "none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Jobs of one kind, each of which starts one or several workers.
+
+    Parameters
+    ----------
+    batch
+        The batch system: ``slurm``, or ``local`` for processes on this machine.
+    queue, account
+        The partition or queue, and the account that is charged; None for the site's default.
+    cores, memory
+        CPU cores and memory of a job, on each of its nodes.
+    mem
+        How the batch system is asked for the memory: ``total`` for a node, ``per-cpu``,
+        ``per-gpu``, or ``none`` where a site refuses to be asked.
+    walltime
+        The time limit of a job, for instance "2h"; None for the site's default.
+    gpus_per_job
+        GPUs of a job, on each of its nodes; 0 for workers on CPUs. Each gets a worker.
+    gpus_per_worker
+        GPUs that a worker sees, for models that are larger than one.
+    gpu_type
+        The site's name of the GPU model, for instance "a10"; None for any.
+    nodes_per_job
+        Nodes of a job. More than one need ``srun`` inside the job.
+    max_jobs, max_queued
+        Limits of jobs in all, and of those that wait; None for no limit.
+    idle_timeout
+        Adaptive clusters give a worker back when it has had no work for this long.
+    device
+        The device model of its workers, for the policy's estimates; None: detected.
+    scratch
+        A folder on the node's own disk for workers; None for Dask's default.
+    log_directory
+        A folder for the output of jobs; None for ``~/.dask_pcm/logs``.
+    directives
+        Further lines of the script's header, for instance ``["--constraint=gpu80"]``.
+    prologue
+        Shell commands before the workers start, for instance ``["module load cuda"]``.
+    worker_args
+        Further options of ``dask worker``.
+    python
+        The interpreter on the nodes; None for the one that submits.
+
+    Raises
+    ------
+    PoolError
+        A value cannot be used.
+    """
+
+    batch: str = "slurm"
+    queue: str | None = None
+    account: str | None = None
+    cores: int = 1
+    memory: str = "4 GiB"
+    mem: str = "total"
+    walltime: str | None = None
+    gpus_per_job: int = 0
+    gpus_per_worker: int = 1
+    gpu_type: str | None = None
+    nodes_per_job: int = 1
+    max_jobs: int | None = None
+    max_queued: int | None = None
+    idle_timeout: str = "60s"
+    device: str | None = None
+    scratch: str | None = None
+    log_directory: str | None = None
+    directives: tuple[str, ...] = ()
+    prologue: tuple[str, ...] = ()
+    worker_args: tuple[str, ...] = ()
+    python: str | None = None
+    #: Parsed from the parameters.
+    memory_bytes: int = field(init=False)
+    walltime_s: float | None = field(init=False)
+    idle_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        set_ = functools.partial(object.__setattr__, self)
+        set_("memory_bytes", self._parsed("memory", parse_bytes))
+        set_("walltime_s", None if self.walltime is None else self._parsed("walltime", _seconds))
+        set_("idle_s", self._parsed("idle_timeout", _seconds))
+        for name in ("directives", "prologue", "worker_args"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(one, str) for one in value):
+                raise _refused(name, value, "a list of texts")
+            set_(name, tuple(value))
+        if self.batch not in BATCH_SYSTEMS:
+            raise _refused("batch", self.batch, f"one of {', '.join(BATCH_SYSTEMS)}")
+        if self.mem not in _MEMORY:
+            raise _refused("mem", self.mem, f"one of {', '.join(_MEMORY)}")
+        for name in ("cores", "gpus_per_worker", "nodes_per_job"):
+            self._check_count(name, 1)
+        self._check_count("gpus_per_job", 0)
+        for name in ("max_jobs", "max_queued"):
+            if getattr(self, name) is not None:
+                self._check_count(name, 0)
+        if self.gpus_per_job % self.gpus_per_worker:
+            raise PoolError(
+                f"gpus_per_job={self.gpus_per_job} cannot be divided among workers with"
+                f" gpus_per_worker={self.gpus_per_worker} each. Make it a multiple."
+            )
+        if self.mem == "per-gpu" and not self.gpus_per_job:
+            raise PoolError("mem='per-gpu' needs gpus_per_job of 1 or more.")
+
+    @property
+    def workers_per_node(self) -> int:
+        """Workers of a job on each of its nodes."""
+        return max(1, self.gpus_per_job // self.gpus_per_worker)
+
+    @property
+    def workers_per_job(self) -> int:
+        """Workers of a job."""
+        return self.workers_per_node * self.nodes_per_job
+
+    @property
+    def max_workers(self) -> float:
+        """The most workers that its jobs may have."""
+        return math.inf if self.max_jobs is None else self.max_jobs * self.workers_per_job
+
+    def as_dict(self) -> dict[str, Any]:
+        """The parameters."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def _parsed(self, name: str, parse: Callable[[Any], Any]) -> Any:
+        value = getattr(self, name)
+        try:
+            found = parse(value)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _refused(name, value, "for instance '2h' or '8 GiB'") from error
+        if not found > 0:
+            raise _refused(name, value, "more than 0")
+        return found
+
+    def _check_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise _refused(name, value, f"a whole number, at least {least}")
+
+
+def pools_of(given: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Pool]:
+    """Pools by name, from what a user gives: a mapping, or a YAML file with a section ``pools``.
+
+    Raises
+    ------
+    PoolError
+        The file cannot be read, or a pool has an unknown key or a value that cannot be used.
+    """
+    if not isinstance(given, Mapping):
+        given = _read(Path(os.fspath(given)))
+    if not given:
+        raise PoolError("There is no pool. Give at least one: {'gpus': pcm.Pool(...)}.")
+    return {str(name): _pool(str(name), value) for name, value in given.items()}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        found = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise PoolError(f"The cluster file {str(path)!r} cannot be read: {error}") from error
+    pools = found.get("pools") if isinstance(found, dict) else None
+    if not isinstance(pools, dict) or set(found) != {"pools"}:
+        raise PoolError(
+            f"The cluster file {str(path)!r} must have one section, pools, with a pool a name."
+        )
+    return pools
+
+
+def _pool(name: str, given: Any) -> Pool:
+    """One pool, with its name in every error."""
+    if not name or not all(c.isalnum() or c in "-_" for c in name):
+        raise PoolError(f"A pool is called {name!r}. Use letters, digits, '-' and '_'.")
+    if isinstance(given, Pool):
+        return given
+    if not isinstance(given, Mapping):
+        raise PoolError(f"Pool {name!r} is {given!r:.80}; expected a Pool or its parameters.")
+    known = [f.name for f in fields(Pool) if f.init]
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Known are {', '.join(known)}."
+            raise PoolError(f"Pool {name!r} has an unknown key {key!r}.{hint}")
+    try:
+        return Pool(**given)
+    except PoolError as error:
+        raise PoolError(f"Pool {name!r}: {error}") from error
+
+
+def _seconds(value: Any) -> float:
+    return float(parse_timedelta(value, "s"))
+
+
+def _refused(name: str, value: Any, wanted: str) -> PoolError:
+    return PoolError(f"{name} is {value!r:.80}; expected {wanted}.")

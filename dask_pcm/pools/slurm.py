@@ -1,0 +1,101 @@
+"""Slurm: jobs by ``sbatch``, as one array where there are several; states by one ``squeue``."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+from dask_pcm.errors import PoolError
+from dask_pcm.pools.batch import JobState, Start, call, jobqueue, launcher_options, log_of
+
+#: ``MaxArraySize`` is 1,001 by default, and elements count from 0.
+_MAX_ARRAY = 1000
+_WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
+_RUNNING = frozenset({"RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"})
+
+
+class Slurm:
+    """The Slurm that this machine's commands talk to; see ``BatchSystem``."""
+
+    async def check(self, start: Start) -> None:
+        """See ``BatchSystem``; by ``sbatch --test-only``, which submits nothing."""
+        with _script_file(start) as path:
+            await call("sbatch", "--test-only", path)
+
+    async def submit(self, start: Start, n_jobs: int) -> list[str]:
+        """See ``BatchSystem``."""
+        ids: list[str] = []
+        with _script_file(start) as path:
+            while len(ids) < n_jobs:
+                n = min(n_jobs - len(ids), _MAX_ARRAY)
+                output = f"--output={log_of(start, '%A_%a' if n > 1 else '%j')}"
+                array = [f"--array=0-{n - 1}"] if n > 1 else []
+                said = await call("sbatch", "--parsable", output, *array, path)
+                job = said.strip().split(";")[0]  # "123;cluster" on federated sites
+                if not job.isdigit():
+                    raise PoolError(f"sbatch said {said.strip()!r:.80}; expected the id of a job.")
+                ids += [f"{job}_{k}" for k in range(n)] if n > 1 else [job]
+        return ids
+
+    async def states(self, jobs: Collection[str]) -> dict[str, JobState]:
+        """See ``BatchSystem``."""
+        said = await call("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r")
+        found = {}
+        for line in said.splitlines():
+            job, state, reason = [*line.strip().split("|", 2), "", ""][:3]
+            if job in jobs and state in _WAITING | _RUNNING:
+                found[job] = JobState(state in _RUNNING, "" if reason == "None" else reason)
+        return found
+
+    async def cancel(self, jobs: Sequence[str]) -> None:
+        """See ``BatchSystem``."""
+        if jobs:
+            await call("scancel", "--quiet", *jobs)
+
+    def close(self) -> None:
+        """See ``BatchSystem``."""
+
+
+@contextmanager
+def _script_file(start: Start) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, f"pcm-{start.name}.sh")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(script(start))
+        yield path
+
+
+def script(start: Start) -> str:
+    """The job script of a pool, as dask-jobqueue writes it."""
+    pool, options = start.pool, launcher_options(start)
+    lines = ["--no-requeue"]  # the cluster submits what is missing, and nobody else
+    skipped = ["--mem="] if pool.mem != "total" else []
+    if pool.mem == "per-cpu":
+        lines.append(f"--mem-per-cpu={math.ceil(pool.memory_bytes / 2**20 / pool.cores)}M")
+    elif pool.mem == "per-gpu":
+        lines.append(f"--mem-per-gpu={math.ceil(pool.memory_bytes / 2**20 / pool.gpus_per_job)}M")
+    if pool.gpus_per_job and not any("gpu" in one for one in pool.directives):
+        kind = f"{pool.gpu_type}:" if pool.gpu_type else ""
+        lines.append(f"--gres=gpu:{kind}{pool.gpus_per_job}")
+    if pool.nodes_per_job > 1:
+        skipped.append("-n 1")
+        lines += [f"--nodes={pool.nodes_per_job}", "--ntasks-per-node=1"]
+        # Only a step runs on all nodes; a batch script runs on the first.
+        options["python"] = options["python"].replace("exec ", "exec srun --kill-on-bad-exit=0 ", 1)
+    options["job_extra_directives"] = [*lines, *pool.directives]
+    options["job_directives_skip"] = skipped
+    job = jobqueue("slurm").SLURMJob(
+        queue=pool.queue, account=pool.account, walltime=_limit(pool.walltime_s), **options
+    )
+    return str(job.job_script())
+
+
+def _limit(seconds: float | None) -> str | None:
+    """A time limit as Slurm reads it: hours, minutes and seconds."""
+    if seconds is None:
+        return None
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"
