@@ -33,8 +33,8 @@ from tests.support.patience import patient
 PACKAGE = f"{Path(pcm.__file__).parent}{os.sep}"
 #: A nanny's fork server imports torch and transformers, which takes seconds of each cluster; tests
 #: that are about it say what it imports. For this process and those that it starts. Not by
-#: ``dask.config.refresh``, which empties the configuration first: a worker imports this module while
-#: it runs, and closes if a heartbeat finds no setting.
+#: ``dask.config.refresh``, which empties the configuration first: a running worker that imports
+#: this module would close if its heartbeat found no setting.
 if "DASK_PCM__WORKER__IMPORTS" not in os.environ:
     os.environ["DASK_PCM__WORKER__IMPORTS"] = "[]"
     dask.config.set({"pcm.worker.imports": []})

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 _SYSTEMS: Mapping[str, Callable[[], BatchSystem]] = {"slurm": Slurm, "local": Local}
 #: Between two looks at workers and wishes; and the last lines of a job's output that are shown.
 _LOOK_S, _N_LINES = 0.25, 15
+#: What the workers have to end when the cluster closes.
+_END_S = 5.0
 #: A worker that is told to leave has this long to hand over its results.
 _RETIRE_S = 30.0
 
@@ -227,12 +230,22 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
             # A submission is waited for: its jobs would be known to nobody.
             todo = [keeper, *self._submitting.values(), *self._retiring]
             await asyncio.gather(*todo, return_exceptions=True)
+            await self._end_workers()
+        try:
+            await super()._close()
+        finally:
             for name, fleet in self._fleets.items():
                 await self._cancel(name, list(fleet.jobs))
-        await super()._close()
-        for system in self._systems.values():
-            await asyncio.to_thread(system.close)
-        self._connection.remove()
+            for system in self._systems.values():
+                await asyncio.to_thread(system.close)
+            self._connection.remove()
+
+    async def _end_workers(self) -> None:
+        """End the workers, and so most jobs; a signal would be a notice, which takes time."""
+        message = {"op": "terminate", "reason": "cluster-closes"}
+        told = self.scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
+        with suppress(TimeoutError):  # one that does not answer: its job is cancelled
+            await asyncio.wait_for(told, _END_S)
 
     async def _keep(self) -> None:
         """Keep the jobs as they are wanted, until the cluster closes."""

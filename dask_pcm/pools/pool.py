@@ -37,6 +37,8 @@ class Pool:
         ``per-gpu``, or ``none`` where a site refuses to be asked.
     walltime
         The time limit of a job, for instance "2h"; None for the site's default.
+    notice
+        How long before the end of its walltime a job gets a signal, where the system sends one.
     gpus_per_job
         GPUs of a job, on each of its nodes; 0 for workers on CPUs. Each gets a worker.
     gpus_per_worker
@@ -77,6 +79,7 @@ class Pool:
     memory: str = "4 GiB"
     mem: str = "total"
     walltime: str | None = None
+    notice: str = "60s"
     gpus_per_job: int = 0
     gpus_per_worker: int = 1
     gpu_type: str | None = None
@@ -95,12 +98,14 @@ class Pool:
     memory_bytes: int = field(init=False)
     walltime_s: float | None = field(init=False)
     idle_s: float = field(init=False)
+    notice_s: float = field(init=False)
 
     def __post_init__(self) -> None:
         set_ = functools.partial(object.__setattr__, self)
         set_("memory_bytes", self._parsed("memory", parse_bytes))
         set_("walltime_s", None if self.walltime is None else self._parsed("walltime", _seconds))
         set_("idle_s", self._parsed("idle_timeout", _seconds))
+        set_("notice_s", self._parsed("notice", _seconds))
         for name in ("directives", "prologue", "worker_args"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(one, str) for one in value):

@@ -71,8 +71,11 @@ def _script_file(start: Start) -> Iterator[str]:
 def script(start: Start) -> str:
     """The job script of a pool, as dask-jobqueue writes it."""
     pool, options = start.pool, launcher_options(start)
-    lines = ["--no-requeue"]  # the cluster submits what is missing, and nobody else
+    # The cluster submits what is missing, and only the cluster. The notice goes to the job's own
+    # process (B), also where a preemption sends it at once (preempt_send_user_signal).
+    lines = ["--no-requeue", f"--signal=B:USR1@{math.ceil(pool.notice_s)}"]
     skipped = ["--mem="] if pool.mem != "total" else []
+    skipped += ["-t "] if pool.walltime_s is None else []  # dask-jobqueue has a default of its own
     if pool.mem == "per-cpu":
         lines.append(f"--mem-per-cpu={math.ceil(pool.memory_bytes / 2**20 / pool.cores)}M")
     elif pool.mem == "per-gpu":

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import sys
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from dask_pcm.plugins.signals import is_command, signals
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 10.0
+#: Between two looks whether the worker can be reached.
+_LOOK_S = 0.05
 _MODELS = "transformers.models."
 
 
@@ -169,13 +172,21 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         """Pass a notice on to the worker; close the nanny if the worker cannot drain."""
         nanny = self._nanny
         try:
-            told = nanny.rpc(nanny.worker_address).pcm_notice(seconds=seconds)
-            await asyncio.wait_for(told, min(_TIMEOUT_S, seconds / 2))
+            await asyncio.wait_for(self._tell_worker(seconds), min(_TIMEOUT_S, seconds / 2))
         except Exception as error:  # it is starting, has just ended, or hangs
             logger.warning(
                 "The worker of %s cannot drain, so it is closed: %r", nanny.address, error
             )
             await nanny.close(timeout=_TIMEOUT_S, reason="notice")
+
+    async def _tell_worker(self, seconds: float) -> None:
+        """Tell the worker that its time ends, once it can be reached."""
+        began = time.monotonic()
+        # A worker may have tasks before its nanny knows its address.
+        while self._nanny.worker_address is None:
+            await asyncio.sleep(_LOOK_S)
+        left = seconds - (time.monotonic() - began)
+        await self._nanny.rpc(self._nanny.worker_address).pcm_notice(seconds=left)
 
     def listens_to_signals(self) -> bool:
         """Whether signals are notices in this process, and therefore in its worker's too."""

@@ -1,0 +1,46 @@
+"""Clusters of pools, on this machine's processes and on a Slurm of its own."""
+
+from __future__ import annotations
+
+import dask
+import pytest
+
+import dask_pcm as pcm
+from tests.support import slurm as private_slurm
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Connection files and logs of jobs are the test's own; batch systems are asked often."""
+    monkeypatch.setenv("DASK_PCM_HOME", str(tmp_path / "home"))
+    with dask.config.set({"pcm.pools.poll-interval": "1s"}):
+        yield tmp_path / "home"
+
+
+@pytest.fixture
+def cluster():
+    """Make clusters; their jobs must have ended when they are closed."""
+    made = []
+
+    def make(pools=None, **options):
+        made.append(pcm.PoolCluster(pools or {"cpu": pcm.Pool(batch="local")}, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def _slurm(tmp_path_factory):
+    if why := private_slurm.missing():
+        pytest.skip(f"no Slurm: {why}")
+    with private_slurm.running(tmp_path_factory.mktemp("slurm")) as conf:
+        yield conf
+
+
+@pytest.fixture
+def slurm(_slurm, monkeypatch):
+    """A private Slurm, which this process's commands talk to."""
+    monkeypatch.setenv("SLURM_CONF", str(_slurm))
+    return _slurm

@@ -1,0 +1,181 @@
+"""A cluster of pools whose jobs are processes of this machine, killed and signalled for real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import time
+
+import psutil
+import pytest
+from distributed import Client
+
+import dask_pcm as pcm
+from dask_pcm.errors import PoolError
+from tests.support.jobs import found_in
+from tests.support.patience import patient, until
+
+LOCAL = {"cpu": pcm.Pool(batch="local")}
+
+
+def names(cluster):
+    return {str(w["name"]) for w in cluster.scheduler_info["workers"].values()}
+
+
+def jobs(cluster, pool="cpu"):
+    return cluster._fleets[pool].jobs
+
+
+def process(cluster, job):
+    """The process of a local job."""
+    return psutil.Process(cluster._systems["local"]._jobs[job].pid)
+
+
+def test_it_scales_by_pool_up_and_down_and_leaves_nothing(cluster, home):
+    one = cluster({"small": {"batch": "local"}, "large": {"batch": "local", "cores": 2}})
+    with pytest.raises(PoolError, match="does not say of which pool"):
+        one.scale(3)
+    with pytest.raises(PoolError, match="no pool 'huge'; there are small, large"):
+        one.scale({"huge": 1})
+    one.scale({"small": 2, "large": 1})
+    with Client(one) as client:
+        client.wait_for_workers(3, timeout=patient(60))
+        threads = {w["name"]: w["nthreads"] for w in one.scheduler_info["workers"].values()}
+        assert sorted(threads.values()) == [1, 1, 2]
+        assert sum(name.startswith("small-") for name in threads) == 2
+        one.scale({"small": 1})
+        until(lambda: len(names(one)) == 2)
+        assert {name.split("-")[0] for name in names(one)} == {"small", "large"}
+        running = [process(one, job) for pool in ("small", "large") for job in jobs(one, pool)]
+        html = one._repr_html_()
+        assert "small" in html and "large" in html
+    one.close()
+    assert not any(one.is_running() for one in running)
+    assert not list((home / "clusters").iterdir())
+
+
+def test_a_job_that_is_killed_is_replaced_under_a_new_name(cluster):
+    one = cluster()
+    one.scale(1)
+    one.wait_for_workers(1, timeout=patient(60))
+    (before,) = names(one)
+    (job,) = jobs(one)
+    os.killpg(process(one, job).pid, signal.SIGKILL)
+    until(lambda: names(one) and before not in names(one))
+    assert len(jobs(one)) == 1
+
+
+def test_a_job_under_notice_is_replaced_at_the_notice(cluster):
+    def held(seconds):
+        time.sleep(seconds)
+        return os.getpid()
+
+    one = cluster()
+    one.scale(1)
+    with Client(one) as client:
+        client.wait_for_workers(1, timeout=patient(60))
+        (job,) = jobs(one)
+        # Until its notice is over the worker works: the replacement is there before it is gone.
+        working = client.submit(held, patient(8), pure=False)
+        until(lambda: any(client.processing().values()))
+        process(one, job).send_signal(signal.SIGUSR1)
+        until(lambda: len(jobs(one)) == 2)
+        assert not working.done()
+        until(lambda: job not in jobs(one))
+        assert working.result(timeout=patient(60))
+        assert len(jobs(one)) == 1
+
+
+def test_adaptive_follows_a_run_and_gives_back(cluster, claims, tmp_path):
+    one = cluster({"cpu": pcm.Pool(batch="local", idle_timeout="2s")})
+    one.adapt(maximum={"cpu": 2}, target_duration="1s")
+
+    def slow(frame, model):
+        time.sleep(0.1)
+        return frame[["id"]]
+
+    with Client(one) as client:
+        frame = pcm.map_partitions(
+            slow,
+            pcm.read_parquet(claims(n_files=4, n_rows=100)),
+            context=pcm.Context(dict, [("a", 1)]),
+            meta={"id": "i8"},
+            batch_rows=4,
+        )
+        run = pcm.write_parquet(frame, tmp_path / "out", client=client, progress=False, wait=False)
+        until(lambda: len(names(one)) == 2)
+        run.wait()
+        assert len(found_in(tmp_path / "out")) == 400
+        until(lambda: not jobs(one))
+
+
+def test_a_refused_submission_is_said_and_no_run_waits_without_a_word(cluster, tmp_path, caplog):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no module named dask_pcm >&2\nexit 1\n")
+    python.chmod(0o755)
+    one = cluster({"cpu": pcm.Pool(batch="local", python=str(python))})
+    one.scale(1)
+    until(lambda: "3 jobs in succession ended before" in one.lack)
+    assert "no module named dask_pcm" in caplog.text
+    assert one.lack.startswith("waiting for jobs: cpu: 0 jobs with workers; 3 jobs")
+    n_jobs = len(list(one._begin("cpu", "").logs.iterdir()))
+    assert n_jobs == 3
+
+
+def test_an_interpreter_that_is_missing_is_refused_by_the_constructor(cluster, home):
+    with pytest.raises(PoolError, match="'/no/python' cannot be run"):
+        cluster({"cpu": pcm.Pool(batch="local", python="/no/python")})
+    assert not list((home / "clusters").iterdir())
+
+
+def test_only_this_user_can_connect_and_no_command_line_has_a_secret(cluster):
+    one = cluster()
+    one.scale(1)
+    one.wait_for_workers(1, timeout=patient(60))
+    file = one.connection_file
+    folder = os.path.dirname(file)
+    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+    for name in os.listdir(folder):
+        assert stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode) == 0o600
+    assert one.scheduler_address.startswith("tls://")
+    (job,) = jobs(one)
+    for each in [process(one, job), *process(one, job).children(recursive=True)]:
+        assert "PRIVATE KEY" not in " ".join([*each.cmdline(), *each.environ().values()])
+    with pcm.connect(file) as client:
+        assert client.submit(sum, [1, 2]).result() == 3
+    key = os.path.join(folder, "key.pem")
+    os.chmod(key, 0o644)
+    with pytest.raises(PoolError, match="has mode 644"):
+        pcm.connect(file)
+
+
+def test_a_file_that_is_no_connection_file_is_refused(tmp_path):
+    with pytest.raises(PoolError, match="There is no connection file"):
+        pcm.connect(tmp_path / "gone.json")
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(PoolError, match="is no connection file"):
+        pcm.connect(tmp_path / "other.json")
+
+
+def test_each_worker_of_a_job_sees_its_own_device_and_is_started_again(cluster):
+    prologue = ["export CUDA_VISIBLE_DEVICES=0,GPU-b"]
+    one = cluster({"gpu": pcm.Pool(batch="local", gpus_per_job=2, prologue=prologue)})
+    one.scale(2)
+    with Client(one) as client:
+        client.wait_for_workers(2, timeout=patient(60))
+        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert sorted(seen.values()) == ["0", "GPU-b"]
+        (job,) = jobs(one, "gpu")
+        assert names(one) == {f"gpu-{job}-0", f"gpu-{job}-1"}
+        victim = process(one, job).children()[0]
+        victim.kill()  # a nanny; the launcher starts it again, in the same job
+        until(lambda: victim.pid not in {c.pid for c in process(one, job).children()})
+        until(lambda: len(process(one, job).children()) == 2 and len(names(one)) == 2)
+        assert job in jobs(one, "gpu")
+
+
+def test_the_handler_of_interrupts_stays(cluster):
+    before = signal.getsignal(signal.SIGINT)
+    cluster()
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,163 @@
+"""Which jobs of a pool are submitted and cancelled, as workers and the batch system come and go."""
+
+from __future__ import annotations
+
+import pytest
+
+import dask_pcm as pcm
+from dask_pcm.pools.batch import JobState
+from dask_pcm.pools.fleet import Fleet, Steps
+
+RUNS, WAITS = JobState(True), JobState(False, "Priority")
+
+
+class Played:
+    """A fleet of which a test says what happens, with a clock of its own."""
+
+    def __init__(self, **pool):
+        self.fleet = Fleet("a10", pcm.Pool(batch="local", **pool))
+        self.now = 0.0
+
+    def submit(self, *ids):
+        self.fleet.submitted(ids, self.now)
+
+    def poll(self, **states):
+        return [j.id for j in self.fleet.answered({k[1:]: s for k, s in states.items()}, self.now)]
+
+    def workers(self, *names, noticed=()):
+        self.fleet.sync({**dict.fromkeys(names, False), **dict.fromkeys(noticed, True)}, self.now)
+
+    def steps(self, n_workers, needed=(), is_adaptive=True):
+        return self.fleet.decide(n_workers, needed, is_adaptive, self.now)
+
+
+@pytest.fixture
+def two():
+    """Two jobs with a worker each, joined."""
+    one = Played()
+    one.submit("1", "2")
+    one.workers("a10-1", "a10-2")
+    return one
+
+
+def test_what_is_lacking_is_submitted_at_once_and_once():
+    one = Played()
+    assert one.steps(3) == Steps(n_submit=3)
+    one.submit("1_0", "1_1", "1_2")
+    assert one.steps(3) == Steps()
+    assert one.steps(5) == Steps(n_submit=2)
+
+
+def test_workers_are_counted_by_the_job():
+    one = Played(gpus_per_job=2, nodes_per_job=2)
+    assert one.steps(5) == Steps(n_submit=2)
+
+
+def test_limits_of_jobs_and_of_those_that_wait():
+    one = Played(max_jobs=4, max_queued=3)
+    assert one.steps(10) == Steps(n_submit=3)
+    one.submit("1", "2", "3")
+    assert one.steps(10) == Steps()
+    one.workers("a10-1")
+    assert one.steps(10) == Steps(n_submit=1)
+
+
+def test_a_worker_under_notice_is_replaced_at_the_notice(two):
+    two.workers("a10-1", noticed=["a10-2"])
+    assert two.steps(2) == Steps(n_submit=1)
+    two.submit("3")
+    assert two.steps(2) == Steps()
+
+
+def test_a_worker_that_is_gone_is_replaced_soon_unless_its_job_still_runs(two):
+    two.now = 100.0
+    two.workers("a10-1")
+    assert two.steps(2) == Steps()
+    two.now += 1.0
+    two.poll(_1=RUNS, _2=RUNS)  # its nanny starts another process
+    two.now += 10.0
+    assert two.steps(2) == Steps()
+    two.now += 60.0
+    assert two.steps(2) == Steps(n_submit=1)  # but not for ever
+
+
+def test_a_worker_that_is_gone_is_replaced_before_the_batch_system_may_be_asked(two):
+    two.workers("a10-1")
+    two.now = 2.6
+    assert two.steps(2) == Steps(n_submit=1)
+    two.submit("3")
+    two.now = 4.0
+    two.workers("a10-1", "a10-2")  # it was only its process: what waits is too much
+    assert two.steps(2) == Steps()
+    two.now = 10.0
+    assert two.steps(2) == Steps(cancel=("3",))
+
+
+def test_a_job_that_the_batch_system_does_not_know_is_over_however_it_ended(two):
+    two.submit("3")
+    two.now = 5.0
+    two.submit("4")  # after the question was asked
+    assert two.fleet.answered({"1": RUNS, "2": RUNS}, 4.0)[0].id == "3"
+    assert two.fleet.jobs.keys() == {"1", "2", "4"}
+    assert two.steps(4) == Steps(n_submit=1)
+
+
+def test_what_waits_goes_before_what_runs_and_the_youngest_first(two):
+    two.now = 1.0
+    two.submit("3")
+    two.now = 2.0
+    two.submit("4")
+    assert two.steps(3, is_adaptive=False) == Steps(cancel=("4",))
+    assert two.steps(1, needed={"a10-1"}, is_adaptive=False).cancel == ("4", "3", "2")
+
+
+def test_adaptive_gives_back_what_has_been_idle_for_its_time(two):
+    assert two.steps(0, needed={"a10-1"}) == Steps()
+    two.now = 59.0
+    assert two.steps(0, needed={"a10-1"}) == Steps()
+    two.now = 61.0
+    assert two.steps(0, needed={"a10-1"}) == Steps(cancel=("2",))
+    assert two.steps(2) == Steps()  # wanted again: counted from anew
+    two.now = 62.0
+    assert two.steps(0, needed={"a10-1"}) == Steps()
+
+
+def test_a_refused_submission_is_tried_again_later_and_later():
+    one = Played()
+    waits = []
+    for _ in range(4):
+        one.fleet.refused("sbatch: no", one.now)
+        since = one.now
+        while one.steps(1) == Steps():
+            one.now += 1.0
+        waits.append(one.now - since)
+    assert waits == [5.0, 10.0, 20.0, 40.0]
+    assert "sbatch: no" in str(one.fleet)
+    one.submit("1")
+    assert not one.fleet.trouble
+
+
+def test_jobs_that_end_without_a_worker_are_said_after_three_and_block_the_pool():
+    one = Played()
+    said = []
+    for number in range(3):
+        one.submit(str(number))
+        one.now += 1.0
+        assert one.poll() == [str(number)]
+        said.append(one.fleet.ended_in_vain("no module named x", one.now))
+    assert said == [False, False, True]
+    assert "no module named x" in one.fleet.trouble and one.steps(1) == Steps()
+    one.now += 6.0
+    assert one.steps(1) == Steps(n_submit=1)
+    one.submit("3")
+    assert one.fleet.trouble  # accepted is not joined
+    one.workers("a10-3")
+    assert not one.fleet.trouble
+
+
+def test_why_jobs_wait_is_said_in_the_words_of_the_batch_system():
+    one = Played()
+    one.submit("1", "2")
+    one.now = 1.0
+    one.poll(_1=WAITS, _2=WAITS)
+    assert str(one.fleet) == "a10: 0 jobs with workers, 2 pending (Priority)"

@@ -1,0 +1,33 @@
+"""The process of a job: which devices its workers see, and what they are called."""
+
+from __future__ import annotations
+
+import pytest
+
+from dask_pcm.pools.launcher import environments, job_id
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({"SLURM_JOB_ID": "15"}, "15"),
+        ({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}, "12_0"),
+        ({"PCM_JOB_ID": "7.1", "SLURM_JOB_ID": "15"}, "7.1"),
+    ],
+)
+def test_a_job_is_called_as_its_batch_system_calls_it(environ, found):
+    assert job_id(environ) == found
+
+
+def test_each_worker_sees_its_own_devices_whatever_they_are_called():
+    environ = {"CUDA_VISIBLE_DEVICES": "0,GPU-8a2c,MIG-77,3", "ROCR_VISIBLE_DEVICES": "", "A": "b"}
+    found = environments(environ, 2)
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == ["0,GPU-8a2c", "MIG-77,3"]
+    assert all(one["A"] == "b" and one["ROCR_VISIBLE_DEVICES"] == "" for one in found)
+    assert environments(environ, 1) == [environ]
+    assert environments({"A": "b"}, 2) == [{"A": "b"}] * 2
+
+
+def test_devices_that_cannot_be_divided_end_the_job_in_words():
+    with pytest.raises(SystemExit, match=r"3 devices \(0, 1, 2\) for 2 workers. Set gpus_per_job"):
+        environments({"CUDA_VISIBLE_DEVICES": "0,1,2"}, 2)

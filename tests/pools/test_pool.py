@@ -1,0 +1,69 @@
+"""What a pool may be, and what is said of one that cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+import dask_pcm as pcm
+from dask_pcm.errors import PoolError
+from dask_pcm.pools.pool import pools_of
+
+
+def test_sizes_and_times_are_parsed_and_workers_counted():
+    pool = pcm.Pool(
+        memory="16 GiB", walltime="90m", gpus_per_job=4, gpus_per_worker=2, nodes_per_job=3
+    )
+    assert (pool.memory_bytes, pool.walltime_s, pool.idle_s) == (16 << 30, 5400.0, 60.0)
+    assert (pool.workers_per_node, pool.workers_per_job) == (2, 6)
+    assert pcm.Pool(max_jobs=3, gpus_per_job=2).max_workers == 6
+    assert pcm.Pool().workers_per_job == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"batch": "lsf"}, "batch is 'lsf'; expected one of slurm, local"),
+        ({"mem": "some"}, "mem is 'some'; expected one of total, per-cpu"),
+        ({"memory": "many"}, "memory is 'many'; expected for instance"),
+        ({"walltime": "soon"}, "walltime is 'soon'; expected for instance"),
+        ({"walltime": 0}, "walltime is 0; expected more than 0"),
+        ({"cores": 0}, "cores is 0; expected a whole number, at least 1"),
+        ({"cores": True}, "cores is True; expected a whole number"),
+        ({"max_jobs": -1}, "max_jobs is -1; expected a whole number, at least 0"),
+        ({"gpus_per_job": 3, "gpus_per_worker": 2}, "gpus_per_job=3 cannot be divided"),
+        ({"mem": "per-gpu"}, "mem='per-gpu' needs gpus_per_job"),
+        ({"directives": "--constraint=a"}, "directives is '--constraint=a'; expected a list"),
+        ({"gpu_per_job": 1}, "unknown key 'gpu_per_job'. Did you mean 'gpus_per_job'"),
+        ({"zzz": 1}, "unknown key 'zzz'. Known are batch, queue"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_its_pool(given, text):
+    with pytest.raises(PoolError, match="Pool 'a10'") as raised:
+        pools_of({"a10": given})
+    assert text in str(raised.value)
+
+
+def test_a_file_has_pools_by_name(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("pools:\n  a10: {queue: owners, gpus_per_job: 2}\n  cpu: {batch: local}\n")
+    assert pools_of(path) == {
+        "a10": pcm.Pool(queue="owners", gpus_per_job=2),
+        "cpu": pcm.Pool(batch="local"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a10: {}", "one section, pools"), ("pools: [", "cannot be read"), ("pools: {}", "no pool")],
+)
+def test_a_file_that_is_none_is_refused(tmp_path, text, said):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(PoolError, match=said):
+        pools_of(path)
+
+
+@pytest.mark.parametrize("given", [{}, {"a b": {}}, {"a10": 3}])
+def test_pools_that_are_none_are_refused(given):
+    with pytest.raises(PoolError):
+        pools_of(given)

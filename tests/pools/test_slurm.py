@@ -1,0 +1,93 @@
+"""The scripts of Slurm's jobs, to the letter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import dask_pcm as pcm
+from dask_pcm.pools.batch import Start, scrubbed
+from dask_pcm.pools.slurm import script
+
+LAUNCHER = (
+    f"exec {sys.executable} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a10"
+    " --nthreads 4 --memory-limit 16.00GiB --death-timeout 60"
+)
+
+
+def written(tls=None, **pool):
+    start = Start("tls://10.0.0.1:8786", "a10", pcm.Pool(**pool), tls or {}, Path("/logs"))
+    return script(start)
+
+
+def test_a_script_of_a_job_with_two_gpus():
+    tls = {"--tls-ca-file": "/home/my me/ca.pem"}
+    assert (
+        written(
+            tls,
+            queue="owners",
+            account="lab",
+            cores=4,
+            memory="16 GiB",
+            walltime="90m",
+            gpus_per_job=2,
+            gpu_type="a10",
+            device="NVIDIA A10",
+            scratch="/scratch/me",
+            directives=["--constraint=ib"],
+            prologue=["module load cuda"],
+            worker_args=["--resources", "x=1"],
+        )
+        == f"""\
+#!/usr/bin/env bash
+
+#SBATCH -J pcm-a10
+#SBATCH -p owners
+#SBATCH -A lab
+#SBATCH -n 1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=16G
+#SBATCH -t 01:30:00
+#SBATCH --no-requeue
+#SBATCH --signal=B:USR1@60
+#SBATCH --gres=gpu:a10:2
+#SBATCH --constraint=ib
+export DASK_PCM__WORKER__POOL=a10
+export DASK_PCM__WORKER__DEVICE='NVIDIA A10'
+export DASK_PCM__WORKER__WALLTIME=90m
+export DASK_PCM__WORKER__IMPORTS='[]'
+module load cuda
+{LAUNCHER} --local-directory /scratch/me --pool a10 --workers 2 --tls-ca-file '/home/my me/ca.pem'\
+ --resources x=1
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("pool", "has", "lacks"),
+    [
+        ({"mem": "none"}, [], ["mem"]),
+        ({"mem": "per-cpu", "cores": 4}, ["--mem-per-cpu=1024M"], ["--mem="]),
+        ({"mem": "per-gpu", "gpus_per_job": 2}, ["--mem-per-gpu=2048M"], ["--mem="]),
+        ({"gpus_per_job": 1}, ["--gres=gpu:1"], []),
+        ({"gpus_per_job": 1, "directives": ["--gpus-per-node=1"]}, [], ["--gres"]),
+        ({"nodes_per_job": 2}, ["--nodes=2", "--ntasks-per-node=1"], ["SBATCH -n 1"]),
+        ({}, [], ["--gres", "SBATCH -t", "SBATCH -p", "SBATCH -A", "WALLTIME"]),
+    ],
+)
+def test_what_sites_ask_for_and_refuse(pool, has, lacks):
+    header = written(memory="4 GiB", **pool).split(" -m dask_pcm")[0]
+    assert all(f"#SBATCH {line}\n" in header for line in has)
+    assert not any(text in header for text in lacks)
+
+
+def test_a_job_of_several_nodes_has_a_launcher_on_each():
+    assert f"exec srun --kill-on-bad-exit=0 {sys.executable} -m" in written(nodes_per_job=2)
+
+
+def test_what_a_surrounding_job_has_set_is_not_passed_on():
+    environ = {"SLURM_MEM_PER_CPU": "1", "SBATCH_X": "1", "PBS_JOBID": "1", "HOME": "/h"}
+    kept = {"HOME": "/h", "SLURM_CONF": "/c", "PBS_SERVER": "s"}
+    assert scrubbed({**environ, **kept}) == kept
