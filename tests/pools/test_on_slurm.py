@@ -1,0 +1,127 @@
+"""A cluster of pools on a real Slurm: submitted, preempted and cancelled jobs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+
+import pytest
+from distributed import Client
+
+import dask_pcm as pcm
+from dask_pcm.errors import PoolError
+from tests.support.jobs import found_in
+from tests.support.patience import patient, until
+from tests.support.slurm import NODES
+
+
+def said(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def queue(what="%i"):
+    return said("squeue", "--noheader", "--array", "--states=PD,R", f"--format={what}")
+
+
+def names(cluster):
+    return {str(w["name"]) for w in cluster.scheduler_info["workers"].values()}
+
+
+def pool(**options):
+    return pcm.Pool(**{"queue": "opportunistic", "memory": "600 MiB", **options})
+
+
+def test_jobs_go_as_one_array_to_the_gpus_asked_for_and_end_with_the_cluster(slurm, cluster):
+    one = cluster({"a10": pool(gpus_per_job=1, gpu_type="a10")})
+    one.scale({"a10": 2})
+    with Client(one) as client:
+        client.wait_for_workers(2, timeout=patient(60))
+        ids = queue()
+        assert sorted(ids) == sorted(one._fleets["a10"].jobs)
+        assert len({job.split("_")[0] for job in ids}) == 1  # one submission
+        assert names(one) == {f"a10-{job}" for job in ids}
+        assert set(queue("%N")) == {"a10n1", "a10n2"}
+        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert set(seen.values()) == {"0"}
+        pids = list(client.run(os.getpid).values())
+        one.scale({"a10": 1})
+        until(lambda: len(names(one)) == 1 and len(queue()) == 1)
+    one.close()
+    until(lambda: not queue())
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+
+
+def test_a_node_with_two_gpus_has_a_worker_on_each(slurm, cluster):
+    one = cluster({"titan": pool(gpus_per_job=2, gpu_type="titanx", cores=2)})
+    one.scale(2)
+    with Client(one) as client:
+        client.wait_for_workers(2, timeout=patient(60))
+        assert len(queue()) == 1
+        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert sorted(seen.values()) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"queue": "nowhere"}, "invalid partition"),
+        ({"gpus_per_job": 1, "gpu_type": "b300"}, "(?i)requested node configuration"),
+        ({"directives": ["--constraint=none"]}, "(?i)invalid feature"),
+    ],
+)
+def test_what_the_site_does_not_have_is_refused_at_once_in_its_own_words(
+    slurm, cluster, options, words
+):
+    begun = time.monotonic()
+    with pytest.raises(PoolError, match=words):
+        cluster({"gpu": pool(**options)})
+    assert time.monotonic() - begun < patient(10)
+    assert not queue()
+
+
+def test_a_preempted_worker_is_replaced_at_its_notice_and_nothing_is_lost(
+    slurm, cluster, claims, tmp_path
+):
+    def slow(frame, model):
+        time.sleep(0.1)
+        return frame[["id"]]
+
+    one = cluster({"h100": pool(gpus_per_job=1, gpu_type="h100"), "a10": pool()})
+    one.scale({"h100": 1})
+    with Client(one) as client:
+        client.wait_for_workers(1, timeout=patient(60))
+        (first,) = queue()
+        frame = pcm.map_partitions(
+            slow,
+            pcm.read_parquet(claims(n_files=4, n_rows=100)),
+            context=pcm.Context(dict, [("a", 1)]),
+            meta={"id": "i8"},
+            batch_rows=4,
+        )
+        run = pcm.write_parquet(frame, tmp_path / "out", client=client, progress=False, wait=False)
+        until(lambda: run.progress.done > 0)
+        owner = ["sbatch", "--parsable", "-p", "owners", "--gres=gpu:h100:1", "--mem=100"]
+        (theirs,) = said(*owner, "--wrap", f"sleep {patient(20)}")
+        # A replacement is queued, and waits for the owner to leave.
+        until(lambda: set(queue()) - {first, theirs})
+        until(lambda: first not in queue() and theirs in queue("%i"))
+        one.scale({"a10": 1})  # meanwhile others go on
+        until(lambda: any(name.startswith("a10-") for name in names(one)))
+        run.wait()
+        found = found_in(tmp_path / "out")
+        assert sorted(found.id) == list(range(400))
+        assert run.report.rows_recomputed == 0
+        subprocess.run(["scancel", theirs], check=True)
+        until(lambda: any(name.startswith("h100-") for name in names(one)))
+
+
+def test_a_pending_job_that_is_cancelled_outside_is_replaced(slurm, cluster):
+    one = cluster({"h100": pool(gpus_per_job=1, gpu_type="h100")})
+    one.scale(2)  # there is one
+    one.wait_for_workers(1, timeout=patient(60))
+    (waiting,) = said("squeue", "--noheader", "--array", "--states=PD", "--format=%i")
+    until(lambda: "1 pending (" in one.lack and one.lack.startswith("waiting for jobs: h100:"))
+    subprocess.run(["scancel", waiting], check=True)
+    until(lambda: len(set(queue()) - {waiting}) == 2)
+    assert len(NODES) == 4
