@@ -158,7 +158,7 @@ class Config:
     is_cpu_only: bool = _set_by("worker.accelerator", _ACCELERATOR, of_job=True)
     pool: str | None = _set_by("worker.pool", _POOL.or_null(), of_job=True)
     walltime_s: float | None = _set_by("worker.walltime", _SOME_TIME.or_null(), of_job=True)
-    notice_s: float = _set_by("worker.notice", _SOME_TIME, of_job=True)
+    notice_s: float | None = _set_by("worker.notice", _SOME_TIME.or_null(), of_job=True)
     # run
     unit_s: float = _set_by("run.unit-seconds", _TIME)
     max_unit_rows: int = _set_by("run.max-unit-rows", _COUNT)

@@ -26,7 +26,7 @@ WRONG = {
     "worker.accelerator": ["", "gpu", None, True, "CPU"],
     "worker.pool": ["", b"owners"],
     "worker.walltime": [0, "0s", "4 o'clock", True],
-    "worker.notice": [0, None, "soon"],
+    "worker.notice": [0, "soon"],
     "ladder.stage": ["never", None, True],
     "ladder.device.budget": ["lots", "50%", ["4GiB"], True, 0, "0 B", -1, "GB", "1e999"],
     "ladder.host.budget": ["half", -1, False],

@@ -1,8 +1,9 @@
-"""``dask-pcm`` uses the cluster at ``--scheduler``, or starts a local one for the command."""
+"""``dask-pcm`` uses the cluster at ``--scheduler``, or starts one: pools, or on this machine."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,20 +12,41 @@ from distributed import Client, LocalCluster, Worker
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from dask_pcm.errors import InstallError
+from dask_pcm.pools.cluster import PoolCluster
+from dask_pcm.pools.connection import connect
 
 
 @contextmanager
-def client_of(workers: int | None, scheduler: str | None) -> Iterator[Client]:
-    """Connect to the scheduler at an address, or to a new local cluster that ends with the block.
+def client_of(
+    workers: int | None, scheduler: str | None, cluster: str | None = None
+) -> Iterator[Client]:
+    """Connect to a running scheduler, or to a new cluster that ends with the block.
+
+    Parameters
+    ----------
+    workers
+        Workers of a local cluster.
+    scheduler
+        An address, or the connection file of a cluster of pools.
+    cluster
+        A file with pools, which follow the work.
 
     Raises
     ------
     InstallError
         If no scheduler answers at the address.
+    PoolError
+        If a file cannot be used, or a batch system refuses its jobs.
     """
+    if cluster:
+        with PoolCluster(cluster) as pools, Client(pools) as client:
+            pools.adapt()
+            yield client
+        return
     if scheduler:
         try:
-            client = Client(scheduler)
+            is_file = "://" not in scheduler and os.path.exists(scheduler)
+            client = connect(scheduler) if is_file else Client(scheduler)
         except (OSError, ValueError) as error:
             raise InstallError(f"No scheduler answers at {scheduler!r}: {error}.") from error
         with client:

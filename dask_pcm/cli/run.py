@@ -49,7 +49,10 @@ if TYPE_CHECKING:
     "--keep-columns", multiple=True, metavar="COLUMNS", help="Columns to keep, A,B (repeatable)."
 )
 @click.option("--workers", type=click.IntRange(1), help="Number of workers of a local cluster.")
-@click.option("--scheduler", metavar="ADDRESS", help="Scheduler of a running cluster.")
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="Scheduler of a running cluster, or its connection file."
+)
+@click.option("--cluster", metavar="FILE", help="Pools of workers to start for this run (YAML).")
 @click.option("--overwrite", is_flag=True, help="Delete what another run left in OUTPUT.")
 @click.option("--extend", is_flag=True, help="Include input files added since OUTPUT was started.")
 @click.option("--retry-failed", is_flag=True, help="Compute rows with an error again.")
@@ -82,6 +85,7 @@ def run(
     keep_columns: tuple[str, ...],
     workers: int | None,
     scheduler: str | None,
+    cluster: str | None,
     overwrite: bool,
     extend: bool,
     retry_failed: bool,
@@ -99,8 +103,8 @@ def run(
     from dask_pcm.runs.sampling import sample as draw_sample
     from dask_pcm.runs.write import write_parquet
 
-    if workers and scheduler:
-        raise click.UsageError("Give --workers or --scheduler, not both.")
+    if sum(map(bool, (workers, scheduler, cluster))) > 1:
+        raise click.UsageError("Give one of --workers, --scheduler and --cluster.")
     if sample and report:
         raise click.UsageError("A sample has no report: give --sample or --report, not both.")
     share = _share(max_failed_share)
@@ -118,7 +122,7 @@ def run(
             batch_timeout=batch_timeout,
             keep_columns=_list(keep_columns) or None,
         )
-        with client_of(workers, scheduler) as client:
+        with client_of(workers, scheduler, cluster) as client:
             if sample:
                 begun = None if overwrite else output
                 _show_sample(draw_sample(verdicts, sample, output=begun, client=client))

@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from dask_pcm.plugins.time_left import time_left_s
+
 #: A listener; called on the event loop with the seconds that are left.
 Told: TypeAlias = Callable[[float], None]
 
@@ -35,7 +37,7 @@ class Signals:
         self._told: dict[object, Told] = {}
         #: The handlers that ours have replaced.
         self._former: dict[int, Any] = {}
-        self._seconds = 0.0
+        self._seconds: float | None = None
         self._is_noticed = False
         self._end: asyncio.TimerHandle | None = None
 
@@ -44,8 +46,10 @@ class Signals:
         """Whether a signal is treated as a notice now."""
         return bool(self._former)
 
-    def listen(self, who: object, tell: Told, seconds: float) -> None:
+    def listen(self, who: object, tell: Told, seconds: float | None) -> None:
         """Call `tell` when a signal arrives, with a grace period of `seconds`.
+
+        None to ask the batch system then; see ``time_left.py``.
 
         For the event loop; does nothing if it does not run in the main thread, which alone may
         set handlers.
@@ -73,15 +77,25 @@ class Signals:
         # logging here.
         if not self._is_noticed:
             self._is_noticed = True
-            self._loop.call_soon_threadsafe(self._tell)
+            self._loop.call_soon_threadsafe(self._begin, number)
         elif number == signal.SIGTERM:
             self._give_up()
 
-    def _tell(self) -> None:
+    def _begin(self, number: int) -> None:
+        """Find out how long the grace period is, and start it; on the event loop."""
+        if self._seconds is not None:
+            self._tell(self._seconds)
+            return
+        asked = self._loop.run_in_executor(None, time_left_s, number)
+        asked.add_done_callback(lambda found: self._tell(found.result()))
+
+    def _tell(self, seconds: float) -> None:
         """Start the grace period and notify the listeners; on the event loop."""
-        self._end = self._loop.call_later(self._seconds, self._give_up)
+        if not self._former:  # nobody listens any more, or SIGTERM has come again
+            return
+        self._end = self._loop.call_later(seconds, self._give_up)
         for tell in list(self._told.values()):
-            tell(self._seconds)
+            tell(seconds)
 
     def _give_up(self) -> None:
         """Do what SIGTERM would have done at first."""

@@ -194,6 +194,21 @@ def test_extend_and_sample(invoke, source, tmp_path):
     assert sorted(pd.read_parquet(out).id) == [*range(400), *range(1000, 1050)]
 
 
+def test_pools_for_one_command_and_a_connection_file(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("DASK_PCM_HOME", str(tmp_path / "home"))
+    file, out = tmp_path / "cluster.yaml", tmp_path / "out"
+    file.write_text("pools: {cpu: {batch: local, max_jobs: 1}}\n")
+    done = invoke_here(*run_args(source, out, "--cluster", file))
+    assert done.exit_code == 0, done.output
+    assert sorted(pd.read_parquet(out).id) == list(range(400))
+    with pcm.PoolCluster(file) as cluster:
+        cluster.scale(1)
+        other = run_args(source, tmp_path / "other", "--scheduler", cluster.connection_file)
+        assert invoke_here(*other).exit_code == 0
+    gone = invoke_here(*run_args(source, tmp_path / "gone", "--cluster", tmp_path / "none.yaml"))
+    assert gone.exit_code == 1 and "none.yaml' cannot be read" in gone.output
+
+
 def test_workers_of_the_command_end_without_a_word():
     """One that a nanny started again too: the scheduler is gone, and nobody needs to hear it."""
 
@@ -334,7 +349,10 @@ def test_help_names_the_commands():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--workers", "2", "--scheduler", "tcp://nowhere:1"], "Give --workers or --scheduler"),
+        (
+            ["--workers", "2", "--scheduler", "tcp://nowhere:1"],
+            "Give one of --workers, --scheduler and --cluster",
+        ),
         (["--sample", "3", "--report", "report.json"], "A sample has no report"),
         (["--max-failed-share", "120%"], "'120%' is no share of the rows"),
         (["--max-failed-share", "a few"], "'a few' is no share of the rows"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 
@@ -11,9 +12,10 @@ from distributed import Client
 
 import dask_pcm as pcm
 from dask_pcm.errors import PoolError
+from dask_pcm.pools.batch import log_of
 from tests.support.jobs import found_in
 from tests.support.patience import patient, until
-from tests.support.slurm import NODES
+from tests.support.slurm import GRACE_S
 
 
 def said(*command):
@@ -112,6 +114,11 @@ def test_a_preempted_worker_is_replaced_at_its_notice_and_nothing_is_lost(
         found = found_in(tmp_path / "out")
         assert sorted(found.id) == list(range(400))
         assert run.report.rows_recomputed == 0
+        # What the partition gives, not what is assumed where nothing is said.
+        (left,) = re.findall(
+            r"ends in (\d+) s and drains", log_of(one._begin("h100", ""), first).read_text()
+        )
+        assert int(left) <= GRACE_S + 6
         subprocess.run(["scancel", theirs], check=True)
         until(lambda: any(name.startswith("h100-") for name in names(one)))
 
@@ -124,4 +131,3 @@ def test_a_pending_job_that_is_cancelled_outside_is_replaced(slurm, cluster):
     until(lambda: "1 pending (" in one.lack and one.lack.startswith("waiting for jobs: h100:"))
     subprocess.run(["scancel", waiting], check=True)
     until(lambda: len(set(queue()) - {waiting}) == 2)
-    assert len(NODES) == 4

@@ -1,0 +1,57 @@
+"""How long a job still has when its batch system sends it a signal: the batch system is asked.
+
+Three ends have three times: that of the walltime, that of a preemption (the partition's grace time)
+and that of a cancelled job. With a preemption's signal, Slurm sets the job's end anew, so that one
+question answers the first two; after SIGTERM, SIGKILL follows in its ``KillWait``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime
+
+logger = logging.getLogger(__name__)
+
+#: Where no batch system says how long; the same as Slurm's own default of KillWait.
+UNKNOWN_S = 30.0
+#: A batch system that does not answer within this time is not waited for: the job's time runs.
+_ANSWER_S = 3.0
+
+
+def time_left_s(number: int, environ: Mapping[str, str] = os.environ) -> float:
+    """Seconds until this job's end, after signal `number`; blocks for seconds at most.
+
+    Under Slurm, the end of the job as ``squeue`` has it (``%e``) and, after SIGTERM, ``KillWait``.
+    ``UNKNOWN_S`` elsewhere, and where Slurm does not answer.
+    """
+    job = environ.get("SLURM_JOB_ID")
+    if job is None:
+        return UNKNOWN_S
+    try:
+        if number == signal.SIGTERM:
+            found = re.search(r"^KillWait\s*=\s*(\d+)", _said("scontrol", "show", "config"), re.M)
+            return float(found[1]) if found else UNKNOWN_S
+        end = _said("squeue", "--noheader", f"--jobs={job}", "--format=%e").strip()
+        # Local time, as this machine has it.
+        return max(0.0, datetime.fromisoformat(end).timestamp() - datetime.now().timestamp())
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        logger.warning(
+            "Slurm does not say when job %s ends (%s); %.0f s are assumed. Set"
+            " DASK_PCM__WORKER__NOTICE in the job script if it has more or less.",
+            job,
+            error,
+            UNKNOWN_S,
+        )
+        return UNKNOWN_S
+
+
+def _said(*command: str) -> str:
+    """What a command prints."""
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=_ANSWER_S
+    ).stdout

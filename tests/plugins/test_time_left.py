@@ -1,0 +1,53 @@
+"""How long a job still has: asked of commands that say what Slurm's say."""
+
+from __future__ import annotations
+
+import signal
+from datetime import datetime, timedelta
+
+import pytest
+
+from dask_pcm.plugins.time_left import UNKNOWN_S, time_left_s
+
+JOB = {"SLURM_JOB_ID": "15"}
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch):
+    """Have a command print a text, or fail."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def say(command, text, code=0):
+        path = tmp_path / command
+        path.write_text(
+            f"#!/bin/sh\necho \"$*\" > {path}.args\ncat <<'.'\n{text}\n.\nexit {code}\n"
+        )
+        path.chmod(0o755)
+        return tmp_path / f"{command}.args"
+
+    return say
+
+
+def test_a_notice_ends_when_the_job_does(said):
+    end = datetime.now() + timedelta(seconds=100)
+    args = said("squeue", end.strftime("%Y-%m-%dT%H:%M:%S"))
+    assert 90 < time_left_s(signal.SIGUSR1, JOB) <= 100
+    assert args.read_text() == "--noheader --jobs=15 --format=%e\n"
+
+
+def test_after_sigterm_it_is_slurms_kill_wait(said):
+    said("scontrol", "KeepAliveTime           = SYSTEM_DEFAULT\nKillWait                = 12 sec")
+    assert time_left_s(signal.SIGTERM, JOB) == 12.0
+
+
+@pytest.mark.parametrize(("text", "code"), [("N/A", 0), ("", 0), ("", 1)])
+def test_where_slurm_does_not_say_it_is_assumed_and_said(said, text, code, caplog):
+    said("squeue", text, code)
+    said("scontrol", text, code)
+    assert time_left_s(signal.SIGUSR1, JOB) == UNKNOWN_S
+    assert "Slurm does not say when job 15 ends" in caplog.text
+    assert time_left_s(signal.SIGTERM, JOB) == UNKNOWN_S
+
+
+def test_without_slurm_nothing_is_asked():
+    assert time_left_s(signal.SIGUSR1, {}) == UNKNOWN_S
