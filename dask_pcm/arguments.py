@@ -260,11 +260,7 @@ def check_arguments(
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        shown = [str(arg) if isinstance(arg, _Shown) else f"{arg!r:.20}" for arg in args]
-        shown += [
-            f"{name}={value}" if isinstance(value, _Shown) else f"{name}={value!r:.20}"
-            for name, value in kwargs.items()
-        ]
+        shown = [*map(_shown, args), *(f"{name}={_shown(v)}" for name, v in kwargs.items())]
         hint = _hint([name for name in kwargs if name not in signature.parameters], options, verb)
         raise RecipeError(
             f"{name_of(func)}{signature} cannot be called as {verb} would call it,"
@@ -276,6 +272,14 @@ class _Shown(str):
     """A placeholder in messages for a value that exists only on workers."""
 
     __slots__ = ()
+
+
+def _shown(value: Any) -> str:
+    """An argument in a message; texts by their type alone: they may be secrets."""
+    if isinstance(value, _Shown):
+        return str(value)
+    is_plain = value is None or isinstance(value, (bool, int, float))
+    return repr(value) if is_plain else f"<{type(value).__name__}>"
 
 
 FRAME, LIVE = _Shown("frame"), _Shown("live")

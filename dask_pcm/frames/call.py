@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from dask_pcm.errors import RowCountError, SchemaError
+from dask_pcm.frames.detach import detached
 from dask_pcm.frames.failed_rows import ERROR, with_error, without_categories
 from dask_pcm.parquet.conversion import MISFITS, cast
 from dask_pcm.plugins.worker.deadline import in_time
@@ -77,7 +78,8 @@ class Call:
             if self.is_served:
                 return self.submit(frame, contexts).result()
             args, kwargs = self._arguments(contexts)
-            return self.func(frame, *args, **kwargs)
+            # Still with the contexts held: another task may use the live object after that.
+            return detached(self.func(frame, *args, **kwargs))
 
     def submit(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Future[pd.DataFrame]:
         """Hand a batch to a function that is served; it gets attendants instead of live objects."""

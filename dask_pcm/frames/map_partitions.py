@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -212,8 +213,8 @@ def map_partitions(
     """
     if not isinstance(ddf, dd.DataFrame):
         raise frame_refused("map_partitions", ddf)
-    if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
-        raise SchemaError(f"batch_rows must be a whole number, at least 1; found {batch_rows!r}.")
+    if batch_rows is not None:
+        batch_rows = _count(batch_rows)
     timeout_s = _timeout_s(batch_timeout, batch_rows)
     if any(dask.is_dask_collection(value) for value in (*args, *kwargs.values())):
         raise SchemaError(
@@ -245,6 +246,17 @@ def map_partitions(
     sealed = Sealed.of(call, what, identity)
     label = f"pcm_{funcname(func).replace('-', '_')}"
     return new_collection(ContextMap(ddf.expr, sealed, refs, out, label, batch_rows, timeout_s))
+
+
+def _count(given: Any) -> int:
+    """A number of rows, also NumPy's; SchemaError if it is none."""
+    try:
+        found = 0 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise SchemaError(f"batch_rows must be a whole number, at least 1; found {given!r:.80}.")
+    return found
 
 
 def _timeout_s(given: float | str | None, batch_rows: int | None) -> float | None:

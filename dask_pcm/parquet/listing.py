@@ -29,6 +29,12 @@ _N_READERS = 16
 _WILD = re.compile(r"[*?[]")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 #: Names in object stores that may be Parquet; opening any other is not worth a request.
+#: Names of backups, and of archives of single files.
+_IS_COPY = re.compile(
+    r"(~|\.(bak|backup|old|orig|save|copy|tmp|temp|part|partial|swp|gz|bz2|xz|zst|zip))$",
+    re.IGNORECASE,
+)
+_PACKED = re.compile(r"\.(parquet|parq|pq)\.(gz|bz2|xz|zst|zip)$", re.IGNORECASE)
 _MAY_BE_DATA = re.compile(r"[^.]+|.*\.\d+|.*parq.*", re.IGNORECASE)
 
 
@@ -105,7 +111,21 @@ def find_files(
 
 def _identity(fs: Any, name: str, url: str) -> str:
     """A key that is equal for all names of one file."""
-    return os.path.realpath(name) if is_local(fs) else url
+    return _file_id(name) if is_local(fs) else url
+
+
+def _is_own(path: str) -> bool:
+    """Whether no part of a path is a symbolic link."""
+    return os.path.realpath(path) == path
+
+
+def _file_id(path: str) -> str:
+    """A key of a local file that links, also hard ones, do not change."""
+    try:
+        found = os.stat(path)
+    except OSError:  # gone meanwhile, which is said when it is opened
+        return os.path.realpath(path)
+    return f"{found.st_dev}:{found.st_ino}"
 
 
 def _distinct(fs: Any, names: Iterable[str]) -> list[str]:
@@ -114,9 +134,9 @@ def _distinct(fs: Any, names: Iterable[str]) -> list[str]:
         return sorted(names, key=natural_sort_key)
     found: dict[str, str] = {}
     for name in sorted(names, key=natural_sort_key):
-        real = os.path.realpath(name)
-        if real not in found or name == real:
-            found[real] = name
+        one = _file_id(name)
+        if one not in found or (_is_own(name) and not _is_own(found[one])):
+            found[one] = name
     return sorted(found.values(), key=natural_sort_key)
 
 
@@ -336,7 +356,15 @@ def _data(fs: Any, names: Sequence[str]) -> list[str]:
         look = [name for name in look if _MAY_BE_DATA.fullmatch(name.rpartition("/")[2])]
     with ThreadPoolExecutor(_N_READERS) as pool:
         begins = pool.map(lambda name: _begins(fs, name), look)
-        sure.update(name for name, begin in zip(look, begins, strict=True) if begin == MAGIC)
+        more = [name for name, begin in zip(look, begins, strict=True) if begin == MAGIC]
+    for name in [*more, *(name for name in look if _PACKED.search(name))]:
+        if _IS_COPY.search(name):
+            raise InputError(
+                f"{name!r} has data, which may be a copy of another file's: its name ends in none"
+                f" of {', '.join(SUFFIXES)}. Move it elsewhere, or name the files that are to be"
+                " read: a list, or a pattern such as 'folder/*.parquet'."
+            )
+    sure.update(more)
     return [name for name in names if name in sure]
 
 

@@ -163,6 +163,11 @@ def current_client(client: Client | None = None) -> Client:
             raise InstallError(
                 "There is no Dask client yet. Make one first: client = Client(cluster)."
             ) from None
+    if not isinstance(client, Client):
+        what = f"client=Client({'address' if isinstance(client, str) else 'cluster'})"
+        raise InstallError(
+            f"client is {client!r:.80}; expected a dask.distributed.Client. Pass {what}."
+        )
     if client.asynchronous:
         raise InstallError(
             "This client is asynchronous. Installing and running need a synchronous client: make"

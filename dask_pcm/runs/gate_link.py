@@ -15,7 +15,7 @@ from concurrent.futures import Future as Answer
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from distributed import Client, Future
+from distributed import Client, Future, LocalCluster
 
 from dask_pcm.context.context import ContextRef
 from dask_pcm.scheduling.feed.feed import DeviceDemand
@@ -124,7 +124,10 @@ class GateLink:
         if lack := getattr(self._client.cluster, "lack", ""):
             return str(lack)
         n_wanted = self._n_wanted()
-        return "no workers: the cluster has 0" + (f" ({n_wanted} wanted)" if n_wanted else "")
+        text = "no workers: the cluster has 0" + (f" ({n_wanted} wanted)" if n_wanted else "")
+        # Such as after Ctrl-C in a terminal, which also interrupts workers without the toolkit.
+        is_local = n_wanted and isinstance(self._client.cluster, LocalCluster)
+        return text + (f"; cluster.scale({n_wanted}) starts new ones" if is_local else "")
 
     def begin_waiting(self) -> None:
         """Measure from now on how long something is lacking."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 
 import dask.dataframe as dd
+import numpy as np
 from distributed import Client
 
 from dask_pcm.arguments import checked, frame_refused
@@ -16,6 +19,7 @@ from dask_pcm.errors import InputError, OutputError, RunCancelledError, redacted
 from dask_pcm.ledger.output import Output, local_path
 from dask_pcm.ledger.storage.folder import Folder
 from dask_pcm.ledger.storage.objects import Objects
+from dask_pcm.paths import path_text
 from dask_pcm.plugins.install import current_client
 from dask_pcm.runs import identity as manifest
 from dask_pcm.runs.handle import Run
@@ -114,6 +118,9 @@ def write_parquet(
     """
     if not isinstance(ddf, dd.DataFrame):
         raise frame_refused("write_parquet", ddf)
+    for name, given in {"overwrite": overwrite, "take_over": take_over}.items():
+        if not isinstance(given, (bool, np.bool_)):  # "no" would be taken for yes
+            raise OutputError(f"{name} is {given!r:.40}; expected True or False.")
     client, plan = current_client(client), Plan(ddf)
     limit = FailureLimit(max_failed_rows, max_failed_share)
     options = Options(overwrite, extend, retry_failed, take_over, limit)
@@ -155,11 +162,29 @@ def output_at(
     OutputError
         The store at the URL cannot be used.
     """
+    _check_path(path)
     local = local_path(path)
     if local is not None:
         return Output(Folder(local, uuid.uuid4().hex))
     locks = None if lock_folder is None else os.fspath(lock_folder)
     return Output(Objects.at(os.fspath(path), locks))
+
+
+def _check_path(path: Any) -> None:
+    """Refuse what would become a folder of a name that was not meant."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise OutputError(f"The output is {path!r:.80}; expected a path or a URL.")
+    text = path_text(path)
+    if text != text.strip() or not text:
+        raise OutputError(
+            f"The output path {text!r} is empty, or begins or ends with a space. Give a folder:"
+            " './' for the current one."
+        )
+    if found := re.match(r"([a-z][a-z0-9+.-]+):/(?!/)", text):
+        raise OutputError(
+            f"{text!r} would be a local folder {found[1] + ':'!r}. For a URL, give"
+            f" {text.replace(':/', '://', 1)!r}."
+        )
 
 
 def _check_apart(output: Output, plan: Plan) -> None:

@@ -162,6 +162,19 @@ def test_a_file_that_comes_in_meanwhile_fails_the_run(job, name):
     assert job().report.units == 0 and is_whole(job)
 
 
+@pytest.mark.parametrize("key", ["run", "commit", "start", "rows", "failed", "bytes", "stamp"])
+def test_a_finished_job_whose_log_is_damaged_is_finished(job, key):
+    """Each time that it is looked at, and with lines that are no notes."""
+    job()
+    for path in (job.out / "_pcm" / "log").iterdir():
+        text = path.read_bytes().replace(f'"{key}"'.encode(), f'"{key[:-1]}_"'.encode())
+        path.write_bytes(text + b'5\nnull\n{"run": "x", "start": 5, "rows": 1}\n')
+    for _ in range(2):
+        report = job().report
+        assert (report.state, report.units, report.rows) == ("finished", 0, N_ROWS)
+    assert is_whole(job)
+
+
 COMMIT_LINE = {"run": "r", "commit": NAME, "rows": 2, "failed": 0, "bytes": 9, "stamp": "1"}
 
 

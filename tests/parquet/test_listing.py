@@ -141,6 +141,21 @@ class TestLinks:
         _, urls = find_files([str(days)])
         assert not any("latest" in url for url in urls)
 
+    def test_a_hard_link_brings_no_rows_twice_either(self, days):
+        os.link(days / "day-0" / "a.parquet", days / "day-0" / "b.parquet")
+        assert read(days) == list(range(6))
+        with pytest.raises(InputError, match="is the same file"):
+            read([days / "day-0" / "a.parquet", days / "day-0" / "b.parquet"])
+
+    @pytest.mark.parametrize("name", ["a.parquet~", "a.parquet.bak", "A.OLD", "b.parquet.gz"])
+    def test_what_may_be_a_copy_is_read_if_it_is_named_only(self, days, name):
+        other = days / "day-0" / name
+        other.write_bytes((days / "day-1" / "a.parquet").read_bytes())
+        with pytest.raises(InputError, match=rf"{re.escape(name)}' has data.* name the files"):
+            read(days)
+        assert read(days / "*" / "*.parquet") == list(range(6))
+        assert read(other) == [2, 3]
+
     @pytest.mark.parametrize("name", ["day-0/z.parquet", "day-3", "day-0/part-1"])
     def test_links_that_lead_nowhere_are_named(self, days, name):
         os.symlink("gone", days / name)

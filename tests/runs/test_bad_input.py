@@ -20,6 +20,7 @@ from dask_pcm.errors import (
     BusyError,
     FailedRowsError,
     InputError,
+    InstallError,
     OutputError,
     SchemaError,
 )
@@ -171,6 +172,45 @@ class TestBadInput:
         with pytest.raises(SchemaError) as raised:
             write(loose, out)
         assert str(columns) in str(raised.value) and "meta says ['id'," in str(raised.value)
+
+    @pytest.mark.parametrize(
+        ("path", "said"),
+        [
+            ("", "is empty, or begins"),
+            (" out", "begins or ends with a space"),
+            ("s3:/bucket/out", "give 's3://bucket/out'"),
+            (None, "expected a path or a URL"),
+            (3, "expected a path or a URL"),
+        ],
+    )
+    def test_a_path_that_names_another_folder_than_was_meant(
+        self, client, job, tmp_path, monkeypatch, path, said
+    ):
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(OutputError, match=said):
+            pcm.write_parquet(job(), path)
+        assert sorted(tmp_path.iterdir()) == before
+
+    @pytest.mark.parametrize("option", ["overwrite", "take_over"])
+    def test_no_is_not_taken_for_yes(self, client, job, out, option):
+        write(job(), out)
+        with pytest.raises(OutputError, match=f"{option} is 'no'; expected True or False"):
+            write(job(), out, **{option: "no"})
+        assert len(found_in(out)) == 200
+
+    @pytest.mark.parametrize("given", ["tcp://127.0.0.1:1", 3])
+    def test_what_is_no_client_is_named(self, client, job, out, given):
+        with pytest.raises(InstallError, match=r"expected a dask\.distributed\.Client"):
+            write(job(), out, client=given)
+
+    def test_a_number_of_rows_may_be_numpys_and_is_no_truth(self, client, claims):
+        frame = pcm.read_parquet(claims())
+        verify_by = {"context": LLM, "meta": META}
+        found = pcm.map_partitions(verify, frame, batch_rows=np.int64(16), **verify_by)
+        assert found.expr.operand("batch_rows") == 16
+        with pytest.raises(SchemaError, match="at least 1; found True"):
+            pcm.map_partitions(verify, frame, batch_rows=True, **verify_by)
 
     def test_wide_rows_are_units_of_few_rows(self, client, tmp_path, out):
         blobs = [np.random.bytes(200_000) for _ in range(60)]

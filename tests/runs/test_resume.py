@@ -152,6 +152,29 @@ class TestRetry:
         assert note["run"] == first and note["failed"] == 0
         assert [(again["run"], again["rows"]) for again in note["retried"]] == [(second, 1)]
 
+    @pytest.mark.parametrize("damage", ["lost", "one flipped bit"])
+    def test_a_part_written_again_whose_log_line_is_lost_is_still_ours(
+        self, client, job, out, noted, damage
+    ):
+        """Of a node that lost power, or a worn disk: the part's own note decides."""
+        noted.fail(self.BAD)
+        write(job(noted), out)
+        log = Path(out, "_pcm", "log")
+        before = {path.name: path.read_bytes() for path in log.iterdir()}
+        noted.fail([])
+        assert write(job(noted), out, retry_failed=True).report.rows_failed == 0
+        for path in log.iterdir():
+            kept, added = before.get(path.name, b""), path.read_bytes()
+            if damage == "lost":
+                path.write_bytes(kept)
+            else:
+                added = added[len(kept) :]
+                path.write_bytes(kept + added.replace(b'"commit"', b'"bommit"'))
+        noted.ids()
+        run = write(job(noted), out)
+        assert (run.report.units, run.report.rows_failed, noted.ids()) == (0, 0, [])
+        self.check(out, [])
+
     def test_below_a_filter_the_part_is_computed_again(self, client, job, out, noted):
         keep = lambda v: v.id % 2 == 1  # noqa: E731
         noted.fail([3])

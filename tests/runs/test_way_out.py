@@ -253,7 +253,8 @@ def test_what_is_lacking_is_told_with_how_much_is_wanted(monkeypatch):
         assert not tested.lack
         now[0] += 2
         hear(n_workers=0, n_on_cluster=0)
-        assert tested.lack == "no workers: the cluster has 0 (2 wanted)"
+        said = "no workers: the cluster has 0 (2 wanted); cluster.scale(2) starts new ones"
+        assert tested.lack == said
         hear(n_workers=0, n_on_cluster=3)
         assert "has 3, none of them with dask_pcm" in tested.lack
         hear(n_workers=1, n_on_cluster=1)

@@ -224,6 +224,31 @@ class TestAnotherJob:
         assert (folder / "thesis.txt").read_text() == "years of work"
         assert sorted(p.name for p in folder.iterdir()) == ["thesis.txt"]
 
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("name", ["lock", "log/zz", "old-x/aside/.loot"])
+    def test_a_folder_with_links_that_were_put_there(
+        self, client, job, out, tmp_path, name, overwrite
+    ):
+        """What they lead to is neither emptied nor moved, and the link is named."""
+        home = tmp_path / "home"
+        home.mkdir()
+        (home / "key").write_text("precious")
+        link = Path(out, "_pcm", name)
+        link.parent.mkdir(parents=True)
+        link.symlink_to(home / "key" if name == "lock" else home)
+        with pytest.raises(OutputError, match=rf"'_pcm/{name}' in .* is a link|another program"):
+            write(job(), out, overwrite=overwrite)
+        assert (home / "key").read_text() == "precious"
+        assert [path.name for path in home.iterdir()] == ["key"]
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="gives folders to another user")
+    def test_a_folder_that_another_user_prepared(self, client, job, out):
+        Path(out, "_pcm").mkdir(parents=True)
+        os.chown(Path(out, "_pcm"), 65534, 65534)
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match=r"'_pcm' in .* belongs to .*uid 65534"):
+                write(job(), out, overwrite=overwrite)
+
     def test_the_input_is_not_written_over(self, client, job):
         with pytest.raises(OutputError):
             write(job(), job.folder, overwrite=True)

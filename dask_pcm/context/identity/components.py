@@ -8,12 +8,18 @@ import inspect
 import os
 import sys
 import weakref
+from concurrent.futures import Executor
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any
 
 #: Weak references count by their type alone: their targets belong to other objects.
 _WEAK = (weakref.ref, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
+#: Modules of objects that are no part of what is computed: they count by their type alone.
+_TOOLS = frozenset(
+    "_asyncio _io _queue _socket _thread asyncio concurrent io logging multiprocessing queue select"
+    " socket ssl tempfile threading weakref".split()
+)
 _TYPING = frozenset({"typing", "typing_extensions"})
 _TYPING_KINDS = frozenset("TypeVar ParamSpec TypeVarTuple NewType TypeAliasType ForwardRef".split())
 #: The parts of typing objects, which pickle stores by name only.
@@ -46,7 +52,7 @@ def components(value: Any) -> list[Any] | None:
     if inspect.isdatadescriptor(value) or isinstance(value, (staticmethod, classmethod)):
         parts = [getattr(value, name, None) for name in ("__func__", "fget", "fset", "fdel")]
         return [type(value).__name__, parts if any(parts) else getattr(value, "__name__", "")]
-    if isinstance(value, _WEAK):
+    if isinstance(value, (*_WEAK, Executor)):  # a pool's state is what it has done so far
         return [type(value).__qualname__]
     wrapped = inspect.getattr_static(value, "__wrapped__", None)
     # Such as a function with a cache.
@@ -62,6 +68,8 @@ def _of_libraries(value: Any) -> list[Any] | None:
         return _tensor(value)
     if kind.__module__ == "torch.amp.autocast_mode":
         return [kind.__qualname__, *(getattr(value, name, None) for name in _AUTOCAST_PARTS)]
+    if kind.__module__.startswith("torch.jit") and isinstance(getattr(value, "code", None), str):
+        return [kind.__qualname__, value.code]
     filesystem: Any = getattr(sys.modules.get("fsspec"), "AbstractFileSystem", ())
     if isinstance(value, filesystem):
         # fsspec's own token contains the process and the thread.
@@ -80,6 +88,11 @@ def _tensor(tensor: Any) -> list[Any]:
     flat = tensor.detach().cpu().contiguous().flatten()
     of = f"tensor={tensor.dtype} {tuple(tensor.shape)}"
     return [of, flat.view(torch.uint8).numpy().tobytes()]
+
+
+def is_tool(value: Any) -> bool:
+    """Whether an object, such as a lock or an open file, says nothing of what is computed."""
+    return type(value).__module__.partition(".")[0] in _TOOLS
 
 
 def owned_by_process() -> dict[int, str]:

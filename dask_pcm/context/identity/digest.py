@@ -44,6 +44,7 @@ from dask_pcm.context.identity.components import (
     components,
     is_environment,
     is_hashable,
+    is_tool,
     owned_by_process,
     without_caches,
 )
@@ -332,6 +333,8 @@ class _Walk:
         except Exception as error:
             if not self._is_strict:
                 yield f"opaque={type(value).__qualname__}".encode()
+                if not is_tool(value):
+                    _warn_of_type(value)
                 return
             raise RecipeError(
                 f"Cannot identify {type(value).__qualname__} object {value!r:.80}: it can be"
@@ -386,6 +389,17 @@ def _settings(wrapper: FunctionType) -> Iterator[Any]:
             is_autocast = type(value).__module__ == "torch.amp.autocast_mode"
             if is_autocast or type(value) in (bool, int, float, str, bytes):
                 yield value
+
+
+def _warn_of_type(value: Any) -> None:
+    """Warn that changes of an object are not seen."""
+    warnings.warn(
+        f"{type(value).__qualname__} object {value!r:.80} can be neither walked nor pickled, so it"
+        " counts by its type: a resumed run does not notice that it has changed. Build the object"
+        " inside the loader, or give its class a __dask_tokenize__ method that returns its parts.",
+        IdentityWarning,
+        stacklevel=2,
+    )
 
 
 def _warn_of_state(value: Any) -> None:

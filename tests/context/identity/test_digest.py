@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import logging
 import math
 import operator
@@ -10,6 +11,8 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ import pandas as pd
 import pytest
 
 from dask_pcm.context.identity.digest import digest, identify
-from dask_pcm.errors import RecipeError
+from dask_pcm.errors import IdentityWarning, RecipeError
 
 SCALE = 3
 
@@ -244,6 +247,46 @@ def guarded():
 
 def test_locks_and_loggers_of_a_module_do_not_count():
     assert digest(guarded) == digest(guarded)
+
+
+POOL = ThreadPoolExecutor(1)
+HASH = hashlib.sha256(b"salt")
+
+
+def pooled(x):
+    return POOL.submit(len, x)
+
+
+def hashed(x):
+    return HASH.copy().update(x)
+
+
+def test_what_a_pool_of_threads_has_done_does_not_count(monkeypatch):
+    before = digest(pooled)
+    assert pooled("ab").result() == 2
+    assert digest(pooled) == before
+    monkeypatch.setitem(globals(), "POOL", ThreadPoolExecutor(1))  # another number in its name
+    assert digest(pooled) == before
+
+
+def test_of_what_counts_by_its_type_alone_it_is_said():
+    with pytest.warns(IdentityWarning, match=r"HASH object .* does not notice that it has changed"):
+        assert digest(hashed)
+
+
+def test_scripted_functions_count_by_their_code():
+    import torch
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def triple(x: torch.Tensor) -> torch.Tensor:
+        return x * 3
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and used
+        two, again, three = map(torch.jit.script, (double, double, triple))
+    assert digest(two) == digest(again) != digest(three)
 
 
 def test_attributes_of_a_function_count():
