@@ -230,7 +230,20 @@ class Classify:
                 found.append(scoring)
             except ScoringError as error:
                 found.append(str(error))
+        if rows and not any(isinstance(one, Scoring) for one in found):
+            self._check_apart(model)
         return found
+
+    def _check_apart(self, model: PaddedModel) -> None:
+        """Raise PromptError if it is the choices, and no row, that the model cannot tell apart."""
+        tokens = model.tokenize([f" {choice.strip()}" for choice in self.choices])
+        same = [c for c, one in zip(self.choices, tokens, strict=True) if tokens.count(one) > 1]
+        if same:
+            raise PromptError(
+                f"The choices {', '.join(map(repr, same))} have the same tokens in this model's"
+                " vocabulary, so no row can be answered. Give choices that its tokenizer tells"
+                " apart."
+            )
 
     def _fit(
         self, model: PaddedModel, row: dict[str, str], scoring: Scoring | str

@@ -75,9 +75,10 @@ def test_scores_that_are_no_numbers_are_the_rows_error(model, monkeypatch):
     assert found.error.str.startswith("The model's scores are not finite").all()
 
 
-def test_choices_that_the_model_cannot_tell_apart_are_the_rows_error(model):
-    found = Classify(Template(PROMPT), ("oui", "non"), None, ("id",), 512)(generate(3), model)
-    assert found.error.str.startswith("Some choices have the same tokens").all()
+def test_choices_that_the_model_cannot_tell_apart_end_the_job(model):
+    call = Classify(Template(PROMPT), ("oui", "non", "SUPPORTED"), None, ("id",), 512)
+    with pytest.raises(PromptError, match="choices 'oui', 'non' have the same tokens"):
+        call(generate(3), model)
 
 
 def test_an_empty_prompt_is_the_rows_error(model):
