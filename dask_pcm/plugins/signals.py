@@ -91,7 +91,7 @@ class Signals:
 
     def _tell(self, seconds: float) -> None:
         """Start the grace period and notify the listeners; on the event loop."""
-        if not self._former:  # nobody listens any more, or SIGTERM has come again
+        if not self._former:  # there is no listener any more, or SIGTERM has come again
             return
         self._end = self._loop.call_later(seconds, self._give_up)
         for tell in list(self._told.values()):

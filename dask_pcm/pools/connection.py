@@ -1,7 +1,7 @@
 """How another terminal, and a job, find the cluster: a file with its address and certificates.
 
-Every cluster has a folder of its own in the user's home, which nobody else can enter. Jobs read it
-there, so the home is one that the nodes share.
+Every cluster has a folder of its own in the user's home, which no other user can enter. Jobs read
+it there, so the home is one that the nodes share.
 """
 
 from __future__ import annotations

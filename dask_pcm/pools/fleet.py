@@ -108,7 +108,7 @@ class Fleet:
             if state is not None:
                 job.is_running, job.reason = state.is_running, state.reason
                 job.seen_at = asked_at if state.is_running else job.seen_at
-            elif job.submitted_at < asked_at:  # gone, however it ended: nobody would say more
+            elif job.submitted_at < asked_at:  # over, however it ended
                 over.append(self.jobs.pop(job.id))
         return over
 

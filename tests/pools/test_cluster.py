@@ -29,7 +29,7 @@ def jobs(cluster, pool="cpu"):
 
 def process(cluster, job):
     """The process of a local job."""
-    return psutil.Process(cluster._systems["local"]._jobs[job].pid)
+    return psutil.Process(cluster._jobs._systems["local"]._jobs[job].pid)
 
 
 def test_it_scales_by_pool_up_and_down_and_leaves_nothing(cluster, home):
@@ -119,7 +119,7 @@ def test_a_refused_submission_is_said_and_no_run_waits_without_a_word(cluster, t
     until(lambda: "3 jobs in succession ended before" in one.lack)
     assert "no module named dask_pcm" in caplog.text
     assert one.lack.startswith("waiting for jobs: cpu: 0 jobs with workers; 3 jobs")
-    n_jobs = len(list(one._begin("cpu", "").logs.iterdir()))
+    n_jobs = len(list(one._jobs.log("cpu", "x").parent.iterdir()))
     assert n_jobs == 3
 
 

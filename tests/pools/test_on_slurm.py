@@ -12,7 +12,6 @@ from distributed import Client
 
 import dask_pcm as pcm
 from dask_pcm.errors import PoolError
-from dask_pcm.pools.batch import log_of
 from tests.support.jobs import found_in
 from tests.support.patience import patient, until
 from tests.support.slurm import GRACE_S
@@ -116,7 +115,7 @@ def test_a_preempted_worker_is_replaced_at_its_notice_and_nothing_is_lost(
         assert run.report.rows_recomputed == 0
         # What the partition gives, not what is assumed where nothing is said.
         (left,) = re.findall(
-            r"ends in (\d+) s and drains", log_of(one._begin("h100", ""), first).read_text()
+            r"ends in (\d+) s and drains", one._jobs.log("h100", first).read_text()
         )
         assert int(left) <= GRACE_S + 6
         subprocess.run(["scancel", theirs], check=True)

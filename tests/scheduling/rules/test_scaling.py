@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from dask_pcm.scheduling.events import RunClosed, RunReported, WorkEnded, WorkWithdrawn
-from dask_pcm.scheduling.rules.scaling import is_needed, n_workers_wanted
+from dask_pcm.scheduling.events import (
+    RunClosed,
+    RunReported,
+    WorkEnded,
+    WorkerJoined,
+    WorkWithdrawn,
+)
+from dask_pcm.scheduling.rules.scaling import is_needed, n_workers_wanted, spread
 from tests.support.gate_world import A, B, World, assigned
 
 TARGET_S = 5.0
@@ -86,3 +92,22 @@ def test_a_worker_that_is_warm_for_what_is_to_come_is_needed():
     assert needed(world) == set()
     world.tell(RunClosed("run"))
     assert wanted(world) == 0
+
+
+def test_pools_are_filled_by_their_speed_and_limits():
+    world = World()
+    world.tell(
+        WorkerJoined("s", 1, device="slow", pool="a10"),
+        WorkerJoined("f", 1, device="fast", pool="h100"),
+    )
+    world.learn(A, "s", 0.003)
+    world.learn(A, "f", 0.001)
+    world.tell(RunReported("run", A, 20_000.0, 100))
+    # Two milliseconds a row in the mean: a fast worker is worth two of these, a slow one 2/3.
+    limits = {"a10": 10, "h100": 2}
+    assert spread(world.state, 4.0, limits) == {"h100": 2, "a10": 0}
+    assert spread(world.state, 6.0, limits) == {"h100": 2, "a10": 3}
+    assert spread(world.state, 60.0, limits) == {"h100": 2, "a10": 10}
+    assert spread(world.state, 0.0, limits) == {"h100": 0, "a10": 0}
+    # Pools of which nothing is known yet count as of mean speed.
+    assert spread(world.state, 3.0, {"new": 2, "other": 2}) == {"new": 2, "other": 1}

@@ -1,0 +1,112 @@
+"""The jobs of all pools, at the batch systems that they belong to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+from dask_pcm.errors import PoolError
+from dask_pcm.pools.batch import BatchSystem, JobState, Start, log_of
+from dask_pcm.pools.connection import home
+from dask_pcm.pools.local import Local
+from dask_pcm.pools.pool import Pool
+from dask_pcm.pools.slurm import Slurm
+
+logger = logging.getLogger(__name__)
+
+_SYSTEMS: Mapping[str, Callable[[], BatchSystem]] = {"slurm": Slurm, "local": Local}
+#: Stands for the scheduler's address while there is no scheduler yet.
+_SOME_ADDRESS = "tls://127.0.0.1:8786"
+#: The last lines of a job's output that are shown.
+_N_LINES = 15
+
+
+class Jobs:
+    """Submits, follows and cancels the jobs of pools; for the cluster's event loop.
+
+    Parameters
+    ----------
+    pools
+        Pools by name.
+    tls
+        See ``Start``.
+    """
+
+    def __init__(self, pools: Mapping[str, Pool], tls: Mapping[str, str]) -> None:
+        self._pools = pools
+        self._tls = tls
+        self._systems = {one: _SYSTEMS[one]() for one in {p.batch for p in pools.values()}}
+
+    async def check(self) -> None:
+        """Raise PoolError if a batch system would refuse the jobs of a pool."""
+        for name in self._pools:
+            await self._system(name).check(self._start(name, _SOME_ADDRESS))
+
+    async def submit(self, name: str, address: str, n_jobs: int) -> list[str]:
+        """Submit jobs of a pool for the scheduler at `address`; return their ids."""
+        return await self._system(name).submit(self._start(name, address), n_jobs)
+
+    async def states(
+        self, jobs: Mapping[str, Collection[str]]
+    ) -> dict[str, Mapping[str, JobState]]:
+        """The states of jobs, given and returned by pool; without pools whose system is silent.
+
+        One query for all pools of a batch system.
+        """
+        found: dict[str, Mapping[str, JobState]] = {}
+        for batch, system in self._systems.items():
+            names = [name for name in jobs if self._pools[name].batch == batch]
+            ids = {job for name in names for job in jobs[name]}
+            if not ids:
+                continue
+            try:
+                states = await system.states(ids)
+            except PoolError as error:  # what is not known is not gone
+                logger.warning("%s", error)
+                continue
+            found.update(dict.fromkeys(names, states))
+        return found
+
+    async def cancel(self, name: str, jobs: Sequence[str]) -> None:
+        """Cancel jobs of a pool."""
+        try:
+            await self._system(name).cancel(jobs)
+        except PoolError as error:
+            logger.warning("Pool %s: %s", name, error)
+
+    def output(self, name: str, job: str) -> str | None:
+        """The last lines of a job's output; None if it has none, since it never began."""
+        path = self.log(name, job)
+        try:
+            lines = path.read_text(errors="replace").strip().splitlines()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return f"({path}: {error.strerror})"
+        return "\n".join(lines[-_N_LINES:]) or f"({path} is empty)"
+
+    def log(self, name: str, job: str) -> Path:
+        """The file with the output of a job."""
+        return log_of(self._start(name, _SOME_ADDRESS), job)
+
+    async def close(self) -> None:
+        """The cluster is closed, and its jobs are cancelled."""
+        for system in self._systems.values():
+            await asyncio.to_thread(system.close)
+
+    def _start(self, name: str, address: str) -> Start:
+        pool = self._pools[name]
+        logs = Path(pool.log_directory).expanduser() if pool.log_directory else home() / "logs"
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PoolError(
+                f"The folder for the output of jobs, {str(logs)!r}, cannot be made:"
+                f" {error.strerror}."
+            ) from error
+        return Start(address, name, pool, self._tls, logs)
+
+    def _system(self, name: str) -> BatchSystem:
+        return self._systems[self._pools[name].batch]

@@ -1,0 +1,150 @@
+"""Keeps as many jobs as are wanted: looks at workers and batch systems, submits and cancels."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from typing import Any
+
+from distributed import Scheduler
+
+from dask_pcm.config import Config
+from dask_pcm.errors import PoolError
+from dask_pcm.plugins.scheduler.plugin import GATE
+from dask_pcm.pools.fleet import Fleet, Job
+from dask_pcm.pools.jobs import Jobs
+from dask_pcm.pools.wishes import Wishes
+from dask_pcm.scheduling.rules.scaling import needed_workers
+from dask_pcm.scheduling.state.state import GateState
+
+logger = logging.getLogger(__name__)
+
+#: Between two looks at workers and wishes.
+_LOOK_S = 0.25
+#: A worker that is told to leave has this long to hand over its results; when the cluster closes,
+#: to end.
+_RETIRE_S, _END_S = 30.0, 5.0
+
+
+class Upkeep:
+    """Keeps the jobs of pools as they are wanted; for the cluster's event loop.
+
+    Commands of batch systems take long at times, so each runs in a task of its own: one that hangs
+    delays no other pool.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, fleets: Mapping[str, Fleet], jobs: Jobs, wishes: Wishes
+    ) -> None:
+        self._scheduler = scheduler
+        self._fleets = fleets
+        self._jobs = jobs
+        self._wishes = wishes
+        self._poll_s = Config.read().poll_s
+        self._polled_at = -math.inf
+        #: Tasks that run now, by what they do.
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._keeping = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        """End the workers and their jobs, and wait for submissions: their jobs end, too."""
+        self._keeping.cancel()
+        await asyncio.gather(self._keeping, *self._running.values(), return_exceptions=True)
+        # Not by a signal: that would be a notice, and take time.
+        message = {"op": "terminate", "reason": "cluster-closes"}
+        told = self._scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
+        with suppress(TimeoutError):  # one that does not answer: its job is cancelled
+            await asyncio.wait_for(told, _END_S)
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                self._look()
+            except Exception:
+                logger.exception("The pools could not be looked after; trying again")
+            await asyncio.sleep(_LOOK_S)
+
+    def _look(self) -> None:
+        """Compare what there is with what is wanted; submit and cancel."""
+        gate = self._scheduler.plugins.get(GATE)
+        state: GateState | None = None if gate is None else gate.state
+        noticed, needed = self._workers(state)
+        now = time.monotonic()
+        for fleet in self._fleets.values():
+            fleet.sync(noticed, now)
+        if now - self._polled_at >= self._poll_s and any(f.jobs for f in self._fleets.values()):
+            self._do("poll", self._poll(now))
+        self._wishes.follow(self._scheduler.adaptive_target, state)
+        for name, fleet in self._fleets.items():
+            n_workers, is_adaptive = self._wishes.targets[name], self._wishes.is_adaptive
+            steps = fleet.decide(n_workers, needed, is_adaptive, now)
+            if steps.cancel:
+                jobs = [fleet.jobs[job] for job in steps.cancel]
+                for job in jobs:
+                    job.is_cancelled = True
+                self._do(f"retire {steps.cancel}", self._retire(name, jobs))
+            if steps.n_submit:
+                self._do(f"submit {name}", self._submit(name, steps.n_submit))
+
+    def _workers(self, state: GateState | None) -> tuple[dict[str, bool], set[str]]:
+        """Names of all workers, true if they have a notice; and of those that have work."""
+        workers = self._scheduler.workers
+        busy = needed_workers(state, workers) if state is not None else set()
+        views = state.workers if state is not None else {}
+        noticed = {
+            str(ws.name): address in views and views[address].is_draining
+            for address, ws in workers.items()
+        }
+        return noticed, {str(w.name) for a, w in workers.items() if a in busy or w.processing}
+
+    def _do(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run a task, unless the same is being done."""
+        if what in self._running:
+            work.close()
+            return
+        task = self._running[what] = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self._running.pop(what, None))
+
+    async def _poll(self, now: float) -> None:
+        """Ask the batch systems what became of the jobs."""
+        self._polled_at = now
+        asked = {name: list(fleet.jobs) for name, fleet in self._fleets.items()}
+        for name, states in (await self._jobs.states(asked)).items():
+            for job in self._fleets[name].answered(states, now):
+                self._judge(self._fleets[name], job)
+
+    def _judge(self, fleet: Fleet, job: Job) -> None:
+        """A job is over: say so if it is one of several that did nothing."""
+        if job.is_cancelled or job.has_joined:
+            return
+        output = self._jobs.output(fleet.name, job.id)
+        if output is not None and fleet.ended_in_vain(output, time.monotonic()):
+            logger.error("Pool %s: %s", fleet.name, fleet.trouble)
+
+    async def _submit(self, name: str, n_jobs: int) -> None:
+        """Submit jobs; what is refused is tried again later."""
+        fleet = self._fleets[name]
+        try:
+            ids = await self._jobs.submit(name, self._scheduler.address, n_jobs)
+        except Exception as error:  # not only the batch system's own: none may be asked in a loop
+            why = str(error) or repr(error)
+            if why != fleet.trouble:
+                logger.error("Pool %s: %s", name, why, exc_info=not isinstance(error, PoolError))
+            fleet.refused(why, time.monotonic())
+        else:
+            fleet.submitted(ids, time.monotonic())
+
+    async def _retire(self, name: str, jobs: list[Job]) -> None:
+        """End jobs: their workers hand over their results first."""
+        workers = [worker for job in jobs for worker in job.workers]
+        if workers:
+            leaving = self._scheduler.retire_workers(names=workers, close_workers=True, remove=True)
+            try:
+                await asyncio.wait_for(leaving, _RETIRE_S)
+            except TimeoutError:
+                logger.warning("Workers %s have not handed over their results", workers)
+        await self._jobs.cancel(name, [job.id for job in jobs])
