@@ -19,7 +19,6 @@ import functools
 import hashlib
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
@@ -49,7 +48,8 @@ from dask_pcm.context.identity.components import (
     without_caches,
 )
 from dask_pcm.context.identity.sources import is_installed, origin, user_modules
-from dask_pcm.errors import IdentityWarning, RecipeError
+from dask_pcm.context.identity.unseen import warn_of_state, warn_of_type
+from dask_pcm.errors import RecipeError
 
 #: Attributes of a class that give its source position, or that every class has.
 _INCIDENTAL = frozenset(
@@ -334,7 +334,7 @@ class _Walk:
             if not self._is_strict:
                 yield f"opaque={type(value).__qualname__}".encode()
                 if not is_tool(value):
-                    _warn_of_type(value)
+                    warn_of_type(value)
                 return
             raise RecipeError(
                 f"Cannot identify {type(value).__qualname__} object {value!r:.80}: it can be"
@@ -359,7 +359,7 @@ class _Walk:
             # Twice: what two pickles of one object differ in differs between processes, too.
             first, second = (_Walk(self._addresses).digest(value) for _ in range(2))
             if first != second:
-                _warn_of_state(value)
+                warn_of_state(value)
         self._is_in_state = True
         yield from self._tokens([build, args, *items])
         self._is_in_state = False
@@ -389,26 +389,3 @@ def _settings(wrapper: FunctionType) -> Iterator[Any]:
             is_autocast = type(value).__module__ == "torch.amp.autocast_mode"
             if is_autocast or type(value) in (bool, int, float, str, bytes):
                 yield value
-
-
-def _warn_of_type(value: Any) -> None:
-    """Warn that changes of an object are not seen."""
-    warnings.warn(
-        f"{type(value).__qualname__} object {value!r:.80} can be neither walked nor pickled, so it"
-        " counts by its type: a resumed run does not notice that it has changed. Build the object"
-        " inside the loader, or give its class a __dask_tokenize__ method that returns its parts.",
-        IdentityWarning,
-        stacklevel=2,
-    )
-
-
-def _warn_of_state(value: Any) -> None:
-    """Warn that an object has another identity in every process."""
-    warnings.warn(
-        f"{type(value).__qualname__} object {value!r:.80} is pickled differently each time, so what"
-        " uses it has another identity in every process: such a run cannot be resumed by another"
-        " process. Build the object inside the function or the loader, or give its class a"
-        " __dask_tokenize__ method that returns its parts.",
-        IdentityWarning,
-        stacklevel=2,
-    )

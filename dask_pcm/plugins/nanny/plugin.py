@@ -115,6 +115,16 @@ def _shelves() -> weakref.WeakValueDictionary[str, ImageShelf]:
     return weakref.WeakValueDictionary()
 
 
+async def _tell_worker(nanny: Nanny, seconds: float) -> None:
+    """Tell a nanny's worker that its time ends, once it can be reached."""
+    began = time.monotonic()
+    # A worker may have tasks before its nanny knows its address.
+    while nanny.worker_address is None:
+        await asyncio.sleep(_LOOK_S)
+    left = seconds - (time.monotonic() - began)
+    await nanny.rpc(nanny.worker_address).pcm_notice(seconds=left)
+
+
 class KeeperPlugin(ShippedPlugin, NannyPlugin):
     """Keeps images for the worker's successor, starts it fast, and drains it on a notice."""
 
@@ -172,21 +182,12 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         """Pass a notice on to the worker; close the nanny if the worker cannot drain."""
         nanny = self._nanny
         try:
-            await asyncio.wait_for(self._tell_worker(seconds), min(_TIMEOUT_S, seconds / 2))
+            await asyncio.wait_for(_tell_worker(nanny, seconds), min(_TIMEOUT_S, seconds / 2))
         except Exception as error:  # it is starting, has just ended, or hangs
             logger.warning(
                 "The worker of %s cannot drain, so it is closed: %r", nanny.address, error
             )
             await nanny.close(timeout=_TIMEOUT_S, reason="notice")
-
-    async def _tell_worker(self, seconds: float) -> None:
-        """Tell the worker that its time ends, once it can be reached."""
-        began = time.monotonic()
-        # A worker may have tasks before its nanny knows its address.
-        while self._nanny.worker_address is None:
-            await asyncio.sleep(_LOOK_S)
-        left = seconds - (time.monotonic() - began)
-        await self._nanny.rpc(self._nanny.worker_address).pcm_notice(seconds=left)
 
     def listens_to_signals(self) -> bool:
         """Whether signals are notices in this process, and therefore in its worker's too."""
