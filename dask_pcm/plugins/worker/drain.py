@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 #: Time reserved for handing over results: in seconds, and as a share of the grace period; the
 #: smaller one counts.
 _MARGIN_S, _MARGIN = 5.0, 0.2
-#: The lanes are finished once they have been empty for this long: the gate may send more work.
+#: The lanes count as empty after this long; then the gate is asked whether it has more.
 _IDLE_S = 0.5
+#: How long the gate has to answer.
+_ANSWER_S = 2.0
 #: Interval between checks; and how long the last messages need to be sent.
 _LOOK_S, _FAREWELL_S = 0.05, 0.05
 _UNBEGUN = frozenset({"waiting", "ready", "constrained"})
@@ -74,8 +76,10 @@ class Drain:
         self._send({"op": "pcm-notice", "seconds": seconds - margin})
         # So that the nanny does not start another process when this one ends.
         await self._ask_nanny("close_gracefully", margin, reason="notice")
-        # The gate still sends units that it expects to finish in time.
+        # The gate still sends units that it expects to finish in time, as they are cut.
         await _until(lambda: not self._has_on_lanes(), stop, _IDLE_S)
+        while time.monotonic() < stop and await self._may_get_more():
+            await _until(lambda: not self._has_on_lanes(), stop, _IDLE_S)
         if worker.status not in (Status.running, Status.paused, Status.closing_gracefully):
             return  # closed by another request meanwhile
         # From now on no task begins here, and plain Dask sends none. Not Status.paused: the memory
@@ -89,6 +93,15 @@ class Drain:
         if await self._ask_nanny("pcm_end", margin, seconds=left) is None:
             # Without a nanny. Tasks that still run are lost in any case: do not wait for them.
             await worker.close(executor_wait=False, timeout=left, reason="notice")
+
+    async def _may_get_more(self) -> bool:
+        """Ask the gate whether it may send more work; no, if it does not answer."""
+        worker = self._worker
+        asked = worker.scheduler.pcm_more(worker=worker.address)
+        try:
+            return await asyncio.wait_for(asked, _ANSWER_S) is True
+        except Exception:  # the scheduler is gone, or has no gate any more
+            return False
 
     def _has_on_lanes(self) -> bool:
         """Whether a context task runs or waits here."""

@@ -13,6 +13,9 @@ from dask_pcm.scheduling.state.decisions import Forecast
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 
+#: The least rows of a unit that a run has not cut yet.
+_EXPECTED_ROWS = 32
+
 
 class _Free(NamedTuple):
     """A worker with room, ordered by backlog; by number of tasks while costs are unknown."""
@@ -213,9 +216,20 @@ def reserve_workers(state: GateState, now: float) -> None:
             best[0].reserved_for = group
 
 
+def may_get_more(state: GateState, view: WorkerView, now: float) -> bool:
+    """Whether work that waits or is expected could still end on a worker that is about to end.
+
+    Only what needs contexts that are warm there: it loads no others any more.
+    """
+    return any(
+        state.can_serve(view, group) and _lasts(state, view, group, now)
+        for group in state.ahead.groups()
+    )
+
+
 def _lasts(state: GateState, view: WorkerView, group: Group, now: float) -> bool:
     """Whether a worker, once empty, could finish a group's next work before it ends."""
     work = state.ahead.peek(group)
-    assert work is not None
-    seconds = (state.estimates.row_s(group, view, now) or 0.0) * work.n_rows
+    n_rows = min(_EXPECTED_ROWS, state.ahead.n_rows(group)) if work is None else work.n_rows
+    seconds = (state.estimates.row_s(group, view, now) or 0.0) * n_rows
     return now + state.estimates.backlog_s(view, now) + seconds <= view.ends_at

@@ -272,9 +272,9 @@ def test_the_only_worker_leaves_too(client, start, tmp_path):
     assert client.gather(futures) == [0, 1, 2]
 
 
-def verdicts(frame, state, log):
+def verdicts(frame, state, log, seconds):
     note(log, "batch", ",".join(map(str, frame["id"])))
-    time.sleep(0.08)
+    time.sleep(seconds)
     return frame[["id"]]
 
 
@@ -297,6 +297,7 @@ def test_a_run_loses_no_finished_batch_of_a_unit_that_still_ran(client, start, t
         verdicts,
         pcm.read_parquet(claims(n_files=2, n_rows=200)),
         log,
+        0.04 * notice_s,
         context=pcm.Context(load),
         meta={"id": "i8"},
         batch_rows=2,
@@ -304,7 +305,7 @@ def test_a_run_loses_no_finished_batch_of_a_unit_that_still_ran(client, start, t
     # Once its speed is known, each unit is a quarter of what remains.
     with dask.config.set({"pcm.run.unit-seconds": "60s"}):
         run = pcm.write_parquet(frame, tmp_path / "out", client=client, progress=False, wait=False)
-        until(lambda: n_rows_at(client, address) >= 50)  # two seconds of work
+        until(lambda: n_rows_at(client, address) >= 50)  # as much work as there is time
     begun = time.monotonic()
     one.signal(signal.SIGTERM, "nanny", client)
     assert one.ends_within(1.25 * notice_s) == 0
@@ -499,3 +500,21 @@ def test_when_a_worker_ends(monkeypatch):
     assert ends_in_s(1e-3) == 0.0
     monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
     assert ends_in_s(None) is None
+
+
+def test_it_stays_as_long_as_the_gate_may_have_more_for_it(client, cluster, start, monkeypatch):
+    notice_s = patient(30)
+    (one,) = start("one", NOTICE=f"{notice_s}s")
+    address, _ = one.worker(client)
+    asked = []
+
+    async def may_get_more(worker):
+        asked.append(worker)
+        return len(asked) < 4
+
+    monkeypatch.setitem(cluster.scheduler.handlers, "pcm_more", may_get_more)
+    begun = time.monotonic()
+    one.signal(signal.SIGTERM, "nanny", client)
+    assert one.ends_within(0.6 * notice_s) == 0  # there is no more: it does not wait for the end
+    assert asked == [address] * 4
+    assert time.monotonic() - begun > 4 * 0.5  # each time that it has been idle for so long

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dask_pcm.scheduling.events import (
     Group,
+    RunClosed,
+    RunReported,
     Work,
     WorkEnded,
+    WorkerDraining,
     WorkerJoined,
     WorkParked,
     WorkWithdrawn,
 )
+from dask_pcm.scheduling.rules.placement import may_get_more
 from tests.support.gate_world import A, World, assigned
 
 SUSPECT = Group(("a",), "infer", is_isolated=True)
@@ -145,3 +149,40 @@ def test_no_worker_is_kept_empty_that_ends_before():
     world.decide()
     kept = [view.address for view in world.state.workers.values() if view.reserved_for]
     assert kept == ["dying"]
+
+
+class TestMoreForAWorkerThatEnds:
+    def world(self, row_s=0.1):
+        world = World("w", "cold")
+        world.warm("w")
+        world.learn(A, "w", row_s)
+        world.tell(WorkerDraining("w", 20.0))
+        return world
+
+    def more(self, world, worker="w"):
+        return may_get_more(world.state, world.state.workers[worker], world.now)
+
+    def test_what_is_expected_of_a_run_may_come(self):
+        world = self.world()
+        assert not self.more(world)
+        world.tell(RunReported("run", A, 20_000.0, 10))
+        assert self.more(world) and not self.more(world, "cold")
+        world.now = 18.0
+        assert not self.more(world)  # 32 rows take 3.2 s
+        world.now = 0.0
+        world.tell(RunClosed("run"))
+        assert not self.more(world)
+
+    def test_what_waits_may_come_if_it_ends_in_time(self):
+        world = self.world()
+        world.park(1, n_rows=150.0)
+        assert self.more(world)
+        world.now = 6.0
+        assert not self.more(world)
+
+    def test_the_last_rows_are_as_many_as_they_are(self):
+        world = self.world(row_s=5.0)
+        world.tell(RunReported("run", A, 3.0, 1))
+        assert self.more(world)
+        world.tell(RunReported("run", A, 5.0, 1))
+        assert not self.more(world)
