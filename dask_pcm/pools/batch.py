@@ -79,6 +79,9 @@ class BatchSystem(Protocol):
     async def cancel(self, jobs: Sequence[str]) -> None:
         """Cancel jobs; those that are over already are none of its errors."""
 
+    def log(self, start: Start, job: str) -> Path:
+        """The file with the output of a job."""
+
     def close(self) -> None:
         """The cluster is closed; its jobs were cancelled before."""
 
@@ -132,8 +135,8 @@ def _exports(start: Start) -> list[str]:
     return [f"export DASK_PCM__WORKER__{key}={text}" for key, text in texts.items()]
 
 
-async def call(*command: str) -> str:
-    """Run a command of a batch system; return what it prints.
+async def call(*command: str, folder: Path | None = None) -> str:
+    """Run a command of a batch system, in a folder; return what it prints.
 
     Raises
     ------
@@ -147,6 +150,7 @@ async def call(*command: str) -> str:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=scrubbed(os.environ),
+            cwd=folder,
         )
     except OSError as error:
         raise PoolError(

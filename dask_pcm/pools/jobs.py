@@ -8,15 +8,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from dask_pcm.errors import PoolError
-from dask_pcm.pools.batch import BatchSystem, JobState, Start, log_of
+from dask_pcm.pools.batch import BatchSystem, JobState, Start
 from dask_pcm.pools.connection import home
 from dask_pcm.pools.local import Local
+from dask_pcm.pools.pbs import PBS
 from dask_pcm.pools.pool import Pool
 from dask_pcm.pools.slurm import Slurm
 
 logger = logging.getLogger(__name__)
 
-_SYSTEMS: Mapping[str, Callable[[], BatchSystem]] = {"slurm": Slurm, "local": Local}
+_SYSTEMS: Mapping[str, Callable[[], BatchSystem]] = {"slurm": Slurm, "pbs": PBS, "local": Local}
 #: Stands for the scheduler's address while there is no scheduler yet.
 _SOME_ADDRESS = "tls://127.0.0.1:8786"
 #: The last lines of a job's output that are shown.
@@ -89,7 +90,7 @@ class Jobs:
 
     def log(self, name: str, job: str) -> Path:
         """The file with the output of a job."""
-        return log_of(self._start(name, _SOME_ADDRESS), job)
+        return self._system(name).log(self._start(name, _SOME_ADDRESS), job)
 
     async def close(self) -> None:
         """The cluster is closed, and its jobs are cancelled."""

@@ -32,6 +32,8 @@ def job_id(environ: Mapping[str, str]) -> str:
     """
     if "PCM_JOB_ID" in environ:
         return environ["PCM_JOB_ID"]
+    if "PBS_JOBID" in environ:
+        return environ["PBS_JOBID"].split(".")[0]
     if "SLURM_ARRAY_TASK_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID") or f"{os.getpid()}"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from dask_pcm.errors import PoolError
 from dask_pcm.pools.batch import (
@@ -66,6 +67,10 @@ class Local:
         for job in jobs:
             self._signal(job, signal.SIGTERM)
             asyncio.get_running_loop().call_later(_KILL_S, self._signal, job, signal.SIGKILL)
+
+    def log(self, start: Start, job: str) -> Path:
+        """See ``BatchSystem``."""
+        return log_of(start, job)
 
     def close(self) -> None:
         """See ``BatchSystem``; waits for the jobs to end."""

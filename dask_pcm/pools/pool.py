@@ -16,7 +16,7 @@ from dask.utils import parse_bytes, parse_timedelta
 
 from dask_pcm.errors import PoolError
 
-BATCH_SYSTEMS = ("slurm", "local")
+BATCH_SYSTEMS = ("slurm", "pbs", "local")
 _MEMORY = ("total", "per-cpu", "per-gpu", "none")
 
 
@@ -27,7 +27,7 @@ class Pool:
     Parameters
     ----------
     batch
-        The batch system: ``slurm``, or ``local`` for processes on this machine.
+        The batch system: ``slurm``, ``pbs``, or ``local`` for processes on this machine.
     queue, account
         The partition or queue, and the account that is charged; None for the site's default.
     cores, memory
@@ -47,6 +47,8 @@ class Pool:
         The site's name of the GPU model, for instance "a10"; None for any.
     nodes_per_job
         Nodes of a job. More than one need ``srun`` inside the job.
+    is_array
+        Whether several jobs are submitted as one array; false where a site takes none.
     max_jobs, max_queued
         Limits of jobs in all, and of those that wait; None for no limit.
     idle_timeout
@@ -84,6 +86,7 @@ class Pool:
     gpus_per_worker: int = 1
     gpu_type: str | None = None
     nodes_per_job: int = 1
+    is_array: bool = True
     max_jobs: int | None = None
     max_queued: int | None = None
     idle_timeout: str = "60s"

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from dask_pcm.errors import PoolError
 from dask_pcm.pools.batch import JobState, Start, call, jobqueue, launcher_options, log_of
@@ -30,7 +31,7 @@ class Slurm:
         ids: list[str] = []
         with _script_file(start) as path:
             while len(ids) < n_jobs:
-                n = min(n_jobs - len(ids), _MAX_ARRAY)
+                n = min(n_jobs - len(ids), _MAX_ARRAY) if start.pool.is_array else 1
                 output = f"--output={log_of(start, '%A_%a' if n > 1 else '%j')}"
                 array = [f"--array=0-{n - 1}"] if n > 1 else []
                 said = await call("sbatch", "--parsable", output, *array, path)
@@ -54,6 +55,10 @@ class Slurm:
         """See ``BatchSystem``."""
         if jobs:
             await call("scancel", "--quiet", *jobs)
+
+    def log(self, start: Start, job: str) -> Path:
+        """See ``BatchSystem``."""
+        return log_of(start, job)
 
     def close(self) -> None:
         """See ``BatchSystem``."""

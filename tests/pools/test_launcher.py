@@ -12,6 +12,8 @@ from dask_pcm.pools.launcher import environments, job_id
     [
         ({"SLURM_JOB_ID": "15"}, "15"),
         ({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}, "12_0"),
+        ({"PBS_JOBID": "123.pbs-1.site"}, "123"),
+        ({"PBS_JOBID": "123[4].pbs-1.site", "PBS_ARRAY_INDEX": "4"}, "123[4]"),
         ({"PCM_JOB_ID": "7.1", "SLURM_JOB_ID": "15"}, "7.1"),
     ],
 )

@@ -22,7 +22,7 @@ def test_sizes_and_times_are_parsed_and_workers_counted():
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"batch": "lsf"}, "batch is 'lsf'; expected one of slurm, local"),
+        ({"batch": "lsf"}, "batch is 'lsf'; expected one of slurm, pbs, local"),
         ({"mem": "some"}, "mem is 'some'; expected one of total, per-cpu"),
         ({"memory": "many"}, "memory is 'many'; expected for instance"),
         ({"walltime": "soon"}, "walltime is 'soon'; expected for instance"),
