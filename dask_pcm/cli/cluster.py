@@ -45,7 +45,7 @@ def client_of(
         return
     if scheduler:
         try:
-            is_file = "://" not in scheduler and os.path.exists(scheduler)
+            is_file = "://" not in scheduler and (os.sep in scheduler or os.path.exists(scheduler))
             client = connect(scheduler) if is_file else Client(scheduler)
         except (OSError, ValueError) as error:
             raise InstallError(f"No scheduler answers at {scheduler!r}: {error}.") from error

@@ -12,7 +12,9 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 
 logger = logging.getLogger(__name__)
@@ -20,7 +22,9 @@ logger = logging.getLogger(__name__)
 #: Where no batch system says how long; the same as Slurm's own default of KillWait.
 UNKNOWN_S = 30.0
 #: A batch system that does not answer within this time is not waited for: the job's time runs.
-_ANSWER_S = 3.0
+_ANSWER_S = 5.0
+#: How often, and after what time, it is asked again.
+_N_TRIES, _AGAIN_S = 4, 0.5
 
 
 def time_left_s(number: int, environ: Mapping[str, str] = os.environ) -> float:
@@ -36,9 +40,7 @@ def time_left_s(number: int, environ: Mapping[str, str] = os.environ) -> float:
         if number == signal.SIGTERM:
             found = re.search(r"^KillWait\s*=\s*(\d+)", _said("scontrol", "show", "config"), re.M)
             return float(found[1]) if found else UNKNOWN_S
-        end = _said("squeue", "--noheader", f"--jobs={job}", "--format=%e").strip()
-        # Local time, as this machine has it.
-        return max(0.0, datetime.fromisoformat(end).timestamp() - datetime.now().timestamp())
+        return max(0.0, _end_of(job, environ).timestamp() - datetime.now().timestamp())
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         logger.warning(
             "Slurm does not say when job %s ends (%s); %.0f s are assumed. Set"
@@ -48,6 +50,20 @@ def time_left_s(number: int, environ: Mapping[str, str] = os.environ) -> float:
             UNKNOWN_S,
         )
         return UNKNOWN_S
+
+
+def _end_of(job: str, environ: Mapping[str, str]) -> datetime:
+    """The end of this job, in local time, as this machine has it."""
+    # The id of one element of an array is that of the array as well.
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    for _ in range(_N_TRIES):
+        end = _said("squeue", "--noheader", f"--jobs={job}", "--format=%e").strip()
+        with suppress(ValueError):
+            return datetime.fromisoformat(end)
+        # A job without a limit has "NONE" until the preemption that signals it is noted.
+        time.sleep(_AGAIN_S)
+    raise ValueError(f"squeue says {end!r:.40}")
 
 
 def _said(*command: str) -> str:

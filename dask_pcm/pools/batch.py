@@ -19,8 +19,8 @@ from dask_pcm.pools.pool import Pool
 
 #: A command of a batch system that takes longer is given up: its server does not answer.
 _COMMAND_S = 60.0
-#: What a surrounding job sets; it would be taken for options of the jobs that are submitted.
-_OF_JOB = ("SLURM_", "SBATCH_", "SRUN_", "PBS_")
+#: What a surrounding job sets, or a user for a terminal: commands would take it for options.
+_OF_JOB = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "PBS_")
 #: Says which configuration the batch system's commands use.
 _OF_SITE = frozenset({"SLURM_CONF", "PBS_CONF_FILE", "PBS_EXEC", "PBS_HOME", "PBS_SERVER"})
 
@@ -128,7 +128,7 @@ def _exports(start: Start) -> list[str]:
     values = {
         "POOL": start.name,
         "DEVICE": pool.device,
-        "WALLTIME": pool.walltime,
+        "WALLTIME": None if pool.walltime_s is None else f"{pool.walltime_s:.0f}s",
         "IMPORTS": repr(list(Config.read().imports)),
     }
     texts = {key: shlex.quote(value) for key, value in values.items() if value is not None}
@@ -162,6 +162,9 @@ async def call(*command: str, folder: Path | None = None) -> str:
     except TimeoutError as error:
         process.kill()
         raise PoolError(f"{command[0]} has not answered within {_COMMAND_S:.0f} s.") from error
+    except asyncio.CancelledError:
+        process.kill()
+        raise
     if process.returncode:
         words = (said or out).decode(errors="replace").strip()
         raise PoolError(f"{command[0]}: {words or f'ended with code {process.returncode}'}")

@@ -71,6 +71,9 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
         self.pools = pools_of(pools)
         self._fleets = {name: Fleet(name, pool) for name, pool in self.pools.items()}
         self._wishes = Wishes(self.pools)
+        self._dashboard_address = dashboard_address
+        if not isinstance(security, (bool, Security)):
+            raise PoolError(f"security is {security!r:.40}; expected True, False or a Security.")
         if security is True:
             security = Security.temporary()
         self._connection = Connection.make(name or "cluster", security or None)
@@ -96,6 +99,8 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
             )
         except BaseException:
             self._connection.remove()
+            if hasattr(self, "_loop_runner") and not asynchronous:
+                self._loop_runner.stop()
             raise
 
     def scale(self, n: int | Mapping[str, int] = 0, memory: None = None, cores: None = None) -> Any:
@@ -137,6 +142,15 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
         return str(self._connection.file)
 
     @property
+    def dashboard_link(self) -> str:
+        """Where the dashboard is; on this machine, unless another address was given."""
+        link = str(super().dashboard_link)
+        if link and str(self._dashboard_address).startswith(("127.0.0.1", "localhost")):
+            host = self.scheduler_address.split("://")[1].rpartition(":")[0]
+            return link.replace(f"//{host}:", "//127.0.0.1:")
+        return link
+
+    @property
     def lack(self) -> str:
         """What the cluster waits for, in words; "" if nothing."""
         waiting = [
@@ -176,9 +190,13 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
         return str(super()._repr_html_(f"<table><tr>{heads}</tr>{rows}</table>"))
 
     async def _start(self) -> None:
-        if self.status == Status.created:
-            await self._jobs.check()
-        await super()._start()
+        try:
+            if self.status == Status.created:
+                await self._jobs.check()
+            await super()._start()
+        except BaseException:
+            self._connection.remove()
+            raise
         if self._upkeep is None:
             self._connection.publish(self.scheduler.address)
             self._upkeep = Upkeep(self.scheduler, self._fleets, self._jobs, self._wishes)
@@ -190,7 +208,7 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
                 await upkeep.close()
             await super()._close()
         finally:
+            self._connection.remove()
             for name, fleet in self._fleets.items():
                 await self._jobs.cancel(name, list(fleet.jobs))
             await self._jobs.close()
-            self._connection.remove()

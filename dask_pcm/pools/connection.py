@@ -51,12 +51,20 @@ class Connection:
     @classmethod
     def make(cls, name: str, security: Security | None) -> Connection:
         """Make the folder, with the certificates of `security` in it."""
-        folder = home() / "clusters" / f"{name}-{os.getpid()}-{os.urandom(3).hex()}"
+        plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+        folder = home() / "clusters" / f"{plain}-{os.getpid()}-{os.urandom(3).hex()}"
         folder.mkdir(mode=0o700, parents=True)
         tls = {}
         for field, file in _FILES.items() if security is not None else ():
-            path = folder / file
-            _write(path, _text(getattr(security, field)))
+            path, given = folder / file, getattr(security, field)
+            try:
+                _write(path, _text(given))
+            except (OSError, TypeError) as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise PoolError(
+                    f"security has no {field} that can be read: {given!r:.60}. Leave security out"
+                    " for temporary certificates."
+                ) from error
             tls[f"--{field.replace('_worker', '').replace('_', '-')}"] = str(path)
         return cls(folder, tls)
 
@@ -96,14 +104,24 @@ def connect(file: str | os.PathLike[str], **options: Any) -> Client:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PoolError(f"{str(path)!r} is no connection file: {error!r:.100}.") from error
     if not tls:
-        return Client(address, **options)
+        return _client(path, address, **options)
     for name in tls.values():
         _refuse_readable(Path(name))
     ca, cert, key = (tls[f"--tls-{one}"] for one in ("ca-file", "cert", "key"))
     security = Security(
         tls_ca_file=ca, tls_client_cert=cert, tls_client_key=key, require_encryption=True
     )
-    return Client(address, security=security, **options)
+    return _client(path, address, security=security, **options)
+
+
+def _client(path: Path, address: str, **options: Any) -> Client:
+    try:
+        return Client(address, **options)
+    except OSError as error:
+        raise PoolError(
+            f"The scheduler of {str(path)!r} does not answer at {address}: its process has ended,"
+            " or cannot be reached from here."
+        ) from error
 
 
 def _refuse_readable(path: Path) -> None:

@@ -9,7 +9,7 @@ what is too many and has not started is cancelled.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dask_pcm.pools.batch import JobState
@@ -19,7 +19,11 @@ from dask_pcm.pools.pool import Pool
 #: then that it runs, for the longer time: its nanny starts another worker.
 _MISSING_S, _RESTART_S = 2.5, 60.0
 #: A job that waits and is not wanted any more is cancelled after this time.
-_UNWANTED_S = 5.0
+_UNWANTED_S = 15.0
+#: A pool of which a job has waited for longer is not counted on for more than it has.
+_SLOW_S = 30.0
+#: A job that was cancelled and is still there is cancelled again after this time.
+_AGAIN_S = 10.0
 #: After this many jobs in succession that ended before a worker of theirs had joined, or a refused
 #: submission, the pool waits before it submits again: at first, and at most.
 _N_VAIN, _FIRST_WAIT_S, _LONGEST_WAIT_S = 3, 5.0, 1800.0
@@ -47,9 +51,15 @@ class Job:
     #: Since when it has been more than what is wanted, and could go.
     surplus_at: float | None = None
     is_leaving: bool = False
-    is_cancelled: bool = False
+    #: When it was cancelled last.
+    cancelled_at: float | None = None
     #: When the batch system last said that it runs.
     seen_at: float = -math.inf
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it was cancelled by the cluster."""
+        return self.cancelled_at is not None
 
     def is_missing(self, now: float) -> bool:
         """Whether its workers are gone for good, as far as one can tell."""
@@ -87,16 +97,19 @@ class Fleet:
         self._n_vain = 0
         self._wait_s = _FIRST_WAIT_S
         self._blocked_until = -math.inf
+        #: Jobs of one submission: after a refusal one, and twice as many each time.
+        self._at_once = math.inf
 
     def submitted(self, ids: Iterable[str], now: float) -> None:
         """Jobs were submitted."""
         self.jobs.update({one: Job(one, now) for one in ids})
+        self._at_once *= 2
         if self._n_vain < _N_VAIN:  # otherwise the pool recovers when a worker joins
             self._recover()
 
     def refused(self, why: str, now: float) -> None:
         """A submission was refused: wait before the next, twice as long each time."""
-        self.trouble = why
+        self.trouble, self._at_once = why, 1
         self._blocked_until = now + self._wait_s
         self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
 
@@ -113,30 +126,35 @@ class Fleet:
         return over
 
     def ended_in_vain(self, log: str, now: float) -> bool:
-        """A job is over that had begun, but no worker of it has joined.
+        """Jobs of one query are over that had begun, but no worker of theirs has joined.
 
-        Returns whether this is to be said to the user: after some such jobs in succession.
+        Returns whether this is to be said to the user: after it has happened some times in
+        succession. What becomes of one submission counts once, however large it was.
         """
         self._n_vain += 1
         if self._n_vain % _N_VAIN:
             return False
-        text = f"{self._n_vain} jobs in succession ended before a worker of theirs had joined"
-        self.refused(f"{text}. The end of the last one's output:\n{log}", now)
+        text = f"jobs ended before a worker of theirs had joined, {self._n_vain} times in a row"
+        self.refused(f"{text}\nThe end of the last one's output:\n{log}", now)
         return True
 
+    def job_of(self, worker: str) -> str | None:
+        """The job of a worker, by the worker's name; None if it is of another pool."""
+        found = worker.removeprefix(f"{self.name}-").split("-")[0]
+        return found if worker.startswith(f"{self.name}-") and found in self.jobs else None
+
     def sync(self, workers: Mapping[str, bool], now: float) -> None:
-        """Note which workers are registered.
+        """Note which workers of this pool are registered.
 
         Parameters
         ----------
         workers
             By name; true for those that have a preemption notice.
         """
-        prefix = f"{self.name}-"
         found: dict[str, set[str]] = {}
         for name in workers:
-            if name.startswith(prefix):
-                found.setdefault(name[len(prefix) :].split("-")[0], set()).add(name)
+            if (of := self.job_of(name)) is not None:
+                found.setdefault(of, set()).add(name)
         for job in self.jobs.values():
             job.workers = found.get(job.id, set())
             if job.workers:
@@ -161,6 +179,7 @@ class Fleet:
         is_adaptive
             Whether workers are only given back once they have been idle for long enough.
         """
+        hung = tuple(job.id for job in self.jobs.values() if self._hangs(job, now))
         counted = [job for job in self.jobs.values() if self._counts(job, now)]
         n_wanted = math.ceil(n_workers / self.pool.workers_per_job)
         if self.pool.max_jobs is not None:
@@ -169,7 +188,7 @@ class Fleet:
         if n_lacking >= 0:
             for job in counted:
                 job.surplus_at = None
-            return Steps(n_submit=0 if now < self._blocked_until else self._room(n_lacking))
+            return Steps(0 if now < self._blocked_until else self._room(n_lacking), hung)
         # Those that wait go first, the youngest of them before others; then idle ones.
         busy = {job.id for job in counted if not job.workers.isdisjoint(needed)}
         order = sorted(counted, key=lambda j: (j.is_running, j.id in busy, -j.submitted_at))
@@ -183,7 +202,23 @@ class Fleet:
                 gone.append(job.id)
         for job in order[-n_lacking:]:
             job.surplus_at = None
-        return Steps(cancel=tuple(gone))
+        return Steps(cancel=(*gone, *hung))
+
+    def to_cancel_again(self, known: Container[str], now: float) -> list[str]:
+        """Jobs that were cancelled, and that the batch system still knows."""
+        late = [
+            job
+            for job in self.jobs.values()
+            if job.cancelled_at is not None and now - job.cancelled_at >= _AGAIN_S
+        ]
+        return [job.id for job in late if job.id in known]
+
+    def supply(self, now: float) -> float:
+        """Workers that can be counted on: those there are, if others are long in coming."""
+        waits = (j for j in self.jobs.values() if not j.has_joined and not j.is_cancelled)
+        is_slow = any(now - job.submitted_at >= _SLOW_S for job in waits)
+        n_here = sum(len(job.workers) for job in self.jobs.values())
+        return n_here if self.trouble or is_slow else math.inf
 
     def n_waiting(self) -> int:
         """Jobs that have no nodes yet."""
@@ -193,8 +228,15 @@ class Fleet:
         """Whether a job is among those that are wanted: not one that ends."""
         return not (job.is_cancelled or job.is_leaving or job.is_missing(now))
 
+    def _hangs(self, job: Job, now: float) -> bool:
+        """Whether a job still has its nodes, long after its workers are gone."""
+        if job.gone_at is None or job.is_cancelled or job.seen_at < job.gone_at:
+            return False
+        return now - job.gone_at >= 2 * _RESTART_S
+
     def _room(self, n_jobs: int) -> int:
-        """How many of `n_jobs` may be queued."""
+        """How many of `n_jobs` may be queued, in one submission."""
+        n_jobs = int(min(n_jobs, self._at_once))
         if self.pool.max_queued is None:
             return n_jobs
         return max(0, min(n_jobs, self.pool.max_queued - self.n_waiting()))

@@ -38,6 +38,8 @@ class Jobs:
     def __init__(self, pools: Mapping[str, Pool], tls: Mapping[str, str]) -> None:
         self._pools = pools
         self._tls = tls
+        #: What systems that do not answer have said last.
+        self._silence: dict[str, str] = {}
         self._systems = {one: _SYSTEMS[one]() for one in {p.batch for p in pools.values()}}
 
     async def check(self) -> None:
@@ -65,8 +67,11 @@ class Jobs:
             try:
                 states = await system.states(ids)
             except PoolError as error:  # what is not known is not gone
-                logger.warning("%s", error)
+                if str(error) != self._silence.get(batch):
+                    logger.warning("%s", error)
+                self._silence[batch] = str(error)
                 continue
+            self._silence.pop(batch, None)
             found.update(dict.fromkeys(names, states))
         return found
 
@@ -75,7 +80,8 @@ class Jobs:
         try:
             await self._system(name).cancel(jobs)
         except PoolError as error:
-            logger.warning("Pool %s: %s", name, error)
+            names = ", ".join(jobs)
+            logger.warning("Pool %s: jobs %s may go on: %s", name, names, error)
 
     def output(self, name: str, job: str) -> str | None:
         """The last lines of a job's output; None if it has none, since it never began."""
@@ -95,7 +101,10 @@ class Jobs:
     async def close(self) -> None:
         """The cluster is closed, and its jobs are cancelled."""
         for system in self._systems.values():
-            await asyncio.to_thread(system.close)
+            try:
+                await asyncio.to_thread(system.close)
+            except RuntimeError:  # Python ends, and starts no thread any more
+                system.close()
 
     def _start(self, name: str, address: str) -> Start:
         pool = self._pools[name]

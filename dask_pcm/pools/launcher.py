@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from dask.utils import parse_bytes
 #: Each of these lists the devices of a job; what libraries see is set by the same name.
 _DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+#: How long the scheduler has to accept a connection.
+_ANSWER_S = 10.0
 #: Before a worker is started again: this long, and twice as long each time that it does not last.
 _WAIT_S, _LONGEST_S, _LASTING_S = 1.0, 60.0, 60.0
 
@@ -92,7 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.execv(sys.executable, [*command, "--name", name])
     each = environments(os.environ, n)
     workers = [_Worker([*command, "--name", f"{name}-{k}"], each[k]) for k in range(n)]
-    sys.exit(_Launcher(workers).run())
+    sys.exit(_Launcher(workers, given.scheduler).run())
+
+
+def answers(address: str) -> bool:
+    """Whether something listens at an address; otherwise workers would be started for ever."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class _Worker:
@@ -121,8 +134,9 @@ class _Worker:
 class _Launcher:
     """Several workers of a job."""
 
-    def __init__(self, workers: list[_Worker]) -> None:
+    def __init__(self, workers: list[_Worker], scheduler: str) -> None:
         self._workers = workers
+        self._scheduler = scheduler
         self._is_told = False
         for number in _SIGNALS:
             signal.signal(number, self._pass_on)
@@ -136,7 +150,10 @@ class _Launcher:
                 if code == 0 or (self._is_told and (worker.process is None or code is not None)):
                     self._workers.remove(worker)
                 elif code is not None:
-                    worker.end()
+                    if not answers(self._scheduler):  # nothing to start it for
+                        self._workers.remove(worker)
+                    else:
+                        worker.end()
                 elif worker.process is None and time.monotonic() >= worker.starts_at:
                     worker.start()
             time.sleep(0.05)

@@ -31,7 +31,7 @@ class Local:
     def __init__(self) -> None:
         self._jobs: dict[str, subprocess.Popen[bytes]] = {}
         self._numbers = itertools.count(1)
-        self._killing: set[asyncio.TimerHandle] = set()
+        self._prefix = os.urandom(3).hex()  # two clusters of one process have jobs of their own
 
     async def check(self, start: Start) -> None:
         """See ``BatchSystem``."""
@@ -43,7 +43,7 @@ class Local:
         """See ``BatchSystem``."""
         ids = []
         for _ in range(n_jobs):
-            job = f"{os.getpid()}.{next(self._numbers)}"
+            job = f"{self._prefix}.{next(self._numbers)}"
             with log_of(start, job).open("wb") as log:
                 self._jobs[job] = subprocess.Popen(
                     ["/bin/sh", "-c", script(start)],

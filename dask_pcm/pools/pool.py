@@ -6,6 +6,7 @@ import difflib
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,11 @@ from dask.utils import parse_bytes, parse_timedelta
 from dask_pcm.errors import PoolError
 
 BATCH_SYSTEMS = ("slurm", "pbs", "local")
+#: No worker starts with less; and a number without a unit is likely to be meant in another.
+_LEAST_MEMORY = 1 << 26
+_TEXTS = ("queue", "account", "gpu_type", "device", "scratch", "log_directory", "python")
+#: Slurm's and PBS's ways to write a time: days, hours, minutes and seconds.
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?")
 _MEMORY = ("total", "per-cpu", "per-gpu", "none")
 
 
@@ -36,7 +42,8 @@ class Pool:
         How the batch system is asked for the memory: ``total`` for a node, ``per-cpu``,
         ``per-gpu``, or ``none`` where a site refuses to be asked.
     walltime
-        The time limit of a job, for instance "2h"; None for the site's default.
+        The time limit of a job, for instance "2h", "02:00:00" or "1-12:00:00"; None for the
+        site's default.
     notice
         How long before the end of its walltime a job gets a signal, where the system sends one.
     gpus_per_job
@@ -50,7 +57,8 @@ class Pool:
     is_array
         Whether several jobs are submitted as one array; false where a site takes none.
     max_jobs, max_queued
-        Limits of jobs in all, and of those that wait; None for no limit.
+        Limits of jobs in all, and of those that wait; None for no limit. What replaces a job under
+        notice comes on top of it until that has ended.
     idle_timeout
         Adaptive clusters give a worker back when it has had no work for this long.
     device
@@ -60,7 +68,8 @@ class Pool:
     log_directory
         A folder for the output of jobs; None for ``~/.dask_pcm/logs``.
     directives
-        Further lines of the script's header, for instance ``["--constraint=gpu80"]``.
+        Further lines of the script's header, for instance ``["--constraint=gpu80"]``. One that
+        asks for GPUs takes the place of what `gpus_per_job` and `gpu_type` would ask for.
     prologue
         Shell commands before the workers start, for instance ``["module load cuda"]``.
     worker_args
@@ -109,11 +118,18 @@ class Pool:
         set_("walltime_s", None if self.walltime is None else self._parsed("walltime", _seconds))
         set_("idle_s", self._parsed("idle_timeout", _seconds))
         set_("notice_s", self._parsed("notice", _seconds))
+        if self.memory_bytes < _LEAST_MEMORY:
+            raise _refused("memory", self.memory, "a size with its unit, such as '8 GiB'")
         for name in ("directives", "prologue", "worker_args"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(one, str) for one in value):
+            is_list = isinstance(value, (list, tuple))
+            if not is_list or not all(isinstance(one, str) for one in value):
                 raise _refused(name, value, "a list of texts")
             set_(name, tuple(value))
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value or "\n" in value):
+                raise _refused(name, value, "a text of one line")
         if self.batch not in BATCH_SYSTEMS:
             raise _refused("batch", self.batch, f"one of {', '.join(BATCH_SYSTEMS)}")
         if self.mem not in _MEMORY:
@@ -156,7 +172,8 @@ class Pool:
         try:
             found = parse(value)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _refused(name, value, "for instance '2h' or '8 GiB'") from error
+            wanted = "a size, such as '8 GiB'" if name == "memory" else "a time, such as '2h'"
+            raise _refused(name, value, wanted) from error
         if not found > 0:
             raise _refused(name, value, "more than 0")
         return found
@@ -197,8 +214,11 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _pool(name: str, given: Any) -> Pool:
     """One pool, with its name in every error."""
-    if not name or not all(c.isalnum() or c in "-_" for c in name):
-        raise PoolError(f"A pool is called {name!r}. Use letters, digits, '-' and '_'.")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise PoolError(
+            f"A pool is called {name!r}. Use letters, digits, '-' and '_', and begin with one of"
+            " the first two."
+        )
     if isinstance(given, Pool):
         return given
     if not isinstance(given, Mapping):
@@ -216,6 +236,13 @@ def _pool(name: str, given: Any) -> Pool:
 
 
 def _seconds(value: Any) -> float:
+    if isinstance(value, str) and (clock := _CLOCK.fullmatch(value.strip())):
+        days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
+        if clock[4] is None and clock[1] is None:  # as Slurm reads "90:00"
+            hours, minutes, seconds = 0, hours, minutes
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    if isinstance(value, bool):
+        raise TypeError(value)
     return float(parse_timedelta(value, "s"))
 
 

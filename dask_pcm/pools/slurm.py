@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +14,17 @@ from pathlib import Path
 from dask_pcm.errors import PoolError
 from dask_pcm.pools.batch import JobState, Start, call, jobqueue, launcher_options, log_of
 
+logger = logging.getLogger(__name__)
+
+#: Options that ask for GPUs, in the user's own words.
+_ASKS_GPUS = re.compile(r"(-G\b|--gpus\b(?!-)|--gpus-per-\w+|--gres[= ].*gpu)")
 #: ``MaxArraySize`` is 1,001 by default, and elements count from 0.
 _MAX_ARRAY = 1000
-_WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
+#: States of jobs that are over, or are about to be; preempted jobs end in any of several.
+_OVER = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED COMPLETING DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED"
+    " REVOKED TIMEOUT".split()
+)
 _RUNNING = frozenset({"RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"})
 
 
@@ -34,7 +44,13 @@ class Slurm:
                 n = min(n_jobs - len(ids), _MAX_ARRAY) if start.pool.is_array else 1
                 output = f"--output={log_of(start, '%A_%a' if n > 1 else '%j')}"
                 array = [f"--array=0-{n - 1}"] if n > 1 else []
-                said = await call("sbatch", "--parsable", output, *array, path)
+                try:
+                    said = await call("sbatch", "--parsable", output, *array, path)
+                except PoolError as error:
+                    if not ids:
+                        raise
+                    logger.warning("%s of %s jobs were submitted: %s", len(ids), n_jobs, error)
+                    break
                 job = said.strip().split(";")[0]  # "123;cluster" on federated sites
                 if not job.isdigit():
                     raise PoolError(f"sbatch said {said.strip()!r:.80}; expected the id of a job.")
@@ -47,7 +63,7 @@ class Slurm:
         found = {}
         for line in said.splitlines():
             job, state, reason = [*line.strip().split("|", 2), "", ""][:3]
-            if job in jobs and state in _WAITING | _RUNNING:
+            if job in jobs and state not in _OVER:
                 found[job] = JobState(state in _RUNNING, "" if reason == "None" else reason)
         return found
 
@@ -85,7 +101,7 @@ def script(start: Start) -> str:
         lines.append(f"--mem-per-cpu={math.ceil(pool.memory_bytes / 2**20 / pool.cores)}M")
     elif pool.mem == "per-gpu":
         lines.append(f"--mem-per-gpu={math.ceil(pool.memory_bytes / 2**20 / pool.gpus_per_job)}M")
-    if pool.gpus_per_job and not any("gpu" in one for one in pool.directives):
+    if pool.gpus_per_job and not any(map(_ASKS_GPUS.match, pool.directives)):
         kind = f"{pool.gpu_type}:" if pool.gpu_type else ""
         lines.append(f"--gres=gpu:{kind}{pool.gpus_per_job}")
     if pool.nodes_per_job > 1:

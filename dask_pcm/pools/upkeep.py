@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from distributed import Scheduler
+from distributed.utils import silence_logging_cmgr
 
 from dask_pcm.config import Config
 from dask_pcm.errors import PoolError
@@ -56,9 +57,13 @@ class Upkeep:
         await asyncio.gather(self._keeping, *self._running.values(), return_exceptions=True)
         # Not by a signal: that would be a notice, and take time.
         message = {"op": "terminate", "reason": "cluster-closes"}
-        told = self._scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
-        with suppress(TimeoutError):  # one that does not answer: its job is cancelled
-            await asyncio.wait_for(told, _END_S)
+        # A nanny that ends before it has answered is no error, and Dask would log it as one.
+        with (
+            silence_logging_cmgr(logging.CRITICAL, "distributed.scheduler"),
+            suppress(TimeoutError),
+        ):
+            told = self._scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
+            await asyncio.wait_for(told, _END_S)  # otherwise its job is cancelled
 
     async def _keep(self) -> None:
         while True:
@@ -74,21 +79,31 @@ class Upkeep:
         state: GateState | None = None if gate is None else gate.state
         noticed, needed = self._workers(state)
         now = time.monotonic()
-        for fleet in self._fleets.values():
-            fleet.sync(noticed, now)
+        self._sync(noticed, now)
         if now - self._polled_at >= self._poll_s and any(f.jobs for f in self._fleets.values()):
             self._do("poll", self._poll(now))
-        self._wishes.follow(self._scheduler.adaptive_target, state)
+        supply = {name: fleet.supply(now) for name, fleet in self._fleets.items()}
+        self._wishes.follow(self._scheduler.adaptive_target, state, supply)
         for name, fleet in self._fleets.items():
             n_workers, is_adaptive = self._wishes.targets[name], self._wishes.is_adaptive
             steps = fleet.decide(n_workers, needed, is_adaptive, now)
             if steps.cancel:
                 jobs = [fleet.jobs[job] for job in steps.cancel]
                 for job in jobs:
-                    job.is_cancelled = True
+                    job.cancelled_at = now
                 self._do(f"retire {steps.cancel}", self._retire(name, jobs))
             if steps.n_submit:
                 self._do(f"submit {name}", self._submit(name, steps.n_submit))
+
+    def _sync(self, noticed: Mapping[str, bool], now: float) -> None:
+        """Tell each fleet of its workers; a pool's name may begin like another's."""
+        names: dict[str, dict[str, bool]] = {name: {} for name in self._fleets}
+        for worker, is_noticed in noticed.items():
+            mine = [n for n, fleet in self._fleets.items() if fleet.job_of(worker) is not None]
+            if mine:
+                names[max(mine, key=len)][worker] = is_noticed
+        for name, fleet in self._fleets.items():
+            fleet.sync(names[name], now)
 
     def _workers(self, state: GateState | None) -> tuple[dict[str, bool], set[str]]:
         """Names of all workers, true if they have a notice; and of those that have work."""
@@ -114,14 +129,18 @@ class Upkeep:
         self._polled_at = now
         asked = {name: list(fleet.jobs) for name, fleet in self._fleets.items()}
         for name, states in (await self._jobs.states(asked)).items():
-            for job in self._fleets[name].answered(states, now):
-                self._judge(self._fleets[name], job)
+            fleet = self._fleets[name]
+            self._judge(fleet, fleet.answered(states, now))
+            if again := fleet.to_cancel_again(states, now):
+                for job in again:
+                    fleet.jobs[job].cancelled_at = now
+                self._do(f"cancel again {name}", self._jobs.cancel(name, again))
 
-    def _judge(self, fleet: Fleet, job: Job) -> None:
-        """A job is over: say so if it is one of several that did nothing."""
-        if job.is_cancelled or job.has_joined:
-            return
-        output = self._jobs.output(fleet.name, job.id)
+    def _judge(self, fleet: Fleet, over: list[Job]) -> None:
+        """Jobs are over: say so if they are the last of several that did nothing."""
+        idle = [job for job in over if not job.is_cancelled and not job.has_joined]
+        outputs = (self._jobs.output(fleet.name, job.id) for job in idle)
+        output = next((text for text in outputs if text is not None), None)
         if output is not None and fleet.ended_in_vain(output, time.monotonic()):
             logger.error("Pool %s: %s", fleet.name, fleet.trouble)
 

@@ -40,7 +40,10 @@ class Wishes:
 
     def adapt(self, minimum: Any, maximum: Any, target_duration: str | float) -> None:
         """Want as many workers as the work is worth, within limits; see ``PoolCluster.adapt``."""
-        least = {**dict.fromkeys(self._pools, 0), **self._by_pool(minimum or {}, "adapt")}
+        wanted = self._by_pool(minimum or {}, "adapt")
+        if endless := [name for name, n in wanted.items() if math.isinf(n)]:
+            raise PoolError(f"adapt: pool {endless[0]!r} cannot have endless workers as minimum.")
+        least = {**dict.fromkeys(self._pools, 0), **wanted}
         most: dict[str, float] = {name: pool.max_workers for name, pool in self._pools.items()}
         in_all = math.inf
         if isinstance(maximum, Mapping):
@@ -49,21 +52,34 @@ class Wishes:
         elif maximum is not None:
             self._check("all pools", maximum, "adapt")
             in_all = float(maximum)
-        self._target_s = float(parse_timedelta(target_duration, "s"))
+        try:
+            self._target_s = float(parse_timedelta(target_duration, "s"))
+        except (KeyError, ValueError, TypeError) as error:
+            raise PoolError(
+                f"adapt: target_duration is {target_duration!r}; expected a time such as '60s'."
+            ) from error
         self._least, self._most, self._in_all = least, most, in_all
         self.is_adaptive = True
 
-    def follow(self, n_wanted: Callable[[float], float], state: GateState | None) -> None:
+    def follow(
+        self,
+        n_wanted: Callable[[float], float],
+        state: GateState | None,
+        supply: Mapping[str, float],
+    ) -> None:
         """Bring the targets up to date with the work, if they follow it.
 
         Parameters
         ----------
         n_wanted
             Gives the workers that would finish the known work within some seconds.
+        supply
+            See ``spread``.
         """
         if self.is_adaptive:
             n_workers = min(self._in_all, float(n_wanted(self._target_s)))
-            found = spread(GateState() if state is None else state, n_workers, self._most)
+            known = GateState() if state is None else state
+            found = spread(known, n_workers, self._most, supply)
             self.targets = {name: max(int(self._least[name]), n) for name, n in found.items()}
 
     def _by_pool(self, given: Any, method: str) -> dict[str, float]:

@@ -35,6 +35,20 @@ def test_a_notice_ends_when_the_job_does(said):
     assert args.read_text() == "--noheader --jobs=15 --format=%e\n"
 
 
+def test_a_job_without_a_limit_has_an_end_soon(said, monkeypatch):
+    said("squeue", "NONE")
+    end = (datetime.now() + timedelta(seconds=50)).isoformat(timespec="seconds")
+    monkeypatch.setattr("dask_pcm.plugins.time_left.time.sleep", lambda _: said("squeue", end))
+    assert 40 < time_left_s(signal.SIGUSR1, JOB) <= 50
+
+
+def test_an_element_of_an_array_asks_for_itself(said):
+    args = said("squeue", (datetime.now() + timedelta(seconds=50)).isoformat(timespec="seconds"))
+    job = {**JOB, "SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "2"}
+    assert 40 < time_left_s(signal.SIGUSR1, job) <= 50
+    assert "--jobs=15_2" in args.read_text()
+
+
 def test_after_sigterm_it_is_slurms_kill_wait(said):
     said("scontrol", "KeepAliveTime           = SYSTEM_DEFAULT\nKillWait                = 12 sec")
     assert time_left_s(signal.SIGTERM, JOB) == 12.0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import threading
 import time
+import urllib.request
 
 import psutil
 import pytest
-from distributed import Client
+from distributed import Client, Security
 
 import dask_pcm as pcm
 from dask_pcm.errors import PoolError
@@ -116,9 +118,10 @@ def test_a_refused_submission_is_said_and_no_run_waits_without_a_word(cluster, t
     python.chmod(0o755)
     one = cluster({"cpu": pcm.Pool(batch="local", python=str(python))})
     one.scale(1)
-    until(lambda: "3 jobs in succession ended before" in one.lack)
+    until(lambda: "3 times in a row" in one.lack)
     assert "no module named dask_pcm" in caplog.text
-    assert one.lack.startswith("waiting for jobs: cpu: 0 jobs with workers; 3 jobs")
+    assert one.lack.startswith("waiting for jobs: cpu: 0 jobs with workers; jobs ended before")
+    assert "output" not in one.lack  # which is in the log
     n_jobs = len(list(one._jobs.log("cpu", "x").parent.iterdir()))
     assert n_jobs == 3
 
@@ -173,6 +176,41 @@ def test_each_worker_of_a_job_sees_its_own_device_and_is_started_again(cluster):
         until(lambda: victim.pid not in {c.pid for c in process(one, job).children()})
         until(lambda: len(process(one, job).children()) == 2 and len(names(one)) == 2)
         assert job in jobs(one, "gpu")
+
+
+def test_a_pool_that_gives_nothing_leaves_the_work_to_others(cluster, tmp_path, claims):
+    bad = tmp_path / "python"
+    bad.write_text("#!/bin/sh\nexit 1\n")
+    bad.chmod(0o755)
+    pools = {"bad": pcm.Pool(batch="local", python=str(bad)), "good": pcm.Pool(batch="local")}
+    one = cluster(pools)
+    one.adapt(maximum=1, target_duration="1s")
+    with Client(one) as client:
+        frame = pcm.map_partitions(
+            lambda frame, model: frame[["id"]],
+            pcm.read_parquet(claims(n_files=1, n_rows=40)),
+            context=pcm.Context(dict, [("a", 1)]),
+            meta={"id": "i8"},
+            batch_rows=4,
+        )
+        pcm.write_parquet(frame, tmp_path / "out", client=client, progress=False)
+        assert len(found_in(tmp_path / "out")) == 40
+
+
+def test_a_refused_constructor_leaves_no_thread_and_no_folder(home):
+    before = threading.active_count()
+    for options in ({}, {"security": "x"}, {"security": Security()}):
+        with pytest.raises(PoolError):
+            pcm.PoolCluster({"cpu": pcm.Pool(batch="local", python="/no/python")}, **options)
+    until(lambda: threading.active_count() <= before)
+    assert not list((home / "clusters").iterdir())
+
+
+def test_the_link_of_the_dashboard_leads_there(cluster):
+    link = cluster(name="../odd name").dashboard_link
+    assert link.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(link, timeout=patient(10)) as answer:
+        assert answer.status == 200
 
 
 def test_the_handler_of_interrupts_stays(cluster):

@@ -27,6 +27,9 @@ class Played:
     def workers(self, *names, noticed=()):
         self.fleet.sync({**dict.fromkeys(names, False), **dict.fromkeys(noticed, True)}, self.now)
 
+    def cancelled(self, job):
+        self.fleet.jobs[job].cancelled_at = self.now
+
     def steps(self, n_workers, needed=(), is_adaptive=True):
         return self.fleet.decide(n_workers, needed, is_adaptive, self.now)
 
@@ -89,7 +92,7 @@ def test_a_worker_that_is_gone_is_replaced_before_the_batch_system_may_be_asked(
     two.now = 4.0
     two.workers("a10-1", "a10-2")  # it was only its process: what waits is too much
     assert two.steps(2) == Steps()
-    two.now = 10.0
+    two.now = 20.0
     assert two.steps(2) == Steps(cancel=("3",))
 
 
@@ -132,9 +135,10 @@ def test_a_refused_submission_is_tried_again_later_and_later():
             one.now += 1.0
         waits.append(one.now - since)
     assert waits == [5.0, 10.0, 20.0, 40.0]
+    assert one.steps(8) == Steps(n_submit=1)  # first one, as a site may take no more at once
     assert "sbatch: no" in str(one.fleet)
     one.submit("1")
-    assert not one.fleet.trouble
+    assert not one.fleet.trouble and one.steps(8) == Steps(n_submit=2)
 
 
 def test_jobs_that_end_without_a_worker_are_said_after_three_and_block_the_pool():
@@ -161,3 +165,46 @@ def test_why_jobs_wait_is_said_in_the_words_of_the_batch_system():
     one.now = 1.0
     one.poll(_1=WAITS, _2=WAITS)
     assert str(one.fleet) == "a10: 0 jobs with workers, 2 pending (Priority)"
+
+
+def test_a_large_submission_that_does_nothing_counts_once():
+    one = Played()
+    one.submit(*map(str, range(50)))
+    one.now = 1.0
+    assert len(one.poll()) == 50
+    assert not one.fleet.ended_in_vain("no module", one.now)
+    assert one.steps(50) == Steps(n_submit=50)
+
+
+def test_what_is_cancelled_and_still_there_is_cancelled_again(two):
+    two.cancelled("2")
+    known = {"1", "2"}
+    assert two.fleet.to_cancel_again(known, 5.0) == []
+    assert two.fleet.to_cancel_again(known, 11.0) == ["2"]
+    assert two.fleet.to_cancel_again({"1"}, 11.0) == []
+
+
+def test_a_job_that_hangs_on_to_its_nodes_is_cancelled(two):
+    two.workers("a10-1")
+    two.now = 100.0
+    two.poll(_1=RUNS, _2=RUNS)
+    assert two.steps(2) == Steps(n_submit=1)
+    two.submit("3")
+    two.now = 121.0
+    assert two.steps(2) == Steps(cancel=("2",))
+
+
+def test_a_pool_is_counted_on_for_what_it_gives(two):
+    assert two.fleet.supply(1.0) == float("inf")
+    two.submit("3")
+    assert two.fleet.supply(29.0) == float("inf")
+    assert two.fleet.supply(31.0) == 2
+    two.workers("a10-1", "a10-2", "a10-3")
+    assert two.fleet.supply(31.0) == float("inf")
+    two.fleet.refused("no", 31.0)
+    assert two.fleet.supply(31.0) == 3
+
+
+def test_workers_of_a_pool_whose_name_begins_alike_are_not_its_own(two):
+    assert two.fleet.job_of("a10-1") == "1" and two.fleet.job_of("a10-1-0") == "1"
+    assert two.fleet.job_of("a10-x-1") is None and two.fleet.job_of("a1-1") is None

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+
 import pytest
 
-from dask_pcm.pools.launcher import environments, job_id
+from dask_pcm.pools.launcher import answers, environments, job_id
+from tests.support.patience import patient
 
 
 @pytest.mark.parametrize(
@@ -33,3 +38,23 @@ def test_each_worker_sees_its_own_devices_whatever_they_are_called():
 def test_devices_that_cannot_be_divided_end_the_job_in_words():
     with pytest.raises(SystemExit, match=r"3 devices \(0, 1, 2\) for 2 workers. Set gpus_per_job"):
         environments({"CUDA_VISIBLE_DEVICES": "0,1,2"}, 2)
+
+
+def test_workers_are_not_started_for_a_scheduler_that_is_gone():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        assert answers(address)
+    assert not answers(address) and not answers("nowhere")
+    command = [
+        sys.executable,
+        "-m",
+        "dask_pcm.pools.launcher",
+        address,
+        "--name",
+        "a",
+        "--pool",
+        "a",
+    ]
+    command += ["--workers", "2", "--death-timeout", "1"]
+    ended = subprocess.run(command, capture_output=True, timeout=patient(60), check=False)
+    assert ended.returncode == 0

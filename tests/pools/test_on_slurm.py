@@ -102,7 +102,15 @@ def test_a_preempted_worker_is_replaced_at_its_notice_and_nothing_is_lost(
         )
         run = pcm.write_parquet(frame, tmp_path / "out", client=client, progress=False, wait=False)
         until(lambda: run.progress.done > 0)
-        owner = ["sbatch", "--parsable", "-p", "owners", "--gres=gpu:h100:1", "--mem=100"]
+        owner = [
+            "sbatch",
+            "--parsable",
+            "-p",
+            "owners",
+            "--gres=gpu:h100:1",
+            "--mem=100",
+            "-o/dev/null",
+        ]
         (theirs,) = said(*owner, "--wrap", f"sleep {patient(20)}")
         # A replacement is queued, and waits for the owner to leave.
         until(lambda: set(queue()) - {first, theirs})
@@ -114,10 +122,9 @@ def test_a_preempted_worker_is_replaced_at_its_notice_and_nothing_is_lost(
         assert sorted(found.id) == list(range(400))
         assert run.report.rows_recomputed == 0
         # What the partition gives, not what is assumed where nothing is said.
-        (left,) = re.findall(
-            r"ends in (\d+) s and drains", one._jobs.log("h100", first).read_text()
-        )
-        assert int(left) <= GRACE_S + 6
+        log = one._jobs.log("h100", first).read_text()
+        (left,) = re.findall(r"ends in (\d+) s and drains", log)
+        assert int(left) <= GRACE_S + 6, log
         subprocess.run(["scancel", theirs], check=True)
         until(lambda: any(name.startswith("h100-") for name in names(one)))
 

@@ -37,7 +37,7 @@ def test_a_script_of_a_job_with_two_gpus():
 #PBS -r n
 #PBS -j oe
 export DASK_PCM__WORKER__POOL=a10
-export DASK_PCM__WORKER__WALLTIME=90m
+export DASK_PCM__WORKER__WALLTIME=5400s
 export DASK_PCM__WORKER__IMPORTS='[]'
 exec {sys.executable} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a10 --nthreads 4\
  --memory-limit 16.00GiB --death-timeout 60 --pool a10 --workers 2

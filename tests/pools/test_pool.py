@@ -24,9 +24,15 @@ def test_sizes_and_times_are_parsed_and_workers_counted():
     [
         ({"batch": "lsf"}, "batch is 'lsf'; expected one of slurm, pbs, local"),
         ({"mem": "some"}, "mem is 'some'; expected one of total, per-cpu"),
-        ({"memory": "many"}, "memory is 'many'; expected for instance"),
-        ({"walltime": "soon"}, "walltime is 'soon'; expected for instance"),
+        ({"memory": "many"}, "memory is 'many'; expected a size"),
+        ({"walltime": "soon"}, "walltime is 'soon'; expected a time"),
         ({"walltime": 0}, "walltime is 0; expected more than 0"),
+        ({"memory": "8"}, "memory is '8'; expected a size with its unit"),
+        ({"memory": 8}, "memory is 8; expected a size with its unit"),
+        ({"directives": None}, "directives is None; expected a list"),
+        ({"worker_args": 5}, "worker_args is 5; expected a list"),
+        ({"queue": "a\nb"}, "expected a text of one line"),
+        ({"python": 5}, "python is 5; expected a text"),
         ({"cores": 0}, "cores is 0; expected a whole number, at least 1"),
         ({"cores": True}, "cores is True; expected a whole number"),
         ({"max_jobs": -1}, "max_jobs is -1; expected a whole number, at least 0"),
@@ -41,6 +47,14 @@ def test_what_cannot_be_used_is_named_with_its_pool(given, text):
     with pytest.raises(PoolError, match="Pool 'a10'") as raised:
         pools_of({"a10": given})
     assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [("90m", 5400), ("02:00:00", 7200), ("1-12:00:00", 129_600), ("90:00", 5400), (43_200, 43_200)],
+)
+def test_times_as_batch_systems_write_them(given, seconds):
+    assert pcm.Pool(walltime=given).walltime_s == seconds
 
 
 def test_a_file_has_pools_by_name(tmp_path):
@@ -63,7 +77,7 @@ def test_a_file_that_is_none_is_refused(tmp_path, text, said):
         pools_of(path)
 
 
-@pytest.mark.parametrize("given", [{}, {"a b": {}}, {"a10": 3}])
+@pytest.mark.parametrize("given", [{}, {"a b": {}}, {"-1": {}}, {"--help": {}}, {"a10": 3}])
 def test_pools_that_are_none_are_refused(given):
     with pytest.raises(PoolError):
         pools_of(given)

@@ -56,7 +56,7 @@ def test_a_script_of_a_job_with_two_gpus():
 #SBATCH --constraint=ib
 export DASK_PCM__WORKER__POOL=a10
 export DASK_PCM__WORKER__DEVICE='NVIDIA A10'
-export DASK_PCM__WORKER__WALLTIME=90m
+export DASK_PCM__WORKER__WALLTIME=5400s
 export DASK_PCM__WORKER__IMPORTS='[]'
 module load cuda
 {LAUNCHER} --local-directory /scratch/me --pool a10 --workers 2 --tls-ca-file '/home/my me/ca.pem'\
@@ -73,6 +73,14 @@ module load cuda
         ({"mem": "per-gpu", "gpus_per_job": 2}, ["--mem-per-gpu=2048M"], ["--mem="]),
         ({"gpus_per_job": 1}, ["--gres=gpu:1"], []),
         ({"gpus_per_job": 1, "directives": ["--gpus-per-node=1"]}, [], ["--gres"]),
+        (
+            {"gpus_per_job": 1, "directives": ["--gres=gpu:b300:1"]},
+            ["--gres=gpu:b300:1"],
+            ["gpu:1"],
+        ),
+        ({"gpus_per_job": 1, "directives": ["-G 1"]}, [], ["--gres"]),
+        ({"gpus_per_job": 1, "directives": ["--constraint=gpu80"]}, ["--gres=gpu:1"], []),
+        ({"gpus_per_job": 1, "directives": ["--partition=gpu"]}, ["--gres=gpu:1"], []),
         ({"nodes_per_job": 2}, ["--nodes=2", "--ntasks-per-node=1"], ["SBATCH -n 1"]),
         ({}, [], ["--gres", "SBATCH -t", "SBATCH -p", "SBATCH -A", "WALLTIME"]),
     ],
@@ -88,6 +96,12 @@ def test_a_job_of_several_nodes_has_a_launcher_on_each():
 
 
 def test_what_a_surrounding_job_has_set_is_not_passed_on():
-    environ = {"SLURM_MEM_PER_CPU": "1", "SBATCH_X": "1", "PBS_JOBID": "1", "HOME": "/h"}
+    environ = {
+        "SLURM_MEM_PER_CPU": "1",
+        "SBATCH_X": "1",
+        "PBS_JOBID": "1",
+        "SQUEUE_STATES": "R",
+        "HOME": "/h",
+    }
     kept = {"HOME": "/h", "SLURM_CONF": "/c", "PBS_SERVER": "s"}
     assert scrubbed({**environ, **kept}) == kept

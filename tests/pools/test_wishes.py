@@ -34,16 +34,24 @@ def test_adapt_stays_within_limits_of_user_and_pools(wishes):
         asked.append(seconds)
         return 100
 
-    wishes.follow(wanted, None)
+    wishes.follow(wanted, None, {})
     assert wishes.targets == {"a": 3, "b": 5} and asked == [30.0]
-    wishes.follow(lambda _: 0, None)
+    wishes.follow(lambda _: 0, None, {})
     assert wishes.targets == {"a": 0, "b": 1}
     wishes.adapt(0, 4, 60)
-    wishes.follow(lambda _: 100, None)
+    wishes.follow(lambda _: 100, None, {})
     assert sum(wishes.targets.values()) == 4
     wishes.scale({"a": 1})
-    wishes.follow(lambda _: 100, None)
+    wishes.follow(lambda _: 100, None, {})
     assert wishes.targets["a"] == 1
+
+
+def test_what_a_pool_does_not_give_is_wanted_of_the_next(wishes):
+    wishes.adapt(0, 3, 60)
+    wishes.follow(lambda _: 100, None, {})
+    assert wishes.targets == {"a": 3, "b": 0}
+    wishes.follow(lambda _: 100, None, {"a": 1})
+    assert wishes.targets == {"a": 3, "b": 2}
 
 
 @pytest.mark.parametrize("n", [-1, 1.5, "2", True, math.nan, math.inf, None])
@@ -58,3 +66,7 @@ def test_a_number_alone_names_no_pool(wishes):
         wishes.scale(3)
     with pytest.raises(PoolError, match="all pools cannot have -1"):
         wishes.adapt(0, -1, 60)
+    with pytest.raises(PoolError, match="cannot have endless workers as minimum"):
+        wishes.adapt({"a": math.inf}, None, 60)
+    with pytest.raises(PoolError, match="target_duration is 'x'; expected a time"):
+        wishes.adapt(0, None, "x")

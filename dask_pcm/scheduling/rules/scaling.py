@@ -23,7 +23,12 @@ def n_workers_wanted(state: GateState, target_s: float) -> int:
     return math.ceil(sum(_share(state, group, target_s) for group in groups))
 
 
-def spread(state: GateState, n_workers: float, limits: Mapping[str, float]) -> dict[str, int]:
+def spread(
+    state: GateState,
+    n_workers: float,
+    limits: Mapping[str, float],
+    supply: Mapping[str, float] | None = None,
+) -> dict[str, int]:
     """Which pools are to have the workers that the work is worth: the fastest ones first.
 
     Parameters
@@ -32,13 +37,17 @@ def spread(state: GateState, n_workers: float, limits: Mapping[str, float]) -> d
         Workers of mean speed that are wanted, of all pools together.
     limits
         The most workers of each pool.
+    supply
+        The workers that can be counted on of pools that give fewer than they are asked for. What
+        they lack is wanted of other pools as well.
     """
+    supply = supply or {}
     slowness = {pool: _slowness(state, pool) for pool in limits}
     found: dict[str, int] = {}
     for pool in sorted(limits, key=lambda pool: slowness[pool]):
         n = min(limits[pool], math.ceil(max(0.0, n_workers) * slowness[pool] - 1e-9))
         found[pool] = int(n)
-        n_workers -= n / slowness[pool]
+        n_workers -= min(n, supply.get(pool, n)) / slowness[pool]
     return found
 
 
