@@ -12,10 +12,8 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Mapping
-from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +21,6 @@ logger = logging.getLogger(__name__)
 UNKNOWN_S = 30.0
 #: A batch system that does not answer within this time is not waited for: the job's time runs.
 _ANSWER_S = 5.0
-#: How often, and after what time, it is asked again.
-_N_TRIES, _AGAIN_S = 4, 0.5
 
 
 def time_left_s(number: int, environ: Mapping[str, str] = os.environ) -> float:
@@ -41,7 +37,7 @@ def time_left_s(number: int, environ: Mapping[str, str] = os.environ) -> float:
             found = re.search(r"^KillWait\s*=\s*(\d+)", _said("scontrol", "show", "config"), re.M)
             return float(found[1]) if found else UNKNOWN_S
         return max(0.0, _end_of(job, environ).timestamp() - datetime.now().timestamp())
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+    except (OSError, KeyError, ValueError, subprocess.SubprocessError) as error:
         logger.warning(
             "Slurm does not say when job %s ends (%s); %.0f s are assumed. Set"
             " DASK_PCM__WORKER__NOTICE in the job script if it has more or less.",
@@ -57,13 +53,12 @@ def _end_of(job: str, environ: Mapping[str, str]) -> datetime:
     # The id of one element of an array is that of the array as well.
     if "SLURM_ARRAY_TASK_ID" in environ:
         job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    for _ in range(_N_TRIES):
-        end = _said("squeue", "--noheader", f"--jobs={job}", "--format=%e").strip()
-        with suppress(ValueError):
-            return datetime.fromisoformat(end)
-        # A job without a limit has "NONE" until the preemption that signals it is noted.
-        time.sleep(_AGAIN_S)
-    raise ValueError(f"squeue says {end!r:.40}")
+    end = _said("squeue", "--noheader", f"--jobs={job}", "--format=%e").strip()
+    if end == "NONE":  # no limit, so this is a preemption, and Slurm has not noted its end yet
+        partition = _said("scontrol", "show", "partition", environ["SLURM_JOB_PARTITION"])
+        grace = re.search(r"GraceTime=(\d+)", partition)
+        return datetime.now() + timedelta(seconds=int(grace[1]) if grace else UNKNOWN_S)
+    return datetime.fromisoformat(end)
 
 
 def _said(*command: str) -> str:

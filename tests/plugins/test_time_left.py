@@ -35,11 +35,11 @@ def test_a_notice_ends_when_the_job_does(said):
     assert args.read_text() == "--noheader --jobs=15 --format=%e\n"
 
 
-def test_a_job_without_a_limit_has_an_end_soon(said, monkeypatch):
+def test_a_job_without_a_limit_has_the_grace_of_its_partition(said):
     said("squeue", "NONE")
-    end = (datetime.now() + timedelta(seconds=50)).isoformat(timespec="seconds")
-    monkeypatch.setattr("dask_pcm.plugins.time_left.time.sleep", lambda _: said("squeue", end))
-    assert 40 < time_left_s(signal.SIGUSR1, JOB) <= 50
+    args = said("scontrol", "PartitionName=low\n   DisableRootJobs=NO GraceTime=50 Hidden=NO")
+    assert 40 < time_left_s(signal.SIGUSR1, {**JOB, "SLURM_JOB_PARTITION": "low"}) <= 50
+    assert args.read_text() == "show partition low\n"
 
 
 def test_an_element_of_an_array_asks_for_itself(said):
