@@ -9,8 +9,8 @@ core is void.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -88,8 +88,8 @@ def owner(node: str, seconds: int) -> str:
 def preempted(rows: Rows, folder: Path, scratch: Path) -> None:
     """Every worker is preempted once during the job."""
     log = scratch / "preempted.log"
-    with cluster(any=pool()) as (pools, client):
-        pools.scale(3)
+    with cluster(any=pool(gpus_per_job=1)) as (pools, client):
+        pools.scale(3)  # each on a node of its own
         client.wait_for_workers(3, timeout=_PATIENCE_S)
         run = pcm.write_parquet(
             job(folder, log), scratch / "preempted", client=client, progress=False, wait=False
@@ -124,15 +124,17 @@ def lost(rows: Rows, folder: Path, scratch: Path) -> None:
             job(folder, log), scratch / "lost", client=client, progress=False, wait=False
         )
         seconds_until(lambda: run.progress.done > 2000)
-        before, victim = queue(), sorted(queue("R"))[0]
-        said("scancel", "--signal=KILL", "--full", victim)
+        before = queue()
+        # Nanny and worker at once, as a node that is lost: a signal by Slurm would be a notice.
+        nanny, worker = next(iter(client.run(lambda: (os.getppid(), os.getpid())).values()))
+        os.kill(nanny, signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
         rows.add(
             "a job killed without notice → replacement queued, s",
             seconds_until(lambda: queue() - before),
             "<= 3",
         )
-        n_before = len(workers(client))
-        begins = seconds_until(lambda: len(workers(client)) > n_before)
+        begins = seconds_until(lambda: len(workers(client)) == 2)
         loads = seconds_until(lambda: run.progress.n_warm == 2)
         rows.add("… replacement registered, s after it was queued", begins)
         rows.add("… and warm, s after that (its load takes 3)", loads, f"<= {LOAD_S + 3}")
@@ -149,6 +151,7 @@ def lost(rows: Rows, folder: Path, scratch: Path) -> None:
 def pending(rows: Rows, folder: Path, scratch: Path) -> None:
     """A pending job is cancelled outside; and a run is cancelled while there is no worker."""
     theirs = owner("h100n1", 600)
+    seconds_until(lambda: theirs in queue("R"))
     with cluster(h100=pool(gpus_per_job=1, gpu_type="h100")) as (pools, client):
         pools.scale(1)
         seconds_until(lambda: queue("PD"))
@@ -208,7 +211,8 @@ def main() -> None:
     options.add_argument("--only", nargs="+", choices=DRILLS, default=list(DRILLS))
     args = options.parse_args()
     if why := slurm.missing():
-        sys.exit(f"There is no Slurm here: {why}")
+        print(f"not measured: there is no Slurm here ({why})")
+        return
     os.environ.setdefault("DASK_PCM__WORKER__IMPORTS", "[]")
     rows = Rows()
     with (
