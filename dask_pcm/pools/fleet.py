@@ -68,6 +68,16 @@ class Job:
         patience = _RESTART_S if self.seen_at > self.gone_at else _MISSING_S
         return now - self.gone_at >= patience
 
+    def counts(self, now: float) -> bool:
+        """Whether it is among the jobs that are wanted: not one that ends."""
+        return not (self.is_cancelled or self.is_leaving or self.is_missing(now))
+
+    def hangs(self, now: float) -> bool:
+        """Whether it still has its nodes, long after its workers are gone."""
+        if self.gone_at is None or self.is_cancelled or self.seen_at < self.gone_at:
+            return False
+        return now - self.gone_at >= 2 * _RESTART_S
+
 
 @dataclass(frozen=True, slots=True)
 class Steps:
@@ -179,8 +189,8 @@ class Fleet:
         is_adaptive
             Whether workers are only given back once they have been idle for long enough.
         """
-        hung = tuple(job.id for job in self.jobs.values() if self._hangs(job, now))
-        counted = [job for job in self.jobs.values() if self._counts(job, now)]
+        hung = tuple(job.id for job in self.jobs.values() if job.hangs(now))
+        counted = [job for job in self.jobs.values() if job.counts(now)]
         n_wanted = math.ceil(n_workers / self.pool.workers_per_job)
         if self.pool.max_jobs is not None:
             n_wanted = min(n_wanted, self.pool.max_jobs)
@@ -223,16 +233,6 @@ class Fleet:
     def n_waiting(self) -> int:
         """Jobs that have no nodes yet."""
         return sum(not job.is_running and not job.is_cancelled for job in self.jobs.values())
-
-    def _counts(self, job: Job, now: float) -> bool:
-        """Whether a job is among those that are wanted: not one that ends."""
-        return not (job.is_cancelled or job.is_leaving or job.is_missing(now))
-
-    def _hangs(self, job: Job, now: float) -> bool:
-        """Whether a job still has its nodes, long after its workers are gone."""
-        if job.gone_at is None or job.is_cancelled or job.seen_at < job.gone_at:
-            return False
-        return now - job.gone_at >= 2 * _RESTART_S
 
     def _room(self, n_jobs: int) -> int:
         """How many of `n_jobs` may be queued, in one submission."""

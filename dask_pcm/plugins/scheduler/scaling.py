@@ -7,15 +7,18 @@ so it answers as well. Plain work is counted as in plain Dask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import dask
 from dask.utils import parse_timedelta
 from distributed import Scheduler
+from distributed.metrics import monotonic
 from distributed.scheduler import WorkerState
 
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.service import Service
+from dask_pcm.scheduling.rules.placement import may_get_more
 from dask_pcm.scheduling.rules.scaling import n_workers_wanted, needed_workers
 
 
@@ -25,6 +28,15 @@ class Scaling(Service):
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._undo = answer_adaptive(hub.scheduler, lambda seconds: self.n_wanted(seconds))
+
+    def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        """See ``Service``."""
+        return {"pcm_more": self.may_get_more}
+
+    async def may_get_more(self, worker: str) -> bool:
+        """Whether a draining worker without work should wait for more; asked by the worker."""
+        view = self._hub.state.workers.get(worker)
+        return view is not None and may_get_more(self._hub.state, view, monotonic())
 
     def n_wanted(self, target_s: float) -> int:
         """The number of workers that would finish the work at the gate within `target_s`."""

@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-
-from distributed.metrics import monotonic
 
 from dask_pcm.plugins.delivery import PATIENCE_S
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.members import Member
 from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.scheduling.events import WorkerDraining, WorkerJoined, WorkerLeft, WorkerPaused
-from dask_pcm.scheduling.rules.placement import may_get_more
 from dask_pcm.scheduling.rules.warming import n_threads
 
 
@@ -33,15 +30,6 @@ class Workers(Service):
         self.members: dict[str, Member] = {}
         #: Number of workers that share a host and its cores.
         self._n_on: Counter[tuple[str, tuple[int, ...]]] = Counter()
-
-    def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
-        """See ``Service``."""
-        return {"pcm_more": self.may_get_more}
-
-    async def may_get_more(self, worker: str) -> bool:
-        """Whether a draining worker without work should wait for more; asked by the worker."""
-        view = self._hub.state.workers.get(worker)
-        return view is not None and may_get_more(self._hub.state, view, monotonic())
 
     def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
         """See ``Service``."""
