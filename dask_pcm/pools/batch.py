@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import dask
+
 from dask_pcm.config import Config
 from dask_pcm.errors import PoolError
 from dask_pcm.pools.pool import Pool
@@ -189,6 +191,10 @@ def jobqueue(module: str) -> Any:
     before = signal.signal
     signal.signal = lambda signalnum, handler: signal.getsignal(signalnum)
     try:
-        return importlib.import_module(f"dask_jobqueue.{module}")
+        found = importlib.import_module(f"dask_jobqueue.{module}")
     finally:
         signal.signal = before
+    # Its jobs read settings that it registers once: ``dask.config.refresh`` drops them.
+    defaults = importlib.import_module("dask_jobqueue.config").defaults
+    dask.config.update(dask.config.config, defaults, priority="old")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def test_a_script_of_a_job_with_two_gpus():
 export DASK_PCM__WORKER__POOL=a10
 export DASK_PCM__WORKER__WALLTIME=5400s
 export DASK_PCM__WORKER__IMPORTS='[]'
-exec {sys.executable} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a10 --nthreads 4\
+exec {shlex.quote(sys.executable)} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a10 --nthreads 4\
  --memory-limit 16.00GiB --death-timeout 60 --pool a10 --workers 2
 """
     )

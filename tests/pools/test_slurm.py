@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
+import dask
 import pytest
 
 import dask_pcm as pcm
@@ -12,7 +14,7 @@ from dask_pcm.pools.batch import Start, scrubbed
 from dask_pcm.pools.slurm import script
 
 LAUNCHER = (
-    f"exec {sys.executable} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a10"
+    f"exec {shlex.quote(sys.executable)} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a10"
     " --nthreads 4 --memory-limit 16.00GiB --death-timeout 60"
 )
 
@@ -92,7 +94,9 @@ def test_what_sites_ask_for_and_refuse(pool, has, lacks):
 
 
 def test_a_job_of_several_nodes_has_a_launcher_on_each():
-    assert f"exec srun --kill-on-bad-exit=0 {sys.executable} -m" in written(nodes_per_job=2)
+    assert f"exec srun --kill-on-bad-exit=0 {shlex.quote(sys.executable)} -m" in written(
+        nodes_per_job=2
+    )
 
 
 def test_what_a_surrounding_job_has_set_is_not_passed_on():
@@ -105,3 +109,10 @@ def test_what_a_surrounding_job_has_set_is_not_passed_on():
     }
     kept = {"HOME": "/h", "SLURM_CONF": "/c", "PBS_SERVER": "s"}
     assert scrubbed({**environ, **kept}) == kept
+
+
+def test_settings_that_somebody_has_reset_are_there_again():
+    before = written(memory="4 GiB")
+    with dask.config.set({}):
+        dask.config.config.pop("jobqueue")
+        assert written(memory="4 GiB") == before
