@@ -40,8 +40,8 @@ def test_a_script_of_a_job_with_two_gpus():
 export DASK_PCM__WORKER__POOL=a10
 export DASK_PCM__WORKER__WALLTIME=5400s
 export DASK_PCM__WORKER__IMPORTS='[]'
-exec {shlex.quote(sys.executable)} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a10 --nthreads 4\
- --memory-limit 16.00GiB --death-timeout 60 --pool a10 --workers 2
+exec {shlex.quote(sys.executable)} -m dask_pcm.pools.launcher tls://10.0.0.1:8786\
+ --name a10 --nthreads 4 --memory-limit 16.00GiB --death-timeout 60 --pool a10 --workers 2
 """
     )
 
