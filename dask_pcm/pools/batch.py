@@ -194,7 +194,7 @@ def jobqueue(module: str) -> Any:
         found = importlib.import_module(f"dask_jobqueue.{module}")
     finally:
         signal.signal = before
-    # Its jobs read settings that it registers once, and that somebody may have reset since.
+    # Its jobs read settings that it registers once, and that a user may have reset since.
     if "jobqueue" not in dask.config.config:
         importlib.import_module("dask_jobqueue.config").reconfigure()
     return found

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -161,3 +162,8 @@ def _configure(folder: Path) -> Path:
         "ConstrainCores=no\nConstrainRAMSpace=no\nConstrainDevices=no\n"
     )
     return conf
+
+
+if __name__ == "__main__":  # whether one can be started here
+    with tempfile.TemporaryDirectory() as made, running(Path(made, "slurm")):
+        pass
