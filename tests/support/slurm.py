@@ -62,8 +62,8 @@ def running(folder: Path) -> Iterator[Path]:
         _wait_for_nodes(environ)
         yield conf
     finally:
-        with suppress(OSError):
-            subprocess.run(["scancel", "--quiet", "--me"], env=environ, check=False)
+        with suppress(OSError, subprocess.SubprocessError):
+            _end_jobs(environ)
         for pid_file in sorted(folder.rglob("*.pid"), key=lambda file: "munge" in file.name):
             _end(pid_file)
 
@@ -92,6 +92,17 @@ def _wait_for_nodes(environ: dict[str, str]) -> None:
             return
         time.sleep(0.1)
     raise RuntimeError(f"Slurm's nodes did not come up: {said.stdout} {said.stderr}")
+
+
+def _end_jobs(environ: dict[str, str]) -> None:
+    """End all jobs, and wait for it: without daemons, the processes of their steps would stay."""
+    subprocess.run(["scancel", "--quiet", "--me"], env=environ, check=False, timeout=10)
+    command, stop = ["squeue", "--noheader"], time.monotonic() + KILL_WAIT_S + 15
+    while time.monotonic() < stop:
+        said = subprocess.run(command, env=environ, capture_output=True, check=False, timeout=10)
+        if not said.stdout.strip():
+            return
+        time.sleep(0.2)
 
 
 def _end(pid_file: Path) -> None:
