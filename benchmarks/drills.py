@@ -63,14 +63,18 @@ def pool(**options: Any) -> pcm.Pool:
     return pcm.Pool(queue="opportunistic", memory="600 MiB", **options)
 
 
-def job(folder: Path, log: Path) -> Any:
-    return pcm.map_partitions(
+def begin(client: Client, folder: Path, scratch: Path, name: str) -> tuple[pcm.Run, Path]:
+    """Start the job, with an output and an event log of this name; the run and the log."""
+    log = scratch / f"{name}.log"
+    answers = pcm.map_partitions(
         infer_wait,
         pcm.read_parquet(folder),
         context=pcm.Context(load_wait, str(log)),
         meta=META,
         batch_rows=BATCH_ROWS,
     )
+    run = pcm.write_parquet(answers, scratch / name, client=client, progress=False, wait=False)
+    return run, log
 
 
 def n_computed(log: Path) -> Counter[int]:
@@ -87,13 +91,10 @@ def owner(node: str, seconds: int) -> str:
 
 def preempted(rows: Rows, folder: Path, scratch: Path) -> None:
     """Every worker is preempted once during the job."""
-    log = scratch / "preempted.log"
     with cluster(any=pool(gpus_per_job=1)) as (pools, client):
         pools.scale(3)  # each on a node of its own
         client.wait_for_workers(3, timeout=_PATIENCE_S)
-        run = pcm.write_parquet(
-            job(folder, log), scratch / "preempted", client=client, progress=False, wait=False
-        )
+        run, log = begin(client, folder, scratch, "preempted")
         seconds_until(lambda: run.progress.done > 2000)
         first = queue("R")
         waits = []
@@ -116,13 +117,10 @@ def preempted(rows: Rows, folder: Path, scratch: Path) -> None:
 
 def lost(rows: Rows, folder: Path, scratch: Path) -> None:
     """The process of a job is killed without a word."""
-    log = scratch / "lost.log"
     with cluster(any=pool()) as (pools, client):
         pools.scale(2)
         client.wait_for_workers(2, timeout=_PATIENCE_S)
-        run = pcm.write_parquet(
-            job(folder, log), scratch / "lost", client=client, progress=False, wait=False
-        )
+        run, log = begin(client, folder, scratch, "lost")
         seconds_until(lambda: run.progress.done > 2000)
         before = queue()
         # Nanny and worker at once, as a node that is lost: a signal by Slurm would be a notice.
@@ -162,13 +160,7 @@ def pending(rows: Rows, folder: Path, scratch: Path) -> None:
             seconds_until(lambda: queue("PD") - {waiting}),
             "<= 6",
         )
-        run = pcm.write_parquet(
-            job(folder, scratch / "pending.log"),
-            scratch / "pending",
-            client=client,
-            progress=False,
-            wait=False,
-        )
+        run, _ = begin(client, folder, scratch, "pending")
         waits = seconds_until(
             lambda: "pending in" in run.progress.lack or "1 pending" in run.progress.lack
         )
@@ -185,13 +177,7 @@ def adaptive(rows: Rows, folder: Path, scratch: Path) -> None:
     with cluster(any=pool(idle_timeout="3s")) as (pools, client):
         pools.adapt(maximum={"any": 4}, target_duration="1s")
         begun = time.monotonic()
-        run = pcm.write_parquet(
-            job(folder, scratch / "adaptive.log"),
-            scratch / "adaptive",
-            client=client,
-            progress=False,
-            wait=False,
-        )
+        run, _ = begin(client, folder, scratch, "adaptive")
         most = 0
         while run.progress.state not in ("finished", "failed"):
             most = max(most, len(workers(client)))

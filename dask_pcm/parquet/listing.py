@@ -28,13 +28,13 @@ AnyPath = str | bytes | os.PathLike[str]
 _N_READERS = 16
 _WILD = re.compile(r"[*?[]")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
-#: Names in object stores that may be Parquet; opening any other is not worth a request.
 #: Names of backups, and of archives of single files.
 _IS_COPY = re.compile(
     r"(~|\.(bak|backup|old|orig|save|copy|tmp|temp|part|partial|swp|gz|bz2|xz|zst|zip))$",
     re.IGNORECASE,
 )
 _PACKED = re.compile(r"\.(parquet|parq|pq)\.(gz|bz2|xz|zst|zip)$", re.IGNORECASE)
+#: Names in object stores that may be Parquet; opening any other is not worth a request.
 _MAY_BE_DATA = re.compile(r"[^.]+|.*\.\d+|.*parq.*", re.IGNORECASE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from dask_pcm.errors import PoolError
 from dask_pcm.pools.batch import JobState, Start, call, jobqueue, launcher_options
+
+logger = logging.getLogger(__name__)
 
 #: Letters of states: held, queued, waiting for its time, moving; and those of jobs with nodes.
 _WAITING, _RUNNING = frozenset("HQWT"), frozenset("RSU")
@@ -35,7 +38,16 @@ class PBS:
         """See ``BatchSystem``."""
         if start.pool.is_array:
             return await self._submit(start, n_jobs)
-        return [job for _ in range(n_jobs) for job in await self._submit(start, 1)]
+        ids: list[str] = []
+        while len(ids) < n_jobs:
+            try:
+                ids += await self._submit(start, 1)
+            except PoolError as error:
+                if not ids:
+                    raise
+                logger.warning("%s of %s jobs were submitted: %s", len(ids), n_jobs, error)
+                break
+        return ids
 
     async def _submit(self, start: Start, n_jobs: int, *options: str) -> list[str]:
         array = ["-J", f"0-{n_jobs - 1}"] if n_jobs > 1 else []
@@ -66,12 +78,15 @@ class PBS:
 
     async def cancel(self, jobs: Sequence[str]) -> None:
         """See ``BatchSystem``."""
+        refused: list[PoolError] = []
         for job in jobs:  # one by one: qdel ends at the first that is over already
             try:
                 await call("qdel", job)
             except PoolError as error:
                 if not re.search("(?i)unknown|finished|invalid job", str(error)):
-                    raise
+                    refused.append(error)
+        if refused:
+            raise refused[0]
 
     def log(self, start: Start, job: str) -> Path:
         """See ``BatchSystem``; PBS has names of its own."""
@@ -99,12 +114,11 @@ def script(start: Start) -> str:
         skipped.append("-l select")
     options["job_extra_directives"] = ["-r n", "-j oe", *pool.directives]
     options["job_directives_skip"] = skipped
-    limit = None if pool.walltime_s is None else _limit(pool.walltime_s)
     job = jobqueue("pbs").PBSJob(
         queue=pool.queue,
         account=pool.account,
         resource_spec=_select(start),
-        walltime=limit,
+        walltime=pool.clock,
         **options,
     )
     return str(job.job_script())
@@ -119,9 +133,3 @@ def _select(start: Start) -> str:
     if pool.gpus_per_job:
         parts.append(f"ngpus={pool.gpus_per_job}")
     return ":".join(parts)
-
-
-def _limit(seconds: float) -> str:
-    """A time limit as PBS reads it."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"

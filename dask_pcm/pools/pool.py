@@ -75,7 +75,7 @@ class Pool:
     worker_args
         Further options of ``dask worker``.
     python
-        The interpreter on the nodes; None for the one that submits.
+        The interpreter on the nodes, as a shell reads it; None for the one that submits.
 
     Raises
     ------
@@ -163,9 +163,13 @@ class Pool:
         """The most workers that its jobs may have."""
         return math.inf if self.max_jobs is None else self.max_jobs * self.workers_per_job
 
-    def as_dict(self) -> dict[str, Any]:
-        """The parameters."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+    @property
+    def clock(self) -> str | None:
+        """The time limit in hours, minutes and seconds, as batch systems read it."""
+        if self.walltime_s is None:
+            return None
+        minutes, seconds = divmod(math.ceil(self.walltime_s), 60)
+        return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
 
     def _parsed(self, name: str, parse: Callable[[Any], Any]) -> Any:
         value = getattr(self, name)

@@ -45,15 +45,12 @@ class Slurm:
                 output = f"--output={log_of(start, '%A_%a' if n > 1 else '%j')}"
                 array = [f"--array=0-{n - 1}"] if n > 1 else []
                 try:
-                    said = await call("sbatch", "--parsable", output, *array, path)
+                    job = _id_in(await call("sbatch", "--parsable", output, *array, path))
                 except PoolError as error:
-                    if not ids:
+                    if not ids:  # otherwise those are known, and the rest is tried again
                         raise
                     logger.warning("%s of %s jobs were submitted: %s", len(ids), n_jobs, error)
                     break
-                job = said.strip().split(";")[0]  # "123;cluster" on federated sites
-                if not job.isdigit():
-                    raise PoolError(f"sbatch said {said.strip()!r:.80}; expected the id of a job.")
                 ids += [f"{job}_{k}" for k in range(n)] if n > 1 else [job]
         return ids
 
@@ -78,6 +75,14 @@ class Slurm:
 
     def close(self) -> None:
         """See ``BatchSystem``."""
+
+
+def _id_in(said: str) -> str:
+    """The job that sbatch says it has submitted."""
+    job = said.strip().split(";")[0]  # "123;cluster" on federated sites
+    if not job.isdigit():
+        raise PoolError(f"sbatch said {said.strip()!r:.80}; expected the id of a job.")
+    return job
 
 
 @contextmanager
@@ -112,14 +117,6 @@ def script(start: Start) -> str:
     options["job_extra_directives"] = [*lines, *pool.directives]
     options["job_directives_skip"] = skipped
     job = jobqueue("slurm").SLURMJob(
-        queue=pool.queue, account=pool.account, walltime=_limit(pool.walltime_s), **options
+        queue=pool.queue, account=pool.account, walltime=pool.clock, **options
     )
     return str(job.job_script())
-
-
-def _limit(seconds: float | None) -> str | None:
-    """A time limit as Slurm reads it: hours, minutes and seconds."""
-    if seconds is None:
-        return None
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"

@@ -24,8 +24,8 @@ from dask_pcm.scheduling.state.state import GateState
 
 logger = logging.getLogger(__name__)
 
-#: Between two looks at workers and wishes.
-_LOOK_S = 0.25
+#: Between two looks at workers and wishes; after one that failed.
+_LOOK_S, _AFTER_ERROR_S = 0.25, 5.0
 #: A worker that is told to leave has this long to hand over its results; when the cluster closes,
 #: to end.
 _RETIRE_S, _END_S = 30.0, 5.0
@@ -67,11 +67,13 @@ class Upkeep:
 
     async def _keep(self) -> None:
         while True:
+            pause = _LOOK_S
             try:
                 self._look()
-            except Exception:
+            except Exception:  # of ours: jobs are looked after all the same
                 logger.exception("The pools could not be looked after; trying again")
-            await asyncio.sleep(_LOOK_S)
+                pause = _AFTER_ERROR_S
+            await asyncio.sleep(pause)
 
     def _look(self) -> None:
         """Compare what there is with what is wanted; submit and cancel."""

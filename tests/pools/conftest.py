@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from contextlib import ExitStack
 
 import dask
@@ -57,3 +58,20 @@ def slurm(_slurm, monkeypatch):
     """A private Slurm, which this process's commands talk to."""
     monkeypatch.setenv("SLURM_CONF", str(_slurm))
     return _slurm
+
+
+def slow(frame, model):
+    time.sleep(0.1)
+    return frame[["id"]]
+
+
+@pytest.fixture
+def job(claims):
+    """A job of 400 rows in batches of four, each of which takes a tenth of a second."""
+    return pcm.map_partitions(
+        slow,
+        pcm.read_parquet(claims(n_files=4, n_rows=100)),
+        context=pcm.Context(dict, [("a", 1)]),
+        meta={"id": "i8"},
+        batch_rows=4,
+    )

@@ -89,23 +89,12 @@ def test_a_job_under_notice_is_replaced_at_the_notice(cluster):
         assert len(jobs(one)) == 1
 
 
-def test_adaptive_follows_a_run_and_gives_back(cluster, claims, tmp_path):
+def test_adaptive_follows_a_run_and_gives_back(cluster, job, tmp_path):
     one = cluster({"cpu": pcm.Pool(batch="local", idle_timeout="2s")})
     one.adapt(maximum={"cpu": 2}, target_duration="1s")
 
-    def slow(frame, model):
-        time.sleep(0.1)
-        return frame[["id"]]
-
     with Client(one) as client:
-        frame = pcm.map_partitions(
-            slow,
-            pcm.read_parquet(claims(n_files=4, n_rows=100)),
-            context=pcm.Context(dict, [("a", 1)]),
-            meta={"id": "i8"},
-            batch_rows=4,
-        )
-        run = pcm.write_parquet(frame, tmp_path / "out", client=client, progress=False, wait=False)
+        run = pcm.write_parquet(job, tmp_path / "out", client=client, progress=False, wait=False)
         until(lambda: len(names(one)) == 2)
         run.wait()
         assert len(found_in(tmp_path / "out")) == 400

@@ -82,25 +82,14 @@ def test_what_the_site_does_not_have_is_refused_at_once_in_its_own_words(
 
 
 def test_a_preempted_worker_is_replaced_at_its_notice_and_nothing_is_lost(
-    slurm, cluster, claims, tmp_path
+    slurm, cluster, job, tmp_path
 ):
-    def slow(frame, model):
-        time.sleep(0.1)
-        return frame[["id"]]
-
     one = cluster({"h100": pool(gpus_per_job=1, gpu_type="h100"), "a10": pool()})
     one.scale({"h100": 1})
     with Client(one) as client:
         client.wait_for_workers(1, timeout=patient(60))
         (first,) = queue()
-        frame = pcm.map_partitions(
-            slow,
-            pcm.read_parquet(claims(n_files=4, n_rows=100)),
-            context=pcm.Context(dict, [("a", 1)]),
-            meta={"id": "i8"},
-            batch_rows=4,
-        )
-        run = pcm.write_parquet(frame, tmp_path / "out", client=client, progress=False, wait=False)
+        run = pcm.write_parquet(job, tmp_path / "out", client=client, progress=False, wait=False)
         until(lambda: run.progress.done > 0)
         owner = [
             "sbatch",

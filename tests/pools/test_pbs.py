@@ -106,12 +106,24 @@ def test_several_jobs_are_one_array_unless_a_site_takes_none(says, tmp_path):
     assert len(args.read_text().splitlines()) == 2 and "-J" not in args.read_text()
 
 
+def test_what_was_submitted_before_a_refusal_is_known(says, tmp_path):
+    begun = tmp_path / "begun"
+    qsub = tmp_path / "qsub"
+    says("qsub", "")
+    qsub.write_text(f"#!/bin/sh\n[ -e {begun} ] && exit 1\ntouch {begun}\necho 100.pbs-1\n")
+    assert asyncio.run(PBS().submit(begin(tmp_path, is_array=False), 3)) == ["100"]
+    with pytest.raises(PoolError, match="qsub"):
+        asyncio.run(PBS().submit(begin(tmp_path, is_array=False), 3))
+
+
 def test_cancelled_jobs_that_are_over_already_are_no_error(says):
-    says("qdel", "qdel: Unknown Job Id 100.pbs-1", 153)
+    args = says("qdel", "qdel: Unknown Job Id 100.pbs-1", 153)
     asyncio.run(PBS().cancel(["100", "100[1]"]))
     says("qdel", "qdel: Unauthorized Request 100.pbs-1", 159)
+    args.unlink()
     with pytest.raises(PoolError, match="Unauthorized Request"):
-        asyncio.run(PBS().cancel(["100"]))
+        asyncio.run(PBS().cancel(["100", "101"]))
+    assert args.read_text() == "100\n101\n"  # one that is refused leaves none uncancelled
 
 
 @pytest.mark.skipif(
