@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ import dask_pcm as pcm
 from benchmarks.table import Rows, median
 from dask_pcm.context.context import Recipe
 from dask_pcm.inference.checkpoint import Checkpoint
-from dask_pcm.ladder.objects.images import Image
+from dask_pcm.ladder.objects.host import ContextImages, Host, LocalKeeper
 from dask_pcm.ladder.objects.live import Live, frozen
+from dask_pcm.ladder.objects.shelf import Shelf
 from dask_pcm.plugins.worker.plugin import CONTEXTS
 from dask_pcm.plugins.worker.tuning import keep_freed_memory
 
@@ -155,7 +157,10 @@ def alternating(rows: Rows, device: str) -> None:
     def module() -> Live:
         made = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048) for _ in range(48)]).to(device)
         apart = frozen(made, recipe, "a model")
-        live = Live(made, recipe, apart, Image.write(apart))
+        host = Host(LocalKeeper(Shelf(sys.maxsize)))
+        host.put("it", "a model", apart)
+        live = Live(made, recipe, apart, ContextImages(host, "it"))
+        live.apart = None
         live.offload()
         return live
 

@@ -13,7 +13,7 @@ from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import DeviceUnusableError, redacted
 from dask_pcm.ladder.device import built_for_cpu, check_device
 from dask_pcm.ladder.files.staging import Staging
-from dask_pcm.ladder.objects.images import Host
+from dask_pcm.ladder.objects.host import ContextImages, Host
 from dask_pcm.ladder.objects.live import Live, frozen
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Builder:
         try:
             # The object may go on reading its files, for instance memory-mapped weights.
             files.enter_context(self._staging.placed(ref.bundles))
-            return Live.of_image(image, recipe, self._is_mapped)
+            return Live.of_image(image, recipe, self._is_mapped, self._lower(ref))
         except Exception as error:
             logger.warning(
                 "Context %r cannot be reattached from the host tier, so it is loaded anew: %r",
@@ -92,7 +92,7 @@ class Builder:
         with built_for_cpu(self._is_cpu_only):
             value = self._checked(ref, recipe.build(placed))
         apart = frozen(value, recipe, ref.name)
-        live = Live(value, recipe, apart)
+        live = Live(value, recipe, apart, self._lower(ref))
         if not self._is_mapped or apart.is_on_device:
             return live  # `keep` makes its image later, while tasks use it
         live.apart = None  # nothing is left for `keep` to do
@@ -103,7 +103,7 @@ class Builder:
         if image is None:
             return live
         try:
-            return Live.of_image(image, recipe, is_mapped=True)
+            return Live.of_image(image, recipe, is_mapped=True, lower=self._lower(ref))
         except Exception as error:
             logger.warning("Context %r cannot be kept on the host tier: %r", ref.name, error)
             self._host.drop(ref.digest)
@@ -124,14 +124,19 @@ class Builder:
     def keep(self, ref: ContextRef, live: Live) -> None:
         """Copy the object to the host tier, where it survives this process; once per object."""
         apart, live.apart = live.apart, None
-        if live.image is None and apart is not None:
-            live.image = self._host.put(ref.digest, ref.name, apart)
-            # Checked after the copy: a task may have changed a tensor while it was copied, and
-            # other processes must find the context as it was loaded.
-            if not live.is_unchanged:
-                logger.info("Context %r is changed by its tasks, so it is not kept", ref.name)
-                self._host.drop(ref.digest)
-                live.image = None
+        image = None if apart is None else self._host.put(ref.digest, ref.name, apart)
+        if image is None:
+            return
+        image.close()  # the keeper has it
+        # Checked after the copy: a task may have changed a tensor while it was copied, and
+        # other processes must find the context as it was loaded.
+        if not live.is_unchanged:
+            logger.info("Context %r is changed by its tasks, so it is not kept", ref.name)
+            self._host.drop(ref.digest)
+
+    def _lower(self, ref: ContextRef) -> ContextImages:
+        """The tier that a context goes to from the device."""
+        return ContextImages(self._host, ref.digest)
 
 
 def close(ref: ContextRef, value: Any) -> None:

@@ -145,16 +145,11 @@ class Loads:
 
     def _step_back(self, residency: Residency, is_up: bool) -> None:
         """Abandon a load for which there is no room: back to the host tier, or drop the context."""
-        live = residency.live
         self._residencies.dismiss(residency)
-        try:
-            if live is not None and (not is_up or (not residency.inner and live.offload())):
-                self._residencies.end_move(residency, Tier.HOST)
-                return
-        except Exception as error:
-            logger.warning(
-                "Context %r cannot be offloaded, so it is dropped: %r", residency.ref.name, error
-            )
+        is_lower = residency.live is not None and not is_up
+        if is_lower or self._residencies.is_lowered(residency):
+            self._residencies.end_move(residency, Tier.HOST)
+            return
         self._residencies.drop(residency)
 
     def _keep(self, residency: Residency, live: Live) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dask_pcm.ladder.build import close
-from dask_pcm.ladder.objects.images import Host
+from dask_pcm.ladder.objects.host import Host
 from dask_pcm.ladder.residency import Change, Residency
 from dask_pcm.tiers import Tier
 
@@ -46,6 +46,8 @@ class Residencies:
         self.is_closed = False
         self.report = on_change
         self._host = host
+        #: Contexts that could not be offloaded, which is said once.
+        self._refused: set[str] = set()
         #: Contexts that each thread builds now, the innermost last.
         self._building: dict[int, list[Residency]] = {}
 
@@ -110,21 +112,24 @@ class Residencies:
                 return False
             self.begin_move(residency)
             residency.has_room = True  # its bytes count until the copy has ended
-        live = residency.live
-        assert live is not None
         self.dismiss(residency)
-        try:
-            is_offloaded = not residency.inner and live.offload()
-        except Exception as error:
-            logger.warning(
-                "Context %r cannot be offloaded, so it is dropped: %r", residency.ref.name, error
-            )
-            is_offloaded = False
-        if is_offloaded:
+        if self.is_lowered(residency):
             self.end_move(residency, Tier.HOST)
         else:
             self.drop(residency)
         return True
+
+    def is_lowered(self, residency: Residency) -> bool:
+        """Move the object of a context to the host tier; False if that is impossible."""
+        live, name = residency.live, residency.ref.name
+        try:
+            return live is not None and not residency.inner and live.offload()
+        except Exception as error:
+            is_said = residency.ref.digest in self._refused
+            level = logging.INFO if is_said else logging.WARNING
+            logger.log(level, "Context %r cannot be offloaded, so it is dropped: %s", name, error)
+            self._refused.add(residency.ref.digest)
+            return False
 
     def evict(self, digest: str) -> bool:
         """Drop a context, from the host tier too; False if it is absent, held or loading."""
@@ -149,6 +154,7 @@ class Residencies:
         live, residency.live = residency.live, None
         with residency.files:
             if live is not None:
+                live.leave()
                 close(residency.ref, live.value)
         del live  # before the inner contexts go: the object may refer to theirs
         inner, residency.inner = residency.inner, []

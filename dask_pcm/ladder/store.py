@@ -18,7 +18,7 @@ from dask_pcm.ladder.budget import DeviceBudget
 from dask_pcm.ladder.build import Builder
 from dask_pcm.ladder.files.staging import Staging
 from dask_pcm.ladder.loads import Loads
-from dask_pcm.ladder.objects.images import Host
+from dask_pcm.ladder.objects.host import Host
 from dask_pcm.ladder.residencies import Residencies
 from dask_pcm.ladder.residency import Attendant, Change, Residency
 from dask_pcm.ladder.turns import Turns

@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command += ["--nthreads", str(max(1, given.nthreads // n))]
     command += ["--memory-limit", str(parse_bytes(given.memory_limit) // n)]
     command += ["--preload-nanny", "dask_pcm.preload", *rest]
+    os.environ["PCM_JOB_WORKERS"] = str(n)  # they divide the host memory of the job
     if n == 1:
         os.execv(sys.executable, [*command, "--name", name])
     each = environments(os.environ, n)

@@ -10,10 +10,10 @@ import torch
 import dask_pcm as pcm
 from dask_pcm.context.context import Context
 from dask_pcm.errors import LoadError
-from dask_pcm.ladder.objects.images import Host
+from dask_pcm.ladder.objects.host import Host
 from dask_pcm.ladder.store import Store
 from dask_pcm.tiers import Tier
-from tests.ladder.objects.test_images import OwnShelf
+from tests.ladder.objects.test_images import keeper
 from tests.support.patience import patient
 
 MIB = 1 << 20
@@ -154,7 +154,7 @@ def test_released_while_it_loads_it_does_not_stay():
 
 
 def test_what_a_task_changes_while_the_image_is_written_is_not_what_others_find():
-    shelf = OwnShelf(1 << 30)
+    shelf = keeper()
     store = Store(host=Host(shelf), budget=lambda: 64 * MIB, is_mapped=False)
     context = Context(load, 1, 16)
 
@@ -172,7 +172,7 @@ def test_what_a_task_changes_while_the_image_is_written_is_not_what_others_find(
 
 
 def test_without_reattaching_an_image_is_not_looked_for():
-    shelf = OwnShelf(1 << 30)
+    shelf = keeper()
     kept, anew = Context(noted), Context(noted, reattach=False)
     assert kept.digest == anew.digest
     first = Store(host=Host(shelf), budget=lambda: 64 * MIB, is_mapped=False)

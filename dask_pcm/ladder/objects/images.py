@@ -8,38 +8,27 @@ ends, the kernel frees it. A memory file has no name in a filesystem, so neither
 An image holds the bytes of storages and buffers at aligned offsets, then a pickle of the skeleton
 (see ``freeze.py``) and these offsets, then the offset of that pickle. Once written it is sealed.
 
-A process has few file descriptors and may have many contexts. The keeper needs one for each. A
-worker closes its own once the image is mapped.
+A process has few file descriptors and may have many contexts. The keeper (``host.py``) needs one
+for each. A worker closes its own once it has read the image.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import functools
-import logging
 import mmap
 import os
 import pickle
-import resource
 import struct
-import sys
-import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from dask_pcm.ladder.objects import tensors
 from dask_pcm.ladder.objects.freeze import Frozen, thaw
 
-logger = logging.getLogger(__name__)
-
-#: Smaller objects get no image: loading them again is as fast.
-LEAST_BYTES = 1 << 16
-#: Images may use this fraction (1/n) of the files that a process may have open.
-_FILES_SHARE = 4
 _ALIGN = 64
 _FOOTER = struct.Struct("<Q")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -52,6 +41,20 @@ class Place:
     start: int
     n_bytes: int
     device: str | None = None
+
+
+class NoRoomError(Exception):
+    """The host tier has no room for an image.
+
+    Attributes
+    ----------
+    is_refused
+        Whether its budget is why; otherwise its keeper does not answer.
+    """
+
+    def __init__(self, is_refused: bool) -> None:
+        super().__init__("the host has no room for it (pcm.ladder.host.budget, ulimit -n)")
+        self.is_refused = is_refused
 
 
 class Image:
@@ -81,8 +84,19 @@ class Image:
             raise ValueError(f"the image is of {found!r}, not of {digest!r}")
 
     @classmethod
-    def write(cls, frozen: Frozen, digest: str = "") -> Image:
+    def write(
+        cls,
+        frozen: Frozen,
+        digest: str = "",
+        admit: Callable[[int, int, bool], None] = lambda fd, n_bytes, is_on_device: None,
+    ) -> Image:
         """Write a frozen object to a new memory file.
+
+        Parameters
+        ----------
+        admit
+            Called with the file, its size, and whether some storage belongs on an accelerator,
+            before the file takes any memory. What it raises ends the attempt.
 
         Raises
         ------
@@ -90,29 +104,25 @@ class Image:
             If the system has no memory files, or no memory left.
         """
         storages, buffers, end = _places(frozen)
-        tail = pickle.dumps((digest, frozen.skeleton, storages, buffers))
+        tail = pickle.dumps((digest, frozen.skeleton, storages, buffers)) + _FOOTER.pack(end)
         fd = os.memfd_create("dask_pcm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(fd, end)
+            os.ftruncate(fd, end + len(tail))
+            admit(fd, end + len(tail), _is_on_device(storages))
             tensors.write(fd, zip(frozen.storages, (p.start for p in storages), strict=True))
             for memory, place in zip(frozen.buffers, buffers, strict=True):
                 _write(fd, memory, place.start)
-            _write(fd, memoryview(tail + _FOOTER.pack(end)), end)
+            _write(fd, memoryview(tail), end)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(fd)
             raise
         return cls(fd, digest)
 
-    @classmethod
-    def of_storages(cls, storages: Sequence[Any]) -> Image:
-        """Write storages without a skeleton; for offloading within this process."""
-        return cls.write(Frozen(None, list(storages)))
-
     @property
     def is_on_device(self) -> bool:
         """Whether some storage belongs on an accelerator."""
-        return any(place.device not in (None, "cpu") for place in self._storages)
+        return _is_on_device(self._storages)
 
     @property
     def is_open(self) -> bool:
@@ -167,7 +177,9 @@ class Image:
 
     def is_same(self, storages: Sequence[Any]) -> bool:
         """Whether storages still equal the image, bit for bit."""
-        return tensors.is_same(self.fd, self._placed(storages))
+        sizes = [place.n_bytes for place in self._storages]
+        is_alike = sizes == [storage.nbytes() for storage in storages]
+        return is_alike and tensors.is_same(self.fd, self._placed(storages))
 
     def _placed(self, storages: Sequence[Any]) -> list[tuple[Any, int]]:
         """Storages with their offsets."""
@@ -178,104 +190,9 @@ class Image:
         self._close()
 
 
-class Keeper(Protocol):
-    """Holds memory files open in another process; its methods may be called on any thread."""
-
-    def find(self, digest: str) -> str | None:
-        """A path at which the file of a context can be opened; None if it is not kept."""
-
-    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
-        """Keep a file, for all workers of the host if `is_shared`, otherwise for this one.
-
-        Returns False if there is no room, None if the keeper does not answer.
-        """
-
-    def drop(self, digest: str) -> None:
-        """Keep a context's file no longer."""
-
-
-class Host:
-    """The images that this process has made or found; for any thread.
-
-    Parameters
-    ----------
-    keeper
-        Keeps images beyond this process; None to keep none.
-    """
-
-    def __init__(self, keeper: Keeper | None = None) -> None:
-        self._keeper = keeper
-        self._images: dict[str, Image] = {}
-        self._changing = threading.Lock()
-
-    def find(self, digest: str) -> Image | None:
-        """The image of a context, from this process or the keeper; None if there is none."""
-        # Under the lock throughout, so that two threads do not open the same file twice.
-        with self._changing:
-            image = self._images.get(digest)
-            if (image is None or not image.is_open) and self._keeper is not None:
-                self._images.pop(digest, None)
-                path = self._keeper.find(digest)
-                if path is not None:
-                    try:
-                        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                        self._images[digest] = Image(fd, digest)
-                    except Exception as error:  # dropped since, or the descriptor was reused
-                        logger.info("The image of %s is gone: %s", digest, error)
-            return self._images.get(digest)
-
-    def put(self, digest: str, name: str, frozen: Frozen) -> Image | None:
-        """Make an image of an object and give it to the keeper; None if that is impossible.
-
-        Without an image, the successor of a killed worker loads the object from staged files.
-        """
-        if self._keeper is None or frozen.skeleton is None or frozen.n_bytes < LEAST_BYTES:
-            return None
-        try:
-            image = self._written(digest, frozen)
-        except Exception as error:  # no memory files, no memory, or a device error
-            _warn(name, frozen, str(error))
-            return None
-        path = f"/proc/{os.getpid()}/fd/{image.fd}"
-        is_kept = self._keeper.keep(digest, path, image.n_bytes, not image.is_on_device)
-        if is_kept:
-            with self._changing:
-                self._images[digest] = image
-            return image
-        image.close()
-        if is_kept is None:  # the toolkit is being uninstalled, or the job ends
-            logger.info("The nanny does not answer, so context %r is not kept", name)
-        else:
-            _warn(name, frozen, "there is no room for it (pcm.ladder.host.budget, ulimit -n)")
-        return None
-
-    def _written(self, digest: str, frozen: Frozen) -> Image:
-        """Write an image, unless this process has too many files open already."""
-        with self._changing:
-            n_open = sum(image.is_open for image in self._images.values())
-        if n_open >= max_files():
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return Image.write(frozen, digest)
-
-    def drop(self, digest: str) -> None:
-        """Drop an image, here and at the keeper."""
-        with self._changing:
-            image = self._images.pop(digest, None)
-        if image is not None:
-            image.close()
-        if self._keeper is not None:
-            self._keeper.drop(digest)
-
-
-def _warn(name: str, frozen: Frozen, why: str) -> None:
-    """Log that an object has no image."""
-    logger.warning(
-        "Context %r (%s bytes) is not kept on the host tier: %s. The successor of a killed worker"
-        " loads it again, from its disk.",
-        name,
-        f"{frozen.n_bytes:,}",
-        why,
-    )
+def _is_on_device(storages: Sequence[Place]) -> bool:
+    """Whether some storage belongs on an accelerator."""
+    return any(place.device not in (None, "cpu") for place in storages)
 
 
 def _places(frozen: Frozen) -> tuple[list[Place], list[Place], int]:
@@ -295,12 +212,6 @@ def _write(fd: int, memory: memoryview, at: int) -> None:
     while memory:
         n_done = os.pwrite(fd, memory, at)
         memory, at = memory[n_done:], at + n_done
-
-
-def max_files() -> int:
-    """How many images a process may have open, so that enough descriptors are left."""
-    n_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if n_files == resource.RLIM_INFINITY else n_files // _FILES_SHARE
 
 
 def _mapped(fd: int, n_bytes: int) -> memoryview:

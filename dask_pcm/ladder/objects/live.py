@@ -4,13 +4,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from dask_pcm.context.context import Recipe
 from dask_pcm.ladder.objects.freeze import Frozen, Owners, freeze, is_plain, modules_of
+from dask_pcm.ladder.objects.host import ContextImages, Host
 from dask_pcm.ladder.objects.images import Image
 
 logger = logging.getLogger(__name__)
+
+
+class Storages(Protocol):
+    """Tensors that have left the device, on a lower tier."""
+
+    def refill(self, storages: Sequence[Any]) -> None:
+        """Allocate emptied storages again and fill them; if memory runs out, all are empty."""
+
+
+class LowerTier(Protocol):
+    """Where a context's tensors are while it is not on the device; a tier has its own budget."""
+
+    def pin(self, storages: Sequence[Any]) -> Storages:
+        """Copy storages, which may be emptied then; the copy stays until ``unpin``.
+
+        Raises
+        ------
+        NoRoomError
+            If its budget has no room.
+        OSError, MemoryError
+            If there is no memory.
+        """
+
+    def unpin(self) -> None:
+        """The context needs the copy no longer."""
 
 
 class Live:
@@ -26,10 +52,15 @@ class Live:
         Its recipe, whose offload and restore hooks are used if there are any.
     apart
         The frozen object.
-    image
-        Its image on the host tier, with storages in the same order.
-    is_mapped
-        Whether CPU tensors are mapped from the image.
+    lower
+        The tier that it goes to from the device.
+    mapped_bytes
+        Bytes of its image, if its CPU tensors are mapped from that.
+
+    Attributes
+    ----------
+    mapped_bytes
+        What it maps; these count as this process's memory once touched.
     """
 
     def __init__(
@@ -37,13 +68,16 @@ class Live:
         value: Any,
         recipe: Recipe,
         apart: Frozen,
-        image: Image | None = None,
-        is_mapped: bool = False,
+        lower: LowerTier | None = None,
+        mapped_bytes: int = 0,
     ) -> None:
         self.value = value
-        self.image = image
-        #: The frozen object, until there is an image of it.
-        self.apart: Frozen | None = apart if image is None else None
+        self.mapped_bytes = mapped_bytes
+        #: The frozen object, until it has been decided whether there is an image of it.
+        self.apart: Frozen | None = apart if apart.skeleton is not None else None
+        self._lower = lower or ContextImages(Host(), "")
+        #: Its tensors on the lower tier, while they are not on the device.
+        self._offloaded: Storages | None = None
         self._recipe = recipe
         has_hooks = recipe.offload is not None and recipe.restore is not None
         # Hooks free memory themselves: a reference to the storages here would keep it.
@@ -52,16 +86,19 @@ class Live:
         self._owners: Owners | None = None if has_hooks else apart.owners
         if has_hooks:
             self.apart = None
-        self._is_mapped = is_mapped
 
     @classmethod
-    def of_image(cls, image: Image, recipe: Recipe, is_mapped: bool) -> Live:
-        """Thaw the object of an image."""
+    def of_image(
+        cls, image: Image, recipe: Recipe, is_mapped: bool, lower: LowerTier | None = None
+    ) -> Live:
+        """Thaw the object of an image, which is closed then."""
         is_mapped = is_mapped and not image.is_on_device
         value, storages = image.thaw(is_mapped)
+        image.close()
         # A mapped object is never emptied, so it does not matter whether its parts are shared.
         owners = None if is_mapped else _owners_of(value)
-        return cls(value, recipe, Frozen(None, storages, owners=owners), image, is_mapped)
+        mapped_bytes = image.n_bytes if is_mapped else 0
+        return cls(value, recipe, Frozen(None, storages, owners=owners), lower, mapped_bytes)
 
     @property
     def n_bytes(self) -> int:
@@ -80,32 +117,25 @@ class Live:
         """Whether its tensors are unchanged since it was loaded, as far as torch counts writes."""
         return self._owners is None or self._owners.is_unchanged
 
-    @property
-    def mapped_bytes(self) -> int:
-        """Bytes that it maps from the image; they count as this process's memory once touched."""
-        return self.image.n_bytes if self._is_mapped and self.image is not None else 0
-
     def offload(self) -> bool:
-        """Move the object from the device to host memory; False if that is impossible.
+        """Move the object from the device to the lower tier; False if that is impossible.
 
         ``restore`` brings back exactly the current values, bit for bit.
 
         Raises
         ------
-        OSError, MemoryError
-            If the host has no room. The object stays on the device, unchanged.
+        NoRoomError, OSError, MemoryError
+            If there is no memory for it. The object stays on the device, unchanged.
         """
         if self._recipe.offload is not None and self._recipe.restore is not None:
             self._replace(self._recipe.offload(self.value))
             return True
-        if self._is_mapped:  # its bytes are in host memory already
+        if self.mapped_bytes:  # its bytes are in host memory already
             return True
         movable = [storage for storage in self._storages if _can_be_emptied(storage)]
         if not movable or self._owners is None or not self._owners.is_unshared:
             return False  # a task's result may refer to its tensors
-        # A task may have changed tensors since the image was made: then make another one.
-        if self.image is None or not self.image.is_same(self._storages):
-            self.image = Image.of_storages(self._storages)
+        self._offloaded = self._lower.pin(self._storages)
         for storage in movable:
             storage.resize_(0)
         return True
@@ -114,9 +144,15 @@ class Live:
         """Move the object back to the device."""
         if self._recipe.offload is not None and self._recipe.restore is not None:
             self._replace(self._recipe.restore(self.value))
-        elif not self._is_mapped:
-            assert self.image is not None
-            self.image.refill(self._storages)
+        elif self._offloaded is not None:
+            self._offloaded.refill(self._storages)
+            self.leave()
+
+    def leave(self) -> None:
+        """Leave the lower tier, if it is there: it is on the device again, or given up."""
+        if self._offloaded is not None:
+            self._offloaded = None
+            self._lower.unpin()
 
     def _replace(self, value: Any) -> None:
         """Take over a hook's result."""

@@ -6,16 +6,13 @@ The plugin's methods run on the nanny's event loop. ``NannyLink`` is the worker'
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
 import logging
 import os
 import sys
 import time
 import weakref
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distributed import Nanny, Worker
@@ -24,7 +21,7 @@ from distributed.diagnostics.plugin import NannyPlugin
 from distributed.system import MEMORY_LIMIT
 
 from dask_pcm.config import Config
-from dask_pcm.ladder.objects.images import max_files
+from dask_pcm.ladder.objects.shelf import Shelf
 from dask_pcm.plugins.interrupts import interrupts
 from dask_pcm.plugins.nanny.fork_server import fork_server
 from dask_pcm.plugins.shipping import ShippedPlugin
@@ -38,79 +35,27 @@ _LOOK_S = 0.05
 _MODELS = "transformers.models."
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A memory file that the nanny holds open."""
+def host_budget_bytes(config: Config, environ: Mapping[str, str], limit: int | None) -> int:
+    """What the images of this nanny's workers may take, in bytes.
 
-    fd: int
-    n_bytes: int
-
-
-class ImageShelf:
-    """Keeps the memory files of one cluster's workers on this host.
-
-    All nannies of the cluster in this process share it; it ends with the last of them.
+    By default half of the job's memory. The workers of a job whose nannies are processes of their
+    own (see ``pools/launcher.py``) have equal shares.
 
     Parameters
     ----------
-    budget_bytes
-        What all files may take. The least recently used one is dropped to make room; if there are
-        too many files for the process, the smallest.
+    limit
+        What a worker may take, in bytes.
     """
-
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
-        weakref.finalize(self, _close, self._kept)
-
-    def find(self, name: str) -> str | None:
-        """The path at which processes of this user can open a file; None if it is not kept."""
-        if name not in self._kept:
-            return None
-        self._kept.move_to_end(name)
-        return f"/proc/{os.getpid()}/fd/{self._kept[name].fd}"
-
-    def keep(self, name: str, path: str, n_bytes: int) -> bool | None:
-        """Hold a file open; False if there is no room, None if the file is gone."""
-        if n_bytes > self.budget_bytes:
-            return False
-        self.drop(name)
-        while sum(kept.n_bytes for kept in self._kept.values()) + n_bytes > self.budget_bytes:
-            self.drop(next(iter(self._kept)))
-        while len(self._kept) >= max_files():
-            self.drop(min(self._kept, key=lambda name: self._kept[name].n_bytes))
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # other code has used up the limit
-                return False
-            raise
-        # The worker closed its descriptor meanwhile: the number belongs to another file by now.
-        if os.fstat(fd).st_size != n_bytes:
-            os.close(fd)
-            return None
-        self._kept[name] = Kept(fd, n_bytes)
-        return True
-
-    def clear(self, suffix: str = "") -> None:
-        """Drop all files whose name ends with `suffix`."""
-        for name in [name for name in self._kept if name.endswith(suffix)]:
-            self.drop(name)
-
-    def drop(self, name: str) -> None:
-        """Drop a file; its memory is freed once no process has it open or mapped."""
-        if (kept := self._kept.pop(name, None)) is not None:
-            os.close(kept.fd)
-
-
-def _close(kept: OrderedDict[str, Kept]) -> None:
-    """Close all files of a shelf that is garbage-collected."""
-    for file in kept.values():
-        os.close(file.fd)
+    n_nannies = int(environ.get("PCM_JOB_WORKERS", "0"))
+    if config.host_budget_bytes is not None:
+        return config.host_budget_bytes // max(1, n_nannies)
+    # A job may be granted less than what the kernel would let it take.
+    granted = limit * n_nannies if limit and n_nannies else MEMORY_LIMIT
+    return min(MEMORY_LIMIT, granted) // 2 // max(1, n_nannies)
 
 
 @functools.cache
-def _shelves() -> weakref.WeakValueDictionary[str, ImageShelf]:
+def _shelves() -> weakref.WeakValueDictionary[str, Shelf]:
     """The shelves of this process, by scheduler address; each lives as long as a nanny uses it."""
     return weakref.WeakValueDictionary()
 
@@ -139,9 +84,8 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         self._nanny = nanny
         manager = nanny.memory_manager
         self._limit = manager.memory_limit if manager else None
-        budget = self.config.host_budget_bytes
-        shelf = ImageShelf(MEMORY_LIMIT // 2 if budget is None else budget)
-        self._shelf: ImageShelf | None = _shelves().setdefault(nanny.scheduler_addr, shelf)
+        shelf = Shelf(host_budget_bytes(self.config, os.environ, self._limit))
+        self._shelf: Shelf | None = _shelves().setdefault(nanny.scheduler_addr, shelf)
         nanny.handlers.update(self._handlers)
         self._notice: asyncio.Task[None] | None = None
         interrupts().block(self)
@@ -157,6 +101,7 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         self.allow_memory(0)
         if self._shelf is not None:
             self._shelf.clear(self._own(""))
+            self._shelf.leave(nanny.address)
         self._shelf = None
         fork_server().release(nanny)
 
@@ -166,8 +111,11 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         return {
             "pcm_allow_memory": self.allow_memory,
             "pcm_fork_server": self.use_fork_server,
+            "pcm_begin": self.begin,
             "pcm_find": self.find,
             "pcm_keep": self.keep,
+            "pcm_pin": self.pin,
+            "pcm_unpin": self.unpin,
             "pcm_drop": self.drop,
             "pcm_clear": self.clear,
             "pcm_listens_to_signals": self.listens_to_signals,
@@ -208,6 +156,11 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         )
         return True
 
+    def begin(self) -> None:
+        """A worker process begins: what only the one before could use is dropped."""
+        if self._shelf is not None:
+            self._shelf.leave(self._nanny.address)
+
     def allow_memory(self, n_bytes: int) -> None:
         """Raise the limit at which the worker is killed by `n_bytes`; see ``MemoryAllowance``."""
         if self._limit:
@@ -222,23 +175,41 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
     def find(self, digest: str) -> str | None:
         """The path of a context's memory file: this worker's own, or the one of the whole host."""
         assert self._shelf is not None
-        return self._shelf.find(self._own(digest)) or self._shelf.find(digest)
+        return next(filter(None, map(self._shelf.find, self._names(digest))), None)
 
-    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
-        """Keep a memory file that the worker has open; see ``ImageShelf.keep``."""
+    def keep(
+        self, digest: str, path: str, n_bytes: int, is_shared: bool, is_pinned: bool
+    ) -> bool | None:
+        """Keep a memory file that the worker has open; see ``Shelf.keep``."""
         assert self._shelf is not None
-        return self._shelf.keep(digest if is_shared else self._own(digest), path, n_bytes)
+        name = digest if is_shared else self._own(digest)
+        return self._shelf.keep(name, path, n_bytes, self._nanny.address if is_pinned else None)
+
+    def pin(self, digest: str) -> bool:
+        """Keep a file until ``unpin``; False if it is not there any more."""
+        assert self._shelf is not None
+        return any(self._shelf.pin(name, self._nanny.address) for name in self._names(digest))
+
+    def unpin(self, digest: str) -> None:
+        """The worker does not depend on a file any more."""
+        if self._shelf is not None:
+            for name in self._names(digest):
+                self._shelf.unpin(name, self._nanny.address)
 
     def drop(self, digest: str) -> None:
         """Drop a context's memory files."""
         if self._shelf is not None:
-            self._shelf.drop(digest)
-            self._shelf.drop(self._own(digest))
+            for name in self._names(digest):
+                self._shelf.drop(name, self._nanny.address)
 
     def clear(self) -> None:
         """Drop all memory files of the cluster on this host."""
         if self._shelf is not None:
             self._shelf.clear()
+
+    def _names(self, digest: str) -> tuple[str, str]:
+        """The files that may be a context's: this worker's own comes first."""
+        return self._own(digest), digest
 
     def _own(self, digest: str) -> str:
         """The name of a file that only this nanny's worker uses: it belongs on its device."""
@@ -246,7 +217,7 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
 
 
 class NannyLink:
-    """The worker's side: calls handlers of the nanny. Implements ``images.Keeper``.
+    """The worker's side: calls handlers of the nanny. Implements ``host.Keeper``.
 
     Methods block; for any thread but the event loop's.
     """
@@ -274,6 +245,10 @@ class NannyLink:
                 logger.warning("The nanny of %s does not answer %s: %r", worker, op, error)
             return None
 
+    def begin(self) -> None:
+        """This process has begun; the nanny forgets what only the one before could use."""
+        self.ask("pcm_begin")
+
     def use_fork_server(self) -> None:
         """Start this worker's successor from the fork server; asks the nanny once."""
         if not self._has_fork_server:
@@ -288,11 +263,22 @@ class NannyLink:
         path: str | None = self.ask("pcm_find", digest=digest)
         return path
 
-    def keep(self, digest: str, path: str, n_bytes: int, is_shared: bool) -> bool | None:
+    def keep(
+        self, digest: str, path: str, n_bytes: int, is_shared: bool, is_pinned: bool
+    ) -> bool | None:
         """See ``Keeper``."""
-        says = {"digest": digest, "path": path, "n_bytes": n_bytes, "is_shared": is_shared}
-        is_kept: bool | None = self.ask("pcm_keep", **says)
+        says = {"digest": digest, "path": path, "n_bytes": n_bytes}
+        flags = {"is_shared": is_shared, "is_pinned": is_pinned}
+        is_kept: bool | None = self.ask("pcm_keep", **says, **flags)
         return is_kept
+
+    def pin(self, digest: str) -> bool:
+        """See ``Keeper``."""
+        return bool(self.ask("pcm_pin", digest=digest))
+
+    def unpin(self, digest: str) -> None:
+        """See ``Keeper``."""
+        self.ask("pcm_unpin", digest=digest)
 
     def drop(self, digest: str) -> None:
         """See ``Keeper``."""

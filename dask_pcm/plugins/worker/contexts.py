@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import pickle
 import sys
 import threading
@@ -25,11 +26,11 @@ from dask_pcm.config import Config
 from dask_pcm.context.context import ContextRef
 from dask_pcm.errors import DeviceBusyError, LoadError, redacted
 from dask_pcm.ladder.files.staging import Staging
-from dask_pcm.ladder.objects.images import Host
+from dask_pcm.ladder.objects.host import Host
 from dask_pcm.ladder.objects.tensors import device_bytes
 from dask_pcm.ladder.residency import Change
 from dask_pcm.ladder.store import Store
-from dask_pcm.plugins.nanny.plugin import NannyLink
+from dask_pcm.plugins.nanny.plugin import NannyLink, host_budget_bytes
 from dask_pcm.plugins.worker.memory import MemoryAllowance
 from dask_pcm.plugins.worker.tuning import give_back_memory, tuning
 from dask_pcm.tiers import Tier
@@ -82,7 +83,7 @@ class WorkerContexts:
         self.store = Store(
             self._report,
             staging,
-            Host(nanny if worker.nanny else None),
+            _host(worker, config, nanny),
             self._budget,
             is_mapped=config.device_budget_bytes is None,
             is_cpu_only=config.is_cpu_only,
@@ -278,3 +279,11 @@ def _import(names: Sequence[str]) -> None:
     for name in names:
         with suppress(Exception):
             importlib.import_module(name)
+
+
+def _host(worker: Worker, config: Config, nanny: NannyLink) -> Host:
+    """The host tier; without a nanny it ends with this process."""
+    if worker.nanny:
+        return Host(nanny)
+    limit = worker.memory_manager.memory_limit
+    return Host(budget_bytes=host_budget_bytes(config, os.environ, limit))

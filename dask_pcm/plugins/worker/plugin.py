@@ -81,6 +81,7 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
         before = of_process()
         of_process.cache_clear()
         self.contexts.submit(before.close)
+        self.contexts.submit(self.nanny.begin)
         self.contexts.submit(self.memory.begin)
         self._interrupts = Ignored()
         if worker.nanny:

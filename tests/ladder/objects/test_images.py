@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from dask_pcm.ladder.objects.freeze import freeze
-from dask_pcm.ladder.objects.images import LEAST_BYTES, Host, Image
-from dask_pcm.plugins.nanny.plugin import ImageShelf
+from dask_pcm.ladder.objects.host import LEAST_BYTES, Host, LocalKeeper
+from dask_pcm.ladder.objects.images import Image
+from dask_pcm.ladder.objects.shelf import Shelf
 from tests.support.patience import patient, until
 
 
@@ -31,11 +32,9 @@ def model(n=256, seed=0):
     return module
 
 
-class OwnShelf(ImageShelf):
+def keeper(n_bytes=1 << 30):
     """A keeper in this process."""
-
-    def keep(self, digest, path, n_bytes, is_shared):
-        return super().keep(digest, path, n_bytes)
+    return LocalKeeper(Shelf(n_bytes))
 
 
 @pytest.mark.parametrize("is_mapped", [True, False])
@@ -52,7 +51,7 @@ def test_an_object_comes_back_from_its_image(is_mapped):
 
 
 def test_what_a_process_writes_to_it_is_its_own():
-    host = Host(OwnShelf(1 << 30))
+    host = Host(keeper())
     image = host.put("a", "a", freeze({"model": model(), "array": np.arange(100_000)}))
     one, _ = image.thaw(is_mapped=True)
     with torch.no_grad():
@@ -84,7 +83,7 @@ def test_mapped_there_is_one_copy_of_it():
         found = {line.split()[0]: int(line.split()[1]) for line in lines[1:]}
         return 1024 * (found["Private_Clean:"] + found["Private_Dirty:"])
 
-    host = Host(OwnShelf(1 << 30))
+    host = Host(keeper())
     image = host.put("a", "a", freeze(model(2048)))
     one, _ = image.thaw(is_mapped=True)
     rows = torch.ones(1, 2048)
@@ -97,11 +96,11 @@ def test_mapped_there_is_one_copy_of_it():
 
 def test_what_is_small_or_has_no_keeper_gets_none():
     apart = freeze(model())
-    assert Host(OwnShelf(1 << 30)).put("a", "a model", apart) is not None
+    assert Host(keeper()).put("a", "a model", apart) is not None
     assert Host().put("a", "a model", apart) is None
     small = freeze(torch.nn.Linear(4, 4))
     assert small.n_bytes < LEAST_BYTES
-    assert Host(OwnShelf(1 << 30)).put("a", "a model", small) is None
+    assert Host(keeper()).put("a", "a model", small) is None
 
 
 @pytest.mark.parametrize(("n_bytes", "says"), [(0, "no room"), (1 << 30, "not here")])
@@ -113,23 +112,23 @@ def test_where_it_cannot_be_the_log_says_that_the_disk_serves(n_bytes, says, cap
 
         monkeypatch.setattr(os, "memfd_create", refuse)
     with caplog.at_level(logging.WARNING):
-        assert Host(OwnShelf(n_bytes)).put("a", "a model", freeze(model())) is None
+        assert Host(keeper(n_bytes)).put("a", "a model", freeze(model())) is None
     assert "'a model'" in caplog.text and says in caplog.text and "disk" in caplog.text
 
 
 def test_where_nobody_answers_the_log_blames_no_setting(caplog):
-    class Drain(OwnShelf):
-        def keep(self, *args):
+    class Drain(LocalKeeper):
+        def keep(self, *args, **says):
             return None
 
-    assert Host(Drain(1 << 30)).put("a", "a model", freeze(model())) is None
+    assert Host(Drain(Shelf(1 << 30))).put("a", "a model", freeze(model())) is None
     assert "no room" not in caplog.text and not caplog.records
 
 
 def test_whoever_was_least_lately_used_makes_room():
     apart = freeze(model())
     size = Image.write(apart).n_bytes
-    shelf = OwnShelf(int(2.5 * size))
+    shelf = keeper(int(2.5 * size))
     host = Host(shelf)
     host.put("a", "a", apart)
     host.put("b", "b", apart)
@@ -142,18 +141,19 @@ def test_whoever_was_least_lately_used_makes_room():
 
 def test_a_file_that_is_another_contexts_is_not_taken(caplog):
     """The number of a descriptor may have been given to another file in between."""
-    shelf = OwnShelf(1 << 30)
+    shelf = keeper()
     host = Host(shelf)
     host.put("a", "a", freeze(model()))
     monkey = Host(shelf)
     with pytest.raises(ValueError, match="of 'a', not of 'b'"):
         Image(os.open(shelf.find("a"), os.O_RDONLY), "b")
-    shelf._kept["b"] = shelf._kept["a"]
+    kept = shelf._shelf._kept
+    kept["b"] = kept["a"]
     assert monkey.find("b") is None
     assert monkey.find("a") is not None
-    del shelf._kept["b"]
+    del kept["b"]
     n_open = len(os.listdir("/proc/self/fd"))
-    assert not shelf.keep("c", shelf.find("a"), 17, True)  # who asked has closed it since
+    assert not shelf.keep("c", shelf.find("a"), 17, True, False)  # who asked has closed it since
     assert len(os.listdir("/proc/self/fd")) == n_open
 
 
@@ -170,7 +170,7 @@ def test_shelves_do_not_leak_files():
     gc.collect()  # of other tests
     apart = freeze(model())
     before = memory_files()
-    shelf = OwnShelf(1 << 30)
+    shelf = keeper()
     host = Host(shelf)
     for name in "aab":
         host.put(name, name, apart)
@@ -210,7 +210,7 @@ def test_what_is_mapped_needs_no_file():
 @pytest.mark.parametrize("is_mapped", [True, False])
 def test_however_many_contexts_files_are_left_for_others(few_files, is_mapped, caplog):
     """Those that have no image live in their process alone."""
-    shelf = OwnShelf(1 << 30)
+    shelf = keeper()
     host, lives = Host(shelf), []
     large = host.put("large", "large", freeze(model()))
     for number in range(resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
@@ -230,25 +230,25 @@ def test_however_many_contexts_files_are_left_for_others(few_files, is_mapped, c
 
 
 def test_where_the_keeper_has_no_file_left_there_is_no_room(few_files, caplog):
-    shelf = OwnShelf(1 << 30)
+    shelf = keeper()
     image = Image.write(freeze(model()))
     path, taken = f"/proc/self/fd/{image.fd}", []
     with contextlib.suppress(OSError):
         while True:
             taken.append(os.open(os.devnull, os.O_RDONLY))
     try:
-        assert not shelf.keep("a", path, image.n_bytes, True)
+        assert not shelf.keep("a", path, image.n_bytes, True, False)
         assert Host(shelf).put("a", "a", freeze(model())) is None
     finally:
         for fd in taken:
             os.close(fd)
-    assert shelf.keep("a", path, image.n_bytes, True)
+    assert shelf.keep("a", path, image.n_bytes, True, False)
 
 
 KEEPER = """
 import os, sys, time
-from dask_pcm.plugins.nanny.plugin import ImageShelf
-shelf = ImageShelf(1 << 30)
+from dask_pcm.ladder.objects.shelf import Shelf
+shelf = Shelf(1 << 30)
 path, n_bytes = sys.stdin.readline().split()
 shelf.keep("it", path, int(n_bytes))
 print(shelf.find("it"), flush=True)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dask_pcm.context.context import Recipe
-from dask_pcm.ladder.objects.images import Host, Image
+from dask_pcm.ladder.objects.host import ContextImages, Host
+from dask_pcm.ladder.objects.images import Image, NoRoomError
 from dask_pcm.ladder.objects.live import Live, frozen
-from tests.ladder.objects.test_images import OwnShelf, model
+from tests.ladder.objects.test_images import keeper, model
 from tests.ladder.objects.test_tensors import Tied
 
 PLAIN = Recipe(model, (), {})
@@ -23,8 +24,12 @@ PLAIN = Recipe(model, (), {})
 
 def live_of(value, recipe=PLAIN, has_image=True):
     apart = frozen(value, recipe, "a model")
-    image = Image.write(apart) if has_image and apart.skeleton is not None else None
-    return Live(value, recipe, apart, image)
+    images = ContextImages(Host(keeper()), "it")
+    if has_image:
+        images.host.put("it", "a model", apart)
+    live = Live(value, recipe, apart, images)
+    live.apart = None  # as once it is kept
+    return live
 
 
 def identities_of(value):
@@ -51,7 +56,7 @@ def test_down_and_up_again_it_is_the_same_object_to_the_bit(has_image):
 
 def test_what_a_task_has_changed_stays_changed():
     live = live_of(model())
-    kept = live.image
+    kept = live._lower.host.find("it")
     with torch.no_grad():
         live.value[0].weight[3, 3] = 42.0
     for _ in range(2):
@@ -60,6 +65,37 @@ def test_what_a_task_has_changed_stays_changed():
         assert live.value[1].weight[3, 3] == 42.0
     found, _ = kept.thaw(is_mapped=True)  # what the next process finds is as it was loaded
     assert found[0].weight[3, 3] != 42.0
+
+
+def one_of(host, name):
+    value = model()
+    return Live(value, PLAIN, frozen(value, PLAIN, "a model"), ContextImages(host, name))
+
+
+def test_what_finds_no_room_on_the_host_stays_on_the_device():
+    size = Image.write(frozen(model(), PLAIN, "a model")).n_bytes
+    host = Host(keeper(int(1.5 * size)))
+    first, second = one_of(host, "a"), one_of(host, "b")
+    first.apart = second.apart = None
+    assert first.offload()
+    with pytest.raises(NoRoomError, match=r"host\.budget"):
+        second.offload()
+    assert second.value[0].weight.any()
+    first.restore()  # its copy makes room now
+    assert second.offload() and not second.n_bytes
+    with pytest.raises(NoRoomError):
+        first.offload()
+    second.leave()  # given up
+    assert first.offload()
+
+
+def test_what_has_no_room_is_not_written_first(monkeypatch):
+    """Written and then refused, it could have ended the job for its memory."""
+    live = one_of(Host(keeper(1 << 10)), "it")
+    live.apart = None
+    monkeypatch.setattr("dask_pcm.ladder.objects.tensors.write", lambda *args: 1 / 0)
+    with pytest.raises(NoRoomError):
+        live.offload()
 
 
 def test_mapped_it_has_been_there_all_the_time():
@@ -92,7 +128,7 @@ def test_what_cannot_be_pickled_goes_by_its_modules():
     rows = torch.randn(2, 256)
     with torch.no_grad():
         before = live.value.model(rows)
-    assert live.image is None and live.n_bytes > 0
+    assert live.n_bytes > 0
     assert live.offload() and live.n_bytes == 0
     live.restore()
     assert torch.equal(live.value.model(rows), before)
@@ -108,7 +144,6 @@ def test_hooks_move_what_is_theirs():
     value = model()
     recipe = Recipe(model, (), {}, offload=said.append, restore=lambda v: (said.append(v), v)[1])
     live = live_of(value, recipe)
-    assert live.image is None
     assert live.offload() and live.value is value
     live.restore()
     assert said == [value, value]
@@ -156,7 +191,7 @@ def test_what_outlives_the_process_and_what_does_not(caplog):
     with caplog.at_level(logging.INFO):
         apart = frozen({"lock": threading.Lock()}, wanted, "an engine")
     assert apart.skeleton is None and "'an engine' cannot be kept" in caplog.text
-    assert Host(OwnShelf(1 << 30)).put("a", "an engine", apart) is None
+    assert Host(keeper()).put("a", "an engine", apart) is None
     closes = Recipe(model, (), {}, close=print)
     assert frozen(model(), closes, "an engine").skeleton is None
 

@@ -165,4 +165,4 @@ def test_without_a_nanny_there_is_nobody_to_keep_it(log):
 def test_a_nanny_that_is_not_asked_any_more_has_refused_nothing():
     link = NannyLink(SimpleNamespace(nanny="tcp://127.0.0.1:1"))
     link.close()
-    assert link.keep("digest", "/proc/1/fd/3", 17, is_shared=True) is None
+    assert link.keep("digest", "/proc/1/fd/3", 17, is_shared=True, is_pinned=False) is None

@@ -14,6 +14,7 @@ from dask.distributed import Client, wait
 
 import dask_pcm as pcm
 from dask_pcm.errors import LoadError
+from dask_pcm.plugins.nanny.plugin import KeeperPlugin
 from dask_pcm.plugins.scheduler.plugin import GATE
 from tests.conftest import validated_cluster
 from tests.support.patience import patient, until
@@ -135,6 +136,31 @@ def test_hidden_from_the_gate_they_share_all_the_same(client, log):
     wait(futures, timeout=patient(60))
     assert client.gather(futures) == [(i, [float(i % 3)]) for i in range(12)]
     assert loads(log) == {0: 1, 1: 1, 2: 1}
+
+
+@pytest.mark.usefixtures("spawned")
+def test_on_a_small_host_what_finds_no_room_is_loaded_again(log, capfd):
+    """The device has room for two contexts, the host for one: it never takes more."""
+    sizes = {"pcm.ladder.device.budget": "10 MiB", "pcm.ladder.host.budget": "6 MiB"}
+    with (
+        dask.config.set(sizes),
+        validated_cluster(n_workers=1) as cluster,
+        Client(cluster) as client,
+    ):
+        pcm.install(client)
+        (nanny,) = cluster.workers.values()
+        shelf = nanny.plugins[KeeperPlugin.name]._shelf
+        four = contexts(log, 4)
+        for i in range(16):
+            assert client.submit(ask, i, four[i % 4]).result(60) == (i, [float(i % 4)])
+            assert sum(kept.n_bytes for kept in shelf._kept.values()) <= 6 * MIB
+            assert sum(bool(kept.pins) for kept in shelf._kept.values()) <= 1
+        (pid,) = client.run(os.getpid).values()
+        os.kill(pid, signal.SIGKILL)
+        for i in range(16, 20):
+            assert client.submit(ask, i, four[i % 4]).result(60) == (i, [float(i % 4)])
+    assert all(n > 1 for n in loads(log).values())
+    assert "no room for it (pcm.ladder.host.budget" in capfd.readouterr().err
 
 
 def test_killed_all_are_found_again(client, log):
