@@ -39,13 +39,18 @@ class Upkeep:
     """
 
     def __init__(
-        self, scheduler: Scheduler, fleets: Mapping[str, Fleet], jobs: Jobs, wishes: Wishes
+        self,
+        scheduler: Scheduler,
+        fleets: Mapping[str, Fleet],
+        jobs: Jobs,
+        wishes: Wishes,
+        poll_s: float | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._fleets = fleets
         self._jobs = jobs
         self._wishes = wishes
-        self._poll_s = Config.read().poll_s
+        self._poll_s = poll_s or Config.read().poll_s
         self._polled_at = -math.inf
         #: Tasks that run now, by what they do.
         self._running: dict[str, asyncio.Task[None]] = {}

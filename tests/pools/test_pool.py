@@ -68,7 +68,7 @@ def test_a_file_has_pools_by_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a10: {}", "one section, pools"), ("pools: [", "cannot be read"), ("pools: {}", "no pool")],
+    [("a10: {}", "must have a section pools"), ("pools: [", "cannot be read"), ("pools: {}", "no pool")],
 )
 def test_a_file_that_is_none_is_refused(tmp_path, text, said):
     path = tmp_path / "cluster.yaml"
