@@ -144,7 +144,9 @@ def _exports(start: Start) -> list[str]:
 
 def _ports(pool: Pool) -> list[str]:
     """Options of ``dask worker``: it and its nanny each take the first free port of a range."""
-    return [] if pool.ports is None else [f"--{one}-port {pool.ports}" for one in ("worker", "nanny")]
+    return (
+        [] if pool.ports is None else [f"--{one}-port {pool.ports}" for one in ("worker", "nanny")]
+    )
 
 
 def _quoted(path: str) -> str:
