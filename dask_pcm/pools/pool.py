@@ -254,11 +254,10 @@ def pools_of(given: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Poo
     PoolError
         The file cannot be read, or a pool has an unknown key or a value that cannot be used.
     """
-    if not isinstance(given, Mapping):
-        given = read_file(given)["pools"]
-    if not given:
+    pools: Mapping[str, Any] = given if isinstance(given, Mapping) else read_file(given)["pools"]
+    if not pools:
         raise PoolError("There is no pool. Give at least one: {'gpus': pcm.Pool(...)}.")
-    return {str(name): _pool(str(name), value) for name, value in given.items()}
+    return {str(name): _pool(str(name), value) for name, value in pools.items()}
 
 
 def read_file(file: str | os.PathLike[str]) -> Mapping[str, Any]:

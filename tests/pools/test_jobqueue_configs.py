@@ -161,8 +161,8 @@ exec srun --kill-on-bad-exit=0 --cpus-per-task=4 {PYTHON} -m dask_pcm.pools.laun
 # qsub(1B), https://github.com/openpbs/openpbs/blob/master/doc/man1/qsub.1B
 #   -N, -q, -A         name (an alphabetic or numeric character first), destination, account string
 #   -l walltime        job-wide, outside of select
-#   -r n               "Job is not rerunnable"; several jobs go as "-r y -J 0-n" on the command line,
-#                      which precedes: arrays have to be rerunnable
+#   -r n               "Job is not rerunnable"; several jobs go as "-r y -J 0-n" on the
+#                      command line, which precedes: arrays have to be rerunnable
 #   -j oe              standard error "merged into standard output"
 #   -l select=1:...    "[N:]chunk", "resource_name=value[:resource_name=value ...]"
 #   -l place=pack:shared   "All chunks will be taken from one host", "can share the vnodes chosen"

@@ -1,4 +1,4 @@
-"""The files of ``jobqueue-configs`` on a real Slurm, whose partitions and GPUs are called as theirs."""
+"""The files of ``jobqueue-configs`` on a real Slurm with partitions and GPUs of the same names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SLURM = sorted(path.name for path in CONFIGS.glob("slurm-*.yaml"))
 
 @pytest.fixture
 def run(claims, tmp_path):
-    """Compute forty rows with one job of each of some pools, and return the workers' environments."""
+    """Compute rows with one job of each of some pools; return the workers' environments."""
 
     def run(cluster, pools, n_workers):
         frame = pcm.map_partitions(

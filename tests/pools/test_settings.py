@@ -56,6 +56,6 @@ def test_the_first_free_port_of_a_range_is_taken():
         assert ClusterSettings(port=f"{port}:{port + 2}").free_port() in (port + 1, port + 2)
         assert ClusterSettings(port=0).free_port() == 0
         assert ClusterSettings(port=port).free_port() == port  # Dask says that it is taken
-        with socket.create_server(("", port + 1)):
-            with pytest.raises(PoolError, match=f"None of the ports {port} to {port + 1} is free"):
-                ClusterSettings(port=f"{port}:{port + 1}").free_port()
+        said = f"None of the ports {port} to {port + 1} is free"
+        with socket.create_server(("", port + 1)), pytest.raises(PoolError, match=said):
+            ClusterSettings(port=f"{port}:{port + 1}").free_port()

@@ -1,4 +1,4 @@
-"""A model that fits on no worker's devices is refused where the user calls; others find their pool."""
+"""A model that fits on no worker's devices is refused where the user calls; others fit a pool."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ ON_CPU = ["export DASK_PCM__WORKER__ACCELERATOR=cpu"]
 
 
 def pool(memory, **options):
-    return pcm.Pool(
-        batch="local", gpus_per_job=1, device_memory=memory, prologue=ON_CPU, **options
-    )
+    return pcm.Pool(batch="local", gpus_per_job=1, device_memory=memory, prologue=ON_CPU, **options)
 
 
 @pytest.fixture

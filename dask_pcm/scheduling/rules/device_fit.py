@@ -15,12 +15,12 @@ def needed_bytes(state: GateState, contexts: Iterable[str]) -> int:
 
 
 def fits(state: GateState, view: WorkerView, group: Group) -> bool:
-    """Whether a group's contexts fit a worker's device, were it empty; so if its size is unknown."""
+    """Whether a group's contexts fit a worker's device, were it empty; true if not known."""
     return view.device_bytes is None or needed_bytes(state, group.contexts) <= view.device_bytes
 
 
 def fits_pool(state: GateState, pool: str, group: Group) -> bool:
-    """Whether a group's contexts fit the device of a pool's workers; so if its size is unknown."""
+    """Whether a group's contexts fit the device of a pool's workers; true if not known."""
     limit = state.pools.get(pool)
     return limit is None or needed_bytes(state, group.contexts) <= limit
 
