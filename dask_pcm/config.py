@@ -155,6 +155,7 @@ class Config:
     n_threads: int | None = _set_by("worker.threads", _COUNT.or_null())
     imports: tuple[str, ...] = _set_by("worker.imports", _MODULES.or_null(()))
     device: str | None = _set_by("worker.device", _DEVICE.or_null(), of_job=True)
+    n_devices: int = _set_by("worker.devices", _COUNT, of_job=True)
     is_cpu_only: bool = _set_by("worker.accelerator", _ACCELERATOR, of_job=True)
     pool: str | None = _set_by("worker.pool", _POOL.or_null(), of_job=True)
     walltime_s: float | None = _set_by("worker.walltime", _SOME_TIME.or_null(), of_job=True)
@@ -171,13 +172,15 @@ class Config:
     batch_tokens: int = _set_by("inference.batch-tokens", _COUNT)
     batch_rows: int = _set_by("inference.batch-rows", _COUNT)
     # ladder
-    device_budget_bytes: int | None = _set_by("ladder.device.budget", _SOME_BYTES.or_null())
+    device_budget_bytes: int | None = _set_by(
+        "ladder.device.budget", _SOME_BYTES.or_null(), of_job=True
+    )
     host_budget_bytes: int | None = _set_by("ladder.host.budget", _SIZE.or_null())
     disk_path: str | None = _set_by("ladder.disk.path", _FOLDER.or_null())
     disk_quota_bytes: int | None = _set_by("ladder.disk.quota", _SOME_BYTES.or_null())
     is_staged_always: bool = _set_by("ladder.stage", _STAGE)
     store_timeout_s: float = _set_by("ladder.store.timeout", _SOME_TIME)
-    ports: tuple[int, ...] = _set_by("ladder.transfer.ports", _PORTS)
+    ports: tuple[int, ...] = _set_by("ladder.transfer.ports", _PORTS, of_job=True)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -35,6 +35,7 @@ def texts():
         ("dask_pcm", "*.py", "*.yaml"),
         ("docs", "*.md"),
         ("benchmarks", "*.py", "*.md"),
+        ("jobqueue-configs", "*.yaml"),
         ("notebooks", "*.ipynb"),
     ):
         for pattern in patterns:

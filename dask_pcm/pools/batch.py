@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -106,8 +107,8 @@ def launcher_options(start: Start) -> dict[str, Any]:
         "job_name": f"pcm-{start.name}",
         "python": f"exec {python}",
         "worker_command": "dask_pcm.pools.launcher",
-        "worker_extra_args": [*launcher, *pool.worker_args],
-        "local_directory": None if pool.scratch is None else shlex.quote(pool.scratch),
+        "worker_extra_args": [*launcher, *_ports(pool), *pool.worker_args],
+        "local_directory": None if pool.scratch is None else _quoted(pool.scratch),
         "log_directory": None,  # each batch system's way of submitting says where the output goes
         "death_timeout": 60,
         "nanny": True,
@@ -127,14 +128,37 @@ def log_of(start: Start, job: str) -> Path:
 def _exports(start: Start) -> list[str]:
     """Settings of the workers' own job, as lines of a shell script."""
     pool = start.pool
+    n_devices = pool.gpus_per_worker if pool.gpus_per_job else 1
     values = {
-        "POOL": start.name,
-        "DEVICE": pool.device,
-        "WALLTIME": None if pool.walltime_s is None else f"{pool.walltime_s:.0f}s",
-        "IMPORTS": repr(list(Config.read().imports)),
+        "WORKER__POOL": start.name,
+        "WORKER__DEVICE": pool.device,
+        "WORKER__DEVICES": f"{n_devices}" if n_devices > 1 else None,
+        "WORKER__WALLTIME": None if pool.walltime_s is None else f"{pool.walltime_s:.0f}s",
+        "WORKER__IMPORTS": repr(list(Config.read().imports)),
+        "LADDER__DEVICE__BUDGET": None if pool.device_bytes is None else f"{pool.device_bytes}",
+        "LADDER__TRANSFER__PORTS": pool.ports,
     }
     texts = {key: shlex.quote(value) for key, value in values.items() if value is not None}
-    return [f"export DASK_PCM__WORKER__{key}={text}" for key, text in texts.items()]
+    return [f"export DASK_PCM__{key}={text}" for key, text in texts.items()]
+
+
+def _ports(pool: Pool) -> list[str]:
+    """Options of ``dask worker``: it and its nanny each take the first free port of a range."""
+    return (
+        [] if pool.ports is None else [f"--{one}-port {pool.ports}" for one in ("worker", "nanny")]
+    )
+
+
+def _quoted(path: str) -> str:
+    """A path for a shell, which fills in environment variables and nothing else.
+
+    >>> _quoted("$TMPDIR/my dask"), _quoted("$(date)")
+    ('"$TMPDIR/my dask"', '"\\\\$(date)"')
+    """
+    if "$" not in path:
+        return shlex.quote(path)
+    text = re.sub(r'(["\\`]|\$(?=\())', r"\\\1", path)
+    return f'"{text}"'
 
 
 async def call(*command: str, folder: Path | None = None) -> str:

@@ -15,9 +15,11 @@ from distributed.utils import NoOpAwaitable
 
 from dask_pcm.errors import PoolError
 from dask_pcm.pools.connection import Connection
+from dask_pcm.pools.dashboard import proxied, tunnel
 from dask_pcm.pools.fleet import Fleet
 from dask_pcm.pools.jobs import Jobs
 from dask_pcm.pools.pool import pools_of
+from dask_pcm.pools.settings import ClusterSettings
 from dask_pcm.pools.upkeep import Upkeep
 from dask_pcm.pools.wishes import Wishes
 
@@ -31,11 +33,18 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
     Parameters
     ----------
     pools
-        Pools by name, or a YAML file with a section ``pools``.
-    host, interface, port
+        Pools by name, or a YAML file with a section ``pools``. Its section ``cluster`` may have
+        host, interface, port, dashboard_address and poll_interval; arguments precede it.
+    host, interface
         Where workers reach the scheduler; Dask's defaults.
+    port
+        Where it listens: a port, a range such as "8786:8799" of which the first free one is taken,
+        or 0 for any.
     dashboard_address
         Where the dashboard listens: on this machine alone, unless another address is given.
+    poll_interval
+        Between two queries of a batch system, such as "120s" where a site asks for it; None for
+        the setting ``pcm.pools.poll-interval``.
     security
         True for temporary certificates, which TLS needs; False for none; or your own.
     name
@@ -60,18 +69,20 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
         *,
         host: str | None = None,
         interface: str | None = None,
-        port: int = 0,
+        port: int | str = 0,
         dashboard_address: str | None = "127.0.0.1:0",
+        poll_interval: str | float | None = None,
         security: bool | Security = True,
         name: str | None = None,
         asynchronous: bool = False,
         loop: Any = None,
         silence_logs: Any = logging.WARNING,
     ) -> None:
+        given = ClusterSettings(host, interface, port, dashboard_address, poll_interval)
+        self._settings = given.over_file(pools)
         self.pools = pools_of(pools)
         self._fleets = {name: Fleet(name, pool) for name, pool in self.pools.items()}
         self._wishes = Wishes(self.pools)
-        self._dashboard_address = dashboard_address
         if not isinstance(security, (bool, Security)):
             raise PoolError(f"security is {security!r:.40}; expected True, False or a Security.")
         if security is True:
@@ -80,10 +91,9 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
         self._jobs = Jobs(self.pools, self._connection.tls)
         self._upkeep: Upkeep | None = None
         options = {
-            "host": host,
-            "interface": interface,
-            "port": port,
-            "dashboard_address": dashboard_address,
+            "host": self._settings.host,
+            "interface": self._settings.interface,
+            "dashboard_address": self._settings.dashboard_address,
             "protocol": "tls://" if security else None,
             "security": security or None,
             "preload": ["dask_pcm.preload"],
@@ -143,12 +153,24 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
 
     @property
     def dashboard_link(self) -> str:
-        """Where the dashboard is; on this machine, unless another address was given."""
+        """Where the dashboard is; on this machine, unless another address was given.
+
+        In a notebook of JupyterHub, the link of its proxy (jupyter-server-proxy).
+        """
         link = str(super().dashboard_link)
-        if link and str(self._dashboard_address).startswith(("127.0.0.1", "localhost")):
+        if link and self._settings.is_dashboard_local:
             host = self.scheduler_address.split("://")[1].rpartition(":")[0]
-            return link.replace(f"//{host}:", "//127.0.0.1:")
+            return proxied(link.replace(f"//{host}:", "//127.0.0.1:"), os.environ)
         return link
+
+    @property
+    def dashboard_tunnel(self) -> str:
+        """The ``ssh`` command with which another machine can open `dashboard_link`.
+
+        Empty where the dashboard listens for other machines, or JupyterHub passes it on.
+        """
+        link = self.dashboard_link
+        return tunnel(link) if link and self._settings.is_dashboard_local else ""
 
     @property
     def lack(self) -> str:
@@ -177,6 +199,12 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
     def _supports_scaling(self) -> bool:
         return len(self.pools) == 1
 
+    def __repr__(self) -> str:
+        text, link, command = super().__repr__(), self.dashboard_link, self.dashboard_tunnel
+        if link:
+            text += f"\n  dashboard: {link}"
+        return text + (f" (from another machine: {command})" if command else "")
+
     def _repr_html_(self, cluster_status: str | None = None) -> str:
         rows = "".join(
             f"<tr><td>{html.escape(name)}</td><td>{pool.batch}</td><td>{self._wishes.targets[name]}</td>"
@@ -187,19 +215,28 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
         heads = "".join(
             f"<th>{h}</th>" for h in ("pool", "batch", "wanted", "workers", "pending", "")
         )
-        return str(super()._repr_html_(f"<table><tr>{heads}</tr>{rows}</table>"))
+        table, command = f"<table><tr>{heads}</tr>{rows}</table>", self.dashboard_tunnel
+        if command:
+            table += (
+                "<p>To open the dashboard from another machine, run there:"
+                f" <code>{html.escape(command)}</code></p>"
+            )
+        return str(super()._repr_html_(table))
 
     async def _start(self) -> None:
         try:
             if self.status == Status.created:
                 await self._jobs.check()
+                self.scheduler_spec["options"]["port"] = self._settings.free_port()
             await super()._start()
         except BaseException:
             self._connection.remove()
             raise
         if self._upkeep is None:
             self._connection.publish(self.scheduler.address)
-            self._upkeep = Upkeep(self.scheduler, self._fleets, self._jobs, self._wishes)
+            self._upkeep = Upkeep(
+                self.scheduler, self._fleets, self._jobs, self._wishes, self._settings.poll_s
+            )
 
     async def _close(self) -> None:
         upkeep, self._upkeep = self._upkeep, None

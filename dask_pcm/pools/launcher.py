@@ -63,8 +63,19 @@ def shares(devices: Sequence[str], n_workers: int) -> list[list[str]]:
 
 
 def environments(environ: Mapping[str, str], n_workers: int) -> list[dict[str, str]]:
-    """The environment of each worker, which sees its own devices only."""
+    """The environment of each worker, which sees its own devices only.
+
+    Where the batch system lists none (some hide all other devices from a job instead), they are
+    counted: a job has several workers only if it has a number of devices for each.
+
+    >>> [one["CUDA_VISIBLE_DEVICES"] for one in environments({}, 2)]
+    ['0', '1']
+    """
     found: list[dict[str, str]] = [dict(environ) for _ in range(n_workers)]
+    if n_workers > 1 and not any(environ.get(name, "").strip() for name in _DEVICES):
+        each = int(environ.get("DASK_PCM__WORKER__DEVICES", "1"))
+        for k, one in enumerate(found):
+            one["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(k * each, (k + 1) * each)))
     for name in _DEVICES:
         devices = [device for device in environ.get(name, "").split(",") if device.strip()]
         if devices and n_workers > 1:

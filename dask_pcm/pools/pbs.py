@@ -50,7 +50,8 @@ class PBS:
         return ids
 
     async def _submit(self, start: Start, n_jobs: int, *options: str) -> list[str]:
-        array = ["-J", f"0-{n_jobs - 1}"] if n_jobs > 1 else []
+        # PBS refuses arrays that are not rerunnable; options take precedence over the script's.
+        array = ["-r", "y", "-J", f"0-{n_jobs - 1}"] if n_jobs > 1 else []
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"pcm-{start.name}.sh")
             path.write_text(script(start), encoding="utf-8")

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from dask_pcm.errors import PoolError
 BATCH_SYSTEMS = ("slurm", "pbs", "local")
 #: No worker starts with less; and a number without a unit is likely to be meant in another.
 _LEAST_MEMORY = 1 << 26
+#: A worker listens on one, its nanny on another, and what it stages for others on a third.
+_PORTS_OF_WORKER = 3
+#: Of a device's memory, what contexts may take: the rest is for activations.
+_FOR_CONTEXTS = 0.9
 _TEXTS = ("queue", "account", "gpu_type", "device", "scratch", "log_directory", "python")
 #: Slurm's and PBS's ways to write a time: days, hours, minutes and seconds.
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?")
@@ -52,6 +56,10 @@ class Pool:
         GPUs that a worker sees, for models that are larger than one.
     gpu_type
         The site's name of the GPU model, for instance "a10"; None for any.
+    device_memory
+        The memory of one of its GPUs, for instance "80 GB"; None if it is not known. With it, a
+        context that fits on no pool's workers is refused before any job starts, and jobs are
+        submitted to pools that it fits. Workers use 0.9 of it for contexts.
     nodes_per_job
         Nodes of a job. More than one need ``srun`` inside the job.
     is_array
@@ -64,7 +72,11 @@ class Pool:
     device
         The device model of its workers, for the policy's estimates; None: detected.
     scratch
-        A folder on the node's own disk for workers; None for Dask's default.
+        A folder on the node's own disk for workers; None for Dask's default. Environment variables
+        in it are the job's, for instance "$TMPDIR".
+    ports
+        Ports that workers, their nannies and what they send each other listen on, as "first:last",
+        for sites that open few; None for any. Each worker on a node takes three.
     log_directory
         A folder for the output of jobs; None for ``~/.dask_pcm/logs``.
     directives
@@ -94,6 +106,7 @@ class Pool:
     gpus_per_job: int = 0
     gpus_per_worker: int = 1
     gpu_type: str | None = None
+    device_memory: str | None = None
     nodes_per_job: int = 1
     is_array: bool = True
     max_jobs: int | None = None
@@ -101,6 +114,7 @@ class Pool:
     idle_timeout: str = "60s"
     device: str | None = None
     scratch: str | None = None
+    ports: str | None = None
     log_directory: str | None = None
     directives: tuple[str, ...] = ()
     prologue: tuple[str, ...] = ()
@@ -145,8 +159,25 @@ class Pool:
                 f"gpus_per_job={self.gpus_per_job} cannot be divided among workers with"
                 f" gpus_per_worker={self.gpus_per_worker} each. Make it a multiple."
             )
-        if self.mem == "per-gpu" and not self.gpus_per_job:
-            raise PoolError("mem='per-gpu' needs gpus_per_job of 1 or more.")
+        for name, is_given in (
+            ("mem='per-gpu'", self.mem == "per-gpu"),
+            ("device_memory", self.device_memory is not None),
+        ):
+            if is_given and not self.gpus_per_job:
+                raise PoolError(f"{name} needs gpus_per_job of 1 or more.")
+        self._check_devices_and_ports()
+
+    def _check_devices_and_ports(self) -> None:
+        if self.device_memory is not None:
+            self._parsed("device_memory", parse_bytes)
+        if self.ports is not None:
+            least = _PORTS_OF_WORKER * self.workers_per_node
+            try:
+                n_ports = len(port_range(self.ports))
+            except (ValueError, TypeError) as error:
+                raise _refused("ports", self.ports, "'first:last', such as '9000:9099'") from error
+            if n_ports < least:
+                raise _refused("ports", self.ports, f"{least} or more: {_PORTS_OF_WORKER} a worker")
 
     @property
     def workers_per_node(self) -> int:
@@ -157,6 +188,13 @@ class Pool:
     def workers_per_job(self) -> int:
         """Workers of a job."""
         return self.workers_per_node * self.nodes_per_job
+
+    @property
+    def device_bytes(self) -> int | None:
+        """What contexts may take on the devices of one worker, in bytes; None if not known."""
+        if self.device_memory is None:
+            return None
+        return int(_FOR_CONTEXTS * parse_bytes(self.device_memory)) * self.gpus_per_worker
 
     @property
     def max_workers(self) -> float:
@@ -176,7 +214,7 @@ class Pool:
         try:
             found = parse(value)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            wanted = "a size, such as '8 GiB'" if name == "memory" else "a time, such as '2h'"
+            wanted = "a size, such as '8 GiB'" if "memory" in name else "a time, such as '2h'"
             raise _refused(name, value, wanted) from error
         if not found > 0:
             raise _refused(name, value, "more than 0")
@@ -188,6 +226,26 @@ class Pool:
             raise _refused(name, value, f"a whole number, at least {least}")
 
 
+def port_range(text: Any) -> range:
+    """Ports as "first:last", or one.
+
+    Raises
+    ------
+    ValueError, TypeError
+        It is no range of ports.
+
+    >>> port_range("9000:9002"), port_range(0)
+    (range(9000, 9003), range(0, 1))
+    """
+    if isinstance(text, bool) or not isinstance(text, (int, str)):
+        raise TypeError(text)
+    first, _, last = str(text).partition(":")
+    found = range(int(first), int(last or first) + 1)
+    if not found or found[0] < 0 or found[-1] > 65_535:
+        raise ValueError(text)
+    return found
+
+
 def pools_of(given: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Pool]:
     """Pools by name, from what a user gives: a mapping, or a YAML file with a section ``pools``.
 
@@ -196,24 +254,32 @@ def pools_of(given: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Poo
     PoolError
         The file cannot be read, or a pool has an unknown key or a value that cannot be used.
     """
-    if not isinstance(given, Mapping):
-        given = _read(Path(os.fspath(given)))
-    if not given:
+    pools: Mapping[str, Any] = given if isinstance(given, Mapping) else read_file(given)["pools"]
+    if not pools:
         raise PoolError("There is no pool. Give at least one: {'gpus': pcm.Pool(...)}.")
-    return {str(name): _pool(str(name), value) for name, value in given.items()}
+    return {str(name): _pool(str(name), value) for name, value in pools.items()}
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_file(file: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The sections of a cluster file: ``pools``, and ``cluster`` if it has one.
+
+    Raises
+    ------
+    PoolError
+        It cannot be read, or has other sections.
+    """
+    path = Path(os.fspath(file))
     try:
         found = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise PoolError(f"The cluster file {str(path)!r} cannot be read: {error}") from error
     pools = found.get("pools") if isinstance(found, dict) else None
-    if not isinstance(pools, dict) or set(found) != {"pools"}:
+    if not isinstance(pools, dict) or not set(found) <= {"pools", "cluster"}:
         raise PoolError(
-            f"The cluster file {str(path)!r} must have one section, pools, with a pool a name."
+            f"The cluster file {str(path)!r} must have a section pools, with a pool a name, and may"
+            " have a section cluster."
         )
-    return pools
+    return found
 
 
 def _pool(name: str, given: Any) -> Pool:
@@ -227,16 +293,20 @@ def _pool(name: str, given: Any) -> Pool:
         return given
     if not isinstance(given, Mapping):
         raise PoolError(f"Pool {name!r} is {given!r:.80}; expected a Pool or its parameters.")
-    known = [f.name for f in fields(Pool) if f.init]
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" Known are {', '.join(known)}."
-            raise PoolError(f"Pool {name!r} has an unknown key {key!r}.{hint}")
+    refuse_unknown(f"Pool {name!r}", given, [f.name for f in fields(Pool) if f.init])
     try:
         return Pool(**given)
     except PoolError as error:
         raise PoolError(f"Pool {name!r}: {error}") from error
+
+
+def refuse_unknown(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise PoolError if `given` has a key that is not known."""
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Known are {', '.join(known)}."
+            raise PoolError(f"{what} has an unknown key {key!r}.{hint}")
 
 
 def _seconds(value: Any) -> float:

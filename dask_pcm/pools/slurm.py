@@ -112,8 +112,10 @@ def script(start: Start) -> str:
     if pool.nodes_per_job > 1:
         skipped.append("-n 1")
         lines += [f"--nodes={pool.nodes_per_job}", "--ntasks-per-node=1"]
-        # Only a step runs on all nodes; a batch script runs on the first.
-        options["python"] = options["python"].replace("exec ", "exec srun --kill-on-bad-exit=0 ", 1)
+        # Only a step runs on all nodes; a batch script runs on the first. Since 22.05 a step does
+        # not inherit the job's cores per task.
+        srun = f"exec srun --kill-on-bad-exit=0 --cpus-per-task={pool.cores} "
+        options["python"] = options["python"].replace("exec ", srun, 1)
     options["job_extra_directives"] = [*lines, *pool.directives]
     options["job_directives_skip"] = skipped
     job = jobqueue("slurm").SLURMJob(

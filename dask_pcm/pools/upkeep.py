@@ -19,6 +19,7 @@ from dask_pcm.plugins.scheduler.plugin import GATE
 from dask_pcm.pools.fleet import Fleet, Job
 from dask_pcm.pools.jobs import Jobs
 from dask_pcm.pools.wishes import Wishes
+from dask_pcm.scheduling.events import PoolsDeclared
 from dask_pcm.scheduling.rules.scaling import needed_workers
 from dask_pcm.scheduling.state.state import GateState
 
@@ -39,14 +40,22 @@ class Upkeep:
     """
 
     def __init__(
-        self, scheduler: Scheduler, fleets: Mapping[str, Fleet], jobs: Jobs, wishes: Wishes
+        self,
+        scheduler: Scheduler,
+        fleets: Mapping[str, Fleet],
+        jobs: Jobs,
+        wishes: Wishes,
+        poll_s: float | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._fleets = fleets
         self._jobs = jobs
         self._wishes = wishes
-        self._poll_s = Config.read().poll_s
+        self._poll_s = poll_s or Config.read().poll_s
         self._polled_at = -math.inf
+        # A pool that may have no jobs offers no device.
+        offered = {name: f.pool for name, f in fleets.items() if f.pool.max_workers}
+        self._device_bytes = {name: pool.device_bytes for name, pool in offered.items()}
         #: Tasks that run now, by what they do.
         self._running: dict[str, asyncio.Task[None]] = {}
         self._keeping = asyncio.create_task(self._keep())
@@ -79,6 +88,8 @@ class Upkeep:
         """Compare what there is with what is wanted; submit and cancel."""
         gate = self._scheduler.plugins.get(GATE)
         state: GateState | None = None if gate is None else gate.state
+        if gate is not None and gate.state.pools != self._device_bytes:  # new, or installed anew
+            gate.hub.apply(PoolsDeclared(self._device_bytes))
         noticed, needed = self._workers(state)
         now = time.monotonic()
         self._sync(noticed, now)

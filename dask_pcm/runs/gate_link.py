@@ -18,6 +18,7 @@ from typing import Any
 from distributed import Client, Future, LocalCluster
 
 from dask_pcm.context.context import ContextRef
+from dask_pcm.errors import DeviceMemoryError
 from dask_pcm.scheduling.feed.feed import DeviceDemand
 
 #: How long a call waits for the scheduler's answer; an answer that comes later is taken in then.
@@ -60,6 +61,7 @@ class GateLink:
     def __init__(self, client: Client, run: str, refs: Sequence[ContextRef], kind: str) -> None:
         self._client = client
         self._fixed = {"run": run, "client": client.id, "refs": pickle.dumps(refs), "kind": kind}
+        self._has_contexts = bool(refs)
         self._asked: Answer[Any] | None = None
         self._n_most = 0
         #: When the gate last answered, and when it last had workers.
@@ -92,6 +94,23 @@ class GateLink:
         if gate.n_workers:
             self._had_workers_at = time.monotonic()
         return gate
+
+    def refuse_too_large(self) -> None:
+        """Raise if no worker, and no pool of the cluster, has devices that the contexts fit.
+
+        Raises
+        ------
+        DeviceMemoryError
+            With what they take and what each pool's workers have.
+        """
+        scheduler = self._client.scheduler
+        if scheduler is None or not self._has_contexts:
+            return
+        asked = self._ask(scheduler.pcm_too_large(refs=self._fixed["refs"]))
+        _wait(asked, _ANSWER_S)
+        why = _result(asked) if asked.done() else asked.cancel()
+        if isinstance(why, str) and why:
+            raise DeviceMemoryError(why)
 
     def close(self) -> None:
         """Close the run at the gate, which then keeps no workers for it."""

@@ -94,6 +94,7 @@ class Session:
             stack.callback(self._link.close)
             # A resumed job may have nothing left to do, so only a new one warms workers already.
             if not output.storage.exists(MANIFEST):
+                self._link.refuse_too_large()
                 self._warm()
             fence = output.storage.fence
             with fence.takeover_lock():
@@ -190,6 +191,8 @@ class Session:
         output, plan, config = self._lease.output, self._plan, self._config
         resumed = resume(output, plan, self._schema, config.unit_bytes, self._options.retry_failed)
         resumed.count(self.state.report)
+        if resumed.cutter.n_rows:
+            self._link.refuse_too_large()
         spec = self._unit_spec(resumed)
         # After `resume`: only then is it known that no part is there.
         if not resumed.inventory:

@@ -106,6 +106,8 @@ def write_parquet(
         Another run is at work on the output.
     OutputError
         The output is another job's, holds other files or cannot be written; nothing was changed.
+    DeviceMemoryError
+        The declared memory of the contexts is more than any worker's devices have, or any pool's.
     LoadError, FailedRowsError, LostProcessError
         A context cannot be loaded, too many rows failed, or row after row ended its worker; what
         was committed stays.

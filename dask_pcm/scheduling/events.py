@@ -7,6 +7,7 @@ out the actions that ``policy.decide`` returns. Sizes are in bytes, durations in
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import TypeAlias
 
@@ -255,6 +256,19 @@ class RunClosed:
     run: str
 
 
+@dataclass(frozen=True, slots=True)
+class PoolsDeclared:
+    """A cluster has announced the pools whose jobs it may submit.
+
+    Attributes
+    ----------
+    device_bytes
+        By pool, what contexts may take on the devices of one of its workers; None if not known.
+    """
+
+    device_bytes: Mapping[str, int | None]
+
+
 Event: TypeAlias = (
     WorkerJoined
     | WorkerLeft
@@ -270,6 +284,7 @@ Event: TypeAlias = (
     | ProcessEnded
     | RunReported
     | RunClosed
+    | PoolsDeclared
 )
 
 

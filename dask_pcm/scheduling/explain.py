@@ -6,6 +6,7 @@ import math
 from collections import Counter
 
 from dask_pcm.scheduling.events import Assign, Fail, Group, Load, Quarantine, Vacate
+from dask_pcm.scheduling.rules.device_fit import fits, needed_bytes
 from dask_pcm.scheduling.rules.drain_time import capacities, drain_s
 from dask_pcm.scheduling.state.decisions import Decision
 from dask_pcm.scheduling.state.state import GateState
@@ -122,6 +123,11 @@ def _why_cold(state: GateState, group: Group, view: WorkerView, now: float) -> s
     missing = view.missing(group.contexts)
     n_bytes = sum(state.contexts.size(context) for context in missing)
     free = view.free_bytes
+    if not fits(state, view, group):
+        return (
+            f"{_names(state, group)} needs {needed_bytes(state, group.contexts):,} bytes on a"
+            f" device, and its has {view.device_bytes:,} for contexts"
+        )
     if n_bytes > free:
         return (
             f"cold: {_names(state, group)} needs {n_bytes:,} bytes of its device, {free:,.0f} are"

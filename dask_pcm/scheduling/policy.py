@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dask_pcm.scheduling.events import Action
-from dask_pcm.scheduling.rules.eviction import (
-    Demand,
-    cancel_evictions,
-    fail_too_large,
-    offload_idle,
-)
+from dask_pcm.scheduling.rules.device_fit import fail_too_large
+from dask_pcm.scheduling.rules.eviction import Demand, cancel_evictions, offload_idle
 from dask_pcm.scheduling.rules.placement import Placement, reserve_workers
 from dask_pcm.scheduling.rules.quarantine import give_up, quarantine_nodes
 from dask_pcm.scheduling.rules.rules import Rules

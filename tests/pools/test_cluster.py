@@ -202,6 +202,36 @@ def test_the_link_of_the_dashboard_leads_there(cluster):
         assert answer.status == 200
 
 
+def test_another_machine_is_told_how_to_reach_the_dashboard(cluster, monkeypatch):
+    one = cluster()
+    port = one.dashboard_link.rpartition(":")[2].split("/")[0]
+    command = f"ssh -N -L {port}:127.0.0.1:{port} "
+    assert one.dashboard_tunnel.startswith(command)
+    for text in (repr(one), one._repr_html_()):
+        assert command in text and one.dashboard_link in text
+    monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/ann/")
+    assert one.dashboard_link == f"/user/ann/proxy/{port}/status"
+    assert one.dashboard_tunnel == ""
+    for text in (repr(one), one._repr_html_()):
+        assert "ssh" not in text and one.dashboard_link in text
+    everywhere = cluster(dashboard_address=":0")
+    assert everywhere.dashboard_tunnel == "" and "proxy" not in everywhere.dashboard_link
+
+
+def test_scheduler_and_workers_listen_on_the_ports_that_are_open(cluster):
+    one = cluster({"cpu": pcm.Pool(batch="local", ports="29000:29019")}, port="28900:28919")
+    assert 28900 <= int(one.scheduler_address.rpartition(":")[2]) <= 28919
+    one.scale(2)
+    with Client(one) as client:
+        client.wait_for_workers(2, timeout=patient(60))
+        found = client.run(lambda dask_worker: dask_worker.plugins["pcm-contexts"].config.ports)
+        assert set(found.values()) == {tuple(range(29000, 29020))}
+    workers = one.scheduler_info["workers"]
+    addresses = [*workers, *(worker["nanny"] for worker in workers.values())]
+    ports = {int(address.rpartition(":")[2]) for address in addresses}
+    assert len(ports) == 4 and ports <= set(range(29000, 29020))
+
+
 def test_the_handler_of_interrupts_stays(cluster):
     before = signal.getsignal(signal.SIGINT)
     cluster()

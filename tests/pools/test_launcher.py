@@ -32,7 +32,12 @@ def test_each_worker_sees_its_own_devices_whatever_they_are_called():
     assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == ["0,GPU-8a2c", "MIG-77,3"]
     assert all(one["A"] == "b" and one["ROCR_VISIBLE_DEVICES"] == "" for one in found)
     assert environments(environ, 1) == [environ]
-    assert environments({"A": "b"}, 2) == [{"A": "b"}] * 2
+
+
+def test_devices_that_the_batch_system_does_not_list_are_counted():
+    counted = environments({"A": "b", "DASK_PCM__WORKER__DEVICES": "2"}, 2)
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in counted] == ["0,1", "2,3"]
+    assert environments({"A": "b"}, 1) == [{"A": "b"}]
 
 
 def test_devices_that_cannot_be_divided_end_the_job_in_words():

@@ -99,7 +99,7 @@ def test_several_jobs_are_one_array_unless_a_site_takes_none(says, tmp_path):
     args = says("qsub", "100[].pbs-1.site")
     ids = asyncio.run(PBS().submit(begin(tmp_path), 3))
     assert ids == ["100[0]", "100[1]", "100[2]"]
-    assert args.read_text().startswith("-J 0-2 ")
+    assert args.read_text().startswith("-r y -J 0-2 ")
     says("qsub", "100.pbs-1.site")
     args.unlink()
     assert asyncio.run(PBS().submit(begin(tmp_path, is_array=False), 2)) == ["100", "100"]

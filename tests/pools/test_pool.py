@@ -40,6 +40,10 @@ def test_sizes_and_times_are_parsed_and_workers_counted():
         ({"mem": "per-gpu"}, "mem='per-gpu' needs gpus_per_job"),
         ({"directives": "--constraint=a"}, "directives is '--constraint=a'; expected a list"),
         ({"gpu_per_job": 1}, "unknown key 'gpu_per_job'. Did you mean 'gpus_per_job'"),
+        ({"gpus_per_job": 1, "device_memory": "big"}, "device_memory is 'big'; expected a size"),
+        ({"device_memory": "8 GB"}, "device_memory needs gpus_per_job of 1 or more"),
+        ({"ports": "9000"}, "ports is '9000'; expected 3 or more: 3 a worker"),
+        ({"ports": "a:b"}, "ports is 'a:b'; expected 'first:last'"),
         ({"zzz": 1}, "unknown key 'zzz'. Known are batch, queue"),
     ],
 )
@@ -47,6 +51,12 @@ def test_what_cannot_be_used_is_named_with_its_pool(given, text):
     with pytest.raises(PoolError, match="Pool 'a10'") as raised:
         pools_of({"a10": given})
     assert text in str(raised.value)
+
+
+def test_what_contexts_of_a_worker_may_take():
+    pool = pcm.Pool(gpus_per_job=4, gpus_per_worker=2, device_memory="80 GB")
+    assert pool.device_bytes == 2 * 72_000_000_000
+    assert pcm.Pool(gpus_per_job=1).device_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -68,7 +78,11 @@ def test_a_file_has_pools_by_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a10: {}", "one section, pools"), ("pools: [", "cannot be read"), ("pools: {}", "no pool")],
+    [
+        ("a10: {}", "must have a section pools"),
+        ("pools: [", "cannot be read"),
+        ("pools: {}", "no pool"),
+    ],
 )
 def test_a_file_that_is_none_is_refused(tmp_path, text, said):
     path = tmp_path / "cluster.yaml"

@@ -94,9 +94,24 @@ def test_what_sites_ask_for_and_refuse(pool, has, lacks):
 
 
 def test_a_job_of_several_nodes_has_a_launcher_on_each():
-    assert f"exec srun --kill-on-bad-exit=0 {shlex.quote(sys.executable)} -m" in written(
-        nodes_per_job=2
+    srun = "exec srun --kill-on-bad-exit=0 --cpus-per-task=4"
+    assert f"{srun} {shlex.quote(sys.executable)} -m" in written(nodes_per_job=2, cores=4)
+
+
+def test_a_workers_share_of_ports_devices_and_disk():
+    text = written(
+        gpus_per_job=4,
+        gpus_per_worker=2,
+        device_memory="80 GB",
+        ports="9000:9099",
+        scratch='$TMPDIR/a "b" $(c) `d`',
     )
+    assert "export DASK_PCM__WORKER__DEVICES=2\n" in text
+    assert "export DASK_PCM__LADDER__DEVICE__BUDGET=144000000000\n" in text
+    assert "export DASK_PCM__LADDER__TRANSFER__PORTS=9000:9099\n" in text
+    assert " --worker-port 9000:9099 --nanny-port 9000:9099\n" in text
+    # The shell fills in the variable, and runs no command.
+    assert r' --local-directory "$TMPDIR/a \"b\" \$(c) \`d\`" ' in text
 
 
 def test_what_a_surrounding_job_has_set_is_not_passed_on():

@@ -1,4 +1,4 @@
-"""A private Slurm on this machine: four nodes with pretended GPUs, and a partition that preempts.
+"""A private Slurm on this machine: five nodes with pretended GPUs, and a partition that preempts.
 
 Jobs are tracked by control groups: without, children of a job escape its end, and what is proved of
 preemption is proved of nothing.
@@ -18,8 +18,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: Nodes with their GPUs: of two kinds and, on the last, two on a node.
-NODES = {"a10n1": "a10:1", "a10n2": "a10:1", "h100n1": "h100:1", "titann1": "titanx:2"}
+#: Nodes with their GPUs: of several kinds and, on the last two, several on a node.
+NODES = {
+    "a10n1": "a10:1",
+    "a10n2": "a10:1",
+    "h100n1": "h100:1",
+    "titann1": "titanx:2",
+    "quadn1": "a100:4",
+}
+#: Partitions as those of ``jobqueue-configs``, on the same nodes.
+_CONFIGURED = ("preemptible", "gpu-nodes", "gpu")
+#: What pretends to be a GPU.
+_FILES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
 GRACE_S, KILL_WAIT_S = 10, 5
 _COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
 _CGROUPS = Path("/sys/fs/cgroup/freezer")
@@ -149,8 +159,8 @@ def _configure(folder: Path) -> Path:
         f"KillWait={KILL_WAIT_S}",
     ]
     lines += [
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=4"
-        f" Sockets=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:{gpus}"
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=32"
+        f" Sockets=1 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=512000 Gres=gpu:{gpus}"
         " State=UNKNOWN"
         for node, gpus in NODES.items()
     ]
@@ -159,14 +169,18 @@ def _configure(folder: Path) -> Path:
         f"PartitionName=owners {shared} PriorityTier=100 PreemptMode=OFF",
         f"PartitionName=opportunistic {shared} Default=YES PriorityTier=1 PreemptMode=CANCEL"
         f" GraceTime={GRACE_S} DefMemPerCPU=200",
+        *(
+            f"PartitionName={name} {shared} PriorityTier=1 PreemptMode=CANCEL GraceTime={GRACE_S}"
+            " DefMemPerCPU=200"
+            for name in _CONFIGURED
+        ),
     ]
     conf = folder / "slurm.conf"
     conf.write_text("\n".join(lines) + "\n")
     gres = []
     for node, gpus in NODES.items():
         kind, n = gpus.split(":")
-        files = ("/dev/null", "/dev/zero")[: int(n)]
-        gres += [f"NodeName={node} Name=gpu Type={kind} File={file}" for file in files]
+        gres += [f"NodeName={node} Name=gpu Type={kind} File={one}" for one in _FILES[: int(n)]]
     (folder / "gres.conf").write_text("\n".join(gres) + "\n")
     (folder / "cgroup.conf").write_text(
         "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"

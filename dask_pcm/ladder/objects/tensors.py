@@ -24,15 +24,23 @@ _CHUNK_BYTES = 16 << 20
 _MAX_THREADS = 8
 
 
-def device_bytes() -> int | None:
+def device_bytes(n_devices: int = 1) -> int | None:
     """The default device budget: 90 % of the accelerator's memory; None without an accelerator.
 
     The rest is left for activations.
+
+    Parameters
+    ----------
+    n_devices
+        Devices that a context may span: the first ones, where the worker sees more.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
-    return int(0.9 * torch.cuda.mem_get_info()[1])
+    if n_devices == 1:  # the current one, which need not be the first
+        return int(0.9 * torch.cuda.mem_get_info()[1])
+    seen = range(min(n_devices, torch.cuda.device_count()))
+    return sum(int(0.9 * torch.cuda.mem_get_info(device)[1]) for device in seen)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from dask_pcm.plugins.scheduler.contexts import ContextService, LoadReports
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.scheduling.events import Group, RunClosed, RunReported
+from dask_pcm.scheduling.rules.device_fit import why_too_large
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,23 @@ class RunService(Service):
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
         """See ``Service``."""
-        return {"pcm_run": self.on_run}
+        return {"pcm_run": self.on_run, "pcm_too_large": self.on_too_large}
+
+    async def on_too_large(self, refs: bytes) -> str:
+        """Why the contexts of a run that is to begin fit no device, in words; "" if they may fit.
+
+        Asked before the run opens: nothing is submitted, loaded or scaled for it.
+        """
+        asked: tuple[ContextRef, ...] = pickle.loads(refs)
+        state = self._hub.state
+        sizes = {
+            ref.digest: ref.device_memory_bytes
+            if ref.device_memory_bytes is not None and ref.digest not in state.contexts.measured
+            else state.contexts.size(ref.digest)
+            for ref in asked
+        }
+        names = list({ref.digest: ref.name for ref in asked}.values())
+        return why_too_large(state, names, sum(sizes.values()), state.workers.values())
 
     async def on_run(
         self, run: str, client: str, refs: bytes, kind: str, n_rows: float, n_units: int

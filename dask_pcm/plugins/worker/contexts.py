@@ -165,7 +165,7 @@ class WorkerContexts:
 
     def _budget(self) -> int | None:
         """What contexts may take on the device, in bytes; None for no limit. For any thread."""
-        own_bytes = None if self._config.is_cpu_only else device_bytes()
+        own_bytes = None if self._config.is_cpu_only else device_bytes(self._config.n_devices)
         return self._config.device_budget_bytes or own_bytes
 
     def _report(self, change: Change) -> None:

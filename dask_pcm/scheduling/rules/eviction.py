@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dask_pcm.scheduling.events import Action, Fail, Group, Offload, Vacate
+from dask_pcm.scheduling.events import Action, Group, Offload, Vacate
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 from dask_pcm.tiers import Tier
@@ -145,29 +145,6 @@ def _can_evict(
     )
     turn_s = now - view.warm_since.get(context, now)
     return turn_s >= max(_MIN_TURN_S, TURNS * moving_s)
-
-
-def fail_too_large(
-    state: GateState, group: Group, workers: Sequence[WorkerView]
-) -> Iterator[Action]:
-    """Fail work whose contexts fit on no worker's device.
-
-    Only if all candidates have reported a limit: a worker that has not may be large enough.
-    """
-    limits = [view.device_bytes for view in workers]
-    known = [limit for limit in limits if limit is not None]
-    contexts = dict.fromkeys(group.contexts)
-    n_bytes = sum(state.contexts.size(context) for context in contexts)
-    if not known or len(known) < len(limits) or n_bytes <= max(known):
-        return
-    names = " and ".join(repr(state.contexts.names.get(context, context)) for context in contexts)
-    error = (
-        f"{names} {'need' if len(contexts) > 1 else 'needs'} {n_bytes:,} bytes on a device, and the"
-        f" largest device has {max(known):,} for contexts ({len(known)} workers checked;"
-        " pcm.ladder.device.budget). Use a smaller model or data type, or workers with larger"
-        " devices."
-    )
-    yield from (Fail(key, group.contexts[0], error) for key in state.ahead.waiting.keys(group))
 
 
 def cancel_evictions(state: GateState, demand: Demand, now: float) -> None:

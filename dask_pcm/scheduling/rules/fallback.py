@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from dask_pcm.scheduling.events import Assign, Group, Load
+from dask_pcm.scheduling.rules.device_fit import fits
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 from dask_pcm.tiers import Tier
@@ -28,7 +29,11 @@ def stalled(state: GateState, now: float, stall_s: float) -> object | None:
         loaded_at = max(state.plans.moved_at.get(context, -math.inf) for context in group.contexts)
         if now - max(moved_at, loaded_at) < stall_s:
             continue
-        workers = [view for view in state.candidates(group) if not view.is_draining]
+        workers = [
+            view
+            for view in state.candidates(group)
+            if not view.is_draining and fits(state, view, group)
+        ]
         if any(map(_is_idle, workers)) and not any(_is_serving(view, group) for view in workers):
             work = state.ahead.peek(group)
             return work.key if work else None
@@ -49,7 +54,11 @@ def _is_serving(view: WorkerView, group: Group) -> bool:
 def assign_as_dask(state: GateState, now: float) -> None:
     """Assign waiting work to idle workers, warm or not; a cold worker loads first."""
     for group in list(state.ahead.waiting.queues):
-        idle = [v for v in state.candidates(group) if not v.running and not v.is_draining]
+        idle = [
+            view
+            for view in state.candidates(group)
+            if not view.running and not view.is_draining and fits(state, view, group)
+        ]
         for view in idle:
             work = state.ahead.peek(group, view.device)
             if work is None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from dask_pcm.scheduling.events import Group
+from dask_pcm.scheduling.rules.device_fit import fits_pool
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 from dask_pcm.tiers import Tier
@@ -31,6 +32,9 @@ def spread(
 ) -> dict[str, int]:
     """Which pools are to have the workers that the work is worth: the fastest ones first.
 
+    Before speed goes whether the work fits their devices: a pool that can do all of it precedes one
+    that can do some, and one that can do none of it gets no workers.
+
     Parameters
     ----------
     n_workers
@@ -43,9 +47,12 @@ def spread(
     """
     supply = supply or {}
     slowness = {pool: _slowness(state, pool) for pool in limits}
+    groups = list(state.ahead.groups())
+    n_unfit = {pool: sum(not fits_pool(state, pool, g) for g in groups) for pool in limits}
     found: dict[str, int] = {}
-    for pool in sorted(limits, key=lambda pool: slowness[pool]):
-        n = min(limits[pool], math.ceil(max(0.0, n_workers) * slowness[pool] - 1e-9))
+    for pool in sorted(limits, key=lambda pool: (n_unfit[pool], slowness[pool])):
+        most = 0 if groups and n_unfit[pool] == len(groups) else limits[pool]
+        n = min(most, math.ceil(max(0.0, n_workers) * slowness[pool] - 1e-9))
         found[pool] = int(n)
         n_workers -= min(n, supply.get(pool, n)) / slowness[pool]
     return found

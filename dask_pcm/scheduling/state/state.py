@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dask_pcm.scheduling.events import (
@@ -16,6 +16,7 @@ from dask_pcm.scheduling.events import (
     Load,
     LoadsGivenUp,
     Offload,
+    PoolsDeclared,
     ProcessEnded,
     Quarantine,
     ResidencyReported,
@@ -59,6 +60,9 @@ class GateState:
     failures: Failures = field(default_factory=Failures)
     estimates: Estimates = field(init=False)
     plans: Plans = field(default_factory=Plans)
+    #: What contexts may take on the devices of a worker of each pool, or None, by pool; empty where
+    #: the cluster has no pools, or has not announced them.
+    pools: Mapping[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.estimates = Estimates(contexts=self.contexts)
@@ -100,6 +104,8 @@ class GateState:
                 n_bytes = self.contexts.declare(happening)
                 if n_bytes is not None:
                     self._resize(context, n_bytes)
+            case PoolsDeclared(device_bytes):
+                self.pools = device_bytes
             case Restarted():
                 self.failures.clear()
                 for view in self.workers.values():
