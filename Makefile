@@ -10,12 +10,13 @@ BENCHMARKS := main_job batches doors ladder policy drills
 # What needs a device runs on the torch that is there, which need not be that of .venv.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
-.PHONY: help demo test test-dask lint bench gpu clean
+.PHONY: help demo test test-condor test-dask lint bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    verify 5,000 generated claims on a local cluster"
 	@echo "make test    set up and run the tests"
+	@echo "make test-condor    the tests that need an HTCondor, with one of their own (needs root)"
 	@echo "make test-dask DISTRIBUTED=CHECKOUT    distributed's own tests, without and with the toolkit"
 	@echo "make lint    format, lint, types, import layers"
 	@echo "make bench   run the benchmarks and print their tables"
@@ -26,6 +27,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test-condor: $(READY)
+	bash .ci/condor $(BIN)/python -m pytest -p no:cacheprovider -rA tests/pools/test_condor.py
 
 test-dask: $(READY)
 	@test -d "$(DISTRIBUTED)/distributed/tests" || { \

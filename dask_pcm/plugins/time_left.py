@@ -2,7 +2,8 @@
 
 Three ends have three times: that of the walltime, that of a preemption (the partition's grace time)
 and that of a cancelled job. With a preemption's signal, Slurm sets the job's end anew, so that one
-question answers the first two; after SIGTERM, SIGKILL follows in its ``KillWait``.
+question answers the first two; after SIGTERM, SIGKILL follows in its ``KillWait``. HTCondor has one
+time for all of them, and writes it beside the job.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+
+from dask_pcm.plugins.classad import JOB, MACHINE, number_in
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +30,14 @@ def time_left_s(number: int, environ: Mapping[str, str] = os.environ) -> float:
     """Seconds until this job's end, after signal `number`; blocks for seconds at most.
 
     Under Slurm, the end of the job as ``squeue`` has it (``%e``) and, after SIGTERM, ``KillWait``.
-    ``UNKNOWN_S`` elsewhere, and where Slurm does not answer.
+    Under HTCondor, the smaller of what the job has asked for (``JobMaxVacateTime``) and what the
+    machine gives (``MachineMaxVacateTime``). ``UNKNOWN_S`` elsewhere, and where Slurm does not
+    answer.
     """
+    if JOB in environ:
+        asked = number_in(environ, JOB, "JobMaxVacateTime")
+        given = number_in(environ, MACHINE, "MachineMaxVacateTime")
+        return float(min((n for n in (asked, given) if n is not None), default=UNKNOWN_S))
     job = environ.get("SLURM_JOB_ID")
     if job is None:
         return UNKNOWN_S

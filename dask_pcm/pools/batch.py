@@ -23,7 +23,12 @@ from dask_pcm.pools.pool import Pool
 #: A command of a batch system that takes longer is given up: its server does not answer.
 _COMMAND_S = 60.0
 #: What a surrounding job sets, or a user for a terminal: commands would take it for options.
-_OF_JOB = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "PBS_")
+_OF_JOB = (
+    *("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "PBS_", "PCM_JOB_ID", "_CHIRP_"),
+    # Other names that begin with _CONDOR_ are settings, for instance where the queue is.
+    *("_CONDOR_JOB_", "_CONDOR_MACHINE_AD", "_CONDOR_SCRATCH_DIR", "_CONDOR_SLOT", "_CONDOR_BIN"),
+    *("_CONDOR_ANCESTOR_", "_CONDOR_Assigned", "_CONDOR_CHIRP_", "_CONDOR_CREDS"),
+)
 #: Says which configuration the batch system's commands use.
 _OF_SITE = frozenset({"SLURM_CONF", "PBS_CONF_FILE", "PBS_EXEC", "PBS_HOME", "PBS_SERVER"})
 

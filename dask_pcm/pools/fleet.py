@@ -3,7 +3,8 @@
 A worker that is gone may come back (its nanny starts another process) or not (its job has ended,
 which the batch system may only be asked now and then). So the job of a worker that has been gone
 for some seconds is counted as missing, and a replacement is queued; should the worker come back,
-what is too many and has not started is cancelled.
+what is too many and has not started is cancelled. Where the batch system queues evicted jobs again
+by itself, a job is missing only once the batch system says that it is over.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Job:
     cancelled_at: float | None = None
     #: When the batch system last said that it runs.
     seen_at: float = -math.inf
+    #: Whether its batch system queues it again after an eviction.
+    is_requeued: bool = False
 
     @property
     def is_cancelled(self) -> bool:
@@ -65,12 +68,14 @@ class Job:
         """Whether its workers are gone for good, as far as one can tell."""
         if self.gone_at is None:
             return False
-        patience = _RESTART_S if self.seen_at > self.gone_at else _MISSING_S
-        return now - self.gone_at >= patience
+        if self.seen_at > self.gone_at:
+            return now - self.gone_at >= _RESTART_S
+        return not self.is_requeued and now - self.gone_at >= _MISSING_S
 
     def counts(self, now: float) -> bool:
         """Whether it is among the jobs that are wanted: not one that ends."""
-        return not (self.is_cancelled or self.is_leaving or self.is_missing(now))
+        is_ending = self.is_leaving and not self.is_requeued
+        return not (self.is_cancelled or is_ending or self.is_missing(now))
 
     def hangs(self, now: float) -> bool:
         """Whether it still has its nodes, long after its workers are gone."""
@@ -112,7 +117,8 @@ class Fleet:
 
     def submitted(self, ids: Iterable[str], now: float) -> None:
         """Jobs were submitted."""
-        self.jobs.update({one: Job(one, now) for one in ids})
+        is_requeued = self.pool.is_requeued
+        self.jobs.update({one: Job(one, now, is_requeued=is_requeued) for one in ids})
         self._at_once *= 2
         if self._n_vain < _N_VAIN:  # otherwise the pool recovers when a worker joins
             self._recover()
@@ -131,6 +137,8 @@ class Fleet:
             if state is not None:
                 job.is_running, job.reason = state.is_running, state.reason
                 job.seen_at = asked_at if state.is_running else job.seen_at
+                if not (state.is_running or job.workers):  # it waits, perhaps anew
+                    job.gone_at, job.is_leaving = None, False
             elif job.submitted_at < asked_at:  # over, however it ended
                 over.append(self.jobs.pop(job.id))
         return over
@@ -174,7 +182,7 @@ class Fleet:
                 job.has_joined = job.is_running = True
                 job.gone_at = None
                 job.is_leaving = all(workers[name] for name in job.workers)
-            elif job.has_joined and job.gone_at is None:
+            elif job.has_joined and job.is_running and job.gone_at is None:
                 job.gone_at = now
 
     def decide(
@@ -225,7 +233,11 @@ class Fleet:
 
     def supply(self, now: float) -> float:
         """Workers that can be counted on: those there are, if others are long in coming."""
-        waits = (j for j in self.jobs.values() if not j.has_joined and not j.is_cancelled)
+        waits = (
+            job
+            for job in self.jobs.values()
+            if not (job.workers or job.is_cancelled) and job.gone_at is None
+        )
         is_slow = any(now - job.submitted_at >= _SLOW_S for job in waits)
         n_here = sum(len(job.workers) for job in self.jobs.values())
         return n_here if self.trouble or is_slow else math.inf

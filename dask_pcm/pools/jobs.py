@@ -10,6 +10,7 @@ from pathlib import Path
 from dask_pcm.errors import PoolError
 from dask_pcm.pools.batch import BatchSystem, JobState, Start
 from dask_pcm.pools.connection import home
+from dask_pcm.pools.htcondor import HTCondor
 from dask_pcm.pools.local import Local
 from dask_pcm.pools.pbs import PBS
 from dask_pcm.pools.pool import Pool
@@ -17,7 +18,12 @@ from dask_pcm.pools.slurm import Slurm
 
 logger = logging.getLogger(__name__)
 
-_SYSTEMS: Mapping[str, Callable[[], BatchSystem]] = {"slurm": Slurm, "pbs": PBS, "local": Local}
+_SYSTEMS: Mapping[str, Callable[[], BatchSystem]] = {
+    "slurm": Slurm,
+    "pbs": PBS,
+    "htcondor": HTCondor,
+    "local": Local,
+}
 #: Stands for the scheduler's address while there is no scheduler yet.
 _SOME_ADDRESS = "tls://127.0.0.1:8786"
 #: The last lines of a job's output that are shown.

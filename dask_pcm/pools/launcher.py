@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 
 from dask.utils import parse_bytes
 
+from dask_pcm.plugins.classad import JOB, number_in
+
 #: Each of these lists the devices of a job; what libraries see is set by the same name.
 _DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -40,6 +42,11 @@ def job_id(environ: Mapping[str, str]) -> str:
     if "SLURM_ARRAY_TASK_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID") or f"{os.getpid()}"
+
+
+def start_number(environ: Mapping[str, str]) -> int:
+    """How often this job has been started: HTCondor starts evicted jobs again, under their id."""
+    return number_in(environ, JOB, "NumShadowStarts") or 1
 
 
 def shares(devices: Sequence[str], n_workers: int) -> list[list[str]]:
@@ -96,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, rest = parser.parse_known_args(arguments)
     n = given.workers
     name = f"{given.pool}-{job_id(os.environ)}"
+    if (n_starts := start_number(os.environ)) > 1:  # no worker has the name of a lost one
+        name = f"{name}-start{n_starts}"
     if int(os.environ.get("SLURM_NNODES", "1")) > 1 and "SLURM_NODEID" in os.environ:
         name = f"{name}-{os.environ['SLURM_NODEID']}"
     command = [sys.executable, "-m", "distributed.cli.dask_worker", given.scheduler]

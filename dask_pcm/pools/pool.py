@@ -17,7 +17,7 @@ from dask.utils import parse_bytes, parse_timedelta
 
 from dask_pcm.errors import PoolError
 
-BATCH_SYSTEMS = ("slurm", "pbs", "local")
+BATCH_SYSTEMS = ("slurm", "pbs", "htcondor", "local")
 #: No worker starts with less; and a number without a unit is likely to be meant in another.
 _LEAST_MEMORY = 1 << 26
 #: A worker listens on one, its nanny on another, and what it stages for others on a third.
@@ -37,9 +37,11 @@ class Pool:
     Parameters
     ----------
     batch
-        The batch system: ``slurm``, ``pbs``, or ``local`` for processes on this machine.
+        The batch system: ``slurm``, ``pbs``, ``htcondor``, or ``local`` for processes on this
+        machine.
     queue, account
-        The partition or queue, and the account that is charged; None for the site's default.
+        The partition or queue, and the account that is charged (HTCondor: none, and
+        ``accounting_group``); None for the site's default.
     cores, memory
         CPU cores and memory of a job, on each of its nodes.
     mem
@@ -50,12 +52,15 @@ class Pool:
         site's default.
     notice
         How long before the end of its walltime a job gets a signal, where the system sends one.
+        Under HTCondor also what a job asks for at an eviction (``job_max_vacate_time``); the
+        machine may give less.
     gpus_per_job
         GPUs of a job, on each of its nodes; 0 for workers on CPUs. Each gets a worker.
     gpus_per_worker
         GPUs that a worker sees, for models that are larger than one.
     gpu_type
-        The site's name of the GPU model, for instance "a10"; None for any.
+        The site's name of the GPU model, for instance "a10"; None for any. Under HTCondor the
+        device's own name, for instance "NVIDIA A10".
     device_memory
         The memory of one of its GPUs, for instance "80 GB"; None if it is not known. With it, a
         context that fits on no pool's workers is refused before any job starts, and jobs are
@@ -80,8 +85,9 @@ class Pool:
     log_directory
         A folder for the output of jobs; None for ``~/.dask_pcm/logs``.
     directives
-        Further lines of the script's header, for instance ``["--constraint=gpu80"]``. One that
-        asks for GPUs takes the place of what `gpus_per_job` and `gpu_type` would ask for.
+        Further lines of the script's header, for instance ``["--constraint=gpu80"]``, or of
+        HTCondor's submit file, ``["request_disk = 20GB"]``. One that asks for GPUs takes the place
+        of what `gpus_per_job` and `gpu_type` would ask for.
     prologue
         Shell commands before the workers start, for instance ``["module load cuda"]``.
     worker_args
@@ -195,6 +201,11 @@ class Pool:
         if self.device_memory is None:
             return None
         return int(_FOR_CONTEXTS * parse_bytes(self.device_memory)) * self.gpus_per_worker
+
+    @property
+    def is_requeued(self) -> bool:
+        """Whether the batch system, not the cluster, submits a job again that it has evicted."""
+        return self.batch == "htcondor"
 
     @property
     def max_workers(self) -> float:

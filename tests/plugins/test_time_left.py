@@ -65,3 +65,17 @@ def test_where_slurm_does_not_say_it_is_assumed_and_said(said, text, code, caplo
 
 def test_without_slurm_nothing_is_asked():
     assert time_left_s(signal.SIGUSR1, {}) == UNKNOWN_S
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "seconds"),
+    [("60", "10", 10.0), ("6", "600", 6.0), (None, "10", 10.0), ("a * 2", None, UNKNOWN_S)],
+)
+def test_under_htcondor_it_is_the_smaller_of_the_jobs_and_the_machines(
+    tmp_path, asked, given, seconds
+):
+    job, machine = tmp_path / "job.ad", tmp_path / "machine.ad"
+    job.write_text(f'Owner = "me"\nJobMaxVacateTime = {asked}\n' if asked else "")
+    machine.write_text(f"MachineMaxVacateTime = {given}\nCpus = 1\n" if given else "")
+    environ = {"_CONDOR_JOB_AD": str(job), "_CONDOR_MACHINE_AD": str(machine)}
+    assert time_left_s(signal.SIGTERM, environ) == seconds

@@ -15,7 +15,7 @@ class Played:
     """A fleet of which a test says what happens, with a clock of its own."""
 
     def __init__(self, **pool):
-        self.fleet = Fleet("a10", pcm.Pool(batch="local", **pool))
+        self.fleet = Fleet("a10", pcm.Pool(**{"batch": "local", **pool}))
         self.now = 0.0
 
     def submit(self, *ids):
@@ -208,3 +208,54 @@ def test_a_pool_is_counted_on_for_what_it_gives(two):
 def test_workers_of_a_pool_whose_name_begins_alike_are_not_its_own(two):
     assert two.fleet.job_of("a10-1") == "1" and two.fleet.job_of("a10-1-0") == "1"
     assert two.fleet.job_of("a10-x-1") is None and two.fleet.job_of("a1-1") is None
+
+
+@pytest.fixture
+def requeued():
+    """Two jobs with a worker each, whose system queues them again after an eviction."""
+    one = Played(batch="htcondor")
+    one.submit("1.0", "1.1")
+    one.workers("a10-1.0", "a10-1.1")
+    return one
+
+
+def answer(played, **states):
+    """An answer of a system whose ids have a dot."""
+    given = {job[1:].replace("_", "."): state for job, state in states.items()}
+    return [job.id for job in played.fleet.answered(given, played.now)]
+
+
+def test_an_evicted_job_waits_again_and_is_not_replaced(requeued):
+    requeued.now = 100.0
+    requeued.workers("a10-1.0", noticed=["a10-1.1"])
+    assert requeued.steps(2) == Steps()
+    requeued.workers("a10-1.0")
+    requeued.now += 29.0  # the batch system has not been asked since
+    assert requeued.steps(2) == Steps()
+    assert not answer(requeued, _1_0=RUNS, _1_1=WAITS)
+    requeued.workers("a10-1.0")
+    requeued.now += 1000.0
+    assert requeued.steps(2) == Steps() and requeued.fleet.supply(requeued.now) == 1
+    assert str(requeued.fleet) == "a10: 1 jobs with workers, 1 pending (Priority)"
+    requeued.workers("a10-1.0", "a10-1.1-start2")
+    assert requeued.steps(2) == Steps() and requeued.fleet.n_waiting() == 0
+    assert requeued.fleet.jobs["1.1"].workers == {"a10-1.1-start2"}
+
+
+def test_a_job_that_is_removed_from_such_a_queue_is_replaced(requeued):
+    requeued.now = 100.0
+    requeued.workers("a10-1.0")
+    assert answer(requeued, _1_0=RUNS) == ["1.1"]
+    assert requeued.steps(2) == Steps(n_submit=1)
+
+
+def test_a_job_that_such_a_system_runs_without_workers_is_replaced_and_ended(requeued):
+    requeued.now = 100.0
+    requeued.workers("a10-1.0")
+    requeued.now += 30.0
+    answer(requeued, _1_0=RUNS, _1_1=RUNS)
+    assert requeued.steps(2) == Steps()
+    requeued.now += 31.0
+    assert requeued.steps(2) == Steps(n_submit=1)
+    requeued.now += 60.0
+    assert "1.1" in requeued.steps(2).cancel

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from dask_pcm.pools import local, pbs, slurm
+from dask_pcm.pools import htcondor, local, pbs, slurm
 from dask_pcm.pools.batch import Start
 from dask_pcm.pools.pool import pools_of
 from dask_pcm.pools.settings import ClusterSettings
 
 CONFIGS = Path(__file__).parents[2] / "jobqueue-configs"
-SCRIPTS = {"slurm": slurm.script, "pbs": pbs.script, "local": local.script}
+SCRIPTS = {"slurm": slurm.script, "pbs": pbs.script, "htcondor": htcondor.script, "local": local.script}
 PYTHON = shlex.quote(sys.executable)
 
 # https://slurm.schedmd.com/sbatch.html
@@ -188,6 +188,44 @@ exec {PYTHON} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a100 --nthre
  --memory-limit 64.00GiB --death-timeout 60 --pool a100 --workers 1
 """
 
+# condor_submit(1), https://htcondor.readthedocs.io/en/latest/man-pages/condor_submit.html
+#   batch_name, accounting_group   the name that condor_q shows; whose share it is
+#   request_cpus, request_memory, request_gpus, request_disk   units MB, GB
+#   output, stream_output          standard output, written "as the job runs"
+#   transfer_executable = False    it is on the machine
+#   job_max_vacate_time = 120      seconds to leave after the soft kill signal (SIGTERM)
+#   periodic_remove                an expression by which a job leaves the queue
+#   Arguments = "..."              in double quotes: '...' is one argument, '' a quote in it, and ""
+#                                  a double quote
+#   $(DOLLAR)                      "a literal dollar sign"; $(ClusterId).$(ProcId) is the job
+#   Queue 1                        how many jobs
+BACKFILL = f"""\
+#!/usr/bin/env bash
+
+batch_name = pcm-backfill
+accounting_group = my-group
+request_cpus = 4
+request_memory = 32768MB
+request_gpus = 1
+transfer_executable = False
+output = /logs/pcm-backfill-$(ClusterId).$(ProcId).out
+stream_output = True
+job_max_vacate_time = 120
+periodic_remove = JobStatus == 2 && time() - EnteredCurrentStatus > 28680
+request_disk = 20GB
+requirements = TARGET.GPUs >= 1
+
+Arguments = "-c 'exec 2>&1; export PCM_JOB_ID=$(ClusterId).$(ProcId);\
+ export DASK_PCM__WORKER__POOL=backfill; export DASK_PCM__WORKER__WALLTIME=28800s;\
+ export DASK_PCM__WORKER__IMPORTS=''[]'';\
+ exec {PYTHON} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name backfill\
+ --nthreads 4 --memory-limit 32.00GiB --death-timeout 60\
+ --local-directory ""$(DOLLAR)_CONDOR_SCRATCH_DIR"" --pool backfill --workers 1'"
+Executable = /bin/bash
+
+Queue 1
+"""
+
 # A script for /bin/sh: no batch system.
 LAPTOP = f"""\
 export DASK_PCM__WORKER__POOL=laptop
@@ -200,6 +238,7 @@ EXPECTED = {
     "slurm-whole-nodes.yaml": {"node": NODE},
     "slurm-rationed.yaml": {"gpu": RATIONED},
     "pbs-vnodes.yaml": {"a100": VNODES},
+    "htcondor-backfill.yaml": {"backfill": BACKFILL},
     "laptop.yaml": {"laptop": LAPTOP},
 }
 
@@ -217,7 +256,7 @@ def test_every_file_is_tested_and_names_no_site():
     assert {path.name for path in CONFIGS.iterdir()} == EXPECTED.keys()
     for name in EXPECTED:
         accounts = {pool.account for pool in pools_of(CONFIGS / name).values()}
-        assert accounts <= {"my-account", None}
+        assert accounts <= {"my-account", "my-group", None}
 
 
 def test_the_limits_of_a_site_that_counts():

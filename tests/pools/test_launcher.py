@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dask_pcm.pools.launcher import answers, environments, job_id
+from dask_pcm.pools.launcher import answers, environments, job_id, start_number
 from tests.support.patience import patient
 
 
@@ -24,6 +24,13 @@ from tests.support.patience import patient
 )
 def test_a_job_is_called_as_its_batch_system_calls_it(environ, found):
     assert job_id(environ) == found
+
+
+def test_a_job_that_htcondor_starts_again_is_known_by_its_number(tmp_path):
+    ad = tmp_path / "job.ad"
+    ad.write_text('NumJobStarts = 1\nNumShadowStarts = 2\nOwner = "me"\n')
+    assert start_number({"_CONDOR_JOB_AD": str(ad)}) == 2
+    assert start_number({}) == start_number({"_CONDOR_JOB_AD": "/none"}) == 1
 
 
 def test_each_worker_sees_its_own_devices_whatever_they_are_called():

@@ -22,7 +22,7 @@ def test_sizes_and_times_are_parsed_and_workers_counted():
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"batch": "lsf"}, "batch is 'lsf'; expected one of slurm, pbs, local"),
+        ({"batch": "lsf"}, "batch is 'lsf'; expected one of slurm, pbs, htcondor, local"),
         ({"mem": "some"}, "mem is 'some'; expected one of total, per-cpu"),
         ({"memory": "many"}, "memory is 'many'; expected a size"),
         ({"walltime": "soon"}, "walltime is 'soon'; expected a time"),
