@@ -17,7 +17,12 @@ from dask_pcm.pools.pool import pools_of
 from dask_pcm.pools.settings import ClusterSettings
 
 CONFIGS = Path(__file__).parents[2] / "jobqueue-configs"
-SCRIPTS = {"slurm": slurm.script, "pbs": pbs.script, "htcondor": htcondor.script, "local": local.script}
+SCRIPTS = {
+    "slurm": slurm.script,
+    "pbs": pbs.script,
+    "htcondor": htcondor.script,
+    "local": local.script,
+}
 PYTHON = shlex.quote(sys.executable)
 
 # https://slurm.schedmd.com/sbatch.html
