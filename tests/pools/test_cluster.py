@@ -108,7 +108,7 @@ def test_a_refused_submission_is_said_and_no_run_waits_without_a_word(cluster, t
     one = cluster({"cpu": pcm.Pool(batch="local", python=str(python))})
     one.scale(1)
     until(lambda: "3 times in a row" in one.lack)
-    assert "no module named dask_pcm" in caplog.text
+    until(lambda: "no module named dask_pcm" in caplog.text)  # said once the pool knows
     assert one.lack.startswith("waiting for jobs: cpu: 0 jobs with workers; jobs ended before")
     assert "output" not in one.lack  # which is in the log
     n_jobs = len(list(one._jobs.log("cpu", "x").parent.iterdir()))

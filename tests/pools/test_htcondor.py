@@ -16,6 +16,8 @@ from dask_pcm.pools.batch import JobState, Start, scrubbed
 from dask_pcm.pools.htcondor import HTCondor, script
 from dask_pcm.pools.pool import pools_of
 
+#: As in single quotes of ours within the double quotes of HTCondor.
+PYTHON = shlex.quote(sys.executable).replace("'", "''")
 #: What condor_q says where no schedd answers.
 NO_SCHEDD = "Error: Can't find address of local schedd"
 
@@ -66,7 +68,7 @@ Arguments = "-c 'exec 2>&1; export PCM_JOB_ID=$(ClusterId).$(ProcId);\
  export DASK_PCM__WORKER__POOL=a10; export DASK_PCM__WORKER__DEVICE=''NVIDIA A10'';\
  export DASK_PCM__WORKER__WALLTIME=5400s; export DASK_PCM__WORKER__IMPORTS=''[]'';\
  eval ''module load cuda # the newest''; export A=$(DOLLAR)(hostname);\
- exec {shlex.quote(sys.executable)} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a10\
+ exec {PYTHON} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a10\
  --nthreads 4 --memory-limit 16.00GiB --death-timeout 60 --local-directory /scratch/me --pool a10\
  --workers 2 --tls-ca-file ''/home/my me/ca.pem'' --resources x=1'"
 Executable = /bin/bash

@@ -24,6 +24,8 @@ SCRIPTS = {
     "local": local.script,
 }
 PYTHON = shlex.quote(sys.executable)
+#: As within '...' of HTCondor's own.
+QUOTED_PYTHON = PYTHON.replace("'", "''")
 
 # https://slurm.schedmd.com/sbatch.html
 #   -J, -p, -A           --job-name, --partition, --account
@@ -223,7 +225,7 @@ requirements = TARGET.GPUs >= 1
 Arguments = "-c 'exec 2>&1; export PCM_JOB_ID=$(ClusterId).$(ProcId);\
  export DASK_PCM__WORKER__POOL=backfill; export DASK_PCM__WORKER__WALLTIME=28800s;\
  export DASK_PCM__WORKER__IMPORTS=''[]'';\
- exec {PYTHON} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name backfill\
+ exec {QUOTED_PYTHON} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name backfill\
  --nthreads 4 --memory-limit 32.00GiB --death-timeout 60\
  --local-directory ""$(DOLLAR)_CONDOR_SCRATCH_DIR"" --pool backfill --workers 1'"
 Executable = /bin/bash
