@@ -88,7 +88,7 @@ def test_an_evicted_job_loses_nothing_and_comes_back_by_htcondors_queue(cluster,
         assert int(left[1]) == VACATE_S
         until(lambda: f"cpu-{evicted}" not in names(one))
         gone_s = time.monotonic() - begun
-        until(lambda: f"cpu-{evicted}-start2" in names(one), 60)
+        until(lambda: any(n.startswith(f"cpu-{evicted}-start") for n in names(one)), 60)
         print(f"evicted: gone after {gone_s:.1f} s, back after {time.monotonic() - begun:.1f} s")
         run.wait()
         assert sorted(found_in(tmp_path / "out").id) == list(range(400))
@@ -119,7 +119,8 @@ def test_a_hold_is_said_in_htcondors_words(cluster):
     until(lambda: "1 pending (held: via condor_hold (by user" in one.lack)
     assert set(queue()) == {held}
     told("condor_release", held)
-    until(lambda: names(one) == {f"cpu-{held}-start2"}, 60)
+    back = re.compile(rf"cpu-{re.escape(held)}-start\d+")  # an attempt to start it may fail
+    until(lambda: [n for n in names(one) if back.fullmatch(n)], 60)
     one.close()
     until(lambda: not queue())
 
