@@ -70,7 +70,8 @@ class Image:
     Raises
     ------
     ValueError
-        If the file is another one: the keeper's descriptor number may have been reused.
+        If the file is another one: the keeper's descriptor number may have been reused. If it is
+        not written yet.
     """
 
     def __init__(self, fd: int, digest: str = "") -> None:
@@ -78,6 +79,8 @@ class Image:
         self._close = weakref.finalize(self, os.close, fd)
         self.n_bytes = os.fstat(fd).st_size
         (start,) = _FOOTER.unpack(os.pread(fd, _FOOTER.size, self.n_bytes - _FOOTER.size))
+        if not start:  # the footer comes last
+            raise ValueError("the image is not written yet")
         tail = os.pread(fd, self.n_bytes - _FOOTER.size - start, start)
         found, self._skeleton, self._storages, self._buffers = pickle.loads(tail)
         if found != digest:

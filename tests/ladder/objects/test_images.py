@@ -157,6 +157,22 @@ def test_a_file_that_is_another_contexts_is_not_taken(caplog):
     assert len(os.listdir("/proc/self/fd")) == n_open
 
 
+def test_an_image_that_another_process_still_writes_is_not_found():
+    """The keeper has it from before its first byte; its size is what it will be."""
+    shelf, seen = keeper(), []
+
+    class Watching(LocalKeeper):
+        def keep(self, *args, **says):
+            is_kept = super().keep(*args, **says)
+            assert self.find("a") is not None
+            seen.append(Host(shelf).find("a"))
+            return is_kept
+
+    host = Host(Watching(shelf._shelf))
+    assert host.put("a", "a", freeze(model())) is not None
+    assert seen == [None] and Host(shelf).find("a") is not None
+
+
 def memory_files():
     """Descriptors of images; whatever else this process has open may close at any moment."""
     found = []
