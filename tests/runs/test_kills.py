@@ -66,7 +66,8 @@ def check(job, n_twice_at_most, n_rows=N_ROWS, n_kills=1):
     assert computed.total() - n_rows <= n_twice_at_most
     if n_kills == 1:  # the last run tells; what was called counts, whether or not it was finished
         report = json.loads(Path(job.out, "_pcm", "report.json").read_text())
-        assert report["rows_recomputed"] == computed.total() - n_rows
+        # A call is noted before it is made: killed between the two, it counts.
+        assert report["rows_recomputed"] - (computed.total() - n_rows) in (0, BATCH_ROWS)
     assert not list(Path(job.out, "_pcm").glob("run-*"))
 
 

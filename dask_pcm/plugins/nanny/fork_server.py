@@ -18,8 +18,8 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from multiprocessing import forkserver, util
 from typing import Any
@@ -36,7 +36,7 @@ from dask_pcm.plugins.interrupts import uninterrupted
 _METHOD, _DEFAULT = "distributed.worker.multiprocessing-method", "spawn"
 #: Variables that libraries read at their first use, not when they are imported.
 _READ_LATE = frozenset({"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"})
-_PRELOAD, _IMPORTS = "dask_pcm.plugins.nanny.preimport", "DASK_PCM__WORKER__IMPORTS"
+_PRELOAD, _IMPORTS = "dask_pcm.plugins.nanny.preimport", "PCM_FORK_SERVER_IMPORTS"
 #: Shortest and longest interval between checks whether the server still has children.
 _MIN_WAIT_S, _MAX_WAIT_S = 0.1, 30.0
 #: Whether the code in this context starts a worker for a nanny with the toolkit.
@@ -103,8 +103,10 @@ def _begin(nanny: Nanny, modules: Sequence[str]) -> int | None:
     # As Dask does before it starts a worker: without PYTHONHASHSEED, hashes would differ.
     os.environ.update(nanny.pre_spawn_env)
     multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD])
-    # The server reads its settings from the environment.
-    with _environ(_IMPORTS, repr(list(modules))), uninterrupted():
+    # The server reads it there. It stays: a thread of the user's that iterates over ``os.environ``
+    # at that moment would fail at a variable that is deleted.
+    os.environ[_IMPORTS] = ",".join(modules)
+    with uninterrupted():
         forkserver.ensure_running()
     distributed.nanny.get_mp_context = distributed.process.get_mp_context = _mp_context
     pid: int | None = _server()._forkserver_pid
@@ -173,20 +175,6 @@ def _wants_its_own(nanny: Nanny) -> bool:
     """
     given = nanny.env.keys() - nanny.pre_spawn_env.keys()
     return any(os.environ.get(name) != nanny.env[name] for name in given - _READ_LATE)
-
-
-@contextmanager
-def _environ(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable within the block."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @functools.cache

@@ -10,8 +10,8 @@ import os
 import signal
 from contextlib import suppress
 
-from dask_pcm.config import Config
-
+#: Names the modules to import, separated by commas: the server reads its settings from there.
+IMPORTS = "PCM_FORK_SERVER_IMPORTS"
 #: A batch system sends these to all processes of a job. The server has to survive them: it reports
 #: whether workers are alive, and workers that seem dead are replaced. It ends with its parent.
 _NOTICES = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -32,6 +32,6 @@ for _number in _NOTICES:
     signal.signal(_number, _ignore)
 os.register_at_fork(after_in_child=_stop_ignoring)
 
-for _name in Config.read().imports:
+for _name in filter(None, os.environ.get(IMPORTS, "").split(",")):
     with suppress(Exception):
         importlib.import_module(_name)

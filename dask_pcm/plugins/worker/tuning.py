@@ -1,7 +1,8 @@
 """Process settings for inference apply only while contexts are in use.
 
 Plain Dask work must behave as without the toolkit. So the settings are made when a context is
-loaded or held, and reverted once none has been in use for a while. Heaps that have grown meanwhile
+loaded or held, and reverted once none has been in use for a while; only ``TOKENIZERS_PARALLELISM``
+stays where it had no value (see ``_TOKENIZERS``). Heaps that have grown meanwhile
 stay, and plain tasks allocate from them too: from then on, free memory there is returned to the
 system every few seconds.
 """
@@ -28,7 +29,8 @@ _KEPT_BYTES, _HEAP_BYTES = 1 << 30, 32 << 20
 #: Python's switch interval: how long a thread that reads or commits keeps the GIL from the one that
 #: infers. The default of 5 ms is an eighth of a batch.
 _SWITCH_S = 5e-4
-#: Variables that model libraries read; OMP_NUM_THREADS affects libraries imported later.
+#: Variables that model libraries read; OMP_NUM_THREADS affects libraries imported later. Neither is
+#: ever deleted: a thread of the user's that iterates over ``os.environ`` at that moment would fail.
 _TOKENIZERS, _THREADS = "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS"
 #: Settings are reverted after this long without use; batches of a run follow each other faster.
 _IDLE_S = 2.0
@@ -51,7 +53,7 @@ class Tuning:
         self._used_at = 0.0
         self._is_watched = False
         #: The former switch interval and variables; None while nothing is changed.
-        self._before: tuple[float, dict[str, str | None]] | None = None
+        self._before: tuple[float, dict[str, str]] | None = None
         self._set: dict[str, str] = {}
 
     def add_worker(self, worker: Worker) -> None:
@@ -78,9 +80,9 @@ class Tuning:
                 sys.setswitchinterval(_SWITCH_S)
                 keep_freed_memory()
                 self._changing.notify_all()
-            self._set_variable(_THREADS, str(n_threads))
-            if _TOKENIZERS not in os.environ:
-                self._set_variable(_TOKENIZERS, "false")
+            if _THREADS in os.environ:  # Dask's nanny sets it to 1
+                self._set_variable(_THREADS, str(n_threads))
+            os.environ.setdefault(_TOKENIZERS, "false")
             if not self._is_watched:
                 self._is_watched = True
                 threading.Thread(target=self._watch, name="pcm-tuning", daemon=True).start()
@@ -94,7 +96,7 @@ class Tuning:
     def _set_variable(self, name: str, value: str) -> None:
         """Set an environment variable and remember its former value; with the lock held."""
         assert self._before is not None
-        self._before[1].setdefault(name, os.environ.get(name))
+        self._before[1].setdefault(name, os.environ[name])
         os.environ[name] = self._set[name] = value
 
     def _watch(self) -> None:
@@ -127,16 +129,12 @@ class Tuning:
                 self._before = None
             return True
 
-    def _restore(self, switch_s: float, variables: Mapping[str, str | None]) -> None:
+    def _restore(self, switch_s: float, variables: Mapping[str, str]) -> None:
         """Restore former values; those that other code has changed since stay as they are."""
         if abs(sys.getswitchinterval() - _SWITCH_S) < 1e-6:  # Python rounds to microseconds
             sys.setswitchinterval(switch_s)
         for name, value in variables.items():
-            if os.environ.get(name) != self._set.pop(name):
-                continue
-            if value is None:
-                del os.environ[name]
-            else:
+            if os.environ.get(name) == self._set.pop(name):
                 os.environ[name] = value
         free_memory_as_before()
 
