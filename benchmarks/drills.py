@@ -1,149 +1,119 @@
-"""Drills on a real Slurm of four nodes: jobs that are preempted, killed, cancelled and held back.
+"""Drills on a real Slurm: jobs that are preempted, killed, cancelled and held back.
 
 Slurm runs on this machine (``tests/support/slurm.py``), as root, with jobs in control groups. The
 job is the main job's: 20,000 rows, a load of 3 s, 40 ms for 32 rows. Each drill has a cluster of
-its own; the batch system is asked every second. A table with more than two runnable processes a
+its own; the batch system is asked every second. ``--systems jobqueue`` runs plain dask-jobqueue
+through the drills that it has something to do in. A drill with more than two runnable processes a
 core is void.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import random
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import dask
 import pandas as pd
-from distributed import Client
+import psutil
 
-import dask_pcm as pcm
+from benchmarks.on_slurm import (
+    MAX_RUNNABLE,
+    PATIENCE_S,
+    SYSTEMS,
+    Job,
+    Load,
+    OurJob,
+    cluster,
+    count,
+    n_computed,
+    node_of,
+    owner,
+    pool,
+    queue,
+    said,
+    seconds_until,
+    workers,
+)
 from benchmarks.table import Rows, parser
-from benchmarks.work import BATCH_ROWS, LOAD_S, META, N_ROWS, infer_wait, load_wait, write_input
+from benchmarks.work import (
+    BATCH_ROWS,
+    BATCH_S,
+    LOAD_S,
+    N_BATCHES,
+    N_ROWS,
+    load_wait,
+    note,
+    write_input,
+)
 from tests.support import slurm
 
-_PATIENCE_S = 180.0
+ROOT = Path(__file__).parent.parent
+#: Mean life of a worker in the drill of continuous preemption, and how long the owners stay.
+LIFE_S, STAY_S = 30.0, 2
+#: Seconds of a batch of 32 rows on three devices.
+SPEEDS_S = {"h100": 0.3, "a10": 0.6, "titanx": 1.2}
 
 
-def said(*command: str) -> list[str]:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-
-
-def queue(states: str = "PD,R", what: str = "%i") -> set[str]:
-    return set(said("squeue", "--noheader", "--array", f"--states={states}", f"--format={what}"))
-
-
-def seconds_until(is_so: Callable[[], Any]) -> float:
-    """Seconds that something takes; NaN if it takes too long."""
-    begun = time.monotonic()
-    while not is_so():
-        if time.monotonic() - begun > _PATIENCE_S:
-            return float("nan")
-        time.sleep(0.02)
-    return time.monotonic() - begun
-
-
-def workers(client: Client) -> set[str]:
-    return {str(w["name"]) for w in client.scheduler_info(n_workers=-1)["workers"].values()}
-
-
-@contextmanager
-def cluster(**pools: pcm.Pool) -> Iterator[tuple[pcm.PoolCluster, Client]]:
-    with pcm.PoolCluster(pools) as pool_cluster, Client(pool_cluster) as client:
-        yield pool_cluster, client
-
-
-def pool(**options: Any) -> pcm.Pool:
-    return pcm.Pool(queue="opportunistic", memory="600 MiB", **options)
-
-
-def begin(client: Client, folder: Path, scratch: Path, name: str) -> tuple[pcm.Run, Path]:
-    """Start the job, with an output and an event log of this name; the run and the log."""
-    log = scratch / f"{name}.log"
-    answers = pcm.map_partitions(
-        infer_wait,
-        pcm.read_parquet(folder),
-        context=pcm.Context(load_wait, str(log)),
-        meta=META,
-        batch_rows=BATCH_ROWS,
-    )
-    run = pcm.write_parquet(answers, scratch / name, client=client, progress=False, wait=False)
-    return run, log
-
-
-def n_computed(log: Path) -> Counter[int]:
-    """How often each row was computed, by what the function itself has noted."""
-    lines = log.read_text().splitlines()
-    return Counter(int(i) for line in lines for i in line.split()[-1].split(","))
-
-
-def owner(node: str, seconds: int) -> str:
-    """A job of the owners, which preempts what is on a node; its id."""
-    options = ["-p", "owners", f"--nodelist={node}", "--exclusive", "--mem=100", "-o/dev/null"]
-    return said("sbatch", "--parsable", *options, "--wrap", f"sleep {seconds}")[0]
-
-
-def preempted(rows: Rows, folder: Path, scratch: Path) -> None:
+def preempted(rows: Rows, folder: Path, scratch: Path, system: str) -> None:
     """Every worker is preempted once during the job."""
-    with cluster(any=pool(gpus_per_job=1)) as (pools, client):
-        pools.scale(3)  # each on a node of its own
-        client.wait_for_workers(3, timeout=_PATIENCE_S)
-        run, log = begin(client, folder, scratch, "preempted")
-        seconds_until(lambda: run.progress.done > 2000)
-        first = queue("R")
+    who = "" if system == "ours" else f": {system}"
+    with SYSTEMS[system](3) as (client, begin):  # each on a node of its own
+        client.wait_for_workers(3, timeout=PATIENCE_S)
+        job = begin(client, folder, scratch, f"preempted-{system}")
+        seconds_until(lambda: job.n_done() > 2000)
         waits = []
-        for one in sorted(first):
+        for one in sorted(queue("R")):
             before = queue()
-            (node,) = said("squeue", "--noheader", "--array", f"--jobs={one}", "--format=%N")
-            theirs = owner(node, 20)
+            theirs = owner(node_of(one), 20)
             waits.append(seconds_until(lambda: queue() - before - {theirs}))  # noqa: B023
             seconds_until(lambda: one not in queue("R"))  # noqa: B023
             said("scancel", theirs)
-        run.wait()
-    found = pd.read_parquet(scratch / "preempted").id
-    computed = n_computed(log)
-    rows.add("every worker preempted once: rows lost", N_ROWS - found.nunique(), "== 0")
-    rows.add("… rows in the output twice", len(found) - found.nunique(), "== 0")
-    rows.add("… rows computed twice, by an outside count", computed.total() - N_ROWS, "== 0")
-    rows.add("… by the report", run.report.rows_recomputed, "== 0")
-    rows.add("… preemption asked for → replacement queued, s, the longest", max(waits), "<= 1.5")
+        job.wait()
+    rows.add(
+        f"every worker preempted once: asked for → replacement queued, s, the longest{who}",
+        max(waits),
+        "" if who else "<= 1.5",
+    )
+    twice = count(rows, job, N_ROWS, "== 0", who)
+    if isinstance(job, OurJob):
+        rows.add("… by the report, off it by", job.run.report.rows_recomputed - twice, "== 0")
 
 
-def lost(rows: Rows, folder: Path, scratch: Path) -> None:
+def lost(rows: Rows, folder: Path, scratch: Path, system: str) -> None:
     """The process of a job is killed without a word."""
-    with cluster(any=pool()) as (pools, client):
-        pools.scale(2)
-        client.wait_for_workers(2, timeout=_PATIENCE_S)
-        run, log = begin(client, folder, scratch, "lost")
-        seconds_until(lambda: run.progress.done > 2000)
-        before = queue()
+    who = "" if system == "ours" else f": {system}"
+    with SYSTEMS[system](2) as (client, begin):
+        client.wait_for_workers(2, timeout=PATIENCE_S)
+        job = begin(client, folder, scratch, f"lost-{system}")
+        seconds_until(lambda: job.n_done() > 2000)
+        before, there = queue(), workers(client)
         # Nanny and worker at once, as a node that is lost: a signal by Slurm would be a notice.
         nanny, worker = next(iter(client.run(lambda: (os.getppid(), os.getpid())).values()))
         os.kill(nanny, signal.SIGKILL)
         os.kill(worker, signal.SIGKILL)
         rows.add(
-            "a job killed without notice → replacement queued, s",
+            f"a job killed without notice → replacement queued, s{who}",
             seconds_until(lambda: queue() - before),
-            "<= 3",
+            "" if who else "<= 3",
         )
-        begins = seconds_until(lambda: len(workers(client)) == 2)
-        loads = seconds_until(lambda: run.progress.n_warm == 2)
-        rows.add("… replacement registered, s after it was queued", begins)
-        rows.add("… and warm, s after that (its load takes 3)", loads, f"<= {LOAD_S + 3}")
-        run.wait()
-    found = pd.read_parquet(scratch / "lost").id
-    twice = n_computed(log).total() - N_ROWS
-    rows.add("… rows lost; in the output twice", N_ROWS - found.nunique() + len(found) - N_ROWS)
-    rows.add("… rows computed twice, by an outside count", twice, f"<= {2 * BATCH_ROWS}")
-    rows.add(
-        "… by the report, off the outside count by", run.report.rows_recomputed - twice, "== 0"
-    )
+        begins = seconds_until(lambda: workers(client) - there)
+        rows.add(f"… replacement registered, s after it was queued{who}", begins)
+        if isinstance(job, OurJob):
+            loads = seconds_until(lambda: job.run.progress.n_warm == 2)
+            rows.add("… and warm, s after that (its load takes 3)", loads, f"<= {LOAD_S + 3}")
+        job.wait()
+    twice = count(rows, job, N_ROWS, f"<= {2 * BATCH_ROWS}", who)
+    if isinstance(job, OurJob):
+        rows.add("… by the report, off it by", job.run.report.rows_recomputed - twice, "== 0")
 
 
 def pending(rows: Rows, folder: Path, scratch: Path) -> None:
@@ -160,10 +130,8 @@ def pending(rows: Rows, folder: Path, scratch: Path) -> None:
             seconds_until(lambda: queue("PD") - {waiting}),
             "<= 6",
         )
-        run, _ = begin(client, folder, scratch, "pending")
-        waits = seconds_until(
-            lambda: "pending in" in run.progress.lack or "1 pending" in run.progress.lack
-        )
+        run = OurJob(client, folder, scratch, "pending").run
+        waits = seconds_until(lambda: "1 pending" in run.progress.lack)
         rows.add("… a run says which jobs it waits for, after s", waits)
         begun = time.monotonic()
         run.cancel()
@@ -177,7 +145,7 @@ def adaptive(rows: Rows, folder: Path, scratch: Path) -> None:
     with cluster(any=pool(idle_timeout="3s")) as (pools, client):
         pools.adapt(maximum={"any": 4}, target_duration="1s")
         begun = time.monotonic()
-        run, _ = begin(client, folder, scratch, "adaptive")
+        run = OurJob(client, folder, scratch, "adaptive").run
         most = 0
         while run.progress.state not in ("finished", "failed"):
             most = max(most, len(workers(client)))
@@ -189,17 +157,201 @@ def adaptive(rows: Rows, folder: Path, scratch: Path) -> None:
         )
 
 
-DRILLS = {"preempted": preempted, "lost": lost, "pending": pending, "adaptive": adaptive}
+def owners(rows: Rows, folder: Path, scratch: Path) -> None:
+    """The owners take all nodes for 30 s."""
+    with cluster(any=pool(gpus_per_job=1)) as (pools, client):
+        pools.scale(3)
+        client.wait_for_workers(3, timeout=PATIENCE_S)
+        job = OurJob(client, folder, scratch, "owners")
+        seconds_until(lambda: job.n_done() > 2000)
+        before, theirs = queue(), [owner(node, 600) for node in slurm.NODES]
+        seconds_until(lambda: set(theirs) <= queue("R"))
+        taken = time.monotonic()
+        seconds_until(lambda: job.run.progress.lack)
+        told = job.run.progress.lack
+        rows.add("owners take all nodes: said what is waited for, s", time.monotonic() - taken)
+        print("  ", told)
+        time.sleep(max(0.0, 30 - (time.monotonic() - taken)))
+        n_before = len(n_computed(job.log))
+        said("scancel", *theirs)
+        seconds_until(lambda: queue("R") - before - set(theirs))
+        begun = time.monotonic()
+        registers = seconds_until(lambda: workers(client))
+        seconds_until(lambda: len(n_computed(job.log)) > n_before)
+        works = time.monotonic() - begun
+        rows.add("… first job starts → its worker registered, s", registers)
+        rows.add(
+            "… → first rows, s after registration and a load of 3 s",
+            works - registers - LOAD_S,
+            "<= 3",
+        )
+        job.wait()
+    twice = count(rows, job, N_ROWS, "== 0", "")
+    rows.add("… by the report, off it by", job.run.report.rows_recomputed - twice, "== 0")
+
+
+def _wait_by_device(frame: pd.DataFrame, log: str) -> pd.DataFrame:
+    """A batch that takes as long as this device needs."""
+    note(log, frame["id"])
+    time.sleep(float(os.environ["DRILL_BATCH_S"]) * len(frame) / BATCH_ROWS)
+    return pd.DataFrame({"id": frame["id"], "answer": frame["id"] * 0.5})
+
+
+def speeds(rows: Rows, folder: Path, scratch: Path) -> None:
+    """Three pools of different speeds; the bound is of a plain loop."""
+    frame = pd.read_parquet(min(folder.glob("*.parquet")))[:BATCH_ROWS]
+    per_s = 0.0
+    for batch_s in SPEEDS_S.values():
+        os.environ["DRILL_BATCH_S"] = str(batch_s)
+        begun = time.monotonic()
+        for _ in range(5):
+            _wait_by_device(frame, str(scratch / "alone.log"))
+        per_s += 5 / (time.monotonic() - begun)
+    bound_s = LOAD_S + N_BATCHES / per_s
+    made = {
+        kind: pool(gpus_per_job=1, gpu_type=kind, prologue=(f"export DRILL_BATCH_S={batch_s}",))
+        for kind, batch_s in SPEEDS_S.items()
+    }
+    with cluster(**made) as (pools, client):
+        pools.scale(dict.fromkeys(made, 1))
+        client.wait_for_workers(3, timeout=PATIENCE_S)
+        begun = time.monotonic()
+        job = OurJob(client, folder, scratch, "speeds", infer=_wait_by_device)
+        job.wait()
+        rows.add(
+            "three pools of 0.3, 0.6 and 1.2 s a batch: finish over the bound",
+            (time.monotonic() - begun) / bound_s,
+            "<= 1.15",
+        )
+    count(rows, job, N_ROWS, "== 0", "")
+
+
+def churn(rows: Rows, folder: Path, scratch: Path, system: str, minutes: float) -> None:
+    """Continuous preemption: workers live 30 s in the mean, and the owners leave at once.
+
+    What could be done is each worker's life from registration and load to its end.
+    """
+    who = "" if system == "ours" else f": {system}"
+    chance, due, lives = random.Random(0), dict[str, float](), dict[str, list[float]]()
+    folder = folder.with_name("many")
+    if not folder.exists():
+        write_input(folder, n_files=int(minutes * 60 * 3 * BATCH_ROWS / BATCH_S / 200))
+    with SYSTEMS[system](3) as (client, begin):
+        client.wait_for_workers(3, timeout=PATIENCE_S)
+        job: Job = begin(client, folder, scratch, f"churn-{system}")
+        begun = time.monotonic()
+        n_preempted = 0
+        while (now := time.monotonic()) < begun + minutes * 60:
+            for worker in workers(client):
+                lives.setdefault(worker, [now, now])[1] = now
+            for one in queue("R", "%i %j"):
+                # Those of the owners are called after their command.
+                if one not in due:
+                    due[one] = now + chance.expovariate(1 / LIFE_S)
+                elif now > due[one] and (node := node_of(one)):
+                    due[one] = float("inf")
+                    owner(node, STAY_S)
+                    n_preempted += 1
+            time.sleep(0.2)
+        could = sum(max(0.0, end - max(start, begun) - LOAD_S) for start, end in lives.values())
+        n_done, computed = job.n_done(), n_computed(job.log)
+        if isinstance(job, OurJob):  # what is journalled is safe, too
+            n_done = len(computed) - 2 * BATCH_ROWS * len(workers(client))
+        job.cancel()
+    print(f"   {n_preempted} preemptions, {len(lives)} workers, {could:.0f} s of work possible")
+    rows.add(
+        f"continuous preemption, {minutes:g} min: rows done over possible{who}",
+        n_done / (could * BATCH_ROWS / BATCH_S),
+        "" if who else ">= 0.9",
+    )
+    rows.add(f"… preemptions{who}", n_preempted)
+    rows.add(f"… rows computed twice{who}", computed.total() - len(computed), "" if who else "== 0")
+
+
+def _load_noted(log: str) -> Any:
+    """The context of the main job; each load is noted."""
+    note(f"{log}.loads", [0])
+    return load_wait(log)
+
+
+def notebook(folder: str, scratch: str) -> None:
+    """What a notebook runs, in a process of its own."""
+    with cluster(any=pool(gpus_per_job=1)) as (pools, client):
+        pools.scale(2)
+        OurJob(client, Path(folder), Path(scratch), "kernel", load=_load_noted).wait()
+
+
+def kernel(rows: Rows, folder: Path, scratch: Path) -> None:
+    """The notebook's kernel is killed."""
+    command = [sys.executable, "-m", "benchmarks.drills", "--notebook", str(folder), str(scratch)]
+    log = scratch / "kernel.log"
+
+    def loads() -> int:
+        return len(Path(f"{log}.loads").read_text().splitlines())
+
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        seconds_until(lambda: log.exists() and len(n_computed(log)) > 4000)
+        n_loads, theirs = loads(), psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        gone = seconds_until(lambda: not queue())
+    rows.add("notebook's kernel killed: jobs gone, s", gone, "<= 90")
+    rows.add("… loads meanwhile", loads() - n_loads, "== 0")
+    rows.add(
+        "… processes of its left on the machine", len(psutil.wait_procs(theirs, 30)[1]), "== 0"
+    )
+    n_before = len(n_computed(log))
+    subprocess.run(command, cwd=ROOT, check=True, timeout=2 * PATIENCE_S)
+    found = pd.read_parquet(scratch / "kernel").id
+    computed = n_computed(log)
+    rows.add("… run again: rows lost", N_ROWS - found.nunique(), "== 0")
+    rows.add("… in the output twice", len(found) - found.nunique(), "== 0")
+    rows.add(
+        f"… computed twice, of {n_before:,}", computed.total() - N_ROWS, f"<= {4 * BATCH_ROWS}"
+    )
+
+
+#: Drills for any system, and for ours.
+COMPARED: dict[str, Callable[..., None]] = {"preempted": preempted, "lost": lost, "churn": churn}
+DRILLS: dict[str, Callable[..., None]] = {
+    "pending": pending,
+    "adaptive": adaptive,
+    "owners": owners,
+    "speeds": speeds,
+    "kernel": kernel,
+}
+
+
+def drilled(name: str, rows: Rows, drill: Callable[..., None], made: str) -> None:
+    """Run a drill; once more if it was void."""
+    for is_last in (False, True):
+        found, load = Rows(), Load()
+        try:
+            drill(found, scratch=Path(tempfile.mkdtemp(dir=made)))
+        finally:
+            runnable = load.close()
+        found.add(f"… runnable processes a core ({name})", runnable, f"<= {MAX_RUNNABLE}")
+        if runnable <= MAX_RUNNABLE or is_last:
+            rows.extend(found.all)
+            return
+        print(f"{name}: void, once more")
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--only", nargs="+", choices=DRILLS, default=list(DRILLS))
+    names = [*COMPARED, *DRILLS]
+    options.add_argument("--only", nargs="+", choices=names, default=names)
+    options.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    options.add_argument("--minutes", type=float, default=10.0, help="of continuous preemption")
+    options.add_argument("--notebook", nargs=2, metavar=("INPUT", "SCRATCH"))
     args = options.parse_args()
+    if args.notebook:
+        return notebook(*args.notebook)
     if why := slurm.missing():
         print(f"not measured: there is no Slurm here ({why})")
-        return
+        return None
+    os.environ["DASK_PCM__POOLS__POLL_INTERVAL"] = "1s"
     os.environ.setdefault("DASK_PCM__WORKER__IMPORTS", "[]")
+    os.environ["PYTHONPATH"] = str(ROOT)
     rows = Rows()
     with (
         tempfile.TemporaryDirectory(prefix="pcm-drills-") as made,
@@ -207,15 +359,18 @@ def main() -> None:
         dask.config.set({"pcm.pools.poll-interval": "1s", "pcm.worker.imports": []}),
     ):
         os.environ |= {"SLURM_CONF": str(conf), "DASK_PCM_HOME": str(Path(made, "home"))}
-        scratch = Path(made)
-        write_input(scratch / "claims")
+        folder = Path(made, "claims")
+        write_input(folder)
         for name in args.only:
-            DRILLS[name](rows, scratch / "claims", scratch)
-        rows.add(
-            "processes that could run, per core, at the end",
-            os.getloadavg()[0] / (os.cpu_count() or 1),
-        )
+            drill = functools.partial(COMPARED.get(name) or DRILLS[name], folder=folder)
+            if name == "churn":
+                drill = functools.partial(drill, minutes=args.minutes)
+            for system in args.systems if name in COMPARED else ["ours"]:
+                if name in COMPARED:
+                    drill = functools.partial(drill, system=system)
+                drilled(f"{name}, {system}", rows, drill, made)
     rows.write(args.json)
+    return None
 
 
 if __name__ == "__main__":

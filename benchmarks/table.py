@@ -57,6 +57,10 @@ class Rows:
         self._rows.extend(rows)
 
     @property
+    def all(self) -> Sequence[Row]:
+        return tuple(self._rows)
+
+    @property
     def n_missed(self) -> int:
         return sum(row.ok is False for row in self._rows)
 

@@ -63,6 +63,8 @@ class Start:
         Files of the certificates, by option of ``dask worker``; empty without TLS.
     logs
         The folder for the output of jobs.
+    excluded
+        Nodes that jobs are not to run on, where the batch system can be told so.
     """
 
     address: str
@@ -70,6 +72,7 @@ class Start:
     pool: Pool
     tls: Mapping[str, str]
     logs: Path
+    excluded: tuple[str, ...] = ()
 
 
 class BatchSystem(Protocol):

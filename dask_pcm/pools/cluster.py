@@ -178,6 +178,7 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
         waiting = [
             str(fleet) for fleet in self._fleets.values() if fleet.n_waiting() or fleet.trouble
         ]
+        waiting += [f"{batch}: {words}" for batch, words in self._jobs.silence.items()]
         return f"waiting for jobs: {'; '.join(waiting)}" if waiting else ""
 
     @property

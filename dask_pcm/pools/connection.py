@@ -1,7 +1,8 @@
 """How another terminal, and a job, find the cluster: a file with its address and certificates.
 
 Every cluster has a folder of its own in the user's home, which no other user can enter. Jobs read
-it there, so the home is one that the nodes share.
+it there, so the home is one that the nodes share. A cluster whose process is killed leaves its
+folder; the next one on the same machine removes it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from distributed import Client, Security
 
 from dask_pcm.errors import PoolError
@@ -52,7 +55,9 @@ class Connection:
     def make(cls, name: str, security: Security | None) -> Connection:
         """Make the folder, with the certificates of `security` in it."""
         plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-        folder = home() / "clusters" / f"{plain}-{os.getpid()}-{os.urandom(3).hex()}"
+        clusters = home() / "clusters"
+        _remove_left(clusters)
+        folder = clusters / f"{plain}-{os.urandom(3).hex()}-{os.getpid()}@{socket.gethostname()}"
         folder.mkdir(mode=0o700, parents=True)
         tls = {}
         for field, file in _FILES.items() if security is not None else ():
@@ -122,6 +127,14 @@ def _client(path: Path, address: str, **options: Any) -> Client:
             f"The scheduler of {str(path)!r} does not answer at {address}: its process has ended,"
             " or cannot be reached from here."
         ) from error
+
+
+def _remove_left(clusters: Path) -> None:
+    """Remove the folders of clusters whose process on this machine is gone."""
+    for folder in clusters.glob(f"*-*@{socket.gethostname()}"):
+        pid = folder.name.rpartition("@")[0].rpartition("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_readable(path: Path) -> None:

@@ -10,6 +10,7 @@ by itself, a job is missing only once the batch system says that it is over.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -28,6 +29,9 @@ _AGAIN_S = 10.0
 #: After this many jobs in succession that ended before a worker of theirs had joined, or a refused
 #: submission, the pool waits before it submits again: at first, and at most.
 _N_VAIN, _FIRST_WAIT_S, _LONGEST_WAIT_S = 3, 5.0, 1800.0
+#: What a job's output says of its node if no worker could start there (``launcher.check_scratch``);
+#: the node gets no job of the pool for this long.
+BAD_NODE, _EXCLUDED_S = re.compile(r"^Node (\S+) cannot be used: (.*)$", re.M), 600.0
 
 
 @dataclass(slots=True)
@@ -114,6 +118,8 @@ class Fleet:
         self._blocked_until = -math.inf
         #: Jobs of one submission: after a refusal one, and twice as many each time.
         self._at_once = math.inf
+        #: Until when each node is excluded.
+        self._excluded: dict[str, float] = {}
 
     def submitted(self, ids: Iterable[str], now: float) -> None:
         """Jobs were submitted."""
@@ -155,6 +161,22 @@ class Fleet:
         text = f"jobs ended before a worker of theirs had joined, {self._n_vain} times in a row"
         self.refused(f"{text}\nThe end of the last one's output:\n{log}", now)
         return True
+
+    def exclude(self, output: str, now: float) -> str:
+        """Exclude a node of which a job's output says that it cannot be used.
+
+        Returns the words, if they are to be said to the user: the first time.
+        """
+        found = BAD_NODE.search(output)
+        if found is None:
+            return ""
+        is_known = found[1] in self.excluded(now)
+        self._excluded[found[1]] = now + _EXCLUDED_S
+        return "" if is_known else found[0]
+
+    def excluded(self, now: float) -> list[str]:
+        """Nodes that get no job of this pool now."""
+        return [node for node, until in self._excluded.items() if now < until]
 
     def job_of(self, worker: str) -> str | None:
         """The job of a worker, by the worker's name; None if it is of another pool."""

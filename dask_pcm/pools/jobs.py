@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dask_pcm.errors import PoolError
@@ -44,8 +45,8 @@ class Jobs:
     def __init__(self, pools: Mapping[str, Pool], tls: Mapping[str, str]) -> None:
         self._pools = pools
         self._tls = tls
-        #: What systems that do not answer have said last.
-        self._silence: dict[str, str] = {}
+        #: What systems that do not answer have said last, by batch system.
+        self.silence: dict[str, str] = {}
         self._systems = {one: _SYSTEMS[one]() for one in {p.batch for p in pools.values()}}
 
     async def check(self) -> None:
@@ -53,9 +54,15 @@ class Jobs:
         for name in self._pools:
             await self._system(name).check(self._start(name, _SOME_ADDRESS))
 
-    async def submit(self, name: str, address: str, n_jobs: int) -> list[str]:
-        """Submit jobs of a pool for the scheduler at `address`; return their ids."""
-        return await self._system(name).submit(self._start(name, address), n_jobs)
+    async def submit(
+        self, name: str, address: str, n_jobs: int, excluded: Collection[str] = ()
+    ) -> list[str]:
+        """Submit jobs of a pool for the scheduler at `address`; return their ids.
+
+        See ``Start`` for `excluded`.
+        """
+        start = replace(self._start(name, address), excluded=tuple(sorted(excluded)))
+        return await self._system(name).submit(start, n_jobs)
 
     async def states(
         self, jobs: Mapping[str, Collection[str]]
@@ -73,11 +80,11 @@ class Jobs:
             try:
                 states = await system.states(ids)
             except PoolError as error:  # what is not known is not gone
-                if str(error) != self._silence.get(batch):
+                if str(error) != self.silence.get(batch):
                     logger.warning("%s", error)
-                self._silence[batch] = str(error)
+                self.silence[batch] = str(error)
                 continue
-            self._silence.pop(batch, None)
+            self.silence.pop(batch, None)
             found.update(dict.fromkeys(names, states))
         return found
 

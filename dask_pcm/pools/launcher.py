@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
@@ -23,6 +24,8 @@ from dask_pcm.plugins.classad import JOB, number_in
 #: Each of these lists the devices of a job; what libraries see is set by the same name.
 _DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+#: What a scratch folder must have room for.
+_SCRATCH_BYTES = 1 << 20
 #: How long the scheduler has to accept a connection.
 _ANSWER_S = 10.0
 #: Before a worker is started again: this long, and twice as long each time that it does not last.
@@ -91,6 +94,25 @@ def environments(environ: Mapping[str, str], n_workers: int) -> list[dict[str, s
     return found
 
 
+def check_scratch(folder: str, environ: Mapping[str, str]) -> None:
+    """End the job if its workers could not use their folder on this node.
+
+    The cluster reads the words in the job's output (``fleet.BAD_NODE``), and excludes the node.
+
+    Raises
+    ------
+    SystemExit
+        The folder cannot be made, or nothing can be written to it.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_SCRATCH_BYTES))
+    except OSError as error:
+        node = environ.get("SLURMD_NODENAME") or socket.gethostname()
+        sys.exit(f"Node {node} cannot be used: its scratch folder {folder!r}: {error.strerror}.")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Start the workers of this job; see ``pools/batch.py`` for what it is called with."""
     parser = argparse.ArgumentParser(prog="dask_pcm.pools.launcher", allow_abbrev=False)
@@ -99,8 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, required=True)
     parser.add_argument("--nthreads", type=int, default=1)
     parser.add_argument("--memory-limit", default="0")
+    parser.add_argument("--local-directory")
     parser.add_argument("scheduler")
     given, rest = parser.parse_known_args(arguments)
+    if given.local_directory is not None:
+        check_scratch(given.local_directory, os.environ)
+        rest += ["--local-directory", given.local_directory]
     n = given.workers
     name = f"{given.pool}-{job_id(os.environ)}"
     if (n_starts := start_number(os.environ)) > 1:  # no worker has the name of a lost one

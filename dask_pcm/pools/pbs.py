@@ -126,11 +126,11 @@ def script(start: Start) -> str:
 
 
 def _select(start: Start) -> str:
-    """What a job takes."""
+    """What a job takes; memory last, as Slurm's qsub reads nothing behind it."""
     pool = start.pool
     parts = ["select=1", f"ncpus={pool.cores}"]
-    if pool.mem != "none":
-        parts.append(f"mem={math.ceil(pool.memory_bytes / 2**20)}MB")
     if pool.gpus_per_job:
         parts.append(f"ngpus={pool.gpus_per_job}")
+    if pool.mem != "none":
+        parts.append(f"mem={math.ceil(pool.memory_bytes / 2**20)}MB")
     return ":".join(parts)

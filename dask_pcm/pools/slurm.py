@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
@@ -25,6 +26,10 @@ _OVER = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED COMPLETING DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED"
     " REVOKED TIMEOUT".split()
 )
+#: What sbatch says if it may have submitted the job, and has not learned of it.
+_UNSURE = re.compile("(?i)timed out|not answered|connect|contact|communication|zero bytes")
+#: Then it is looked for until Slurm has answered twice, this long apart, or has not for as long.
+_N_ANSWERS, _N_ASKED, _ASKED_S = 2, 6, 10.0
 _RUNNING = frozenset({"RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"})
 
 
@@ -43,9 +48,11 @@ class Slurm:
             while len(ids) < n_jobs:
                 n = min(n_jobs - len(ids), _MAX_ARRAY) if start.pool.is_array else 1
                 output = f"--output={log_of(start, '%A_%a' if n > 1 else '%j')}"
-                array = [f"--array=0-{n - 1}"] if n > 1 else []
+                options = [f"--array=0-{n - 1}"] if n > 1 else []
+                if start.excluded:
+                    options.append(f"--exclude={','.join(start.excluded)}")
                 try:
-                    job = _id_in(await call("sbatch", "--parsable", output, *array, path))
+                    job = await _submitted(path, output, *options)
                 except PoolError as error:
                     if not ids:  # otherwise those are known, and the rest is tried again
                         raise
@@ -77,6 +84,35 @@ class Slurm:
         """See ``BatchSystem``."""
 
 
+async def _submitted(path: str, *options: str) -> str:
+    """Submit a script; return the id of its job.
+
+    A busy Slurm accepts jobs whose ``sbatch`` has given up by then. So the job is looked for by its
+    script, whose folder no other submission has: a job that the cluster does not know would never
+    be cancelled.
+    """
+    try:
+        return _id_in(await call("sbatch", "--parsable", *options, path))
+    except PoolError as error:
+        if not _UNSURE.search(str(error)):
+            raise
+        unsure = error
+    n_answers = 0
+    for k in range(_N_ASKED):
+        await asyncio.sleep(_ASKED_S if k else 0.0)
+        try:
+            said = await call("squeue", "--me", "--noheader", "--format=%F|%o")
+        except PoolError:
+            continue
+        n_answers += 1
+        found = [line.split("|")[0].strip() for line in said.splitlines() if path in line]
+        if found:
+            return found[0]
+        if n_answers == _N_ANSWERS:
+            break
+    raise unsure
+
+
 def _id_in(said: str) -> str:
     """The job that sbatch says it has submitted."""
     job = said.strip().split(";")[0]  # "123;cluster" on federated sites
@@ -87,7 +123,7 @@ def _id_in(said: str) -> str:
 
 @contextmanager
 def _script_file(start: Start) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="pcm-") as folder:
         path = os.path.join(folder, f"pcm-{start.name}.sh")
         with open(path, "w", encoding="utf-8") as file:
             file.write(script(start))

@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import Any
 
 from distributed import Scheduler
-from distributed.utils import silence_logging_cmgr
 
 from dask_pcm.config import Config
 from dask_pcm.errors import PoolError
@@ -64,15 +63,15 @@ class Upkeep:
         """End the workers and their jobs, and wait for submissions: their jobs end, too."""
         self._keeping.cancel()
         await asyncio.gather(self._keeping, *self._running.values(), return_exceptions=True)
-        # Not by a signal: that would be a notice, and take time.
-        message = {"op": "terminate", "reason": "cluster-closes"}
-        # A nanny that ends before it has answered is no error, and Dask would log it as one.
-        with (
-            silence_logging_cmgr(logging.CRITICAL, "distributed.scheduler"),
-            suppress(TimeoutError),
-        ):
-            told = self._scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
-            await asyncio.wait_for(told, _END_S)  # otherwise its job is cancelled
+        ends = (self._end(ws.nanny or ws.address) for ws in self._scheduler.workers.values())
+        with suppress(TimeoutError):  # otherwise its job is cancelled
+            await asyncio.wait_for(asyncio.gather(*ends), _END_S)
+
+    async def _end(self, address: str) -> None:
+        """End a nanny, or a worker without one; not by a signal, which would be a notice."""
+        # One that ends before it has answered is no error; Dask's broadcast would log it as one.
+        with suppress(OSError):
+            await self._scheduler.rpc(address).terminate(reason="cluster-closes")
 
     async def _keep(self) -> None:
         while True:
@@ -152,16 +151,20 @@ class Upkeep:
     def _judge(self, fleet: Fleet, over: list[Job]) -> None:
         """Jobs are over: say so if they are the last of several that did nothing."""
         idle = [job for job in over if not job.is_cancelled and not job.has_joined]
-        outputs = (self._jobs.output(fleet.name, job.id) for job in idle)
-        output = next((text for text in outputs if text is not None), None)
-        if output is not None and fleet.ended_in_vain(output, time.monotonic()):
+        found = [self._jobs.output(fleet.name, job.id) for job in idle]
+        outputs, now = [text for text in found if text is not None], time.monotonic()
+        for text in outputs:
+            if words := fleet.exclude(text, now):
+                logger.warning("Pool %s, for ten minutes: %s", fleet.name, words)
+        if outputs and fleet.ended_in_vain(outputs[0], now):
             logger.error("Pool %s: %s", fleet.name, fleet.trouble)
 
     async def _submit(self, name: str, n_jobs: int) -> None:
         """Submit jobs; what is refused is tried again later."""
         fleet = self._fleets[name]
         try:
-            ids = await self._jobs.submit(name, self._scheduler.address, n_jobs)
+            excluded = fleet.excluded(time.monotonic())
+            ids = await self._jobs.submit(name, self._scheduler.address, n_jobs, excluded)
         except Exception as error:  # not only the batch system's own: none may be asked in a loop
             why = str(error) or repr(error)
             if why != fleet.trouble:

@@ -33,7 +33,7 @@ def test_a_script_of_a_job_with_two_gpus():
 #PBS -N pcm-a10
 #PBS -q gpu
 #PBS -A lab
-#PBS -l select=1:ncpus=4:mem=16384MB:ngpus=2
+#PBS -l select=1:ncpus=4:ngpus=2:mem=16384MB
 #PBS -l walltime=01:30:00
 #PBS -r n
 #PBS -j oe

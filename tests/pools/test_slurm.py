@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import dask
 import pytest
 
 import dask_pcm as pcm
+from dask_pcm.errors import PoolError
+from dask_pcm.pools import slurm as slurm_module
 from dask_pcm.pools.batch import Start, scrubbed
-from dask_pcm.pools.slurm import script
+from dask_pcm.pools.slurm import Slurm, script
 
 LAUNCHER = (
     f"exec {shlex.quote(sys.executable)} -m dask_pcm.pools.launcher tls://10.0.0.1:8786 --name a10"
@@ -130,3 +133,55 @@ def test_settings_that_somebody_has_reset_are_there_again(monkeypatch):
     before = written(memory="4 GiB")
     monkeypatch.delitem(dask.config.config, "jobqueue")
     assert written(memory="4 GiB") == before
+
+
+@pytest.fixture
+def busy(tmp_path, monkeypatch):
+    """A Slurm whose ``sbatch`` gives up before it has an answer; it notes what was submitted."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm_module, "_ASKED_S", 0.01)
+
+    def say(command, *lines):
+        path = tmp_path / command
+        path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+        path.chmod(0o755)
+
+    timed_out = "sbatch: error: Batch job submission failed: Socket timed out on send/recv"
+    say(
+        "sbatch",
+        f'for one; do :; done; echo "$one" >> {tmp_path}/submitted',
+        f"echo {timed_out!r} >&2; exit 1",
+    )
+    return say
+
+
+def submit(folder, n_jobs, **pool):
+    start = Start("tls://10.0.0.1:8786", "a10", pcm.Pool(**pool), {}, folder)
+    return asyncio.run(Slurm().submit(start, n_jobs))
+
+
+def test_a_job_that_a_busy_slurm_has_accepted_without_a_word_is_known(busy, tmp_path):
+    others = "echo '7|/tmp/pcm-x/pcm-a10.sh'"
+    # The first query fails, too, and in the second it is not there yet.
+    busy(
+        "squeue",
+        f"echo x >> {tmp_path}/asked",
+        f"n=$(wc -l < {tmp_path}/asked)",
+        "[ $n = 1 ] && { echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1; }",
+        others,
+        f"[ $n = 2 ] || echo '41|'$(tail -n 1 {tmp_path}/submitted)",
+    )
+    assert submit(tmp_path, 3) == ["41_0", "41_1", "41_2"]
+    assert len((tmp_path / "submitted").read_text().splitlines()) == 1  # not submitted again
+    assert submit(tmp_path, 1) == ["41"]
+
+
+def test_a_job_that_a_busy_slurm_has_not_accepted_is_refused_in_its_words(busy, tmp_path):
+    busy("squeue", f"echo x >> {tmp_path}/asked", "echo '7|/tmp/pcm-x/pcm-a10.sh'")
+    with pytest.raises(PoolError, match=r"sbatch: error: .* Socket timed out"):
+        submit(tmp_path, 2)
+    assert len((tmp_path / "asked").read_text().splitlines()) == 2
+    busy("sbatch", "echo 'sbatch: error: Invalid account' >&2; exit 1")
+    with pytest.raises(PoolError, match="Invalid account"):
+        submit(tmp_path, 2)
+    assert len((tmp_path / "asked").read_text().splitlines()) == 2  # there is nothing to ask
