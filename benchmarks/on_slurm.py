@@ -179,7 +179,7 @@ def jobqueue(n_jobs: int) -> Iterator[tuple[Client, type[PlainJob]]]:
             memory=_MEMORY,
             walltime="01:00:00",
             job_extra_directives=["--gres=gpu:1"],
-            log_directory="/dev/null",
+            log_directory=os.environ["DASK_PCM_HOME"],
             scheduler_options={"dashboard_address": ":0"},
         ) as plain,
         Client(plain) as client,

@@ -268,3 +268,27 @@ def own_module(tmp_path, monkeypatch):
         return importlib.import_module("own_module")
 
     return imported
+
+
+@pytest.fixture
+def execute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Any, Path], list[Any]]:
+    """Run the cells in a kernel of this very environment, whatever kernels are elsewhere."""
+    kernels = tmp_path / "kernels" / "python3"
+    kernels.mkdir(parents=True)
+    command = f'["{sys.executable}", "-m", "ipykernel_launcher", "-f", "{{connection_file}}"]'
+    spec = f'{{"argv": {command}, "display_name": "Python 3", "language": "python"}}'
+    (kernels / "kernel.json").write_text(spec)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+
+    from nbclient import NotebookClient
+
+    def run(notebook: Any, folder: Path) -> list[Any]:
+        resources = {"metadata": {"path": folder}}
+        NotebookClient(notebook, timeout=patient(100), resources=resources).execute()
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        assert outputs and not [o for o in outputs if o.output_type == "error"]
+        return outputs
+
+    return run

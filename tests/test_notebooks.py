@@ -1,33 +1,12 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-
-
-@pytest.fixture
-def execute(tmp_path, monkeypatch):
-    """Run the cells in a kernel of this very environment, whatever kernels are elsewhere."""
-    kernels = tmp_path / "kernels" / "python3"
-    kernels.mkdir(parents=True)
-    command = f'["{sys.executable}", "-m", "ipykernel_launcher", "-f", "{{connection_file}}"]'
-    spec = f'{{"argv": {command}, "display_name": "Python 3", "language": "python"}}'
-    (kernels / "kernel.json").write_text(spec)
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-
-    def run(notebook, folder):
-        resources = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=100, resources=resources).execute()
-        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-        assert outputs and not [o for o in outputs if o.output_type == "error"]
-        return outputs
-
-    return run
+#: Those that need no batch system; see ``tests/pools/test_notebook.py`` for the others.
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*-quickstart.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -76,7 +76,15 @@ class Start:
 
 
 class BatchSystem(Protocol):
-    """A batch system, for the cluster's event loop. Errors are ``PoolError`` with its own words."""
+    """A batch system, for the cluster's event loop. Errors are ``PoolError`` with its own words.
+
+    Attributes
+    ----------
+    can_exclude
+        Whether it can be told of nodes that jobs are not to run on.
+    """
+
+    can_exclude: bool
 
     async def check(self, start: Start) -> None:
         """Ask whether the jobs of a pool would be accepted."""

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
+from collections import deque
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dask_pcm.pools.batch import JobState
 from dask_pcm.pools.pool import Pool
+from dask_pcm.scheduling.rules.scaling import Offer
 
 #: A job whose workers have all been gone for this long is missing; if the batch system said since
 #: then that it runs, for the longer time: its nanny starts another worker.
@@ -24,6 +27,8 @@ _MISSING_S, _RESTART_S = 2.5, 60.0
 _UNWANTED_S = 15.0
 #: A pool of which a job has waited for longer is not counted on for more than it has.
 _SLOW_S = 30.0
+#: What is learned of a pool's queue is of its last jobs.
+_N_WAITS = 5
 #: A job that was cancelled and is still there is cancelled again after this time.
 _AGAIN_S = 10.0
 #: After this many jobs in succession that ended before a worker of theirs had joined, or a refused
@@ -118,6 +123,8 @@ class Fleet:
         self._blocked_until = -math.inf
         #: Jobs of one submission: after a refusal one, and twice as many each time.
         self._at_once = math.inf
+        #: Seconds from submission to the first worker, of the last jobs.
+        self._waits: deque[float] = deque(maxlen=_N_WAITS)
         #: Until when each node is excluded.
         self._excluded: dict[str, float] = {}
 
@@ -199,6 +206,7 @@ class Fleet:
             job.workers = found.get(job.id, set())
             if job.workers:
                 if not job.has_joined:
+                    self._waits.append(now - job.submitted_at)
                     self._n_vain = 0
                     self._recover()
                 job.has_joined = job.is_running = True
@@ -253,8 +261,8 @@ class Fleet:
         ]
         return [job.id for job in late if job.id in known]
 
-    def supply(self, now: float) -> float:
-        """Workers that can be counted on: those there are, if others are long in coming."""
+    def offer(self, now: float) -> Offer:
+        """What the pool can give; only the workers it has, if others are long in coming."""
         waits = (
             job
             for job in self.jobs.values()
@@ -262,7 +270,9 @@ class Fleet:
         )
         is_slow = any(now - job.submitted_at >= _SLOW_S for job in waits)
         n_here = sum(len(job.workers) for job in self.jobs.values())
-        return n_here if self.trouble or is_slow else math.inf
+        n_counted = n_here if self.trouble or is_slow else math.inf
+        wait_s = statistics.median(self._waits) if self._waits else 0.0
+        return Offer(self.pool.max_workers, n_here, n_counted, wait_s)
 
     def n_waiting(self) -> int:
         """Jobs that have no nodes yet."""

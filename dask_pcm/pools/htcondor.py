@@ -37,6 +37,8 @@ class HTCondor:
     evicted, under the same id.
     """
 
+    can_exclude = False
+
     async def check(self, start: Start) -> None:
         """See ``BatchSystem``; by a dry run of the submit file, and by asking the queue.
 

@@ -88,6 +88,10 @@ class Jobs:
             found.update(dict.fromkeys(names, states))
         return found
 
+    def can_exclude(self, name: str) -> bool:
+        """Whether jobs of a pool can be kept from nodes; see ``BatchSystem``."""
+        return self._system(name).can_exclude
+
     async def cancel(self, name: str, jobs: Sequence[str]) -> None:
         """Cancel jobs of a pool."""
         try:

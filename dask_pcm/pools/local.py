@@ -28,6 +28,8 @@ _KILL_S = 10.0
 class Local:
     """Starts jobs as child processes, each in a process group of its own; see ``BatchSystem``."""
 
+    can_exclude = False
+
     def __init__(self) -> None:
         self._jobs: dict[str, subprocess.Popen[bytes]] = {}
         self._numbers = itertools.count(1)

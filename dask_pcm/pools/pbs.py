@@ -27,6 +27,8 @@ class PBS:
     Ids are without the server's name: ``123``, and ``123[4]`` for the element of an array.
     """
 
+    can_exclude = False
+
     async def check(self, start: Start) -> None:
         """See ``BatchSystem``; PBS cannot be asked without submitting: a job that is held, and
         deleted at once.

@@ -36,6 +36,8 @@ _RUNNING = frozenset({"RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"
 class Slurm:
     """The Slurm that this machine's commands talk to; see ``BatchSystem``."""
 
+    can_exclude = True
+
     async def check(self, start: Start) -> None:
         """See ``BatchSystem``; by ``sbatch --test-only``, which submits nothing."""
         with _script_file(start) as path:

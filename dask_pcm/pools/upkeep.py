@@ -94,8 +94,8 @@ class Upkeep:
         self._sync(noticed, now)
         if now - self._polled_at >= self._poll_s and any(f.jobs for f in self._fleets.values()):
             self._do("poll", self._poll(now))
-        supply = {name: fleet.supply(now) for name, fleet in self._fleets.items()}
-        self._wishes.follow(self._scheduler.adaptive_target, state, supply)
+        offers = {name: fleet.offer(now) for name, fleet in self._fleets.items()}
+        self._wishes.follow(self._scheduler.adaptive_target, state, offers, now)
         for name, fleet in self._fleets.items():
             n_workers, is_adaptive = self._wishes.targets[name], self._wishes.is_adaptive
             steps = fleet.decide(n_workers, needed, is_adaptive, now)
@@ -153,7 +153,7 @@ class Upkeep:
         idle = [job for job in over if not job.is_cancelled and not job.has_joined]
         found = [self._jobs.output(fleet.name, job.id) for job in idle]
         outputs, now = [text for text in found if text is not None], time.monotonic()
-        for text in outputs:
+        for text in outputs if self._jobs.can_exclude(fleet.name) else ():
             if words := fleet.exclude(text, now):
                 logger.warning("Pool %s, for ten minutes: %s", fleet.name, words)
         if outputs and fleet.ended_in_vain(outputs[0], now):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dask.utils import parse_timedelta
 
 from dask_pcm.errors import PoolError
 from dask_pcm.pools.pool import Pool
-from dask_pcm.scheduling.rules.scaling import spread
+from dask_pcm.scheduling.rules.scaling import Offer, spread
 from dask_pcm.scheduling.state.state import GateState
 
 
@@ -65,7 +66,8 @@ class Wishes:
         self,
         n_wanted: Callable[[float], float],
         state: GateState | None,
-        supply: Mapping[str, float],
+        offers: Mapping[str, Offer],
+        now: float,
     ) -> None:
         """Bring the targets up to date with the work, if they follow it.
 
@@ -73,13 +75,16 @@ class Wishes:
         ----------
         n_wanted
             Gives the workers that would finish the known work within some seconds.
-        supply
-            See ``spread``.
+        offers
+            What each pool can give, by its own limits.
         """
         if self.is_adaptive:
-            n_workers = min(self._in_all, float(n_wanted(self._target_s)))
+            n_needed = float(n_wanted(self._target_s))
             known = GateState() if state is None else state
-            found = spread(known, n_workers, self._most, supply)
+            limited = {name: replace(one, most=self._most[name]) for name, one in offers.items()}
+            found = spread(
+                known, min(self._in_all, n_needed), limited, now, n_needed * self._target_s
+            )
             self.targets = {name: max(int(self._least[name]), n) for name, n in found.items()}
 
     def _by_pool(self, given: Any, method: str) -> dict[str, float]:

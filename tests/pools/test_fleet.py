@@ -176,6 +176,18 @@ def test_a_large_submission_that_does_nothing_counts_once():
     assert one.steps(50) == Steps(n_submit=50)
 
 
+def test_a_node_whose_jobs_cannot_start_is_excluded_for_a_time_and_said_once():
+    one = Played()
+    output = "+ source profile\nNode n1 cannot be used: its scratch folder '/s': File exists.\nx"
+    words = "Node n1 cannot be used: its scratch folder '/s': File exists."
+    assert one.fleet.exclude(output, 0.0) == words
+    assert one.fleet.exclude("Node is bad", 0.0) == ""
+    assert one.fleet.excluded(1.0) == ["n1"]
+    assert one.fleet.exclude(output, 500.0) == ""  # known
+    assert one.fleet.excluded(1000.0) == ["n1"] and one.fleet.excluded(1101.0) == []
+    assert one.fleet.exclude(output, 1102.0) == words
+
+
 def test_what_is_cancelled_and_still_there_is_cancelled_again(two):
     two.cancelled("2")
     known = {"1", "2"}
@@ -195,14 +207,14 @@ def test_a_job_that_hangs_on_to_its_nodes_is_cancelled(two):
 
 
 def test_a_pool_is_counted_on_for_what_it_gives(two):
-    assert two.fleet.supply(1.0) == float("inf")
+    assert two.fleet.offer(1.0).n_counted == float("inf")
     two.submit("3")
-    assert two.fleet.supply(29.0) == float("inf")
-    assert two.fleet.supply(31.0) == 2
+    assert two.fleet.offer(29.0).n_counted == float("inf")
+    assert two.fleet.offer(31.0).n_counted == 2
     two.workers("a10-1", "a10-2", "a10-3")
-    assert two.fleet.supply(31.0) == float("inf")
+    assert two.fleet.offer(31.0).n_counted == float("inf")
     two.fleet.refused("no", 31.0)
-    assert two.fleet.supply(31.0) == 3
+    assert two.fleet.offer(31.0).n_counted == 3
 
 
 def test_workers_of_a_pool_whose_name_begins_alike_are_not_its_own(two):
@@ -235,7 +247,7 @@ def test_an_evicted_job_waits_again_and_is_not_replaced(requeued):
     assert not answer(requeued, _1_0=RUNS, _1_1=WAITS)
     requeued.workers("a10-1.0")
     requeued.now += 1000.0
-    assert requeued.steps(2) == Steps() and requeued.fleet.supply(requeued.now) == 1
+    assert requeued.steps(2) == Steps() and requeued.fleet.offer(requeued.now).n_counted == 1
     assert str(requeued.fleet) == "a10: 1 jobs with workers, 1 pending (Priority)"
     requeued.workers("a10-1.0", "a10-1.1-start2")
     assert requeued.steps(2) == Steps() and requeued.fleet.n_waiting() == 0

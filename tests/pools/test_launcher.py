@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
 
 import pytest
 
+from dask_pcm.pools.fleet import BAD_NODE
 from dask_pcm.pools.launcher import answers, environments, job_id, start_number
 from tests.support.patience import patient
 
@@ -50,6 +52,27 @@ def test_devices_that_the_batch_system_does_not_list_are_counted():
 def test_devices_that_cannot_be_divided_end_the_job_in_words():
     with pytest.raises(SystemExit, match=r"3 devices \(0, 1, 2\) for 2 workers. Set gpus_per_job"):
         environments({"CUDA_VISIBLE_DEVICES": "0,1,2"}, 2)
+
+
+@pytest.mark.parametrize(
+    ("folder", "before", "said"),
+    [
+        ("file/scratch", "", "File exists|Not a directory"),
+        ("small", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99))", "large"),
+        ("new/scratch", "", ""),
+    ],
+)
+def test_a_job_ends_in_words_where_its_scratch_cannot_be_used(folder, before, said, tmp_path):
+    (tmp_path / "file").touch()
+    check = f"from dask_pcm.pools.launcher import check_scratch\n{before}\ncheck_scratch"
+    code = f"{check}({str(tmp_path / folder)!r}, {{'SLURMD_NODENAME': 'n1'}})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if not said:
+        assert ended.returncode == 0 and not list((tmp_path / folder).iterdir())
+        return
+    assert ended.returncode == 1
+    found = BAD_NODE.fullmatch(ended.stderr.strip())
+    assert found[1] == "n1" and str(tmp_path / folder) in found[2] and re.search(said, found[2])
 
 
 def test_workers_are_not_started_for_a_scheduler_that_is_gone():

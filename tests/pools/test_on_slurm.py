@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 
@@ -116,6 +117,38 @@ def test_a_preempted_worker_is_replaced_at_its_notice_and_nothing_is_lost(
         assert int(left) <= GRACE_S + 6, log
         subprocess.run(["scancel", theirs], check=True)
         until(lambda: any(name.startswith("h100-") for name in names(one)))
+
+
+def test_a_node_without_its_scratch_folder_gets_no_jobs(slurm, cluster, tmp_path, caplog):
+    (tmp_path / "a10n1").touch()  # a file, where the node's disk should be mounted
+    scratch = {"scratch": "$SCRATCH", "prologue": [f"export SCRATCH={tmp_path}/$SLURMD_NODENAME"]}
+    one = cluster({"a10": pool(gpus_per_job=1, gpu_type="a10", max_jobs=1, **scratch)})
+    one.scale(1)
+    with Client(one) as client:
+        client.wait_for_workers(1, timeout=patient(60))
+        until(lambda: queue("%N") == ["a10n2"])
+        folder = next(iter(client.run(lambda dask_worker: dask_worker.local_directory).values()))
+        assert folder.startswith(str(tmp_path / "a10n2"))
+    text = f"Node a10n1 cannot be used: its scratch folder '{tmp_path}/a10n1'"
+    assert caplog.text.count(text) == 1
+
+
+def test_jobs_that_slurm_has_accepted_without_a_word_belong_to_the_cluster(
+    slurm, cluster, tmp_path, monkeypatch
+):
+    sbatch = tmp_path / "sbatch"
+    lines = ["#!/bin/sh", f'{shutil.which("sbatch")} "$@" > {tmp_path}/said || exit']
+    lines += ["case $1 in --test-only) exit;; esac"]
+    lines += ["echo 'sbatch: error: Batch job submission failed: Socket timed out' >&2; exit 1"]
+    sbatch.write_text("\n".join(lines) + "\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    one = cluster({"any": pool(gpus_per_job=1)})
+    one.scale(2)
+    one.wait_for_workers(2, timeout=patient(60))
+    assert sorted(queue()) == sorted(one._fleets["any"].jobs)
+    one.close()
+    until(lambda: not queue())
 
 
 def test_a_pending_job_that_is_cancelled_outside_is_replaced(slurm, cluster):

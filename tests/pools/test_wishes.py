@@ -9,8 +9,14 @@ import pytest
 import dask_pcm as pcm
 from dask_pcm.errors import PoolError
 from dask_pcm.pools.wishes import Wishes
+from dask_pcm.scheduling.rules.scaling import Offer
 
 POOLS = {"a": pcm.Pool(batch="local", max_jobs=3), "b": pcm.Pool(batch="local", gpus_per_job=2)}
+
+
+def follow(wishes, wanted, **offers):
+    known = {name: Offer(pool.max_workers) for name, pool in POOLS.items()}
+    wishes.follow(wanted, None, {**known, **offers}, 0.0)
 
 
 @pytest.fixture
@@ -34,23 +40,23 @@ def test_adapt_stays_within_limits_of_user_and_pools(wishes):
         asked.append(seconds)
         return 100
 
-    wishes.follow(wanted, None, {})
+    follow(wishes, wanted)
     assert wishes.targets == {"a": 3, "b": 5} and asked == [30.0]
-    wishes.follow(lambda _: 0, None, {})
+    follow(wishes, lambda _: 0)
     assert wishes.targets == {"a": 0, "b": 1}
     wishes.adapt(0, 4, 60)
-    wishes.follow(lambda _: 100, None, {})
+    follow(wishes, lambda _: 100)
     assert sum(wishes.targets.values()) == 4
     wishes.scale({"a": 1})
-    wishes.follow(lambda _: 100, None, {})
+    follow(wishes, lambda _: 100)
     assert wishes.targets["a"] == 1
 
 
 def test_what_a_pool_does_not_give_is_wanted_of_the_next(wishes):
     wishes.adapt(0, 3, 60)
-    wishes.follow(lambda _: 100, None, {})
+    follow(wishes, lambda _: 100)
     assert wishes.targets == {"a": 3, "b": 0}
-    wishes.follow(lambda _: 100, None, {"a": 1})
+    follow(wishes, lambda _: 100, a=Offer(3, n_counted=1))
     assert wishes.targets == {"a": 3, "b": 2}
 
 

@@ -36,6 +36,13 @@ PATIENCE_S = 30.0
 _MAX_PEERS = 8
 #: The back-off after a server could not be reached.
 _REST_S = 60.0
+#: A worker that has reached no peer yet, and this many could be reached in no way, reads from the
+#: store alone for this long: a firewall lets it reach the scheduler and nothing else.
+_N_UNREACHED, _APART_S = 2, 600.0
+
+
+class _UnreachableError(TransferError):
+    """A peer can be reached neither at its server nor over Dask's comms."""
 
 
 class _Staging:
@@ -47,7 +54,7 @@ class _Staging:
         self.error: PCMError | None = None
         self._changed = threading.Condition()
         self._n_writing = self._n_ended = 0
-        self._is_over = False
+        self._is_over = self._is_given_up = False
 
     @contextlib.contextmanager
     def writing(self) -> Any:
@@ -68,11 +75,17 @@ class _Staging:
             self._n_ended += 1
             self._changed.notify_all()
 
+    def give_up(self) -> None:
+        """No more copies are worth waiting for."""
+        with self._changed:
+            self._is_given_up = True
+            self._changed.notify_all()
+
     def wait(self) -> None:
         """Wait until the blob is complete, a copy failed for good, or none has ended for long."""
         with self._changed:
             seen = -1
-            while self.filling.missing and self.error is None and seen != self._n_ended:
+            while self._is_needed and seen != self._n_ended:
                 seen = self._n_ended
                 self._changed.wait_for(self._is_news(seen), PATIENCE_S)
             # A late copy must not write any more: the caller closes the file next.
@@ -81,7 +94,11 @@ class _Staging:
 
     def _is_news(self, seen: int) -> Callable[[], bool]:
         """A predicate: whether more copies than `seen` have ended."""
-        return lambda: self._n_ended != seen
+        return lambda: self._n_ended != seen or self._is_given_up
+
+    @property
+    def _is_needed(self) -> bool:
+        return bool(self.filling.missing) and self.error is None and not self._is_given_up
 
 
 class Fetcher:
@@ -116,6 +133,10 @@ class Fetcher:
         self._own = threading.local()  # each copying thread's connections
         #: When the back-off of each server that could not be reached ends, by the monotonic clock.
         self._unreachable: dict[tuple[str, int], float] = {}
+        #: Peers that could not be reached in any way; and whether any could ever be.
+        self._unreached: set[str] = set()
+        self._has_reached = False
+        self._apart_until = 0.0
         self._opening = threading.Lock()
         worker.handlers["pcm_chunk"] = self.give
 
@@ -184,14 +205,16 @@ class Fetcher:
     def fetch(self, file: BundledFile, filling: PartialBlob) -> None:
         """Fetch the missing chunks of a file as the scheduler plans; blocks, for any thread.
 
-        Without a plan, or if no chunk arrives for long, they are read from the store.
+        Without a plan, or if peers cannot be reached or no chunk arrives for long, they are read
+        from the store.
 
         Raises
         ------
         StageError, DiskError
             See ``ladder.files.staging.fetch``.
         """
-        if self._access is not None and filling.missing:
+        is_planned = self._access is not None and time.monotonic() >= self._apart_until
+        if is_planned and filling.missing:
             self._serve()
             staging = self._staging[file.blob.digest] = _Staging(file, filling)
             blob, n_chunks = file.blob.digest, file.blob.n_chunks
@@ -205,11 +228,12 @@ class Fetcher:
                 self.staged(file.blob, is_there=False)
                 raise staging.error
             if filling.missing:
-                logger.warning(
-                    "No chunk of %s has arrived for %g s: reading the rest from the store",
-                    redacted(file.url),
-                    PATIENCE_S,
-                )
+                if time.monotonic() >= self._apart_until:
+                    logger.warning(
+                        "No chunk of %s has arrived for %g s: reading the rest from the store",
+                        redacted(file.url),
+                        PATIENCE_S,
+                    )
                 self.staged(file.blob, is_there=False)
         fetch(file, filling, self._config.store_timeout_s)
 
@@ -226,6 +250,8 @@ class Fetcher:
             outcome = self._copied(staging, chunk, source, at)
         except (StageError, DiskError) as error:
             outcome, staging.error = "absent", error  # "failed" would put the source on back-off
+        except _UnreachableError as error:
+            self._note_unreached(source, error)
         except Exception as error:  # fsspec's stores raise errors of their own
             logger.info(
                 "Chunk %s of %s not copied from %s: %s", chunk, blob, source, redacted(str(error))
@@ -233,6 +259,22 @@ class Fetcher:
         says = {"blob": blob, "chunk": chunk, "source": source, "outcome": outcome}
         self._tell({"op": "pcm-copied", **says})
         staging.news()
+
+    def _note_unreached(self, peer: str, error: _UnreachableError) -> None:
+        """A peer cannot be reached; after some, go on without peers."""
+        self._unreached.add(peer)
+        is_apart = time.monotonic() < self._apart_until
+        if self._has_reached or is_apart or len(self._unreached) < _N_UNREACHED:
+            return
+        self._apart_until = time.monotonic() + _APART_S
+        logger.warning(
+            "Other workers cannot be reached (%s); is there a firewall between them? Files are read"
+            " from their store for the next %g min",
+            error,
+            _APART_S / 60,
+        )
+        for staging in list(self._staging.values()):
+            staging.give_up()
 
     def _copied(self, staging: _Staging, chunk: int, source: str, at: Sequence[Any] | None) -> str:
         """Copy a chunk from the store or a peer; return the outcome.
@@ -251,6 +293,8 @@ class Fetcher:
                 raise StageError(unreadable(file, error)) from error
         else:
             found = self._from_peer(file.blob, chunk, source, at)
+        if source != STORE:
+            self._has_reached = True
         if found is None:
             return "absent"
         with staging.writing() as is_open:
@@ -283,8 +327,12 @@ class Fetcher:
         asked = self._worker.rpc(source).pcm_chunk(
             blob=blob.digest, chunk=chunk, start=start, n_bytes=stop - start
         )
-        loop = self._worker.loop.asyncio_loop
-        answer: bytes | None = asyncio.run_coroutine_threadsafe(asked, loop).result(TIMEOUT_S)
+        asking = asyncio.run_coroutine_threadsafe(asked, self._worker.loop.asyncio_loop)
+        try:
+            answer: bytes | None = asking.result(TIMEOUT_S)
+        except OSError as error:  # a timeout, or a connection that is refused
+            asking.cancel()
+            raise _UnreachableError(f"{source}: {error or 'no answer'}") from error
         return answer
 
     @property

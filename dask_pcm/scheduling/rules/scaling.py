@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.rules.device_fit import fits_pool
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 from dask_pcm.tiers import Tier
+
+#: A pool whose workers live shorter than they take to warm is not worthless: its share of useful
+#: life, as an exponent, is no smaller.
+_MOST_LOST = 3.0
 
 
 def n_workers_wanted(state: GateState, target_s: float) -> int:
@@ -24,38 +29,79 @@ def n_workers_wanted(state: GateState, target_s: float) -> int:
     return math.ceil(sum(_share(state, group, target_s) for group in groups))
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a pool can give.
+
+    Attributes
+    ----------
+    most
+        Its workers at most.
+    n_here
+        Those that it has.
+    n_counted
+        Those that can be counted on; fewer than asked for if it is slow to give more.
+    wait_s
+        What its jobs have waited in the queue, in seconds.
+    """
+
+    most: float
+    n_here: int = 0
+    n_counted: float = math.inf
+    wait_s: float = 0.0
+
+
 def spread(
     state: GateState,
     n_workers: float,
-    limits: Mapping[str, float],
-    supply: Mapping[str, float] | None = None,
+    offers: Mapping[str, Offer],
+    now: float,
+    work_s: float = math.inf,
 ) -> dict[str, int]:
-    """Which pools are to have the workers that the work is worth: the fastest ones first.
+    """Which pools are to have the workers that the work is worth: the best ones first.
 
-    Before speed goes whether the work fits their devices: a pool that can do all of it precedes one
-    that can do some, and one that can do none of it gets no workers.
+    Before all else goes whether the work fits their devices: a pool that can do all of it precedes
+    one that can do some, and one that can do none of it gets no workers. Then go speed and the
+    share of a life that is left after warming. What a pool cannot be counted on for is wanted of
+    other pools as well. A pool whose jobs would begin after the work has ended gets no more.
 
     Parameters
     ----------
     n_workers
         Workers of mean speed that are wanted, of all pools together.
-    limits
-        The most workers of each pool.
-    supply
-        The workers that can be counted on of pools that give fewer than they are asked for. What
-        they lack is wanted of other pools as well.
+    work_s
+        What the work would take one worker of mean speed, in seconds.
     """
-    supply = supply or {}
-    slowness = {pool: _slowness(state, pool) for pool in limits}
+    worth = {pool: _useful(state, pool, now) / _slowness(state, pool) for pool in offers}
     groups = list(state.ahead.groups())
-    n_unfit = {pool: sum(not fits_pool(state, pool, g) for g in groups) for pool in limits}
+    n_unfit = {pool: sum(not fits_pool(state, pool, g) for g in groups) for pool in offers}
+    at_work = sum(offer.n_here * worth[pool] for pool, offer in offers.items())
+    left_s = work_s / at_work if at_work else math.inf
+    warm_s = _longest_warm_s(state)
     found: dict[str, int] = {}
-    for pool in sorted(limits, key=lambda pool: (n_unfit[pool], slowness[pool])):
-        most = 0 if groups and n_unfit[pool] == len(groups) else limits[pool]
-        n = min(most, math.ceil(max(0.0, n_workers) * slowness[pool] - 1e-9))
+    for pool in sorted(offers, key=lambda pool: (n_unfit[pool], -worth[pool])):
+        offer = offers[pool]
+        most = 0 if groups and n_unfit[pool] == len(groups) else offer.most
+        if offer.wait_s + warm_s > left_s:
+            most = min(most, offer.n_here)
+        n = min(most, math.ceil(max(0.0, n_workers) / worth[pool] - 1e-9))
         found[pool] = int(n)
-        n_workers -= min(n, supply.get(pool, n)) / slowness[pool]
+        n_workers -= min(n, offer.n_counted) * worth[pool]
     return found
+
+
+def _useful(state: GateState, pool: str, now: float) -> float:
+    """The share of a worker's life that is left after warming, for exponential lifetimes."""
+    lives = state.estimates.pools.get(pool)
+    if lives is None:
+        return 1.0
+    return math.exp(-min(_MOST_LOST, lives.hazard(now) * _longest_warm_s(state)))
+
+
+def _longest_warm_s(state: GateState) -> float:
+    """What a new worker needs before its first row, for any work that is known, in seconds."""
+    groups = state.ahead.groups()
+    return max((sum(_warm_s(state, c) for c in group.contexts) for group in groups), default=0.0)
 
 
 def _slowness(state: GateState, pool: str) -> float:

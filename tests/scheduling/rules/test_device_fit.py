@@ -16,7 +16,7 @@ from dask_pcm.scheduling.events import (
 )
 from dask_pcm.scheduling.explain import explain
 from dask_pcm.scheduling.rules.fallback import assign_as_dask, stalled
-from dask_pcm.scheduling.rules.scaling import spread
+from dask_pcm.scheduling.rules.scaling import Offer, spread
 from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, B, World, assigned, warmed
 
@@ -110,10 +110,10 @@ def test_workers_of_no_pool_count_as_well(world):
 
 
 def test_workers_are_wanted_of_pools_that_the_work_fits(world):
-    limits = {"a10": 8.0, "h100": 4.0}
-    assert spread(world.state, 2, limits) == {"a10": 2, "h100": 0}
+    offers = {"a10": Offer(8), "h100": Offer(4)}
+    assert spread(world.state, 2, offers, 0.0) == {"a10": 2, "h100": 0}
     world.tell(RunReported("run", A, 100.0, 8))
-    assert spread(world.state, 6, limits) == {"a10": 0, "h100": 4}
+    assert spread(world.state, 6, offers, 0.0) == {"a10": 0, "h100": 4}
     # With work that fits on both, first those that can do all of it.
     world.tell(RunReported("other", B, 100.0, 8))
-    assert spread(world.state, 6, limits) == {"a10": 2, "h100": 4}
+    assert spread(world.state, 6, offers, 0.0) == {"a10": 2, "h100": 4}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dask_pcm.scheduling.events import (
@@ -9,9 +11,10 @@ from dask_pcm.scheduling.events import (
     RunReported,
     WorkEnded,
     WorkerJoined,
+    WorkerLeft,
     WorkWithdrawn,
 )
-from dask_pcm.scheduling.rules.scaling import is_needed, n_workers_wanted, spread
+from dask_pcm.scheduling.rules.scaling import Offer, is_needed, n_workers_wanted, spread
 from tests.support.gate_world import A, B, World, assigned
 
 TARGET_S = 5.0
@@ -104,10 +107,39 @@ def test_pools_are_filled_by_their_speed_and_limits():
     world.learn(A, "f", 0.001)
     world.tell(RunReported("run", A, 20_000.0, 100))
     # Two milliseconds a row in the mean: a fast worker is worth two of these, a slow one 2/3.
-    limits = {"a10": 10, "h100": 2}
-    assert spread(world.state, 4.0, limits) == {"h100": 2, "a10": 0}
-    assert spread(world.state, 6.0, limits) == {"h100": 2, "a10": 3}
-    assert spread(world.state, 60.0, limits) == {"h100": 2, "a10": 10}
-    assert spread(world.state, 0.0, limits) == {"h100": 0, "a10": 0}
+    offers = {"a10": Offer(10), "h100": Offer(2)}
+    assert spread(world.state, 4.0, offers, 0.0) == {"h100": 2, "a10": 0}
+    assert spread(world.state, 6.0, offers, 0.0) == {"h100": 2, "a10": 3}
+    assert spread(world.state, 60.0, offers, 0.0) == {"h100": 2, "a10": 10}
+    assert spread(world.state, 0.0, offers, 0.0) == {"h100": 0, "a10": 0}
     # Pools of which nothing is known yet count as of mean speed.
-    assert spread(world.state, 3.0, {"new": 2, "other": 2}) == {"new": 2, "other": 1}
+    unknown = {"new": Offer(2), "other": Offer(2)}
+    assert spread(world.state, 3.0, unknown, 0.0) == {"new": 2, "other": 1}
+
+
+def test_a_pool_whose_jobs_would_come_after_the_work_gets_no_more():
+    world = World()
+    world.tell(RunReported("run", A, 20_000.0, 100))
+    offers = {"near": Offer(8, n_here=2, wait_s=20.0), "far": Offer(8, n_here=1, wait_s=600.0)}
+    # Three workers at work, of 3,000 s: what waits 20 s helps, what waits ten minutes does not.
+    assert spread(world.state, 50.0, offers, 0.0, 900.0) == {"near": 8, "far": 1}
+    assert spread(world.state, 50.0, offers, 0.0, 9000.0) == {"near": 8, "far": 8}
+    assert spread(world.state, 1.0, offers, 0.0, 30.0) == {"near": 1, "far": 0}
+    # Without a worker there is nobody else to do it.
+    absent = {name: replace(offer, n_here=0) for name, offer in offers.items()}
+    assert spread(world.state, 50.0, absent, 0.0, 30.0) == {"near": 8, "far": 8}
+
+
+def test_a_pool_whose_workers_die_while_they_warm_comes_last_and_counts_for_less():
+    world = World()
+    for pool, lived_s in (("calm", 3600.0), ("wild", 40.0)):
+        for k in range(4):
+            world.tell(WorkerJoined(f"{pool}{k}", 1, pool=pool))
+            world.state.estimates.pools[pool].lived_s += lived_s
+        for k in range(4):
+            world.tell(WorkerLeft(f"{pool}{k}", is_lost=True))
+    world.state.estimates.cost.observe_warm("a", "", 30.0, is_built=True)
+    world.tell(RunReported("run", A, 20_000.0, 100))
+    offers = {"wild": Offer(8), "calm": Offer(2)}
+    found = spread(world.state, 3.0, offers, world.now)
+    assert found["calm"] == 2 and 1 < found["wild"] < 8
