@@ -271,9 +271,7 @@ def own_module(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def execute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Any, Path], list[Any]]:
+def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Path], list[Any]]:
     """Run the cells in a kernel of this very environment, whatever kernels are elsewhere."""
     kernels = tmp_path / "kernels" / "python3"
     kernels.mkdir(parents=True)

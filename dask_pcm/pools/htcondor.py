@@ -186,7 +186,7 @@ def _directives(start: Start) -> dict[str, str]:
         "job_max_vacate_time": f"{math.ceil(pool.notice_s)}",
     }
     if pool.walltime_s is not None:
-        runs_s = math.ceil(max(pool.walltime_s - pool.notice_s, pool.walltime_s / 2))
+        runs_s = math.ceil(pool.walltime_s - pool.warned_s)
         runs = "time() - EnteredCurrentStatus"
         lines["periodic_remove"] = f"JobStatus == {_RUNNING} && {runs} > {runs_s}"
     given = dict(_directive(start.name, line) for line in pool.directives)

@@ -51,7 +51,8 @@ class Pool:
         The time limit of a job, for instance "2h", "02:00:00" or "1-12:00:00"; None for the
         site's default.
     notice
-        How long before the end of its walltime a job gets a signal, where the system sends one.
+        How long before the end of its walltime a job gets a signal, where the system sends one; at
+        most half of it.
         Under HTCondor also what a job asks for at an eviction (``job_max_vacate_time``); the
         machine may give less.
     gpus_per_job
@@ -211,6 +212,11 @@ class Pool:
     def max_workers(self) -> float:
         """The most workers that its jobs may have."""
         return math.inf if self.max_jobs is None else self.max_jobs * self.workers_per_job
+
+    @property
+    def warned_s(self) -> float:
+        """How long before the end of its walltime a job is told, in seconds; half of it at most."""
+        return self.notice_s if self.walltime_s is None else min(self.notice_s, self.walltime_s / 2)
 
     @property
     def clock(self) -> str | None:

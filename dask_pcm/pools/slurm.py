@@ -137,7 +137,7 @@ def script(start: Start) -> str:
     pool, options = start.pool, launcher_options(start)
     # The cluster submits what is missing, and only the cluster. The notice goes to the job's own
     # process (B), also where a preemption sends it at once (preempt_send_user_signal).
-    lines = ["--no-requeue", f"--signal=B:USR1@{math.ceil(pool.notice_s)}"]
+    lines = ["--no-requeue", f"--signal=B:USR1@{math.ceil(pool.warned_s)}"]
     skipped = ["--mem="] if pool.mem != "total" else []
     skipped += ["-t "] if pool.walltime_s is None else []  # dask-jobqueue has a default of its own
     if pool.mem == "per-cpu":

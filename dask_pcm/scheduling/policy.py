@@ -8,6 +8,7 @@ from dask_pcm.scheduling.rules.eviction import Demand, cancel_evictions, offload
 from dask_pcm.scheduling.rules.placement import Placement, reserve_workers
 from dask_pcm.scheduling.rules.quarantine import give_up, quarantine_nodes
 from dask_pcm.scheduling.rules.rules import Rules
+from dask_pcm.scheduling.rules.time_limit import fail_too_slow
 from dask_pcm.scheduling.rules.warming import warm
 from dask_pcm.scheduling.state.state import GateState
 
@@ -70,6 +71,7 @@ def _plan(state: GateState, now: float, rules: Rules) -> None:
         n_looks += len(workers)
         ended = [
             *fail_too_large(state, group, workers),
+            *fail_too_slow(state, group, workers, rules.n_load_attempts),
             *give_up(state, group, workers, rules.n_load_attempts),
         ]
         for action in dict.fromkeys(ended):  # both rules may fail the same work

@@ -1,4 +1,4 @@
-"""Workers that reach the scheduler but not each other: hosts on a bridge whose ports are isolated."""
+"""Workers that reach the scheduler but not each other: a bridge whose ports are isolated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from distributed import Client
 
 import dask_pcm as pcm
 from dask_pcm.plugins.scheduler.plugin import GATE
-from dask_pcm.plugins.worker.staging import PATIENCE_S
 from tests.support.patience import patient, until
 
 CHUNK, N_CHUNKS, N_HOSTS = 256 << 10, 24, 3
@@ -50,7 +49,17 @@ def isolated():
             for name in names:  # known addresses: otherwise connections would be refused at once
                 for k in range(1, N_HOSTS + 1):
                     mac = f"02:00:00:00:00:{k:02x}"
-                    ip("-n", name, "neigh", "replace", f"{NETWORK}.{k}", "lladdr", mac, "dev", "eth0")
+                    ip(
+                        "-n",
+                        name,
+                        "neigh",
+                        "replace",
+                        f"{NETWORK}.{k}",
+                        "lladdr",
+                        mac,
+                        "dev",
+                        "eth0",
+                    )
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', '') or error}")
         yield names

@@ -133,6 +133,26 @@ def test_a_node_without_its_scratch_folder_gets_no_jobs(slurm, cluster, tmp_path
     assert caplog.text.count(text) == 1
 
 
+def test_a_load_that_takes_longer_than_the_walltime_ends_the_run_with_the_numbers(
+    slurm, cluster, claims, tmp_path
+):
+    def load():
+        time.sleep(600)
+
+    one = cluster({"a10": pool(walltime="1m", max_jobs=3)})
+    one.scale(3)
+    with Client(one) as client:
+        frame = pcm.map_partitions(
+            lambda frame, model: frame[["id"]],
+            pcm.read_parquet(claims(n_files=1, n_rows=40)),
+            context=pcm.Context(load),
+            meta={"id": "i8"},
+            batch_rows=4,
+        )
+        with pytest.raises(pcm.PCMError, match=r"'load' takes longer to load than .* walltime"):
+            pcm.write_parquet(frame, tmp_path / "out", client=client, progress=False)
+
+
 def test_jobs_that_slurm_has_accepted_without_a_word_belong_to_the_cluster(
     slurm, cluster, tmp_path, monkeypatch
 ):

@@ -87,6 +87,7 @@ module load cuda
         ({"gpus_per_job": 1, "directives": ["--constraint=gpu80"]}, ["--gres=gpu:1"], []),
         ({"gpus_per_job": 1, "directives": ["--partition=gpu"]}, ["--gres=gpu:1"], []),
         ({"nodes_per_job": 2}, ["--nodes=2", "--ntasks-per-node=1"], ["SBATCH -n 1"]),
+        ({"walltime": "60s"}, ["--signal=B:USR1@30"], []),  # not as the job begins
         ({}, [], ["--gres", "SBATCH -t", "SBATCH -p", "SBATCH -A", "WALLTIME"]),
     ],
 )

@@ -13,6 +13,9 @@ END_OF_PROCESS = "end of process"
 DEVICE = "device"
 #: First and longest back-off or quarantine, in seconds; each repetition doubles it.
 _FIRST_S, _LONGEST_S = 10.0, 1_800.0
+#: A worker that loads for this share of its time limit, and ends, had no time for it: it may be told
+#: to end at the half of it.
+_MOST = 0.4
 
 
 @dataclass(slots=True)
@@ -29,6 +32,21 @@ class QuarantinedNode:
 
     until: float
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outlasted:
+    """A worker that came to the limit of its time while it loaded a context.
+
+    Attributes
+    ----------
+    limit_s, loaded_s
+        How long it had to live, and for how much of that it loaded.
+    """
+
+    pool: str
+    limit_s: float
+    loaded_s: float
 
 
 @dataclass(slots=True)
@@ -54,6 +72,8 @@ class Failures:
         Consecutive back-offs, by (worker, context).
     of_device
         Errors of workers whose device could not be used, by (worker, context).
+    outlasted
+        Workers whose life was too short to load a context, since it last loaded anywhere.
     given_up
         Contexts that are not loaded again until they are requested anew.
     """
@@ -66,6 +86,7 @@ class Failures:
     retry_at: dict[tuple[str, str], float] = field(default_factory=dict)
     n_back_offs: dict[tuple[str, str], int] = field(default_factory=dict)
     of_device: dict[tuple[str, str], str] = field(default_factory=dict)
+    outlasted: dict[str, list[Outlasted]] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
 
     def clear(self) -> None:
@@ -76,6 +97,7 @@ class Failures:
             self.of_host,
             self.quarantined,
             self.n_quarantines,
+            self.outlasted,
         ):
             by_name.clear()
         for by_pair in (self.retry_at, self.n_back_offs, self.of_device):
@@ -125,6 +147,7 @@ class Failures:
         """Clear the failures that a successful load refutes: of its context, node and worker."""
         self._forget((worker, context).__eq__)
         self.of_context.pop(context, None)
+        self.outlasted.pop(context, None)
         self.of_host.pop(host, None)
         self.quarantined.pop(host, None)
         self.n_quarantines.pop(host, None)
@@ -136,6 +159,14 @@ class Failures:
             " native code crashed. See the worker's log."
         )
         self.of_context.setdefault(context, []).append((host, END_OF_PROCESS))
+
+    def record_end_of_time(self, context: str, pool: str, limit_s: float, loaded_s: float) -> None:
+        """Record that a worker has ended while it loaded a context.
+
+        It says something of the context if it loaded for most of the time that it had.
+        """
+        if loaded_s >= _MOST * limit_s:
+            self.outlasted.setdefault(context, []).append(Outlasted(pool, limit_s, loaded_s))
 
     def next_quarantine_s(self, host: str) -> float:
         """Seconds of a node's next quarantine."""
@@ -163,6 +194,7 @@ class Failures:
         for context in forgiven:
             self.given_up.discard(context)
             self.of_context.pop(context, None)
+            self.outlasted.pop(context, None)
         self._forget(lambda pair: pair[1] in forgiven)
         if forgiven:
             self.quarantined.clear()

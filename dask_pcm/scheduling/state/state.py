@@ -242,6 +242,9 @@ class GateState:
         view = self.workers.pop(worker, None)
         if view is None:
             return
+        for context in view.begun:
+            loaded_s = now - view.loading_since[context]
+            self.failures.record_end_of_time(context, view.pool, view.limit_s, loaded_s)
         self.estimates.remove_worker(view, is_lost, now)
         self.failures.remove_worker(worker)
         self.plans.forget_worker(worker)

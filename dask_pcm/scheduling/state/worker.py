@@ -26,6 +26,8 @@ class WorkerView:
     joined_at: float = 0.0
     #: When the batch system ends the worker; infinity if unknown.
     ends_at: float = math.inf
+    #: How long it had to live when it joined.
+    limit_s: float = math.inf
     #: Whether the worker has had notice of its end.
     is_draining: bool = False
     is_paused: bool = False
@@ -208,6 +210,7 @@ def joined(event: WorkerJoined, now: float) -> WorkerView:
         event.pool or event.device,
         joined_at=now,
         ends_at=now + event.ends_in_s,
+        limit_s=event.ends_in_s,
     )
 
 
