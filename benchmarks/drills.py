@@ -51,6 +51,8 @@ from benchmarks.work import (
     N_BATCHES,
     N_FILES,
     N_ROWS,
+    ROWS_PER_FILE,
+    infer_wait,
     load_wait,
     note,
     write_input,
@@ -60,6 +62,10 @@ from tests.support import slurm
 ROOT = Path(__file__).parent.parent
 #: Mean life of a worker in the drill of continuous preemption, and how long the owners stay.
 LIFE_S, STAY_S = 30.0, 2
+#: … and seconds of a batch there, besides those of the main job.
+LONG_S = 0.3
+#: What workers import as they start: what the job needs, which has no model of torch.
+IMPORTS = ["dask.dataframe"]
 #: Seconds of a batch of 32 rows on three devices.
 SPEEDS_S = {"h100": 0.3, "a10": 0.6, "titanx": 1.2}
 
@@ -230,26 +236,36 @@ def speeds(rows: Rows, folder: Path, scratch: Path) -> None:
     count(rows, job, N_ROWS, "== 0", "")
 
 
-def churn(rows: Rows, folder: Path, scratch: Path, system: str, minutes: float) -> None:
+def _infer_long(frame: pd.DataFrame, log: str) -> pd.DataFrame:
+    """A batch of a larger model."""
+    note(log, frame["id"])
+    time.sleep(LONG_S * len(frame) / BATCH_ROWS)
+    return pd.DataFrame({"id": frame["id"], "answer": frame["id"] * 0.5})
+
+
+def churn(
+    rows: Rows, folder: Path, scratch: Path, system: str, minutes: float, batch_s: float
+) -> None:
     """Continuous preemption: workers live 30 s in the mean, and the owners leave at once.
 
-    What could be done is each worker's life from registration and load to its end.
+    What could be done is each worker's life from registration and load to its end, at `batch_s`
+    seconds for 32 rows.
     """
+    infer = infer_wait if batch_s == BATCH_S else _infer_long
     who = "" if system == "ours" else f": {system}"
     chance, due, lives = random.Random(0), dict[str, float](), dict[str, list[float]]()
-    folder = folder.with_name("many")
+    folder = folder.with_name(f"many-{batch_s}")
     if not folder.exists():
-        write_input(folder, n_files=int(minutes * 60 * 3 * BATCH_ROWS / BATCH_S / 200))
+        write_input(folder, n_files=int(minutes * 60 * 3 * BATCH_ROWS / batch_s / ROWS_PER_FILE))
     with SYSTEMS[system](3) as (client, begin):
         client.wait_for_workers(3, timeout=PATIENCE_S)
-        job: Job = begin(client, folder, scratch, f"churn-{system}")
+        job: Job = begin(client, folder, scratch, f"churn-{system}", infer=infer)
         begun = time.monotonic()
         n_preempted = 0
         while (now := time.monotonic()) < begun + minutes * 60:
             for worker in workers(client):
                 lives.setdefault(worker, [now, now])[1] = now
-            for one in queue("R", "%i %j"):
-                # Those of the owners are called after their command.
+            for one in queue("R"):  # those of the owners are over before they are due
                 if one not in due:
                     due[one] = now + chance.expovariate(1 / LIFE_S)
                 elif now > due[one] and (node := node_of(one)):
@@ -264,8 +280,8 @@ def churn(rows: Rows, folder: Path, scratch: Path, system: str, minutes: float) 
         job.cancel()
     print(f"   {n_preempted} preemptions, {len(lives)} workers, {could:.0f} s of work possible")
     rows.add(
-        f"continuous preemption, {minutes:g} min: rows done over possible{who}",
-        n_done / (could * BATCH_ROWS / BATCH_S),
+        f"continuous preemption, {minutes:g} min, {batch_s:g} s a batch: rows done over possible{who}",
+        n_done / (could * BATCH_ROWS / batch_s),
         "" if who else ">= 0.9",
     )
     rows.add(f"… preemptions{who}", n_preempted)
@@ -315,7 +331,12 @@ def kernel(rows: Rows, folder: Path, scratch: Path) -> None:
 
 
 #: Drills for any system, and for ours.
-COMPARED: dict[str, Callable[..., None]] = {"preempted": preempted, "lost": lost, "churn": churn}
+COMPARED: dict[str, Callable[..., None]] = {
+    "preempted": preempted,
+    "lost": lost,
+    "churn": functools.partial(churn, batch_s=LONG_S),
+    "churn-short": functools.partial(churn, batch_s=BATCH_S),
+}
 DRILLS: dict[str, Callable[..., None]] = {
     "pending": pending,
     "adaptive": adaptive,
@@ -354,20 +375,20 @@ def main() -> None:
         print(f"not measured: there is no Slurm here ({why})")
         return None
     os.environ["DASK_PCM__POOLS__POLL_INTERVAL"] = "1s"
-    os.environ.setdefault("DASK_PCM__WORKER__IMPORTS", "[]")
+    os.environ["DASK_PCM__WORKER__IMPORTS"] = repr(IMPORTS)
     os.environ["PYTHONPATH"] = str(ROOT)
     rows = Rows()
     with (
         tempfile.TemporaryDirectory(prefix="pcm-drills-") as made,
         slurm.running(Path(made, "slurm")) as conf,
-        dask.config.set({"pcm.pools.poll-interval": "1s", "pcm.worker.imports": []}),
+        dask.config.set({"pcm.pools.poll-interval": "1s", "pcm.worker.imports": IMPORTS}),
     ):
         os.environ |= {"SLURM_CONF": str(conf), "DASK_PCM_HOME": str(Path(made, "home"))}
         folder = Path(made, "claims")
         write_input(folder)
         for name in args.only:
             drill = functools.partial(COMPARED.get(name) or DRILLS[name], folder=folder)
-            if name == "churn":
+            if name.startswith("churn"):
                 drill = functools.partial(drill, minutes=args.minutes)
             for system in args.systems if name in COMPARED else ["ours"]:
                 if name in COMPARED:

@@ -124,23 +124,29 @@ class Loaded(WorkerPlugin):  # type: ignore[misc] # untyped
         self.model = load_wait(self._log)
 
 
-def whole_file(file: str, out: str) -> int:
+def whole_file(file: str, out: str, infer: Callable[..., pd.DataFrame]) -> int:
     """The task of plain Dask: read a file, call the function by batches, write the answers."""
     model = get_worker().plugins["loaded"].model
     frame = pd.read_parquet(file)
     starts = range(0, len(frame), BATCH_ROWS)
-    parts = [infer_wait(frame.iloc[at : at + BATCH_ROWS], model) for at in starts]
+    parts = [infer(frame.iloc[at : at + BATCH_ROWS], model) for at in starts]
     pd.concat(parts).to_parquet(Path(out) / Path(file).name, index=False)
     return len(frame)
 
 
 class PlainJob:
-    def __init__(self, client: Client, folder: Path, scratch: Path, name: str) -> None:
+    def __init__(self, client: Client, folder: Path, scratch: Path, name: str, **how: Any) -> None:
         self.out, self.log = scratch / name, scratch / f"{name}.log"
         self.out.mkdir()
         client.register_plugin(Loaded(str(self.log)))
         files = sorted(map(str, folder.glob("*.parquet")))
-        self._futures = client.map(whole_file, files, out=str(self.out), pure=False)
+        self._futures = client.map(
+            whole_file,
+            files,
+            out=str(self.out),
+            infer=how.get("infer", infer_wait),
+            pure=False,
+        )
         self._n_done = 0
         threading.Thread(target=self._count, daemon=True).start()
 

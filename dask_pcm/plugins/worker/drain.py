@@ -1,8 +1,8 @@
 """On a preemption notice, a worker drains: it finishes its tasks and hands over its results.
 
-It works on until its tasks have ended or the grace period is nearly over. Then its results in
-memory go to peers, and it unregisters before it is killed, so that its loss makes no task a
-suspect.
+It works on until its tasks have ended or the grace period is nearly over; units begin no batch that
+would not end by then. Then its results in memory go to peers, and it unregisters before it is
+killed, so that its loss makes no task a suspect.
 
 Everything here runs on the worker's event loop.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import time
@@ -49,7 +50,14 @@ class Drain:
         The worker to drain.
     tell
         Sends a message to the scheduler.
+
+    Attributes
+    ----------
+    stops_at
+        When work has to have ended here, by the monotonic clock; infinity without a notice.
     """
+
+    stops_at = math.inf
 
     def __init__(self, worker: Worker, tell: Callable[[dict[str, Any]], None]) -> None:
         self._worker = worker
@@ -71,7 +79,7 @@ class Drain:
         worker = self._worker
         margin = min(_MARGIN_S, _MARGIN * seconds)
         end = time.monotonic() + seconds
-        stop = end - margin
+        self.stops_at = stop = end - margin
         logger.warning("Worker %s ends in %.0f s and drains", worker.address, seconds)
         self._send({"op": "pcm-notice", "seconds": seconds - margin})
         # So that the nanny does not start another process when this one ends.
@@ -86,7 +94,8 @@ class Drain:
         # monitor would resume the worker.
         worker.status = Status.closing_gracefully
         give_back(worker, [key for key, ts in worker.state.tasks.items() if is_unbegun(ts)])
-        await _until(lambda: not worker.state.all_running_tasks, stop)
+        # A batch that takes a little longer than the last one is worth waiting for.
+        await _until(lambda: not worker.state.all_running_tasks, stop + margin / 4)
         await asyncio.sleep(_FAREWELL_S)  # lets the batched stream send the last results
         await self._hand_over(end - margin / 2 - time.monotonic())
         left = max(margin / 2, end - time.monotonic())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -142,6 +143,18 @@ def hand_over(n_rows: int) -> None:
         return
     plugin.tell({"op": "pcm-handed-over", "key": worker.get_current_task(), "n_rows": n_rows})
     secede()
+
+
+def stops_at() -> float:
+    """When work on this thread's worker has to have ended, by the monotonic clock.
+
+    Infinity if its end is not known, and outside of workers.
+    """
+    try:
+        plugin = get_worker().plugins.get(CONTEXTS)
+    except ValueError:
+        return math.inf
+    return plugin.drain.stops_at if isinstance(plugin, ContextPlugin) else math.inf
 
 
 def was_lost() -> bool:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 import pyarrow as pa
+from distributed import Reschedule
 
 from dask_pcm.errors import FencedError, LostProcessError, OutputError
 from dask_pcm.frames.caller import Submission
@@ -31,7 +32,7 @@ from dask_pcm.ledger.ranges import Range, Ranges
 from dask_pcm.ledger.suspects import N_TRIES, Suspects
 from dask_pcm.ledger.unit_journals import begin_journal
 from dask_pcm.plugins.worker.deadline import in_time, ruled
-from dask_pcm.plugins.worker.task import hand_over, was_lost
+from dask_pcm.plugins.worker.task import hand_over, stops_at, was_lost
 from dask_pcm.runs.units.compute import Batch, Computation, Outcome
 from dask_pcm.runs.units.graph import Unit, cut_to
 from dask_pcm.runs.units.history import History, suspects_of
@@ -209,8 +210,17 @@ class _Flight:
         self._finished: list[tuple[int, Record]] = []
 
     def records(self, todo: Iterable[Batch]) -> Iterator[Record]:
-        """Compute batches; yield their records in input order, each journalled when it is done."""
+        """Compute batches; yield their records in input order, each journalled when it is done.
+
+        Raises
+        ------
+        Reschedule
+            If the worker is about to end, and the next batch would not be done by then.
+        """
         for batch in todo:
+            if time.monotonic() + self._pace.batch_s > stops_at():
+                yield from self._drain()
+                raise Reschedule
             is_suspect = self._pace.suspects.include(batch.start)
             if is_suspect:  # alone: only then do its rows, and no others, pay for a process death
                 yield from self._drain()

@@ -12,10 +12,16 @@ class Pace:
     """Grows the rows of a record until writing it costs little beside computing it.
 
     Suspects come alone, however fast they are.
+
+    Attributes
+    ----------
+    batch_s
+        What the last batch took with its wait for the contexts, in seconds; 0 before the first.
     """
 
     def __init__(self, batch_rows: int, suspects: Suspects) -> None:
         self.suspects = suspects
+        self.batch_s = 0.0
         self._batch_rows = self._n_rows = batch_rows
 
     def end(self, start: int) -> int:
@@ -24,5 +30,6 @@ class Pace:
 
     def observe(self, start: int, seconds: float) -> None:
         """The batch from row `start` took `seconds` seconds."""
+        self.batch_s = seconds
         if seconds < _RECORD_S and not self.suspects.include(start):
             self._n_rows *= 2

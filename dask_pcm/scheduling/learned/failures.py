@@ -13,8 +13,8 @@ END_OF_PROCESS = "end of process"
 DEVICE = "device"
 #: First and longest back-off or quarantine, in seconds; each repetition doubles it.
 _FIRST_S, _LONGEST_S = 10.0, 1_800.0
-#: A worker that loads for this share of its time limit, and ends, had no time for it: it may be told
-#: to end at the half of it.
+#: A worker that loads for this share of its time limit, and ends, had no time for it. It may have
+#: been told to end at the half of it.
 _MOST = 0.4
 
 
