@@ -1,29 +1,27 @@
 """The nanny keeps what a killed worker needs again: images of contexts, and a fork server.
 
-The plugin's methods run on the nanny's event loop. ``NannyLink`` is the worker's side.
+The plugin's methods run on the nanny's event loop; the images are in ``images.py``. ``NannyLink`` is
+the worker's side.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import sys
 import time
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from distributed import Nanny, Worker
 from distributed.core import Status
 from distributed.diagnostics.plugin import NannyPlugin
-from distributed.system import MEMORY_LIMIT
 
 from dask_pcm.config import Config
-from dask_pcm.ladder.objects.shelf import Shelf
 from dask_pcm.plugins.interrupts import interrupts
 from dask_pcm.plugins.nanny.fork_server import fork_server
+from dask_pcm.plugins.nanny.images import HostImages, host_budget_bytes
 from dask_pcm.plugins.shipping import ShippedPlugin
 from dask_pcm.plugins.signals import is_command, signals
 
@@ -33,31 +31,6 @@ _TIMEOUT_S = 10.0
 #: Between two looks whether the worker can be reached.
 _LOOK_S = 0.05
 _MODELS = "transformers.models."
-
-
-def host_budget_bytes(config: Config, environ: Mapping[str, str], limit: int | None) -> int:
-    """What the images of this nanny's workers may take, in bytes.
-
-    By default half of the job's memory. The workers of a job whose nannies are processes of their
-    own (see ``pools/launcher.py``) have equal shares.
-
-    Parameters
-    ----------
-    limit
-        What a worker may take, in bytes.
-    """
-    n_nannies = int(environ.get("PCM_JOB_WORKERS", "0"))
-    if config.host_budget_bytes is not None:
-        return config.host_budget_bytes // max(1, n_nannies)
-    # A job may be granted less than what the kernel would let it take.
-    granted = limit * n_nannies if limit and n_nannies else MEMORY_LIMIT
-    return min(MEMORY_LIMIT, granted) // 2 // max(1, n_nannies)
-
-
-@functools.cache
-def _shelves() -> weakref.WeakValueDictionary[str, Shelf]:
-    """The shelves of this process, by scheduler address; each lives as long as a nanny uses it."""
-    return weakref.WeakValueDictionary()
 
 
 async def _tell_worker(nanny: Nanny, seconds: float) -> None:
@@ -84,8 +57,8 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         self._nanny = nanny
         manager = nanny.memory_manager
         self._limit = manager.memory_limit if manager else None
-        shelf = Shelf(host_budget_bytes(self.config, os.environ, self._limit))
-        self._shelf: Shelf | None = _shelves().setdefault(nanny.scheduler_addr, shelf)
+        self.images = HostImages(nanny, host_budget_bytes(self.config, os.environ, self._limit))
+        self._handlers = {**self._own_handlers(), **self.images.handlers()}
         nanny.handlers.update(self._handlers)
         self._notice: asyncio.Task[None] | None = None
         interrupts().block(self)
@@ -99,25 +72,14 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         for name in self._handlers:
             nanny.handlers.pop(name, None)
         self.allow_memory(0)
-        if self._shelf is not None:
-            self._shelf.clear(self._own(""))
-            self._shelf.leave(nanny.address)
-        self._shelf = None
+        self.images.close()
         fork_server().release(nanny)
 
-    @property
-    def _handlers(self) -> dict[str, Any]:
+    def _own_handlers(self) -> dict[str, Any]:
         """RPCs of the worker and the scheduler, by operation."""
         return {
             "pcm_allow_memory": self.allow_memory,
             "pcm_fork_server": self.use_fork_server,
-            "pcm_begin": self.begin,
-            "pcm_find": self.find,
-            "pcm_keep": self.keep,
-            "pcm_pin": self.pin,
-            "pcm_unpin": self.unpin,
-            "pcm_drop": self.drop,
-            "pcm_clear": self.clear,
             "pcm_listens_to_signals": self.listens_to_signals,
             "pcm_end": self.end,
         }
@@ -156,11 +118,6 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         )
         return True
 
-    def begin(self) -> None:
-        """A worker process begins: what only the one before could use is dropped."""
-        if self._shelf is not None:
-            self._shelf.leave(self._nanny.address)
-
     def allow_memory(self, n_bytes: int) -> None:
         """Raise the limit at which the worker is killed by `n_bytes`; see ``MemoryAllowance``."""
         if self._limit:
@@ -171,49 +128,6 @@ class KeeperPlugin(ShippedPlugin, NannyPlugin):
         if self.config.imports:
             models = [name for name in models if name.startswith(_MODELS)]
             fork_server().use(self._nanny, [*self.config.imports, *models])
-
-    def find(self, digest: str) -> str | None:
-        """The path of a context's memory file: this worker's own, or the one of the whole host."""
-        assert self._shelf is not None
-        return next(filter(None, map(self._shelf.find, self._names(digest))), None)
-
-    def keep(
-        self, digest: str, path: str, n_bytes: int, is_shared: bool, is_pinned: bool
-    ) -> bool | None:
-        """Keep a memory file that the worker has open; see ``Shelf.keep``."""
-        assert self._shelf is not None
-        name = digest if is_shared else self._own(digest)
-        return self._shelf.keep(name, path, n_bytes, self._nanny.address if is_pinned else None)
-
-    def pin(self, digest: str) -> bool:
-        """Keep a file until ``unpin``; False if it is not there any more."""
-        assert self._shelf is not None
-        return any(self._shelf.pin(name, self._nanny.address) for name in self._names(digest))
-
-    def unpin(self, digest: str) -> None:
-        """The worker does not depend on a file any more."""
-        if self._shelf is not None:
-            for name in self._names(digest):
-                self._shelf.unpin(name, self._nanny.address)
-
-    def drop(self, digest: str) -> None:
-        """Drop a context's memory files."""
-        if self._shelf is not None:
-            for name in self._names(digest):
-                self._shelf.drop(name, self._nanny.address)
-
-    def clear(self) -> None:
-        """Drop all memory files of the cluster on this host."""
-        if self._shelf is not None:
-            self._shelf.clear()
-
-    def _names(self, digest: str) -> tuple[str, str]:
-        """The files that may be a context's: this worker's own comes first."""
-        return self._own(digest), digest
-
-    def _own(self, digest: str) -> str:
-        """The name of a file that only this nanny's worker uses: it belongs on its device."""
-        return f"{digest} {self._nanny.address}"
 
 
 class NannyLink:

@@ -30,7 +30,8 @@ from dask_pcm.ladder.objects.host import Host
 from dask_pcm.ladder.objects.tensors import device_bytes
 from dask_pcm.ladder.residency import Change
 from dask_pcm.ladder.store import Store
-from dask_pcm.plugins.nanny.plugin import NannyLink, host_budget_bytes
+from dask_pcm.plugins.nanny.images import host_budget_bytes
+from dask_pcm.plugins.nanny.plugin import NannyLink
 from dask_pcm.plugins.worker.memory import MemoryAllowance
 from dask_pcm.plugins.worker.tuning import give_back_memory, tuning
 from dask_pcm.tiers import Tier

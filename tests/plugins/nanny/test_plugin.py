@@ -11,7 +11,8 @@ from distributed.system import MEMORY_LIMIT
 
 import dask_pcm as pcm
 from dask_pcm.config import Config
-from dask_pcm.plugins.nanny.plugin import KeeperPlugin, host_budget_bytes
+from dask_pcm.plugins.nanny.images import host_budget_bytes
+from dask_pcm.plugins.nanny.plugin import KeeperPlugin
 from tests.conftest import validated_cluster
 from tests.support.patience import patient, until
 

@@ -149,7 +149,7 @@ def test_on_a_small_host_what_finds_no_room_is_loaded_again(log, capfd):
     ):
         pcm.install(client)
         (nanny,) = cluster.workers.values()
-        shelf = nanny.plugins[KeeperPlugin.name]._shelf
+        shelf = nanny.plugins[KeeperPlugin.name].images.shelf
         four = contexts(log, 4)
         for i in range(16):
             assert client.submit(ask, i, four[i % 4]).result(60) == (i, [float(i % 4)])
