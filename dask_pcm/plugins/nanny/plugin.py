@@ -1,7 +1,7 @@
 """The nanny keeps what a killed worker needs again: images of contexts, and a fork server.
 
-The plugin's methods run on the nanny's event loop; the images are in ``images.py``. ``NannyLink`` is
-the worker's side.
+The plugin's methods run on the nanny's event loop; the images are in ``images.py``. The worker's
+side is ``NannyLink``.
 """
 
 from __future__ import annotations

@@ -151,6 +151,10 @@ class GatePlugin(SchedulerPlugin):
         ts = self.hub.scheduler.tasks.get(key)
         if ts is not None:
             self.losses.task_left(ts)
+        if is_finished:
+            self.parked.unfinished.discard(key)
+        else:
+            self.parked.unfinished.add(key)
         self.hub.apply(WorkEnded(key, is_finished))
         if ts is not None:
             # After success too: if the result is lost later, the task runs again, and has to go

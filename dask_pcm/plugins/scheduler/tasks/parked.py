@@ -25,6 +25,8 @@ class ParkedTasks(Service):
     ----------
     asked
         The user's own restrictions of each task, by key.
+    unfinished
+        Tasks that have left a worker without a result: part of their rows may be done.
     """
 
     def __init__(self, hub: Hub, contexts: ContextService, attribution: Attribution) -> None:
@@ -32,6 +34,7 @@ class ParkedTasks(Service):
         self._contexts = contexts
         self._attribution = attribution
         self.asked: dict[Any, parking.Asked] = {}
+        self.unfinished: set[Any] = set()
         self._unshield = parking.shield_from_timeouts(hub.scheduler, self.asked)
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
@@ -74,6 +77,7 @@ class ParkedTasks(Service):
     def forget(self, key: Any) -> None:
         """The scheduler has forgotten a task: drop its restrictions and context references."""
         self._contexts.refs.discard(self.asked.pop(key).contexts)
+        self.unfinished.discard(key)
 
     def _work(self, ts: TaskState) -> Work:
         """Describe a task to the policy."""
@@ -82,8 +86,8 @@ class ParkedTasks(Service):
         is_isolated = ts.key in self._attribution.suspects
         group = Group(asked.contexts, ts.prefix.name, allowed, asked.client, is_isolated)
         n_rows, cut_for = float(said.get("pcm_rows") or 1.0), str(said.get("pcm_cut_for") or "")
-        is_again = ts.key in self._attribution.n_lost
-        return Work(ts.key, group, tuple(ts.priority or ()), n_rows, cut_for, is_again)
+        priority = tuple(ts.priority or ())
+        return Work(ts.key, group, priority, n_rows, cut_for, is_again=ts.key in self.unfinished)
 
     async def on_explain(self, key: Any) -> str:
         """Explain why a task waits, or where it was sent and why."""
@@ -117,4 +121,5 @@ class ParkedTasks(Service):
                 parking.unpark(ts, asked)
         waiting = self._hub.states_of(self.asked, "no-worker")
         self.asked.clear()
+        self.unfinished.clear()
         self._hub.transition(dict.fromkeys(reversed(waiting), "released"), "uninstall")
