@@ -138,6 +138,7 @@ def test_a_load_that_takes_longer_than_the_walltime_ends_the_run_with_the_number
 ):
     def load():
         time.sleep(600)
+        return "live"
 
     one = cluster({"a10": pool(walltime="1m", max_jobs=3)})
     one.scale(3)

@@ -42,7 +42,7 @@ _SOCKET_BYTES = 4 << 20
 #: Requests that a client sends before it reads the first answer.
 _AHEAD = 3
 #: A peer that sends nothing for this long is considered gone; one that accepts no connection, too.
-TIMEOUT_S, _CONNECT_S = 15.0, 5.0
+TIMEOUT_S, CONNECT_S = 15.0, 5.0
 _MAX_CONNECTIONS = 256
 #: Limits for connections that have not authenticated yet: their number, and the time that each has.
 _MAX_STRANGERS, _INTRODUCTION_S = 64, 5.0
@@ -251,7 +251,7 @@ class Peer:
 
     def __enter__(self) -> Peer:
         with self._named(), contextlib.ExitStack() as stack:
-            connection = socket.create_connection(self._address, _CONNECT_S)
+            connection = socket.create_connection(self._address, CONNECT_S)
             connection.settimeout(TIMEOUT_S)
             stack.callback(connection.close)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -25,7 +25,7 @@ from dask_pcm.errors import DiskError, PCMError, StageError, TransferError, reda
 from dask_pcm.ladder.files.cache import FileCache, is_digest
 from dask_pcm.ladder.files.partial import PartialBlob
 from dask_pcm.ladder.files.staging import changed, fetch, read_chunk, unreadable
-from dask_pcm.ladder.files.transfer import TIMEOUT_S, Access, Peer, Server
+from dask_pcm.ladder.files.transfer import CONNECT_S, TIMEOUT_S, Access, Peer, Server
 from dask_pcm.scheduling.broadcast import STORE
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ PATIENCE_S = 30.0
 _MAX_PEERS = 8
 #: The back-off after a server could not be reached.
 _REST_S = 60.0
-#: A worker that has reached no peer yet, and this many could be reached in no way, reads from the
-#: store alone for this long: a firewall lets it reach the scheduler and nothing else.
+#: A worker that has reached no peer yet, and has tried so often in vain, reads from the store alone
+#: for this long: a firewall lets it reach the scheduler and nothing else.
 _N_UNREACHED, _APART_S = 2, 600.0
 
 
@@ -133,8 +133,8 @@ class Fetcher:
         self._own = threading.local()  # each copying thread's connections
         #: When the back-off of each server that could not be reached ends, by the monotonic clock.
         self._unreachable: dict[tuple[str, int], float] = {}
-        #: Peers that could not be reached in any way; and whether any could ever be.
-        self._unreached: set[str] = set()
+        #: Peers that could not be reached in any way, and when; and whether any could ever be.
+        self._unreached: set[tuple[str, float]] = set()
         self._has_reached = False
         self._apart_until = 0.0
         self._opening = threading.Lock()
@@ -262,7 +262,9 @@ class Fetcher:
 
     def _note_unreached(self, peer: str, error: _UnreachableError) -> None:
         """A peer cannot be reached; after some, go on without peers."""
-        self._unreached.add(peer)
+        # A peer that refuses may have ended; one that does not answer is behind something.
+        is_silent = isinstance(error.__cause__, TimeoutError)
+        self._unreached.add((peer, time.monotonic() if is_silent else 0.0))
         is_apart = time.monotonic() < self._apart_until
         if self._has_reached or is_apart or len(self._unreached) < _N_UNREACHED:
             return
@@ -324,15 +326,22 @@ class Fetcher:
                     if not is_new:
                         return self._asked(place, blob, chunk)
         start, stop = blob.span(chunk)
-        asked = self._worker.rpc(source).pcm_chunk(
-            blob=blob.digest, chunk=chunk, start=start, n_bytes=stop - start
-        )
+        says = {"blob": blob.digest, "chunk": chunk, "start": start, "n_bytes": stop - start}
+        asked = self._over_comms(source, says)
         asking = asyncio.run_coroutine_threadsafe(asked, self._worker.loop.asyncio_loop)
         try:
             answer: bytes | None = asking.result(TIMEOUT_S)
         except OSError as error:  # a timeout, or a connection that is refused
             asking.cancel()
             raise _UnreachableError(f"{source}: {error or 'no answer'}") from error
+        return answer
+
+    async def _over_comms(self, source: str, says: dict[str, Any]) -> bytes | None:
+        """Get a chunk over Dask's comms."""
+        pool = self._worker.rpc
+        comm = await asyncio.wait_for(pool.connect(source), CONNECT_S)  # Dask's own limit is 30 s
+        pool.reuse(source, comm)
+        answer: bytes | None = await pool(source).pcm_chunk(**says)
         return answer
 
     @property
