@@ -123,7 +123,7 @@ class Fleet:
         self._blocked_until = -math.inf
         #: Jobs of one submission: after a refusal one, and twice as many each time.
         self._at_once = math.inf
-        #: Seconds from submission to the first worker, of the last jobs.
+        #: Seconds from submission to nodes, of the last jobs.
         self._waits: deque[float] = deque(maxlen=_N_WAITS)
         #: Until when each node is excluded.
         self._excluded: dict[str, float] = {}
@@ -148,6 +148,7 @@ class Fleet:
         for job in list(self.jobs.values()):
             state = states.get(job.id)
             if state is not None:
+                self._note_begin(job, state.is_running, asked_at)
                 job.is_running, job.reason = state.is_running, state.reason
                 job.seen_at = asked_at if state.is_running else job.seen_at
                 if not (state.is_running or job.workers):  # it waits, perhaps anew
@@ -205,8 +206,8 @@ class Fleet:
         for job in self.jobs.values():
             job.workers = found.get(job.id, set())
             if job.workers:
+                self._note_begin(job, True, now)
                 if not job.has_joined:
-                    self._waits.append(now - job.submitted_at)
                     self._n_vain = 0
                     self._recover()
                 job.has_joined = job.is_running = True
@@ -284,6 +285,11 @@ class Fleet:
         if self.pool.max_queued is None:
             return n_jobs
         return max(0, min(n_jobs, self.pool.max_queued - self.n_waiting()))
+
+    def _note_begin(self, job: Job, is_running: bool, now: float) -> None:
+        """A job is known to have its nodes, or not."""
+        if is_running and not (job.is_running or job.has_joined):
+            self._waits.append(max(0.0, now - job.submitted_at))
 
     def _recover(self) -> None:
         """What was wrong is not any more."""

@@ -176,6 +176,20 @@ def test_a_large_submission_that_does_nothing_counts_once():
     assert one.steps(50) == Steps(n_submit=50)
 
 
+def test_what_jobs_have_waited_for_their_nodes_is_learned():
+    one = Played()
+    assert one.fleet.offer(0.0).wait_s == 0.0
+    one.submit("1", "2", "3")
+    one.now = 8.0
+    one.poll(_1=RUNS, _2=WAITS, _3=WAITS)
+    one.now = 11.0
+    one.poll(_1=RUNS, _2=WAITS, _3=WAITS)
+    one.workers("a10-1", "a10-2")  # how long it takes to start is no wait
+    one.now = 60.0
+    one.workers("a10-1", "a10-2", "a10-3")
+    assert one.fleet.offer(60.0).wait_s == 11.0  # of 8, 11 and 60
+
+
 def test_a_node_whose_jobs_cannot_start_is_excluded_for_a_time_and_said_once():
     one = Played()
     output = "+ source profile\nNode n1 cannot be used: its scratch folder '/s': File exists.\nx"

@@ -70,19 +70,20 @@ def spread(
     n_workers
         Workers of mean speed that are wanted, of all pools together.
     work_s
-        What the work would take one worker of mean speed, in seconds.
+        What the work would take one worker of mean speed, in seconds; without meaning while the
+        cost of a row is unknown.
     """
     worth = {pool: _useful(state, pool, now) / _slowness(state, pool) for pool in offers}
     groups = list(state.ahead.groups())
     n_unfit = {pool: sum(not fits_pool(state, pool, g) for g in groups) for pool in offers}
     at_work = sum(offer.n_here * worth[pool] for pool, offer in offers.items())
-    left_s = work_s / at_work if at_work else math.inf
-    warm_s = _longest_warm_s(state)
+    is_known = all(_row_s(state, group) is not None for group in groups)
+    left_s = work_s / at_work if at_work and is_known else math.inf
     found: dict[str, int] = {}
     for pool in sorted(offers, key=lambda pool: (n_unfit[pool], -worth[pool])):
         offer = offers[pool]
         most = 0 if groups and n_unfit[pool] == len(groups) else offer.most
-        if offer.wait_s + warm_s > left_s:
+        if offer.wait_s > left_s:
             most = min(most, offer.n_here)
         n = min(most, math.ceil(max(0.0, n_workers) / worth[pool] - 1e-9))
         found[pool] = int(n)

@@ -118,13 +118,18 @@ def test_pools_are_filled_by_their_speed_and_limits():
 
 
 def test_a_pool_whose_jobs_would_come_after_the_work_gets_no_more():
-    world = World()
+    world = World("w")
+    world.learn(A, "w", 0.001)
     world.tell(RunReported("run", A, 20_000.0, 100))
     offers = {"near": Offer(8, n_here=2, wait_s=20.0), "far": Offer(8, n_here=1, wait_s=600.0)}
     # Three workers at work, of 3,000 s: what waits 20 s helps, what waits ten minutes does not.
     assert spread(world.state, 50.0, offers, 0.0, 900.0) == {"near": 8, "far": 1}
     assert spread(world.state, 50.0, offers, 0.0, 9000.0) == {"near": 8, "far": 8}
     assert spread(world.state, 1.0, offers, 0.0, 30.0) == {"near": 1, "far": 0}
+    # While costs are unknown, so is when the work will have ended.
+    world.tell(RunReported("other", B, 20_000.0, 100))
+    assert spread(world.state, 50.0, offers, 0.0, 30.0) == {"near": 8, "far": 8}
+    world.tell(RunClosed("other"))
     # Without a worker there is nobody else to do it.
     absent = {name: replace(offer, n_here=0) for name, offer in offers.items()}
     assert spread(world.state, 50.0, absent, 0.0, 30.0) == {"near": 8, "far": 8}
