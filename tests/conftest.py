@@ -284,7 +284,7 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, P
 
     def run(notebook: Any, folder: Path) -> list[Any]:
         resources = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=patient(100), resources=resources).execute()
+        NotebookClient(notebook, timeout=round(patient(100)), resources=resources).execute()
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         assert outputs and not [o for o in outputs if o.output_type == "error"]
         return outputs

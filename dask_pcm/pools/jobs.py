@@ -76,6 +76,7 @@ class Jobs:
             names = [name for name in jobs if self._pools[name].batch == batch]
             ids = {job for name in names for job in jobs[name]}
             if not ids:
+                self.silence.pop(batch, None)
                 continue
             try:
                 states = await system.states(ids)

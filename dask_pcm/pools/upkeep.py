@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Between two looks at workers and wishes; after one that failed.
 _LOOK_S, _AFTER_ERROR_S = 0.25, 5.0
+#: Of jobs that have ended together, as many outputs are read.
+_N_OUTPUTS = 20
 #: A worker that is told to leave has this long to hand over its results; when the cluster closes,
 #: to end.
 _RETIRE_S, _END_S = 30.0, 5.0
@@ -65,13 +67,12 @@ class Upkeep:
         await asyncio.gather(self._keeping, *self._running.values(), return_exceptions=True)
         ends = (self._end(ws.nanny or ws.address) for ws in self._scheduler.workers.values())
         with suppress(TimeoutError):  # otherwise its job is cancelled
-            await asyncio.wait_for(asyncio.gather(*ends), _END_S)
+            await asyncio.wait_for(asyncio.gather(*ends, return_exceptions=True), _END_S)
 
     async def _end(self, address: str) -> None:
         """End a nanny, or a worker without one; not by a signal, which would be a notice."""
         # One that ends before it has answered is no error; Dask's broadcast would log it as one.
-        with suppress(OSError):
-            await self._scheduler.rpc(address).terminate(reason="cluster-closes")
+        await self._scheduler.rpc(address).terminate(reason="cluster-closes")
 
     async def _keep(self) -> None:
         while True:
@@ -151,7 +152,7 @@ class Upkeep:
     def _judge(self, fleet: Fleet, over: list[Job]) -> None:
         """Jobs are over: say so if they are the last of several that did nothing."""
         idle = [job for job in over if not job.is_cancelled and not job.has_joined]
-        found = [self._jobs.output(fleet.name, job.id) for job in idle]
+        found = [self._jobs.output(fleet.name, job.id) for job in idle[:_N_OUTPUTS]]
         outputs, now = [text for text in found if text is not None], time.monotonic()
         for text in outputs if self._jobs.can_exclude(fleet.name) else ():
             if words := fleet.exclude(text, now):

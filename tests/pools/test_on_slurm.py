@@ -172,6 +172,28 @@ def test_jobs_that_slurm_has_accepted_without_a_word_belong_to_the_cluster(
     until(lambda: not queue())
 
 
+def test_a_slurm_that_does_not_answer_is_said_and_no_job_counts_as_gone(
+    slurm, cluster, tmp_path, monkeypatch
+):
+    squeue, is_down = tmp_path / "squeue", tmp_path / "down"
+    error = "slurm_load_jobs error: Unable to contact slurm controller"
+    lines = ["#!/bin/sh", f"[ -e {is_down} ] && {{ echo '{error}' >&2; exit 1; }}"]
+    lines += [f'exec {shutil.which("squeue")} "$@"']
+    squeue.write_text("\n".join(lines) + "\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    one = cluster({"any": pool(gpus_per_job=1)})
+    one.scale(1)
+    one.wait_for_workers(1, timeout=patient(60))
+    (job,) = one._fleets["any"].jobs
+    is_down.touch()
+    until(lambda: one.lack == f"waiting for jobs: slurm: squeue: {error}")
+    assert list(one._fleets["any"].jobs) == [job]
+    is_down.unlink()
+    until(lambda: not one.lack)
+    assert list(one._fleets["any"].jobs) == [job]
+
+
 def test_a_pending_job_that_is_cancelled_outside_is_replaced(slurm, cluster):
     one = cluster({"h100": pool(gpus_per_job=1, gpu_type="h100")})
     one.scale(2)  # there is one

@@ -272,6 +272,32 @@ def test_the_only_worker_leaves_too(client, start, tmp_path):
     assert client.gather(futures) == [0, 1, 2]
 
 
+def test_a_load_that_a_notice_ends_is_no_fault_of_its_context(client, start, tmp_path):
+    folder = tmp_path / "loads"
+    folder.mkdir()
+
+    def slow(folder):
+        n_before = len(os.listdir(folder))
+        Path(folder, str(n_before)).touch()
+        time.sleep(0 if n_before else 600)
+        return "live"
+
+    notice_s = patient(2)
+    (one,) = start("one", NOTICE=f"{notice_s}s")
+    context = pcm.Context(slow, str(folder))
+    future = client.submit(work, 1, context=context, log=str(tmp_path / "log"), seconds=0)
+    until(lambda: os.listdir(folder))
+    one.signal(signal.SIGTERM, "nanny", client)
+    assert one.ends_within(1.25 * notice_s) == 0
+    start("two")  # on the same node
+    assert future.result(patient(60)) == 1
+
+    def errors(dask_scheduler):
+        return dict(dask_scheduler.plugins[GATE].state.failures.errors)
+
+    assert not client.run_on_scheduler(errors)
+
+
 def verdicts(frame, state, log, seconds):
     note(log, "batch", ",".join(map(str, frame["id"])))
     time.sleep(seconds)

@@ -68,7 +68,8 @@ class Losses(Service):
         """See ``Service``; hands the tasks and loads that had begun there to the attribution."""
         lost_with = self._lost_with.pop(worker, [])
         view = self._hub.state.workers.get(worker)
-        loads = sorted(view.begun) if view else []
+        # What a notice has ended is no fault of what was being loaded.
+        loads = sorted(view.begun) if view and not view.is_draining else []
         if not (lost_with or loads):
             return
         tasks = self._hub.scheduler.tasks
