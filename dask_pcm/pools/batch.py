@@ -166,11 +166,13 @@ def _ports(pool: Pool) -> list[str]:
 
 
 def _quoted(path: str) -> str:
-    """A path for a shell, which fills in environment variables and nothing else.
+    """A path for a shell, which fills in environment variables, the home and nothing else.
 
     >>> _quoted("$TMPDIR/my dask"), _quoted("$(date)")
     ('"$TMPDIR/my dask"', '"\\\\$(date)"')
     """
+    if path.startswith("~/"):
+        path = f"$HOME{path[1:]}"
     if "$" not in path:
         return shlex.quote(path)
     text = re.sub(r'(["\\`]|\$(?=\())', r"\\\1", path)

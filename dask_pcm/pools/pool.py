@@ -147,6 +147,8 @@ class Pool:
             if not is_list or not all(isinstance(one, str) for one in value):
                 raise _refused(name, value, "a list of texts")
             set_(name, tuple(value))
+        if any(one.lstrip().startswith("#") for one in self.directives):
+            raise _refused("directives", list(self.directives), "options without '#SBATCH'")
         for name in _TEXTS:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value or "\n" in value):

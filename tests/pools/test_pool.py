@@ -39,6 +39,7 @@ def test_sizes_and_times_are_parsed_and_workers_counted():
         ({"gpus_per_job": 3, "gpus_per_worker": 2}, "gpus_per_job=3 cannot be divided"),
         ({"mem": "per-gpu"}, "mem='per-gpu' needs gpus_per_job"),
         ({"directives": "--constraint=a"}, "directives is '--constraint=a'; expected a list"),
+        ({"directives": ["#SBATCH -C a"]}, "expected options without '#SBATCH'"),
         ({"gpu_per_job": 1}, "unknown key 'gpu_per_job'. Did you mean 'gpus_per_job'"),
         ({"gpus_per_job": 1, "device_memory": "big"}, "device_memory is 'big'; expected a size"),
         ({"device_memory": "8 GB"}, "device_memory needs gpus_per_job of 1 or more"),

@@ -118,6 +118,10 @@ def test_a_workers_share_of_ports_devices_and_disk():
     assert r' --local-directory "$TMPDIR/a \"b\" \$(c) \`d\`" ' in text
 
 
+def test_a_scratch_folder_in_the_home_of_the_node():
+    assert ' --local-directory "$HOME/my scratch" ' in written(scratch="~/my scratch")
+
+
 def test_what_a_surrounding_job_has_set_is_not_passed_on():
     environ = {
         "SLURM_MEM_PER_CPU": "1",
