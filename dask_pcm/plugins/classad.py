@@ -15,9 +15,19 @@ def number_in(environ: Mapping[str, str], which: str, attribute: str) -> int | N
 
     Expressions count as none: only HTCondor evaluates them.
     """
+    found = _value(environ, which, attribute, r"(\d+)")
+    return None if found is None else int(found)
+
+
+def text_in(environ: Mapping[str, str], which: str, attribute: str) -> str | None:
+    """A text in one of this job's files; None where there is none."""
+    return _value(environ, which, attribute, r'"([^"\\]*)"')
+
+
+def _value(environ: Mapping[str, str], which: str, attribute: str, value: str) -> str | None:
     try:
         text = Path(environ[which]).read_text(encoding="utf-8", errors="replace")
     except (KeyError, OSError):
         return None
-    found = re.search(rf"^{attribute} = (\d+)\s*$", text, re.MULTILINE | re.IGNORECASE)
-    return int(found[1]) if found else None
+    found = re.search(rf"^{attribute} = {value}\s*$", text, re.MULTILINE | re.IGNORECASE)
+    return found[1] if found else None

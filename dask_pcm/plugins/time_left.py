@@ -3,7 +3,8 @@
 Three ends have three times: that of the walltime, that of a preemption (the partition's grace time)
 and that of a cancelled job. With a preemption's signal, Slurm sets the job's end anew, so that one
 question answers the first two; after SIGTERM, SIGKILL follows in its ``KillWait``. HTCondor has one
-time for all of them, and writes it beside the job.
+time for all of them, and writes it beside the job. PBS does not say; by default it kills a job ten
+seconds after SIGTERM (``kill_delay``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Where no batch system says how long; the same as Slurm's own default of KillWait.
 UNKNOWN_S = 30.0
+#: PBS's own default of ``kill_delay``, which jobs cannot ask for; ``pools/local.py`` has the same.
+_SHORT_S = 10.0
 #: A batch system that does not answer within this time is not waited for: the job's time runs.
 _ANSWER_S = 5.0
 
@@ -31,14 +34,17 @@ def time_left_s(number: int, environ: Mapping[str, str] = os.environ) -> float:
 
     Under Slurm, the end of the job as ``squeue`` has it (``%e``) and, after SIGTERM, ``KillWait``.
     Under HTCondor, the smaller of what the job has asked for (``JobMaxVacateTime``) and what the
-    machine gives (``MachineMaxVacateTime``). ``UNKNOWN_S`` elsewhere, and where Slurm does not
-    answer.
+    machine gives (``MachineMaxVacateTime``). Ten seconds under PBS and
+    in jobs that are processes of one machine. ``UNKNOWN_S`` elsewhere, and
+    where Slurm does not answer.
     """
     if JOB in environ:
         asked = number_in(environ, JOB, "JobMaxVacateTime")
         given = number_in(environ, MACHINE, "MachineMaxVacateTime")
         return float(min((n for n in (asked, given) if n is not None), default=UNKNOWN_S))
     job = environ.get("SLURM_JOB_ID")
+    if "PBS_JOBID" in environ or "PCM_JOB_ID" in environ:
+        return _SHORT_S
     if job is None:
         return UNKNOWN_S
     try:

@@ -43,10 +43,13 @@ class JobState:
         Whether it has its nodes; otherwise it waits.
     reason
         Why it waits, in the system's own words.
+    is_ending
+        Whether its processes are ended, or have been, and its output may not be there yet.
     """
 
     is_running: bool
     reason: str = ""
+    is_ending: bool = False
 
 
 @dataclass(frozen=True, slots=True)

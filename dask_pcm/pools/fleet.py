@@ -37,6 +37,8 @@ _N_VAIN, _FIRST_WAIT_S, _LONGEST_WAIT_S = 3, 5.0, 1800.0
 #: What a job's output says of its node if no worker could start there (``launcher.check_scratch``);
 #: the node gets no job of the pool for this long.
 BAD_NODE, _EXCLUDED_S = re.compile(r"^Node (\S+) cannot be used: (.*)$", re.M), 600.0
+#: Ids of Slurm's, PBS's and HTCondor's jobs.
+_ID = re.compile(r"\d+(?:_\d+|\.\d+|\[\d+\])?")
 
 
 @dataclass(slots=True)
@@ -60,9 +62,13 @@ class Job:
     gone_at: float | None = None
     #: Since when it has been more than what is wanted, and could go.
     surplus_at: float | None = None
+    #: Whether its workers have a notice, or the batch system says that it ends.
     is_leaving: bool = False
+    is_ending: bool = False
     #: When it was cancelled last.
     cancelled_at: float | None = None
+    #: Whether the batch system has ever named it.
+    is_known: bool = False
     #: When the batch system last said that it runs.
     seen_at: float = -math.inf
     #: Whether its batch system queues it again after an eviction.
@@ -83,8 +89,18 @@ class Job:
 
     def counts(self, now: float) -> bool:
         """Whether it is among the jobs that are wanted: not one that ends."""
-        is_ending = self.is_leaving and not self.is_requeued
-        return not (self.is_cancelled or is_ending or self.is_missing(now))
+        is_lost = (self.is_leaving or self.is_ending) and not self.is_requeued
+        return not (self.is_cancelled or is_lost or self.is_missing(now))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has done nothing, as far as is known, and was not cancelled by the cluster."""
+        return not (self.is_cancelled or self.has_joined)
+
+    @property
+    def may_have_begun(self) -> bool:
+        """Whether it was not seen last as one that waits, which a user may have cancelled."""
+        return self.is_running or not self.is_known
 
     def hangs(self, now: float) -> bool:
         """Whether it still has its nodes, long after its workers are gone."""
@@ -118,6 +134,8 @@ class Fleet:
         self.pool = pool
         self.jobs: dict[str, Job] = {}
         self.trouble = ""
+        #: Ids of those that are.
+        self._over: set[str] = set()
         self._n_vain = 0
         self._wait_s = _FIRST_WAIT_S
         self._blocked_until = -math.inf
@@ -148,13 +166,16 @@ class Fleet:
         for job in list(self.jobs.values()):
             state = states.get(job.id)
             if state is not None:
+                job.is_known = True
                 self._note_begin(job, state.is_running, asked_at)
                 job.is_running, job.reason = state.is_running, state.reason
+                job.is_ending = state.is_ending
                 job.seen_at = asked_at if state.is_running else job.seen_at
                 if not (state.is_running or job.workers):  # it waits, perhaps anew
                     job.gone_at, job.is_leaving = None, False
             elif job.submitted_at < asked_at:  # over, however it ended
                 over.append(self.jobs.pop(job.id))
+                self._over.add(job.id)
         return over
 
     def ended_in_vain(self, log: str, now: float) -> bool:
@@ -169,6 +190,16 @@ class Fleet:
         text = f"jobs ended before a worker of theirs had joined, {self._n_vain} times in a row"
         self.refused(f"{text}\nThe end of the last one's output:\n{log}", now)
         return True
+
+    def unreachable(self, worker: str, address: str, why: str, now: float) -> None:
+        """A worker has joined that accepts no connections: its pool does nothing so."""
+        self._n_vain = max(self._n_vain, _N_VAIN)
+        self.refused(
+            f"its worker {worker} cannot be reached at {address} ({why}). Scheduler and workers"
+            " connect to workers, so these must not be behind NAT, nor their ports be closed; see"
+            " `ports` of a pool.",
+            now,
+        )
 
     def exclude(self, output: str, now: float) -> str:
         """Exclude a node of which a job's output says that it cannot be used.
@@ -187,9 +218,13 @@ class Fleet:
         return [node for node, until in self._excluded.items() if now < until]
 
     def job_of(self, worker: str) -> str | None:
-        """The job of a worker, by the worker's name; None if it is of another pool."""
+        """The job of a worker, by the worker's name; None if it is of another pool.
+
+        A job may be there although the command that submitted it has failed.
+        """
         found = worker.removeprefix(f"{self.name}-").split("-")[0]
-        return found if worker.startswith(f"{self.name}-") and found in self.jobs else None
+        is_job = found in self.jobs or (found not in self._over and _ID.fullmatch(found))
+        return found if worker.startswith(f"{self.name}-") and is_job else None
 
     def sync(self, workers: Mapping[str, bool], now: float) -> None:
         """Note which workers of this pool are registered.
@@ -203,6 +238,9 @@ class Fleet:
         for name in workers:
             if (of := self.job_of(name)) is not None:
                 found.setdefault(of, set()).add(name)
+        for unknown in found.keys() - self.jobs.keys():
+            is_requeued = self.pool.is_requeued
+            self.jobs[unknown] = Job(unknown, now, is_running=True, is_requeued=is_requeued)
         for job in self.jobs.values():
             job.workers = found.get(job.id, set())
             if job.workers:

@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class HTCondor:
     evicted, under the same id.
     """
 
-    can_exclude = False
+    can_exclude = True
 
     async def check(self, start: Start) -> None:
         """See ``BatchSystem``; by a dry run of the submit file, and by asking the queue.
@@ -192,7 +192,15 @@ def _directives(start: Start) -> dict[str, str]:
     given = dict(_directive(start.name, line) for line in pool.directives)
     own = {name.lower().replace("_", "") for name in given}
     kept = {k: v for k, v in lines.items() if v is not None and k.replace("_", "") not in own}
-    return {**kept, **given}
+    return {**kept, **_requirements(start, given)}
+
+
+def _requirements(start: Start, given: Mapping[str, str]) -> dict[str, str]:
+    """A user's lines, with the nodes that are excluded in their requirements."""
+    (name,) = [one for one in given if one.lower() == "requirements"] or ["requirements"]
+    terms = [f"({given[name]})"] if given.get(name) else []
+    terms += [f'TARGET.Machine =!= "{node}"' for node in start.excluded]
+    return {**given, name: " && ".join(terms)} if start.excluded else dict(given)
 
 
 def _directive(name: str, line: str) -> tuple[str, str]:

@@ -17,9 +17,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-from dask.utils import parse_bytes
+from dask.utils import parse_bytes, parse_timedelta
 
-from dask_pcm.plugins.classad import JOB, number_in
+from dask_pcm.plugins.classad import JOB, MACHINE, number_in, text_in
 
 #: Each of these lists the devices of a job; what libraries see is set by the same name.
 _DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -30,6 +30,8 @@ _SCRATCH_BYTES = 1 << 20
 _ANSWER_S = 10.0
 #: Before a worker is started again: this long, and twice as long each time that it does not last.
 _WAIT_S, _LONGEST_S, _LASTING_S = 1.0, 60.0, 60.0
+#: The time limit of a worker, from the start of its process.
+_WALLTIME = "DASK_PCM__WORKER__WALLTIME"
 
 
 def job_id(environ: Mapping[str, str]) -> str:
@@ -94,6 +96,12 @@ def environments(environ: Mapping[str, str], n_workers: int) -> list[dict[str, s
     return found
 
 
+def node_of(environ: Mapping[str, str]) -> str:
+    """This machine, as its batch system calls it."""
+    machine = text_in(environ, MACHINE, "Machine")
+    return environ.get("SLURMD_NODENAME") or machine or socket.gethostname()
+
+
 def check_scratch(folder: str, environ: Mapping[str, str]) -> None:
     """End the job if its workers could not use their folder on this node.
 
@@ -109,8 +117,8 @@ def check_scratch(folder: str, environ: Mapping[str, str]) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_SCRATCH_BYTES))
     except OSError as error:
-        node = environ.get("SLURMD_NODENAME") or socket.gethostname()
-        sys.exit(f"Node {node} cannot be used: its scratch folder {folder!r}: {error.strerror}.")
+        why = f"its scratch folder {folder!r}: {error.strerror}"
+        sys.exit(f"Node {node_of(environ)} cannot be used: {why}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,13 +170,18 @@ class _Worker:
         self._command = command
         self._environ = environ
         self._wait_s = _WAIT_S
+        self._begun = time.monotonic()
         self.starts_at = 0.0
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it."""
+        """Start it; it has what is left of the job's time."""
         self._started = time.monotonic()
-        self.process = subprocess.Popen(self._command, env=self._environ)
+        environ = dict(self._environ)
+        if _WALLTIME in environ:
+            left_s = float(parse_timedelta(environ[_WALLTIME], "s")) - self._started + self._begun
+            environ[_WALLTIME] = f"{max(1.0, left_s):.0f}s"
+        self.process = subprocess.Popen(self._command, env=environ)
 
     def end(self) -> None:
         """It has ended by itself: wait before it is started again."""

@@ -14,8 +14,9 @@ from dask_pcm.pools.batch import JobState, Start, call, jobqueue, launcher_optio
 
 logger = logging.getLogger(__name__)
 
-#: Letters of states: held, queued, waiting for its time, moving; and those of jobs with nodes.
-_WAITING, _RUNNING = frozenset("HQWT"), frozenset("RSU")
+#: Letters of states: held, queued, waiting for its time, moving; those of jobs with nodes; and
+#: exiting: the output is copied to where it belongs.
+_WAITING, _RUNNING, _ENDING = frozenset("HQWT"), frozenset("RSU"), "E"
 _WHY = {"H": "held", "W": "waiting for its time"}
 #: "123.server", "123[].server" and "123[4].server"; a server's name may be cut in a listing.
 _ID = re.compile(r"(\d+)(\[\d*\])?(\..*)?$")
@@ -75,7 +76,9 @@ class PBS:
             job = _ID.match(words[0]) if len(words) > 4 else None
             state = words[-2] if job is not None else ""
             name = f"{job[1]}{job[2] or ''}" if job is not None else ""
-            if name in jobs and state in _WAITING | _RUNNING:
+            if name in jobs and state == _ENDING:
+                found[name] = JobState(True, is_ending=True)
+            elif name in jobs and state in _WAITING | _RUNNING:
                 found[name] = JobState(state in _RUNNING, _WHY.get(state, ""))
         return found
 

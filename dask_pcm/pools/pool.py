@@ -49,7 +49,7 @@ class Pool:
         ``per-gpu``, or ``none`` where a site refuses to be asked.
     walltime
         The time limit of a job, for instance "2h", "02:00:00" or "1-12:00:00"; None for the
-        site's default.
+        site's default. No bare number: batch systems read them in different units.
     notice
         How long before the end of its walltime a job gets a signal, where the system sends one; at
         most half of it.
@@ -136,6 +136,9 @@ class Pool:
     def __post_init__(self) -> None:
         set_ = functools.partial(object.__setattr__, self)
         set_("memory_bytes", self._parsed("memory", parse_bytes))
+        if isinstance(self.walltime, (int, float)) or str(self.walltime).strip().isdecimal():
+            wanted = "a time with its unit, such as '2h'; in YAML, a clock in quotes: '2:00:00'"
+            raise _refused("walltime", self.walltime, wanted)
         set_("walltime_s", None if self.walltime is None else self._parsed("walltime", _seconds))
         set_("idle_s", self._parsed("idle_timeout", _seconds))
         set_("notice_s", self._parsed("notice", _seconds))

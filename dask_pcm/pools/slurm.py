@@ -19,6 +19,12 @@ logger = logging.getLogger(__name__)
 
 #: Options that ask for GPUs, in the user's own words.
 _ASKS_GPUS = re.compile(r"(-G\b|--gpus\b(?!-)|--gpus-per-\w+|--gres[= ].*gpu)")
+#: What a job gets besides; of several such lines, sbatch takes the last.
+_GRES = re.compile(r"--gres[= ]\s*(.+)")
+#: Nodes that jobs are not to run on.
+_EXCLUDES = re.compile(r"(?:--exclude[= ]|-x)\s*(.+)")
+#: Jobs on another cluster of a federation would not be in this one's queue, and count as gone.
+_ELSEWHERE = re.compile(r"-M|--clusters?\b")
 #: ``MaxArraySize`` is 1,001 by default, and elements count from 0.
 _MAX_ARRAY = 1000
 #: States of jobs that are over, or are about to be; preempted jobs end in any of several.
@@ -51,8 +57,10 @@ class Slurm:
                 n = min(n_jobs - len(ids), _MAX_ARRAY) if start.pool.is_array else 1
                 output = f"--output={log_of(start, '%A_%a' if n > 1 else '%j')}"
                 options = [f"--array=0-{n - 1}"] if n > 1 else []
-                if start.excluded:
-                    options.append(f"--exclude={','.join(start.excluded)}")
+                if start.excluded:  # in place of what the script excludes
+                    matches = [_EXCLUDES.match(one.strip()) for one in start.pool.directives]
+                    excluded = [found[1] for found in matches if found]
+                    options.append(f"--exclude={','.join([*excluded, *start.excluded])}")
                 try:
                     job = await _submitted(path, output, *options)
                 except PoolError as error:
@@ -144,9 +152,17 @@ def script(start: Start) -> str:
         lines.append(f"--mem-per-cpu={math.ceil(pool.memory_bytes / 2**20 / pool.cores)}M")
     elif pool.mem == "per-gpu":
         lines.append(f"--mem-per-gpu={math.ceil(pool.memory_bytes / 2**20 / pool.gpus_per_job)}M")
-    if pool.gpus_per_job and not any(map(_ASKS_GPUS.match, pool.directives)):
+    directives = list(pool.directives)
+    if elsewhere := [one for one in directives if _ELSEWHERE.match(one.strip())]:
+        raise PoolError(
+            f"Pool {start.name!r}: the directive {elsewhere[0]!r} submits to another cluster, whose"
+            " jobs cannot be followed from here. Start the pools on a login node of that cluster."
+        )
+    if pool.gpus_per_job and not any(_ASKS_GPUS.match(one.strip()) for one in directives):
         kind = f"{pool.gpu_type}:" if pool.gpu_type else ""
-        lines.append(f"--gres=gpu:{kind}{pool.gpus_per_job}")
+        besides = [found[1].strip() for one in directives if (found := _GRES.match(one.strip()))]
+        directives = [one for one in directives if not _GRES.match(one.strip())]
+        lines.append(f"--gres={','.join([f'gpu:{kind}{pool.gpus_per_job}', *besides])}")
     if pool.nodes_per_job > 1:
         skipped.append("-n 1")
         lines += [f"--nodes={pool.nodes_per_job}", "--ntasks-per-node=1"]
@@ -154,7 +170,7 @@ def script(start: Start) -> str:
         # not inherit the job's cores per task.
         srun = f"exec srun --kill-on-bad-exit=0 --cpus-per-task={pool.cores} "
         options["python"] = options["python"].replace("exec ", srun, 1)
-    options["job_extra_directives"] = [*lines, *pool.directives]
+    options["job_extra_directives"] = [*lines, *directives]
     options["job_directives_skip"] = skipped
     job = jobqueue("slurm").SLURMJob(
         queue=pool.queue, account=pool.account, walltime=pool.clock, **options

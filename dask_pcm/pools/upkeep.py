@@ -17,6 +17,7 @@ from dask_pcm.errors import PoolError
 from dask_pcm.plugins.scheduler.plugin import GATE
 from dask_pcm.pools.fleet import Fleet, Job
 from dask_pcm.pools.jobs import Jobs
+from dask_pcm.pools.reach import refusal
 from dask_pcm.pools.wishes import Wishes
 from dask_pcm.scheduling.events import PoolsDeclared
 from dask_pcm.scheduling.rules.scaling import needed_workers
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 _LOOK_S, _AFTER_ERROR_S = 0.25, 5.0
 #: Of jobs that have ended together, as many outputs are read.
 _N_OUTPUTS = 20
-#: A worker that is told to leave has this long to hand over its results; when the cluster closes,
-#: to end.
+#: A worker that is given back has this long to end what it has begun and to hand over its results;
+#: when the cluster closes, to end.
 _RETIRE_S, _END_S = 30.0, 5.0
 
 
@@ -57,6 +58,8 @@ class Upkeep:
         # A pool that may have no jobs offers no device.
         offered = {name: f.pool for name, f in fleets.items() if f.pool.max_workers}
         self._device_bytes = {name: pool.device_bytes for name, pool in offered.items()}
+        #: Addresses of workers that accept connections.
+        self._reached: set[str] = set()
         #: Tasks that run now, by what they do.
         self._running: dict[str, asyncio.Task[None]] = {}
         self._keeping = asyncio.create_task(self._keep())
@@ -64,10 +67,10 @@ class Upkeep:
     async def close(self) -> None:
         """End the workers and their jobs, and wait for submissions: their jobs end, too."""
         self._keeping.cancel()
-        await asyncio.gather(self._keeping, *self._running.values(), return_exceptions=True)
         ends = (self._end(ws.nanny or ws.address) for ws in self._scheduler.workers.values())
         with suppress(TimeoutError):  # otherwise its job is cancelled
             await asyncio.wait_for(asyncio.gather(*ends, return_exceptions=True), _END_S)
+        await asyncio.gather(self._keeping, *self._running.values(), return_exceptions=True)
 
     async def _end(self, address: str) -> None:
         """End a nanny, or a worker without one; not by a signal, which would be a notice."""
@@ -90,6 +93,10 @@ class Upkeep:
         state: GateState | None = None if gate is None else gate.state
         if gate is not None and gate.state.pools != self._device_bytes:  # new, or installed anew
             gate.hub.apply(PoolsDeclared(self._device_bytes))
+        self._reached &= self._scheduler.workers.keys()
+        for address in self._scheduler.workers.keys() - self._reached:
+            ws = self._scheduler.workers[address]
+            self._do(f"call {address}", self._call(address, str(ws.name)))
         noticed, needed = self._workers(state)
         now = time.monotonic()
         self._sync(noticed, now)
@@ -102,25 +109,50 @@ class Upkeep:
             steps = fleet.decide(n_workers, needed, is_adaptive, now)
             if steps.cancel:
                 jobs = [fleet.jobs[job] for job in steps.cancel]
-                for job in jobs:
-                    job.cancelled_at = now
+                for job in jobs:  # to be cancelled again only once it has been
+                    job.cancelled_at = now + 2 * _RETIRE_S
                 self._do(f"retire {steps.cancel}", self._retire(name, jobs))
             if steps.n_submit:
                 self._do(f"submit {name}", self._submit(name, steps.n_submit))
 
+    async def _call(self, address: str, name: str) -> None:
+        """Connect to a new worker; end its job if it accepts no connections."""
+        why = await refusal(address, self._scheduler.connection_args)
+        if not why:
+            self._reached.add(address)
+            return
+        fleet = self._fleet_of(name)
+        if fleet is None or address not in self._scheduler.workers:  # not ours, or gone
+            return
+        is_said, job = bool(fleet.trouble), str(fleet.job_of(name))
+        fleet.unreachable(name, address, why, time.monotonic())
+        if not is_said:
+            logger.error("Pool %s: %s", fleet.name, fleet.trouble)
+        if job in fleet.jobs:
+            fleet.jobs[job].cancelled_at = time.monotonic()
+        await self._jobs.cancel(fleet.name, [job])
+
     def _sync(self, noticed: Mapping[str, bool], now: float) -> None:
-        """Tell each fleet of its workers; a pool's name may begin like another's."""
+        """Tell each fleet of its workers."""
         names: dict[str, dict[str, bool]] = {name: {} for name in self._fleets}
         for worker, is_noticed in noticed.items():
-            mine = [n for n, fleet in self._fleets.items() if fleet.job_of(worker) is not None]
-            if mine:
-                names[max(mine, key=len)][worker] = is_noticed
+            if (mine := self._fleet_of(worker)) is not None:
+                names[mine.name][worker] = is_noticed
         for name, fleet in self._fleets.items():
             fleet.sync(names[name], now)
 
+    def _fleet_of(self, worker: str) -> Fleet | None:
+        """The fleet of a worker, by its name; a pool's name may begin like another's."""
+        found = [one for one in self._fleets.values() if one.job_of(worker) is not None]
+        return max(found, key=lambda fleet: len(fleet.name), default=None)
+
     def _workers(self, state: GateState | None) -> tuple[dict[str, bool], set[str]]:
-        """Names of all workers, true if they have a notice; and of those that have work."""
-        workers = self._scheduler.workers
+        """Names of all workers, true if they have a notice; and of those that have work.
+
+        Workers that cannot be reached count for nothing.
+        """
+        found = self._scheduler.workers
+        workers = {address: found[address] for address in self._reached}
         busy = needed_workers(state, workers) if state is not None else set()
         views = state.workers if state is not None else {}
         noticed = {
@@ -151,9 +183,17 @@ class Upkeep:
 
     def _judge(self, fleet: Fleet, over: list[Job]) -> None:
         """Jobs are over: say so if they are the last of several that did nothing."""
-        idle = [job for job in over if not job.is_cancelled and not job.has_joined]
-        found = [self._jobs.output(fleet.name, job.id) for job in idle[:_N_OUTPUTS]]
-        outputs, now = [text for text in found if text is not None], time.monotonic()
+        # Those that no query has named may go on where this machine's commands do not look.
+        if strays := [job.id for job in over if not (job.is_known or job.is_cancelled)]:
+            self._do(f"cancel {strays}", self._jobs.cancel(fleet.name, strays))
+        outputs, now = [], time.monotonic()
+        for job in [one for one in over if one.is_idle][:_N_OUTPUTS]:
+            text = self._jobs.output(fleet.name, job.id)
+            if text is not None:
+                outputs.append(text)
+            elif job.may_have_begun:
+                folder = self._jobs.log(fleet.name, job.id).parent
+                outputs.append(f"there is none in {folder}; do the nodes share this folder?")
         for text in outputs if self._jobs.can_exclude(fleet.name) else ():
             if words := fleet.exclude(text, now):
                 logger.warning("Pool %s, for ten minutes: %s", fleet.name, words)
@@ -176,11 +216,23 @@ class Upkeep:
 
     async def _retire(self, name: str, jobs: list[Job]) -> None:
         """End jobs: their workers hand over their results first."""
-        workers = [worker for job in jobs for worker in job.workers]
-        if workers:
-            leaving = self._scheduler.retire_workers(names=workers, close_workers=True, remove=True)
+        names = {worker for job in jobs for worker in job.workers}
+        leaving = [ws for ws in self._scheduler.workers.values() if str(ws.name) in names]
+        if leaving:
+            drains = [self._drain(ws.address) for ws in leaving]
             try:
-                await asyncio.wait_for(leaving, _RETIRE_S)
+                await asyncio.wait_for(asyncio.gather(*drains), 2 * _RETIRE_S)
             except TimeoutError:
-                logger.warning("Workers %s have not handed over their results", workers)
+                logger.warning("Workers %s have not handed over their results", sorted(names))
+        for job in jobs:
+            job.cancelled_at = time.monotonic()
         await self._jobs.cancel(name, [job.id for job in jobs])
+
+    async def _drain(self, address: str) -> None:
+        """Have a worker end what it has begun, hand over its results and leave."""
+        try:
+            await self._scheduler.rpc(address).pcm_notice(seconds=_RETIRE_S, is_preempted=False)
+        except Exception:  # it is without the toolkit, or gone
+            await self._scheduler.retire_workers([address], close_workers=True, remove=True)
+        while address in self._scheduler.workers:
+            await asyncio.sleep(_LOOK_S)

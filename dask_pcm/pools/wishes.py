@@ -53,6 +53,7 @@ class Wishes:
         elif maximum is not None:
             self._check("all pools", maximum, "adapt")
             in_all = float(maximum)
+        self._refuse_contradictions(least, most, in_all)
         try:
             self._target_s = float(parse_timedelta(target_duration, "s"))
         except (KeyError, ValueError, TypeError) as error:
@@ -85,7 +86,52 @@ class Wishes:
             found = spread(
                 known, min(self._in_all, n_needed), limited, now, n_needed * self._target_s
             )
-            self.targets = {name: max(int(self._least[name]), n) for name, n in found.items()}
+            self._set_targets(found, {name: one.n_counted for name, one in offers.items()})
+
+    def _set_targets(self, worth: dict[str, int], counted: Mapping[str, float]) -> None:
+        """Want whole jobs, within the limits; `worth` has the best pool first.
+
+        What a pool cannot be counted on for is no part of the maximum of all.
+        """
+        each = {name: self._pools[name].workers_per_job for name in worth}
+        for name, n in worth.items():
+            wanted = max(self._least[name], n)
+            n_most = min(self._most[name], wanted + each[name])  # finite
+            n_jobs = min(math.ceil(wanted / each[name]), int(n_most) // each[name])
+            self.targets[name] = n_jobs * each[name]
+        for name in reversed(worth):
+            over = sum(min(n, counted[key]) for key, n in self.targets.items()) - self._in_all
+            spare = (self.targets[name] - self._least[name]) // each[name]
+            if over > 0:
+                self.targets[name] -= int(min(math.ceil(over / each[name]), spare)) * each[name]
+
+    def _refuse_contradictions(
+        self, least: Mapping[str, float], most: Mapping[str, float], in_all: float
+    ) -> None:
+        """Raise PoolError if no number of workers is within the limits."""
+        for name, pool in self._pools.items():
+            n_least = math.ceil(least[name] / pool.workers_per_job) * pool.workers_per_job
+            if least[name] > most[name] or n_least > most[name]:
+                raise PoolError(
+                    f"adapt: pool {name!r} cannot have {least[name]:.0f} workers at least and"
+                    f" {most[name]:.0f} at most; its jobs have {pool.workers_per_job} each."
+                )
+            if 0 < most[name] < pool.workers_per_job:
+                raise PoolError(
+                    f"adapt: pool {name!r} cannot have {most[name]:.0f} workers at most; its jobs"
+                    f" have {pool.workers_per_job} each. Give a larger maximum, or 0."
+                )
+        n_each = [p.workers_per_job for name, p in self._pools.items() if most[name]]
+        if 0 < in_all < min(n_each, default=0):
+            raise PoolError(
+                f"adapt: there cannot be {in_all:.0f} workers at most; the smallest jobs have"
+                f" {min(n_each)}."
+            )
+        if sum(least.values()) > in_all:
+            raise PoolError(
+                f"adapt: the pools cannot have {sum(least.values()):.0f} workers at least and"
+                f" {in_all:.0f} at most."
+            )
 
     def _by_pool(self, given: Any, method: str) -> dict[str, float]:
         """Numbers by pool, from what a user gives."""

@@ -108,10 +108,17 @@ class WorkerLeft:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDraining:
-    """A worker has had notice that it will end in `seconds` seconds."""
+    """A worker has had notice that it will end in `seconds` seconds.
+
+    Attributes
+    ----------
+    is_preempted
+        Whether it is taken away; otherwise its cluster gives it back.
+    """
 
     worker: str
     seconds: float
+    is_preempted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,11 @@ def test_without_slurm_nothing_is_asked():
     assert time_left_s(signal.SIGUSR1, {}) == UNKNOWN_S
 
 
+@pytest.mark.parametrize("environ", [{"PBS_JOBID": "7.pbs"}, {"PCM_JOB_ID": "a.1"}])
+def test_pbs_and_processes_of_this_machine_have_ten_seconds(environ):
+    assert time_left_s(signal.SIGTERM, environ) == 10.0
+
+
 @pytest.mark.parametrize(
     ("asked", "given", "seconds"),
     [("60", "10", 10.0), ("6", "600", 6.0), (None, "10", 10.0), ("a * 2", None, UNKNOWN_S)],

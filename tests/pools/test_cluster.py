@@ -15,6 +15,7 @@ from distributed import Client, Security
 
 import dask_pcm as pcm
 from dask_pcm.errors import PoolError
+from dask_pcm.plugins.scheduler.plugin import GATE
 from tests.support.jobs import found_in
 from tests.support.patience import patient, until
 
@@ -73,7 +74,8 @@ def test_a_job_under_notice_is_replaced_at_the_notice(cluster):
         time.sleep(seconds)
         return os.getpid()
 
-    one = cluster()
+    notice = f"export DASK_PCM__WORKER__NOTICE={patient(20):.0f}s"
+    one = cluster({"cpu": pcm.Pool(batch="local", prologue=[notice])})
     one.scale(1)
     with Client(one) as client:
         client.wait_for_workers(1, timeout=patient(60))
@@ -87,6 +89,24 @@ def test_a_job_under_notice_is_replaced_at_the_notice(cluster):
         until(lambda: job not in jobs(one))
         assert working.result(timeout=patient(60))
         assert len(jobs(one)) == 1
+
+
+def test_a_worker_that_is_given_back_ends_its_batches_and_is_no_loss_of_its_pool(
+    cluster, job, tmp_path
+):
+    one = cluster()
+    one.scale(2)
+    with Client(one) as client:
+        client.wait_for_workers(2, timeout=patient(60))
+        run = pcm.write_parquet(job, tmp_path / "out", client=client, progress=False, wait=False)
+        until(lambda: all(client.processing().values()))
+        one.scale(0)
+        until(lambda: not names(one))
+        one.scale(2)
+        run.wait()
+        assert run.report.rows_recomputed == 0
+        assert sorted(found_in(tmp_path / "out").id) == list(range(400))
+        assert not one.scheduler.plugins[GATE].state.estimates.pools["cpu"].n_lost
 
 
 def test_adaptive_follows_a_run_and_gives_back(cluster, job, tmp_path):
@@ -113,6 +133,16 @@ def test_a_refused_submission_is_said_and_no_run_waits_without_a_word(cluster, t
     assert "output" not in one.lack  # which is in the log
     n_jobs = len(list(one._jobs.log("cpu", "x").parent.iterdir()))
     assert n_jobs == 3
+
+
+def test_workers_that_accept_no_connections_are_refused_in_words(cluster, caplog):
+    behind_nat = ["--listen-address", "tls://127.0.0.1:0"]
+    behind_nat += ["--contact-address", "tls://127.0.0.1:1"]
+    one = cluster({"cpu": pcm.Pool(batch="local", worker_args=behind_nat)})
+    one.scale(1)
+    until(lambda: "cannot be reached at tls://127.0.0.1:1 (" in one.lack)
+    until(lambda: "these must not be behind NAT" in caplog.text)
+    until(lambda: not jobs(one))
 
 
 def test_an_interpreter_that_is_missing_is_refused_by_the_constructor(cluster, home):

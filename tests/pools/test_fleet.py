@@ -9,6 +9,7 @@ from dask_pcm.pools.batch import JobState
 from dask_pcm.pools.fleet import Fleet, Steps
 
 RUNS, WAITS = JobState(True), JobState(False, "Priority")
+ENDS = JobState(True, is_ending=True)
 
 
 class Played:
@@ -105,6 +106,14 @@ def test_a_job_that_the_batch_system_does_not_know_is_over_however_it_ended(two)
     assert two.steps(4) == Steps(n_submit=1)
 
 
+def test_a_job_that_ends_is_replaced_and_judged_once_its_output_is_there(two):
+    two.now = 5.0
+    assert two.poll(_1=RUNS, _2=ENDS) == []
+    two.workers("a10-1", "a10-2")
+    assert two.steps(2) == Steps(n_submit=1)
+    assert two.poll(_1=RUNS) == ["2"]
+
+
 def test_what_waits_goes_before_what_runs_and_the_youngest_first(two):
     two.now = 1.0
     two.submit("3")
@@ -157,6 +166,19 @@ def test_jobs_that_end_without_a_worker_are_said_after_three_and_block_the_pool(
     assert one.fleet.trouble  # accepted is not joined
     one.workers("a10-3")
     assert not one.fleet.trouble
+
+
+def test_a_pool_whose_workers_cannot_be_reached_is_tried_less_and_less():
+    one = Played()
+    for wait_s in (5.0, 10.0, 20.0):
+        one.submit(str(one.now))
+        one.fleet.unreachable("a10-1", "tls://10.0.0.9:1", "no answer", one.now)
+        one.cancelled(str(one.now))
+        one.now += wait_s - 1.0
+        assert one.steps(1) == Steps()
+        one.now += 1.0
+        assert one.steps(1) == Steps(n_submit=1)
+    assert "a10-1 cannot be reached at tls://10.0.0.9:1 (no answer)" in str(one.fleet)
 
 
 def test_why_jobs_wait_is_said_in_the_words_of_the_batch_system():
@@ -231,8 +253,22 @@ def test_a_pool_is_counted_on_for_what_it_gives(two):
     assert two.fleet.offer(31.0).n_counted == 3
 
 
+@pytest.mark.parametrize("job", ["3", "3_0", "3.0", "3[0]"])
+def test_a_job_whose_submission_seemed_to_fail_belongs_to_the_pool(two, job):
+    two.fleet.refused("timed out", two.now)
+    two.workers("a10-1", "a10-2", f"a10-{job}-0")
+    assert two.fleet.jobs[job].workers == {f"a10-{job}-0"}
+    assert two.steps(3) == Steps() and not two.fleet.trouble
+    assert job in two.steps(0, is_adaptive=False).cancel
+    two.now = 5.0
+    assert [one.id for one in two.fleet.answered({"1": RUNS, "2": RUNS}, two.now)] == [job]
+    two.workers("a10-1", "a10-2", f"a10-{job}-0")  # the last moments of one that is over
+    assert job not in two.fleet.jobs
+
+
 def test_workers_of_a_pool_whose_name_begins_alike_are_not_its_own(two):
     assert two.fleet.job_of("a10-1") == "1" and two.fleet.job_of("a10-1-0") == "1"
+    assert two.fleet.job_of("a10-mine") is None  # a user's own worker
     assert two.fleet.job_of("a10-x-1") is None and two.fleet.job_of("a1-1") is None
 
 

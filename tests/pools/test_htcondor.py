@@ -6,6 +6,7 @@ import asyncio
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,16 @@ def test_what_is_not_asked_for_is_not_in_the_submit_file():
     assert not [one for one in lines if "gpus" in one or "memory" in one or "disk" in one.lower()]
     assert not [one for one in lines if "accounting" in one or "periodic" in one or "Dask" in one]
     assert script(begin()).endswith("\nQueue 1\n")
+
+
+@pytest.mark.parametrize("own", ["requirements = Site == 1 || x", "Requirements =Site == 1 || x"])
+def test_excluded_nodes_are_part_of_a_users_requirements(own):
+    start = replace(begin(), excluded=("n1.site", "n2"))
+    bad = 'TARGET.Machine =!= "n1.site" && TARGET.Machine =!= "n2"'
+    assert f"requirements = {bad}" in script(start).splitlines()
+    start = replace(begin(directives=[own]), excluded=("n1.site", "n2"))
+    (line,) = [one for one in script(start).splitlines() if one.lower().startswith("requirements")]
+    assert line.partition("= ")[2] == f"(Site == 1 || x) && {bad}"
 
 
 @pytest.mark.parametrize("own", ["request_gpus = 4", "RequestGpus=4", "request_GPUs   = 4"])

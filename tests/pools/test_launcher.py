@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from dask_pcm.pools import launcher
 from dask_pcm.pools.fleet import BAD_NODE
-from dask_pcm.pools.launcher import answers, environments, job_id, start_number
+from dask_pcm.pools.launcher import answers, environments, job_id, node_of, start_number
 from tests.support.patience import patient
 
 
@@ -33,6 +34,14 @@ def test_a_job_that_htcondor_starts_again_is_known_by_its_number(tmp_path):
     ad.write_text('NumJobStarts = 1\nNumShadowStarts = 2\nOwner = "me"\n')
     assert start_number({"_CONDOR_JOB_AD": str(ad)}) == 2
     assert start_number({}) == start_number({"_CONDOR_JOB_AD": "/none"}) == 1
+
+
+def test_a_node_is_called_as_its_batch_system_calls_it(tmp_path):
+    ad = tmp_path / "machine.ad"
+    ad.write_text('Name = "slot1@n1.site"\nMachine = "n1.site"\nMyType = "Machine"\n')
+    assert node_of({"_CONDOR_MACHINE_AD": str(ad)}) == "n1.site"
+    assert node_of({"SLURMD_NODENAME": "n2"}) == "n2"
+    assert node_of({}) == socket.gethostname()
 
 
 def test_each_worker_sees_its_own_devices_whatever_they_are_called():
@@ -73,6 +82,18 @@ def test_a_job_ends_in_words_where_its_scratch_cannot_be_used(folder, before, sa
     assert ended.returncode == 1
     found = BAD_NODE.fullmatch(ended.stderr.strip())
     assert found[1] == "n1" and str(tmp_path / folder) in found[2] and re.search(said, found[2])
+
+
+def test_a_worker_that_is_started_again_has_what_is_left_of_the_jobs_time(monkeypatch, tmp_path):
+    now = [100.0]
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now[0])
+    told = tmp_path / "told"
+    command = ["/bin/sh", "-c", f"echo $DASK_PCM__WORKER__WALLTIME >> {told}"]
+    worker = launcher._Worker(command, {"DASK_PCM__WORKER__WALLTIME": "5400s"})
+    for now[0] in (100.0, 4000.0, 9000.0):
+        worker.start()
+        worker.process.wait()
+    assert told.read_text().split() == ["5400s", "1500s", "1s"]
 
 
 def test_workers_are_not_started_for_a_scheduler_that_is_gone():

@@ -34,6 +34,20 @@ def pool(**options):
     return pcm.Pool(**{"queue": "opportunistic", "memory": "600 MiB", **options})
 
 
+@pytest.fixture
+def wrapped(tmp_path, monkeypatch):
+    """Put shell lines in place of a command; ``{real}`` in them is the command itself."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def wrap(command, *lines):
+        real, path = shutil.which(command), tmp_path / command
+        text = "\n".join(["#!/bin/sh", *lines]) + "\n"
+        path.write_text(text.replace("{real}", real))
+        path.chmod(0o755)
+
+    return wrap
+
+
 def test_jobs_go_as_one_array_to_the_gpus_asked_for_and_end_with_the_cluster(slurm, cluster):
     one = cluster({"a10": pool(gpus_per_job=1, gpu_type="a10")})
     one.scale({"a10": 2})
@@ -155,15 +169,14 @@ def test_a_load_that_takes_longer_than_the_walltime_ends_the_run_with_the_number
 
 
 def test_jobs_that_slurm_has_accepted_without_a_word_belong_to_the_cluster(
-    slurm, cluster, tmp_path, monkeypatch
+    slurm, cluster, wrapped, tmp_path
 ):
-    sbatch = tmp_path / "sbatch"
-    lines = ["#!/bin/sh", f'{shutil.which("sbatch")} "$@" > {tmp_path}/said || exit']
-    lines += ["case $1 in --test-only) exit;; esac"]
-    lines += ["echo 'sbatch: error: Batch job submission failed: Socket timed out' >&2; exit 1"]
-    sbatch.write_text("\n".join(lines) + "\n")
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    wrapped(
+        "sbatch",
+        f'{{real}} "$@" > {tmp_path}/said || exit',
+        "case $1 in --test-only) exit;; esac",
+        "echo 'sbatch: error: Batch job submission failed: Socket timed out' >&2; exit 1",
+    )
     one = cluster({"any": pool(gpus_per_job=1)})
     one.scale(2)
     one.wait_for_workers(2, timeout=patient(60))
@@ -173,15 +186,10 @@ def test_jobs_that_slurm_has_accepted_without_a_word_belong_to_the_cluster(
 
 
 def test_a_slurm_that_does_not_answer_is_said_and_no_job_counts_as_gone(
-    slurm, cluster, tmp_path, monkeypatch
+    slurm, cluster, wrapped, tmp_path
 ):
-    squeue, is_down = tmp_path / "squeue", tmp_path / "down"
-    error = "slurm_load_jobs error: Unable to contact slurm controller"
-    lines = ["#!/bin/sh", f"[ -e {is_down} ] && {{ echo '{error}' >&2; exit 1; }}"]
-    lines += [f'exec {shutil.which("squeue")} "$@"']
-    squeue.write_text("\n".join(lines) + "\n")
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    is_down, error = tmp_path / "down", "slurm_load_jobs error: Unable to contact slurm controller"
+    wrapped("squeue", f"[ -e {is_down} ] && {{ echo '{error}' >&2; exit 1; }}", 'exec {real} "$@"')
     one = cluster({"any": pool(gpus_per_job=1)})
     one.scale(1)
     one.wait_for_workers(1, timeout=patient(60))
@@ -192,6 +200,29 @@ def test_a_slurm_that_does_not_answer_is_said_and_no_job_counts_as_gone(
     is_down.unlink()
     until(lambda: not one.lack)
     assert list(one._fleets["any"].jobs) == [job]
+
+
+def test_jobs_that_no_query_has_ever_named_are_cancelled(slurm, cluster, wrapped):
+    wrapped("squeue", "exit 0")  # as of another cluster of the site
+    one = cluster({"any": pool(gpus_per_job=1)})
+    one.scale(1)
+    until(lambda: "3 times in a row" in one.lack)
+    one.scale(0)
+    until(lambda: not said(shutil.which("squeue", path="/usr/bin:/bin"), "--noheader"))
+
+
+def test_jobs_whose_output_cannot_be_found_are_said(slurm, cluster, wrapped, caplog):
+    elsewhere = "case $one in --output=*) one=--output=/dev/null;; esac"
+    wrapped(
+        "sbatch",
+        f'for one; do shift; {elsewhere}; set -- "$@" "$one"; done',
+        'exec {real} "$@"',
+    )
+    one = cluster({"any": pool(gpus_per_job=1, prologue=["exit 1"])})
+    one.scale(1)
+    until(lambda: "3 times in a row" in one.lack)
+    folder = one._jobs.log("any", "1").parent
+    until(lambda: f"there is none in {folder}; do the nodes share this folder?" in caplog.text)
 
 
 def test_a_pending_job_that_is_cancelled_outside_is_replaced(slurm, cluster):

@@ -91,6 +91,7 @@ def test_one_query_says_what_became_of_all_elements(says):
         "100[0]": JobState(True),
         "100[1]": JobState(False),
         "101": JobState(False, "held"),
+        "103": JobState(True, is_ending=True),
     }
     assert args.read_text() == "-t\n"
 

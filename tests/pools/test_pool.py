@@ -26,7 +26,10 @@ def test_sizes_and_times_are_parsed_and_workers_counted():
         ({"mem": "some"}, "mem is 'some'; expected one of total, per-cpu"),
         ({"memory": "many"}, "memory is 'many'; expected a size"),
         ({"walltime": "soon"}, "walltime is 'soon'; expected a time"),
-        ({"walltime": 0}, "walltime is 0; expected more than 0"),
+        ({"walltime": "0h"}, "walltime is '0h'; expected more than 0"),
+        ({"walltime": 60}, "walltime is 60; expected a time with its unit"),
+        ({"walltime": 43_200}, "in YAML, a clock in quotes: '2:00:00'"),  # 12:00:00 without
+        ({"walltime": " 60"}, "walltime is ' 60'; expected a time with its unit"),
         ({"memory": "8"}, "memory is '8'; expected a size with its unit"),
         ({"memory": 8}, "memory is 8; expected a size with its unit"),
         ({"directives": None}, "directives is None; expected a list"),
@@ -62,7 +65,7 @@ def test_what_contexts_of_a_worker_may_take():
 
 @pytest.mark.parametrize(
     ("given", "seconds"),
-    [("90m", 5400), ("02:00:00", 7200), ("1-12:00:00", 129_600), ("90:00", 5400), (43_200, 43_200)],
+    [("90m", 5400), ("02:00:00", 7200), ("1-12:00:00", 129_600), ("90:00", 5400)],
 )
 def test_times_as_batch_systems_write_them(given, seconds):
     assert pcm.Pool(walltime=given).walltime_s == seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import dask
@@ -84,6 +85,12 @@ module load cuda
             ["gpu:1"],
         ),
         ({"gpus_per_job": 1, "directives": ["-G 1"]}, [], ["--gres"]),
+        (  # of two such lines, sbatch takes the last
+            {"gpus_per_job": 1, "gpu_type": "a10", "directives": ["--gres=nvme:100", "--gres lic"]},
+            ["--gres=gpu:a10:1,nvme:100,lic"],
+            ["SBATCH --gres=nvme", "--gres lic"],
+        ),
+        ({"directives": ["--gres=nvme:100"]}, ["--gres=nvme:100"], ["gpu"]),
         ({"gpus_per_job": 1, "directives": ["--constraint=gpu80"]}, ["--gres=gpu:1"], []),
         ({"gpus_per_job": 1, "directives": ["--partition=gpu"]}, ["--gres=gpu:1"], []),
         ({"nodes_per_job": 2}, ["--nodes=2", "--ntasks-per-node=1"], ["SBATCH -n 1"]),
@@ -95,6 +102,12 @@ def test_what_sites_ask_for_and_refuse(pool, has, lacks):
     header = written(memory="4 GiB", **pool).split(" -m dask_pcm")[0]
     assert all(f"#SBATCH {line}\n" in header for line in has)
     assert not any(text in header for text in lacks)
+
+
+@pytest.mark.parametrize("option", ["--clusters=other", "-M other", "-Mother", "--cluster=other"])
+def test_jobs_on_another_cluster_of_a_federation_are_refused(option):
+    with pytest.raises(PoolError, match=r"'a10': the directive .* submits to another cluster"):
+        written(directives=[option])
 
 
 def test_a_job_of_several_nodes_has_a_launcher_on_each():
@@ -163,6 +176,17 @@ def busy(tmp_path, monkeypatch):
 def submit(folder, n_jobs, **pool):
     start = Start("tls://10.0.0.1:8786", "a10", pcm.Pool(**pool), {}, folder)
     return asyncio.run(Slurm().submit(start, n_jobs))
+
+
+@pytest.mark.parametrize("own", [["--exclude=n8,n9"], ["-x n8,n9"], []])
+def test_excluded_nodes_come_on_top_of_a_users_own(busy, tmp_path, own):
+    busy("sbatch", f'echo "$*" > {tmp_path}/args; echo 41')
+    start = Start("tls://10.0.0.1:8786", "a10", pcm.Pool(directives=own), {}, tmp_path)
+    assert asyncio.run(Slurm().submit(replace(start, excluded=("n1",)), 1)) == ["41"]
+    (told,) = [
+        one for one in (tmp_path / "args").read_text().split() if one.startswith("--exclude")
+    ]
+    assert told == ("--exclude=n8,n9,n1" if own else "--exclude=n1")
 
 
 def test_a_job_that_a_busy_slurm_has_accepted_without_a_word_is_known(busy, tmp_path):

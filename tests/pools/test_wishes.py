@@ -41,12 +41,12 @@ def test_adapt_stays_within_limits_of_user_and_pools(wishes):
         return 100
 
     follow(wishes, wanted)
-    assert wishes.targets == {"a": 3, "b": 5} and asked == [30.0]
+    assert wishes.targets == {"a": 3, "b": 4} and asked == [30.0]  # jobs of b have two each
     follow(wishes, lambda _: 0)
-    assert wishes.targets == {"a": 0, "b": 1}
+    assert wishes.targets == {"a": 0, "b": 2}
     wishes.adapt(0, 4, 60)
     follow(wishes, lambda _: 100)
-    assert sum(wishes.targets.values()) == 4
+    assert wishes.targets == {"a": 3, "b": 0}  # five would be too many
     wishes.scale({"a": 1})
     follow(wishes, lambda _: 100)
     assert wishes.targets["a"] == 1
@@ -58,6 +58,34 @@ def test_what_a_pool_does_not_give_is_wanted_of_the_next(wishes):
     assert wishes.targets == {"a": 3, "b": 0}
     follow(wishes, lambda _: 100, a=Offer(3, n_counted=1))
     assert wishes.targets == {"a": 3, "b": 2}
+
+
+def test_minima_are_part_of_the_maximum_of_all(wishes):
+    wishes.adapt({"b": 2}, 4, 60)
+    follow(wishes, lambda _: 100)
+    assert wishes.targets == {"a": 2, "b": 2}
+    follow(wishes, lambda _: 0)
+    assert wishes.targets == {"a": 0, "b": 2}
+    wishes.adapt({"a": 1}, 2, 60)  # whole jobs, none of which fits beside
+    follow(wishes, lambda _: 100)
+    assert wishes.targets == {"a": 2, "b": 0}
+
+
+@pytest.mark.parametrize(
+    ("minimum", "maximum", "words"),
+    [
+        ({"a": 4}, None, "'a' cannot have 4 workers at least and 3 at most"),
+        ({"a": 2}, {"a": 1}, "'a' cannot have 2 workers at least and 1 at most"),
+        ({"b": 3}, {"b": 3}, "'b' cannot have 3 workers at least .* its jobs have 2 each"),
+        ({"a": 2, "b": 2}, 3, "the pools cannot have 4 workers at least and 3 at most"),
+        (0, {"b": 1}, "'b' cannot have 1 workers at most; its jobs have 2 each"),
+        (0, {"a": 0, "b": math.nan}, "pool 'b' cannot have nan"),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused(wishes, minimum, maximum, words):
+    with pytest.raises(PoolError, match=words):
+        wishes.adapt(minimum, maximum, 60)
+    assert not wishes.is_adaptive
 
 
 @pytest.mark.parametrize("n", [-1, 1.5, "2", True, math.nan, math.inf, None])

@@ -72,9 +72,9 @@ class Workers(Service):
             service.worker_left(worker, member, is_lost)
         self._hub.apply(WorkerLeft(worker, is_lost))
 
-    def on_notice(self, worker: str, seconds: float) -> None:
-        """A worker has got a preemption notice: reschedule the tasks that it has not begun."""
-        self._hub.apply(WorkerDraining(worker, seconds))
+    def on_notice(self, worker: str, seconds: float, is_preempted: bool = True) -> None:
+        """A worker drains: reschedule the tasks that it has not begun."""
+        self._hub.apply(WorkerDraining(worker, seconds, is_preempted))
         self.call_back(worker, list(self._hub.state.workers[worker].running))
 
     def is_current(self, worker: str, epoch: str) -> bool:

@@ -69,24 +69,32 @@ class Drain:
         """Whether the worker drains or has drained."""
         return self._task is not None
 
-    def begin(self, seconds: float) -> None:
-        """Start to drain, to be done within `seconds`; does nothing the second time."""
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._leave(seconds))
+    def begin(self, seconds: float, is_preempted: bool = True) -> None:
+        """Start to drain, to be done within `seconds`; does nothing the second time.
 
-    async def _leave(self, seconds: float) -> None:
+        Unless it `is_preempted`, nothing more begins here.
+        """
+        if self._task is None:
+            leaving = self._leave(seconds, is_preempted)
+            self._task = asyncio.get_running_loop().create_task(leaving)
+
+    async def _leave(self, seconds: float, is_preempted: bool) -> None:
         """Drain: finish tasks, hand back those not begun, hand over results, end the process."""
         worker = self._worker
         margin = min(_MARGIN_S, _MARGIN * seconds)
-        end = time.monotonic() + seconds
-        self.stops_at = stop = end - margin
-        logger.warning("Worker %s ends in %.0f s and drains", worker.address, seconds)
-        self._send({"op": "pcm-notice", "seconds": seconds - margin})
+        now = time.monotonic()
+        end = now + seconds
+        stop = end - margin
+        self.stops_at = stop if is_preempted else now
+        if is_preempted:
+            logger.warning("Worker %s ends in %.0f s and drains", worker.address, seconds)
+        left = max(0.0, self.stops_at - now)
+        self._send({"op": "pcm-notice", "seconds": left, "is_preempted": is_preempted})
         # So that the nanny does not start another process when this one ends.
         await self._ask_nanny("close_gracefully", margin, reason="notice")
         # The gate still sends units that it expects to finish in time, as they are cut.
         await _until(lambda: not self._has_on_lanes(), stop, _IDLE_S)
-        while time.monotonic() < stop and await self._may_get_more():
+        while time.monotonic() < self.stops_at and await self._may_get_more():
             await _until(lambda: not self._has_on_lanes(), stop, _IDLE_S)
         if worker.status not in (Status.running, Status.paused, Status.closing_gracefully):
             return  # closed by another request meanwhile

@@ -125,15 +125,18 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
             }
         )
 
-    def notice(self, seconds: float) -> None:
+    def notice(self, seconds: float, is_preempted: bool = True) -> None:
         """Drain within the grace period: the batch system ends this worker in `seconds`.
 
         The gate gets a notice and from then on sends only units that it expects to finish in time.
         The worker works on until its tasks have ended or the time is nearly over. Then its results
         go to peers, and its nanny starts no other process. For the worker's event loop; a second
         notice has no effect.
+
+        If not `is_preempted`, its cluster gives it back: it gets nothing more, and ends as soon as
+        what it has begun is done, a unit's batch for instance.
         """
-        self.drain.begin(seconds)
+        self.drain.begin(seconds, is_preempted)
 
     def _listen_to_signals_as_nanny(self) -> None:
         """Treat signals as notices if the nanny does; on the loader's thread.

@@ -29,7 +29,7 @@ class Estimates:
     def remove_worker(self, view: WorkerView, is_lost: bool, now: float) -> None:
         """A worker has left; what it taught about its pool and its device model stays."""
         # Notice of preemption makes a graceful departure a loss: the machine was taken away.
-        self.pools[view.pool].remove_worker(view.joined_at, now, is_lost or view.is_draining)
+        self.pools[view.pool].remove_worker(view.joined_at, now, is_lost or view.is_preempted)
         self.cost.forget_worker(view.address)
 
     def settle(self, view: WorkerView, now: float) -> None:

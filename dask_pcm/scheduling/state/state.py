@@ -91,8 +91,9 @@ class GateState:
             case WorkerPaused(worker, is_paused) if worker in self.workers:
                 self.workers[worker].is_paused = is_paused
                 self.plans.changed[worker] = None
-            case WorkerDraining(worker, seconds) if worker in self.workers:
+            case WorkerDraining(worker, seconds, is_preempted) if worker in self.workers:
                 view = self.workers[worker]
+                view.is_preempted |= is_preempted
                 view.is_draining, view.ends_at = True, min(view.ends_at, now + seconds)
             case RunReported(run, group):
                 if run not in self.ahead.runs:

@@ -30,6 +30,8 @@ class WorkerView:
     limit_s: float = math.inf
     #: Whether the worker has had notice of its end.
     is_draining: bool = False
+    #: Whether that notice was one of preemption.
+    is_preempted: bool = False
     is_paused: bool = False
     #: Tier of each context; an absent context has no entry.
     tiers: dict[str, Tier] = field(default_factory=dict)
