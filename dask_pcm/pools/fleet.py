@@ -97,11 +97,6 @@ class Job:
         """Whether it has done nothing, as far as is known, and was not cancelled by the cluster."""
         return not (self.is_cancelled or self.has_joined)
 
-    @property
-    def may_have_begun(self) -> bool:
-        """Whether it was not seen last as one that waits, which a user may have cancelled."""
-        return self.is_running or not self.is_known
-
     def hangs(self, now: float) -> bool:
         """Whether it still has its nodes, long after its workers are gone."""
         if self.gone_at is None or self.is_cancelled or self.seen_at < self.gone_at:

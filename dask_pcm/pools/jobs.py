@@ -101,13 +101,16 @@ class Jobs:
             names = ", ".join(jobs)
             logger.warning("Pool %s: jobs %s may go on: %s", name, names, error)
 
-    def output(self, name: str, job: str) -> str | None:
-        """The last lines of a job's output; None if it has none, since it never began."""
+    def output(self, name: str, job: str) -> str:
+        """The last lines of a job's output, or what became of it."""
         path = self.log(name, job)
         try:
             lines = path.read_text(errors="replace").strip().splitlines()
         except FileNotFoundError:
-            return None
+            return (
+                f"(there is none in {path.parent}: either it was cancelled while it waited, or the"
+                " nodes do not share this folder)"
+            )
         except OSError as error:
             return f"({path}: {error.strerror})"
         return "\n".join(lines[-_N_LINES:]) or f"({path} is empty)"

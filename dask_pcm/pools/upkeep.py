@@ -186,14 +186,8 @@ class Upkeep:
         # Those that no query has named may go on where this machine's commands do not look.
         if strays := [job.id for job in over if not (job.is_known or job.is_cancelled)]:
             self._do(f"cancel {strays}", self._jobs.cancel(fleet.name, strays))
-        outputs, now = [], time.monotonic()
-        for job in [one for one in over if one.is_idle][:_N_OUTPUTS]:
-            text = self._jobs.output(fleet.name, job.id)
-            if text is not None:
-                outputs.append(text)
-            elif job.may_have_begun:
-                folder = self._jobs.log(fleet.name, job.id).parent
-                outputs.append(f"there is none in {folder}; do the nodes share this folder?")
+        idle, now = [job for job in over if job.is_idle], time.monotonic()
+        outputs = [self._jobs.output(fleet.name, job.id) for job in idle[:_N_OUTPUTS]]
         for text in outputs if self._jobs.can_exclude(fleet.name) else ():
             if words := fleet.exclude(text, now):
                 logger.warning("Pool %s, for ten minutes: %s", fleet.name, words)

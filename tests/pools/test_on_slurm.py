@@ -222,7 +222,7 @@ def test_jobs_whose_output_cannot_be_found_are_said(slurm, cluster, wrapped, cap
     one.scale(1)
     until(lambda: "3 times in a row" in one.lack)
     folder = one._jobs.log("any", "1").parent
-    until(lambda: f"there is none in {folder}; do the nodes share this folder?" in caplog.text)
+    until(lambda: f"there is none in {folder}: either it was cancelled" in caplog.text)
 
 
 def test_a_pending_job_that_is_cancelled_outside_is_replaced(slurm, cluster):
