@@ -1,0 +1,169 @@
+"""Attention over packs, through transformers' public ``AttentionInterface``.
+
+Models differ in what they tell attention: a sliding window, a cap of the scores (``softcap``) and a
+sink (``s_aux``) come as keywords; or the window is known from the configuration's ``layer_types``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dask_pcm.inference.engine.packs import Group, Pack
+from dask_pcm.inference.engine.pages import KVShape
+
+#: The name by which models find this attention.
+NAME = "dask_pcm"
+
+
+class _Local(threading.local):
+    """The pack that models compute on this thread, and what each layer has kept of a token."""
+
+    pack: Pack | None = None
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[int, int, int]] = {}
+
+
+_local = _Local()
+
+
+@contextmanager
+def packed(pack: Pack) -> Iterator[None]:
+    """Within the block, models with this attention compute `pack` on this thread."""
+    _local.pack, _local.shapes = pack, {}
+    try:
+        yield
+    finally:
+        _local.pack = None
+
+
+def switch(model: Any) -> None:
+    """Have a model use this attention; it must have been loaded with eager attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _hook)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    model.set_attn_implementation(NAME)
+
+
+def last_shape() -> KVShape | None:
+    """What the last forward's layers would keep of a token; None if they differ, or none asked."""
+    found = set(_local.shapes.values())
+    if len(found) != 1:
+        return None
+    ((n_heads, key_dim, value_dim),) = found
+    return KVShape(max(_local.shapes) + 1, n_heads, key_dim, value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What a layer's attention is told."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sink: Any
+
+
+def _hook(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Any = None,
+    **others: Any,
+) -> tuple[Any, None]:
+    """Attention of a layer; from shape (1, heads, tokens, dim) to (1, tokens, heads, dim)."""
+    pack = _local.pack
+    if pack is None:
+        raise RuntimeError("The model of an engine was called without the engine.")
+    window = sliding_window if sliding_window is not None else _window_of(module)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer = getattr(module, "layer_idx", 0)
+    _local.shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _attend(pack, layer, q, k, v, _How(scale, window, softcap, s_aux))[None], None
+
+
+def _window_of(module: Any) -> int | None:
+    """The sliding window of a layer, as its configuration has it."""
+    config = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or kinds is None:
+        return window
+    return window if kinds[module.layer_idx] == "sliding_attention" else None
+
+
+def _attend(pack: Pack, layer: int, q: Any, k: Any, v: Any, how: _How) -> Any:
+    """Attention of one layer, shapes (tokens, heads, dim)."""
+    import torch
+
+    pages = None if pack.pool is None else pack.pool.kv[:, layer]
+    if pack.stored is not None and pages is not None:
+        places, page, slot = pack.stored
+        pages[page, slot] = torch.cat([k[places], v[places]], -1)
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    for group in pack.groups:
+        keys, values = _keys_of(group, pages, k, v)
+        queries = q[group.index].transpose(1, 2)
+        found = _attention(queries, keys, values, group.mask(how.window), pack.is_causal, how)
+        to, of = group.kept
+        out[to] = found.transpose(1, 2).flatten(0, 1)[of]
+    return out
+
+
+def _keys_of(group: Group, pages: Any, k: Any, v: Any) -> tuple[Any, Any]:
+    """Keys and values of a group's rows, shape (rows, heads, keys, dim)."""
+    import torch
+
+    if group.table is None:
+        return k[group.index].transpose(1, 2), v[group.index].transpose(1, 2)
+    cached = pages[group.table].flatten(1, 2)
+    keys, values = cached.split([k.shape[-1], v.shape[-1]], -1)
+    if not group.is_stored:
+        n_rows = len(group.index)
+        keys = torch.cat([keys.expand(n_rows, -1, -1, -1), k[group.index]], 1)
+        values = torch.cat([values.expand(n_rows, -1, -1, -1), v[group.index]], 1)
+    return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def _attention(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, how: _How) -> Any:
+    """Attention, shapes (rows, heads, tokens, dim)."""
+    import torch
+
+    is_grouped = q.shape[1] != k.shape[1]
+    if how.softcap is None and how.sink is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and is_causal and q.shape[2] > 1,
+            scale=how.scale,
+            enable_gqa=is_grouped,
+        )
+    if is_grouped:
+        n_each = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(n_each, 1), v.repeat_interleave(n_each, 1)
+    scores = (q @ k.transpose(-1, -2)) * how.scale
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    if mask is None and is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if how.sink is not None:
+        sink = how.sink.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return weights[..., : v.shape[2]] @ v

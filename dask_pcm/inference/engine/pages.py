@@ -1,0 +1,121 @@
+"""Keys and values of cached tokens, in pages: a page holds some tokens of one row, of all layers.
+
+The pool is one tensor, page-major: ``kv[page, layer, slot, head, key + value]``. So a page is one
+contiguous piece of memory. Rows share the pages of a common prefix; a
+page is free again once its last row has let go of it. The layout follows Kwon et al., "Efficient
+Memory Management for Large Language Model Serving with PagedAttention" (SOSP 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: Tokens of a page: what is gathered for a row exceeds what it has by half of this on average.
+PAGE_TOKENS = 16
+
+
+class PoolFullError(Exception):
+    """There are not enough free pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What each layer keeps of a token.
+
+    Attributes
+    ----------
+    n_layers, n_heads
+        Layers, and key/value heads of each.
+    key_dim, value_dim
+        Numbers of a head.
+    """
+
+    n_layers: int
+    n_heads: int
+    key_dim: int
+    value_dim: int
+
+    def page_bytes(self, itemsize: int) -> int:
+        """Bytes of a page, for numbers of `itemsize` bytes."""
+        width = self.key_dim + self.value_dim
+        return self.n_layers * PAGE_TOKENS * self.n_heads * width * itemsize
+
+
+class PagePool:
+    """Pages on one device; for one thread.
+
+    Parameters
+    ----------
+    n_pages
+        Its size.
+    shape
+        What is kept of a token.
+    dtype, device
+        Of the numbers, in torch's terms.
+    """
+
+    def __init__(self, n_pages: int, shape: KVShape, dtype: Any, device: Any) -> None:
+        import torch
+
+        self.shape = shape
+        self.n_pages = n_pages
+        width = shape.key_dim + shape.value_dim
+        sizes = (n_pages, shape.n_layers, PAGE_TOKENS, shape.n_heads, width)
+        # Zeros: what is masked still takes part in products, and must not be NaN.
+        self.kv = torch.zeros(sizes, dtype=dtype, device=device)
+        self._free = list(range(n_pages))
+        self._n_users = [0] * n_pages
+
+    @property
+    def n_free(self) -> int:
+        """Free pages."""
+        return len(self._free)
+
+    def take(self, n_pages: int) -> list[int]:
+        """Take free pages.
+
+        Raises
+        ------
+        PoolFullError
+            There are not as many.
+        """
+        if n_pages > len(self._free):
+            raise PoolFullError(f"{n_pages} pages are wanted, and {len(self._free)} are free.")
+        taken = [self._free.pop() for _ in range(n_pages)]
+        for page in taken:
+            self._n_users[page] = 1
+        return taken
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Another row uses pages, which it does not write."""
+        for page in pages:
+            self._n_users[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """A row lets go of pages."""
+        for page in pages:
+            self._n_users[page] -= 1
+            if not self._n_users[page]:
+                self._free.append(page)
+
+    def copy(self, page: int, to: int) -> None:
+        """Copy a page to one that was taken."""
+        self.kv[to] = self.kv[page]
+
+    def validate(self) -> None:
+        """Raise AssertionError if the books contradict each other."""
+        assert len(set(self._free)) == len(self._free)
+        assert all(not self._n_users[page] for page in self._free)
+        used = sum(n > 0 for n in self._n_users)
+        assert min(self._n_users, default=0) >= 0 and used + len(self._free) == self.n_pages
+
+
+def n_pages_for(n_tokens: int) -> int:
+    """Pages that a number of tokens take.
+
+    >>> n_pages_for(0), n_pages_for(16), n_pages_for(17)
+    (0, 1, 2)
+    """
+    return -(-n_tokens // PAGE_TOKENS)

@@ -1,0 +1,189 @@
+"""What an engine computes of a row: scores of endings, new tokens, or a vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask_pcm.inference.engine.sampling import Sampling
+
+#: Called once with the result of a row, or with what it has failed with.
+Done = Callable[[Any], None]
+
+
+class RowError(Exception):
+    """A row cannot be computed; the message becomes the row's error."""
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A row in an engine.
+
+    Attributes
+    ----------
+    tokens
+        Ids of what is computed: its prompt, and what was generated so far.
+    done
+        Is told the result.
+    prefix
+        The prefix that it shares with others, if any.
+    pages, n_done
+        Its pages, and for how many of its tokens they hold keys and values.
+    """
+
+    tokens: list[int]
+    done: Done
+    prefix: Prefix | None = None
+    pages: list[int] = field(default_factory=list)
+    n_done: int = 0
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that are not computed yet."""
+        return len(self.tokens) - self.n_done
+
+    @property
+    def n_expected(self) -> int:
+        """Tokens that it is expected to take from now on; those with more go first."""
+        return self.n_left
+
+
+@dataclass(slots=True, eq=False)
+class Prefix(Row):
+    """A beginning that rows share; computed once, and kept while there is room.
+
+    Attributes
+    ----------
+    n_users
+        Rows that have not ended.
+    used_at
+        The step in which a row needed it last.
+    """
+
+    n_users: int = 0
+    used_at: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its keys and values are there."""
+        return self.n_done == len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Trie:
+    """Tokens of alternative endings; those that begin alike share tokens.
+
+    Attributes
+    ----------
+    tokens, depths, parents
+        Ids, places after the prompt, and the index of the token before each; -1 for the prompt.
+    wanted
+        By ending, pairs of the index after which a token is predicted (-1: after the prompt) and
+        the token.
+    """
+
+    tokens: tuple[int, ...]
+    depths: tuple[int, ...]
+    parents: tuple[int, ...]
+    wanted: tuple[tuple[tuple[int, int], ...], ...]
+
+
+def trie_of(endings: Sequence[Sequence[int]]) -> Trie:
+    """Merge endings into a trie; last tokens are predicted only, and not computed.
+
+    Examples
+    --------
+    >>> trie = trie_of([(5, 6, 7), (5, 8), (9,)])
+    >>> trie.tokens, trie.depths, trie.parents
+    ((5, 6), (0, 1), (-1, 0))
+    >>> trie.wanted
+    (((-1, 5), (0, 6), (1, 7)), ((-1, 5), (0, 8)), ((-1, 9),))
+    """
+    index: dict[tuple[int, ...], int] = {(): -1}
+    tokens: list[int] = []
+    depths: list[int] = []
+    parents: list[int] = []
+    for ending in endings:
+        for depth in range(len(ending) - 1):
+            start = tuple(ending[: depth + 1])
+            if start not in index:
+                index[start] = len(tokens)
+                tokens.append(start[-1])
+                depths.append(depth)
+                parents.append(index[start[:-1]])
+    wanted = tuple(
+        tuple((index[tuple(ending[:depth])], token) for depth, token in enumerate(ending))
+        for ending in endings
+    )
+    return Trie(tuple(tokens), tuple(depths), tuple(parents), wanted)
+
+
+@dataclass(slots=True, eq=False)
+class Scored(Row):
+    """A row of which endings are scored; its result is a list of log-probabilities.
+
+    Attributes
+    ----------
+    trie
+        The endings.
+    """
+
+    trie: Trie = field(kw_only=True)
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that are not computed yet, those of the endings included."""
+        return len(self.tokens) - self.n_done + len(self.trie.tokens)
+
+
+@dataclass(slots=True, eq=False)
+class Generated(Row):
+    """A row that is continued; its result is the list of new tokens.
+
+    Attributes
+    ----------
+    n_prompt
+        Tokens of its prompt.
+    n_max
+        New tokens at most.
+    stops
+        Tokens that end it; they are not part of the result.
+    sampling, number
+        How tokens are chosen, and the stable id of the row.
+    is_over
+        Says of the new tokens whether they are enough, for instance at a stop string.
+    """
+
+    n_prompt: int = field(kw_only=True)
+    n_max: int = field(kw_only=True)
+    stops: frozenset[int] = frozenset()
+    sampling: Sampling = field(default_factory=Sampling)
+    number: int = 0
+    is_over: Callable[[Sequence[int]], bool] | None = None
+
+    @property
+    def n_expected(self) -> int:
+        """Tokens that it takes at most from now on."""
+        return self.n_prompt + self.n_max - self.n_done
+
+    @property
+    def new(self) -> list[int]:
+        """What was generated so far."""
+        return self.tokens[self.n_prompt :]
+
+    def append(self, token: int) -> bool:
+        """Add a new token; return whether the row is over."""
+        if token in self.stops:
+            return True
+        self.tokens.append(token)
+        if len(self.tokens) - self.n_prompt >= self.n_max:
+            return True
+        return self.is_over is not None and self.is_over(self.new)
+
+
+@dataclass(slots=True, eq=False)
+class Embedded(Row):
+    """A row whose result is the hidden state of each of its tokens, pooled by `pool`."""
+
+    pool: Callable[[Any], Any] = field(kw_only=True)

@@ -1,0 +1,261 @@
+"""Which rows a step computes, and which pages they have.
+
+First come running rows, a token each; then rows that wait, those that are expected to take longest
+first, until the step is full. Rows that are scored are computed at once; rows that are continued,
+and those longer than a step, store keys and values in pages. A prefix that rows share goes before
+them. If pages run out, prefixes without rows go first, then the rows that came last; these are
+computed again later, from their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dask_pcm.inference.engine.packs import Segment
+from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, PoolFullError, n_pages_for
+from dask_pcm.inference.engine.prefix_cache import PrefixCache
+from dask_pcm.inference.engine.rows import Embedded, Generated, Prefix, Row, RowError, Scored
+
+#: A step is full once as many rows that wait have not fitted any more.
+_MOST_MISSES = 64
+#: Rows that are continued at the same time.
+_MOST_RUNNING = 256
+
+
+@dataclass(slots=True)
+class Part:
+    """What a step computes of a row.
+
+    Attributes
+    ----------
+    kept
+        Tokens of the segment whose outputs are wanted.
+    """
+
+    row: Row
+    segment: Segment
+    kept: Sequence[int]
+
+
+class Schedule:
+    """The rows of an engine that have not ended.
+
+    Parameters
+    ----------
+    pool
+        Pages for keys and values.
+    most_kept
+        Outputs that a step may keep.
+    """
+
+    def __init__(self, pool: PagePool, most_kept: int) -> None:
+        self._pool = pool
+        self._most_kept = most_kept
+        self.prefixes = PrefixCache(pool)
+        self._new: list[Row] = []
+        self._waiting: list[Row] = []
+        self._running: list[Generated] = []
+        #: A row that is computed in several steps.
+        self._long: Row | None = None
+        #: The row for which all others had to let go of their pages.
+        self._stuck: Row | None = None
+        self._n_steps = 0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that have not ended."""
+        return len(self._new) + len(self._waiting) + len(self._running)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Add rows."""
+        self._new += rows
+
+    def choose(self, budget_tokens: int) -> list[Part]:
+        """What the next step computes, of as many tokens at most unless a row alone has more."""
+        self._n_steps += 1
+        self._admit()
+        parts = self._choose_running(budget_tokens)
+        left = budget_tokens - sum(len(part.segment.tokens) for part in parts)
+        self._choose_waiting(parts, left, budget_tokens)
+        if not parts and self.n_rows:
+            self._make_progress()
+        return parts
+
+    def end(self, row: Row, result: Any) -> None:
+        """A row has ended: it lets go of what it holds, and is told its result."""
+        if isinstance(row, Generated) and row in self._running:
+            self._running.remove(row)
+        self._pool.release(row.pages)
+        row.pages = []
+        self.prefixes.leave(row)
+        self._long = None if self._long is row else self._long
+        row.done(result)
+
+    def _admit(self) -> None:
+        """Plan what new rows share, and put them where they belong among those that wait."""
+        if self._new:
+            self.prefixes.plan([row for row in self._new if not isinstance(row, Embedded)])
+            self._waiting += self._new
+            self._new = []
+            self._waiting.sort(key=lambda row: -row.n_expected)
+
+    def _choose_running(self, left: int) -> list[Part]:
+        parts: list[Part] = []
+        for row in list(self._running):
+            # Others may have taken its pages meanwhile.
+            part = self._stored(row, min(row.n_left, left)) if row in self._running else None
+            if part is not None:
+                parts.append(part)
+                left -= len(part.segment.tokens)
+            if left <= 0:
+                break
+        return parts
+
+    def _choose_waiting(self, parts: list[Part], left: int, budget_tokens: int) -> None:
+        """Fill a step; what it embeds is computed apart from the rest."""
+        is_embedding = not parts and bool(self._waiting) and isinstance(self._waiting[0], Embedded)
+        n_misses, n_kept = 0, len(parts)
+        taken: set[int] = set()
+        for row in self._waiting:
+            if left <= 0 or n_misses >= _MOST_MISSES or n_kept >= self._most_kept:
+                break
+            if isinstance(row, Embedded) is not is_embedding:
+                continue
+            part = self._part(row, left, budget_tokens, bool(parts))
+            if part is None:
+                n_misses += 1
+                continue
+            if part.row is row and isinstance(row, Generated):
+                self._running.append(row)
+            if part.row is row and (part.kept or isinstance(row, Generated)):
+                taken.add(id(row))
+            if all(one.row is not part.row for one in parts):
+                parts.append(part)
+                left -= len(part.segment.tokens)
+                n_kept += len(part.kept)
+        self._waiting = [row for row in self._waiting if id(row) not in taken]
+
+    def _part(self, row: Row, left: int, budget_tokens: int, is_begun: bool) -> Part | None:
+        """What a step with room for `left` tokens computes of a waiting row; None for nothing."""
+        prefix = row.prefix
+        if prefix is not None and not row.n_done:
+            prefix.used_at = self._n_steps
+            if not prefix.is_ready:
+                found = self._stored(_first_lacking(prefix), left)
+                if found is not None or self._running or is_begun:
+                    return found
+                self.prefixes.leave(row)  # there is no room for it at all
+                prefix = None
+        if isinstance(row, Generated):
+            return self._stored(row, left) if len(self._running) < _MOST_RUNNING else None
+        n_cached = row.n_done or (len(prefix.tokens) if prefix is not None else 0)
+        n_tokens = row.n_left + row.n_done - n_cached
+        if n_tokens <= left:
+            return _at_once(row)
+        # All but its last token, whose logits are wanted, may be computed before.
+        n_before = len(row.tokens) - n_cached - 1
+        if n_tokens > budget_tokens and n_before and isinstance(row, Scored):
+            # One row at a time: two might wait for each other's pages.
+            self._long = self._long or row
+            found = self._stored(row, min(n_before, left)) if self._long is row else None
+            if self._long is not row or found is not None or self._running:
+                return found
+        return None if is_begun else _at_once(row)
+
+    def _stored(self, row: Row, n_tokens: int) -> Part | None:
+        """Some of a row's next tokens, which are stored; None if there is no room for them."""
+        try:
+            if row.prefix is not None and not row.n_done:
+                self._begin_with(row, row.prefix)
+            n_tokens = min(n_tokens, len(row.tokens) - row.n_done)
+            lacking = n_pages_for(row.n_done + n_tokens) - len(row.pages)
+            row.pages += self._take(lacking, row) if lacking > 0 else []
+        except PoolFullError:
+            return None
+        first, stop = row.n_done, row.n_done + n_tokens
+        segment = Segment(row.tokens[first:stop], range(first, stop), list(row.pages), first, True)
+        is_last = isinstance(row, Generated) and stop == len(row.tokens)
+        return Part(row, segment, [n_tokens - 1] if is_last else [])
+
+    def _begin_with(self, row: Row, prefix: Prefix) -> None:
+        """Give a row the pages of its prefix; the last one is copied, since the row writes it."""
+        n_full, n_rest = divmod(len(prefix.tokens), PAGE_TOKENS)
+        last = self._take(1, row) if n_rest else []
+        if last:
+            self._pool.copy(prefix.pages[n_full], last[0])
+        self._pool.share(prefix.pages[:n_full])
+        row.pages, row.n_done = [*prefix.pages[:n_full], *last], len(prefix.tokens)
+
+    def _take(self, n_pages: int, row: Row) -> list[int]:
+        """Take pages: of prefixes without rows, then of rows that came later than `row`.
+
+        Raises
+        ------
+        PoolFullError
+            There are not enough.
+        """
+        while self._pool.n_free < n_pages:
+            if self.prefixes.drop_one():
+                continue
+            last = self._running[-1] if self._running else None
+            if last is None or last is row or row not in self._running:
+                raise PoolFullError
+            self._preempt(last)
+        return self._pool.take(n_pages)
+
+    def _preempt(self, row: Generated) -> None:
+        """Take the pages of a running row, which is computed again later."""
+        self._running.remove(row)
+        self._waiting.insert(0, row)
+        self._let_go(row)
+
+    def _let_go(self, row: Row) -> None:
+        self._pool.release(row.pages)
+        row.pages, row.n_done = [], 0
+
+    def _make_progress(self) -> None:
+        """No row has room: all let go of their pages. The first fails if it has none even then."""
+        rows: list[Any] = self._running or self._waiting
+        first = rows[0]
+        if first is self._stuck or self._pool.n_free == self._pool.n_pages:
+            rows.remove(first)
+            n_tokens = self._pool.n_pages * PAGE_TOKENS
+            text = f"The row needs room for more than {n_tokens} tokens, which the device has."
+            self.end(first, RowError(text))
+            return
+        self._stuck = first
+        for row in self._running[::-1]:
+            self._preempt(row)
+        for waiting in self._waiting:
+            self._let_go(waiting)
+            self.prefixes.leave(waiting)
+        while self.prefixes.drop_one():
+            pass
+
+
+def _at_once(row: Row) -> Part:
+    """All that is left of a row, without storing keys and values."""
+    cached, n_cached = row.pages, row.n_done
+    if row.prefix is not None and not n_cached:
+        cached, n_cached = row.prefix.pages, len(row.prefix.tokens)
+    own = row.tokens[n_cached:]
+    n_own, n_tokens = len(own), len(row.tokens)
+    positions: list[int] = list(range(n_cached, n_tokens))
+    if not isinstance(row, Scored):
+        return Part(row, Segment(own, positions, cached, n_cached), range(n_own))
+    trie, parents = row.trie, None
+    if trie.tokens:
+        parents = [*range(-1, n_own - 1), *(n_own + parent for parent in trie.parents)]
+        own = [*own, *trie.tokens]
+        positions += [n_tokens + depth for depth in trie.depths]
+    kept = range(n_own - 1, len(own))
+    return Part(row, Segment(own, positions, cached, n_cached, False, parents), kept)
+
+
+def _first_lacking(prefix: Prefix) -> Prefix:
+    """The outermost of the prefixes within which `prefix` lies that is not there yet."""
+    while prefix.prefix is not None and not prefix.n_done and not prefix.prefix.is_ready:
+        prefix = prefix.prefix
+    return prefix
