@@ -126,7 +126,7 @@ def launcher_options(start: Start) -> dict[str, Any]:
         "job_name": f"pcm-{start.name}",
         "python": f"exec {python}",
         "worker_command": "dask_pcm.pools.launcher",
-        "worker_extra_args": [*launcher, *_ports(pool), *pool.worker_args],
+        "worker_extra_args": [*launcher, *_ports(pool), *_worker_args(pool)],
         "local_directory": None if pool.scratch is None else _quoted(pool.scratch),
         "log_directory": None,  # each batch system's way of submitting says where the output goes
         "death_timeout": 60,
@@ -166,6 +166,16 @@ def _ports(pool: Pool) -> list[str]:
     return (
         [] if pool.ports is None else [f"--{one}-port {pool.ports}" for one in ("worker", "nanny")]
     )
+
+
+def _worker_args(pool: Pool) -> list[str]:
+    """A user's options of ``dask worker``, for a shell; an option may have its value with it."""
+    words = [
+        word
+        for one in pool.worker_args
+        for word in (shlex.split(one) if one.startswith("-") else [one])
+    ]
+    return list(map(shlex.quote, words))
 
 
 def _quoted(path: str) -> str:

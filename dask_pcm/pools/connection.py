@@ -28,7 +28,9 @@ _NAME = "connection.json"
 
 def home() -> Path:
     """The folder of all clusters of this user."""
-    return Path(os.environ.get("DASK_PCM_HOME") or Path.home() / ".dask_pcm")
+    return (
+        Path(os.environ.get("DASK_PCM_HOME") or Path.home() / ".dask_pcm").expanduser().absolute()
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,7 +250,12 @@ class Fleet:
                 job.gone_at = now
 
     def decide(
-        self, n_workers: int, needed: Collection[str], is_adaptive: bool, now: float
+        self,
+        n_workers: int,
+        needed: Collection[str],
+        is_adaptive: bool,
+        now: float,
+        most_workers: float = math.inf,
     ) -> Steps:
         """What to do so that the pool comes to have `n_workers`.
 
@@ -260,6 +265,8 @@ class Fleet:
             Names of the workers that have work.
         is_adaptive
             Whether workers are only given back once they have been idle for long enough.
+        most_workers
+            Those above are given back at once, also while they work.
         """
         hung = tuple(job.id for job in self.jobs.values() if job.hangs(now))
         counted = [job for job in self.jobs.values() if job.counts(now)]
@@ -274,13 +281,15 @@ class Fleet:
         # Those that wait go first, the youngest of them before others; then idle ones.
         busy = {job.id for job in counted if not job.workers.isdisjoint(needed)}
         order = sorted(counted, key=lambda j: (j.is_running, j.id in busy, -j.submitted_at))
+        n_workers_most = min(most_workers, len(counted) * self.pool.workers_per_job)  # finite
+        n_over = len(counted) - int(n_workers_most) // self.pool.workers_per_job
         gone = []
-        for job in order[:-n_lacking]:
+        for k, job in enumerate(order[:-n_lacking]):
             since = job.surplus_at = now if job.surplus_at is None else job.surplus_at
             patience = self.pool.idle_s if job.is_running else _UNWANTED_S
-            if job.id in busy and is_adaptive:
+            if job.id in busy and is_adaptive and k >= n_over:
                 job.surplus_at = None
-            elif not is_adaptive or now - since >= patience:
+            elif not is_adaptive or k < n_over or now - since >= patience:
                 gone.append(job.id)
         for job in order[-n_lacking:]:
             job.surplus_at = None
@@ -297,16 +306,14 @@ class Fleet:
 
     def offer(self, now: float) -> Offer:
         """What the pool can give; only the workers it has, if others are long in coming."""
-        waits = (
-            job
-            for job in self.jobs.values()
-            if not (job.workers or job.is_cancelled) and job.gone_at is None
-        )
+        jobs = [job for job in self.jobs.values() if job.counts(now)]
+        waits = [job for job in jobs if not job.workers and job.gone_at is None]
         is_slow = any(now - job.submitted_at >= _SLOW_S for job in waits)
-        n_here = sum(len(job.workers) for job in self.jobs.values())
+        n_here = sum(len(job.workers) for job in jobs)
+        n_asked = n_here + len(waits) * self.pool.workers_per_job
         n_counted = n_here if self.trouble or is_slow else math.inf
         wait_s = statistics.median(self._waits) if self._waits else 0.0
-        return Offer(self.pool.max_workers, n_here, n_counted, wait_s)
+        return Offer(self.pool.max_workers, n_here, n_asked, n_counted, wait_s)
 
     def n_waiting(self) -> int:
         """Jobs that have no nodes yet."""

@@ -164,10 +164,10 @@ def _directives(start: Start) -> dict[str, str]:
     """The lines of the submit file; a user's own take the place of ours."""
     pool = start.pool
     if pool.nodes_per_job > 1:
-        raise PoolError(f"Pool {start.name!r}: jobs of several nodes are built for Slurm only.")
+        raise PoolError("Jobs of several nodes are built for Slurm only.")
     if pool.queue is not None:
         raise PoolError(
-            f"Pool {start.name!r}: HTCondor has no queues. Leave queue out, and say which machines"
+            "HTCondor has no queues. Leave queue out, and say which machines"
             " in directives, such as 'requirements = TARGET.Pool == \"gpus\"'."
         )
     lines = {
@@ -208,7 +208,7 @@ def _directive(name: str, line: str) -> tuple[str, str]:
     key, sign, value = (part.strip() for part in line.partition("="))
     if not sign or not re.fullmatch(r"\+?[A-Za-z_][\w.]*", key) or "\n" in line:
         raise PoolError(
-            f"Pool {name!r}: the directive {line!r:.80} is no line of a submit file; expected one"
+            f"The directive {line!r:.80} is no line of a submit file; expected one"
             " such as 'request_disk = 20GB'."
         )
     return key, value

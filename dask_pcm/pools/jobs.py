@@ -52,7 +52,10 @@ class Jobs:
     async def check(self) -> None:
         """Raise PoolError if a batch system would refuse the jobs of a pool."""
         for name in self._pools:
-            await self._system(name).check(self._start(name, _SOME_ADDRESS))
+            try:
+                await self._system(name).check(self._start(name, _SOME_ADDRESS))
+            except PoolError as error:
+                raise PoolError(f"Pool {name!r}: {error}") from error
 
     async def submit(
         self, name: str, address: str, n_jobs: int, excluded: Collection[str] = ()

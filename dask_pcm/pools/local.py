@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dask_pcm.errors import PoolError
@@ -62,6 +63,9 @@ class Local:
     async def states(self, jobs: Collection[str]) -> dict[str, JobState]:
         """See ``BatchSystem``."""
         known = {job: self._jobs[job] for job in jobs if job in self._jobs}
+        for one in known.values():
+            if one.poll() is not None:  # as batch systems do, nothing of a job outlives it
+                _kill_group(one)
         return {job: JobState(True) for job, one in known.items() if one.poll() is None}
 
     async def cancel(self, jobs: Sequence[str]) -> None:
@@ -89,9 +93,15 @@ class Local:
         if one is None or one.poll() is not None:
             return
         if number is signal.SIGKILL:
-            os.killpg(one.pid, number)
+            _kill_group(one)
         else:
             one.send_signal(number)
+
+
+def _kill_group(job: subprocess.Popen[bytes]) -> None:
+    """Kill all that a job has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
 
 
 def script(start: Start) -> str:

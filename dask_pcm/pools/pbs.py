@@ -110,12 +110,12 @@ def script(start: Start) -> str:
     given = [one for one in pool.directives if "select=" in one]
     if pool.gpu_type and not given:
         raise PoolError(
-            f"Pool {start.name!r}: PBS has no common name for the GPU model. Leave gpu_type out,"
+            "PBS has no common name for the GPU model. Leave gpu_type out,"
             " and give the site's own in directives, such as"
             " '-l select=1:ncpus=4:ngpus=1:gpu_type=a10'."
         )
     if pool.nodes_per_job > 1:
-        raise PoolError(f"Pool {start.name!r}: jobs of several nodes are built for Slurm only.")
+        raise PoolError("Jobs of several nodes are built for Slurm only.")
     if given:
         skipped.append("-l select")
     options["job_extra_directives"] = ["-r n", "-j oe", *pool.directives]

@@ -292,8 +292,9 @@ def read_file(file: str | os.PathLike[str]) -> Mapping[str, Any]:
     """
     path = Path(os.fspath(file))
     try:
-        found = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        text = path.expanduser().read_text(encoding="utf-8")
+        found = yaml.load(text, _Loader)  # a safe loader
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise PoolError(f"The cluster file {str(path)!r} cannot be read: {error}") from error
     pools = found.get("pools") if isinstance(found, dict) else None
     if not isinstance(pools, dict) or not set(found) <= {"pools", "cluster"}:
@@ -302,6 +303,17 @@ def read_file(file: str | os.PathLike[str]) -> Mapping[str, Any]:
             " have a section cluster."
         )
     return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that are there twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See ``yaml.SafeLoader``."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"it has {repeated[0]!r} more than once")
+        return super().construct_mapping(node, deep)
 
 
 def _pool(name: str, given: Any) -> Pool:

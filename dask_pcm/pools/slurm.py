@@ -23,8 +23,14 @@ _ASKS_GPUS = re.compile(r"(-G\b|--gpus\b(?!-)|--gpus-per-\w+|--gres[= ].*gpu)")
 _GRES = re.compile(r"--gres[= ]\s*(.+)")
 #: Nodes that jobs are not to run on.
 _EXCLUDES = re.compile(r"(?:--exclude[= ]|-x)\s*(.+)")
-#: Jobs on another cluster of a federation would not be in this one's queue, and count as gone.
-_ELSEWHERE = re.compile(r"-M|--clusters?\b")
+#: What a directive must not ask for, and why.
+_REFUSED = (
+    (r"-M|--clusters?\b", "its jobs could not be followed; start the pools on that cluster"),
+    (r"--requeue\b", "the cluster submits again what has ended"),
+    (r"-a|--array\b", "the cluster says how many jobs there are"),
+    (r"-W|--wait\b(?!-)", "sbatch would wait for the job's end"),
+    (r"-N|--nodes\b", "use nodes_per_job"),
+)
 #: ``MaxArraySize`` is 1,001 by default, and elements count from 0.
 _MAX_ARRAY = 1000
 #: States of jobs that are over, or are about to be; preempted jobs end in any of several.
@@ -153,11 +159,10 @@ def script(start: Start) -> str:
     elif pool.mem == "per-gpu":
         lines.append(f"--mem-per-gpu={math.ceil(pool.memory_bytes / 2**20 / pool.gpus_per_job)}M")
     directives = list(pool.directives)
-    if elsewhere := [one for one in directives if _ELSEWHERE.match(one.strip())]:
-        raise PoolError(
-            f"Pool {start.name!r}: the directive {elsewhere[0]!r} submits to another cluster, whose"
-            " jobs cannot be followed from here. Start the pools on a login node of that cluster."
-        )
+    for one in directives:
+        for pattern, why in _REFUSED:
+            if re.match(pattern, one.strip()):
+                raise PoolError(f"Leave the directive {one!r} out: {why}.")
     if pool.gpus_per_job and not any(_ASKS_GPUS.match(one.strip()) for one in directives):
         kind = f"{pool.gpu_type}:" if pool.gpu_type else ""
         besides = [found[1].strip() for one in directives if (found := _GRES.match(one.strip()))]

@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 _LOOK_S, _AFTER_ERROR_S = 0.25, 5.0
 #: Of jobs that have ended together, as many outputs are read.
 _N_OUTPUTS = 20
-#: A worker that is given back has this long to end what it has begun and to hand over its results;
-#: when the cluster closes, to end.
-_RETIRE_S, _END_S = 30.0, 5.0
+#: A worker that is given back has this long to end what it has begun, a batch for instance, and to
+#: hand over its results; when the cluster closes, to end.
+_RETIRE_S, _END_S = 3600.0, 5.0
 
 
 class Upkeep:
@@ -106,7 +106,7 @@ class Upkeep:
         self._wishes.follow(self._scheduler.adaptive_target, state, offers, now)
         for name, fleet in self._fleets.items():
             n_workers, is_adaptive = self._wishes.targets[name], self._wishes.is_adaptive
-            steps = fleet.decide(n_workers, needed, is_adaptive, now)
+            steps = fleet.decide(n_workers, needed, is_adaptive, now, self._wishes.most[name])
             if steps.cancel:
                 jobs = [fleet.jobs[job] for job in steps.cancel]
                 for job in jobs:  # to be cancelled again only once it has been

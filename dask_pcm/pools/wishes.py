@@ -22,6 +22,8 @@ class Wishes:
     ----------
     targets
         Workers that are wanted now, by pool.
+    most
+        Workers that there may be at this moment, by pool.
     is_adaptive
         Whether they follow the work.
     """
@@ -29,6 +31,7 @@ class Wishes:
     def __init__(self, pools: Mapping[str, Pool]) -> None:
         self._pools = pools
         self.targets: dict[str, int] = dict.fromkeys(pools, 0)
+        self.most: dict[str, float] = dict.fromkeys(pools, math.inf)
         self.is_adaptive = False
 
     def scale(self, given: int | Mapping[str, int]) -> None:
@@ -36,7 +39,14 @@ class Wishes:
         found = self._by_pool(given, "scale")
         if endless := [name for name, n in found.items() if math.isinf(n)]:
             raise PoolError(f"scale: pool {endless[0]!r} cannot have endless workers.")
+        for name, n in found.items():
+            if n > (most := self._pools[name].max_workers):
+                raise PoolError(
+                    f"scale: pool {name!r} cannot have {n:.0f} workers; its max_jobs allows"
+                    f" {most:.0f}."
+                )
         self.targets.update({name: int(n) for name, n in found.items()})
+        self.most = dict.fromkeys(self._pools, math.inf)
         self.is_adaptive = False
 
     def adapt(self, minimum: Any, maximum: Any, target_duration: str | float) -> None:
@@ -87,6 +97,7 @@ class Wishes:
                 known, min(self._in_all, n_needed), limited, now, n_needed * self._target_s
             )
             self._set_targets(found, {name: one.n_counted for name, one in offers.items()})
+            self._set_most({name: offers[name].n_here for name in found})
 
     def _set_targets(self, worth: dict[str, int], counted: Mapping[str, float]) -> None:
         """Want whole jobs, within the limits; `worth` has the best pool first.
@@ -105,12 +116,26 @@ class Wishes:
             if over > 0:
                 self.targets[name] -= int(min(math.ceil(over / each[name]), spare)) * each[name]
 
+    def _set_most(self, here: Mapping[str, int]) -> None:
+        """Once the maximum of all is reached, what still waits is too much; the best pool first."""
+        self.most = dict.fromkeys(here, math.inf)
+        left = self._in_all
+        if sum(here.values()) < left:
+            return
+        for name, n in here.items():
+            each = self._pools[name].workers_per_job
+            self.most[name] = min(n, left) // each * each
+            self.targets[name] = int(min(self.targets[name], self.most[name]))
+            left -= self.most[name]
+
     def _refuse_contradictions(
         self, least: Mapping[str, float], most: Mapping[str, float], in_all: float
     ) -> None:
         """Raise PoolError if no number of workers is within the limits."""
+        n_least_in_all = 0
         for name, pool in self._pools.items():
             n_least = math.ceil(least[name] / pool.workers_per_job) * pool.workers_per_job
+            n_least_in_all += n_least
             if least[name] > most[name] or n_least > most[name]:
                 raise PoolError(
                     f"adapt: pool {name!r} cannot have {least[name]:.0f} workers at least and"
@@ -127,15 +152,16 @@ class Wishes:
                 f"adapt: there cannot be {in_all:.0f} workers at most; the smallest jobs have"
                 f" {min(n_each)}."
             )
-        if sum(least.values()) > in_all:
+        if n_least_in_all > in_all:
             raise PoolError(
-                f"adapt: the pools cannot have {sum(least.values()):.0f} workers at least and"
-                f" {in_all:.0f} at most."
+                f"adapt: the pools cannot have {n_least_in_all} workers at least, in whole jobs,"
+                f" and {in_all:.0f} at most."
             )
 
     def _by_pool(self, given: Any, method: str) -> dict[str, float]:
         """Numbers by pool, from what a user gives."""
         if not isinstance(given, Mapping):
+            self._check("a pool", given, method)
             if given and len(self._pools) > 1:
                 names = ", ".join(f"{name!r}: n" for name in self._pools)
                 raise PoolError(

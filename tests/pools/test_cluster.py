@@ -69,6 +69,16 @@ def test_a_job_that_is_killed_is_replaced_under_a_new_name(cluster):
     assert len(jobs(one)) == 1
 
 
+def test_workers_do_not_outlive_the_process_of_their_job(cluster):
+    one = cluster({"cpu": pcm.Pool(batch="local", gpus_per_job=2, max_jobs=1)})
+    one.scale(2)
+    one.wait_for_workers(2, timeout=patient(60))
+    (job,), before = jobs(one), names(one)
+    process(one, job).kill()  # it alone: its workers go on
+    until(lambda: not before & names(one))
+    until(lambda: len(names(one)) == 2)
+
+
 def test_a_job_under_notice_is_replaced_at_the_notice(cluster):
     def held(seconds):
         time.sleep(seconds)
@@ -119,6 +129,23 @@ def test_adaptive_follows_a_run_and_gives_back(cluster, job, tmp_path):
         run.wait()
         assert len(found_in(tmp_path / "out")) == 400
         until(lambda: not jobs(one))
+
+
+def test_a_maximum_of_all_holds_for_pools_alike(cluster, job, tmp_path):
+    alike = {name: pcm.Pool(batch="local") for name in ("a", "b")}
+    one = cluster(alike)
+    one.adapt(maximum=2, target_duration="1s")
+    n_workers, targets = set(), []
+    with Client(one) as client:
+        run = pcm.write_parquet(job, tmp_path / "out", client=client, progress=False, wait=False)
+        while run.progress.done < 400:
+            n_workers.add(len(names(one)))
+            now = dict(one._wishes.targets)
+            targets += [now] if not targets or targets[-1] != now else []
+            time.sleep(0.1)
+        run.wait()
+    assert max(n_workers) == 2 and run.report.loads == 2
+    assert len(targets) <= 4, targets  # none at first, what is wanted, and none at the end
 
 
 def test_a_refused_submission_is_said_and_no_run_waits_without_a_word(cluster, tmp_path, caplog):

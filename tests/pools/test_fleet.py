@@ -134,6 +134,15 @@ def test_adaptive_gives_back_what_has_been_idle_for_its_time(two):
     assert two.steps(0, needed={"a10-1"}) == Steps()
 
 
+def test_above_a_maximum_of_all_pools_work_is_given_back_too(two):
+    two.submit("3")
+    busy = {"a10-1", "a10-2"}
+    assert two.fleet.decide(3, busy, True, 0.0, 3) == Steps()
+    assert two.fleet.decide(2, busy, True, 0.0, 2) == Steps(cancel=("3",))  # at once
+    assert two.fleet.decide(1, busy, True, 0.0, 1) == Steps(cancel=("3", "1"))
+    assert two.fleet.decide(0, busy, True, 0.0, 2) == Steps(cancel=("3",))
+
+
 def test_a_refused_submission_is_tried_again_later_and_later():
     one = Played()
     waits = []

@@ -71,6 +71,21 @@ def test_times_as_batch_systems_write_them(given, seconds):
     assert pcm.Pool(walltime=given).walltime_s == seconds
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"pools: {a: {batch: local}, a: {batch: local}}", "it has 'a' more than once"),
+        (b"pools: {a: {cores: 1, cores: 2}}", "it has 'cores' more than once"),
+        ("pools: {\xe4: {}}".encode("latin-1"), "cannot be read: .*utf-8"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused(tmp_path, content, words):
+    path = tmp_path / "cluster.yaml"
+    path.write_bytes(content)
+    with pytest.raises(PoolError, match=words):
+        pools_of(path)
+
+
 def test_a_file_has_pools_by_name(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text("pools:\n  a10: {queue: owners, gpus_per_job: 2}\n  cpu: {batch: local}\n")

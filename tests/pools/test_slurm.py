@@ -104,10 +104,28 @@ def test_what_sites_ask_for_and_refuse(pool, has, lacks):
     assert not any(text in header for text in lacks)
 
 
-@pytest.mark.parametrize("option", ["--clusters=other", "-M other", "-Mother", "--cluster=other"])
-def test_jobs_on_another_cluster_of_a_federation_are_refused(option):
-    with pytest.raises(PoolError, match=r"'a10': the directive .* submits to another cluster"):
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("--clusters=other", "could not be followed"),
+        ("-M other", "could not be followed"),
+        ("-Mother", "could not be followed"),
+        ("--requeue", "submits again what has ended"),
+        ("--array=0-1", "how many jobs there are"),
+        ("-a 0-1", "how many jobs there are"),
+        ("--wait", "would wait"),
+        ("-W", "would wait"),
+        ("--nodes=2", "use nodes_per_job"),
+    ],
+)
+def test_what_the_cluster_itself_decides_is_no_directive(option, why):
+    with pytest.raises(PoolError, match=f"Leave the directive '{option}' out: .*{why}"):
         written(directives=[option])
+
+
+def test_directives_that_begin_alike_are_kept():
+    given = ["--wait-all-nodes=1", "--nodelist=n1", "--no-kill", "--account=me"]
+    assert all(f"#SBATCH {one}\n" in written(directives=given) for one in given)
 
 
 def test_a_job_of_several_nodes_has_a_launcher_on_each():
@@ -129,6 +147,15 @@ def test_a_workers_share_of_ports_devices_and_disk():
     assert " --worker-port 9000:9099 --nanny-port 9000:9099\n" in text
     # The shell fills in the variable, and runs no command.
     assert r' --local-directory "$TMPDIR/a \"b\" \$(c) \`d\`" ' in text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--resources", "GPU=1 foo=2"], ["--resources 'GPU=1 foo=2'"], ["--resources='GPU=1 foo=2'"]],
+)
+def test_options_of_workers_may_have_spaces(given):
+    words = shlex.split(written(worker_args=given).splitlines()[-1])
+    assert "GPU=1 foo=2" in " ".join(words[-2:]) and words[-1].endswith("GPU=1 foo=2")
 
 
 def test_a_scratch_folder_in_the_home_of_the_node():

@@ -71,13 +71,32 @@ def test_minima_are_part_of_the_maximum_of_all(wishes):
     assert wishes.targets == {"a": 2, "b": 0}
 
 
+def test_once_the_maximum_is_there_nothing_else_may_come(wishes):
+    wishes.adapt(0, 3, 60)
+    follow(wishes, lambda _: 9, a=Offer(3, n_here=1, n_asked=3, n_counted=1))
+    assert wishes.targets == {"a": 3, "b": 2} and set(wishes.most.values()) == {math.inf}
+    b = Offer(math.inf, n_here=2, n_asked=2)
+    follow(wishes, lambda _: 9, a=Offer(3, n_here=1, n_asked=3, n_counted=1), b=b)
+    assert wishes.targets == wishes.most == {"a": 1, "b": 2}
+    # Two have come at the same moment.
+    follow(wishes, lambda _: 9, a=Offer(3, n_here=2, n_asked=2), b=b)
+    assert wishes.targets == wishes.most and sum(wishes.most.values()) <= 3
+    wishes.scale({"a": 3})
+    assert set(wishes.most.values()) == {math.inf}
+
+
 @pytest.mark.parametrize(
     ("minimum", "maximum", "words"),
     [
         ({"a": 4}, None, "'a' cannot have 4 workers at least and 3 at most"),
         ({"a": 2}, {"a": 1}, "'a' cannot have 2 workers at least and 1 at most"),
         ({"b": 3}, {"b": 3}, "'b' cannot have 3 workers at least .* its jobs have 2 each"),
-        ({"a": 2, "b": 2}, 3, "the pools cannot have 4 workers at least and 3 at most"),
+        (
+            {"a": 2, "b": 2},
+            3,
+            "the pools cannot have 4 workers at least, in whole jobs, and 3 at most",
+        ),
+        ({"a": 1, "b": 1}, 2, "the pools cannot have 3 workers at least, in whole jobs"),
         (0, {"b": 1}, "'b' cannot have 1 workers at most; its jobs have 2 each"),
         (0, {"a": 0, "b": math.nan}, "pool 'b' cannot have nan"),
     ],
@@ -95,7 +114,14 @@ def test_what_is_no_number_of_workers_is_refused(wishes, n):
     assert wishes.targets == {"a": 0, "b": 0}
 
 
+def test_more_than_a_pool_may_have_is_refused(wishes):
+    with pytest.raises(PoolError, match="'a' cannot have 4 workers; its max_jobs allows 3"):
+        wishes.scale({"a": 4})
+
+
 def test_a_number_alone_names_no_pool(wishes):
+    with pytest.raises(PoolError, match="scale: a pool cannot have 'x' workers"):
+        wishes.scale("x")
     with pytest.raises(PoolError, match=r"scale\(3\) does not say of which pool. Give \{'a': n"):
         wishes.scale(3)
     with pytest.raises(PoolError, match="all pools cannot have -1"):

@@ -62,6 +62,8 @@ class Drain:
     def __init__(self, worker: Worker, tell: Callable[[dict[str, Any]], None]) -> None:
         self._worker = worker
         self._send = tell
+        self._ends_at = math.inf
+        self._margin = 0.0
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -70,32 +72,36 @@ class Drain:
         return self._task is not None
 
     def begin(self, seconds: float, is_preempted: bool = True) -> None:
-        """Start to drain, to be done within `seconds`; does nothing the second time.
+        """Start to drain, to be done within `seconds`; the second time only an earlier end counts.
 
         Unless it `is_preempted`, nothing more begins here.
         """
-        if self._task is None:
-            leaving = self._leave(seconds, is_preempted)
-            self._task = asyncio.get_running_loop().create_task(leaving)
-
-    async def _leave(self, seconds: float, is_preempted: bool) -> None:
-        """Drain: finish tasks, hand back those not begun, hand over results, end the process."""
-        worker = self._worker
-        margin = min(_MARGIN_S, _MARGIN * seconds)
         now = time.monotonic()
-        end = now + seconds
-        stop = end - margin
-        self.stops_at = stop if is_preempted else now
+        if now + seconds >= self._ends_at:
+            return
+        self._ends_at = now + seconds
+        self._margin = min(_MARGIN_S, _MARGIN * seconds)
+        self.stops_at = min(self.stops_at, self._stop() if is_preempted else now)
         if is_preempted:
-            logger.warning("Worker %s ends in %.0f s and drains", worker.address, seconds)
+            logger.warning("Worker %s ends in %.0f s and drains", self._worker.address, seconds)
         left = max(0.0, self.stops_at - now)
         self._send({"op": "pcm-notice", "seconds": left, "is_preempted": is_preempted})
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._leave())
+
+    def _stop(self) -> float:
+        """When tasks have to have ended, by the monotonic clock."""
+        return self._ends_at - self._margin
+
+    async def _leave(self) -> None:
+        """Drain: finish tasks, hand back those not begun, hand over results, end the process."""
+        worker = self._worker
         # So that the nanny does not start another process when this one ends.
-        await self._ask_nanny("close_gracefully", margin, reason="notice")
+        await self._ask_nanny("close_gracefully", self._margin, reason="notice")
         # The gate still sends units that it expects to finish in time, as they are cut.
-        await _until(lambda: not self._has_on_lanes(), stop, _IDLE_S)
+        await _until(lambda: not self._has_on_lanes(), self._stop, _IDLE_S)
         while time.monotonic() < self.stops_at and await self._may_get_more():
-            await _until(lambda: not self._has_on_lanes(), stop, _IDLE_S)
+            await _until(lambda: not self._has_on_lanes(), self._stop, _IDLE_S)
         if worker.status not in (Status.running, Status.paused, Status.closing_gracefully):
             return  # closed by another request meanwhile
         # From now on no task begins here, and plain Dask sends none. Not Status.paused: the memory
@@ -103,11 +109,12 @@ class Drain:
         worker.status = Status.closing_gracefully
         give_back(worker, [key for key, ts in worker.state.tasks.items() if is_unbegun(ts)])
         # A batch that takes a little longer than the last one is worth waiting for.
-        await _until(lambda: not worker.state.all_running_tasks, stop + margin / 4)
+        late = lambda: self._stop() + self._margin / 4  # noqa: E731
+        await _until(lambda: not worker.state.all_running_tasks, late)
         await asyncio.sleep(_FAREWELL_S)  # lets the batched stream send the last results
-        await self._hand_over(end - margin / 2 - time.monotonic())
-        left = max(margin / 2, end - time.monotonic())
-        if await self._ask_nanny("pcm_end", margin, seconds=left) is None:
+        await self._hand_over(self._ends_at - self._margin / 2 - time.monotonic())
+        left = max(self._margin / 2, self._ends_at - time.monotonic())
+        if await self._ask_nanny("pcm_end", self._margin, seconds=left) is None:
             # Without a nanny. Tasks that still run are lost in any case: do not wait for them.
             await worker.close(executor_wait=False, timeout=left, reason="notice")
 
@@ -174,10 +181,12 @@ def give_back(worker: Worker, keys: Collection[Any]) -> None:
         worker.batched_send({"op": "reschedule", "key": key, "stimulus_id": stimulus_id})
 
 
-async def _until(is_over: Callable[[], bool], stop: float, lasting_s: float = 0.0) -> None:
-    """Wait until `is_over` has held for `lasting_s`, or until the monotonic time `stop`."""
+async def _until(
+    is_over: Callable[[], bool], stop: Callable[[], float], lasting_s: float = 0.0
+) -> None:
+    """Wait until `is_over` has held for `lasting_s`, or until `stop`, which may come nearer."""
     since: float | None = None
-    while (now := time.monotonic()) < stop:
+    while (now := time.monotonic()) < stop():
         if not is_over():
             since = None
         else:

@@ -130,8 +130,8 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
 
         The gate gets a notice and from then on sends only units that it expects to finish in time.
         The worker works on until its tasks have ended or the time is nearly over. Then its results
-        go to peers, and its nanny starts no other process. For the worker's event loop; a second
-        notice has no effect.
+        go to peers, and its nanny starts no other process. For the worker's event loop; of
+        several notices, the earliest end counts.
 
         If not `is_preempted`, its cluster gives it back: it gets nothing more, and ends as soon as
         what it has begun is done, a unit's batch for instance.

@@ -148,11 +148,11 @@ class _Calls:
             with contextlib.suppress(FencedError):  # a fenced run's calls are not counted
                 note_called(self._output, self._called, self._journal.name, self._output.run)
 
-    def begin(self, batch: Batch) -> _BatchCalls:
+    def begin(self, batch: Batch, pace: Pace) -> _BatchCalls:
         """Record that a batch is begun; return what is told of its calls."""
         if self._journal is not None:
             self._journal.begin(batch.start, batch.stop, waits=batch.is_ready)
-        return _BatchCalls(self, batch)
+        return _BatchCalls(self, batch, pace)
 
     def finish(self, record: Record) -> None:
         """Record that a batch is finished."""
@@ -177,8 +177,10 @@ class _Calls:
 class _BatchCalls:
     """Passes on what happens to the rows of one batch; a ``Watch``."""
 
-    def __init__(self, calls: _Calls, batch: Batch) -> None:
+    def __init__(self, calls: _Calls, batch: Batch, pace: Pace) -> None:
         self._calls = calls
+        self._pace = pace
+        self._is_called = False
         self._rows = batch.start, batch.stop
         self._waits = batch.is_ready  # recorded when the batch was begun
 
@@ -190,6 +192,9 @@ class _BatchCalls:
 
     def calls(self, start: int, stop: int, n_rows: int) -> None:
         """A function is called on some of its rows."""
+        if not self._is_called:  # it may have waited for its turn for long
+            _stop_in_time(self._pace)
+        self._is_called = True
         first, end = self._rows
         # With a filter below, it is not known which rows of the input these are.
         is_known = n_rows == end - first
@@ -218,13 +223,15 @@ class _Flight:
             If the worker is about to end, and the next batch would not be done by then.
         """
         for batch in todo:
-            if time.monotonic() + self._pace.batch_s > stops_at():
-                yield from self._drain()
-                raise Reschedule
             is_suspect = self._pace.suspects.include(batch.start)
             if is_suspect:  # alone: only then do its rows, and no others, pay for a process death
                 yield from self._drain()
-            self._begin(batch)
+            try:
+                _stop_in_time(self._pace)
+                self._begin(batch)
+            except Reschedule:
+                yield from self._drain()
+                raise
             yield from self._drain() if is_suspect else self._collect(is_waiting=False)
         if self._begun and self._computation.is_attended:  # its lane is free for another unit
             hand_over(sum(batch.stop - batch.start for batch, *_ in self._begun.values()))
@@ -241,7 +248,7 @@ class _Flight:
             self._finish(batch, outcome)
             return
         begun = time.perf_counter()
-        submission = self._computation.submit(batch, self._calls.begin(batch))
+        submission = self._computation.submit(batch, self._calls.begin(batch, self._pace))
         self._begun[batch.start] = batch, begun, submission
 
     def _collect(self, is_waiting: bool) -> Iterator[Record]:
@@ -267,6 +274,12 @@ class _Flight:
         record = make_record(batch.start, batch.stop, outcome, schema, facts)
         self._calls.finish(record)
         heapq.heappush(self._finished, (batch.start, record))
+
+
+def _stop_in_time(pace: Pace) -> None:
+    """Raise Reschedule if the worker is about to end, and a batch would not be done by then."""
+    if time.monotonic() + pace.batch_s > stops_at():
+        raise Reschedule
 
 
 def _given_up(

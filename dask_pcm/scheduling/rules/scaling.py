@@ -39,6 +39,8 @@ class Offer:
         Its workers at most.
     n_here
         Those that it has.
+    n_asked
+        Those that it has, or has been asked for.
     n_counted
         Those that can be counted on; fewer than asked for if it is slow to give more.
     wait_s
@@ -47,6 +49,7 @@ class Offer:
 
     most: float
     n_here: int = 0
+    n_asked: int = 0
     n_counted: float = math.inf
     wait_s: float = 0.0
 
@@ -58,7 +61,10 @@ def spread(
     now: float,
     work_s: float = math.inf,
 ) -> dict[str, int]:
-    """Which pools are to have the workers that the work is worth: the best ones first.
+    """Which pools are to have the workers that the work is worth.
+
+    Those that are there, or were asked for, come first: estimates change with every batch, and
+    workers that come and go with them would only load. More are wanted of the best pools.
 
     Before all else goes whether the work fits their devices: a pool that can do all of it precedes
     one that can do some, and one that can do none of it gets no workers. Then go speed and the
@@ -79,15 +85,22 @@ def spread(
     at_work = sum(offer.n_here * worth[pool] for pool, offer in offers.items())
     is_known = all(_row_s(state, group) is not None for group in groups)
     left_s = work_s / at_work if at_work and is_known else math.inf
-    found: dict[str, int] = {}
-    for pool in sorted(offers, key=lambda pool: (n_unfit[pool], -worth[pool])):
-        offer = offers[pool]
-        most = 0 if groups and n_unfit[pool] == len(groups) else offer.most
-        if offer.wait_s > left_s:
-            most = min(most, offer.n_here)
-        n = min(most, math.ceil(max(0.0, n_workers) / worth[pool] - 1e-9))
-        found[pool] = int(n)
-        n_workers -= min(n, offer.n_counted) * worth[pool]
+    best = sorted(offers, key=lambda pool: (n_unfit[pool], -worth[pool]))
+    most = {
+        pool: 0 if groups and n_unfit[pool] == len(groups) else offers[pool].most for pool in best
+    }
+    found = dict.fromkeys(best, 0)
+    for is_more in (False, True):
+        for pool in best:
+            offer = offers[pool]
+            known = offer.n_here if offer.wait_s > left_s else max(offer.n_here, offer.n_asked)
+            is_open = is_more and offer.wait_s <= left_s
+            limit = most[pool] if is_open else min(most[pool], known)
+            wanted = math.ceil(max(0.0, n_workers) / worth[pool] - 1e-9)
+            n = int(max(0, min(limit - found[pool], wanted)))
+            counted = min(found[pool] + n, offer.n_counted) - min(found[pool], offer.n_counted)
+            found[pool] += n
+            n_workers -= counted * worth[pool]
     return found
 
 

@@ -314,6 +314,62 @@ def n_rows_at(client, address):
     return client.run_on_scheduler(rows)
 
 
+def give_back(job, client):
+    """Tell a worker that its cluster does not need it any more."""
+
+    def told(dask_worker):
+        dask_worker.handlers["pcm_notice"](3600.0, is_preempted=False)
+
+    client.run(told, workers=[job.worker(client)[0]])
+
+
+def timed(frame, state, log, seconds):
+    note(log, "batch", *map(str, frame["id"]), os.getpid(), time.time())
+    time.sleep(seconds)
+    return frame[["id"]]
+
+
+def test_a_worker_that_is_given_back_begins_nothing_more(client, start, tmp_path, claims):
+    one, _ = start("one", "other")
+    _, pid = one.worker(client)
+    log = str(tmp_path / "log")
+    frame = pcm.map_partitions(
+        timed,
+        pcm.read_parquet(claims(n_files=4, n_rows=8)),
+        log,
+        patient(1.0),
+        context=pcm.Context(load),
+        meta={"id": "i8"},
+        batch_rows=2,
+    )
+    run = pcm.write_parquet(frame, tmp_path / "out", client=client, progress=False, wait=False)
+    # Both lanes have a unit, and one of them waits for its turn.
+    until(lambda: sum(pid_ == str(pid) for *_, pid_, _ in noted(log, "batch")) >= 2)
+    give_back(one, client)
+    told = time.time() + patient(0.2)
+    assert one.ends_within(patient(10)) == 0
+    run.wait()
+    found = noted(log, "batch")
+    assert not [when for *_, pid_, when in found if pid_ == str(pid) and float(when) > told]
+    assert Counter(int(i) for *ids, _, _ in found for i in ids) == Counter(range(32))
+    assert run.report.rows_recomputed == 0
+
+
+def test_a_preemption_while_a_worker_is_given_back_ends_it_in_time(client, start, tmp_path):
+    notice_s = patient(3)
+    one, _ = start("one", "other", NOTICE=f"{notice_s}s")
+    log = str(tmp_path / "log")
+    options = {"log": log, "seconds": 600, "workers": [one.worker(client)[0]]}
+    endless = client.submit(work, 1, context=pcm.Context(load), **options)
+    until(lambda: noted(log, "begin"))
+    give_back(one, client)
+    time.sleep(0.5)
+    assert one.process.poll() is None
+    one.signal(signal.SIGUSR1, "worker", client)
+    assert one.ends_within(1.25 * notice_s) == 0
+    endless.cancel()
+
+
 def test_a_run_loses_no_finished_batch_of_a_unit_that_still_ran(client, start, tmp_path, claims):
     notice_s = patient(2)
     one, _ = start("one", "other", NOTICE=f"{notice_s}s")

@@ -117,6 +117,20 @@ def test_pools_are_filled_by_their_speed_and_limits():
     assert spread(world.state, 3.0, unknown, 0.0) == {"new": 2, "other": 1}
 
 
+def test_workers_that_are_there_or_asked_for_come_before_better_ones():
+    world = World("f")
+    world.tell(WorkerJoined("s", 1, device="slow", pool="a10"))
+    world.learn(A, "s", 0.003)
+    world.learn(A, "f", 0.001)
+    world.tell(RunReported("run", A, 20_000.0, 100))
+    offers = {"a10": Offer(10, n_here=3, n_asked=4), "new": Offer(10)}
+    assert spread(world.state, 2.0, offers, 0.0) == {"new": 0, "a10": 3}
+    assert spread(world.state, 2.6, offers, 0.0) == {"new": 0, "a10": 4}
+    # What is slow to come is wanted of the other pool as well, and stays asked for.
+    slow = {**offers, "a10": Offer(10, n_here=3, n_asked=4, n_counted=3)}
+    assert spread(world.state, 4.0, slow, 0.0) == {"new": 2, "a10": 4}
+
+
 def test_a_pool_whose_jobs_would_come_after_the_work_gets_no_more():
     world = World("w")
     world.learn(A, "w", 0.001)
