@@ -5,7 +5,9 @@ Exit codes: 0 success, 1 error, 3 too many failed rows, 130 interrupted or cance
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from dask_pcm.errors import FailedRowsError, PCMError, RunCancelledError, printa
 if TYPE_CHECKING:
     from dask_pcm.runs.handle import Run
 
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
 EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_INTERRUPTED = 3, 1, 130
 
 
@@ -27,7 +30,16 @@ def say(text: str, err: bool = False) -> None:
 
 @contextmanager
 def reported_errors(output: str) -> Iterator[None]:
-    """Print errors of dask_pcm as one message and exit; on Ctrl-C, print how to resume."""
+    """Print errors of dask_pcm as one message and exit; on Ctrl-C, print how to resume.
+
+    The end of a session (SIGTERM, SIGHUP) is as good as Ctrl-C: a cluster of the command's own ends
+    its jobs, also those that have not begun.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    given = [number for number in _ENDS if signal.getsignal(number) is signal.SIG_DFL]
+    ends = given if is_main else []  # not where they are ignored, as by nohup
+    for number in ends:
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     except (RunCancelledError, FailedRowsError) as error:
@@ -44,6 +56,9 @@ def reported_errors(output: str) -> Iterator[None]:
             err=True,
         )
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        for number in ends:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def summarize(done: Run, is_kept: bool = True) -> None:

@@ -19,9 +19,12 @@ from dask_pcm.pools.dashboard import proxied, tunnel
 from dask_pcm.pools.fleet import Fleet
 from dask_pcm.pools.jobs import Jobs
 from dask_pcm.pools.pool import pools_of
+from dask_pcm.pools.quiet import Quiet
 from dask_pcm.pools.settings import ClusterSettings
 from dask_pcm.pools.upkeep import Upkeep
 from dask_pcm.pools.wishes import Wishes
+
+_QUIET = Quiet()
 
 
 class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
@@ -76,7 +79,7 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
         name: str | None = None,
         asynchronous: bool = False,
         loop: Any = None,
-        silence_logs: Any = logging.WARNING,
+        silence_logs: int | bool = logging.WARNING,
     ) -> None:
         given = ClusterSettings(host, interface, port, dashboard_address, poll_interval)
         self._settings = given.over_file(pools)
@@ -98,6 +101,9 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
             "security": security or None,
             "preload": ["dask_pcm.preload"],
         }
+        self._is_quiet = bool(silence_logs)
+        if self._is_quiet:
+            _QUIET.begin(int(silence_logs))
         try:
             super().__init__(
                 scheduler={"cls": Scheduler, "options": options},
@@ -105,10 +111,10 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
                 asynchronous=asynchronous,
                 loop=loop,
                 security=security or None,
-                silence_logs=silence_logs,
             )
         except BaseException:
             self._connection.remove()
+            self._speak_again()
             if hasattr(self, "_loop_runner") and not asynchronous:
                 self._loop_runner.stop()
             raise
@@ -124,7 +130,9 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
         """
         if memory is not None or cores is not None:
             raise PoolError("scale takes workers: cluster.scale({'a10': 4}).")
+        self._refuse_if_closed()
         self._wishes.scale(n)
+        self._forgive()
         return NoOpAwaitable() if self.asynchronous else None
 
     def adapt(
@@ -144,7 +152,18 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
             More workers are wanted while the known work takes longer than this, in seconds or as
             text.
         """
+        self._refuse_if_closed()
         self._wishes.adapt(minimum, maximum, target_duration)
+        self._forgive()
+
+    def _refuse_if_closed(self) -> None:
+        if self.status in (Status.closing, Status.closed):
+            raise PoolError("The cluster is closed. Make a new one.")
+
+    def _forgive(self) -> None:
+        """What pools were refused is forgotten: the user has asked anew."""
+        for fleet in self._fleets.values():
+            fleet.forgive()
 
     @property
     def connection_file(self) -> str:
@@ -175,9 +194,8 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
     @property
     def lack(self) -> str:
         """What the cluster waits for, in words; "" if nothing."""
-        waiting = [
-            str(fleet) for fleet in self._fleets.values() if fleet.n_waiting() or fleet.trouble
-        ]
+        fleets = self._fleets.values()
+        waiting = [str(one) for one in fleets if one.n_waiting() or one.n_starting() or one.trouble]
         waiting += [f"{batch}: {words}" for batch, words in self._jobs.silence.items()]
         return f"waiting for jobs: {'; '.join(waiting)}" if waiting else ""
 
@@ -239,6 +257,11 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
                 self.scheduler, self._fleets, self._jobs, self._wishes, self._settings.poll_s
             )
 
+    def _speak_again(self) -> None:
+        if self._is_quiet:
+            self._is_quiet = False
+            _QUIET.end()
+
     async def _close(self) -> None:
         upkeep, self._upkeep = self._upkeep, None
         try:
@@ -247,6 +270,7 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
             await super()._close()
         finally:
             self._connection.remove()
+            self._speak_again()
             for name, fleet in self._fleets.items():
                 await self._jobs.cancel(name, list(fleet.jobs))
             await self._jobs.close()

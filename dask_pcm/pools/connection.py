@@ -123,12 +123,14 @@ def connect(file: str | os.PathLike[str], **options: Any) -> Client:
 
 def _client(path: Path, address: str, **options: Any) -> Client:
     try:
-        return Client(address, **options)
+        client = Client(address, **options)
     except OSError as error:
         raise PoolError(
             f"The scheduler of {str(path)!r} does not answer at {address}: its process has ended,"
             " or cannot be reached from here."
         ) from error
+    client.connection_file = str(path.absolute())
+    return client
 
 
 def _remove_left(clusters: Path) -> None:

@@ -186,6 +186,11 @@ class Fleet:
         self.refused(f"{text}\nThe end of the last one's output:\n{log}", now)
         return True
 
+    def forgive(self) -> None:
+        """Submit at once what is wanted, although it was refused before."""
+        self._n_vain, self._at_once = 0, math.inf
+        self._recover()
+
     def unreachable(self, worker: str, address: str, why: str, now: float) -> None:
         """A worker has joined that accepts no connections: its pool does nothing so."""
         self._n_vain = max(self._n_vain, _N_VAIN)
@@ -319,6 +324,13 @@ class Fleet:
         """Jobs that have no nodes yet."""
         return sum(not job.is_running and not job.is_cancelled for job in self.jobs.values())
 
+    def n_starting(self) -> int:
+        """Jobs that have their nodes, and no worker yet."""
+        return sum(
+            job.is_running and not (job.has_joined or job.is_cancelled)
+            for job in self.jobs.values()
+        )
+
     def _room(self, n_jobs: int) -> int:
         """How many of `n_jobs` may be queued, in one submission."""
         n_jobs = int(min(n_jobs, self._at_once))
@@ -343,4 +355,6 @@ class Fleet:
                 {j.reason for j in self.jobs.values() if j.reason and not j.is_running}
             )
             text += f", {n} pending" + (f" ({', '.join(reasons)})" if reasons else "")
+        if n := self.n_starting():
+            text += f", {n} starting"
         return text + (f"; {self.trouble.splitlines()[0]}" if self.trouble else "")

@@ -48,7 +48,8 @@ class Manifest:
         their rows are numbered.
     recorded
         For information: versions, contexts by name, commits of models, digests of the parts of
-        functions and contexts, number of rows, how parts are committed, devices that rows ran on.
+        functions and contexts, number of rows, how parts are committed, devices that rows ran on,
+        the connection file of a cluster of pools.
     """
 
     identity: dict[str, Any]

@@ -148,6 +148,7 @@ class Session:
         plan.arrange(list(used.identity.get("input", {})))
         recorded = {
             **used.recorded,
+            "connection_file": _connection_file(self._client),
             "total": plan.n_rows,
             "counted": self.state.counted,
             "committed_by": output.commit_method,
@@ -263,3 +264,9 @@ def _commit_empty(output: Output, plan: Plan, spec: UnitSpec) -> None:
     own = {"run": output.run, "rows": 0, "failed": 0}
     empty = spec.schema.table(plan.meta)
     output.commit(range_name(0, 0), [empty], lambda: {**spec.provenance, **own})
+
+
+def _connection_file(client: Client) -> str | None:
+    """The file with which others find the cluster of a run, if it is one of pools."""
+    known = getattr(client, "connection_file", None)
+    return known or getattr(client.cluster, "connection_file", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -128,6 +129,8 @@ def test_adaptive_follows_a_run_and_gives_back(cluster, job, tmp_path):
         until(lambda: len(names(one)) == 2)
         run.wait()
         assert len(found_in(tmp_path / "out")) == 400
+        manifest = json.loads((tmp_path / "out/_pcm/manifest.json").read_text())
+        assert manifest["recorded"]["connection_file"] == one.connection_file
         until(lambda: not jobs(one))
 
 
@@ -144,7 +147,7 @@ def test_a_maximum_of_all_holds_for_pools_alike(cluster, job, tmp_path):
             targets += [now] if not targets or targets[-1] != now else []
             time.sleep(0.1)
         run.wait()
-    assert max(n_workers) == 2 and run.report.loads == 2
+    assert max(n_workers) == 2 and run.report.context_loads == 2
     assert len(targets) <= 4, targets  # none at first, what is wanted, and none at the end
 
 

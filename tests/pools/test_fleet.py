@@ -198,6 +198,23 @@ def test_why_jobs_wait_is_said_in_the_words_of_the_batch_system():
     assert str(one.fleet) == "a10: 0 jobs with workers, 2 pending (Priority)"
 
 
+def test_jobs_that_have_nodes_and_no_worker_yet_are_said():
+    one = Played()
+    one.submit("1", "2", "3")
+    one.now = 1.0
+    one.poll(_1=RUNS, _2=WAITS, _3=RUNS)
+    one.workers("a10-3")
+    assert str(one.fleet) == "a10: 1 jobs with workers, 1 pending (Priority), 1 starting"
+
+
+def test_what_was_refused_is_forgotten_when_the_user_asks_anew():
+    one = Played()
+    for _ in range(3):
+        one.fleet.refused("no", one.now)
+    one.fleet.forgive()
+    assert one.steps(4) == Steps(n_submit=4) and not one.fleet.trouble
+
+
 def test_a_large_submission_that_does_nothing_counts_once():
     one = Played()
     one.submit(*map(str, range(50)))

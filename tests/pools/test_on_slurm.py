@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from distributed import Client
 
 import dask_pcm as pcm
 from dask_pcm.errors import PoolError
+from dask_pcm.factcheck import PROMPT, generate
 from tests.support.jobs import found_in
 from tests.support.patience import patient, until
 from tests.support.slurm import GRACE_S
@@ -223,6 +227,24 @@ def test_jobs_whose_output_cannot_be_found_are_said(slurm, cluster, wrapped, cap
     until(lambda: "3 times in a row" in one.lack)
     folder = one._jobs.log("any", "1").parent
     until(lambda: f"there is none in {folder}: either it was cancelled" in caplog.text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_end_of_a_session_ends_the_pending_jobs_of_a_command(slurm, tmp_path, number):
+    generate(40, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
+    path = tmp_path / "cluster.yaml"
+    later = "{queue: opportunistic, memory: 600 MiB, directives: [--begin=now+1hour]}"
+    path.write_text(f"pools: {{cpu: {later}}}")
+    args = ["run", tmp_path / "claims.parquet", tmp_path / "out", "--cluster", path]
+    args += ["--model", "demo", "--prompt", PROMPT, "--choices", "SUPPORTED,REFUTED"]
+    command = [Path(sys.executable).with_name("dask-pcm"), *args]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        until(queue, 60)
+        process.send_signal(number)
+        _, text = process.communicate(timeout=patient(60))
+    assert process.returncode == 130 and "rerun the same command to resume" in text
+    assert "waiting for workers" in text and "0/0" not in text
+    until(lambda: not queue())
 
 
 def test_a_pending_job_that_is_cancelled_outside_is_replaced(slurm, cluster):

@@ -91,9 +91,15 @@ def _fields(progress: Progress, note: str) -> list[_Field]:
         _Field(1, f"{progress.failed:,} failed"),
         _Field(5, "" if is_slow else f"{progress.per_s:,.0f}/s"),
         _Field(4, eta),
-        _Field(6, "" if note else f"{progress.n_warm}/{progress.n_workers} warm"),
+        _Field(6, "" if note else _warm(progress)),
         _Field(7, f"{progress.n_loads} loads"),
     ]
+
+
+def _warm(progress: Progress) -> str:
+    if progress.n_workers or progress.done >= progress.total:
+        return f"{progress.n_warm}/{progress.n_workers} warm"
+    return "" if progress.state == PAUSED else "waiting for workers"
 
 
 def _percent(progress: Progress) -> int:
