@@ -91,7 +91,7 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
         if security is True:
             security = Security.temporary()
         self._connection = Connection.make(name or "cluster", security or None)
-        self._jobs = Jobs(self.pools, self._connection.tls)
+        self._jobs = Jobs(self.pools, self._connection)
         self._upkeep: Upkeep | None = None
         options = {
             "host": self._settings.host,
@@ -253,6 +253,7 @@ class PoolCluster(SpecCluster):  # type: ignore[misc] # untyped
             raise
         if self._upkeep is None:
             self._connection.publish(self.scheduler.address)
+            await self._jobs.cancel_left()
             self._upkeep = Upkeep(
                 self.scheduler, self._fleets, self._jobs, self._wishes, self._settings.poll_s
             )

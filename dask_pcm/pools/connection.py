@@ -2,7 +2,7 @@
 
 Every cluster has a folder of its own in the user's home, which no other user can enter. Jobs read
 it there, so the home is one that the nodes share. A cluster whose process is killed leaves its
-folder; the next one on the same machine removes it.
+folder, and jobs that wait; the next one on the same machine removes both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from distributed import Client, Security
 from dask_pcm.errors import PoolError
 
 _FILES = {"tls_ca_file": "ca.pem", "tls_worker_cert": "cert.pem", "tls_worker_key": "key.pem"}
-_NAME = "connection.json"
+_NAME, _JOBS = "connection.json", "jobs"
 
 
 def home() -> Path:
@@ -43,10 +44,13 @@ class Connection:
         Where they are.
     tls
         The certificates, by option of ``dask worker``; empty without TLS.
+    left
+        Jobs of clusters whose process was killed: batch system and id.
     """
 
     folder: Path
     tls: Mapping[str, str]
+    left: tuple[tuple[str, str], ...] = ()
 
     @property
     def file(self) -> Path:
@@ -58,7 +62,7 @@ class Connection:
         """Make the folder, with the certificates of `security` in it."""
         plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
         clusters = home() / "clusters"
-        _remove_left(clusters)
+        left = tuple(_remove_left(clusters))
         folder = clusters / f"{plain}-{os.urandom(3).hex()}-{os.getpid()}@{socket.gethostname()}"
         folder.mkdir(mode=0o700, parents=True)
         tls = {}
@@ -73,11 +77,16 @@ class Connection:
                     " for temporary certificates."
                 ) from error
             tls[f"--{field.replace('_worker', '').replace('_', '-')}"] = str(path)
-        return cls(folder, tls)
+        return cls(folder, tls, left)
 
     def publish(self, address: str) -> None:
         """Write the connection file."""
         _write(self.file, json.dumps({"address": address, "tls": dict(self.tls)}))
+
+    def note_jobs(self, batch: str, jobs: Iterable[str]) -> None:
+        """Note jobs that were submitted, should this process be killed."""
+        with suppress(OSError), (self.folder / _JOBS).open("a", encoding="utf-8") as file:
+            file.writelines(f"{batch} {job}\n" for job in jobs)
 
     def remove(self) -> None:
         """Remove all files; workers that have not read them yet end."""
@@ -133,11 +142,15 @@ def _client(path: Path, address: str, **options: Any) -> Client:
     return client
 
 
-def _remove_left(clusters: Path) -> None:
-    """Remove the folders of clusters whose process on this machine is gone."""
+def _remove_left(clusters: Path) -> Iterator[tuple[str, str]]:
+    """Remove the folders of clusters whose process on this machine is gone; yield their jobs."""
     for folder in clusters.glob(f"*-*@{socket.gethostname()}"):
         pid = folder.name.rpartition("@")[0].rpartition("-")[2]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            with suppress(OSError):
+                for line in (folder / _JOBS).read_text(encoding="utf-8").splitlines():
+                    batch, _, job = line.partition(" ")
+                    yield batch, job
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dask_pcm.errors import PoolError
 from dask_pcm.pools.batch import BatchSystem, JobState, Start
-from dask_pcm.pools.connection import home
+from dask_pcm.pools.connection import Connection, home
 from dask_pcm.pools.htcondor import HTCondor
 from dask_pcm.pools.local import Local
 from dask_pcm.pools.pbs import PBS
@@ -38,13 +38,13 @@ class Jobs:
     ----------
     pools
         Pools by name.
-    tls
-        See ``Start``.
+    connection
+        The cluster's files.
     """
 
-    def __init__(self, pools: Mapping[str, Pool], tls: Mapping[str, str]) -> None:
+    def __init__(self, pools: Mapping[str, Pool], connection: Connection) -> None:
         self._pools = pools
-        self._tls = tls
+        self._connection = connection
         #: What systems that do not answer have said last, by batch system.
         self.silence: dict[str, str] = {}
         self._systems = {one: _SYSTEMS[one]() for one in {p.batch for p in pools.values()}}
@@ -65,7 +65,20 @@ class Jobs:
         See ``Start`` for `excluded`.
         """
         start = replace(self._start(name, address), excluded=tuple(sorted(excluded)))
-        return await self._system(name).submit(start, n_jobs)
+        ids = await self._system(name).submit(start, n_jobs)
+        self._connection.note_jobs(self._pools[name].batch, ids)
+        return ids
+
+    async def cancel_left(self) -> None:
+        """Cancel jobs of clusters whose process was killed; most of them are over."""
+        left: dict[str, list[str]] = {}
+        for batch, job in self._connection.left:
+            left.setdefault(batch, []).append(job)
+        for batch in left.keys() & _SYSTEMS.keys():
+            try:
+                await _SYSTEMS[batch]().cancel(left[batch])
+            except PoolError as error:
+                logger.debug("Of jobs that a killed cluster has left: %s", error)
 
     async def states(
         self, jobs: Mapping[str, Collection[str]]
@@ -140,7 +153,7 @@ class Jobs:
                 f"The folder for the output of jobs, {str(logs)!r}, cannot be made:"
                 f" {error.strerror}."
             ) from error
-        return Start(address, name, pool, self._tls, logs)
+        return Start(address, name, pool, self._connection.tls, logs)
 
     def _system(self, name: str) -> BatchSystem:
         return self._systems[self._pools[name].batch]

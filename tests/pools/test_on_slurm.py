@@ -229,6 +229,24 @@ def test_jobs_whose_output_cannot_be_found_are_said(slurm, cluster, wrapped, cap
     until(lambda: f"there is none in {folder}: either it was cancelled" in caplog.text)
 
 
+def test_the_next_cluster_cancels_what_a_killed_process_has_left_waiting(slurm, cluster, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import time, dask_pcm as pcm\n"
+        "if __name__ == '__main__':\n"
+        "    later = ['--begin=now+1hour']\n"
+        "    pool = pcm.Pool(queue='opportunistic', memory='600 MiB', directives=later)\n"
+        "    pcm.PoolCluster({'cpu': pool}).scale(2)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, script]) as process:
+        until(lambda: len(queue()) == 2, 60)
+        process.kill()
+    assert len(queue()) == 2
+    cluster({"other": pcm.Pool(batch="local")})
+    until(lambda: not queue())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_end_of_a_session_ends_the_pending_jobs_of_a_command(slurm, tmp_path, number):
     generate(40, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
