@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -85,8 +86,15 @@ class Call:
         """Hand a batch to a function that is served; it gets attendants instead of live objects."""
         args, kwargs = self._arguments(contexts)
         with self.raising():
-            submitted: Future[pd.DataFrame] = self.func.submit(frame, *args, **kwargs)  # type: ignore[attr-defined] # it is served
-        return submitted
+            submitted = self.func.submit(frame, *args, **kwargs)  # type: ignore[attr-defined] # it is served
+        if not isinstance(submitted, Future):
+            raise SchemaError(
+                f"{_name(self.func)}.submit returned {type(submitted).__name__}; expected a"
+                " concurrent.futures.Future of a DataFrame."
+            )
+        found: Future[pd.DataFrame] = Future()
+        submitted.add_done_callback(functools.partial(_pass_on, found))
+        return found
 
     def _arguments(self, contexts: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the function is called with after its frame."""
@@ -216,6 +224,14 @@ class Call:
         """Whether a column's dtype is that in `meta`; categories may differ."""
         wanted = self._dtypes[name]
         return bool(dtype == wanted or without_categories(dtype) == without_categories(wanted))
+
+
+def _pass_on(found: Future[Any], submitted: Future[Any]) -> None:
+    """Pass on a result as soon as it is there; its memory may be written to after that."""
+    try:
+        found.set_result(detached(submitted.result()))
+    except BaseException as error:
+        found.set_exception(error)
 
 
 def _name(func: Any) -> str:

@@ -21,6 +21,7 @@ from dask_pcm.errors import PCMError
 from dask_pcm.frames.call import Call
 from dask_pcm.frames.failed_rows import ERROR, failed_row, with_error
 from dask_pcm.ladder.objects.tensors import is_sticky
+from dask_pcm.plugins.worker.deadline import in_time
 from dask_pcm.plugins.worker.first_batches import is_hopeless
 from dask_pcm.plugins.worker.stats import Tally, TaskStats, unpack
 from dask_pcm.plugins.worker.task import attendants, hold
@@ -145,7 +146,8 @@ class Caller:
         self.tally.begin_batch()
         future: Future[pd.DataFrame]
         try:
-            future = self.call.submit(frame.copy(deep=False), contexts)
+            with in_time(self.call.timeout_s):  # it may wait for room
+                future = self.call.submit(frame.copy(deep=False), contexts)
         except Exception as error:  # its rows are isolated like those of a batch that fails later
             future = Future()
             future.set_exception(error)

@@ -90,11 +90,12 @@ def read_parquet(
         If a requested column does not exist or a name is repeated, or `filters` do not fit.
     """
     paths = path_texts(path)
-    if rows_per_piece < 1:
-        raise InputError(f"rows_per_piece must be at least 1; found {rows_per_piece}.")
-    limit = Config.read().unit_bytes if bytes_per_piece is None else parse_bytes(bytes_per_piece)
-    if limit < 1:
-        raise InputError(f"bytes_per_piece must be at least 1; found {bytes_per_piece}.")
+    is_whole = isinstance(rows_per_piece, int) and not isinstance(rows_per_piece, bool)
+    if not is_whole or rows_per_piece < 1:
+        raise InputError(
+            f"rows_per_piece must be a whole number, at least 1; found {rows_per_piece!r:.80}."
+        )
+    limit = _limit_bytes(bytes_per_piece)
     if storage_options is not None and not isinstance(storage_options, Mapping):
         raise InputError(f"storage_options must be a dict; found {type(storage_options).__name__}.")
     names = None if columns is None else column_names(columns, "columns")
@@ -121,6 +122,22 @@ def read_parquet(
         if filters is not None:
             frame = matching(frame, fitted(conditions, reader.schema))
         return frame if wanted == read else frame[wanted]
+
+
+def _limit_bytes(given: int | str | None) -> int:
+    """The size of a piece, in bytes."""
+    if given is None:
+        return Config.read().unit_bytes
+    try:
+        limit = 0 if isinstance(given, bool) else int(parse_bytes(given))
+    except (ValueError, TypeError, AttributeError):
+        limit = 0
+    if limit < 1:
+        raise InputError(
+            "bytes_per_piece must be a size of at least 1 byte, such as '64 MiB'; found"
+            f" {given!r:.80}."
+        )
+    return limit
 
 
 def _pieces(files: Sequence[File], max_rows: int, max_bytes: int) -> Iterator[Span]:

@@ -160,6 +160,13 @@ class WorkHandedOver:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkRejoined:
+    """Work that had seceded is on a lane again."""
+
+    key: object
+
+
+@dataclass(frozen=True, slots=True)
 class WorkWithdrawn:
     """Work was cancelled: its result is no longer needed."""
 
@@ -284,6 +291,7 @@ Event: TypeAlias = (
     | WorkParked
     | WorkEnded
     | WorkHandedOver
+    | WorkRejoined
     | WorkWithdrawn
     | ResidencyReported
     | ContextDeclared

@@ -29,6 +29,7 @@ from dask_pcm.scheduling.events import (
     WorkerPaused,
     WorkHandedOver,
     WorkParked,
+    WorkRejoined,
     WorkWithdrawn,
 )
 from dask_pcm.scheduling.explain import describe, explain
@@ -100,6 +101,13 @@ class Gate(RuleBasedStateMachine):
         """Work leaves its lane: it has seceded, or is served; the message may be duplicated."""
         key = data.draw(st.sampled_from(sorted(self.state.placed)))
         self.tell(*[WorkHandedOver(key, n_rows)] * n)
+
+    @precondition(lambda self: self.state.placed)
+    @rule(data=st.data(), n=st.integers(1, 2))
+    def rejoin(self, data, n):
+        """Work is on a lane again; it need not have left one."""
+        key = data.draw(st.sampled_from(sorted(self.state.placed)))
+        self.tell(*[WorkRejoined(key)] * n)
 
     @rule(number=st.integers(1, 50), n_rows=st.sampled_from([None, 1.0]))
     def hand_over_late(self, number, n_rows):

@@ -26,9 +26,10 @@ from dask_pcm.plugins.worker.deadline import stopped
 class _Telling:
     """A proxy of a thread's executor, as ``secede`` and ``rejoin`` use it; for that thread."""
 
-    def __init__(self, executor: Any, turns: Turns) -> None:
+    def __init__(self, executor: Any, turns: Turns, tell: Callable[[str], None]) -> None:
         self._executor = executor
         self._turns = turns
+        self._tell = tell
         self._given: list[tuple[Residency, int]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -37,6 +38,7 @@ class _Telling:
     def _adjust_thread_count(self) -> None:
         """Called by ``secede``, once the thread has left: give up its turns."""
         self._given = self._turns.give_back()
+        self._tell("pcm-handed-over")  # Dask tells the first time only
         self._executor._adjust_thread_count()
 
     def submit(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
@@ -50,6 +52,8 @@ class _Telling:
             # First the place, then the turns: with turns held, a wait for the place could deadlock.
             for event in let_in:
                 event.wait()
+            if let_in:
+                self._tell("pcm-rejoined")
             thread_state.proceed = True  # it has its place, even if the turns are refused below
             given, self._given = self._given, []
             self._turns.take_again(given)
@@ -57,14 +61,20 @@ class _Telling:
 
 
 @contextmanager
-def giving_back(turns: Turns) -> Iterator[None]:
-    """Within the block, the task on this thread gives up its turns while it has seceded."""
+def giving_back(turns: Turns, tell: Callable[[str], None]) -> Iterator[None]:
+    """Within the block, the task on this thread gives up its turns while it has seceded.
+
+    Parameters
+    ----------
+    tell
+        Tells the gate that the task leaves its lane, or is back.
+    """
     executor = getattr(thread_state, "executor", None)
     # Not a thread of Dask's, or nested in another block.
     if executor is None or isinstance(executor, _Telling):
         yield
         return
-    thread_state.executor = _Telling(executor, turns)
+    thread_state.executor = _Telling(executor, turns, tell)
     try:
         yield
     finally:

@@ -103,7 +103,7 @@ def hold(refs: Sequence[ContextRef], stats: TaskStats | None = None) -> Iterator
     store = source.store if isinstance(source, WorkerContexts) else source
     asked = time.perf_counter()
     values, held = source.begin_hold(refs)
-    with held, giving_back(store.turns):
+    with held, giving_back(store.turns, _tell):
         start = time.perf_counter()
         if stats is not None:
             stats.note_facts(values)
@@ -119,6 +119,17 @@ def hold(refs: Sequence[ContextRef], stats: TaskStats | None = None) -> Iterator
             if stats is not None:
                 stats.waited_s += start - asked
                 stats.held_s += time.perf_counter() - start
+
+
+def _tell(op: str) -> None:
+    """Tell the gate what the task on this thread does."""
+    try:
+        worker, plugin = get_worker(), _plugin()
+        key = worker.get_current_task()
+    except (ValueError, KeyError):  # no worker; no task of it
+        return
+    if plugin is not None:
+        plugin.tell({"op": op, "key": key})
 
 
 def attendants(refs: Sequence[ContextRef], values: Sequence[Any]) -> list[Any]:

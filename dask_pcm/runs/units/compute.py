@@ -187,15 +187,19 @@ class Computation:
             frame = self._evaluate(self._graph.result, values)
             return Submission(lambda: Outcome([frame], []))
         *before, (last, caller) = self._callers
+        earlier: list[pd.DataFrame] = []
         for step, other in before:
             parts = other.results(self._evaluate(step.below, values), watch)
             values[step.key] = other.call.joined(parts)
+            if other.call.batch_rows is not None:
+                earlier.append(values[step.key])
         frame = self._evaluate(last.below, values)
         if not caller.call.is_served or not len(frame):
-            found = caller.results(frame, watch)
+            found = _with_errors(caller.results(frame, watch), earlier)
             return Submission(lambda: self._finished(values, found))
         begun = caller.submit(frame, watch)
-        return Submission(lambda: self._finished(values, begun.result()), begun.future)
+        finish = lambda: self._finished(values, _with_errors(begun.result(), earlier))  # noqa: E731
+        return Submission(finish, begun.future)
 
     def failed(self, batch: Batch, error: Exception) -> Outcome:
         """The rows of a batch if all of them fail with `error`, and no function is called."""
@@ -242,6 +246,29 @@ class Computation:
                 nodes[one] = self._graph.tasks[one]
                 todo += nodes[one].dependencies
         return execute_graph(nodes, keys=[key])[key]
+
+
+def _with_errors(parts: list[pd.DataFrame], earlier: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Results of the last function, with the errors of rows that an earlier one has failed on.
+
+    A function that does not pass the column on would have them end without answer and error.
+    """
+    for frame in reversed(earlier):
+        failed = frame[ERROR][frame[ERROR].notna()]
+        if failed.empty or not all(part.index.is_unique for part in parts):
+            continue
+        found = []
+        for part in parts:
+            own = part[ERROR] if ERROR in part.columns else pd.Series(index=part.index, dtype="str")
+            lost = failed[failed.index.isin(part.index) & ~failed.index.duplicated()]
+            lost = lost[own.reindex(lost.index).isna().to_numpy()]
+            if len(lost):
+                own = own.astype(object)
+                own.loc[lost.index] = lost
+                part = part.assign(**{ERROR: own.astype("str")})
+            found.append(part)
+        parts = found
+    return parts
 
 
 def _take(spans: list[Span], end: int) -> tuple[int, int]:

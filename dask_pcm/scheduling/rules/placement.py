@@ -180,7 +180,8 @@ def _is_for(view: WorkerView, group: Group) -> bool:
     if not view.has_rows_left(group):
         return False
     if group.is_isolated:
-        return not view.running and view.reserved_for in (None, group)
+        is_alone = view.reserved_for is None and not view.waiting
+        return not view.running and (is_alone or view.reserved_for == group)
     return view.reserved_for is None
 
 
@@ -212,7 +213,9 @@ def reserve_workers(state: GateState, now: float) -> None:
         for view in serving:
             view.reserved_for = None
         if fit:
-            best = reserved or [min(fit, key=lambda view: state.estimates.backlog_s(view, now))]
+            # Beside what waits for other work only where there is no other: it may wait for this.
+            alone = [view for view in fit if not view.waiting] or fit
+            best = reserved or [min(alone, key=lambda view: state.estimates.backlog_s(view, now))]
             best[0].reserved_for = group
 
 

@@ -32,6 +32,7 @@ from dask_pcm.scheduling.events import (
     WorkerPaused,
     WorkHandedOver,
     WorkParked,
+    WorkRejoined,
     WorkWithdrawn,
 )
 from dask_pcm.scheduling.feed.feed import DeviceDemand
@@ -79,6 +80,8 @@ class GateState:
                 worker = self.placed[key]
                 self.workers[worker].hand_over(key, n_rows)
                 self.plans.changed[worker] = None
+            case WorkRejoined(key) if key in self.placed:
+                self.workers[self.placed[key]].take_back(key, now)
             case WorkWithdrawn(key) | Fail(key):
                 self._end_work(key, is_finished=False)
                 self.ahead.unpark(key)
@@ -243,7 +246,7 @@ class GateState:
         view = self.workers.pop(worker, None)
         if view is None:
             return
-        for context in view.begun:
+        for context in view.begun & view.loading_since.keys():  # those that were asked for
             loaded_s = now - view.loading_since[context]
             self.failures.record_end_of_time(context, view.pool, view.limit_s, loaded_s)
         self.estimates.remove_worker(view, is_lost, now)

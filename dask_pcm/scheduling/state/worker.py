@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TypeVar
 
 from dask_pcm.scheduling.events import Group, Work, WorkerJoined
 from dask_pcm.tiers import ON_DEVICE, Tier
 
 K = TypeVar("K", bound=Hashable)
+
+
+class Whereabouts(Enum):
+    """Where work is on its worker: on a lane or in the queue for one, there alone, or off it."""
+
+    ON_LANE = "on lane"
+    ALONE = "alone"
+    OFF_LANE = "off lane"
 
 
 @dataclass(slots=True)
@@ -43,6 +52,8 @@ class WorkerView:
     served: dict[object, float] = field(default_factory=dict)
     #: Work that has seceded: it waits for other work, and takes no room.
     waiting: dict[object, Work] = field(default_factory=dict)
+    #: Of `running`, what had seceded before, and may have found others on the lanes.
+    rejoined: set[object] = field(default_factory=set)
     #: Rows in flight that the attendant of a context takes; only contexts that have one.
     serves_rows: dict[str, int] = field(default_factory=dict)
     #: Rows and pieces of work assigned and not ended, by group.
@@ -85,11 +96,18 @@ class WorkerView:
         elif key not in self.waiting and key not in self.served:
             self.waiting[key] = self.take(key)
 
+    def take_back(self, key: object, now: float) -> None:
+        """Record that work which had seceded is on a lane again."""
+        if key in self.waiting:
+            self.rejoined.add(key)
+            self.give(self.waiting.pop(key), now)
+
     def take(self, key: object) -> Work:
         """Remove a piece of work from this worker, and return it."""
         if key in self.waiting:
             return self.waiting.pop(key)
         self.served.pop(key, None)
+        self.rejoined.discard(key)
         work = self.running.pop(key)
         self.n_rows[work.group] -= work.n_rows
         self.n_works[work.group] -= 1
@@ -97,13 +115,13 @@ class WorkerView:
             del self.n_rows[work.group], self.n_works[work.group]
         return work
 
-    def select_begun(self, priorities: Mapping[K, tuple[float, ...]]) -> list[K]:
-        """Select the tasks that the worker had begun: those that have left their lanes, and the
-        first others by priority, one per lane.
-        """
-        has_left = [key for key in priorities if key in self.served or key in self.waiting]
-        others = [key for key in priorities if key not in has_left]
-        return has_left + sorted(others, key=lambda key: priorities[key])[: self.n_lanes]
+    def where(self, key: object) -> Whereabouts:
+        """Where a piece of work is on this worker."""
+        if key in self.served or key in self.waiting:
+            return Whereabouts.OFF_LANE
+        work = self.running.get(key)
+        is_alone = work is not None and work.group.is_isolated
+        return Whereabouts.ALONE if is_alone else Whereabouts.ON_LANE
 
     @property
     def n_on_lanes(self) -> int:
@@ -197,8 +215,24 @@ class WorkerView:
         assert Tier.ABSENT not in self.tiers.values(), self.address
         for context in self.evicting:
             assert self.tiers.get(context) is Tier.DEVICE, (self.address, context)
-        if self.has_isolated_work:
+        assert self.rejoined <= self.running.keys()
+        if self.has_isolated_work and not self.rejoined:
             assert len(self.running) == 1, self.running
+
+
+def select_begun(
+    works: Mapping[K, Whereabouts], priorities: Mapping[K, tuple[float, ...]], n_lanes: int
+) -> list[K]:
+    """Select the work that a worker had begun when it was lost.
+
+    That which had left its lane, and the first others by priority, one per lane. Isolated work that
+    was on a lane is the cause by itself, and not what only waited for others.
+    """
+    if alone := [key for key, where in works.items() if where is Whereabouts.ALONE]:
+        return alone
+    off_lane = [key for key, where in works.items() if where is Whereabouts.OFF_LANE]
+    others = [key for key in works if key not in off_lane]
+    return off_lane + sorted(others, key=lambda key: priorities[key])[:n_lanes]
 
 
 def joined(event: WorkerJoined, now: float) -> WorkerView:

@@ -7,11 +7,14 @@ from dask_pcm.scheduling.events import (
     ResidencyReported,
     Work,
     WorkEnded,
+    WorkerJoined,
     WorkerLeft,
     WorkHandedOver,
     WorkParked,
+    WorkRejoined,
 )
 from dask_pcm.scheduling.explain import explain
+from dask_pcm.scheduling.state.worker import select_begun
 from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, B, World, assigned
 
@@ -78,7 +81,8 @@ def test_what_has_seceded_takes_no_room_and_is_known_until_it_ends():
     assert "has seceded" in explain(world.state, "a0", 0.0)
     assert keys(world) == ["a1"]
     # Both had begun: each may be what ends the process.
-    assert view.select_begun({"a0": (0,), "a1": (0,), "a2": (1,)}) == ["a0", "a1"]
+    works = {key: view.where(key) for key in ("a0", "a1", "a2")}
+    assert select_begun(works, {"a0": (0,), "a1": (0,), "a2": (1,)}, 1) == ["a0", "a1"]
     world.now = 2.0
     world.tell(WorkEnded("a1", True))
     world.decide()
@@ -107,6 +111,59 @@ def test_a_suspect_that_has_seceded_lets_in_what_it_waits_for():
     assert keys(world) == []
     world.tell(WorkHandedOver("bad"))
     assert keys(world) == ["a0"]
+
+
+def test_a_worker_is_lost_while_it_loads_what_was_not_asked_for():
+    world = warm_world()
+    world.tell(ResidencyReported("w", "a", Tier.LOADING), WorkerLeft("w"))
+    world.state.validate()
+    assert not world.state.workers
+
+
+def test_what_rejoins_has_its_lane_again():
+    world = warm_world()
+    world.park(3)
+    assert keys(world) == ["a0"]
+    world.tell(WorkHandedOver("a0"))
+    assert keys(world) == ["a1"]
+    world.tell(WorkEnded("a1", True), WorkRejoined("a0"), WorkRejoined("a0"))
+    view = world.state.workers["w"]
+    assert keys(world) == [] and not view.waiting and view.n_on_lanes == 1
+    world.tell(WorkHandedOver("a0"))  # and secedes again
+    assert keys(world) == ["a2"]
+    world.tell(WorkRejoined("a0"))  # beside what it had let in
+    assert view.n_on_lanes == 2
+    world.tell(WorkEnded("a2", True), WorkEnded("a0", True))
+    world.state.validate()
+    assert not view.running and not view.rejoined
+
+
+def test_a_suspect_that_rejoins_is_alone_again():
+    world = warm_world()
+    world.tell(WorkParked(Work("bad", SUSPECT, (0,))))
+    assert keys(world) == ["bad"]
+    world.tell(WorkHandedOver("bad"))
+    world.park(2)
+    assert keys(world) == ["a0"]
+    world.tell(WorkRejoined("bad"), WorkEnded("a0", True))
+    assert keys(world) == []
+    world.state.validate()
+
+
+def test_a_suspect_is_not_tried_beside_what_waits_for_others():
+    world = warm_world()
+    world.park(1)
+    assert keys(world) == ["a0"]
+    world.tell(WorkHandedOver("a0"), WorkParked(Work("bad", SUSPECT, (0,))))
+    # There is no other worker, and "a0" may wait for it.
+    assert keys(world) == ["bad"]
+    view = world.state.workers["w"]
+    works = {key: view.where(key) for key in ("a0", "bad")}
+    assert select_begun(works, {"a0": (0,), "bad": (1,)}, 2) == ["bad"]  # "a0" only waits
+    world.tell(WorkEnded("bad", False))
+    world.tell(WorkerJoined("other", 1), ResidencyReported("other", "a", Tier.DEVICE))
+    world.tell(WorkParked(Work("worse", SUSPECT, (0,))))
+    assert assigned(world.decide(pipeline_s=0.0)) == [("worse", "other")]
 
 
 def test_a_suspect_that_is_served_stays_alone():

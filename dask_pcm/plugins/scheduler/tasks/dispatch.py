@@ -25,6 +25,7 @@ from dask_pcm.scheduling.events import (
     Offload,
     Quarantine,
     WorkHandedOver,
+    WorkRejoined,
 )
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,11 @@ class Dispatch(Service):
 
     def stream_handlers(self) -> Mapping[str, Callable[..., None]]:
         """See ``Service``."""
-        return {"pcm-returned": self.on_returned, "pcm-handed-over": self.on_handed_over}
+        return {
+            "pcm-returned": self.on_returned,
+            "pcm-handed-over": self.on_handed_over,
+            "pcm-rejoined": self.on_rejoined,
+        }
 
     def carry_out(self, actions: list[Action]) -> None:
         """Carry out the actions of one decision, its assignments in one batch of transitions."""
@@ -133,10 +138,17 @@ class Dispatch(Service):
         if self._hub.state.placed.get(key) == worker:
             self._hub.apply(WorkHandedOver(key))
 
-    def on_handed_over(self, worker: str, key: Any, n_rows: float, **kwargs: Any) -> None:
-        """A task leaves its lane: an attendant serves its last rows."""
+    def on_handed_over(
+        self, worker: str, key: Any, n_rows: float | None = None, **kwargs: Any
+    ) -> None:
+        """A task leaves its lane: an attendant serves its last rows, or it secedes."""
         if self._hub.state.placed.get(key) == worker:
             self._hub.apply(WorkHandedOver(key, n_rows))
+
+    def on_rejoined(self, worker: str, key: Any, **kwargs: Any) -> None:
+        """A task that had seceded is on a lane again."""
+        if self._hub.state.placed.get(key) == worker:
+            self._hub.apply(WorkRejoined(key))
 
     def on_returned(self, worker: str, keys: list[Any]) -> None:
         """A worker has handed back tasks that it had not begun: schedule them anew."""

@@ -15,6 +15,7 @@ from dask_pcm.plugins.scheduler.tasks.attribution import Attribution
 from dask_pcm.plugins.scheduler.tasks.dispatch import end_with
 from dask_pcm.plugins.scheduler.tasks.parked import ParkedTasks
 from dask_pcm.scheduling.events import ProcessEnded
+from dask_pcm.scheduling.state.worker import Whereabouts, select_begun
 
 
 class Losses(Service):
@@ -32,7 +33,7 @@ class Losses(Service):
         attribution.on_judged = self._on_judged
         attribution.on_loads_blamed = lambda *loads: hub.apply(ProcessEnded(*loads))
         #: Tasks of a worker that is being removed: Dask moves them before it calls the hook.
-        self._lost_with: dict[str, list[Any]] = {}
+        self._lost_with: dict[str, dict[Any, Whereabouts]] = {}
         self._last_lost: WorkerState | None = None
         #: How many worker processes lost their device in a task.
         self._n_lost_devices: Counter[Any] = Counter()
@@ -57,7 +58,10 @@ class Losses(Service):
         """A task has left its worker, perhaps because the worker is gone."""
         worker = self._hub.state.placed.get(ts.key)
         if ts.suspicious and worker is not None and worker not in self._hub.scheduler.workers:
-            self._lost_with.setdefault(worker, []).append(ts.key)
+            # Now: once all of its work has left, the worker's view knows nothing of it.
+            view = self._hub.state.workers.get(worker)
+            where = Whereabouts.ON_LANE if view is None else view.where(ts.key)
+            self._lost_with.setdefault(worker, {})[ts.key] = where
             ts.suspicious = 0  # Dask counts the loss against every task of the worker
 
     def worker_joined(self, worker: str, member: Member) -> None:
@@ -66,7 +70,7 @@ class Losses(Service):
 
     def worker_left(self, worker: str, member: Member, is_lost: bool) -> None:
         """See ``Service``; hands the tasks and loads that had begun there to the attribution."""
-        lost_with = self._lost_with.pop(worker, [])
+        lost_with = self._lost_with.pop(worker, {})
         view = self._hub.state.workers.get(worker)
         # What a notice has ended is no fault of what was being loaded.
         loads = sorted(view.begun) if view and not view.is_draining else []
@@ -75,7 +79,8 @@ class Losses(Service):
         tasks = self._hub.scheduler.tasks
         found = [ts for key in lost_with if (ts := tasks.get(key)) is not None]
         priorities = {ts.key: tuple(ts.priority or ()) for ts in found}
-        keys = view.select_begun(priorities) if view else list(priorities)
+        works = {ts.key: lost_with[ts.key] for ts in found}
+        keys = select_begun(works, priorities, view.n_lanes) if view else list(priorities)
         self._last_lost = member.ws.clean()
         self._attribution.lost(member.ws.nanny or "", keys, member.ws.host, loads)
         for key in keys:
