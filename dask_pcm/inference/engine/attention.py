@@ -114,9 +114,15 @@ def _attend(pack: Pack, layer: int, q: Any, k: Any, v: Any, how: _How) -> Any:
         pages[page, slot] = torch.cat([k[places], v[places]], -1)
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     for group in pack.groups:
+        mask = group.mask(how.window)
+        if group.span is not None:  # views, and no copies
+            one, keys, values = (x[None, group.span].transpose(1, 2) for x in (q, k, v))
+            found = _attention(one, keys, values, mask, pack.is_causal, how)
+            out[group.span] = found[0].transpose(0, 1)
+            continue
         keys, values = _keys_of(group, pages, k, v)
         queries = q[group.index].transpose(1, 2)
-        found = _attention(queries, keys, values, group.mask(how.window), pack.is_causal, how)
+        found = _attention(queries, keys, values, mask, pack.is_causal, how)
         to, of = group.kept
         out[to] = found.transpose(1, 2).flatten(0, 1)[of]
     return out

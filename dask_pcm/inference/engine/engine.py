@@ -12,12 +12,15 @@ from typing import Any
 from dask_pcm.inference.engine.attention import packed
 from dask_pcm.inference.engine.packs import Pack
 from dask_pcm.inference.engine.pages import PagePool
-from dask_pcm.inference.engine.rows import Embedded, Generated, Prefix, Row, Scored
+from dask_pcm.inference.engine.rows import Embedded, Generated, Prefix, Row, RowError, Scored
 from dask_pcm.inference.engine.sampling import Sampling, choose
 from dask_pcm.inference.engine.schedule import Part, Schedule
+from dask_pcm.ladder.objects.tensors import is_sticky
 
 #: Logits that a step keeps at most.
 _MOST_LOGITS = 1 << 26
+#: Steps do not become smaller than this, however little memory there is.
+_LEAST_TOKENS = 32
 
 
 class Engine:
@@ -63,7 +66,25 @@ class Engine:
         """Compute one forward; does nothing without rows."""
         parts = self.schedule.choose(self.budget_tokens)
         if parts:
+            self._try(parts)
+
+    def _try(self, parts: Sequence[Part]) -> None:
+        """Compute a forward; if it fails, its halves, down to the rows that are the cause."""
+        try:
             self._run(parts)
+            return
+        except Exception as error:
+            if is_sticky(error):  # every later forward would fail, and the rows are not the cause
+                raise
+            if is_out_of_memory(error):
+                n_tokens = sum(len(part.segment.tokens) for part in parts)
+                self.budget_tokens = max(_LEAST_TOKENS, min(self.budget_tokens, n_tokens // 2))
+            if len(parts) == 1:
+                self.schedule.fail(parts[0].row, RowError(f"{type(error).__name__}: {error}"))
+                return
+        half = len(parts) // 2
+        self._try(parts[:half])
+        self._try(parts[half:])
 
     def _run(self, parts: Sequence[Part]) -> None:
         """Compute a forward, and take what it says of each row."""
@@ -133,3 +154,10 @@ class Engine:
             for (row, _), token in zip(members, tokens, strict=True):
                 if row.append(token):
                     self.schedule.end(row, row.new)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a forward has found no memory, on a device or on the host."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

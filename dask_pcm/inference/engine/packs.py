@@ -15,6 +15,8 @@ from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool
 
 #: Rows share a group if they are at least this share of its longest; or if all are as short.
 _ALIKE, _SHORT_TOKENS = 0.75, 16
+#: On CPUs, longer rows without cached tokens are groups of their own: nothing is padded or copied.
+_LONG_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class Group:
         Whether the rows' own keys are in these pages as well.
     n_positions
         Positions of the longest row.
+    span
+        Where the only row of the group is in the pack; None for several, or with cached tokens.
     """
 
     index: Any
@@ -75,6 +79,7 @@ class Group:
     table: Any
     is_stored: bool
     n_positions: int
+    span: slice | None = None
     _masks: dict[int, Any] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Any:
@@ -135,7 +140,8 @@ class Pack:
             self.starts.append(at)
             at += len(segment.tokens)
         self.stored = self._plan_stores(segments)
-        self.groups = [self._group(segments, one, positions) for one in _alike(segments)]
+        is_cpu = self.ids.device.type == "cpu"
+        self.groups = [self._group(segments, one, positions) for one in _alike(segments, is_cpu)]
 
     def _plan_stores(self, segments: Sequence[Segment]) -> Any:
         import torch
@@ -166,7 +172,10 @@ class Pack:
             key_at = cached_at if rows[0].is_stored else torch.cat([cached_at, own_at], 1)
         tensors: list[Any] = [index, kept, own_at, key_at, sees, table]
         a, b, c, d, e, f = (None if one is None else one.to(self._device) for one in tensors)
-        return Group(a, b, c, d, e, f, rows[0].is_stored, int(own_at.max()) + 1)
+        n_positions, span = int(own_at.max()) + 1, None
+        if len(rows) == 1 and table is None:
+            span = slice(self.starts[members[0]], self.starts[members[0]] + int(lengths))
+        return Group(a, b, c, d, e, f, rows[0].is_stored, n_positions, span)
 
     def _sees(self, rows: Sequence[Segment], is_own: Any) -> Any:
         """Which of a row's own tokens each of them sees; None if all, or all before it."""
@@ -214,7 +223,7 @@ def _with_cached(
     return torch.cat([before, sees.expand(len(rows), -1, -1, -1)], -1), at
 
 
-def _alike(segments: Sequence[Segment]) -> Iterator[list[int]]:
+def _alike(segments: Sequence[Segment], is_cpu: bool) -> Iterator[list[int]]:
     """Positions of segments that share a group."""
 
     def kind(k: int) -> tuple[Any, ...]:
@@ -228,7 +237,8 @@ def _alike(segments: Sequence[Segment]) -> Iterator[list[int]]:
         if group:
             n_tokens, longest = len(segments[k].tokens), len(segments[group[0]].tokens)
             is_alike = n_tokens >= _ALIKE * longest or 1 < n_tokens <= longest <= _SHORT_TOKENS
-            if kind(group[0]) != kind(k) or not is_alike:
+            is_apart = is_cpu and longest > _LONG_TOKENS and not segments[k].cached
+            if kind(group[0]) != kind(k) or is_apart or not is_alike:
                 yield group
                 group = []
         group.append(k)

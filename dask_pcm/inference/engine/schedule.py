@@ -93,6 +93,19 @@ class Schedule:
         self._long = None if self._long is row else self._long
         row.done(result)
 
+    def fail(self, row: Row, error: RowError) -> None:
+        """A row cannot be computed; if it is a prefix, its rows do without it."""
+        if isinstance(row, Prefix):
+            for user in [*self._waiting, *self._new]:
+                if user.prefix is not None and _is_within(user.prefix, row):
+                    self.prefixes.leave(user)
+            row.n_done = 0
+            self._pool.release(row.pages)
+            row.pages = []
+            return
+        self._waiting = [one for one in self._waiting if one is not row]
+        self.end(row, error)
+
     def _admit(self) -> None:
         """Plan what new rows share, and put them where they belong among those that wait."""
         if self._new:
@@ -252,6 +265,12 @@ def _at_once(row: Row) -> Part:
         positions += [n_tokens + depth for depth in trie.depths]
     kept = range(n_own - 1, len(own))
     return Part(row, Segment(own, positions, cached, n_cached, False, parents), kept)
+
+
+def _is_within(prefix: Prefix | None, outer: Prefix) -> bool:
+    while prefix is not None and prefix is not outer:
+        prefix = prefix.prefix
+    return prefix is outer
 
 
 def _first_lacking(prefix: Prefix) -> Prefix:

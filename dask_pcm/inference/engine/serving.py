@@ -1,0 +1,155 @@
+"""One engine for a context on a worker: a thread that computes the rows of all its tasks."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+from dask_pcm.errors import PCMError
+from dask_pcm.inference.engine.engine import Engine
+from dask_pcm.inference.engine.rows import Row
+
+
+class EngineClosedError(PCMError):
+    """The engine was closed while it had rows: its context leaves the device."""
+
+
+class Serving:
+    """Serves requests of several rows with an engine; an ``Attendant`` (``ladder/residency.py``).
+
+    Methods may be called from any thread.
+
+    Parameters
+    ----------
+    make
+        Makes the engine, and takes its memory.
+    n_bytes, n_rows
+        See ``Attendant``.
+    """
+
+    def __init__(self, make: Callable[[], Engine], n_bytes: int, n_rows: int) -> None:
+        self.n_bytes = n_bytes
+        self.n_rows = n_rows
+        self._make = make
+        self._changed = threading.Condition()
+        self._inbox: list[Row] = []
+        #: Requests that have not ended, with the rows that are missing of each.
+        self._missing: dict[Future[list[Any]], int] = {}
+        self._alone: int | None = None
+        self._is_open = False
+        self._is_draining = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """See ``Attendant``."""
+        engine = self._make()
+        self._is_open = True
+        self._thread = threading.Thread(
+            target=self._serve, args=(engine,), name="pcm-engine", daemon=True
+        )
+        self._thread.start()
+
+    def submit(self, request: Sequence[Row]) -> Future[list[Any]]:
+        """Compute rows; the result has that of each in their order, ``RowError`` for some perhaps.
+
+        Waits while there are as many rows as the engine wants, or another thread has it alone.
+
+        Raises
+        ------
+        EngineClosedError
+            The engine accepts nothing any more.
+        """
+        future: Future[list[Any]] = Future()
+        found: list[Any] = [None] * len(request)
+        for k, row in enumerate(request):
+            row.done = functools.partial(self._note, future, found, k)
+        if not request:
+            future.set_result([])
+            return future
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_open or self._is_admitted())
+            if not self._is_open or self._is_draining:
+                raise EngineClosedError("The engine accepts no rows: its context leaves the device")
+            self._missing[future] = len(request)
+            self._inbox += request
+            self._changed.notify_all()
+        return future
+
+    def hungry(self) -> int:
+        """See ``Attendant``."""
+        with self._changed:
+            return max(0, self.n_rows - sum(self._missing.values()))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """See ``Attendant``; waits until what is in flight has ended."""
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._alone is None or not self._is_open)
+            self._alone = me
+            self._changed.wait_for(lambda: not self._missing or not self._is_open)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone = None
+                self._changed.notify_all()
+
+    def drain(self) -> None:
+        """See ``Attendant``."""
+        with self._changed:
+            self._is_draining = True
+            self._changed.wait_for(lambda: not self._missing or not self._is_open)
+
+    def close(self) -> None:
+        """See ``Attendant``."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _is_admitted(self) -> bool:
+        """Whether this thread's rows are taken now; with the lock held."""
+        if self._alone is not None:
+            return self._alone == threading.get_ident()
+        return self._is_draining or sum(self._missing.values()) < self.n_rows
+
+    def _note(self, future: Future[list[Any]], found: list[Any], k: int, result: Any) -> None:
+        """A row has ended; on the engine's thread."""
+        found[k] = result
+        with self._changed:
+            self._missing[future] -= 1
+            is_over = not self._missing[future]
+            if is_over:
+                del self._missing[future]
+                self._changed.notify_all()
+        if is_over:
+            future.set_result(found)
+
+    def _serve(self, engine: Engine) -> None:
+        """Compute steps while there are rows; the engine's thread."""
+        error: BaseException = EngineClosedError("The engine was closed; its rows run again")
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(
+                        lambda: self._inbox or engine.n_rows or not self._is_open
+                    )
+                    if not self._is_open:
+                        break
+                    new, self._inbox = self._inbox, []
+                engine.add(new)
+                engine.step()
+        except BaseException as raised:  # of the device, or a fault of ours: no step is possible
+            error = raised
+        with self._changed:
+            self._is_open = False
+            left, self._missing = list(self._missing), {}
+            self._changed.notify_all()
+        for future in left:
+            future.set_exception(error)

@@ -1,0 +1,164 @@
+"""Rows of many tasks by one engine on a thread of its own."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dask_pcm.inference.engine.rows import Generated, RowError, Scored, trie_of
+from dask_pcm.inference.engine.serving import EngineClosedError, Serving
+from tests.inference.engine.test_engine import ENDINGS, text
+from tests.support.patience import patient, until
+
+
+@pytest.fixture
+def model(alone):
+    return alone("llama")
+
+
+@pytest.fixture
+def serving(model):
+    made = []
+
+    def make():
+        made.append(model.engine().engine)
+        return made[-1]
+
+    one = Serving(make, n_bytes=0, n_rows=30)
+    one.start()
+    one.made = made
+    yield one
+    one.close()
+
+
+def scored(tokens):
+    return Scored(list(tokens), lambda _: None, trie=trie_of(ENDINGS))
+
+
+def endless(tokens):
+    return Generated(list(tokens), lambda _: None, n_prompt=len(tokens), n_max=2000)
+
+
+def test_requests_of_many_threads_have_their_own_results_in_their_order(serving, model):
+    rng = random.Random(0)
+    requests = [[text(rng, rng.randint(1, 40)) for _ in range(7)] for _ in range(12)]
+    with ThreadPoolExecutor(4) as threads:
+        submit = lambda rows: serving.submit([scored(row) for row in rows]).result()  # noqa: E731
+        found = list(threads.map(submit, requests))
+    serving.close()  # the model is the test's own again
+    for rows, scores in zip(requests, found, strict=True):
+        for row, score in zip(rows, scores, strict=True):
+            assert score == pytest.approx(model.scores(row, ENDINGS), abs=1e-4)
+    assert serving.submit([]).result() == []
+
+
+def test_it_says_how_many_rows_it_wants_and_lets_no_more_wait(serving):
+    assert serving.hungry() == 30
+    rng = random.Random(1)
+    first = serving.submit([endless(text(rng, 5)) for _ in range(29)])
+    assert serving.hungry() == 1
+    second = serving.submit([endless(text(rng, 5)) for _ in range(4)])
+    assert serving.hungry() == 0
+    begun = threading.Event()
+
+    def third():
+        begun.set()
+        with pytest.raises(EngineClosedError):
+            serving.submit([scored([1, 2])])
+        begun.clear()
+
+    thread = threading.Thread(target=third)
+    thread.start()
+    assert begun.wait(patient(10))
+    time.sleep(0.2)
+    assert begun.is_set()  # it waits for room
+    serving.close()
+    thread.join(patient(10))
+    assert not begun.is_set()
+    for future in (first, second):
+        with pytest.raises(EngineClosedError):
+            future.result(patient(10))
+
+
+def test_a_suspect_has_the_engine_alone(serving):
+    rng = random.Random(2)
+    others = serving.submit([scored(text(rng, 30)) for _ in range(20)])
+    late = []
+    with serving.alone():
+        assert others.done()
+        thread = threading.Thread(
+            target=lambda: late.append(serving.submit([scored([5, 6, 7])]).result())
+        )
+        thread.start()
+        assert serving.submit([scored(text(rng, 9))]).result(patient(10))
+        assert not late
+    thread.join(patient(10))
+    assert len(late) == 1
+
+
+def test_it_drains(serving):
+    future = serving.submit([scored([1, 2, 3])])
+    serving.drain()
+    assert future.done()
+    with pytest.raises(EngineClosedError):
+        serving.submit([scored([1, 2, 3])])
+
+
+def broken(engine, raises, error):
+    """Have forwards fail, of which `raises` says so by their token ids."""
+    forward = engine._forward
+
+    def failing(pack, kept, is_embedding):
+        if raises(pack.ids[0].tolist()):
+            raise error
+        return forward(pack, kept, is_embedding)
+
+    engine._forward = failing
+
+
+def test_a_row_that_fails_does_so_alone(serving, model):
+    rng = random.Random(3)
+    rows = [text(rng, 20) for _ in range(9)]
+    rows[4][7] = 599
+    broken(serving.made[0], lambda ids: 599 in ids, ValueError("no such token"))
+    found = serving.submit([scored(row) for row in rows]).result(patient(30))
+    serving.close()
+    assert isinstance(found[4], RowError) and str(found[4]) == "ValueError: no such token"
+    for k, row in enumerate(rows):
+        if k != 4:
+            assert found[k] == pytest.approx(model.scores(row, ENDINGS), abs=1e-4)
+
+
+def test_a_prefix_that_fails_is_done_without(serving, model):
+    rng = random.Random(4)
+    shared = text(rng, 60)
+    rows = [[*shared, *text(rng, 5)] for _ in range(6)]
+    broken(serving.made[0], lambda ids: ids == shared, ValueError("as a prefix only"))
+    found = serving.submit([scored(row) for row in rows]).result(patient(30))
+    serving.close()
+    for row, scores in zip(rows, found, strict=True):
+        assert scores == pytest.approx(model.scores(row, ENDINGS), abs=1e-4)
+
+
+def test_without_memory_steps_become_smaller_and_no_row_is_lost(serving):
+    rng = random.Random(5)
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 99 bytes")
+    broken(serving.made[0], lambda ids: len(ids) > 40, full)
+    found = serving.submit([scored(text(rng, 20)) for _ in range(25)]).result(patient(30))
+    assert all(isinstance(scores, list) for scores in found)
+    assert serving.made[0].budget_tokens <= 40
+
+
+def test_a_lost_device_ends_all_requests_with_its_error(serving):
+    lost = RuntimeError("CUDA error: device-side assert triggered")
+    broken(serving.made[0], lambda ids: True, lost)
+    future = serving.submit([scored([1, 2, 3])])
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        future.result(patient(30))
+    until(lambda: not serving._thread.is_alive())
+    with pytest.raises(EngineClosedError):
+        serving.submit([scored([1, 2, 3])])
