@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -39,7 +39,7 @@ def reported_errors(output: str) -> Iterator[None]:
     given = [number for number in _ENDS if signal.getsignal(number) is signal.SIG_DFL]
     ends = given if is_main else []  # not where they are ignored, as by nohup
     for number in ends:
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(number, _interrupt)
     try:
         yield
     except (RunCancelledError, FailedRowsError) as error:
@@ -59,6 +59,14 @@ def reported_errors(output: str) -> Iterator[None]:
     finally:
         for number in ends:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Do as on Ctrl-C, which a shell has what it starts in the background ignore."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 def summarize(done: Run, is_kept: bool = True) -> None:

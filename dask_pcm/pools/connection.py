@@ -85,8 +85,11 @@ class Connection:
 
     def note_jobs(self, batch: str, jobs: Iterable[str]) -> None:
         """Note jobs that were submitted, should this process be killed."""
-        with suppress(OSError), (self.folder / _JOBS).open("a", encoding="utf-8") as file:
-            file.writelines(f"{batch} {job}\n" for job in jobs)
+        text = "".join(f"{batch} {job}\n" for job in jobs)
+        with suppress(OSError):
+            fd = os.open(self.folder / _JOBS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(fd, "a", encoding="utf-8") as file:
+                file.write(text)
 
     def remove(self) -> None:
         """Remove all files; workers that have not read them yet end."""

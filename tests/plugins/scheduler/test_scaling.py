@@ -135,7 +135,8 @@ class Jobs(SpecCluster):
     def __init__(self):
         scheduler = {
             "cls": Scheduler,
-            "options": {"dashboard": False, "host": "127.0.0.1", "port": 0},
+            # The HTTP server is there without a dashboard, too.
+            "options": {"dashboard_address": ":0", "host": "127.0.0.1", "port": 0},
         }
         super().__init__(scheduler=scheduler, worker={"cls": Job, "options": {}})
 

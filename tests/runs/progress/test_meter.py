@@ -66,3 +66,10 @@ def test_on_a_terminal(columns):
     assert len(lines) >= 3 and all(len(text) <= columns and "…" not in text for text in lines)
     assert all("123 failed" in text for text in lines)
     assert "10,000/10,000 rows" in lines[-1] and "100%" in lines[-1]
+
+
+def test_a_run_that_has_no_worker_yet_says_so():
+    waits = Progress("running", 0, 40)
+    assert line(waits) == "0/40 rows, 0%, 0 failed, 0/s, waiting for workers, 0 loads"
+    assert "workers" not in line(waits, note="waiting for jobs: h100: 4 pending")
+    assert "0/0 warm" in line(Progress("finished", 40, 40))
