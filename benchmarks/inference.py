@@ -149,7 +149,7 @@ class Systems:
         generation = transformers.GenerationConfig(
             max_new_tokens=512, do_sample=False, eos_token_id=-1, pad_token_id=0
         )
-        config = continuous_batching.ContinuousBatchingConfig(
+        config = transformers.ContinuousBatchingConfig(
             page_size=16,
             num_blocks=N_PAGES,
             max_batch_tokens=n_tokens,
