@@ -19,6 +19,7 @@ from dask_pcm.errors import FailedRowsError, PCMError, RunCancelledError, printa
 if TYPE_CHECKING:
     from dask_pcm.runs.handle import Run
 
+#: How batch systems, service managers and terminals end a command.
 _ENDS = (signal.SIGTERM, signal.SIGHUP)
 EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_INTERRUPTED = 3, 1, 130
 

@@ -24,6 +24,7 @@ from dask_pcm.pools.settings import ClusterSettings
 from dask_pcm.pools.upkeep import Upkeep
 from dask_pcm.pools.wishes import Wishes
 
+#: Of this process: its clusters share the handlers of its log.
 _QUIET = Quiet()
 
 

@@ -197,7 +197,7 @@ def _directives(start: Start) -> dict[str, str]:
 
 def _requirements(start: Start, given: Mapping[str, str]) -> dict[str, str]:
     """A user's lines, with the nodes that are excluded in their requirements."""
-    (name,) = [one for one in given if one.lower() == "requirements"] or ["requirements"]
+    name = next((one for one in given if one.lower() == "requirements"), "requirements")
     terms = [f"({given[name]})"] if given.get(name) else []
     terms += [f'TARGET.Machine =!= "{node}"' for node in start.excluded]
     return {**given, name: " && ".join(terms)} if start.excluded else dict(given)

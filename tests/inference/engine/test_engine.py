@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
+import torch
 
-from dask_pcm.inference.engine.rows import RowError
+from dask_pcm.inference.engine.attention import packed, switch
+from dask_pcm.inference.engine.packs import Pack, Segment
+from dask_pcm.inference.engine.rows import Embedded, RowError
 from dask_pcm.inference.engine.sampling import Sampling
 from tests.inference.engine.conftest import FAMILIES
+from tests.support import models as tiny
 
 ENDINGS = ((11, 12, 3), (11, 13, 14, 3), (15, 3), (11, 13, 16, 17, 3))
 
@@ -140,3 +145,39 @@ def test_steps_are_full_while_there_are_rows(alone):
         driven.score(k, text(rng, rng.randint(5, 60)), ((11,), (12,)))
     driven.run()
     assert driven.engine.n_tokens / driven.engine.n_steps >= 0.95 * 512
+
+
+def test_embeddings_are_those_of_each_row_alone(alone):
+    rng = random.Random(7)
+    one = alone("llama")
+    rows = [text(rng, rng.randint(1, 90)) for _ in range(9)]
+    with torch.inference_mode():
+        hidden = [one.model.model(input_ids=torch.tensor([row])).last_hidden_state for row in rows]
+    driven = one.engine()
+    for k, row in enumerate(rows):
+        driven.engine.add([Embedded(row, partial(driven.found.__setitem__, k), pool=_mean)])
+        driven.score(("beside", k), row, ENDINGS)  # in forwards of their own
+    found = driven.run()
+    for k, expected in enumerate(hidden):
+        assert torch.allclose(found[k], expected[0].mean(0), atol=1e-5)
+    assert len(found) == 18
+
+
+def _mean(hidden):
+    return hidden.mean(0)
+
+
+def test_an_encoder_that_is_packed_says_what_it_says_of_each_row_alone():
+    rng = random.Random(8)
+    config = {**tiny.ATTENTION, "num_hidden_layers": 2}
+    model = tiny.random_model("BertModel", "BertConfig", **config)
+    model.set_attn_implementation("eager")
+    rows = [text(rng, n) for n in (3, 40, 17, 41, 1, 12, 9)]
+    with torch.inference_mode():
+        expected = [model(input_ids=torch.tensor([row])).last_hidden_state[0] for row in rows]
+        switch(model)
+        pack = Pack([Segment(row, range(len(row))) for row in rows], is_causal=False)
+        with packed(pack):
+            hidden = model(input_ids=pack.ids, position_ids=pack.positions).last_hidden_state[0]
+    for one, start in zip(expected, pack.starts, strict=True):
+        assert torch.allclose(hidden[start : start + len(one)], one, atol=1e-5)
