@@ -1,7 +1,8 @@
-"""The engine beside what a user would write with transformers: CPU seconds on one thread.
+"""The engine beside what a user would write with transformers, on a CPU or a GPU.
 
-A random Llama of 9 million parameters on random tokens; systems are measured in turn, several
-times, and the medians' ratio is printed. "Padded" batches are right-padded for scoring and
+A random Llama on random tokens: on CPUs one of 9 million parameters in float32, in CPU seconds of
+one thread; on a GPU one of 1.2 billion in bfloat16, in seconds. Systems are measured in turn,
+several times, and the medians' ratio is printed. "Padded" batches are right-padded for scoring and
 keep the logits of the last tokens only; transformers' ``generate`` pads on the left.
 """
 
@@ -11,6 +12,7 @@ import functools
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,35 +25,105 @@ from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PagePool
 from dask_pcm.inference.engine.rows import Generated, Scored, trie_of
 
-N_VOCABULARY = 8000
-SHAPE = {
-    "hidden_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "intermediate_size": 1024,
-    "max_position_embeddings": 2048,
-    "vocab_size": N_VOCABULARY,
-}
-#: Tokens of a step, and pages.
-BUDGET_TOKENS, N_PAGES = 512, 1200
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is measured on a kind of device.
+
+    Attributes
+    ----------
+    shape
+        Of the model, as its configuration has it.
+    std
+        Of its weights: about those of a trained one, so that rows differ.
+    budget_tokens, n_pages
+        Tokens of a step, and pages.
+    n_padded_tokens
+        Tokens of a padded batch.
+    n_times
+        How many times the rows of the smallest setting.
+    now
+        The clock that counts, in seconds.
+    """
+
+    device: str
+    dtype: torch.dtype
+    shape: dict[str, int]
+    std: float
+    budget_tokens: int
+    n_pages: int
+    n_padded_tokens: int
+    n_times: int
+    now: Callable[[], float]
+
+    @property
+    def n_vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return self.shape["vocab_size"]
+
+
+def _synchronized() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+CPU = Setting(
+    device="cpu",
+    dtype=torch.float32,
+    shape={
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "intermediate_size": 1024,
+        "max_position_embeddings": 2048,
+        "vocab_size": 8000,
+    },
+    std=0.06,
+    budget_tokens=512,
+    n_pages=1200,
+    n_padded_tokens=2048,
+    n_times=1,
+    now=time.process_time,
+)
+GPU = Setting(
+    device="cuda",
+    dtype=torch.bfloat16,
+    shape={
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 2048,
+        "vocab_size": 32_000,
+    },
+    std=0.02,
+    budget_tokens=8192,
+    n_pages=16_384,
+    n_padded_tokens=32_768,
+    n_times=8,
+    now=_synchronized,
+)
 PARTS = ("scoring", "prefix", "choices", "generation")
 
 
-def made() -> Any:
-    """The model; with weights as large as those of a trained one, so that rows differ."""
+def made(setting: Setting) -> Any:
+    """The model; its attention is switched."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SHAPE)
-    model = transformers.LlamaForCausalLM(config).eval()
+    config = transformers.LlamaConfig(**setting.shape, attn_implementation="eager")
+    with torch.device(setting.device):
+        model = transformers.LlamaForCausalLM(config).to(setting.dtype).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.06)
+            torch.nn.init.normal_(parameter, std=setting.std)
+    switch(model)
     return model
 
 
 def text(rng: random.Random, n_tokens: int) -> list[int]:
-    """Random tokens."""
-    return [rng.randrange(3, N_VOCABULARY) for _ in range(n_tokens)]
+    """Random tokens, which every model knows."""
+    return [rng.randrange(3, 8000) for _ in range(n_tokens)]
 
 
 def lognormal(rng: random.Random, n_rows: int) -> list[list[int]]:
@@ -62,20 +134,25 @@ def lognormal(rng: random.Random, n_rows: int) -> list[list[int]]:
 class Systems:
     """The same model by the engine and by transformers."""
 
-    def __init__(self) -> None:
-        self.model = made()
-        switch(self.model)
-        pack = Pack([Segment([1, 2], [0, 1])])
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.model = made(setting)
+        pack = Pack([Segment([1, 2], [0, 1])], device=setting.device)
         with torch.inference_mode(), packed(pack):
             self.model(input_ids=pack.ids, position_ids=pack.positions, use_cache=False)
         shape = last_shape()
         assert shape is not None
-        self._pool = PagePool(N_PAGES, shape, torch.float32, "cpu")
+        self._pool = PagePool(setting.n_pages, shape, setting.dtype, setting.device)
 
-    def engine(self, budget_tokens: int = BUDGET_TOKENS) -> Engine:
+    def engine(self) -> Engine:
         """An engine that knows nothing of earlier rows."""
         switch(self.model)
-        return Engine(self.model, self._pool, budget_tokens, N_VOCABULARY)
+        setting = self.setting
+        return Engine(self.model, self._pool, setting.budget_tokens, setting.n_vocabulary)
+
+    def tensor(self, values: Sequence[Any]) -> Any:
+        """Whole numbers on the device."""
+        return torch.tensor(values, device=self.setting.device)
 
     def score(self, rows: Sequence[list[int]], endings: Sequence[tuple[int, ...]]) -> Engine:
         """Score endings of rows by an engine."""
@@ -98,22 +175,24 @@ class Systems:
         self.model.set_attn_implementation("sdpa")
         for rows in batches:
             longest = max(map(len, rows))
-            ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-            last = torch.tensor([len(row) - 1 for row in rows])
+            ids = self.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+            last = self.tensor([len(row) - 1 for row in rows])
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
-            self.model.lm_head(hidden[torch.arange(len(rows)), last]).log_softmax(-1)
+            self.model.lm_head(hidden[range(len(rows)), last]).log_softmax(-1)
 
     def by_hand(self, rows: Sequence[list[int]]) -> None:
         """Last logits of rows, packed by hand, in full batches and nothing else."""
         switch(self.model)
+        budget = self.setting.budget_tokens
         batch: list[list[int]] = []
         for row in [*rows, None]:
-            if batch and (row is None or sum(map(len, batch)) + len(row) > BUDGET_TOKENS):
-                pack = Pack([Segment(one, range(len(one))) for one in batch])
+            if batch and (row is None or sum(map(len, batch)) + len(row) > budget):
+                segments = [Segment(one, range(len(one))) for one in batch]
+                pack = Pack(segments, device=self.setting.device)
                 ends = [at + len(one) - 1 for at, one in zip(pack.starts, batch, strict=True)]
                 inputs = {"input_ids": pack.ids, "position_ids": pack.positions}
                 with packed(pack):
-                    kept = torch.tensor(ends)
+                    kept = self.tensor(ends)
                     self.model(**inputs, use_cache=False, logits_to_keep=kept).logits.log_softmax(
                         -1
                     )
@@ -123,13 +202,13 @@ class Systems:
     def one_by_one(self, rows: Sequence[list[int]], endings: Sequence[tuple[int, ...]]) -> None:
         """Scores of endings, a row and an ending each in a padded batch."""
         texts = [[*row, *ending] for ending in endings for row in rows]
-        self.padded(in_batches(sorted(texts, key=len, reverse=True)))
+        self.padded(in_batches(sorted(texts, key=len, reverse=True), self.setting.n_padded_tokens))
 
     def padded_generate(self, rows: Sequence[tuple[list[int], int]]) -> None:
         """Continue rows in a padded batch, until the longest is done."""
         self.model.set_attn_implementation("sdpa")
         longest = max(len(row) for row, _ in rows)
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row, _ in rows])
+        ids = self.tensor([[0] * (longest - len(row)) + row for row, _ in rows])
         self.model.generate(
             ids,
             attention_mask=(ids != 0).long(),
@@ -151,7 +230,7 @@ class Systems:
         )
         config = transformers.ContinuousBatchingConfig(
             page_size=16,
-            num_blocks=N_PAGES,
+            num_blocks=self.setting.n_pages,
             max_batch_tokens=n_tokens,
             allow_block_sharing=is_sharing,
         )
@@ -178,7 +257,7 @@ def drained(engine: Engine) -> Engine:
     return engine
 
 
-def in_batches(rows: Sequence[list[int]], n_tokens: int = 2048) -> list[list[list[int]]]:
+def in_batches(rows: Sequence[list[int]], n_tokens: int) -> list[list[list[int]]]:
     """Rows in the given order, in batches of as many tokens when padded."""
     found: list[list[list[int]]] = []
     for row in rows:
@@ -190,30 +269,30 @@ def in_batches(rows: Sequence[list[int]], n_tokens: int = 2048) -> list[list[lis
     return found
 
 
-def cpu_s(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median CPU seconds of works that are done in turn; the first round warms up."""
+def seconds(setting: Setting, works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of works that are done in turn; the first round warms up."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(repeats + 1):
         for work, of in zip(works, times, strict=True):
-            begun = time.process_time()
+            begun = setting.now()
             work()
-            of.append(time.process_time() - begun)
+            of.append(setting.now() - begun)
     return [median(of[1:]) for of in times]
 
 
 def scoring(table: Rows, systems: Systems, repeats: int) -> None:
     """Rows of lognormal lengths."""
-    rows = lognormal(random.Random(0), 384)
+    rows = lognormal(random.Random(0), 384 * systems.setting.n_times)
     arrival = [rows[at : at + 32] for at in range(0, len(rows), 32)]
     ordered = sorted(rows, key=len, reverse=True)
     works: list[Callable[[], object]] = [
         lambda: systems.score(rows, [(5,), (6,), (7,)]),
         lambda: systems.padded(arrival),
         lambda: systems.padded([ordered[at : at + 32] for at in range(0, len(rows), 32)]),
-        lambda: systems.padded(in_batches(ordered)),
+        lambda: systems.padded(in_batches(ordered, systems.setting.n_padded_tokens)),
         lambda: systems.by_hand(ordered),
     ]
-    ours, padded, by_length, by_tokens, by_hand = cpu_s(works, repeats)
+    ours, padded, by_length, by_tokens, by_hand = seconds(systems.setting, works, repeats)
     name = "lognormal lengths, scored: arrival-order padded batches of 32, over ours"
     table.add(name, padded / ours, ">= 2.8")
     table.add("… ours over a sorted padded loop, batches of 32", ours / by_length, "<= 0.85")
@@ -224,57 +303,61 @@ def scoring(table: Rows, systems: Systems, repeats: int) -> None:
 def prefix(table: Rows, systems: Systems, repeats: int) -> None:
     """300 tokens in common, and about 25 of each row's own."""
     rng = random.Random(1)
-    shared = text(rng, 300)
-    ragged = [max(3, int(rng.lognormvariate(3, 0.7))) for _ in range(64)]
-    for name, lengths in (("equal", [25] * 64), ("ragged", ragged)):
+    shared, n_rows = text(rng, 300), 64 * systems.setting.n_times
+    ragged = [max(3, int(rng.lognormvariate(3, 0.7))) for _ in range(n_rows)]
+    for name, lengths in (("equal", [25] * n_rows), ("ragged", ragged)):
         rows = [[*shared, *text(rng, n)] for n in lengths]
 
         def ours(rows: list[list[int]] = rows) -> object:
             return systems.score(rows, [(5,), (6,), (7,)])
 
         def padded(rows: list[list[int]] = rows) -> None:
-            systems.padded(in_batches(rows, 4096))
+            systems.padded(in_batches(rows, 2 * systems.setting.n_padded_tokens))
 
-        own_s, padded_s = cpu_s([ours, padded], repeats)
+        own_s, padded_s = seconds(systems.setting, [ours, padded], repeats)
         name = f"300 tokens shared and 25 own, {name}, unsorted: recomputed, over ours"
         table.add(name, padded_s / own_s, ">= 10")
 
 
 def choices(table: Rows, systems: Systems, repeats: int) -> None:
     """Six endings of several tokens."""
-    rows = lognormal(random.Random(2), 96)
+    rows = lognormal(random.Random(2), 96 * systems.setting.n_times)
     endings = [(11,), (12, 13), (14, 15, 16), (14, 15, 17), (12, 18), (11, 18, 19, 20)]
     works: list[Callable[[], object]] = [
         lambda: systems.score(rows, endings),
         lambda: systems.one_by_one(rows, endings),
     ]
-    ours, singly = cpu_s(works, repeats)
+    ours, singly = seconds(systems.setting, works, repeats)
     table.add("six endings scored one by one, over ours", singly / ours, ">= 5")
 
 
 def generation(table: Rows, systems: Systems, repeats: int) -> None:
     """Greedy continuations of ragged lengths, 24 tokens in the mean."""
-    rng = random.Random(3)
-    shared = text(rng, 300)
+    rng, setting = random.Random(3), systems.setting
+    shared, n_rows = text(rng, 300), 48 * setting.n_times
     for name, least, most, begin, bars in (
         ("prompts of 20–200", 20, 200, [], (">= 1.7", ">= 1.6")),
         ("prompts of 200–600", 200, 600, [], ("", ">= 2.5")),
         ("300 tokens shared, 10–40 own", 10, 40, shared, ("", ">= 1.5")),
     ):
-        lengths = [min(96, max(2, int(rng.expovariate(1 / 24)))) for _ in range(48)]
+        lengths = [min(96, max(2, int(rng.expovariate(1 / 24)))) for _ in range(n_rows)]
         rows = [([*begin, *text(rng, rng.randint(least, most))], n) for n in lengths]
         is_sharing = bool(begin)
         works: list[Callable[[], object]] = [
             functools.partial(systems.generate, rows),
             functools.partial(systems.padded_generate, rows),
-            *(functools.partial(systems.continuous, rows, n, is_sharing) for n in (128, 256, 512)),
+            *(
+                functools.partial(systems.continuous, rows, setting.budget_tokens // n, is_sharing)
+                for n in (4, 2, 1)
+            ),
         ]
-        ours, by_generate, *continuous = cpu_s(works, repeats)
+        ours, by_generate, *continuous = seconds(systems.setting, works, repeats)
         table.add(f"{name}: padded generate, over ours", by_generate / ours, bars[0])
         best = min(continuous) / ours
         table.add("… the best of three continuous batchings, over ours", best, bars[1])
-        same = systems.continuous(rows, 256, is_sharing) == systems.generate(rows)
-        table.add("… all tokens are those of continuous batching", same, "== 1")
+        if setting.dtype == torch.float32:  # else tokens differ by what they are computed with
+            same = systems.continuous(rows, 256, is_sharing) == systems.generate(rows)
+            table.add("… all tokens are those of continuous batching", same, "== 1")
 
 
 def main() -> None:
@@ -282,10 +365,11 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = options.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    table, systems = Rows(), Systems()
+    table, systems = Rows(), Systems(GPU if given.device == "cuda" else CPU)
     with torch.inference_mode():
         for part in given.only:
             globals()[part](table, systems, given.repeats)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dask_pcm.inference.engine import varlen
 from dask_pcm.inference.engine.packs import Group, Pack
 from dask_pcm.inference.engine.pages import KVShape
 
@@ -112,6 +113,17 @@ def _attend(pack: Pack, layer: int, q: Any, k: Any, v: Any, how: _How) -> Any:
     if pack.stored is not None and pages is not None:
         places, page, slot = pack.stored
         pages[page, slot] = torch.cat([k[places], v[places]], -1)
+    if how.softcap is None and how.sink is None and varlen.is_taken(q, v):
+        return varlen.attend(
+            pack.sequences,
+            pages,
+            q,
+            k,
+            v,
+            scale=how.scale,
+            window=how.window,
+            is_causal=pack.is_causal,
+        )
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     for group in pack.groups:
         mask = group.mask(how.window)

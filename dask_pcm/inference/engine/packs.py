@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool
+from dask_pcm.inference.engine.varlen import Sequences
 
 #: Rows share a group if they are at least this share of its longest; or if all are as short.
 _ALIKE, _SHORT_TOKENS = 0.75, 16
@@ -130,18 +132,29 @@ class Pack:
 
         self.pool = pool
         self.is_causal = is_causal
+        self._segments = segments
         self._device = device
         self.ids = torch.tensor([[t for s in segments for t in s.tokens]], device=device)
-        positions = torch.tensor([p for s in segments for p in s.positions])
-        self.positions = positions[None].to(device)
+        self._positions = torch.tensor([p for s in segments for p in s.positions])
+        self.positions = self._positions[None].to(device)
         self.starts: list[int] = []
         at = 0
         for segment in segments:
             self.starts.append(at)
             at += len(segment.tokens)
         self.stored = self._plan_stores(segments)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Rows whose attention is computed together, padded to the longest of them."""
         is_cpu = self.ids.device.type == "cpu"
-        self.groups = [self._group(segments, one, positions) for one in _alike(segments, is_cpu)]
+        found = _alike(self._segments, is_cpu)
+        return [self._group(self._segments, one, self._positions) for one in found]
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The rows as they are, for a kernel that takes sequences of different lengths."""
+        return Sequences(self._segments, self.starts, self._device)
 
     def _plan_stores(self, segments: Sequence[Segment]) -> Any:
         import torch

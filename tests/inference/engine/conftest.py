@@ -66,11 +66,12 @@ class Alone:
         return found[len(tokens) :]
 
     def engine(self, n_pages=200, budget_tokens=64):
+        device = self.model.device
         switch(self.model)
-        pack = Pack([Segment([1, 2], [0, 1])])
+        pack = Pack([Segment([1, 2], [0, 1])], device=device)
         with torch.inference_mode(), packed(pack):
             self.model(input_ids=pack.ids, position_ids=pack.positions, use_cache=False)
-        pool = PagePool(n_pages, last_shape(), torch.float32, "cpu")
+        pool = PagePool(n_pages, last_shape(), self.model.dtype, device)
         return Driven(Engine(self.model, pool, budget_tokens, tiny.N_TOKENS), pool)
 
 
