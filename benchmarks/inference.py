@@ -9,6 +9,7 @@ keep the logits of the last tokens only; transformers' ``generate`` pads on the 
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -228,8 +229,9 @@ class Systems:
         generation = transformers.GenerationConfig(
             max_new_tokens=512, do_sample=False, eos_token_id=-1, pad_token_id=0
         )
+        named = inspect.signature(transformers.ContinuousBatchingConfig).parameters
         config = transformers.ContinuousBatchingConfig(
-            page_size=16,
+            **{"page_size" if "page_size" in named else "block_size": 16},
             num_blocks=self.setting.n_pages,
             max_batch_tokens=n_tokens,
             allow_block_sharing=is_sharing,

@@ -6,10 +6,12 @@ For one thread. ``schedule.py`` says what a step computes.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dask_pcm.inference.engine.attention import packed
+from dask_pcm.inference.engine.graphs import Graphs
 from dask_pcm.inference.engine.packs import Pack
 from dask_pcm.inference.engine.pages import PagePool
 from dask_pcm.inference.engine.rows import Embedded, Generated, Prefix, Row, RowError, Scored
@@ -19,6 +21,8 @@ from dask_pcm.ladder.objects.tensors import is_sticky
 
 #: Logits that a step keeps at most.
 _MOST_LOGITS = 1 << 26
+#: Where steps of single tokens are graphs, rows that are continued join in as many as this.
+_LEAST_ADMITTED = 32
 #: Steps do not become smaller than this, however little memory there is.
 _LEAST_TOKENS = 32
 
@@ -49,7 +53,10 @@ class Engine:
         self._pool = pool
         self.budget_tokens = budget_tokens
         self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._graphs = Graphs(lambda pack: self._forward(pack, None, False), pool)
         self.schedule = Schedule(pool, max(1, _MOST_LOGITS // n_vocabulary))
+        if self._graphs.is_on:  # a step of single tokens costs less than one with others
+            self.schedule.least_admitted = _LEAST_ADMITTED
         self.n_steps = 0
         self.n_tokens = 0
 
@@ -90,18 +97,22 @@ class Engine:
         """Compute a forward, and take what it says of each row."""
         import torch
 
-        pack = Pack([part.segment for part in parts], self._pool, self._pool.kv.device)
+        segments = [part.segment for part in parts]
+        begins = [0, *itertools.accumulate(len(part.kept) for part in parts)]
+        found = list(zip(parts, begins, strict=False))
+        with torch.inference_mode():
+            outputs = self._graphs.logits(segments) if _is_single(parts) else None
+            if outputs is None:
+                pack = Pack(segments, self._pool, self._pool.kv.device)
+                kept = [
+                    start + k
+                    for part, start in zip(parts, pack.starts, strict=True)
+                    for k in part.kept
+                ]
+                at = torch.tensor(kept, dtype=torch.long, device=pack.ids.device)
+                outputs = self._forward(pack, at, isinstance(parts[0].row, Embedded))
         self.n_steps += 1
-        self.n_tokens += pack.ids.shape[1]
-        kept: list[int] = []
-        found: list[tuple[Part, int]] = []
-        for part, start in zip(parts, pack.starts, strict=True):
-            found.append((part, len(kept)))
-            kept += [start + k for k in part.kept]
-        is_embedding = isinstance(parts[0].row, Embedded)
-        with torch.inference_mode(), packed(pack):
-            at = torch.tensor(kept, dtype=torch.long, device=pack.ids.device)
-            outputs = self._forward(pack, at, is_embedding)
+        self.n_tokens += sum(len(one.tokens) for one in segments)
         for part in parts:
             if part.segment.is_stored:
                 part.row.n_done += len(part.segment.tokens)
@@ -115,14 +126,17 @@ class Engine:
                 vector = part.row.pool(outputs[first : first + len(part.kept)])
                 self.schedule.end(part.row, vector)
 
-    def _forward(self, pack: Pack, kept: Any, is_embedding: bool) -> Any:
-        """Logits, or hidden states, of the tokens that are kept; float32."""
+    def _forward(self, pack: Any, kept: Any, is_embedding: bool) -> Any:
+        """Logits, or hidden states, of the tokens that are kept, of all if None; float32."""
         inputs = {"input_ids": pack.ids, "position_ids": pack.positions, "use_cache": False}
-        if is_embedding or not len(kept):
-            return self._base(**inputs).last_hidden_state[0, kept].float()
-        if self._keeps_some:
-            return self._model(**inputs, logits_to_keep=kept).logits[0].float()
-        return self._model(**inputs).logits[0, kept].float()
+        with packed(pack):
+            if kept is None:
+                return self._model(**inputs).logits[0].float()
+            if is_embedding or not len(kept):
+                return self._base(**inputs).last_hidden_state[0, kept].float()
+            if self._keeps_some:
+                return self._model(**inputs, logits_to_keep=kept).logits[0].float()
+            return self._model(**inputs).logits[0, kept].float()
 
     def _take_scores(self, found: Sequence[tuple[Scored, int]], logits: Any) -> None:
         """Sum the log-probabilities of each ending's tokens."""
@@ -154,6 +168,13 @@ class Engine:
             for (row, _), token in zip(members, tokens, strict=True):
                 if row.append(token):
                     self.schedule.end(row, row.new)
+
+
+def _is_single(parts: Sequence[Part]) -> bool:
+    """Whether a step computes one token of each row, and wants its logits."""
+    return all(
+        len(part.segment.tokens) == 1 and part.kept and part.segment.is_stored for part in parts
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

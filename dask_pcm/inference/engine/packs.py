@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool
-from dask_pcm.inference.engine.varlen import Sequences
+from dask_pcm.inference.engine.varlen import Sequences, sequences_of
 
 #: Rows share a group if they are at least this share of its longest; or if all are as short.
 _ALIKE, _SHORT_TOKENS = 0.75, 16
@@ -154,7 +154,7 @@ class Pack:
     @cached_property
     def sequences(self) -> Sequences:
         """The rows as they are, for a kernel that takes sequences of different lengths."""
-        return Sequences(self._segments, self.starts, self._device)
+        return sequences_of(self._segments, self.starts, self._device)
 
     def _plan_stores(self, segments: Sequence[Segment]) -> Any:
         import torch

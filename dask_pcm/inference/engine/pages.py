@@ -54,6 +54,11 @@ class PagePool:
         What is kept of a token.
     dtype, device
         Of the numbers, in torch's terms.
+
+    Attributes
+    ----------
+    scratch
+        A page that no row has: what fills up forwards of a fixed shape is written there.
     """
 
     def __init__(self, n_pages: int, shape: KVShape, dtype: Any, device: Any) -> None:
@@ -62,7 +67,8 @@ class PagePool:
         self.shape = shape
         self.n_pages = n_pages
         width = shape.key_dim + shape.value_dim
-        sizes = (n_pages, shape.n_layers, PAGE_TOKENS, shape.n_heads, width)
+        self.scratch = n_pages
+        sizes = (n_pages + 1, shape.n_layers, PAGE_TOKENS, shape.n_heads, width)
         # Zeros: what is masked still takes part in products, and must not be NaN.
         self.kv = torch.zeros(sizes, dtype=dtype, device=device)
         self._free = list(range(n_pages))

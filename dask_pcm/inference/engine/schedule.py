@@ -48,12 +48,19 @@ class Schedule:
         Pages for keys and values.
     most_kept
         Outputs that a step may keep.
+
+    Attributes
+    ----------
+    least_admitted
+        Rows that are continued join others once there is room for as many.
     """
 
     def __init__(self, pool: PagePool, most_kept: int) -> None:
         self._pool = pool
         self._most_kept = most_kept
         self.prefixes = PrefixCache(pool)
+        self.least_admitted = 1
+        self._is_admitting = True
         self._new: list[Row] = []
         self._waiting: list[Row] = []
         self._running: list[Generated] = []
@@ -76,6 +83,8 @@ class Schedule:
         """What the next step computes, of as many tokens at most unless a row alone has more."""
         self._n_steps += 1
         self._admit()
+        n_free = _MOST_RUNNING - len(self._running)
+        self._is_admitting = n_free >= self.least_admitted or not self._running
         parts = self._choose_running(budget_tokens)
         left = budget_tokens - sum(len(part.segment.tokens) for part in parts)
         self._choose_waiting(parts, left, budget_tokens)
@@ -162,7 +171,8 @@ class Schedule:
                 self.prefixes.leave(row)  # there is no room for it at all
                 prefix = None
         if isinstance(row, Generated):
-            return self._stored(row, left) if len(self._running) < _MOST_RUNNING else None
+            is_admitted = self._is_admitting and len(self._running) < _MOST_RUNNING
+            return self._stored(row, left) if is_admitted else None
         n_cached = row.n_done or (len(prefix.tokens) if prefix is not None else 0)
         n_tokens = row.n_left + row.n_done - n_cached
         if n_tokens <= left:

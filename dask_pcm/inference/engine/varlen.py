@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dask_pcm.inference.engine.pages import PAGE_TOKENS
@@ -22,69 +23,35 @@ if TYPE_CHECKING:
 _MOST_HEAD_DIM = 256
 
 
+@dataclass(slots=True)
 class Sequences:
     """The tokens of a pack as sequences: some last tokens of each ask all of it.
 
-    Parameters
-    ----------
-    segments, starts
-        Of the pack, and where each begins.
-    device
-        Where the model is.
-
     Attributes
     ----------
-    order
-        Places in the pack of the tokens that ask; None if they are in order.
     cu_queries, cu_keys
         Where the tokens that ask, and the keys, of each sequence begin; shape (sequences + 1,).
     most_queries, most_keys
         Of the longest sequences.
-    own, cached
-        Where keys are from and where they go: places in the pack and in the sequences; and pages,
-        slots and places in the sequences. `own` is None if keys are the pack's, in order.
+    n_keys
+        Keys of all.
+    order
+        Places in the pack of the tokens that ask; None if they are in order.
+    own
+        Places in the pack that keys are from, and where in the sequences they go; None if keys are
+        the pack's, in order.
+    cached
+        Pages, slots and places in the sequences of other keys; None if there are none.
     """
 
-    def __init__(self, segments: Sequence[Segment], starts: Sequence[int], device: Any) -> None:
-        import torch
-
-        lines = [
-            (line, ask, chain)
-            for line, (segment, start) in enumerate(zip(segments, starts, strict=True))
-            for ask, chain in _chains(segment, start)
-        ]
-        cached = [segments[line].n_cached for line, _, _ in lines]
-        n_queries = [ask for _, ask, _ in lines]
-        n_keys = [n + len(chain) for n, (_, _, chain) in zip(cached, lines, strict=True)]
-        is_plain = len(lines) == len(segments)
-        self.most_queries, self.most_keys = max(n_queries), max(n_keys)
-
-        def put(values: Sequence[Any], dtype: Any = torch.int64) -> Any:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-        self.cu_queries, self.cu_keys = (
-            put([0, *itertools.accumulate(one)], torch.int32) for one in (n_queries, n_keys)
-        )
-        self.order = self.own = self.cached = None
-        if not is_plain:
-            self.order = put([k for _, ask, chain in lines for k in chain[len(chain) - ask :]])
-        n_own = sum(len(chain) for _, _, chain in lines)
-        begins = self.cu_keys[:-1].long()
-        if any(cached):
-            n_cached, total = put(cached), sum(cached)
-            line = torch.repeat_interleave(n_cached, output_size=total)
-            at = torch.arange(total, device=device) - (n_cached.cumsum(0) - n_cached)[line]
-            table = _padded([segments[line].cached for line, _, _ in lines])
-            page = put(table)[line, at // PAGE_TOKENS]
-            self.cached = (page, at % PAGE_TOKENS, begins[line] + at)
-            begins = begins + n_cached
-        if any(cached) or not is_plain:
-            lengths = put([len(chain) for _, _, chain in lines])
-            line = torch.repeat_interleave(lengths, output_size=n_own)
-            at = torch.arange(n_own, device=device) - (lengths.cumsum(0) - lengths)[line]
-            places = put([k for _, _, chain in lines for k in chain])
-            self.own = (places, begins[line] + at)
-        self._n_keys = sum(n_keys)
+    cu_queries: Any
+    cu_keys: Any
+    most_queries: int
+    most_keys: int
+    n_keys: int
+    order: Any = None
+    own: Any = None
+    cached: Any = None
 
     def keys(self, pages: Any, own: Any, width: slice) -> Any:
         """Keys, or values, of all sequences, shape (keys, heads, dim).
@@ -100,13 +67,54 @@ class Sequences:
         """
         if self.own is None:
             return own
-        found = own.new_empty(self._n_keys, *own.shape[1:])
+        found = own.new_empty(self.n_keys, *own.shape[1:])
         source, to = self.own
         found[to] = own[source]
         if self.cached is not None:
             page, slot, to = self.cached
             found[to] = pages[page, slot][..., width]
         return found
+
+
+def sequences_of(segments: Sequence[Segment], starts: Sequence[int], device: Any) -> Sequences:
+    """Sequences of a pack; `starts` are where its segments begin."""
+    import torch
+
+    lines = [
+        (line, ask, chain)
+        for line, (segment, start) in enumerate(zip(segments, starts, strict=True))
+        for ask, chain in _chains(segment, start)
+    ]
+    cached = [segments[line].n_cached for line, _, _ in lines]
+    n_queries = [ask for _, ask, _ in lines]
+    n_keys = [n + len(chain) for n, (_, _, chain) in zip(cached, lines, strict=True)]
+
+    def put(values: Sequence[Any], dtype: Any = torch.int64) -> Any:
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+    def spread(lengths: Sequence[int]) -> tuple[Any, Any]:
+        """The sequence of each of its tokens, and the token's place in it."""
+        n, total = put(lengths), sum(lengths)
+        line = torch.repeat_interleave(n, output_size=total)
+        return line, torch.arange(total, device=device) - (n.cumsum(0) - n)[line]
+
+    cu_queries, cu_keys = (
+        put([0, *itertools.accumulate(one)], torch.int32) for one in (n_queries, n_keys)
+    )
+    found = Sequences(cu_queries, cu_keys, max(n_queries), max(n_keys), sum(n_keys))
+    is_branched = len(lines) > len(segments)
+    if is_branched:
+        found.order = put([k for _, ask, chain in lines for k in chain[len(chain) - ask :]])
+    begins = cu_keys[:-1].long()
+    if any(cached):
+        line, at = spread(cached)
+        table = put(_padded([segments[k].cached for k, _, _ in lines]))
+        found.cached = (table[line, at // PAGE_TOKENS], at % PAGE_TOKENS, begins[line] + at)
+        begins = begins + put(cached)
+    if any(cached) or is_branched:
+        line, at = spread([len(chain) for _, _, chain in lines])
+        found.own = (put([k for _, _, chain in lines for k in chain]), begins[line] + at)
+    return found
 
 
 def _chains(segment: Segment, start: int) -> list[tuple[int, Sequence[int]]]:
