@@ -42,7 +42,7 @@ class Setting:
     n_padded_tokens
         Tokens of a padded batch.
     n_times
-        How many times the rows of the smallest setting.
+        How many times the rows of the smallest setting; those of short rows, squared.
     now
         The clock that counts, in seconds.
     """
@@ -143,13 +143,13 @@ class Systems:
             self.model(input_ids=pack.ids, position_ids=pack.positions, use_cache=False)
         shape = last_shape()
         assert shape is not None
-        self._pool = PagePool(setting.n_pages, shape, setting.dtype, setting.device)
+        pool = PagePool(setting.n_pages, shape, setting.dtype, setting.device)
+        self._engine = Engine(self.model, pool, setting.budget_tokens, setting.n_vocabulary)
 
     def engine(self) -> Engine:
-        """An engine that knows nothing of earlier rows."""
+        """The engine, which knows nothing of earlier rows (``drained``)."""
         switch(self.model)
-        setting = self.setting
-        return Engine(self.model, self._pool, setting.budget_tokens, setting.n_vocabulary)
+        return self._engine
 
     def tensor(self, values: Sequence[Any]) -> Any:
         """Whole numbers on the device."""
@@ -305,7 +305,7 @@ def scoring(table: Rows, systems: Systems, repeats: int) -> None:
 def prefix(table: Rows, systems: Systems, repeats: int) -> None:
     """300 tokens in common, and about 25 of each row's own."""
     rng = random.Random(1)
-    shared, n_rows = text(rng, 300), 64 * systems.setting.n_times
+    shared, n_rows = text(rng, 300), 64 * systems.setting.n_times**2
     ragged = [max(3, int(rng.lognormvariate(3, 0.7))) for _ in range(n_rows)]
     for name, lengths in (("equal", [25] * n_rows), ("ragged", ragged)):
         rows = [[*shared, *text(rng, n)] for n in lengths]

@@ -116,7 +116,8 @@ def _attend(pack: Pack, layer: int, q: Any, k: Any, v: Any, how: _How) -> Any:
     if how.softcap is None and how.sink is None and varlen.is_taken(q, v):
         return varlen.attend(
             pack.sequences,
-            pages,
+            pack.pool,
+            layer,
             q,
             k,
             v,

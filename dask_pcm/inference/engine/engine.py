@@ -1,19 +1,21 @@
 """The engine: each step computes the tokens of many rows in one forward.
 
-For one thread. ``schedule.py`` says what a step computes.
+For one thread. ``schedule.py`` says what a step computes. A device computes a step while the host
+prepares the next one: scores are taken a step later, tokens at once, since they go on from there.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dask_pcm.inference.engine.attention import packed
 from dask_pcm.inference.engine.graphs import Graphs
 from dask_pcm.inference.engine.packs import Pack
-from dask_pcm.inference.engine.pages import PagePool
+from dask_pcm.inference.engine.pages import PagePool, on_device, on_host
 from dask_pcm.inference.engine.rows import Embedded, Generated, Prefix, Row, RowError, Scored
 from dask_pcm.inference.engine.sampling import Sampling, choose
 from dask_pcm.inference.engine.schedule import Part, Schedule
@@ -59,21 +61,26 @@ class Engine:
             self.schedule.least_admitted = _LEAST_ADMITTED
         self.n_steps = 0
         self.n_tokens = 0
+        #: What is to be done once the device has computed a step, and for how many rows.
+        self._open: list[tuple[Callable[[], None], int]] = []
 
     @property
     def n_rows(self) -> int:
         """Rows that have not ended."""
-        return self.schedule.n_rows
+        return self.schedule.n_rows + sum(n for _, n in self._open)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Add rows; each is told its result by ``Row.done`` within ``step``."""
+        """Add rows; each is told its result by ``Row.done`` within a ``step``."""
         self.schedule.add(rows)
 
     def step(self) -> None:
-        """Compute one forward; does nothing without rows."""
+        """Begin one forward, and tell results of the one before; does nothing without rows."""
+        before, self._open = self._open, []
         parts = self.schedule.choose(self.budget_tokens)
         if parts:
             self._try(parts)
+        for tell, _ in before:
+            tell()
 
     def _try(self, parts: Sequence[Part]) -> None:
         """Compute a forward; if it fails, its halves, down to the rows that are the cause."""
@@ -101,6 +108,7 @@ class Engine:
         begins = [0, *itertools.accumulate(len(part.kept) for part in parts)]
         found = list(zip(parts, begins, strict=False))
         with torch.inference_mode():
+            self._pool.clean()
             outputs = self._graphs.logits(segments) if _is_single(parts) else None
             if outputs is None:
                 pack = Pack(segments, self._pool, self._pool.kv.device)
@@ -109,7 +117,7 @@ class Engine:
                     for part, start in zip(parts, pack.starts, strict=True)
                     for k in part.kept
                 ]
-                at = torch.tensor(kept, dtype=torch.long, device=pack.ids.device)
+                at = on_device(kept, pack.ids.device)
                 outputs = self._forward(pack, at, isinstance(parts[0].row, Embedded))
         self.n_steps += 1
         self.n_tokens += sum(len(one.tokens) for one in segments)
@@ -118,13 +126,14 @@ class Engine:
                 part.row.n_done += len(part.segment.tokens)
                 if isinstance(part.row, Prefix) and part.row.is_ready:
                     self.schedule.prefixes.leave(part.row)  # it has what it needs of its outer one
-        found = [(part, at) for part, at in found if part.kept]
-        self._take_scores([(p.row, at) for p, at in found if isinstance(p.row, Scored)], outputs)
-        self._take_tokens([(p.row, at) for p, at in found if isinstance(p.row, Generated)], outputs)
-        for part, first in found:
-            if isinstance(part.row, Embedded):
-                vector = part.row.pool(outputs[first : first + len(part.kept)])
-                self.schedule.end(part.row, vector)
+        wanted = [(part.row, slice(at, at + len(part.kept))) for part, at in found if part.kept]
+        with torch.inference_mode():
+            if scored := [(row, at) for row, at in wanted if isinstance(row, Scored)]:
+                self._take_scores(scored, outputs)
+            if generated := [(row, at) for row, at in wanted if isinstance(row, Generated)]:
+                self._take_tokens(generated, outputs)
+            if embedded := [(row, at) for row, at in wanted if isinstance(row, Embedded)]:
+                self._take_vectors(embedded, outputs)
 
     def _forward(self, pack: Any, kept: Any, is_embedding: bool) -> Any:
         """Logits, or hidden states, of the tokens that are kept, of all if None; float32."""
@@ -138,36 +147,61 @@ class Engine:
                 return self._model(**inputs, logits_to_keep=kept).logits[0].float()
             return self._model(**inputs).logits[0, kept].float()
 
-    def _take_scores(self, found: Sequence[tuple[Scored, int]], logits: Any) -> None:
+    def _take_scores(self, found: Sequence[tuple[Scored, slice]], logits: Any) -> None:
         """Sum the log-probabilities of each ending's tokens."""
         import torch
 
-        if not found:
-            return
         wanted = [
-            (at + 1 + index, token)
+            (at.start + 1 + index, token)
             for row, at in found
             for ending in row.trie.wanted
             for index, token in ending
         ]
-        line, token = torch.tensor(wanted, device=logits.device).unbind(1)
-        values = iter((logits[line, token] - torch.logsumexp(logits, -1)[line]).tolist())
-        for row, _ in found:
-            scores = [sum(next(values) for _ in ending) for ending in row.trie.wanted]
-            self.schedule.end(row, scores)
+        line, token = on_device(wanted, logits.device).unbind(1)
+        wait = on_host(logits[line, token] - torch.logsumexp(logits, -1)[line])
 
-    def _take_tokens(self, found: Sequence[tuple[Generated, int]], logits: Any) -> None:
+        def tell() -> None:
+            values = iter(wait().tolist())
+            for row, _ in found:
+                scores = [sum(next(values) for _ in ending) for ending in row.trie.wanted]
+                self._end(row, scores, not any(map(math.isnan, scores)))
+
+        self._open.append((tell, len(found)))
+
+    def _take_tokens(self, found: Sequence[tuple[Generated, slice]], logits: Any) -> None:
         """Choose the next token of each row."""
         groups: dict[Sampling, list[tuple[Generated, int]]] = {}
         for row, at in found:
-            groups.setdefault(row.sampling, []).append((row, at))
+            groups.setdefault(row.sampling, []).append((row, at.start))
         for sampling, members in groups.items():
             numbers = [row.number for row, _ in members]
             places = [len(row.tokens) for row, _ in members]
-            tokens = choose(logits[[at for _, at in members]], sampling, numbers, places).tolist()
+            mine = logits[on_device([at for _, at in members], logits.device)]
+            chosen = choose(mine, sampling, numbers, places)
+            # What is not a number is chosen before all that is one.
+            is_number = ~mine.gather(1, chosen[:, None])[:, 0].isnan()
+            tokens = on_host(chosen.where(is_number, -1))().tolist()
             for (row, _), token in zip(members, tokens, strict=True):
-                if row.append(token):
-                    self.schedule.end(row, row.new)
+                if token < 0 or row.append(token):
+                    self._end(row, row.new, token >= 0)
+
+    def _take_vectors(self, found: Sequence[tuple[Embedded, slice]], hidden: Any) -> None:
+        """Pool the hidden states of each row."""
+        import torch
+
+        wait = on_host(torch.stack([row.pool(hidden[at]) for row, at in found]))
+
+        def tell() -> None:
+            for (row, _), vector in zip(found, wait(), strict=True):
+                self._end(row, vector, not vector.isnan().any())
+
+        self._open.append((tell, len(found)))
+
+    def _end(self, row: Row, result: Any, is_number: bool) -> None:
+        """A row has its result, unless the model did not compute numbers."""
+        if not is_number:
+            result = RowError("The model's output for the row is not a number (NaN).")
+        self.schedule.end(row, result)
 
 
 def _is_single(parts: Sequence[Part]) -> bool:

@@ -88,7 +88,7 @@ class _Graph:
     def replay(self, segments: Sequence[Segment]) -> Any:
         """Logits of rows, shape (rows, vocabulary); valid until the next call."""
         self._fill(segments)
-        self._on_device.copy_(self._inputs)
+        self._on_device.copy_(self._inputs, non_blocking=True)
         return self._replay()[: len(segments)]
 
     def _fill(self, segments: Sequence[Segment]) -> None:
@@ -146,22 +146,23 @@ def _pack_of(inputs: Any, pool: PagePool, n_rows: int, n_cached: int) -> _Pack:
     ids, cached, first = inputs[: 3 * n_rows].view(3, n_rows)
     pages = inputs[3 * n_rows :]
     device = inputs.device
-    row, ends = torch.arange(n_rows, device=device), cached.cumsum(0)
-    # Cached tokens of all rows, one after another; those behind the last row's fill up.
-    k = torch.arange(n_cached, device=device)
+    row = torch.arange(n_rows, device=device)
+    # Keys of all rows, one after another: cached ones and its own; some behind them fill up.
+    n_keys = n_cached + n_rows
+    ends = (cached + 1).cumsum(0)
+    k = torch.arange(n_keys, device=device)
     line = torch.searchsorted(ends, k, right=True)
     of = line.clamp(max=n_rows - 1)
-    at = k - (ends - cached)[of]
+    at = k - (ends - cached - 1)[of]
     page = torch.where(line < n_rows, first[of] + at // PAGE_TOKENS, len(pages) - 1)
-    cu_keys = torch.nn.functional.pad(ends + row + 1, (1, 0)).int()
     sequences = varlen.Sequences(
         cu_queries=torch.arange(n_rows + 1, dtype=torch.int32, device=device),
-        cu_keys=cu_keys,
+        cu_keys=torch.nn.functional.pad(ends, (1, 0)).int(),
         most_queries=1,
         most_keys=n_cached + 1,
-        n_keys=n_cached + n_rows,
-        own=(row, ends + row),  # behind a row's cached tokens
-        cached=(pages[page], at % PAGE_TOKENS, k + line),
+        n_keys=n_keys,
+        cached=pool.index(pages[page], at % PAGE_TOKENS),
+        own=(row, ends - 1),
     )
     stored = (row, pages[first + cached // PAGE_TOKENS], cached % PAGE_TOKENS)
     return _Pack(ids[None], cached[None], stored, sequences, pool)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool
+from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, on_device
 from dask_pcm.inference.engine.varlen import Sequences, sequences_of
 
 #: Rows share a group if they are at least this share of its longest; or if all are as short.
@@ -134,9 +134,10 @@ class Pack:
         self.is_causal = is_causal
         self._segments = segments
         self._device = device
-        self.ids = torch.tensor([[t for s in segments for t in s.tokens]], device=device)
-        self._positions = torch.tensor([p for s in segments for p in s.positions])
-        self.positions = self._positions[None].to(device)
+        self.ids = on_device([[t for s in segments for t in s.tokens]], device)
+        positions = [p for s in segments for p in s.positions]
+        self._positions = torch.tensor(positions)
+        self.positions = on_device([positions], device)
         self.starts: list[int] = []
         at = 0
         for segment in segments:
@@ -154,18 +155,16 @@ class Pack:
     @cached_property
     def sequences(self) -> Sequences:
         """The rows as they are, for a kernel that takes sequences of different lengths."""
-        return sequences_of(self._segments, self.starts, self._device)
+        return sequences_of(self._segments, self.starts, self.pool, self._device)
 
     def _plan_stores(self, segments: Sequence[Segment]) -> Any:
-        import torch
-
         found = [
             (start + k, one.cached[at // PAGE_TOKENS], at % PAGE_TOKENS)
             for one, start in zip(segments, self.starts, strict=True)
             if one.is_stored
             for k, at in enumerate(range(one.n_cached, one.n_cached + len(one.tokens)))
         ]
-        return torch.tensor(found, device=self._device).unbind(1) if found else None
+        return on_device(found, self._device).unbind(1) if found else None
 
     def _group(self, segments: Sequence[Segment], members: Sequence[int], positions: Any) -> Group:
         import torch
@@ -180,7 +179,8 @@ class Pack:
         own_at = key_at = positions[index]
         sees, table = self._sees(rows, is_own), None
         if rows[0].cached:
-            table = _table_of(rows)
+            assert self.pool is not None
+            table = _table_of(rows, self.pool.scratch)
             sees, cached_at = _with_cached(rows, sees, table.shape[1], offsets.shape[1])
             key_at = cached_at if rows[0].is_stored else torch.cat([cached_at, own_at], 1)
         tensors: list[Any] = [index, kept, own_at, key_at, sees, table]
@@ -209,14 +209,14 @@ class Pack:
         return sees[:, None]
 
 
-def _table_of(rows: Sequence[Segment]) -> Any:
+def _table_of(rows: Sequence[Segment], scratch: int) -> Any:
     """Pages of rows; a single line if all only read the same ones."""
     import torch
 
     if not rows[0].is_stored:
         return torch.tensor([rows[0].cached])
     n_pages = max(len(row.cached) for row in rows)
-    return torch.tensor([[*row.cached, *[0] * (n_pages - len(row.cached))] for row in rows])
+    return torch.tensor([[*row.cached, *[scratch] * (n_pages - len(row.cached))] for row in rows])
 
 
 def _with_cached(

@@ -8,7 +8,7 @@ Memory Management for Large Language Model Serving with PagedAttention" (SOSP 20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +69,11 @@ class PagePool:
         width = shape.key_dim + shape.value_dim
         self.scratch = n_pages
         sizes = (n_pages + 1, shape.n_layers, PAGE_TOKENS, shape.n_heads, width)
-        # Zeros: what is masked still takes part in products, and must not be NaN.
         self.kv = torch.zeros(sizes, dtype=dtype, device=device)
         self._free = list(range(n_pages))
         self._n_users = [0] * n_pages
+        #: Pages with numbers of rows before, which may be none (NaN).
+        self._unclean: set[int] = set()
 
     @property
     def n_free(self) -> int:
@@ -92,6 +93,7 @@ class PagePool:
         taken = [self._free.pop() for _ in range(n_pages)]
         for page in taken:
             self._n_users[page] = 1
+        self._unclean.update(taken)
         return taken
 
     def share(self, pages: Sequence[int]) -> None:
@@ -106,9 +108,26 @@ class PagePool:
             if not self._n_users[page]:
                 self._free.append(page)
 
+    def clean(self) -> None:
+        """Empty the pages that were taken since: what is masked still takes part in products."""
+        if self._unclean:
+            self.kv[on_device(sorted(self._unclean), self.kv.device)] = 0
+            self._unclean.clear()
+
+    def index(self, pages: Any, slots: Any) -> Any:
+        """Where keys and values of tokens are, for ``gather``; shape of `pages` and `slots`."""
+        return pages * (self.shape.n_layers * PAGE_TOKENS) + slots
+
+    def gather(self, index: Any, layer: int) -> Any:
+        """Keys and values of one layer, shape (tokens, heads, key + value)."""
+        lines = self.kv.view(-1, self.kv.shape[3] * self.kv.shape[4])
+        found = lines.index_select(0, index + layer * PAGE_TOKENS)
+        return found.view(-1, *self.kv.shape[3:])
+
     def copy(self, page: int, to: int) -> None:
         """Copy a page to one that was taken."""
         self.kv[to] = self.kv[page]
+        self._unclean.discard(to)
 
     def validate(self) -> None:
         """Raise AssertionError if the books contradict each other."""
@@ -125,3 +144,30 @@ def n_pages_for(n_tokens: int) -> int:
     (0, 1, 2)
     """
     return -(-n_tokens // PAGE_TOKENS)
+
+
+def on_device(values: Sequence[Any], device: Any, dtype: Any = None) -> Any:
+    """A tensor of whole numbers on a device, without waiting for what the device has to do."""
+    import torch
+
+    made = torch.tensor(values, dtype=dtype or torch.int64)
+    if torch.device(device).type != "cuda":
+        return made.to(device)
+    return made.pin_memory().to(device, non_blocking=True)
+
+
+def on_host(values: Any) -> Callable[[], Any]:
+    """Begin to bring a tensor to the host; the function that is returned waits for it."""
+    import torch
+
+    if not values.is_cuda:
+        return lambda: values
+    found = values.to("cpu", non_blocking=True)
+    is_there = torch.cuda.Event()
+    is_there.record()
+
+    def wait() -> Any:
+        is_there.synchronize()
+        return found
+
+    return wait

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask_pcm.errors import PromptError
+from dask_pcm.inference.engine.pages import on_device
 
 _GOLDEN, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
@@ -92,7 +93,7 @@ def gumbel(seed: int, rows: Sequence[int], positions: Sequence[int], like: Any) 
     import torch
 
     def put(values: Sequence[int]) -> Any:
-        return torch.tensor([_signed(value) for value in values], device=like.device)
+        return on_device([_signed(value) for value in values], like.device)
 
     key = _mix(_mix(_mix(put([seed])) + put(rows)) + put(positions))
     tokens = torch.arange(like.shape[-1], device=like.device)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dask_pcm.inference.engine.pages import PAGE_TOKENS
+from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, on_device
 
 if TYPE_CHECKING:
     from dask_pcm.inference.engine.packs import Segment
@@ -37,11 +37,12 @@ class Sequences:
         Keys of all.
     order
         Places in the pack of the tokens that ask; None if they are in order.
-    own
-        Places in the pack that keys are from, and where in the sequences they go; None if keys are
-        the pack's, in order.
     cached
-        Pages, slots and places in the sequences of other keys; None if there are none.
+        Index of each key in the pool, for the first layer (``PagePool.index``); for those that are
+        the pack's, of anything. None if all are.
+    own
+        Places in the pack of the keys that are the pack's, and where they go in the sequences; None
+        if all are, in order.
     """
 
     cu_queries: Any
@@ -53,30 +54,26 @@ class Sequences:
     own: Any = None
     cached: Any = None
 
-    def keys(self, pages: Any, own: Any, width: slice) -> Any:
-        """Keys, or values, of all sequences, shape (keys, heads, dim).
+    def keys_and_values(self, pool: PagePool | None, layer: int, k: Any, v: Any) -> tuple[Any, Any]:
+        """Those of all sequences, from those of the pack; shapes (keys, heads, dim)."""
+        import torch
 
-        Parameters
-        ----------
-        pages
-            Of one layer, shape (pages, slots, heads, key + value); None if there are none.
-        own
-            Of the pack, shape (tokens, heads, dim).
-        width
-            Which of a page's numbers they are.
-        """
         if self.own is None:
-            return own
-        found = own.new_empty(self.n_keys, *own.shape[1:])
+            return k, v
         source, to = self.own
-        found[to] = own[source]
-        if self.cached is not None:
-            page, slot, to = self.cached
-            found[to] = pages[page, slot][..., width]
-        return found
+        own = torch.cat([k, v], -1)[source]
+        if self.cached is None:
+            found = own
+        else:
+            assert pool is not None
+            found = pool.gather(self.cached, layer)
+            found[to] = own
+        return found[..., : k.shape[-1]], found[..., k.shape[-1] :]
 
 
-def sequences_of(segments: Sequence[Segment], starts: Sequence[int], device: Any) -> Sequences:
+def sequences_of(
+    segments: Sequence[Segment], starts: Sequence[int], pool: PagePool | None, device: Any
+) -> Sequences:
     """Sequences of a pack; `starts` are where its segments begin."""
     import torch
 
@@ -90,7 +87,7 @@ def sequences_of(segments: Sequence[Segment], starts: Sequence[int], device: Any
     n_keys = [n + len(chain) for n, (_, _, chain) in zip(cached, lines, strict=True)]
 
     def put(values: Sequence[Any], dtype: Any = torch.int64) -> Any:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        return on_device(values, device, dtype)
 
     def spread(lengths: Sequence[int]) -> tuple[Any, Any]:
         """The sequence of each of its tokens, and the token's place in it."""
@@ -107,9 +104,12 @@ def sequences_of(segments: Sequence[Segment], starts: Sequence[int], device: Any
         found.order = put([k for _, ask, chain in lines for k in chain[len(chain) - ask :]])
     begins = cu_keys[:-1].long()
     if any(cached):
-        line, at = spread(cached)
+        assert pool is not None
+        line, at = spread(n_keys)
         table = put(_padded([segments[k].cached for k, _, _ in lines]))
-        found.cached = (table[line, at // PAGE_TOKENS], at % PAGE_TOKENS, begins[line] + at)
+        is_cached = at < put(cached)[line]
+        at = torch.where(is_cached, at, 0)  # the others are the pack's own
+        found.cached = pool.index(table[line, at // PAGE_TOKENS], at % PAGE_TOKENS)
         begins = begins + put(cached)
     if any(cached) or is_branched:
         line, at = spread([len(chain) for _, _, chain in lines])
@@ -140,7 +140,7 @@ def _chains(segment: Segment, start: int) -> list[tuple[int, Sequence[int]]]:
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    n = max(len(row) for row in rows)
+    n = max(1, *(len(row) for row in rows))
     return [[*row, *[0] * (n - len(row))] for row in rows]
 
 
@@ -173,7 +173,8 @@ def kernel() -> Callable[..., Any] | None:
 
 def attend(
     of: Sequences,
-    pages: Any,
+    pool: PagePool | None,
+    layer: int,
     q: Any,
     k: Any,
     v: Any,
@@ -187,15 +188,13 @@ def attend(
 
     compute = kernel()
     assert compute is not None
-    dim = k.shape[-1]
-    keys = of.keys(pages, k, slice(0, dim))
-    values = of.keys(pages, v, slice(dim, None))
-    queries = q.contiguous() if of.order is None else q[of.order]
+    keys, values = of.keys_and_values(pool, layer, k, v)
+    queries = q if of.order is None else q[of.order]
     left = -1 if window is None else window - 1
     found = compute(
         queries,
-        keys.contiguous(),
-        values.contiguous(),
+        keys,
+        values,
         of.cu_queries,
         of.cu_keys,
         of.most_queries,

@@ -181,3 +181,31 @@ def test_an_encoder_that_is_packed_says_what_it_says_of_each_row_alone():
             hidden = model(input_ids=pack.ids, position_ids=pack.positions).last_hidden_state[0]
     for one, start in zip(expected, pack.starts, strict=True):
         assert torch.allclose(hidden[start : start + len(one)], one, atol=1e-5)
+
+
+def test_what_is_not_a_number_is_the_error_of_its_row_alone(alone):
+    rng = random.Random(9)
+    one = alone("llama")
+    with torch.no_grad():
+        one.model.get_input_embeddings().weight[599] = torch.nan
+    rows = prompts_of(rng)
+    expected = [(one.scores(row, ENDINGS), one.continued(row, 4)) for row in rows]
+    driven = one.engine(n_pages=30, budget_tokens=50)
+    shared = [*text(rng, 50), 599, *text(rng, 30)]  # a prefix, and rows with pages of their own
+    bad = [[599], [*rows[0], 599], [*rows[1][:80], 599, *text(rng, 20)]]
+    bad += [[*shared, *text(rng, 3)] for _ in range(3)]
+    for turn in range(2):  # pages are used again
+        for k in range(len(rows)):
+            driven.score((turn, "score", k), rows[k], ENDINGS)
+            driven.generate((turn, "new", k), rows[k], 4)
+            row = bad[k % len(bad)]
+            driven.score((turn, "bad score", k), row, ENDINGS)
+            driven.generate((turn, "bad", k), row, 4)
+    found = driven.run()
+    for (_, kind, k), result in found.items():
+        if kind.startswith("bad"):
+            assert isinstance(result, RowError) and "not a number" in str(result)
+        elif kind == "new":
+            assert result == expected[k][1]
+        else:
+            assert result == pytest.approx(expected[k][0], abs=1e-4)

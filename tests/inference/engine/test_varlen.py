@@ -10,6 +10,7 @@ import torch
 from dask_pcm.inference.engine import graphs as graphs_module
 from dask_pcm.inference.engine import varlen
 from dask_pcm.inference.engine.packs import Segment
+from dask_pcm.inference.engine.pages import KVShape, PagePool
 from tests.inference.engine.conftest import FAMILIES
 from tests.inference.engine.test_engine import ENDINGS, prompts_of, text
 
@@ -19,7 +20,7 @@ def written_out(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
     out = torch.full((*q.shape[:2], v.shape[2]), torch.nan)
     queries, keys = cu_q.diff().tolist(), cu_k.diff().tolist()
     assert max(queries) == max_q and max(keys) <= max_k
-    assert all(x.is_contiguous() for x in (q, k, v))
+    assert all(x.stride(-1) == 1 for x in (q, k, v))
     n_each = q.shape[1] // k.shape[1]
     for n_q, n_k, at_q, at_k in zip(queries, keys, cu_q.tolist(), cu_k.tolist(), strict=False):
         one = q[at_q : at_q + n_q].transpose(0, 1)
@@ -96,7 +97,9 @@ def test_scores_and_tokens_are_those_of_each_row_alone(alone, family, budget_tok
 
 
 def test_plain_rows_are_taken_as_they_are():
-    made = varlen.sequences_of([Segment([1, 2, 3], range(3)), Segment([4], [0])], [0, 3], "cpu")
+    made = varlen.sequences_of(
+        [Segment([1, 2, 3], range(3)), Segment([4], [0])], [0, 3], None, "cpu"
+    )
     assert made.order is None and made.own is None and made.cached is None
     assert made.cu_queries.tolist() == made.cu_keys.tolist() == [0, 3, 4]
     assert (made.most_queries, made.most_keys) == (3, 3)
@@ -107,19 +110,25 @@ def test_a_token_asks_once_however_many_endings_have_it():
     #           \ 4 - 5
     #               \ 6
     row = Segment([0] * 7, [0, 1, 2, 3, 2, 3, 3], parents=[-1, 0, 1, 2, 1, 4, 4])
-    made = varlen.sequences_of([row], [0], "cpu")
+    made = varlen.sequences_of([row], [0], None, "cpu")
     assert made.order is not None and made.order.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert made.cu_queries.tolist() == [0, 4, 6, 7] and made.cu_keys.tolist() == [0, 4, 8, 12]
     own = torch.arange(7.0)[:, None, None]
-    keys = made.keys(None, own, slice(0, 1))[:, 0, 0].tolist()
-    assert keys == [0, 1, 2, 3, 0, 1, 4, 5, 0, 1, 4, 6]
+    keys, values = made.keys_and_values(None, 0, own, -own)
+    assert (
+        keys.flatten().tolist()
+        == (-values).flatten().tolist()
+        == [0, 1, 2, 3, 0, 1, 4, 5, 0, 1, 4, 6]
+    )
 
 
 def test_keys_in_pages_come_before_those_of_the_pack():
     rows = [Segment([7, 8], [18, 19], [3, 1], 18, True), Segment([9], [2], [0], 2, True)]
-    made = varlen.sequences_of(rows, [0, 2], "cpu")
-    pages = torch.arange(4 * 16.0).view(4, 16, 1, 1)
-    keys = made.keys(pages, torch.tensor([100.0, 101, 102])[:, None, None], slice(0, 1))
+    pool = PagePool(4, KVShape(2, 1, 1, 1), torch.float32, "cpu")
+    pool.kv[:4, 1, :, 0] = torch.arange(4 * 16.0).view(4, 16, 1)
+    made = varlen.sequences_of(rows, [0, 2], pool, "cpu")
+    own = torch.tensor([100.0, 101, 102])[:, None, None]
+    keys, values = made.keys_and_values(pool, 1, own, own)
     first = [*range(48, 64), 16, 17, 100, 101]
-    assert keys.flatten().tolist() == [*first, 0, 1, 102]
+    assert keys.flatten().tolist() == values.flatten().tolist() == [*first, 0, 1, 102]
     assert made.cu_keys.tolist() == [0, 20, 23] and made.cu_queries.tolist() == [0, 2, 3]
