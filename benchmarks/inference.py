@@ -157,7 +157,7 @@ class Systems:
 
     def score(self, rows: Sequence[list[int]], endings: Sequence[tuple[int, ...]]) -> Engine:
         """Score endings of rows by an engine."""
-        engine, trie = self.engine(), trie_of(endings)
+        engine, trie = self.engine(), trie_of(tuple(endings))
         engine.add([Scored(list(row), lambda _: None, trie=trie) for row in rows])
         return drained(engine)
 

@@ -7,10 +7,11 @@ rows of the batch are unaffected.
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import pandas as pd
@@ -71,7 +72,9 @@ class Caller:
 
     def __init__(self, sealed: Sealed, refs: Sequence[ContextRef], stats: TaskStats) -> None:
         self.call: Call = sealed.open()
-        self._refs = refs
+        self._refs = [replace(ref, is_exclusive=False) for ref in refs]
+        if not self.call.is_served:  # what serves many at once knows no turns
+            self._refs = list(refs)
         self._stats = stats
         self.tally = Tally()
         if self.call.batch_rows is not None:
@@ -121,19 +124,35 @@ class Caller:
             if self.call.batch_rows is None:
                 return [self.call.on(frame, contexts)]
             start = 0
+            begun: list[Callable[[], Any]] = []
             for rows in cut:
                 if watch is not None:
                     watch.calls(start, start + len(rows), len(frame))
                 start += len(rows)
+                if self.call.is_served:
+                    begun.append(self._begun(rows, contexts).result)
+                    continue
                 self.tally.begin_batch()
                 found.append(self._batch(rows, contexts))
+                after(len(found))
+            for result in begun:
+                with in_time(self.call.timeout_s):
+                    found.append(result())
                 after(len(found))
         # After the contexts are released: checks would delay the next call of another lane.
         pairs = zip(cut, found, strict=True)
         return [self.call.one_for_each(rows, result) for rows, result in pairs]
 
-    def submit(self, frame: pd.DataFrame, watch: Watch) -> Submission[list[pd.DataFrame]]:
-        """Begin a batch of a function that is served; `frame` has rows."""
+    def submit(
+        self, frame: pd.DataFrame, watch: Watch, is_alone: bool = False
+    ) -> Submission[list[pd.DataFrame]]:
+        """Begin a batch of a function that is served; `frame` has rows.
+
+        Parameters
+        ----------
+        is_alone
+            Whether attendants serve nothing else meanwhile; then its results are waited for.
+        """
         if self._held is None:
             # Held until the unit ends: a batch may be in flight at any moment from now on.
             watch.waits()
@@ -141,8 +160,19 @@ class Caller:
             self._held = attendants(self._refs, values)
             pairs = zip(self._held, values, strict=True)
             self._is_attended = all(serves is not value for serves, value in pairs)
-        contexts = self._held
-        watch.calls(0, len(frame), len(frame))
+        with ExitStack() as alone:
+            for serves in self._held if is_alone and self._is_attended else ():
+                alone.enter_context(serves.alone())
+            watch.calls(0, len(frame), len(frame))
+            begun = self._begun(frame, self._held)
+            if is_alone and begun.future is not None:
+                with in_time(self.call.timeout_s):
+                    concurrent.futures.wait([begun.future])
+        collect = lambda: [self.call.one_for_each(frame, begun.result())]  # noqa: E731
+        return Submission(collect, begun.future)
+
+    def _begun(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Submission[Any]:
+        """Begin a batch of a function that is served; its result is not checked."""
         self.tally.begin_batch()
         future: Future[pd.DataFrame]
         try:
@@ -156,10 +186,7 @@ class Caller:
             with self.call.raising():
                 return future.result()
 
-        collect = lambda: [  # noqa: E731
-            self.call.one_for_each(frame, self._batch(frame, contexts, result))
-        ]
-        return Submission(collect, future)
+        return Submission(lambda: self._batch(frame, contexts, result), future)
 
     def failed(self, frame: pd.DataFrame, error: Exception) -> list[pd.DataFrame]:
         """The results if all rows fail with `error`, without a call of the function."""

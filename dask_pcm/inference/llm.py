@@ -56,6 +56,7 @@ class LLM(Context):
     """
 
     __slots__ = ("commit", "path")
+    serves_many = True
     path: str
     commit: str
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.checkpoint import Checkpoint
+from dask_pcm.inference.engine.attention import switch_back
+from dask_pcm.inference.engine.serving import Serving
 from dask_pcm.inference.model_folder import weight_files
 from dask_pcm.inference.probe import ensure_exact
 from dask_pcm.inference.prompts import Scoring, ScoringError, Text, batches_by_length
+from dask_pcm.inference.served import attendant_of
 from dask_pcm.inference.tokens import Encoder
 from dask_pcm.ladder.device import check_device, chosen_device
 
@@ -24,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Tokenizers without a limit report a number such as 10**30.
 _NO_LIMIT = 10**9
+#: Forwards of this process in padded batches: two at a time would take twice the memory.
+_one_at_a_time = threading.Lock()
 
 
 def load_model(
@@ -72,7 +78,9 @@ def load_model(
         model = model.to(device)
     model.requires_grad_(False)
     padded = PaddedModel(model.eval(), tokenizer)
-    ensure_exact(padded, content)
+    padded.is_attended = ensure_exact(padded, content)
+    if not padded.is_attended:
+        switch_back(model)
     return padded
 
 
@@ -125,7 +133,11 @@ class PaddedModel:
         Context length in tokens; None if neither model nor tokenizer states one.
     n_embeddings
         Vocabulary size of the model; a tokenizer may have more tokens.
+    is_attended
+        Whether an engine computes it; set by ``load_model``.
     """
+
+    is_attended = False
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
@@ -150,6 +162,10 @@ class PaddedModel:
         """Id of the end-of-text token; None if the tokenizer has none."""
         eos = self.tokenizer.eos_token_id
         return None if eos is None else int(eos)
+
+    def attend(self) -> Serving:
+        """Its engine; see ``Attendant``."""
+        return attendant_of(self)
 
     def tokenize(self, texts: Sequence[str | Text]) -> list[list[int]]:
         """Token ids of each text, with a beginning-of-text token but no end-of-text token.
@@ -184,6 +200,10 @@ class PaddedModel:
             Shape (rows, choices): the sum over a choice's tokens of log P(token | all tokens
             before it).
         """
+        with _one_at_a_time:
+            return self._scores(scorings, batch_tokens)
+
+    def _scores(self, scorings: Sequence[Scoring], batch_tokens: int) -> list[list[float]]:
         runs = [(row, run) for row, s in enumerate(scorings) for run in s.runs]
         lengths = [len(scorings[row].shared) + len(run) for row, run in runs]
         scores = [[0.0] * len(s.endings) for s in scorings]

@@ -3,6 +3,9 @@
 It holds if no logit depends on a later token. The probe runs when a model is loaded. A pass is
 cached on the host, by the digest of the files, the device model and the versions of torch and
 transformers. A failure is never cached: a faulty device may have caused it.
+
+It also says whether an engine computes the model; one that it does not compute exactly is computed
+in padded batches.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dask_pcm import user_cache
 from dask_pcm.context.bundles import digest_of
 from dask_pcm.errors import ModelError
+from dask_pcm.inference.engine.probe import narrowed, packed_logits
 from dask_pcm.ladder.device import device_model
 
 if TYPE_CHECKING:
@@ -31,8 +35,13 @@ _FULL, _HALF = (1e-3, 1e-3), (0.02, 0.1)
 _KIND = "probes"
 
 
-def ensure_exact(model: PaddedModel, content: str | None) -> None:
+def ensure_exact(model: PaddedModel, content: str | None) -> bool:
     """Probe a model, unless the same model has passed on this host before.
+
+    Returns
+    -------
+    bool
+        Whether an engine may compute it.
 
     Parameters
     ----------
@@ -45,21 +54,26 @@ def ensure_exact(model: PaddedModel, content: str | None) -> None:
         If its answers would depend on the other rows of a batch.
     """
     key = None if content is None else _key(model, content)
-    if key is not None and user_cache.recall(_KIND, key) is not None:
-        return
-    found = probe(model)
-    logger.info("Probe of %s: %s", type(model.model).__name__, found)
-    if key is not None:
-        user_cache.note(_KIND, key, found)
+    found = None if key is None else user_cache.recall(_KIND, key)
+    if not isinstance(found, dict):
+        found = probe(model)
+        logger.info("Probe of %s: %s", type(model.model).__name__, found)
+        if key is not None:
+            user_cache.note(_KIND, key, found)
+    if reason := found.get("unfit"):
+        name = type(model.model).__name__
+        logger.info("%s is computed in padded batches: %s.", name, reason)
+    return not reason
 
 
-def probe(model: PaddedModel) -> dict[str, float]:
-    """Measure how much later tokens and batch neighbours change logits.
+def probe(model: PaddedModel) -> dict[str, Any]:
+    """Measure how much later tokens and batch neighbours change logits, and an engine.
 
     Returns
     -------
-    dict of str to float
-        RMS differences relative to the standard deviation of the logits.
+    dict of str to float or str
+        RMS differences relative to the standard deviation of the logits; and why an engine cannot
+        compute the model, empty if it can.
 
     Raises
     ------
@@ -84,7 +98,15 @@ def probe(model: PaddedModel) -> dict[str, float]:
             f" spread; rounding explains {most_beside:g}), so answers would depend on the other"
             " rows of a batch. Use another model."
         )
-    return {"later_tokens": later, "beside_others": beside}
+    try:
+        by_engine = _measured(_by_engine(model, rows), is_half)
+        is_exact = by_engine <= most_beside
+        unfit = (
+            "" if is_exact else f"an engine changes its logits by {by_engine:.2g} of their spread"
+        )
+    except Exception as error:  # of code that knows nothing of packs
+        by_engine, unfit = None, f"{type(error).__name__}: {error}"
+    return {"later_tokens": later, "beside_others": beside, "packed": by_engine, "unfit": unfit}
 
 
 def _later_tokens(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
@@ -104,6 +126,16 @@ def _beside_others(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[
     for line, row in enumerate(rows):
         own = [position for position in positions if position < len(row)]
         pairs.append((batch[line, : len(own)], model.logits([row], own)[0]))
+    return pairs
+
+
+def _by_engine(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
+    """Logits of all texts in a pack, and of each alone; texts are longer than any window."""
+    with narrowed(model.model):
+        pairs = []
+        for row, found in zip(rows, packed_logits(model.model, rows), strict=True):
+            positions = _some(len(row))
+            pairs.append((found[positions], model.logits([row], positions)[0]))
     return pairs
 
 
@@ -151,6 +183,6 @@ def _key(model: PaddedModel, content: str) -> str:
     import torch
     import transformers
 
-    facts = [content, device_model(), *model.facts.values()]
+    facts = ["packed", content, device_model(), *model.facts.values()]
     facts += [type(model.model).__name__, torch.__version__, transformers.__version__]
     return digest_of(json.dumps(facts).encode()).hex()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from dask_pcm.arguments import checked, frame_refused
 from dask_pcm.config import Config
 from dask_pcm.errors import PromptError, SchemaError
 from dask_pcm.frames.map_partitions import check_columns, map_partitions
+from dask_pcm.inference.engine.rows import RowError, Scored, trie_of
+from dask_pcm.inference.engine.serving import Serving
 from dask_pcm.inference.fields import rows_as_text
 from dask_pcm.inference.llm import LLM
 from dask_pcm.inference.origins import check_fields
@@ -172,6 +175,8 @@ class Classify:
     special_tokens_in_fields: bool = False
 
     __name__ = "classify"
+    #: An engine has rows of several batches at a time; see ``Call.is_served``.
+    is_served = True
 
     def about(self) -> dict[str, Any]:
         """The arguments that change answers; the ledger refuses to resume a job if they differ."""
@@ -188,12 +193,43 @@ class Classify:
         return ("dask_pcm.classify", *self.about().values())
 
     def __call__(self, frame: pd.DataFrame, model: PaddedModel) -> pd.DataFrame:
-        rows = rows_as_text(frame, self.template.fields)
-        planned = self._plan(model, rows)
+        """Answers in padded batches."""
+        planned = self._plan(model, rows_as_text(frame, self.template.fields))
         scorings = [scoring for scoring in planned if isinstance(scoring, Scoring)]
-        scores = iter(model.score(scorings, self.batch_tokens))
+        return self._answered(frame, planned, model.score(scorings, self.batch_tokens))
+
+    def submit(self, frame: pd.DataFrame, model: PaddedModel | Serving) -> Future[pd.DataFrame]:
+        """Begin to answer by an engine; at once, if the model has none."""
+        found: Future[pd.DataFrame] = Future()
+        if isinstance(model, PaddedModel):
+            found.set_result(self(frame, model))
+            return found
+        planned = self._plan(model.live, rows_as_text(frame, self.template.fields))
+        request = [
+            Scored(list(plan.shared), trie=trie_of(plan.endings))
+            for plan in planned
+            if isinstance(plan, Scoring)
+        ]
+
+        def finish(served: Future[list[Any]]) -> None:
+            try:
+                found.set_result(self._answered(frame, planned, served.result()))
+            except BaseException as error:
+                found.set_exception(error)
+
+        model.submit(request).add_done_callback(finish)
+        return found
+
+    def _answered(
+        self,
+        frame: pd.DataFrame,
+        planned: Sequence[Scoring | str],
+        scores: Sequence[list[float] | RowError],
+    ) -> pd.DataFrame:
+        """The kept columns with answers; `scores` are those of the rows that were planned."""
+        found = iter(scores)
         answers = [
-            self._answer(next(scores)) if isinstance(plan, Scoring) else (None, math.nan, plan)
+            self._answer(next(found)) if isinstance(plan, Scoring) else (None, math.nan, plan)
             for plan in planned
         ]
         out = frame[list(self.kept)].copy()
@@ -264,8 +300,10 @@ class Classify:
                 return self._scorings(model, [cut])[0]
         return f"The row has {scoring.n_tokens} tokens; the model takes {limit}."
 
-    def _answer(self, scores: list[float]) -> tuple[str | None, float, str | None]:
+    def _answer(self, scores: list[float] | RowError) -> tuple[str | None, float, str | None]:
         """Answer, probability and error of one row, from the log-probability of each choice."""
+        if isinstance(scores, RowError):
+            return None, math.nan, str(scores)
         if not all(map(math.isfinite, scores)):
             return None, math.nan, f"The model's scores are not finite: {scores}."
         # On a tie the first listed choice wins. Exponents are relative to the best score, so the

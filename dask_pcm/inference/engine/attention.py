@@ -2,10 +2,13 @@
 
 Models differ in what they tell attention: a sliding window, a cap of the scores (``softcap``) and a
 sink (``s_aux``) come as keywords; or the window is known from the configuration's ``layer_types``.
+A model that is called without a pack, as by a user's own function, has the attention that it had.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +19,8 @@ from dask_pcm.inference.engine import varlen
 from dask_pcm.inference.engine.packs import Group, Pack
 from dask_pcm.inference.engine.pages import KVShape
 
-#: The name by which models find this attention.
-NAME = "dask_pcm"
+#: The names by which models find this attention begin so; what they had before follows.
+_PREFIX = "dask_pcm_"
 
 
 class _Local(threading.local):
@@ -43,12 +46,28 @@ def packed(pack: Pack) -> Iterator[None]:
 
 
 def switch(model: Any) -> None:
-    """Have a model use this attention; it must have been loaded with eager attention."""
+    """Have a model use this attention, wherever a pack is computed; again is allowed."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _hook)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-    model.set_attn_implementation(NAME)
+    before = model.config._attn_implementation
+    is_new = not before.startswith(_PREFIX)
+    before = before.removeprefix(_PREFIX)
+    AttentionInterface.register(_PREFIX + before, functools.partial(_hook, before))
+    AttentionMaskInterface.register(_PREFIX + before, functools.partial(_mask, before))
+    try:
+        if is_new:  # some models decide by it what they tell their attention
+            model.set_attn_implementation("eager")
+        model.set_attn_implementation(_PREFIX + before)
+    except BaseException:
+        model.set_attn_implementation(before)
+        raise
+
+
+def switch_back(model: Any) -> None:
+    """Have a model use the attention that it had."""
+    before = model.config._attn_implementation
+    if before is not None and before.startswith(_PREFIX):
+        model.set_attn_implementation(before.removeprefix(_PREFIX))
 
 
 def last_shape() -> KVShape | None:
@@ -70,7 +89,17 @@ class _How:
     sink: Any
 
 
+def _mask(before: str, *args: Any, **kwargs: Any) -> Any:
+    """The mask of attention without a pack; packs have their own."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return (
+        None if _local.pack is not None else ALL_MASK_ATTENTION_FUNCTIONS[before](*args, **kwargs)
+    )
+
+
 def _hook(
+    before: str,
     module: Any,
     query: Any,
     key: Any,
@@ -82,17 +111,31 @@ def _hook(
     softcap: float | None = None,
     s_aux: Any = None,
     **others: Any,
-) -> tuple[Any, None]:
+) -> tuple[Any, Any]:
     """Attention of a layer; from shape (1, heads, tokens, dim) to (1, tokens, heads, dim)."""
     pack = _local.pack
     if pack is None:
-        raise RuntimeError("The model of an engine was called without the engine.")
+        told = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        others.update({name: value for name, value in told.items() if value is not None})
+        plain = _plain(before, module)
+        found: tuple[Any, Any] = plain(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
+        )
+        return found
     window = sliding_window if sliding_window is not None else _window_of(module)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = getattr(module, "layer_idx", 0)
     _local.shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return _attend(pack, layer, q, k, v, _How(scale, window, softcap, s_aux))[None], None
+
+
+def _plain(name: str, module: Any) -> Any:
+    """The attention of that name; the eager one is that of the model's own file."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
 
 
 def _window_of(module: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ class Row:
     """
 
     tokens: list[int]
-    done: Done
+    done: Done = lambda result: None
     prefix: Prefix | None = None
     pages: list[int] = field(default_factory=list)
     n_done: int = 0
@@ -89,12 +90,13 @@ class Trie:
     wanted: tuple[tuple[tuple[int, int], ...], ...]
 
 
-def trie_of(endings: Sequence[Sequence[int]]) -> Trie:
+@functools.lru_cache(maxsize=1024)
+def trie_of(endings: tuple[tuple[int, ...], ...]) -> Trie:
     """Merge endings into a trie; last tokens are predicted only, and not computed.
 
     Examples
     --------
-    >>> trie = trie_of([(5, 6, 7), (5, 8), (9,)])
+    >>> trie = trie_of(((5, 6, 7), (5, 8), (9,)))
     >>> trie.tokens, trie.depths, trie.parents
     ((5, 6), (0, 1), (-1, 0))
     >>> trie.wanted

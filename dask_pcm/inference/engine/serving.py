@@ -9,12 +9,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from dask_pcm.errors import PCMError
+from dask_pcm.errors import LoadError
 from dask_pcm.inference.engine.engine import Engine
 from dask_pcm.inference.engine.rows import Row
 
+_CLOSED = "The engine accepts no rows: its context leaves the device."
 
-class EngineClosedError(PCMError):
+
+class EngineClosedError(LoadError):
     """The engine was closed while it had rows: its context leaves the device."""
 
 
@@ -29,11 +31,16 @@ class Serving:
         Makes the engine, and takes its memory.
     n_bytes, n_rows
         See ``Attendant``.
+    live
+        The live object that it serves.
     """
 
-    def __init__(self, make: Callable[[], Engine], n_bytes: int, n_rows: int) -> None:
+    def __init__(
+        self, make: Callable[[], Engine], n_bytes: int, n_rows: int, live: Any = None
+    ) -> None:
         self.n_bytes = n_bytes
         self.n_rows = n_rows
+        self._live = live
         self._make = make
         self._changed = threading.Condition()
         self._inbox: list[Row] = []
@@ -43,6 +50,13 @@ class Serving:
         self._is_open = False
         self._is_draining = False
         self._thread: threading.Thread | None = None
+
+    @property
+    def live(self) -> Any:
+        """The live object that it serves; EngineClosedError once it is closed."""
+        if not self._is_open:
+            raise EngineClosedError(_CLOSED)
+        return self._live
 
     def start(self) -> None:
         """See ``Attendant``."""
@@ -73,7 +87,7 @@ class Serving:
         with self._changed:
             self._changed.wait_for(lambda: not self._is_open or self._is_admitted())
             if not self._is_open or self._is_draining:
-                raise EngineClosedError("The engine accepts no rows: its context leaves the device")
+                raise EngineClosedError(_CLOSED)
             self._missing[future] = len(request)
             self._inbox += request
             self._changed.notify_all()
@@ -112,6 +126,7 @@ class Serving:
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+        self._live = None
 
     def _is_admitted(self) -> bool:
         """Whether this thread's rows are taken now; with the lock held."""

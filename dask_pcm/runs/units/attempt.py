@@ -228,7 +228,7 @@ class _Flight:
                 yield from self._drain()
             try:
                 _stop_in_time(self._pace)
-                self._begin(batch)
+                self._begin(batch, is_suspect)
             except Reschedule:
                 yield from self._drain()
                 raise
@@ -242,13 +242,14 @@ class _Flight:
             yield from self._collect(is_waiting=True)
         yield from self._collect(is_waiting=False)
 
-    def _begin(self, batch: Batch) -> None:
+    def _begin(self, batch: Batch, is_alone: bool) -> None:
         if self._pace.suspects.gives_up(batch.start):
             outcome = _given_up(batch, self._computation, self._spec, self._pace.suspects)
             self._finish(batch, outcome)
             return
         begun = time.perf_counter()
-        submission = self._computation.submit(batch, self._calls.begin(batch, self._pace))
+        watch = self._calls.begin(batch, self._pace)
+        submission = self._computation.submit(batch, watch, is_alone)
         self._begun[batch.start] = batch, begun, submission
 
     def _collect(self, is_waiting: bool) -> Iterator[Record]:

@@ -180,8 +180,14 @@ class Computation:
                 found[below] = frame
         return found
 
-    def submit(self, batch: Batch, watch: Watch) -> Submission[Outcome]:
-        """Begin a batch; its result is an ``Outcome``. Only the last function may be served."""
+    def submit(self, batch: Batch, watch: Watch, is_alone: bool = False) -> Submission[Outcome]:
+        """Begin a batch; its result is an ``Outcome``. Only the last function may be served.
+
+        Parameters
+        ----------
+        is_alone
+            Whether nothing else of its contexts is computed meanwhile, where they have attendants.
+        """
         values = dict(batch.values)
         if not self._callers:
             frame = self._evaluate(self._graph.result, values)
@@ -197,7 +203,7 @@ class Computation:
         if not caller.call.is_served or not len(frame):
             found = _with_errors(caller.results(frame, watch), earlier)
             return Submission(lambda: self._finished(values, found))
-        begun = caller.submit(frame, watch)
+        begun = caller.submit(frame, watch, is_alone)
         finish = lambda: self._finished(values, _with_errors(begun.result(), earlier))  # noqa: E731
         return Submission(finish, begun.future)
 
