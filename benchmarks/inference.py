@@ -21,6 +21,7 @@ import transformers
 
 from benchmarks.table import Rows, median, parser
 from dask_pcm.inference.engine.attention import last_shape, packed, switch
+from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.engine import Engine
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PagePool
@@ -144,7 +145,8 @@ class Systems:
         shape = last_shape()
         assert shape is not None
         pool = PagePool(setting.n_pages, shape, setting.dtype, setting.device)
-        self._engine = Engine(self.model, pool, setting.budget_tokens, setting.n_vocabulary)
+        capacity = Capacity(setting.budget_tokens, most=setting.budget_tokens)
+        self._engine = Engine(self.model, pool, capacity, setting.n_vocabulary)
 
     def engine(self) -> Engine:
         """The engine, which knows nothing of earlier rows (``drained``)."""

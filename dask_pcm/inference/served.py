@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask_pcm.config import Config
 from dask_pcm.inference.engine.attention import packed, switch
+from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.engine import Engine
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, n_pages_for
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: More tokens at once make a CPU no faster.
+#: Tokens of a step to begin with, on a CPU; more make it faster only if the model is small.
 _CPU_TOKENS = 512
 #: Rows in flight: enough that the next step never waits for the next batch.
-_CPU_ROWS, _GPU_ROWS = 256, 1024
+_CPU_ROWS, _GPU_ROWS = 512, 1024
 #: Pages hold a step and a row of the longest kind, within this share of a device or these bytes.
 _POOL_SHARE, _POOL_BYTES = 1 / 8, 256 << 20
 #: Tokens of the longest row, for models that do not say.
@@ -42,15 +43,15 @@ def attendant_of(model: PaddedModel) -> Serving:
         n_rows, total = _GPU_ROWS, torch.cuda.get_device_properties(device).total_memory
         n_pages = min(n_pages, int(total * _POOL_SHARE) // page_bytes)
         budget, forward_bytes = _step_of(model.model, budget)
-        n_bytes = (n_pages + 1) * page_bytes + forward_bytes
+        n_bytes, first = (n_pages + 1) * page_bytes + forward_bytes, budget
     else:
-        n_rows, n_bytes, budget = _CPU_ROWS, 0, min(budget, _CPU_TOKENS)
+        n_rows, n_bytes, first = _CPU_ROWS, 0, _CPU_TOKENS
         n_pages = min(n_pages, _POOL_BYTES // page_bytes)
     n_pages = max(n_pages, 1)
 
     def make() -> Engine:
         pool = PagePool(n_pages, shape, model.model.dtype, device)
-        return Engine(model.model, pool, budget, model.n_embeddings)
+        return Engine(model.model, pool, Capacity(first, most=budget), model.n_embeddings)
 
     return Serving(make, n_bytes, n_rows, model)
 

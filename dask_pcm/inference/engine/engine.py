@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dask_pcm.inference.engine.attention import packed
+from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.graphs import Graphs
 from dask_pcm.inference.engine.packs import Pack
 from dask_pcm.inference.engine.pages import PagePool, on_device, on_host
@@ -25,8 +27,8 @@ from dask_pcm.ladder.objects.tensors import is_sticky
 _MOST_LOGITS = 1 << 26
 #: Where steps of single tokens are graphs, rows that are continued join in as many as this.
 _LEAST_ADMITTED = 32
-#: Steps do not become smaller than this, however little memory there is.
-_LEAST_TOKENS = 32
+#: Steps with as large a share of the tokens that they may have are full.
+_FULL = 0.9
 
 
 class Engine:
@@ -38,7 +40,7 @@ class Engine:
         A model of transformers.
     pool
         Pages for keys and values.
-    budget_tokens
+    capacity
         Tokens of a step at most.
     n_vocabulary
         Logits of a token.
@@ -49,11 +51,11 @@ class Engine:
         Forwards so far, and the tokens that they computed.
     """
 
-    def __init__(self, model: Any, pool: PagePool, budget_tokens: int, n_vocabulary: int) -> None:
+    def __init__(self, model: Any, pool: PagePool, capacity: Capacity, n_vocabulary: int) -> None:
         self._model = model
         self._base = getattr(model, "base_model", model)
         self._pool = pool
-        self.budget_tokens = budget_tokens
+        self.capacity = capacity
         self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graphs = Graphs(lambda pack: self._forward(pack, None, False), pool)
         self.schedule = Schedule(pool, max(1, _MOST_LOGITS // n_vocabulary))
@@ -75,12 +77,16 @@ class Engine:
 
     def step(self) -> None:
         """Begin one forward, and tell results of the one before; does nothing without rows."""
+        begun, tokens = time.perf_counter(), self.capacity.tokens
         before, self._open = self._open, []
-        parts = self.schedule.choose(self.budget_tokens)
+        parts = self.schedule.choose(tokens)
         if parts:
             self._try(parts)
         for tell, _ in before:
             tell()
+        n_tokens = sum(len(part.segment.tokens) for part in parts)
+        if n_tokens >= _FULL * tokens:
+            self.capacity.observe(n_tokens, time.perf_counter() - begun)
 
     def _try(self, parts: Sequence[Part]) -> None:
         """Compute a forward; if it fails, its halves, down to the rows that are the cause."""
@@ -92,7 +98,7 @@ class Engine:
                 raise
             if is_out_of_memory(error):
                 n_tokens = sum(len(part.segment.tokens) for part in parts)
-                self.budget_tokens = max(_LEAST_TOKENS, min(self.budget_tokens, n_tokens // 2))
+                self.capacity.fail(n_tokens)
             if len(parts) == 1:
                 self.schedule.fail(parts[0].row, RowError(f"{type(error).__name__}: {error}"))
                 return

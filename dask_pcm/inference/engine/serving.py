@@ -50,6 +50,8 @@ class Serving:
         self._is_open = False
         self._is_draining = False
         self._thread: threading.Thread | None = None
+        #: CPU threads that torch uses; its number belongs to each thread that calls it.
+        self._n_threads = 1
 
     @property
     def live(self) -> Any:
@@ -61,6 +63,7 @@ class Serving:
     def start(self) -> None:
         """See ``Attendant``."""
         engine = self._make()
+        self._n_threads = _n_threads()
         self._is_open = True
         self._thread = threading.Thread(
             target=self._serve, args=(engine,), name="pcm-engine", daemon=True
@@ -89,6 +92,7 @@ class Serving:
             if not self._is_open or self._is_draining:
                 raise EngineClosedError(_CLOSED)
             self._missing[future] = len(request)
+            self._n_threads = _n_threads()
             self._inbox += request
             self._changed.notify_all()
         return future
@@ -148,6 +152,8 @@ class Serving:
 
     def _serve(self, engine: Engine) -> None:
         """Compute steps while there are rows; the engine's thread."""
+        import torch
+
         error: BaseException = EngineClosedError("The engine was closed; its rows run again")
         try:
             while True:
@@ -158,6 +164,9 @@ class Serving:
                     if not self._is_open:
                         break
                     new, self._inbox = self._inbox, []
+                    n_threads = self._n_threads
+                if n_threads != _n_threads():
+                    torch.set_num_threads(n_threads)
                 engine.add(new)
                 engine.step()
         except BaseException as raised:  # of the device, or a fault of ours: no step is possible
@@ -168,3 +177,10 @@ class Serving:
             self._changed.notify_all()
         for future in left:
             future.set_exception(error)
+
+
+def _n_threads() -> int:
+    """CPU threads that torch uses on behalf of this thread."""
+    import torch
+
+    return int(torch.get_num_threads())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dask_pcm.inference.engine.attention import last_shape, packed, switch
+from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.engine import Engine
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PagePool
@@ -35,6 +36,11 @@ FAMILIES = {
         {**tiny.ATTENTION, "ffn_dim": 64, "word_embed_proj_dim": 32},
     ),
 }
+
+
+def fixed(n_tokens):
+    """Steps of as many tokens, as long as there is memory for them."""
+    return Capacity(n_tokens, most=n_tokens, least=1)
 
 
 class Alone:
@@ -72,7 +78,7 @@ class Alone:
         with torch.inference_mode(), packed(pack):
             self.model(input_ids=pack.ids, position_ids=pack.positions, use_cache=False)
         pool = PagePool(n_pages, last_shape(), self.model.dtype, device)
-        return Driven(Engine(self.model, pool, budget_tokens, tiny.N_TOKENS), pool)
+        return Driven(Engine(self.model, pool, fixed(budget_tokens), tiny.N_TOKENS), pool)
 
 
 class Driven:

@@ -150,7 +150,7 @@ def test_without_memory_steps_become_smaller_and_no_row_is_lost(serving):
     broken(serving.made[0], lambda ids: len(ids) > 40, full)
     found = serving.submit([scored(text(rng, 20)) for _ in range(25)]).result(patient(30))
     assert all(isinstance(scores, list) for scores in found)
-    assert serving.made[0].budget_tokens <= 40
+    assert serving.made[0].capacity.tokens <= 40
 
 
 def test_a_lost_device_ends_all_requests_with_its_error(serving):
