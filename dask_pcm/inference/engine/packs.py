@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, on_device
+from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, moved, on_device
 from dask_pcm.inference.engine.varlen import Sequences, sequences_of
 
-#: Rows share a group if they are at least this share of its longest; or if all are as short.
+#: Rows share a group if they are at least this share of its longest; or if all are as short. On a
+#: GPU each group takes time to launch, and what is padded takes little.
 _ALIKE, _SHORT_TOKENS = 0.75, 16
+_ALIKE_ON_GPU, _SHORT_TOKENS_ON_GPU = 0.25, 128
 #: On CPUs, longer rows without cached tokens are groups of their own: nothing is padded or copied.
 _LONG_TOKENS = 32
 
@@ -184,7 +186,7 @@ class Pack:
             sees, cached_at = _with_cached(rows, sees, table.shape[1], offsets.shape[1])
             key_at = cached_at if rows[0].is_stored else torch.cat([cached_at, own_at], 1)
         tensors: list[Any] = [index, kept, own_at, key_at, sees, table]
-        a, b, c, d, e, f = (None if one is None else one.to(self._device) for one in tensors)
+        a, b, c, d, e, f = (None if one is None else moved(one, self._device) for one in tensors)
         n_positions, span = int(own_at.max()) + 1, None
         if len(rows) == 1 and table is None:
             span = slice(self.starts[members[0]], self.starts[members[0]] + int(lengths))
@@ -239,6 +241,9 @@ def _with_cached(
 def _alike(segments: Sequence[Segment], is_cpu: bool) -> Iterator[list[int]]:
     """Positions of segments that share a group."""
 
+    alike = _ALIKE if is_cpu else _ALIKE_ON_GPU
+    short = _SHORT_TOKENS if is_cpu else _SHORT_TOKENS_ON_GPU
+
     def kind(k: int) -> tuple[Any, ...]:
         one = segments[k]
         # Rows that only read a prefix share it; those that write have pages of their own.
@@ -249,7 +254,7 @@ def _alike(segments: Sequence[Segment], is_cpu: bool) -> Iterator[list[int]]:
     for k in reversed(order):
         if group:
             n_tokens, longest = len(segments[k].tokens), len(segments[group[0]].tokens)
-            is_alike = n_tokens >= _ALIKE * longest or 1 < n_tokens <= longest <= _SHORT_TOKENS
+            is_alike = n_tokens >= alike * longest or 1 < n_tokens <= longest <= short
             is_apart = is_cpu and longest > _LONG_TOKENS and not segments[k].cached
             if kind(group[0]) != kind(k) or is_apart or not is_alike:
                 yield group

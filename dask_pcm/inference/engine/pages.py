@@ -150,10 +150,16 @@ def on_device(values: Sequence[Any], device: Any, dtype: Any = None) -> Any:
     """A tensor of whole numbers on a device, without waiting for what the device has to do."""
     import torch
 
-    made = torch.tensor(values, dtype=dtype or torch.int64)
+    return moved(torch.tensor(values, dtype=dtype or torch.int64), device)
+
+
+def moved(values: Any, device: Any) -> Any:
+    """A tensor of the host on a device, without waiting for what the device has to do."""
+    import torch
+
     if torch.device(device).type != "cuda":
-        return made.to(device)
-    return made.pin_memory().to(device, non_blocking=True)
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def on_host(values: Any) -> Callable[[], Any]:

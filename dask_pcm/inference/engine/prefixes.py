@@ -6,8 +6,11 @@ Pure: token ids in, a tree of prefixes out.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 #: A prefix is worth its pages if it saves at least as many tokens in all.
 _LEAST_SAVED_TOKENS = 64
@@ -45,8 +48,10 @@ def shared_prefixes(
     >>> [(one.n_tokens, sorted(one.rows)) for one in shared_prefixes(rows, least_saved_tokens=2)]
     [(2, [0, 1, 2])]
     """
-    starts = [list(row[:-1]) for row in rows]
-    order = sorted(range(len(rows)), key=lambda k: starts[k])
+    # Any order in which rows that begin alike are neighbours; bytes are the fastest to compare.
+    keys = [array("i", row[:-1]).tobytes() for row in rows]
+    starts = [np.frombuffer(key, np.intc) for key in keys]
+    order = sorted(range(len(rows)), key=keys.__getitem__)
     common = [0, *itertools.starmap(common_length, itertools.pairwise(starts[k] for k in order))]
     found: list[SharedPrefix] = []
     # Intervals of sorted rows, with the prefix around them and where what is found goes.
@@ -65,13 +70,9 @@ def shared_prefixes(
     return found
 
 
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the common beginning of two rows."""
     n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    low, high = 0, n  # the answer is in [low, high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle)
-    return low
+    differ = a[:n] != b[:n]
+    first = int(differ.argmax()) if n else 0
+    return first if n and differ[first] else n

@@ -67,4 +67,4 @@ def test_the_length_of_a_common_beginning(a, b):
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]:
         n += 1
-    assert common_length(a, b) == n
+    assert common_length(np.array(a), np.array(b)) == n
