@@ -6,12 +6,12 @@ on steps that are full; a failure halves the way to what did fit, and limits are
 
 from __future__ import annotations
 
-import statistics
-
 #: The next size that is tried; and how much faster it has to be to stay.
 _STEP, _GAIN = 1.5, 1.03
-#: Full steps of a size that are compared, and until larger ones are tried again.
-_N_COMPARED, _N_SETTLED = 4, 400
+#: Full steps of a size, of which the fastest counts: others had to wait for something.
+_N_COMPARED = 4
+#: Full steps until larger ones are tried again: at first, and at most; twice as many each time.
+_N_SETTLED, _MOST_SETTLED = 16, 512
 #: How limits change after a failure if as large a step did fit before; and after as many without.
 _LOWER, _RAISE, _N_PATIENT = 0.93, 1.05, 200
 
@@ -47,7 +47,7 @@ class Capacity:
         self._rates: list[float] = []
         #: The size below that is known, with its rate; None while none is compared with.
         self._below: tuple[int, float] | None = None
-        self._n_settled = 0
+        self._n_settled, self._n_next = 0, _N_SETTLED
         self._n_since_failure = 0
         self._patience = _N_PATIENT
 
@@ -68,7 +68,7 @@ class Capacity:
             return
         self._rates.append(n_tokens / max(seconds, 1e-9))
         if len(self._rates) == _N_COMPARED:
-            self._compare(statistics.median(self._rates))
+            self._compare(max(self._rates))
 
     def fail(self, n_tokens: int) -> None:
         """A step of so many tokens has found no memory."""
@@ -93,4 +93,5 @@ class Capacity:
 
     def _settle(self) -> None:
         """Stay at this size for a while, and try larger ones after that."""
-        self._n_settled, self._rates, self._below = _N_SETTLED, [], None
+        self._n_settled, self._rates, self._below = self._n_next, [], None
+        self._n_next = min(2 * self._n_next, _MOST_SETTLED)

@@ -46,8 +46,8 @@ class Row:
 
     @property
     def n_expected(self) -> int:
-        """Tokens that it is expected to take from now on; those with more go first."""
-        return self.n_left
+        """Tokens for which it is expected to run; those with more go first."""
+        return 0
 
 
 @dataclass(slots=True, eq=False)

@@ -1,10 +1,11 @@
 """Which rows a step computes, and which pages they have.
 
-First come running rows, a token each; then rows that wait, those that are expected to take longest
-first, until the step is full. Rows that are scored are computed at once; rows that are continued,
-and those longer than a step, store keys and values in pages. A prefix that rows share goes before
-them. If pages run out, prefixes without rows go first, then the rows that came last; these are
-computed again later, from their tokens.
+First come running rows, a token each; then rows that wait, until the step is full: those that are
+continued before others, and of these first what is expected to take longest. Rows that are scored
+are computed at once, about in the order in which they came; rows that are continued, and those
+longer than a step, store keys and values in pages. A prefix that rows share goes before them. If
+pages run out, prefixes without rows go first, then the rows that came last; these are computed
+again later, from their tokens.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class Schedule:
         """Plan what new rows share, and put them where they belong among those that wait."""
         if self._new:
             self.prefixes.plan([row for row in self._new if not isinstance(row, Embedded)])
-            self._waiting += self._new
+            # Rows of a length pack best; but batches that were begun first are the first to end.
+            self._waiting += sorted(self._new, key=lambda row: -row.n_left)
             self._new = []
             self._waiting.sort(key=lambda row: -row.n_expected)
 
@@ -140,6 +142,7 @@ class Schedule:
         is_embedding = not parts and bool(self._waiting) and isinstance(self._waiting[0], Embedded)
         n_misses, n_kept = 0, len(parts)
         taken: set[int] = set()
+        chosen = {id(part.row) for part in parts}
         for row in self._waiting:
             if left <= 0 or n_misses >= _MOST_MISSES or n_kept >= self._most_kept:
                 break
@@ -153,7 +156,8 @@ class Schedule:
                 self._running.append(row)
             if part.row is row and (part.kept or isinstance(row, Generated)):
                 taken.add(id(row))
-            if all(one.row is not part.row for one in parts):
+            if id(part.row) not in chosen:  # several rows may wait for the same prefix
+                chosen.add(id(part.row))
                 parts.append(part)
                 left -= len(part.segment.tokens)
                 n_kept += len(part.kept)
