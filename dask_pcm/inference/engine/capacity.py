@@ -71,7 +71,7 @@ class Capacity:
             self._compare(max(self._rates))
 
     def fail(self, n_tokens: int) -> None:
-        """A step of so many tokens has found no memory."""
+        """A step of `n_tokens` has found no memory."""
         if n_tokens <= self._fits:  # other rows than those that did fit
             self._fits = int(n_tokens * _LOWER**2)
         between = (n_tokens + self._fits) // 2
