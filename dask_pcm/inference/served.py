@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 
 #: Tokens of a step to begin with, on a CPU; more make it faster only if the model is small.
 _CPU_TOKENS = 512
-#: Rows in flight: enough that the next step never waits for the next batch.
-_CPU_ROWS, _GPU_ROWS = 512, 1024
+#: Rows in flight: enough that the next step never waits for the next batch; a killed process loses
+#: them.
+_ROWS = 512
 #: Pages hold a step and a row of the longest kind, within this share of a device or these bytes.
 _POOL_SHARE, _POOL_BYTES = 1 / 8, 256 << 20
 #: Tokens of the longest row, for models that do not say.
@@ -40,12 +41,12 @@ def attendant_of(model: PaddedModel) -> Serving:
     if device.type == "cuda":
         import torch
 
-        n_rows, total = _GPU_ROWS, torch.cuda.get_device_properties(device).total_memory
+        total = torch.cuda.get_device_properties(device).total_memory
         n_pages = min(n_pages, int(total * _POOL_SHARE) // page_bytes)
         budget, forward_bytes = _step_of(model.model, budget)
         n_bytes, first = (n_pages + 1) * page_bytes + forward_bytes, budget
     else:
-        n_rows, n_bytes, first = _CPU_ROWS, 0, _CPU_TOKENS
+        n_bytes, first = 0, _CPU_TOKENS
         n_pages = min(n_pages, _POOL_BYTES // page_bytes)
     n_pages = max(n_pages, 1)
 
@@ -53,7 +54,7 @@ def attendant_of(model: PaddedModel) -> Serving:
         pool = PagePool(n_pages, shape, model.model.dtype, device)
         return Engine(model.model, pool, Capacity(first, most=budget), model.n_embeddings)
 
-    return Serving(make, n_bytes, n_rows, model)
+    return Serving(make, n_bytes, _ROWS, model)
 
 
 def _step_of(model: Any, budget_tokens: int) -> tuple[int, int]:

@@ -1,0 +1,132 @@
+"""Models behind an engine: which they are, and that answers are those of padded batches."""
+
+from __future__ import annotations
+
+import threading
+
+import pandas as pd
+import pytest
+import torch
+
+from dask_pcm.errors import LoadError
+from dask_pcm.factcheck import LABELS, PROMPT, generate
+from dask_pcm.factcheck.demo import MODEL_PATH
+from dask_pcm.inference.engine import attention
+from dask_pcm.inference.engine.probe import narrowed
+from dask_pcm.inference.padded import PaddedModel, load_model
+from dask_pcm.inference.probe import probe
+from dask_pcm.inference.prompts import Template
+from dask_pcm.inference.served import attendant_of
+from dask_pcm.inference.verbs import Classify
+from tests.conftest import patient
+from tests.inference.engine.conftest import FAMILIES as EXACT
+from tests.inference.test_probe import FAMILIES
+from tests.support import models as tiny
+
+CALL = Classify(Template(PROMPT), tuple(LABELS), None, ("id",), 8_192)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model(str(MODEL_PATH), device="cpu")
+
+
+@pytest.fixture
+def served(demo):
+    serving = attendant_of(demo)
+    serving.start()
+    yield serving
+    serving.close()
+
+
+def padded_of(kind, config, options):
+    return PaddedModel(tiny.random_model(kind, config, **options), tiny.tokenizer())
+
+
+def test_answers_are_those_of_padded_batches(demo, served):
+    assert demo.is_attended
+    claims = generate(600, seed=3)
+    begun = [CALL.submit(claims.iloc[at : at + 200], served) for at in (0, 200, 400)]
+    found = pd.concat([one.result(patient(60)) for one in begun])
+    expected = CALL(claims, demo)
+    assert found.id.tolist() == claims.id.tolist()
+    assert found.answer.tolist() == expected.answer.tolist()
+    assert (found.answer_probability - expected.answer_probability).abs().max() < 1e-5
+
+
+def test_rows_that_cannot_be_scored_have_errors_beside_answers(demo, served):
+    claims = generate(4, seed=4)
+    claims["claim"] = [claims["claim"][0], None, "word " * 5_000, claims["claim"][3]]
+    found = CALL.submit(claims, served).result(patient(60))
+    assert found.answer.notna().tolist() == [True, False, False, True]
+    assert "tokens; the model takes" in found.error[2]
+
+
+def test_a_model_behind_an_engine_answers_a_callers_own_function_as_before(demo, served):
+    """On another thread, while the engine computes."""
+    ids = torch.tensor([demo.tokenize(["a claim of some length"])[0]])
+    with torch.inference_mode():
+        alone = demo.model(input_ids=ids).logits
+    stop, wrong = threading.Event(), []
+
+    def call():
+        while not stop.is_set():
+            with torch.inference_mode():
+                if not torch.equal(demo.model(input_ids=ids).logits, alone):
+                    wrong.append(True)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        claims = generate(300, seed=5)
+        found = CALL.submit(claims, served).result(patient(60))
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+    assert found.answer.tolist() == CALL(claims, demo).answer.tolist()
+
+
+def test_a_closed_engine_says_so(demo):
+    serving = attendant_of(demo)
+    serving.start()
+    serving.close()
+    with pytest.raises(LoadError, match="leaves the device"):
+        CALL.submit(generate(2, seed=6), serving)
+
+
+@pytest.mark.parametrize("family", ["alibi", "state", "state space", "mixed"])
+def test_what_an_engine_does_not_compute_exactly_is_left_to_padded_batches(family):
+    padded = padded_of(*FAMILIES[family])
+    before = padded.model.config._attn_implementation
+    assert probe(padded)["unfit"]
+    assert padded.model.config._attn_implementation in (before, f"dask_pcm_{before}")
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_what_it_computes_exactly_is_found_so(family):
+    found = probe(padded_of(*EXACT[family]))
+    assert not found["unfit"] and found["packed"] < 1e-3
+
+
+def test_a_window_that_an_engine_would_ignore_is_noticed(monkeypatch):
+    padded = padded_of(*EXACT["mistral"])
+    padded.model.config.sliding_window = 4096  # wider than any text that is tried
+    hook = attention._attend
+
+    def without(pack, layer, q, k, v, how):
+        return hook(pack, layer, q, k, v, attention._How(how.scale, None, None, None))
+
+    monkeypatch.setattr(attention, "_attend", without)
+    for module in padded.model.modules():
+        if getattr(module, "sliding_window", None):
+            module.sliding_window = 4096
+    assert "changes its logits" in probe(padded)["unfit"]
+
+
+def test_windows_are_as_wide_as_before_afterwards():
+    model = padded_of(*EXACT["mistral"]).model
+    model.config.sliding_window = 100
+    with narrowed(model):
+        assert model.config.sliding_window == 16
+    assert model.config.sliding_window == 100
