@@ -19,7 +19,7 @@ from dask_pcm.version import __version__
 if TYPE_CHECKING:
     from dask_pcm.context.context import Context
     from dask_pcm.frames.map_partitions import map_partitions
-    from dask_pcm.inference import LLM, classify
+    from dask_pcm.inference import LLM, classify, generate, score
     from dask_pcm.parquet.pieces import read_parquet
     from dask_pcm.plugins.install import explain, install, release, uninstall
     from dask_pcm.plugins.worker.task import acquire
@@ -38,6 +38,8 @@ _HOMES = {
     "map_partitions": "dask_pcm.frames.map_partitions",
     "LLM": "dask_pcm.inference",
     "classify": "dask_pcm.inference",
+    "generate": "dask_pcm.inference",
+    "score": "dask_pcm.inference",
     "Pool": "dask_pcm.pools.pool",
     "PoolCluster": "dask_pcm.pools.cluster",
     "Progress": "dask_pcm.runs.progress.progress",
@@ -72,11 +74,13 @@ __all__ = [
     "classify",
     "connect",
     "explain",
+    "generate",
     "install",
     "map_partitions",
     "read_parquet",
     "release",
     "sample",
+    "score",
     "uninstall",
     "write_parquet",
 ]

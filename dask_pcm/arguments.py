@@ -32,6 +32,10 @@ _ALIASES = {
     "llm": "model context",
     "choices": "labels classes candidate_labels options answers",
     "prompt": "template prompt_template",
+    "completion": "target continuation text",
+    "max_tokens": "max_new_tokens max_length max_output_tokens",
+    "temperature": "temp",
+    "stop": "stop_strings stop_sequences stop_words",
     "keep_columns": "columns keep",
     "truncate_column": "truncate truncation",
     "required_columns": "columns",
@@ -48,6 +52,8 @@ _LIVE = frozenset(
 _CALLS = {
     "map_partitions": "map_partitions(func, ddf, context=..., meta=...)",
     "classify": "classify(ddf, llm, prompt=..., choices=...)",
+    "generate": "generate(ddf, llm, prompt=..., max_tokens=...)",
+    "score": "score(ddf, llm, prompt=..., completion=...)",
     "sample": "sample(ddf, 20)",
     "write_parquet": "write_parquet(ddf, path)",
 }

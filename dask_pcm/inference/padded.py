@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.checkpoint import Checkpoint
 from dask_pcm.inference.engine.attention import switch_back
+from dask_pcm.inference.engine.sampling import Sampling, perturbed
 from dask_pcm.inference.engine.serving import Serving
 from dask_pcm.inference.model_folder import weight_files
 from dask_pcm.inference.probe import ensure_exact
@@ -174,9 +175,29 @@ class PaddedModel:
         """
         return self._encoder(texts)
 
-    def check_tokens(self, scoring: Scoring) -> None:
+    @property
+    def stops(self) -> frozenset[int]:
+        """Ids of the tokens that end a text."""
+        found: set[Any] = set()
+        for one in (self.tokenizer, self.model.config, self.model.generation_config):
+            ids = getattr(one, "eos_token_id", None)
+            found |= {*ids} if isinstance(ids, (list, tuple)) else {ids}
+        return frozenset(int(one) for one in found if one is not None)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without control tokens."""
+        text = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def check_tokens(self, plan: Scoring | Sequence[int]) -> None:
         """Raise ScoringError if a token is not in the model's vocabulary."""
-        last = max(max(scoring.shared), *map(max, scoring.endings))
+        last = (
+            max(max(plan.shared), *map(max, plan.endings))
+            if isinstance(plan, Scoring)
+            else max(plan)
+        )
         if last >= self.n_embeddings:
             (name,) = self.tokenizer.convert_ids_to_tokens([last])
             raise ScoringError(
@@ -220,6 +241,94 @@ class PaddedModel:
             for value, (*_, row, choice) in zip(found, wanted, strict=True):
                 scores[row][choice] += value
         return scores
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        n_max: Sequence[int],
+        sampling: Sampling,
+        is_over: Callable[[Sequence[int]], bool] | None,
+        batch_tokens: int,
+    ) -> list[list[int]]:
+        """Continue prompts with transformers' ``generate``, those of the same length together.
+
+        Nothing is padded: models that have no engine differ in what they make of padding.
+
+        Parameters
+        ----------
+        prompts, numbers, n_max
+            Token ids of each row, the number that its samples depend on, and new tokens at most.
+        is_over
+            Says of a row's new tokens whether they are enough.
+        batch_tokens
+            Tokens of a batch at most, new ones included.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, (prompt, n) in enumerate(zip(prompts, n_max, strict=True)):
+            groups.setdefault((len(prompt), n), []).append(row)
+        found: list[list[int]] = [[] for _ in prompts]
+        with _one_at_a_time:
+            for (n_prompt, n), rows in groups.items():
+                size = max(1, batch_tokens // (n_prompt + n))
+                for at in range(0, len(rows), size):
+                    batch = rows[at : at + size]
+                    new = self._continued(
+                        [prompts[k] for k in batch],
+                        [numbers[k] for k in batch],
+                        n,
+                        sampling,
+                        is_over,
+                    )
+                    for row, tokens in zip(batch, new, strict=True):
+                        found[row] = tokens
+        return found
+
+    def _continued(
+        self,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        n_max: int,
+        sampling: Sampling,
+        is_over: Callable[[Sequence[int]], bool] | None,
+    ) -> list[list[int]]:
+        """Continue prompts of the same length."""
+        import torch
+        import transformers
+
+        n_prompt, stops = len(prompts[0]), self.stops
+        ids = torch.tensor(prompts, device=self.model.device)
+        fill = next(iter(stops), 0)
+
+        def choose(tokens: Any, logits: Any) -> Any:
+            return perturbed(logits.float(), sampling, numbers, [tokens.shape[1]] * len(prompts))
+
+        def ends(tokens: Any, logits: Any, **_: Any) -> Any:
+            over = [is_over is not None and is_over(one) for one in tokens[:, n_prompt:].tolist()]
+            return torch.tensor(over, device=tokens.device)
+
+        settings = transformers.GenerationConfig(
+            max_new_tokens=n_max,
+            do_sample=False,
+            eos_token_id=sorted(stops) or None,
+            pad_token_id=fill,
+        )
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                logits_processor=transformers.LogitsProcessorList([choose]),
+                stopping_criteria=transformers.StoppingCriteriaList([ends]),
+            )
+        found = []
+        for tokens in out[:, n_prompt:].tolist():
+            end = next((k for k, token in enumerate(tokens) if token in stops), len(tokens))
+            row = tokens[:end]
+            while is_over is not None and row and is_over(row[:-1]):  # others went on
+                row = row[:-1]
+            found.append(row)
+        return found
 
     def logits(self, sequences: Sequence[Sequence[int]], positions: Sequence[int]) -> Any:
         """Run one forward pass; return logits of shape (sequences, positions, vocabulary).

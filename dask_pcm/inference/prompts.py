@@ -39,6 +39,10 @@ class Text:
         """This text, followed by `text`, in which control tokens act as such."""
         return Text((*self.parts, Part(text, is_own=True)))
 
+    def joined(self, between: str, other: Text) -> Text:
+        """This text, `between`, and another text."""
+        return Text((*self.followed_by(between).parts, *other.parts))
+
 
 @dataclass(frozen=True, slots=True)
 class Template:
@@ -63,13 +67,17 @@ class Template:
         >>> Template("{claim} and {evidence}").fields
         ('claim', 'evidence')
         """
-        names = [name for _, name in _parsed(self.text) if name is not None]
-        if not names:
+        if not self.any_fields:
             raise PromptError(
                 f"The prompt has no field, so every row would get the same answer: {self.text!r}."
                 " Name columns in braces, such as {claim}."
             )
-        return tuple(dict.fromkeys(names))
+        return self.any_fields
+
+    @property
+    def any_fields(self) -> tuple[str, ...]:
+        """As ``fields``, but there may be none."""
+        return tuple(dict.fromkeys(name for _, name in _parsed(self.text) if name is not None))
 
     def fill(self, row: Mapping[str, Any]) -> str:
         """The prompt of one row as a string."""

@@ -1,11 +1,9 @@
-"""``classify`` has a language model choose one answer for every row of a Dask DataFrame."""
+"""Functions of a Dask DataFrame and a language model: one row in, one row out."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dask.dataframe as dd
@@ -15,23 +13,23 @@ from dask_pcm.arguments import checked, frame_refused
 from dask_pcm.config import Config
 from dask_pcm.errors import PromptError, SchemaError
 from dask_pcm.frames.map_partitions import check_columns, map_partitions
-from dask_pcm.inference.engine.rows import RowError, Scored, trie_of
-from dask_pcm.inference.engine.serving import Serving
-from dask_pcm.inference.fields import rows_as_text
+from dask_pcm.inference.calls import (
+    ANSWER,
+    ERROR,
+    FINISH_REASON,
+    LOGPROB,
+    N_TOKENS,
+    PROBABILITY,
+    TEXT,
+    Classify,
+    Generate,
+    Prompted,
+    Score,
+)
+from dask_pcm.inference.engine.sampling import Sampling
 from dask_pcm.inference.llm import LLM
 from dask_pcm.inference.origins import check_fields
-from dask_pcm.inference.padded import PaddedModel
-from dask_pcm.inference.prompts import (
-    Scoring,
-    ScoringError,
-    Template,
-    check_choices,
-    cut_to_fit,
-    plan_scoring,
-    separator,
-)
-
-ANSWER, PROBABILITY, ERROR = "answer", "answer_probability", "error"
+from dask_pcm.inference.prompts import Template, check_choices
 
 
 @checked
@@ -96,218 +94,233 @@ def classify(
         Raised immediately, if prompt, choices and columns do not fit together, or a column has a
         type that cannot be written in a prompt.
     """
-    if not isinstance(ddf, dd.DataFrame):
-        raise frame_refused("classify", ddf)
-    if not isinstance(llm, LLM):
-        raise PromptError(
-            f"classify needs a dask_pcm.LLM; found {type(llm).__name__}. Write"
-            " dask_pcm.LLM('folder or hub id'); a loaded model cannot be sent to workers."
-        )
-    if not isinstance(prompt, str):
-        raise PromptError(
-            f"The prompt must be a string with column names in braces; found {prompt!r}."
-        )
-    template = Template(prompt)
-    fields = check_columns(ddf, template.fields, "The prompt")
-    if truncate_column is not None and truncate_column not in fields:
-        raise PromptError(
-            f"truncate_column={truncate_column!r} is not a field of the prompt; its fields are"
-            f" {', '.join(fields)}."
-        )
-    if repeated := sorted({str(name) for name in ddf.columns[ddf.columns.duplicated()]}):
-        raise SchemaError(f"The frame has columns more than once: {', '.join(repeated)}.")
-    check_fields(ddf, tuple(fields))
-    kept = _kept_columns(ddf, keep_columns)
-    if not isinstance(special_tokens_in_fields, bool):
-        raise PromptError(
-            f"special_tokens_in_fields must be True or False; found {special_tokens_in_fields!r}."
-        )
-    config = Config.read()
-    func = Classify(
-        template,
-        check_choices(choices),
-        truncate_column,
-        tuple(kept),
-        config.batch_tokens,
-        special_tokens_in_fields,
-    )
-    added = {
-        ANSWER: pd.Series([], dtype="str"),
-        PROBABILITY: pd.Series([], dtype="f8"),
-        ERROR: pd.Series([], dtype="str"),
-    }
-    meta = ddf._meta[kept].assign(**{k: v.set_axis(ddf._meta.index[:0]) for k, v in added.items()})
-    return map_partitions(
-        func,
-        ddf,
-        context=llm,
-        meta=meta,
-        batch_rows=config.batch_rows if batch_rows is None else batch_rows,
-        batch_timeout=batch_timeout,
-        required_columns=list(dict.fromkeys([*kept, *fields])),
-    )
+    made = _Prepared.of("classify", ddf, llm, prompt, truncate_column, special_tokens_in_fields)
+    kept = made.kept(keep_columns, (ANSWER, PROBABILITY, ERROR))
+    func = Classify(**made.options(kept), choices=check_choices(choices))
+    added = {ANSWER: "str", PROBABILITY: "f8", ERROR: "str"}
+    return made.mapped(func, kept, added, batch_rows, batch_timeout)
 
 
-def _kept_columns(ddf: dd.DataFrame, keep_columns: Sequence[str] | None) -> list[str]:
-    """Columns of the input that the result keeps; refuses those that ``classify`` adds."""
-    kept = list(ddf.columns)
-    if keep_columns is not None:
-        kept = check_columns(ddf, keep_columns, "keep_columns")
-    if repeated := sorted({name for name in kept if kept.count(name) > 1}):
-        raise SchemaError(f"keep_columns names columns more than once: {', '.join(repeated)}.")
-    if taken := [name for name in (ANSWER, PROBABILITY, ERROR) if name in kept]:
-        raise SchemaError(
-            f"The input already has {', '.join(map(repr, taken))}, which classify adds. Rename it,"
-            " or select the columns to keep with keep_columns=[...]."
+@checked
+def score(
+    ddf: dd.DataFrame,
+    llm: LLM,
+    *,
+    prompt: str,
+    completion: str,
+    truncate_column: str | None = None,
+    keep_columns: Sequence[str] | None = None,
+    batch_rows: int | None = None,
+    batch_timeout: float | str | None = None,
+    special_tokens_in_fields: bool = False,
+) -> dd.DataFrame:
+    """Say how likely a language model finds a text after a prompt, for every row.
+
+    Prompt and completion are tokenised together, with a space between them unless the prompt ends
+    with white space. Tokens that both have in common count as the prompt's.
+
+    Parameters
+    ----------
+    completion : str
+        Template of the text that is scored: ``"{answer}"``. Its white space counts.
+    ddf, llm, prompt, truncate_column, keep_columns, batch_rows, batch_timeout, \
+special_tokens_in_fields
+        As for ``classify``.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        The kept columns; ``logprob``, the sum of log P(token | all tokens before it) over the
+        completion's tokens; ``n_tokens``, how many these are; and ``error``, null if there is a
+        score. The perplexity is ``exp(-logprob / n_tokens)``.
+
+    Raises
+    ------
+    PromptError, SchemaError
+        As for ``classify``.
+    """
+    made = _Prepared.of("score", ddf, llm, prompt, truncate_column, special_tokens_in_fields)
+    if not isinstance(completion, str) or not completion.strip():
+        raise PromptError(
+            f"The completion must be text, such as '{{answer}}'; found {completion!r}."
         )
-    return kept
+    text = Template(completion)
+    made = made.with_fields(text.any_fields, "The completion")
+    kept = made.kept(keep_columns, (LOGPROB, N_TOKENS, ERROR))
+    func = Score(**made.options(kept), completion=text)
+    added = {LOGPROB: "f8", N_TOKENS: "Int64", ERROR: "str"}
+    return made.mapped(func, kept, added, batch_rows, batch_timeout)
+
+
+@checked
+def generate(
+    ddf: dd.DataFrame,
+    llm: LLM,
+    *,
+    prompt: str,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    n: int = 1,
+    truncate_column: str | None = None,
+    keep_columns: Sequence[str] | None = None,
+    batch_rows: int | None = None,
+    batch_timeout: float | str | None = None,
+    special_tokens_in_fields: bool = False,
+) -> dd.DataFrame:
+    """Have a language model continue a prompt for every row.
+
+    A continuation depends on the model, the prompt and the arguments, and on no other row: samples
+    are drawn by a hash of `seed`, the prompt's tokens and the position. So equal prompts get equal
+    continuations, and a row gets the same ones in any order or partition of the rows, as far as its
+    logits are the same (in float32 on one kind of device).
+
+    Parameters
+    ----------
+    max_tokens : int
+        New tokens at most; fewer if the model's context length is reached.
+    temperature : float, default 0
+        0 takes the likeliest token each time; larger values sample.
+    top_k : int, optional
+        As many of the likeliest tokens are candidates; all by default.
+    top_p : float, default 1
+        Candidates are the fewest tokens whose probabilities sum to this or more.
+    seed : int, default 0
+        Another seed gives other samples.
+    stop : str or sequence of str, optional
+        Texts before which a continuation ends. It also ends at the model's end-of-text tokens.
+    n : int, default 1
+        Samples of each row. With more than one, the columns that are added hold lists.
+    ddf, llm, prompt, truncate_column, keep_columns, batch_rows, batch_timeout, \
+special_tokens_in_fields
+        As for ``classify``.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        The kept columns; ``text``, what follows the prompt; ``n_tokens``, its tokens;
+        ``finish_reason``, "stop" or, at the limit, "length"; and ``error``, null if there is a
+        text.
+
+    Raises
+    ------
+    PromptError, SchemaError
+        As for ``classify``, and for arguments out of their range.
+    """
+    made = _Prepared.of("generate", ddf, llm, prompt, truncate_column, special_tokens_in_fields)
+    for name, value in (("max_tokens", max_tokens), ("n", n)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise PromptError(f"{name} is {value!r}; expected 1 or more.")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(one, str) and one for one in stops):
+        raise PromptError(f"stop must be texts that are not empty; found {stop!r}.")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    if n > 1 and not temperature:
+        raise PromptError(f"n={n} with temperature 0 gives the same text {n} times; raise it.")
+    kept = made.kept(keep_columns, (TEXT, N_TOKENS, FINISH_REASON, ERROR))
+    func = Generate(**made.options(kept), max_tokens=max_tokens, sampling=sampling, stop=stops, n=n)
+    return made.mapped(func, kept, func.dtypes(), batch_rows, batch_timeout)
 
 
 @dataclass(frozen=True, slots=True)
-class Classify:
-    """The function that a worker calls on each batch of rows."""
+class _Prepared:
+    """What all of these functions are given, checked."""
 
+    ddf: dd.DataFrame
+    llm: LLM
     template: Template
-    choices: tuple[str, ...]
     truncate_column: str | None
-    kept: tuple[str, ...]
-    batch_tokens: int
-    special_tokens_in_fields: bool = False
+    is_trusted: bool
+    fields: tuple[str, ...]
 
-    __name__ = "classify"
-    #: An engine has rows of several batches at a time; see ``Call.is_served``.
-    is_served = True
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        ddf: dd.DataFrame,
+        llm: LLM,
+        prompt: str,
+        truncate_column: str | None,
+        is_trusted: bool,
+    ) -> _Prepared:
+        """Check arguments; PromptError or SchemaError if they do not fit together."""
+        if not isinstance(ddf, dd.DataFrame):
+            raise frame_refused(name, ddf)
+        if not isinstance(llm, LLM):
+            raise PromptError(
+                f"{name} needs a dask_pcm.LLM; found {type(llm).__name__}. Write"
+                " dask_pcm.LLM('folder or hub id'); a loaded model cannot be sent to workers."
+            )
+        if not isinstance(prompt, str):
+            raise PromptError(
+                f"The prompt must be a string with column names in braces; found {prompt!r}."
+            )
+        template = Template(prompt)
+        fields = tuple(check_columns(ddf, template.fields, "The prompt"))
+        if truncate_column is not None and truncate_column not in fields:
+            raise PromptError(
+                f"truncate_column={truncate_column!r} is not a field of the prompt; its fields are"
+                f" {', '.join(fields)}."
+            )
+        if repeated := sorted({str(name) for name in ddf.columns[ddf.columns.duplicated()]}):
+            raise SchemaError(f"The frame has columns more than once: {', '.join(repeated)}.")
+        check_fields(ddf, fields)
+        if not isinstance(is_trusted, bool):
+            raise PromptError(
+                f"special_tokens_in_fields must be True or False; found {is_trusted!r}."
+            )
+        return cls(ddf, llm, template, truncate_column, is_trusted, fields)
 
-    def about(self) -> dict[str, Any]:
-        """The arguments that change answers; the ledger refuses to resume a job if they differ."""
+    def with_fields(self, names: Sequence[str], what: str) -> _Prepared:
+        """With further columns that are read."""
+        more = tuple(check_columns(self.ddf, names, what))
+        check_fields(self.ddf, more)
+        return replace(self, fields=tuple(dict.fromkeys((*self.fields, *more))))
+
+    def kept(self, keep_columns: Sequence[str] | None, added: Sequence[str]) -> list[str]:
+        """Columns of the input that the result keeps; refuses those that are added."""
+        kept = list(self.ddf.columns)
+        if keep_columns is not None:
+            kept = check_columns(self.ddf, keep_columns, "keep_columns")
+        if repeated := sorted({name for name in kept if kept.count(name) > 1}):
+            raise SchemaError(f"keep_columns names columns more than once: {', '.join(repeated)}.")
+        if taken := [name for name in added if name in kept]:
+            raise SchemaError(
+                f"The input already has {', '.join(map(repr, taken))}, which is added. Rename it,"
+                " or select the columns to keep with keep_columns=[...]."
+            )
+        return kept
+
+    def options(self, kept: Sequence[str]) -> dict[str, Any]:
+        """Arguments of ``Prompted``."""
         return {
-            "prompt": self.template.text,
-            "choices": list(self.choices),
+            "template": self.template,
             "truncate_column": self.truncate_column,
-            "columns": list(self.kept),
-            "special_tokens_in_fields": self.special_tokens_in_fields,
+            "kept": tuple(kept),
+            "batch_tokens": Config.read().batch_tokens,
+            "special_tokens_in_fields": self.is_trusted,
         }
 
-    def __dask_tokenize__(self) -> tuple[Any, ...]:
-        # Without batch_tokens: the size of a forward pass changes no answer.
-        return ("dask_pcm.classify", *self.about().values())
-
-    def __call__(self, frame: pd.DataFrame, model: PaddedModel) -> pd.DataFrame:
-        """Answers in padded batches."""
-        planned = self._plan(model, rows_as_text(frame, self.template.fields))
-        scorings = [scoring for scoring in planned if isinstance(scoring, Scoring)]
-        return self._answered(frame, planned, model.score(scorings, self.batch_tokens))
-
-    def submit(self, frame: pd.DataFrame, model: PaddedModel | Serving) -> Future[pd.DataFrame]:
-        """Begin to answer by an engine; at once, if the model has none."""
-        found: Future[pd.DataFrame] = Future()
-        if isinstance(model, PaddedModel):
-            found.set_result(self(frame, model))
-            return found
-        planned = self._plan(model.live, rows_as_text(frame, self.template.fields))
-        request = [
-            Scored(list(plan.shared), trie=trie_of(plan.endings))
-            for plan in planned
-            if isinstance(plan, Scoring)
-        ]
-
-        def finish(served: Future[list[Any]]) -> None:
-            try:
-                found.set_result(self._answered(frame, planned, served.result()))
-            except BaseException as error:
-                found.set_exception(error)
-
-        model.submit(request).add_done_callback(finish)
-        return found
-
-    def _answered(
+    def mapped(
         self,
-        frame: pd.DataFrame,
-        planned: Sequence[Scoring | str],
-        scores: Sequence[list[float] | RowError],
-    ) -> pd.DataFrame:
-        """The kept columns with answers; `scores` are those of the rows that were planned."""
-        found = iter(scores)
-        answers = [
-            self._answer(next(found)) if isinstance(plan, Scoring) else (None, math.nan, plan)
-            for plan in planned
-        ]
-        out = frame[list(self.kept)].copy()
-        out[ANSWER] = pd.array([answer for answer, _, _ in answers], dtype="str")
-        out[PROBABILITY] = [probability for _, probability, _ in answers]
-        out[ERROR] = pd.array([error for _, _, error in answers], dtype="str")
-        return out
-
-    def _plan(
-        self, model: PaddedModel, rows: Sequence[dict[str, str] | str]
-    ) -> list[Scoring | str]:
-        """The scoring of each row, or the error of a row that cannot be scored."""
-        good = [row for row in rows if not isinstance(row, str)]
-        plans = iter(zip(good, self._scorings(model, good), strict=True))
-        return [row if isinstance(row, str) else self._fit(model, *next(plans)) for row in rows]
-
-    def _scorings(
-        self, model: PaddedModel, rows: Sequence[Mapping[str, str]]
-    ) -> list[Scoring | str]:
-        """Tokenise every prompt with every choice in one call; a scoring or an error per row."""
-        prompts = [self.template.text_of(row, self.special_tokens_in_fields) for row in rows]
-        texts = [
-            prompt.followed_by(separator(str(prompt)) + choice.strip())
-            for prompt in prompts
-            for choice in self.choices
-        ]
-        tokens = model.tokenize(texts) if texts else []
-        n = len(self.choices)
-        found: list[Scoring | str] = []
-        for i in range(len(rows)):
-            try:
-                scoring = plan_scoring(tokens[i * n : i * n + n], model.eos)
-                model.check_tokens(scoring)
-                found.append(scoring)
-            except ScoringError as error:
-                found.append(str(error))
-        if rows and not any(isinstance(one, Scoring) for one in found):
-            self._check_apart(model)
-        return found
-
-    def _check_apart(self, model: PaddedModel) -> None:
-        """Raise PromptError if it is the choices, and no row, that the model cannot tell apart."""
-        tokens = model.tokenize([f" {choice.strip()}" for choice in self.choices])
-        same = [c for c, one in zip(self.choices, tokens, strict=True) if tokens.count(one) > 1]
-        if same:
-            raise PromptError(
-                f"The choices {', '.join(map(repr, same))} have the same tokens in this model's"
-                " vocabulary, so no row can be answered. Give choices that its tokenizer tells"
-                " apart."
-            )
-
-    def _fit(
-        self, model: PaddedModel, row: dict[str, str], scoring: Scoring | str
-    ) -> Scoring | str:
-        """The scoring, truncated if it exceeds the context length; an error if it cannot fit."""
-        limit = model.max_tokens
-        if isinstance(scoring, str) or limit is None or scoring.n_tokens <= limit:
-            return scoring
-
-        def count(cut: Mapping[str, str]) -> int:
-            """Tokens of a truncated row; over the limit if it cannot be scored."""
-            (found,) = self._scorings(model, [cut])
-            return found.n_tokens if isinstance(found, Scoring) else limit + 1
-
-        if self.truncate_column is not None:
-            cut = cut_to_fit(row, self.truncate_column, limit, count)
-            if cut is not None:
-                return self._scorings(model, [cut])[0]
-        return f"The row has {scoring.n_tokens} tokens; the model takes {limit}."
-
-    def _answer(self, scores: list[float] | RowError) -> tuple[str | None, float, str | None]:
-        """Answer, probability and error of one row, from the log-probability of each choice."""
-        if isinstance(scores, RowError):
-            return None, math.nan, str(scores)
-        if not all(map(math.isfinite, scores)):
-            return None, math.nan, f"The model's scores are not finite: {scores}."
-        # On a tie the first listed choice wins. Exponents are relative to the best score, so the
-        # softmax cannot overflow.
-        best = max(range(len(scores)), key=lambda i: (scores[i], -i))
-        total = sum(math.exp(score - scores[best]) for score in scores)
-        return self.choices[best], 1.0 / total, None
+        func: Prompted,
+        kept: Sequence[str],
+        added: Mapping[str, Any],
+        batch_rows: int | None,
+        batch_timeout: float | str | None,
+    ) -> dd.DataFrame:
+        """The frame with the columns that a function adds, by name and dtype."""
+        index = self.ddf._meta.index[:0]
+        empty = {name: pd.Series([], dtype=dtype, index=index) for name, dtype in added.items()}
+        return map_partitions(
+            func,
+            self.ddf,
+            context=self.llm,
+            meta=self.ddf._meta[list(kept)].assign(**empty),
+            batch_rows=Config.read().batch_rows if batch_rows is None else batch_rows,
+            batch_timeout=batch_timeout,
+            required_columns=list(dict.fromkeys([*kept, *self.fields])),
+        )

@@ -10,9 +10,9 @@ from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck import train as training
 from dask_pcm.factcheck.claims import Claim, stream, vocabulary
 from dask_pcm.factcheck.demo import MODEL_PATH, SEED
+from dask_pcm.inference.calls import Classify
 from dask_pcm.inference.padded import load_model
 from dask_pcm.inference.prompts import Template
-from dask_pcm.inference.verbs import Classify
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -58,7 +58,13 @@ def test_the_vocabulary_covers_every_row():
 
 
 def test_the_model_answers_at_least_95_percent(model, unseen):
-    call = Classify(Template(PROMPT), LABELS, None, ("label",), 16_384)
+    call = Classify(
+        template=Template(PROMPT),
+        choices=LABELS,
+        truncate_column=None,
+        kept=("label",),
+        batch_tokens=16_384,
+    )
     verdicts = call(unseen, model)
     assert verdicts.error.isna().all()
     assert (verdicts.answer == verdicts.label).mean() >= 0.95

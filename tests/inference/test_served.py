@@ -11,19 +11,25 @@ import torch
 from dask_pcm.errors import LoadError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
+from dask_pcm.inference.calls import Classify
 from dask_pcm.inference.engine import attention
 from dask_pcm.inference.engine.probe import narrowed
 from dask_pcm.inference.padded import PaddedModel, load_model
 from dask_pcm.inference.probe import probe
 from dask_pcm.inference.prompts import Template
 from dask_pcm.inference.served import attendant_of
-from dask_pcm.inference.verbs import Classify
 from tests.conftest import patient
 from tests.inference.engine.conftest import FAMILIES as EXACT
 from tests.inference.test_probe import FAMILIES
 from tests.support import models as tiny
 
-CALL = Classify(Template(PROMPT), tuple(LABELS), None, ("id",), 8_192)
+CALL = Classify(
+    template=Template(PROMPT),
+    choices=tuple(LABELS),
+    truncate_column=None,
+    kept=("id",),
+    batch_tokens=8_192,
+)
 
 
 @pytest.fixture(scope="module")

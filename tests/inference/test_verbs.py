@@ -11,9 +11,9 @@ import dask_pcm as pcm
 from dask_pcm.errors import PromptError, SchemaError
 from dask_pcm.factcheck import LABELS, PROMPT, demo_model, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
+from dask_pcm.inference.calls import Classify
 from dask_pcm.inference.padded import load_model
 from dask_pcm.inference.prompts import Template
-from dask_pcm.inference.verbs import Classify
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,13 @@ def test_answers_on_a_cluster(client, llm):
 
 def test_batches_and_order_change_no_answer(model):
     frame = generate(40, seed=3)
-    call = Classify(Template(PROMPT), LABELS, None, ("id",), 512)
+    call = Classify(
+        template=Template(PROMPT),
+        choices=LABELS,
+        truncate_column=None,
+        kept=("id",),
+        batch_tokens=512,
+    )
     whole = call(frame, model)
     alone = pd.concat([call(frame.iloc[i : i + 1], model) for i in range(40)])
     assert whole.answer.tolist() == alone.answer.tolist()
@@ -61,7 +67,13 @@ def test_batches_and_order_change_no_answer(model):
 
 
 def test_the_probability_is_the_softmax_of_the_scores():
-    call = Classify(Template("{x}"), ("a", "b", "c"), None, (), 1)
+    call = Classify(
+        template=Template("{x}"),
+        choices=("a", "b", "c"),
+        truncate_column=None,
+        kept=(),
+        batch_tokens=1,
+    )
     answer, probability, error = call._answer([-1.0, -2.0, -800.0])
     assert answer == "a" and error is None
     assert probability == pytest.approx(math.exp(-1) / (math.exp(-1) + math.exp(-2)))
@@ -70,22 +82,38 @@ def test_the_probability_is_the_softmax_of_the_scores():
 
 def test_scores_that_are_no_numbers_are_the_rows_error(model, monkeypatch):
     monkeypatch.setattr(model, "score", lambda scorings, n: [[math.nan] * 3 for _ in scorings])
-    found = Classify(Template(PROMPT), LABELS, None, ("id",), 512)(generate(3), model)
+    found = Classify(
+        template=Template(PROMPT),
+        choices=LABELS,
+        truncate_column=None,
+        kept=("id",),
+        batch_tokens=512,
+    )(generate(3), model)
     assert found.answer.isna().all() and found.answer_probability.isna().all()
     assert found.error.str.startswith("The model's scores are not finite").all()
 
 
 def test_choices_that_the_model_cannot_tell_apart_end_the_job(model):
-    call = Classify(Template(PROMPT), ("oui", "non", "SUPPORTED"), None, ("id",), 512)
+    call = Classify(
+        template=Template(PROMPT),
+        choices=("oui", "non", "SUPPORTED"),
+        truncate_column=None,
+        kept=("id",),
+        batch_tokens=512,
+    )
     with pytest.raises(PromptError, match="choices 'oui', 'non' have the same tokens"):
         call(generate(3), model)
 
 
 def test_an_empty_prompt_is_the_rows_error(model):
     frame = generate(3).assign(claim=["", "Ada", ""])
-    found = Classify(Template("{claim}"), ("REFUTED", "SUPPORTED"), None, ("id",), 512)(
-        frame, model
-    )
+    found = Classify(
+        template=Template("{claim}"),
+        choices=("REFUTED", "SUPPORTED"),
+        truncate_column=None,
+        kept=("id",),
+        batch_tokens=512,
+    )(frame, model)
     assert found.error.notna().tolist() == [True, False, True]
 
 

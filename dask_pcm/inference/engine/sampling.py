@@ -78,10 +78,17 @@ def choose(logits: Any, sampling: Sampling, rows: Sequence[int], positions: Sequ
     torch.Tensor
         Token ids, shape (rows,).
     """
+    return perturbed(logits, sampling, rows, positions).argmax(-1)
+
+
+def perturbed(
+    logits: Any, sampling: Sampling, rows: Sequence[int], positions: Sequence[int]
+) -> Any:
+    """What is greatest for the token that is chosen; as for ``choose``."""
     if not sampling.temperature:
-        return logits.argmax(-1)
+        return logits
     scaled = _filtered(logits / sampling.temperature, sampling)
-    return (scaled + gumbel(sampling.seed, rows, positions, logits)).argmax(-1)
+    return scaled + gumbel(sampling.seed, rows, positions, logits)
 
 
 def gumbel(seed: int, rows: Sequence[int], positions: Sequence[int], like: Any) -> Any:
