@@ -24,8 +24,9 @@ _CPU_TOKENS = 512
 #: Rows in flight: enough that the next step never waits for the next batch; a killed process loses
 #: them.
 _ROWS = 512
-#: Pages hold a step and a row of the longest kind, within this share of a device or these bytes.
-_POOL_SHARE, _POOL_BYTES = 1 / 8, 256 << 20
+#: Pages hold a step and a row of the longest kind; on a GPU as many tokens at least, within this
+#: share of it and half of what is free. On a CPU within these bytes.
+_POOL_TOKENS, _POOL_SHARE, _POOL_BYTES = 65_536, 1 / 8, 256 << 20
 #: Tokens of the longest row, for models that do not say.
 _LONGEST = 4096
 
@@ -41,9 +42,10 @@ def attendant_of(model: PaddedModel) -> Serving:
     if device.type == "cuda":
         import torch
 
-        total = torch.cuda.get_device_properties(device).total_memory
-        n_pages = min(n_pages, int(total * _POOL_SHARE) // page_bytes)
         budget, forward_bytes = _step_of(model.model, budget)
+        free, total = torch.cuda.mem_get_info(device)
+        most_bytes = min(int(total * _POOL_SHARE), free // 2)
+        n_pages = min(max(n_pages, n_pages_for(_POOL_TOKENS)), most_bytes // page_bytes)
         n_bytes, first = (n_pages + 1) * page_bytes + forward_bytes, budget
     else:
         n_bytes, first = 0, _CPU_TOKENS
