@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dask_pcm.inference.calls import Classify
 from dask_pcm.inference.padded import PaddedModel, load_model
 from dask_pcm.inference.prompts import Part, Template, Text
 from dask_pcm.inference.tokens import Encoder, _Guarded
-from dask_pcm.inference.verbs import Classify
 from tests.support import models as tiny
 
 KINDS = ("byte", "spaces", "unigram", "words")
@@ -20,6 +20,17 @@ TOKENIZERS = {kind: tiny.tokenizer(kind, bos=True) for kind in KINDS}
 ENCODERS = {kind: Encoder(words) for kind, words in TOKENIZERS.items()}
 GUARDED = {kind: _Guarded(words.backend_tokenizer) for kind, words in TOKENIZERS.items()}
 CHAT = Template("<|turn|> Claim: {claim}<|turn|> Answer:")
+
+
+def asking(template, choices, **options):
+    return Classify(
+        template=template,
+        choices=choices,
+        truncate_column=None,
+        kept=(),
+        batch_tokens=512,
+        **options,
+    )
 
 
 def row(claim: str, *, is_trusted: bool = False) -> Text:
@@ -94,7 +105,9 @@ def test_what_is_built_for_a_row_is_not_pickled():
 def test_rows_by_classify(tmp_path):
     model = load_model(str(tiny.saved(tmp_path / "model", tiny.llama())), device="cpu")
     frame = pd.DataFrame({"claim": ["the moon", "the <|turn|> moon"]})
-    asked = {trusted: Classify(CHAT, ("yes", "no"), None, (), 512, trusted) for trusted in (0, 1)}
+    asked = {
+        trusted: asking(CHAT, ("yes", "no"), special_tokens_in_fields=trusted) for trusted in (0, 1)
+    }
     plain, trusted = (asked[trusted](frame, model).answer_probability for trusted in (0, 1))
     assert plain[0] == pytest.approx(trusted[0]) and plain[1] != pytest.approx(trusted[1])
     assert asked[0].about() != asked[1].about()
@@ -104,8 +117,8 @@ def test_choices_are_scored_as_they_are_compared(tmp_path):
     """White space around a choice changes nothing but how the answer is written."""
     model = load_model(str(tiny.saved(tmp_path / "model", tiny.llama())), device="cpu")
     frame = pd.DataFrame({"claim": ["the moon", "a b c"]})
-    bare = Classify(CHAT, ("yes", "no"), None, (), 512)(frame, model)
-    spaced = Classify(CHAT, (" yes", "no\n"), None, (), 512)(frame, model)
+    bare = asking(CHAT, ("yes", "no"))(frame, model)
+    spaced = asking(CHAT, (" yes", "no\n"))(frame, model)
     assert spaced.answer_probability.tolist() == bare.answer_probability.tolist()
     assert spaced.answer.str.strip().tolist() == bare.answer.tolist()
     assert set(spaced.answer) <= {" yes", "no\n"}
@@ -117,7 +130,7 @@ def test_a_token_beyond_the_embedding_is_the_rows_error():
     words.add_tokens(["<image>"])
     model = PaddedModel(tiny.llama(vocab_size=n_rows), words)
     frame = pd.DataFrame({"claim": ["an <image> here", "none here"]})
-    found = Classify(Template("{claim} Answer:"), ("yes", "no"), None, (), 512)(frame, model)
+    found = asking(Template("{claim} Answer:"), ("yes", "no"))(frame, model)
     assert found.error[0].startswith(
         f"Token '<image>' has id {n_rows}, and the model's embedding has {n_rows} rows"
     )
