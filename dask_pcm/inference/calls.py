@@ -178,11 +178,25 @@ class Prompted(ABC):
         return [self.template.text_of(row, self.special_tokens_in_fields) for row in rows]
 
 
+class _Scoring(Prompted):
+    """Endings of the prompt are scored."""
+
+    __slots__ = ()
+
+    def n_tokens(self, plan: Scoring) -> int:
+        """See ``Prompted``."""
+        return plan.n_tokens
+
+    def rows(self, model: PaddedModel, plan: Scoring) -> list[Row]:
+        """See ``Prompted``."""
+        return [Scored(list(plan.shared), trie=trie_of(plan.endings))]
+
+
 ANSWER, PROBABILITY = "answer", "answer_probability"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Classify(Prompted):
+class Classify(_Scoring):
     """Chooses one of several answers."""
 
     choices: tuple[str, ...]
@@ -213,14 +227,6 @@ class Classify(Prompted):
         if rows and not any(isinstance(one, Scoring) for one in found):
             self._check_apart(model)
         return found
-
-    def n_tokens(self, plan: Scoring) -> int:
-        """See ``Prompted``."""
-        return plan.n_tokens
-
-    def rows(self, model: PaddedModel, plan: Scoring) -> list[Row]:
-        """See ``Prompted``."""
-        return [Scored(list(plan.shared), trie=trie_of(plan.endings))]
 
     def result(self, model: PaddedModel, plan: Scoring, found: Sequence[Any]) -> Any:
         """See ``Prompted``."""
@@ -267,7 +273,7 @@ LOGPROB, N_TOKENS = "logprob", "n_tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score(Prompted):
+class Score(_Scoring):
     """The log-probability of a text after the prompt."""
 
     completion: Template
@@ -307,14 +313,6 @@ class Score(Prompted):
                 scoring = Scoring(tuple(whole[:n]), (own,), (own[:-1],))
                 found.append(_checked(model, scoring))
         return found
-
-    def n_tokens(self, plan: Scoring) -> int:
-        """See ``Prompted``."""
-        return plan.n_tokens
-
-    def rows(self, model: PaddedModel, plan: Scoring) -> list[Row]:
-        """See ``Prompted``."""
-        return [Scored(list(plan.shared), trie=trie_of(plan.endings))]
 
     def result(self, model: PaddedModel, plan: Scoring, found: Sequence[Any]) -> Any:
         """See ``Prompted``."""

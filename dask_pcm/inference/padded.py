@@ -16,6 +16,7 @@ from typing import Any
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.checkpoint import Checkpoint
 from dask_pcm.inference.engine.attention import switch_back
+from dask_pcm.inference.engine.rows import NOT_A_NUMBER, RowError
 from dask_pcm.inference.engine.sampling import Sampling, perturbed
 from dask_pcm.inference.engine.serving import Serving
 from dask_pcm.inference.model_folder import weight_files
@@ -250,7 +251,7 @@ class PaddedModel:
         sampling: Sampling,
         is_over: Callable[[Sequence[int]], bool] | None,
         batch_tokens: int,
-    ) -> list[list[int]]:
+    ) -> list[list[int] | RowError]:
         """Continue prompts with transformers' ``generate``, those of the same length together.
 
         Nothing is padded: models that have no engine differ in what they make of padding.
@@ -267,7 +268,7 @@ class PaddedModel:
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (prompt, n) in enumerate(zip(prompts, n_max, strict=True)):
             groups.setdefault((len(prompt), n), []).append(row)
-        found: list[list[int]] = [[] for _ in prompts]
+        found: list[list[int] | RowError] = [[] for _ in prompts]
         with _one_at_a_time:
             for (n_prompt, n), rows in groups.items():
                 size = max(1, batch_tokens // (n_prompt + n))
@@ -291,7 +292,7 @@ class PaddedModel:
         n_max: int,
         sampling: Sampling,
         is_over: Callable[[Sequence[int]], bool] | None,
-    ) -> list[list[int]]:
+    ) -> list[list[int] | RowError]:
         """Continue prompts of the same length."""
         import torch
         import transformers
@@ -299,8 +300,10 @@ class PaddedModel:
         n_prompt, stops = len(prompts[0]), self.stops
         ids = torch.tensor(prompts, device=self.model.device)
         fill = next(iter(stops), 0)
+        is_number = torch.ones(len(prompts), dtype=torch.bool, device=ids.device)
 
         def choose(tokens: Any, logits: Any) -> Any:
+            is_number.logical_and_(~logits.isnan().any(-1))
             return perturbed(logits.float(), sampling, numbers, [tokens.shape[1]] * len(prompts))
 
         def ends(tokens: Any, logits: Any, **_: Any) -> Any:
@@ -321,8 +324,11 @@ class PaddedModel:
                 logits_processor=transformers.LogitsProcessorList([choose]),
                 stopping_criteria=transformers.StoppingCriteriaList([ends]),
             )
-        found = []
-        for tokens in out[:, n_prompt:].tolist():
+        found: list[list[int] | RowError] = []
+        for tokens, is_good in zip(out[:, n_prompt:].tolist(), is_number.tolist(), strict=True):
+            if not is_good:
+                found.append(RowError(NOT_A_NUMBER))
+                continue
             end = next((k for k, token in enumerate(tokens) if token in stops), len(tokens))
             row = tokens[:end]
             while is_over is not None and row and is_over(row[:-1]):  # others went on

@@ -20,6 +20,7 @@ from dask_pcm.context.bundles import digest_of
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.engine.probe import narrowed, packed_logits
 from dask_pcm.ladder.device import device_model
+from dask_pcm.ladder.objects.tensors import is_sticky
 
 if TYPE_CHECKING:
     from dask_pcm.inference.padded import PaddedModel
@@ -58,7 +59,7 @@ def ensure_exact(model: PaddedModel, content: str | None) -> bool:
     if not isinstance(found, dict):
         found = probe(model)
         logger.info("Probe of %s: %s", type(model.model).__name__, found)
-        if key is not None:
+        if key is not None and not found["unfit"]:
             user_cache.note(_KIND, key, found)
     if reason := found.get("unfit"):
         name = type(model.model).__name__
@@ -105,6 +106,8 @@ def probe(model: PaddedModel) -> dict[str, Any]:
             "" if is_exact else f"an engine changes its logits by {by_engine:.2g} of their spread"
         )
     except Exception as error:  # of code that knows nothing of packs
+        if is_sticky(error):
+            raise
         by_engine, unfit = None, f"{type(error).__name__}: {error}"
     return {"later_tokens": later, "beside_others": beside, "packed": by_engine, "unfit": unfit}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from dask_pcm.config import Config
@@ -17,8 +16,6 @@ from dask_pcm.inference.engine.serving import Serving
 if TYPE_CHECKING:
     from dask_pcm.inference.padded import PaddedModel
 
-logger = logging.getLogger(__name__)
-
 #: Tokens of a step to begin with, on a CPU; more make it faster only if the model is small.
 _CPU_TOKENS = 512
 #: Rows in flight: enough that the next step never waits for the next batch; a killed process loses
@@ -32,7 +29,7 @@ _LONGEST = 4096
 
 
 def attendant_of(model: PaddedModel) -> Serving:
-    """The engine of a model that is on its device; takes no memory before it starts."""
+    """The engine of a model that is on its device; its pages are taken when it starts."""
     budget = Config.read().batch_tokens
     device = model.model.device
     switch(model.model)

@@ -191,6 +191,23 @@ def test_a_model_without_an_engine_continues_texts_of_a_length_together(served):
             assert row.text == padded.decode(alone(padded, f"Q: {text} A:", 8))
 
 
+def test_without_an_engine_too_what_is_not_a_number_is_the_error_of_its_row():
+    mamba = tiny.random_model(
+        "MambaForCausalLM", "MambaConfig", **tiny.SMALL, tie_word_embeddings=False
+    )
+    padded = PaddedModel(mamba, tiny.tokenizer())
+    rows = pd.DataFrame({"id": [0, 1], "text": ["q", "z"]})
+    (first,), (second,) = (padded.tokenize([f"Q: {text} A:"]) for text in rows.text)
+    assert len(first) == len(second)  # in one batch
+    (bad,) = set(second) - set(first)
+    expected = generating()(rows, padded).text[0]
+    with torch.no_grad():
+        mamba.get_input_embeddings().weight[bad] = torch.nan
+    found = generating()(rows, padded)
+    assert "not a number" in found.error[1] and pd.isna(found.text[1])
+    assert found.text[0] == expected and pd.isna(found.error[0])
+
+
 class TestRefused:
     @pytest.fixture
     def ddf(self):

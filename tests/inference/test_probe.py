@@ -127,6 +127,13 @@ def test_models_that_take_little_are_probed_all_the_same(options):
     assert probe(model)["later_tokens"] == 0
 
 
+def raising(error):
+    def call(*args):
+        raise error
+
+    return call
+
+
 class TestRemembered:
     @pytest.fixture
     def probed(self, monkeypatch, tmp_path):
@@ -160,6 +167,24 @@ class TestRemembered:
             with pytest.raises(ModelError, match="not a causal model"):
                 load_model(folder, device="cpu", content="a")
         assert len(probed) == 2
+
+    def test_that_no_engine_computes_it_is_asked_again(self, probed, tmp_path, monkeypatch):
+        """It may have been for memory."""
+        folder = str(tiny.saved(tmp_path / "model", tiny.llama()))
+        full = torch.OutOfMemoryError("CUDA out of memory")
+        with monkeypatch.context() as patched:
+            patched.setattr("dask_pcm.inference.probe.packed_logits", raising(full))
+            assert not load_model(folder, device="cpu", content="a").is_attended
+        assert load_model(folder, device="cpu", content="a").is_attended
+        assert len(probed) == 2
+
+    def test_a_device_that_is_lost_meanwhile_is_no_property_of_the_model(
+        self, tmp_path, monkeypatch
+    ):
+        lost = RuntimeError("CUDA error: device-side assert triggered")
+        monkeypatch.setattr("dask_pcm.inference.probe.packed_logits", raising(lost))
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            load_model(str(tiny.saved(tmp_path / "model", tiny.llama())), device="cpu")
 
     def test_a_model_is_probed_under_the_content_of_its_files(self, probed, monkeypatch):
         from dask_pcm.factcheck import demo_model

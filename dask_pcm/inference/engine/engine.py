@@ -18,7 +18,15 @@ from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.graphs import Graphs
 from dask_pcm.inference.engine.packs import Pack
 from dask_pcm.inference.engine.pages import PagePool, on_device, on_host
-from dask_pcm.inference.engine.rows import Embedded, Generated, Prefix, Row, RowError, Scored
+from dask_pcm.inference.engine.rows import (
+    NOT_A_NUMBER,
+    Embedded,
+    Generated,
+    Prefix,
+    Row,
+    RowError,
+    Scored,
+)
 from dask_pcm.inference.engine.sampling import Sampling, choose
 from dask_pcm.inference.engine.schedule import Part, Schedule
 from dask_pcm.ladder.objects.tensors import is_sticky
@@ -206,7 +214,7 @@ class Engine:
     def _end(self, row: Row, result: Any, is_number: bool) -> None:
         """A row has its result, unless the model did not compute numbers."""
         if not is_number:
-            result = RowError("The model's output for the row is not a number (NaN).")
+            result = RowError(NOT_A_NUMBER)
         self.schedule.end(row, result)
 
 

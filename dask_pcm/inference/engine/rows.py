@@ -13,6 +13,9 @@ from dask_pcm.inference.engine.sampling import Sampling
 Done = Callable[[Any], None]
 
 
+NOT_A_NUMBER = "The model's output for the row is not a number (NaN)."
+
+
 class RowError(Exception):
     """A row cannot be computed; the message becomes the row's error."""
 
