@@ -13,7 +13,7 @@ from typing import Any
 import dask.dataframe as dd
 
 from dask_pcm.frames.map_partitions import map_partitions
-from dask_pcm.inference import LLM, classify, generate, score
+from dask_pcm.inference import LLM, classify, embed, generate, score
 from dask_pcm.runs.sampling import sample
 from dask_pcm.runs.write import write_parquet
 
@@ -50,6 +50,10 @@ class Accessor:
     @_like(classify)
     def classify(self, llm: LLM, **options: Any) -> dd.DataFrame:
         return classify(self._ddf, llm, **options)
+
+    @_like(embed)
+    def embed(self, llm: LLM, **options: Any) -> dd.DataFrame:
+        return embed(self._ddf, llm, **options)
 
     @_like(generate)
     def generate(self, llm: LLM, **options: Any) -> dd.DataFrame:

@@ -52,6 +52,7 @@ _LIVE = frozenset(
 _CALLS = {
     "map_partitions": "map_partitions(func, ddf, context=..., meta=...)",
     "classify": "classify(ddf, llm, prompt=..., choices=...)",
+    "embed": "embed(ddf, llm, prompt=...)",
     "generate": "generate(ddf, llm, prompt=..., max_tokens=...)",
     "score": "score(ddf, llm, prompt=..., completion=...)",
     "sample": "sample(ddf, 20)",

@@ -161,8 +161,6 @@ class Context:
 
     __slots__ = ("ref",)
     ref: ContextRef
-    #: Whether functions that are served may share the live object although others take turns.
-    serves_many = False
 
     def __init__(
         self,

@@ -233,7 +233,7 @@ def map_partitions(
         out = row_wise_meta(out, ddf._meta)
     call = Call(func, names, args, kwargs, batch_rows, out, enforce_metadata, timeout_s)
     given = context.values() if isinstance(context, Mapping) else [context]
-    if call.is_served and any(one.ref.is_exclusive and not one.serves_many for one in given):
+    if call.is_served and any(one.ref.is_exclusive for one in given):
         raise SchemaError(
             f"{funcname(func)} says is_served: several batches of it use a context at a time. Make"
             " the context with exclusive=False."

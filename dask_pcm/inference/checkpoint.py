@@ -9,6 +9,7 @@ The format: https://huggingface.co/docs/safetensors
 
 from __future__ import annotations
 
+import inspect
 import json
 import mmap
 import os
@@ -154,3 +155,9 @@ def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Parameters and buffers of a module."""
     yield from module.parameters()
     yield from module.buffers()
+
+
+def options_of(kind: Any) -> dict[str, Any]:
+    """Keywords with which an encoder is made without the layer that files often lack."""
+    has_layer = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    return {"add_pooling_layer": False} if has_layer else {}

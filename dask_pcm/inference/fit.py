@@ -19,7 +19,7 @@ from typing import Any
 
 from dask_pcm import user_cache
 from dask_pcm.context.bundles import digest_of
-from dask_pcm.inference.checkpoint import Checkpoint
+from dask_pcm.inference.checkpoint import Checkpoint, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _TIMEOUT_S = 300
 _N_NAMED = 3
 
 
-def misfits(path: Path, files: Sequence[Path], content: str) -> list[str]:
+def misfits(path: Path, files: Sequence[Path], content: str, is_encoder: bool = False) -> list[str]:
     """Describe missing and misshapen tensors; empty if there are none or the check cannot run.
 
     Parameters
@@ -39,11 +39,14 @@ def misfits(path: Path, files: Sequence[Path], content: str) -> list[str]:
         The files with its weights.
     content
         Digest of all files of the folder.
+    is_encoder
+        Whether it is loaded as an encoder.
     """
-    key = digest_of(json.dumps([content, _version("transformers"), _version("torch")]).encode())
+    facts = [content, _version("transformers"), _version("torch"), *["encoder"] * is_encoder]
+    key = digest_of(json.dumps(facts).encode())
     known = user_cache.recall(_KIND, key.hex())
     if known is None:
-        known = _asked(path, files)
+        known = _asked(path, files, is_encoder)
         if known is None:
             return []  # workers make the same check when they load the model
         user_cache.note(_KIND, key.hex(), known)
@@ -60,12 +63,13 @@ def _version(package: str) -> str:
         return ""
 
 
-def _asked(path: Path, files: Sequence[Path]) -> list[str] | None:
+def _asked(path: Path, files: Sequence[Path], is_encoder: bool) -> list[str] | None:
     """Run the check in a subprocess; None if it fails, for example without torch."""
     # transformers loads in threads by default, and FakeTensorMode holds for one thread only.
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
     env["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "dask_pcm.inference.fit", str(path), *map(str, files)]
+    kind = "encoder" if is_encoder else "causal"
+    command = [sys.executable, "-m", "dask_pcm.inference.fit", kind, str(path), *map(str, files)]
     try:
         done = subprocess.run(command, env=env, capture_output=True, timeout=_TIMEOUT_S, check=True)
         return list(json.loads(done.stdout.splitlines()[-1]))
@@ -76,14 +80,16 @@ def _asked(path: Path, files: Sequence[Path]) -> list[str] | None:
         return None
 
 
-def problems(path: str, files: Sequence[str]) -> list[str]:
+def problems(path: str, files: Sequence[str], is_encoder: bool = False) -> list[str]:
     """Describe missing and misshapen tensors; imports torch and transformers."""
     import torch
     import transformers
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    mapping = transformers.MODEL_MAPPING if is_encoder else transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = mapping[type(config)]
+    options = options_of(kind) if is_encoder else {}
     stored = _stored(files)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _, found = kind.from_pretrained(
@@ -92,6 +98,7 @@ def problems(path: str, files: Sequence[str]) -> list[str]:
             state_dict={n: torch.empty(shape, dtype=t) for n, (shape, t) in stored.items()},
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **options,
         )
     wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
     for name, found_shape, expected in sorted(found["mismatched_keys"], key=str):
@@ -116,4 +123,4 @@ def _stored(files: Sequence[str]) -> dict[str, tuple[Any, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(problems(sys.argv[1], sys.argv[2:])))
+    print(json.dumps(problems(sys.argv[2], sys.argv[3:], sys.argv[1] == "encoder")))

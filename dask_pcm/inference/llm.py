@@ -9,13 +9,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dask_pcm.context.bundles import bundle_of
 from dask_pcm.context.context import Context
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.fit import misfits
-from dask_pcm.inference.model_folder import PATTERNS, check_folder
-from dask_pcm.inference.padded import load_model
+from dask_pcm.inference.loading import load_model
+from dask_pcm.inference.model_folder import PATTERNS, check_folder, is_encoder
 
 #: The files to download from a hub.
 _PATTERNS = (*PATTERNS, "*.safetensors")
@@ -23,7 +24,10 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class LLM(Context):
-    """A context that loads a causal language model; pass it to ``classify``.
+    """A context that loads a language model; pass it to ``classify``, ``generate`` or ``embed``.
+
+    A function of your own (``map_partitions``) is given a ``LanguageModel``, whose methods of the
+    same names take lists of texts.
 
     Parameters
     ----------
@@ -45,8 +49,8 @@ class LLM(Context):
     Raises
     ------
     ModelError
-        If the folder is missing, incomplete, corrupt or quantised, the model is not a causal
-        language model, or the id cannot be resolved.
+        If the folder is missing, incomplete, corrupt or quantised, the model is neither a causal
+        language model nor an encoder, or the id cannot be resolved.
 
     Notes
     -----
@@ -55,9 +59,10 @@ class LLM(Context):
     the files (see ``Context``). Hub tokens are used on the client only and are sent nowhere else.
     """
 
-    __slots__ = ("commit", "path")
-    serves_many = True
+    __slots__ = ("commit", "is_encoder", "path")
     path: str
+    #: Whether its tokens see those after them, so that it only embeds texts.
+    is_encoder: bool
     commit: str
 
     def __init__(
@@ -76,14 +81,16 @@ class LLM(Context):
             raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}; found {dtype!r}.")
         path, commit = _resolve(os.fspath(model), revision)
         weights = check_folder(path)
+        embeds_only = is_encoder(path)
         files = bundle_of(path, (*PATTERNS, *(file.name for file in weights)))
-        if wrong := misfits(path, weights, files.digest):
+        if wrong := misfits(path, weights, files.digest, embeds_only):
             raise ModelError(
                 f"The weights in {str(path)!r} do not match its config.json:"
                 f" {'; '.join(wrong)}. Copy or download the folder again."
             )
         name = name or Path(os.fspath(model)).name
         is_on_device = device != "cpu"
+        kind: dict[str, Any] = {"is_encoder": True} if embeds_only else {}
         memory = _bytes_of(weights) if device_memory is None and is_on_device else device_memory
         super().__init__(
             load_model,
@@ -94,11 +101,14 @@ class LLM(Context):
             content=files.digest,
             name=name,
             device_memory=memory,
+            exclusive=False,
+            **kind,
         )
         commit = commit or files.digest
         about = (("model", os.fspath(model)), ("commit", commit))
         object.__setattr__(self, "ref", replace(self.ref, about=about))
         object.__setattr__(self, "path", str(path))
+        object.__setattr__(self, "is_encoder", embeds_only)
         object.__setattr__(self, "commit", commit)
 
 

@@ -28,6 +28,7 @@ _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 #: Names of transformers' mappings, and the usual suffixes of causal model classes.
 _CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 _SEQ2SEQ = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"
+_MASKED = "MODEL_FOR_MASKED_LM_MAPPING_NAMES"
 _CAUSAL_ENDS = ("ForCausalLM", "LMHeadModel")
 _OWN = "To use it anyway, write a loader and a Context."
 
@@ -38,8 +39,8 @@ def check_folder(path: Path) -> list[Path]:
     Raises
     ------
     ModelError
-        If the folder is incomplete, corrupt or quantised, or its model is not a causal language
-        model.
+        If the folder is incomplete, corrupt or quantised, or its model is neither a causal language
+        model nor an encoder.
     """
     config = path / "config.json"
     try:
@@ -84,13 +85,34 @@ def _check_architecture(config: Path, found: Mapping[str, Any]) -> None:
     known = _mappings()
     if _CAUSAL not in known or _continues_texts(found, kind, name, known):
         return
+    if _embeds(found, kind, name, known):
+        return
     causal = _several(known[_CAUSAL].get(kind))
     what = f"of {name}" if name else f"of model_type {kind!r}"
     raise ModelError(
         f"{str(config)!r} is {what}, which is not a causal model{_other(name, kind, known)}. LLM"
-        " needs a model that transformers loads with AutoModelForCausalLM."
+        " needs a model that transformers loads with AutoModelForCausalLM, or an encoder."
         + (f" For this model_type that is {' or '.join(causal)}." if causal else "")
     )
+
+
+def is_encoder(path: Path) -> bool:
+    """Whether a folder that was checked has an encoder, which only embeds texts."""
+    found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    name = str((found.get("architectures") or [""])[0])
+    return _embeds(found, str(found["model_type"]), name, _mappings())
+
+
+def _embeds(
+    config: Mapping[str, Any], kind: str, name: str, known: Mapping[str, Mapping[str, Any]]
+) -> bool:
+    """Whether a model of this type and class is an encoder of texts."""
+    masked = known.get(_MASKED, {})
+    if kind not in masked or kind in known.get(_SEQ2SEQ, {}) or config.get("is_decoder"):
+        return False
+    names = [*_several(known.get("MODEL_MAPPING_NAMES", {}).get(kind)), *_several(masked[kind])]
+    names += _several(known.get("MODEL_FOR_PRETRAINING_MAPPING_NAMES", {}).get(kind))
+    return name in ("", *names)
 
 
 def _continues_texts(
@@ -116,7 +138,6 @@ def _other(name: str, kind: str, known: Mapping[str, Mapping[str, Any]]) -> str:
         _SEQ2SEQ: "an encoder-decoder (seq2seq)",
         "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "a model of speech",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "a classifier",
-        "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "a model that fills in masked words",
     }
     for mapping, words in kinds.items():
         if name and name in _several(known.get(mapping, {}).get(kind, ())):

@@ -1,155 +1,66 @@
-"""Any causal transformers model can be scored on padded batches, on one device.
+"""Any transformers model can be computed in padded batches, on one device.
 
 Batches are padded on the right. A causal model's logits do not depend on later tokens, so no
-attention mask is needed; ``probe`` verifies this when a model is loaded.
+attention mask is needed; encoders get one. ``probe`` verifies both when a model is loaded.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-from dask_pcm.errors import ModelError
-from dask_pcm.inference.checkpoint import Checkpoint
-from dask_pcm.inference.engine.attention import switch_back
-from dask_pcm.inference.engine.rows import NOT_A_NUMBER, RowError
-from dask_pcm.inference.engine.sampling import Sampling, perturbed
-from dask_pcm.inference.engine.serving import Serving
-from dask_pcm.inference.model_folder import weight_files
-from dask_pcm.inference.probe import ensure_exact
-from dask_pcm.inference.prompts import Scoring, ScoringError, Text, batches_by_length
-from dask_pcm.inference.served import attendant_of
-from dask_pcm.inference.tokens import Encoder
-from dask_pcm.ladder.device import check_device, chosen_device
+import numpy as np
 
-logger = logging.getLogger(__name__)
+from dask_pcm.inference.engine.rows import NOT_A_NUMBER, Pooling, RowError
+from dask_pcm.inference.engine.sampling import Sampling, perturbed
+from dask_pcm.inference.prompts import Scoring, ScoringError, Text, batches_by_length
+from dask_pcm.inference.tokens import Encoder
 
 #: Tokenizers without a limit report a number such as 10**30.
 _NO_LIMIT = 10**9
 #: Forwards of this process in padded batches: two at a time would take twice the memory.
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.RLock()
 
 
-def load_model(
-    path: str, dtype: str = "auto", device: str | None = "auto", content: str | None = None
-) -> PaddedModel:
-    """Load a model folder on a worker; the loader of ``LLM``.
-
-    Parameters
-    ----------
-    path
-        The model folder.
-    dtype
-        Dtype of the weights; "auto" as stored.
-    device
-        A torch device, or "auto" (or None) for the accelerator assigned to the worker; the CPU if
-        none is assigned or ``pcm.worker.accelerator`` is "cpu".
-    content
-        Digest of the files. With it, the result of the probe is cached.
-
-    Raises
-    ------
-    DeviceUnusableError
-        If torch cannot use the device assigned to the worker. Never raised for "cpu".
-    ModelError
-        If the weights do not fit the architecture, or the model fails its probe.
-    """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if device != "cpu":
-        check_device()
-    if device is None or device == "auto":
-        device = chosen_device()
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    files = weight_files(Path(path))
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    is_safetensors = all(file.suffix == ".safetensors" for file in files)
-    if device != "cpu" and kind is not None and is_safetensors:
-        model = load_onto(path, kind, config, files, dtype, device)
-    else:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-        _check(found, path)
-        model = model.to(device)
-    model.requires_grad_(False)
-    padded = PaddedModel(model.eval(), tokenizer)
-    padded.is_attended = ensure_exact(padded, content)
-    if not padded.is_attended:
-        switch_back(model)
-    return padded
-
-
-def load_onto(
-    path: str, kind: Any, config: Any, files: Sequence[Path], dtype: str, device: str
-) -> Any:
-    """Load a model whose weights are read from its files directly into device memory.
-
-    Parameters
-    ----------
-    path
-        The model folder.
-    kind
-        The model's class in transformers.
-    config
-        Its configuration object.
-    files
-        Its safetensors files.
-    """
-    import transformers
-
-    with Checkpoint(files) as checkpoint:
-        model, found = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(checkpoint.tensors),
-            dtype=dtype,
-            output_loading_info=True,
-        )
-        _check(found, path)
-        checkpoint.place(model, device)
-    if (Path(path) / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-    return model
-
-
-def _check(found: Mapping[str, Any], path: str) -> None:
-    """Raise ModelError if transformers reports missing or mismatched weights."""
-    if found["missing_keys"] or found["mismatched_keys"]:
-        wrong = [*found["missing_keys"], *found["mismatched_keys"]]
-        raise ModelError(f"Weights of {path!r} are missing or do not fit: {wrong[:3]}.")
+def in_turn() -> AbstractContextManager[Any]:
+    """Within the block, no other thread computes padded batches."""
+    return _one_at_a_time
 
 
 class PaddedModel:
-    """A causal language model and its tokenizer.
+    """A causal language model, or an encoder, and its tokenizer.
 
     Attributes
     ----------
+    is_causal
+        False for encoders, which only embed texts.
+    folder
+        Where its files are.
+    first_position
+        The position of a text's first token, as the model counts them.
     max_tokens
         Context length in tokens; None if neither model nor tokenizer states one.
     n_embeddings
         Vocabulary size of the model; a tokenizer may have more tokens.
-    is_attended
-        Whether an engine computes it; set by ``load_model``.
     """
 
-    is_attended = False
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, is_causal: bool = True, folder: str = ""
+    ) -> None:
         self.model = model
+        self.folder = folder
+        self.is_causal = is_causal
+        self.first_position = _first_position(model)
         self.tokenizer = tokenizer
         config = model.config.get_text_config()
         names = ("max_position_embeddings", "n_positions", "max_seq_len")
         limits = [getattr(config, name, None) for name in names]
         limits.append(getattr(tokenizer, "model_max_length", None))
         known = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
-        self.max_tokens: int | None = min(known) if known else None
+        self.max_tokens: int | None = min(known) - self.first_position if known else None
         self.n_embeddings = _n_embeddings(model)
         self._encoder = Encoder(tokenizer)
         self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -165,16 +76,18 @@ class PaddedModel:
         eos = self.tokenizer.eos_token_id
         return None if eos is None else int(eos)
 
-    def attend(self) -> Serving:
-        """Its engine; see ``Attendant``."""
-        return attendant_of(self)
-
-    def tokenize(self, texts: Sequence[str | Text]) -> list[list[int]]:
-        """Token ids of each text, with a beginning-of-text token but no end-of-text token.
+    def tokenize(self, texts: Sequence[str | Text], *, keeps_end: bool = False) -> list[list[int]]:
+        """Token ids of each text, with a beginning-of-text token.
 
         Control tokens spelled out in a text are plain text, except in a template's own parts.
+
+        Parameters
+        ----------
+        keeps_end
+            Whether an end-of-text token that the tokenizer adds is kept, after which no answer can
+            follow.
         """
-        return self._encoder(texts)
+        return self._encoder(texts, keeps_end=keeps_end)
 
     @property
     def stops(self) -> frozenset[int]:
@@ -336,6 +249,46 @@ class PaddedModel:
             found.append(row)
         return found
 
+    def embed(
+        self, texts: Sequence[Sequence[int]], pooling: Pooling, batch_tokens: int
+    ) -> list[Any]:
+        """The pooled hidden states of each text, shape (width,), float32.
+
+        Parameters
+        ----------
+        texts
+            Token ids of each.
+        batch_tokens
+            Tokens of a batch at most, padding included.
+        """
+        found: list[Any] = [None] * len(texts)
+        with _one_at_a_time:
+            for group in batches_by_length([len(text) for text in texts], batch_tokens):
+                hidden = self.hidden([texts[k] for k in group])
+                for line, k in enumerate(group):
+                    kept = pooling.kept(len(texts[k]))
+                    vector = hidden[line, kept.start : kept.stop].mean(0).cpu().numpy()
+                    found[k] = RowError(NOT_A_NUMBER) if np.isnan(vector).any() else vector
+        return found
+
+    def hidden(self, sequences: Sequence[Sequence[int]]) -> Any:
+        """The last hidden states of a forward, shape (sequences, tokens, width), float32.
+
+        Sequences are padded on the right; what padding has is of no meaning.
+        """
+        import torch
+
+        n_tokens = max(map(len, sequences))
+        padded = [[*tokens, *[tokens[-1]] * (n_tokens - len(tokens))] for tokens in sequences]
+        options: dict[str, Any] = {"use_cache": False}
+        if not self.is_causal:
+            lines = [[1] * len(tokens) + [0] * (n_tokens - len(tokens)) for tokens in sequences]
+            options = {"attention_mask": torch.tensor(lines, device=self.model.device)}
+        ids = torch.tensor(padded, device=self.model.device)
+        base = getattr(self.model, "base_model", self.model)
+        with torch.inference_mode():
+            return base(input_ids=ids, **options).last_hidden_state.float()
+
     def logits(self, sequences: Sequence[Sequence[int]], positions: Sequence[int]) -> Any:
         """Run one forward pass; return logits of shape (sequences, positions, vocabulary).
 
@@ -376,6 +329,16 @@ class PaddedModel:
         with torch.inference_mode():
             kept = torch.log_softmax(logits[line, position].float(), dim=-1)
             return kept.gather(1, token[:, None])[:, 0].tolist()
+
+
+def _first_position(model: Any) -> int:
+    """The position of a text's first token: after that of padding, as RoBERTa counts them."""
+    for module in model.modules():
+        positions = getattr(module, "position_embeddings", None)
+        padding = getattr(positions, "padding_idx", None)
+        if padding is not None:
+            return int(padding) + 1
+    return 0
 
 
 def _n_embeddings(model: Any) -> int:

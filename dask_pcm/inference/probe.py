@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dask_pcm import user_cache
 from dask_pcm.context.bundles import digest_of
 from dask_pcm.errors import ModelError
-from dask_pcm.inference.engine.probe import narrowed, packed_logits
+from dask_pcm.inference.engine.probe import narrowed, packed_hidden, packed_logits
 from dask_pcm.ladder.device import device_model
 from dask_pcm.ladder.objects.tensors import is_sticky
 
@@ -85,7 +85,7 @@ def probe(model: PaddedModel) -> dict[str, Any]:
     is_half = model.model.dtype.itemsize < 4
     most_later, most_beside = _HALF if is_half else _FULL
     name = type(model.model).__name__
-    later = _measured(_later_tokens(model, rows), is_half)
+    later = _measured(_later_tokens(model, rows), is_half) if model.is_causal else 0.0
     if later > most_later:
         raise ModelError(
             f"{name} is not a causal model as this folder configures it: later tokens change the"
@@ -95,15 +95,16 @@ def probe(model: PaddedModel) -> dict[str, Any]:
     beside = _measured(_beside_others(model, rows), is_half)
     if beside > most_beside:
         raise ModelError(
-            f"{name} gives a text different logits in a batch than alone (by {beside:.2g} of their"
+            f"{name} gives a text different results in a batch than alone (by {beside:.2g} of their"
             f" spread; rounding explains {most_beside:g}), so answers would depend on the other"
             " rows of a batch. Use another model."
         )
     try:
         by_engine = _measured(_by_engine(model, rows), is_half)
         is_exact = by_engine <= most_beside
+        what = "logits" if model.is_causal else "hidden states"
         unfit = (
-            "" if is_exact else f"an engine changes its logits by {by_engine:.2g} of their spread"
+            "" if is_exact else f"an engine changes its {what} by {by_engine:.2g} of their spread"
         )
     except Exception as error:  # of code that knows nothing of packs
         if is_sticky(error):
@@ -122,7 +123,10 @@ def _later_tokens(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[A
 
 
 def _beside_others(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
-    """Logits of each text, in a batch with the others and alone."""
+    """Logits, or hidden states, of each text, in a batch with the others and alone."""
+    if not model.is_causal:
+        found = zip(model.hidden(rows), rows, strict=True)
+        return [(one[: len(row)], model.hidden([row])[0]) for one, row in found]
     positions = sorted({position for row in rows for position in _some(len(row))})
     batch = model.logits(rows, positions)
     pairs = []
@@ -133,8 +137,11 @@ def _beside_others(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[
 
 
 def _by_engine(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
-    """Logits of all texts in a pack, and of each alone; texts are longer than any window."""
+    """Logits, or hidden states, of all texts in a pack and of each alone, beyond any window."""
     with narrowed(model.model):
+        if not model.is_causal:
+            found = packed_hidden(model.model, rows, model.first_position)
+            return [(one, model.hidden([row])[0]) for one, row in zip(found, rows, strict=True)]
         pairs = []
         for row, found in zip(rows, packed_logits(model.model, rows), strict=True):
             positions = _some(len(row))

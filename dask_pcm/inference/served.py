@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dask_pcm.config import Config
 from dask_pcm.inference.engine.attention import packed, switch
 from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.engine import Engine
 from dask_pcm.inference.engine.packs import Pack, Segment
-from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, n_pages_for
+from dask_pcm.inference.engine.pages import PAGE_TOKENS, KVShape, PagePool, n_pages_for
 from dask_pcm.inference.engine.probe import kv_shape
 from dask_pcm.inference.engine.serving import Serving
 
 if TYPE_CHECKING:
+    from dask_pcm.inference.language_model import LanguageModel
     from dask_pcm.inference.padded import PaddedModel
 
 #: Tokens of a step to begin with, on a CPU; more make it faster only if the model is small.
@@ -28,21 +29,23 @@ _POOL_TOKENS, _POOL_SHARE, _POOL_BYTES = 65_536, 1 / 8, 256 << 20
 _LONGEST = 4096
 
 
-def attendant_of(model: PaddedModel) -> Serving:
+def attendant_of(model: LanguageModel) -> Serving:
     """The engine of a model that is on its device; its pages are taken when it starts."""
-    budget = Config.read().batch_tokens
-    device = model.model.device
-    switch(model.model)
-    shape = kv_shape(model.model)
-    page_bytes = shape.page_bytes(model.model.dtype.itemsize)
-    n_pages = n_pages_for(budget + (model.max_tokens or _LONGEST))
+    padded, budget = model.padded, Config.read().batch_tokens
+    device = padded.model.device
+    switch(padded.model)
+    # Encoders keep nothing of a token; so they have a single page, of a number for each.
+    shape = kv_shape(padded.model) if padded.is_causal else KVShape(1, 1, 1, 1)
+    page_bytes = shape.page_bytes(padded.model.dtype.itemsize)
+    n_pages = n_pages_for(budget + (padded.max_tokens or _LONGEST)) if padded.is_causal else 1
     if device.type == "cuda":
         import torch
 
-        budget, forward_bytes = _step_of(model.model, budget)
+        budget, forward_bytes = _step_of(padded, budget)
         free, total = torch.cuda.mem_get_info(device)
         most_bytes = min(int(total * _POOL_SHARE), free // 2)
-        n_pages = min(max(n_pages, n_pages_for(_POOL_TOKENS)), most_bytes // page_bytes)
+        wanted = max(n_pages, n_pages_for(_POOL_TOKENS)) if padded.is_causal else n_pages
+        n_pages = min(wanted, most_bytes // page_bytes)
         n_bytes, first = (n_pages + 1) * page_bytes + forward_bytes, budget
     else:
         n_bytes, first = 0, _CPU_TOKENS
@@ -50,13 +53,19 @@ def attendant_of(model: PaddedModel) -> Serving:
     n_pages = max(n_pages, 1)
 
     def make() -> Engine:
-        pool = PagePool(n_pages, shape, model.model.dtype, device)
-        return Engine(model.model, pool, Capacity(first, most=budget), model.n_embeddings)
+        return Engine(
+            padded.model,
+            PagePool(n_pages, shape, padded.model.dtype, device),
+            Capacity(first, most=budget),
+            padded.n_embeddings,
+            is_causal=padded.is_causal,
+            first_position=padded.first_position,
+        )
 
     return Serving(make, n_bytes, _ROWS, model)
 
 
-def _step_of(model: Any, budget_tokens: int) -> tuple[int, int]:
+def _step_of(model: PaddedModel, budget_tokens: int) -> tuple[int, int]:
     """Tokens of a step for which there is memory, and the bytes that its forward takes."""
     import torch
 
@@ -69,15 +78,21 @@ def _step_of(model: Any, budget_tokens: int) -> tuple[int, int]:
             budget_tokens //= 2
 
 
-def _bytes_of_forward(model: Any, n_tokens: int) -> int:
+def _bytes_of_forward(model: PaddedModel, n_tokens: int) -> int:
     """Bytes that a forward of as many tokens takes at its peak, on a CUDA device."""
     import torch
 
     rows = [Segment([0] * 64, range(64))] * max(1, n_tokens // 64)
-    before = torch.cuda.memory_allocated(model.device)
-    torch.cuda.reset_peak_memory_stats(model.device)
-    pack = Pack(rows, device=model.device)
+    before = torch.cuda.memory_allocated(model.model.device)
+    torch.cuda.reset_peak_memory_stats(model.model.device)
+    pack = Pack(
+        rows,
+        device=model.model.device,
+        is_causal=model.is_causal,
+        first_position=model.first_position,
+    )
     with torch.inference_mode(), packed(pack):
-        base = getattr(model, "base_model", model)
-        base(input_ids=pack.ids, position_ids=pack.positions, use_cache=False)
-    return int(torch.cuda.max_memory_allocated(model.device) - before)
+        base = getattr(model.model, "base_model", model.model)
+        options = {"use_cache": False} if model.is_causal else {}
+        base(input_ids=pack.ids, position_ids=pack.positions, **options)
+    return int(torch.cuda.max_memory_allocated(model.model.device) - before)

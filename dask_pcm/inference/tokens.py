@@ -43,20 +43,22 @@ class Encoder:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_guarded": None}  # large, rarely needed, and rebuilt on demand
 
-    def __call__(self, texts: Sequence[str | Text]) -> list[list[int]]:
-        """Token ids of each text, with a beginning-of-text token but no end-of-text token.
+    def __call__(self, texts: Sequence[str | Text], *, keeps_end: bool = False) -> list[list[int]]:
+        """Token ids of each text, with a beginning-of-text token.
 
         Parameters
         ----------
         texts
             In plain strings nothing is a control token.
+        keeps_end
+            Whether an end-of-text token that the tokenizer adds is kept.
         """
         given = [Text((Part(t, is_own=False),)) if isinstance(t, str) else t for t in texts]
         is_guarded = [self._spells_control(text) for text in given]
         plain = [text for text, guarded in zip(given, is_guarded, strict=True) if not guarded]
         found = iter(self._encode([str(text) for text in plain]))
         return [
-            self._trimmed(self._encode_guarded(text) if guarded else next(found))
+            self._trimmed(self._encode_guarded(text) if guarded else next(found), keeps_end)
             for text, guarded in zip(given, is_guarded, strict=True)
         ]
 
@@ -107,13 +109,13 @@ class Encoder:
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return list(self._tokenizer(text, **options)["input_ids"]) if text else []
 
-    def _trimmed(self, ids: list[int]) -> list[int]:
-        """Remove a repeated beginning-of-text token and an end-of-text token."""
+    def _trimmed(self, ids: list[int], keeps_end: bool) -> list[int]:
+        """Remove a repeated beginning-of-text token, and an end-of-text token."""
         # A template may start with the beginning-of-text token that the tokenizer adds itself.
         while self._bos is not None and ids[:2] == [self._bos, self._bos]:
             ids = ids[1:]
         # Some tokenizers append an end-of-text token, after which no answer can follow.
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self._eos else ids
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self._eos and not keeps_end else ids
 
 
 class _Guarded:

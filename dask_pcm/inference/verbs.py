@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,23 +13,12 @@ from dask_pcm.arguments import checked, frame_refused
 from dask_pcm.config import Config
 from dask_pcm.errors import PromptError, SchemaError
 from dask_pcm.frames.map_partitions import check_columns, map_partitions
-from dask_pcm.inference.calls import (
-    ANSWER,
-    ERROR,
-    FINISH_REASON,
-    LOGPROB,
-    N_TOKENS,
-    PROBABILITY,
-    TEXT,
-    Classify,
-    Generate,
-    Prompted,
-    Score,
-)
-from dask_pcm.inference.engine.sampling import Sampling
+from dask_pcm.inference.calls import Classify, Embed, Generate, Prompted, Score
+from dask_pcm.inference.calls.prompted import encoder_refused
 from dask_pcm.inference.llm import LLM
+from dask_pcm.inference.options import checked_choices, checked_generation, checked_pooling
 from dask_pcm.inference.origins import check_fields
-from dask_pcm.inference.prompts import Template, check_choices
+from dask_pcm.inference.prompts import Template
 
 
 @checked
@@ -39,6 +28,8 @@ def classify(
     *,
     prompt: str,
     choices: Sequence[str],
+    normalize: str | None = None,
+    logprobs: bool = False,
     truncate_column: str | None = None,
     keep_columns: Sequence[str] | None = None,
     batch_rows: int | None = None,
@@ -65,6 +56,10 @@ def classify(
         (``True``), decimals, dates and times (ISO 8601), and lists of texts, joined by line feeds.
     choices : sequence of str
         The possible answers, at least two.
+    normalize : "tokens", optional
+        Compare scores per token of a choice instead of their sums, which favour short choices.
+    logprobs : bool, default False
+        Whether to add ``logprobs``: the score of each choice, in their order, not normalised.
     truncate_column : str, optional
         A field of the prompt that is cut at its end, at a word boundary, if a row is longer than
         the model's context length. Without it, such a row gets an error that states both lengths
@@ -86,7 +81,8 @@ def classify(
     -------
     dask.dataframe.DataFrame
         The kept columns; ``answer``; ``answer_probability``, the softmax over the scores of the
-        choices (the first listed wins a tie); and ``error``, null if there is an answer.
+        choices (the first listed wins a tie); ``logprobs``, if asked for; and ``error``, null if
+        there is an answer.
 
     Raises
     ------
@@ -95,10 +91,13 @@ def classify(
         type that cannot be written in a prompt.
     """
     made = _Prepared.of("classify", ddf, llm, prompt, truncate_column, special_tokens_in_fields)
-    kept = made.kept(keep_columns, (ANSWER, PROBABILITY, ERROR))
-    func = Classify(**made.options(kept), choices=check_choices(choices))
-    added = {ANSWER: "str", PROBABILITY: "f8", ERROR: "str"}
-    return made.mapped(func, kept, added, batch_rows, batch_timeout)
+    given, normalize = checked_choices(choices, normalize)
+    if not isinstance(logprobs, bool):
+        raise PromptError(f"logprobs must be True or False; found {logprobs!r}.")
+    func = Classify(
+        **made.options(keep_columns), choices=given, normalize=normalize, has_logprobs=logprobs
+    )
+    return made.mapped(func, batch_rows, batch_timeout)
 
 
 @checked
@@ -146,10 +145,8 @@ special_tokens_in_fields
         )
     text = Template(completion)
     made = made.with_fields(text.any_fields, "The completion")
-    kept = made.kept(keep_columns, (LOGPROB, N_TOKENS, ERROR))
-    func = Score(**made.options(kept), completion=text)
-    added = {LOGPROB: "f8", N_TOKENS: "Int64", ERROR: "str"}
-    return made.mapped(func, kept, added, batch_rows, batch_timeout)
+    func = Score(**made.options(keep_columns), completion=text)
+    return made.mapped(func, batch_rows, batch_timeout)
 
 
 @checked
@@ -211,18 +208,60 @@ special_tokens_in_fields
         As for ``classify``, and for arguments out of their range.
     """
     made = _Prepared.of("generate", ddf, llm, prompt, truncate_column, special_tokens_in_fields)
-    for name, value in (("max_tokens", max_tokens), ("n", n)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PromptError(f"{name} is {value!r}; expected 1 or more.")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(one, str) and one for one in stops):
-        raise PromptError(f"stop must be texts that are not empty; found {stop!r}.")
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    if n > 1 and not temperature:
-        raise PromptError(f"n={n} with temperature 0 gives the same text {n} times; raise it.")
-    kept = made.kept(keep_columns, (TEXT, N_TOKENS, FINISH_REASON, ERROR))
-    func = Generate(**made.options(kept), max_tokens=max_tokens, sampling=sampling, stop=stops, n=n)
-    return made.mapped(func, kept, func.dtypes(), batch_rows, batch_timeout)
+    given = checked_generation(max_tokens, temperature, top_k, top_p, seed, stop, n)
+    return made.mapped(Generate(**made.options(keep_columns), **given), batch_rows, batch_timeout)
+
+
+@checked
+def embed(
+    ddf: dd.DataFrame,
+    llm: LLM,
+    *,
+    prompt: str,
+    pooling: str | None = None,
+    normalize: bool = True,
+    truncate_column: str | None = None,
+    keep_columns: Sequence[str] | None = None,
+    batch_rows: int | None = None,
+    batch_timeout: float | str | None = None,
+    special_tokens_in_fields: bool = False,
+) -> dd.DataFrame:
+    """Turn a text into a vector, for every row, with an encoder or a causal language model.
+
+    Parameters
+    ----------
+    llm : LLM
+        The model; an encoder, such as those of sentence-transformers, or a causal model.
+    prompt : str
+        Template of the text, such as ``"{title}\n{body}"``.
+    pooling : "mean", "cls" or "last", optional
+        How the hidden states of a text's tokens become one: their mean, that of the first, or that
+        of the last. By default as the model's folder says (``modules.json`` of
+        sentence-transformers); else the mean for encoders, and the last for causal models.
+    normalize : bool, default True
+        Whether vectors have length 1, so that their dot product is the cosine.
+    ddf, truncate_column, keep_columns, batch_rows, batch_timeout, special_tokens_in_fields
+        As for ``classify``. Without `truncate_column`, a text that is longer than the model's
+        context length gets an error.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        The kept columns; ``embedding``, a list of float32; and ``error``, null if there is a
+        vector. ``np.stack(frame["embedding"])`` makes an array of the vectors.
+
+    Raises
+    ------
+    PromptError, SchemaError
+        As for ``classify``; and if the folder says that vectors need layers or a pooling that this
+        function does not compute.
+    """
+    made = _Prepared.of("embed", ddf, llm, prompt, truncate_column, special_tokens_in_fields)
+    if not isinstance(normalize, bool):
+        raise PromptError(f"normalize must be True or False; found {normalize!r}.")
+    how = checked_pooling(pooling, llm.path, not llm.is_encoder)
+    func = Embed(**made.options(keep_columns), pooling=how, normalize=normalize)
+    return made.mapped(func, batch_rows, batch_timeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,22 +319,13 @@ class _Prepared:
         check_fields(self.ddf, more)
         return replace(self, fields=tuple(dict.fromkeys((*self.fields, *more))))
 
-    def kept(self, keep_columns: Sequence[str] | None, added: Sequence[str]) -> list[str]:
-        """Columns of the input that the result keeps; refuses those that are added."""
+    def options(self, keep_columns: Sequence[str] | None) -> dict[str, Any]:
+        """Arguments of ``Prompted``."""
         kept = list(self.ddf.columns)
         if keep_columns is not None:
             kept = check_columns(self.ddf, keep_columns, "keep_columns")
         if repeated := sorted({name for name in kept if kept.count(name) > 1}):
             raise SchemaError(f"keep_columns names columns more than once: {', '.join(repeated)}.")
-        if taken := [name for name in added if name in kept]:
-            raise SchemaError(
-                f"The input already has {', '.join(map(repr, taken))}, which is added. Rename it,"
-                " or select the columns to keep with keep_columns=[...]."
-            )
-        return kept
-
-    def options(self, kept: Sequence[str]) -> dict[str, Any]:
-        """Arguments of ``Prompted``."""
         return {
             "template": self.template,
             "truncate_column": self.truncate_column,
@@ -305,21 +335,24 @@ class _Prepared:
         }
 
     def mapped(
-        self,
-        func: Prompted,
-        kept: Sequence[str],
-        added: Mapping[str, Any],
-        batch_rows: int | None,
-        batch_timeout: float | str | None,
+        self, func: Prompted, batch_rows: int | None, batch_timeout: float | str | None
     ) -> dd.DataFrame:
-        """The frame with the columns that a function adds, by name and dtype."""
+        """The frame with the columns that a function adds."""
+        if func.is_causal and self.llm.is_encoder:
+            raise encoder_refused(func.__name__, f"{self.llm.name!r}")
+        kept, added = list(func.kept), func.dtypes()
+        if taken := [name for name in added if name in kept]:
+            raise SchemaError(
+                f"The input already has {', '.join(map(repr, taken))}, which is added. Rename it,"
+                " or select the columns to keep with keep_columns=[...]."
+            )
         index = self.ddf._meta.index[:0]
         empty = {name: pd.Series([], dtype=dtype, index=index) for name, dtype in added.items()}
         return map_partitions(
             func,
             self.ddf,
             context=self.llm,
-            meta=self.ddf._meta[list(kept)].assign(**empty),
+            meta=self.ddf._meta[kept].assign(**empty),
             batch_rows=Config.read().batch_rows if batch_rows is None else batch_rows,
             batch_timeout=batch_timeout,
             required_columns=list(dict.fromkeys([*kept, *self.fields])),

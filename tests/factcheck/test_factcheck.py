@@ -11,7 +11,7 @@ from dask_pcm.factcheck import train as training
 from dask_pcm.factcheck.claims import Claim, stream, vocabulary
 from dask_pcm.factcheck.demo import MODEL_PATH, SEED
 from dask_pcm.inference.calls import Classify
-from dask_pcm.inference.padded import load_model
+from dask_pcm.inference.loading import load_model
 from dask_pcm.inference.prompts import Template
 
 DATA = Path(__file__).parents[2] / "data"
@@ -78,7 +78,7 @@ def test_the_likeliest_of_all_tokens_is_the_answers_first(model, unseen):
         batch = [Claim(*row) for row in unseen.iloc[start : start + 250].itertuples(index=False)]
         tokens, is_answer = training.encode(model.tokenizer, batch)
         with torch.inference_mode():
-            likeliest = model.model(input_ids=tokens[:, :-1]).logits.argmax(-1)
+            likeliest = model.padded.model(input_ids=tokens[:, :-1]).logits.argmax(-1)
         first = is_answer[:, 1:].float().argmax(1)
         rows = torch.arange(len(batch))
         n_right += int((likeliest[rows, first] == tokens[:, 1:][rows, first]).sum())

@@ -7,7 +7,7 @@ import pytest
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
 from dask_pcm.inference.calls import Classify
-from dask_pcm.inference.padded import load_model
+from dask_pcm.inference.loading import load_model
 from dask_pcm.inference.prompts import Template
 
 torch = pytest.importorskip("torch")
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 
 
 def test_a_model_goes_to_the_gpu_and_answers_as_on_the_cpu():
-    on_gpu, on_cpu = load_model(str(MODEL_PATH)), load_model(str(MODEL_PATH), device="cpu")
+    on_gpu, on_cpu = (load_model(str(MODEL_PATH), device=d) for d in (None, "cpu"))
     assert on_gpu.facts["device"].startswith("cuda")
     call = Classify(
         template=Template(PROMPT),

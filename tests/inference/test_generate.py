@@ -13,8 +13,10 @@ import dask_pcm as pcm
 from dask_pcm.errors import PromptError, SchemaError
 from dask_pcm.inference.calls import Generate, Score
 from dask_pcm.inference.engine.sampling import Sampling
+from dask_pcm.inference.language_model import LanguageModel
 from dask_pcm.inference.llm import LLM
-from dask_pcm.inference.padded import PaddedModel, load_model
+from dask_pcm.inference.loading import load_model
+from dask_pcm.inference.padded import PaddedModel
 from dask_pcm.inference.prompts import Template
 from dask_pcm.inference.served import attendant_of
 from tests.conftest import patient
@@ -87,8 +89,8 @@ def test_greedy_tokens_are_those_of_transformers_alone(model, served):
         if pd.isna(text):
             assert pd.isna(row.text) and "Null" in row.error
             continue
-        tokens = alone(model, f"Q: {text} A:", 8)
-        assert (row.text, row.n_tokens) == (model.decode(tokens), len(tokens))
+        tokens = alone(model.padded, f"Q: {text} A:", 8)
+        assert (row.text, row.n_tokens) == (model.padded.decode(tokens), len(tokens))
         assert row.finish_reason == ("length" if len(tokens) == 8 else "stop")
 
 
@@ -127,7 +129,7 @@ def test_a_text_ends_before_a_stop_string(model, served):
 def test_a_text_ends_with_the_context_length(model, served):
     rows = pd.DataFrame({"id": [0, 1], "text": ["a " * 100, "a " * 400]})
     found = generating(max_tokens=1000).submit(rows, served).result(patient(60))
-    n_prompt = len(model.tokenize([f"Q: {rows.text[0]} A:"])[0])
+    n_prompt = len(model.padded.tokenize([f"Q: {rows.text[0]} A:"])[0])
     if found.finish_reason[0] == "length":
         assert found.n_tokens[0] == model.max_tokens - n_prompt
     assert "the model takes 256" in found.error[1]
@@ -143,12 +145,12 @@ def test_scores_are_those_of_each_text_alone(model, served):
             assert math.isnan(row.logprob) and row.error == other.error
             continue
         (before,), (whole,) = (
-            model.tokenize([text])
+            model.padded.tokenize([text])
             for text in (f"Q: {given.text} A:", f"Q: {given.text} A: {given.answer}")
         )
         n = next(k for k in range(len(whole)) if before[k : k + 1] != whole[k : k + 1])
         with torch.inference_mode():
-            logits = model.model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+            logits = model.padded.model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
         expected = sum(logits[k - 1, whole[k]].item() for k in range(n, len(whole)))
         assert row.logprob == pytest.approx(expected, abs=1e-3)
         assert other.logprob == pytest.approx(expected, abs=1e-3)
@@ -185,7 +187,7 @@ def test_on_a_cluster(client, folder, tmp_path):
 def test_a_model_without_an_engine_continues_texts_of_a_length_together(served):
     mamba = tiny.random_model("MambaForCausalLM", "MambaConfig", **tiny.SMALL, state_size=8)
     padded = PaddedModel(mamba, tiny.tokenizer())
-    found = generating()(ROWS, padded)
+    found = generating()(ROWS, LanguageModel(padded, is_attended=False))
     for text, row in zip(ROWS.text, found.itertuples(), strict=True):
         if not pd.isna(text):
             assert row.text == padded.decode(alone(padded, f"Q: {text} A:", 8))
@@ -200,10 +202,10 @@ def test_without_an_engine_too_what_is_not_a_number_is_the_error_of_its_row():
     (first,), (second,) = (padded.tokenize([f"Q: {text} A:"]) for text in rows.text)
     assert len(first) == len(second)  # in one batch
     (bad,) = set(second) - set(first)
-    expected = generating()(rows, padded).text[0]
+    expected = generating()(rows, LanguageModel(padded, is_attended=False)).text[0]
     with torch.no_grad():
         mamba.get_input_embeddings().weight[bad] = torch.nan
-    found = generating()(rows, padded)
+    found = generating()(rows, LanguageModel(padded, is_attended=False))
     assert "not a number" in found.error[1] and pd.isna(found.text[1])
     assert found.text[0] == expected and pd.isna(found.error[0])
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from dask_pcm import LLM
 from dask_pcm.errors import ModelError
 from dask_pcm.inference import fit
+from dask_pcm.inference.loading import load_model
 from dask_pcm.inference.model_folder import check_folder
-from dask_pcm.inference.padded import load_model
 from tests.support import models as tiny
 
 
@@ -101,7 +101,10 @@ KINDS = {
         {"architectures": ["LlamaForRewards"]},
         "of LlamaForRewards, which is not a causal",
     ),
-    "masked": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "masked words"),
+    "pairs": (
+        {"model_type": "bert", "architectures": ["BertForNextSentencePrediction"]},
+        "not a causal model.*or an encoder",
+    ),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
     "quantised in part": (
         {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
@@ -204,8 +207,10 @@ def test_odd_folders_are_the_same_model(original, folder, kind):
     ODD[kind](folder)
     files = check_folder(folder)
     assert fit.problems(str(folder), [str(file) for file in files]) == []
-    expected = load_model(str(original), device="cpu").logits([[5, 6, 7]], [0, 2])
-    assert torch.equal(load_model(str(folder), device="cpu").logits([[5, 6, 7]], [0, 2]), expected)
+    expected = load_model(str(original), device="cpu").padded.logits([[5, 6, 7]], [0, 2])
+    assert torch.equal(
+        load_model(str(folder), device="cpu").padded.logits([[5, 6, 7]], [0, 2]), expected
+    )
 
 
 def test_what_lies_beside_weights_is_neither_staged_nor_counted(folder, monkeypatch):

@@ -9,14 +9,14 @@ import transformers
 from dask_pcm.errors import ModelError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
+from dask_pcm.inference.loading import load_model, load_onto
 from dask_pcm.inference.model_folder import weight_files
-from dask_pcm.inference.padded import load_model, load_onto
 from dask_pcm.inference.prompts import plan_scoring
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(str(MODEL_PATH))
+    return load_model(str(MODEL_PATH)).padded
 
 
 def one_by_one(model, tokens, n_shared):

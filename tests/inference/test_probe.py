@@ -11,9 +11,10 @@ from distributed import Client
 
 import dask_pcm as pcm
 from dask_pcm.errors import ModelError
-from dask_pcm.inference import padded as plain
+from dask_pcm.inference import loading
 from dask_pcm.inference.llm import LLM
-from dask_pcm.inference.padded import PaddedModel, load_model
+from dask_pcm.inference.loading import load_model
+from dask_pcm.inference.padded import PaddedModel
 from dask_pcm.inference.probe import probe
 from dask_pcm.inference.prompts import plan_scoring
 from tests.conftest import validated_cluster
@@ -117,7 +118,7 @@ def test_rows_that_see_their_batch_are_refused(monkeypatch):
         return found
 
     monkeypatch.setattr(model.model, "forward", mixing)
-    with pytest.raises(ModelError, match="different logits in a batch than alone"):
+    with pytest.raises(ModelError, match="different results in a batch than alone"):
         probe(model)
 
 
@@ -191,7 +192,7 @@ class TestRemembered:
         from dask_pcm.ladder.build import recipe_of
 
         asked = []
-        monkeypatch.setattr(plain, "ensure_exact", lambda model, content: asked.append(content))
+        monkeypatch.setattr(loading, "ensure_exact", lambda model, content: asked.append(content))
         llm: LLM = demo_model()
         recipe_of(llm.ref).build({bundle.digest: llm.path for bundle in llm.ref.bundles})
         assert asked == [llm.ref.bundles[0].digest]
@@ -214,5 +215,5 @@ class TestRemembered:
 
 def process_of(llm: LLM) -> int:
     with pcm.acquire(llm) as model:
-        model.tokenize(["the moon"])
+        model.padded.tokenize(["the moon"])
         return os.getpid()

@@ -14,7 +14,8 @@ from dask_pcm.factcheck.demo import MODEL_PATH
 from dask_pcm.inference.calls import Classify
 from dask_pcm.inference.engine import attention
 from dask_pcm.inference.engine.probe import narrowed
-from dask_pcm.inference.padded import PaddedModel, load_model
+from dask_pcm.inference.loading import load_model
+from dask_pcm.inference.padded import PaddedModel
 from dask_pcm.inference.probe import probe
 from dask_pcm.inference.prompts import Template
 from dask_pcm.inference.served import attendant_of
@@ -70,15 +71,15 @@ def test_rows_that_cannot_be_scored_have_errors_beside_answers(demo, served):
 
 def test_a_model_behind_an_engine_answers_a_callers_own_function_as_before(demo, served):
     """On another thread, while the engine computes."""
-    ids = torch.tensor([demo.tokenize(["a claim of some length"])[0]])
+    ids = torch.tensor([demo.padded.tokenize(["a claim of some length"])[0]])
     with torch.inference_mode():
-        alone = demo.model(input_ids=ids).logits
+        alone = demo.padded.model(input_ids=ids).logits
     stop, wrong = threading.Event(), []
 
     def call():
         while not stop.is_set():
             with torch.inference_mode():
-                if not torch.equal(demo.model(input_ids=ids).logits, alone):
+                if not torch.equal(demo.padded.model(input_ids=ids).logits, alone):
                     wrong.append(True)
 
     thread = threading.Thread(target=call)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_pcm.inference.calls import Classify
-from dask_pcm.inference.padded import PaddedModel, load_model
+from dask_pcm.inference.language_model import LanguageModel
+from dask_pcm.inference.loading import load_model
+from dask_pcm.inference.padded import PaddedModel
 from dask_pcm.inference.prompts import Part, Template, Text
 from dask_pcm.inference.tokens import Encoder, _Guarded
 from tests.support import models as tiny
@@ -128,7 +130,7 @@ def test_a_token_beyond_the_embedding_is_the_rows_error():
     words = tiny.tokenizer()
     n_rows = len(words)
     words.add_tokens(["<image>"])
-    model = PaddedModel(tiny.llama(vocab_size=n_rows), words)
+    model = LanguageModel(PaddedModel(tiny.llama(vocab_size=n_rows), words), is_attended=False)
     frame = pd.DataFrame({"claim": ["an <image> here", "none here"]})
     found = asking(Template("{claim} Answer:"), ("yes", "no"))(frame, model)
     assert found.error[0].startswith(

@@ -12,7 +12,7 @@ from dask_pcm.errors import PromptError, SchemaError
 from dask_pcm.factcheck import LABELS, PROMPT, demo_model, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
 from dask_pcm.inference.calls import Classify
-from dask_pcm.inference.padded import load_model
+from dask_pcm.inference.loading import load_model
 from dask_pcm.inference.prompts import Template
 
 
@@ -74,14 +74,16 @@ def test_the_probability_is_the_softmax_of_the_scores():
         kept=(),
         batch_tokens=1,
     )
-    answer, probability, error = call._answer([-1.0, -2.0, -800.0])
-    assert answer == "a" and error is None
-    assert probability == pytest.approx(math.exp(-1) / (math.exp(-1) + math.exp(-2)))
-    assert call._answer([-5.0, -3.0, -3.0])[0] == "b"  # a tie goes to the first listed
+    found = call.value(([-1.0, -2.0, -800.0], [-1.0, -2.0, -800.0]))
+    assert found.answer == "a" and found.error is None and found.logprobs == [-1.0, -2.0, -800.0]
+    assert found.probability == pytest.approx(math.exp(-1) / (math.exp(-1) + math.exp(-2)))
+    assert call.value(([-5.0, -3.0, -3.0],) * 2).answer == "b"  # a tie goes to the first listed
 
 
 def test_scores_that_are_no_numbers_are_the_rows_error(model, monkeypatch):
-    monkeypatch.setattr(model, "score", lambda scorings, n: [[math.nan] * 3 for _ in scorings])
+    monkeypatch.setattr(
+        model.padded, "score", lambda scorings, n: [[math.nan] * 3 for _ in scorings]
+    )
     found = Classify(
         template=Template(PROMPT),
         choices=LABELS,

@@ -13,7 +13,7 @@ from dask_pcm import errors
 from dask_pcm.context.context import Context
 from dask_pcm.factcheck.demo import MODEL_PATH
 from dask_pcm.inference import LLM
-from dask_pcm.inference.padded import load_model
+from dask_pcm.inference.loading import load_model
 from dask_pcm.ladder.device import (
     built_for_cpu,
     check_device,

@@ -79,6 +79,11 @@ def last_shape() -> KVShape | None:
     return KVShape(max(_local.shapes) + 1, n_heads, key_dim, value_dim)
 
 
+def was_asked() -> bool:
+    """Whether a layer has computed attention in the last forward with a pack."""
+    return bool(_local.shapes)
+
+
 @dataclass(frozen=True, slots=True)
 class _How:
     """What a layer's attention is told."""

@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from dask_pcm.inference.engine.attention import packed
 from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.graphs import Graphs
-from dask_pcm.inference.engine.packs import Pack
+from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PagePool, on_device, on_host
 from dask_pcm.inference.engine.rows import (
     NOT_A_NUMBER,
@@ -52,6 +54,10 @@ class Engine:
         Tokens of a step at most.
     n_vocabulary
         Logits of a token.
+    is_causal
+        False for encoders, whose tokens see all of their row; they only embed.
+    first_position
+        The position of a row's first token, as the model counts them.
 
     Attributes
     ----------
@@ -59,8 +65,19 @@ class Engine:
         Forwards so far, and the tokens that they computed.
     """
 
-    def __init__(self, model: Any, pool: PagePool, capacity: Capacity, n_vocabulary: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        pool: PagePool,
+        capacity: Capacity,
+        n_vocabulary: int,
+        *,
+        is_causal: bool = True,
+        first_position: int = 0,
+    ) -> None:
         self._model = model
+        self._is_causal = is_causal
+        self._first_position = first_position
         self._base = getattr(model, "base_model", model)
         self._pool = pool
         self.capacity = capacity
@@ -125,7 +142,7 @@ class Engine:
             self._pool.clean()
             outputs = self._graphs.logits(segments) if _is_single(parts) else None
             if outputs is None:
-                pack = Pack(segments, self._pool, self._pool.kv.device)
+                pack = self._packed(segments)
                 kept = [
                     start + k
                     for part, start in zip(parts, pack.starts, strict=True)
@@ -149,9 +166,17 @@ class Engine:
             if embedded := [(row, at) for row, at in wanted if isinstance(row, Embedded)]:
                 self._take_vectors(embedded, outputs)
 
+    def _packed(self, segments: Sequence[Segment]) -> Pack:
+        device, first = self._pool.kv.device, self._first_position
+        if self._is_causal:
+            return Pack(segments, self._pool, device, first_position=first)
+        return Pack(segments, None, device, is_causal=False, first_position=first)
+
     def _forward(self, pack: Any, kept: Any, is_embedding: bool) -> Any:
         """Logits, or hidden states, of the tokens that are kept, of all if None; float32."""
-        inputs = {"input_ids": pack.ids, "position_ids": pack.positions, "use_cache": False}
+        inputs = {"input_ids": pack.ids, "position_ids": pack.positions}
+        if self._is_causal:
+            inputs["use_cache"] = False
         with packed(pack):
             if kept is None:
                 return self._model(**inputs).logits[0].float()
@@ -203,11 +228,12 @@ class Engine:
         """Pool the hidden states of each row."""
         import torch
 
-        wait = on_host(torch.stack([row.pool(hidden[at]) for row, at in found]))
+        lengths = on_device([at.stop - at.start for _, at in found], hidden.device)
+        wait = on_host(torch.segment_reduce(hidden, "mean", lengths=lengths))
 
         def tell() -> None:
-            for (row, _), vector in zip(found, wait(), strict=True):
-                self._end(row, vector, not vector.isnan().any())
+            for (row, _), vector in zip(found, wait().numpy(), strict=True):
+                self._end(row, vector, not np.isnan(vector).any())
 
         self._open.append((tell, len(found)))
 

@@ -71,6 +71,8 @@ class Group:
         Whether the rows' own keys are in these pages as well.
     n_positions
         Positions of the longest row.
+    is_causal
+        Whether tokens see only those before them.
     span
         Where the only row of the group is in the pack; None for several, or with cached tokens.
     """
@@ -83,6 +85,7 @@ class Group:
     table: Any
     is_stored: bool
     n_positions: int
+    is_causal: bool = True
     span: slice | None = None
     _masks: dict[int, Any] = field(default_factory=dict)
 
@@ -92,9 +95,11 @@ class Group:
         if window is None or self.n_positions <= window:
             return self.sees
         if window not in self._masks:
-            near = self.positions[:, :, None] - self.key_positions[:, None, :] < window
+            near = self.positions[:, :, None] - self.key_positions[:, None, :]
+            near = (near if self.is_causal else near.abs()) < window
             # By place, not by position: what pads a row repeats its last token.
-            seen = near.tril() if self.sees is None else self.sees[:, 0] & near
+            own = near.tril() if self.is_causal else near
+            seen = own if self.sees is None else self.sees[:, 0] & near
             self._masks[window] = seen[:, None]
         return self._masks[window]
 
@@ -112,6 +117,8 @@ class Pack:
         Where the model is.
     is_causal
         False for encoders, whose tokens see all of their row.
+    first_position
+        The position of a row's first token, as the model counts them.
 
     Attributes
     ----------
@@ -129,6 +136,7 @@ class Pack:
         pool: PagePool | None = None,
         device: Any = "cpu",
         is_causal: bool = True,
+        first_position: int = 0,
     ) -> None:
         import torch
 
@@ -139,7 +147,7 @@ class Pack:
         self.ids = on_device([[t for s in segments for t in s.tokens]], device)
         positions = [p for s in segments for p in s.positions]
         self._positions = torch.tensor(positions)
-        self.positions = on_device([positions], device)
+        self.positions = on_device([[first_position + p for p in positions]], device)
         self.starts: list[int] = []
         at = 0
         for segment in segments:
@@ -190,7 +198,7 @@ class Pack:
         n_positions, span = int(own_at.max()) + 1, None
         if len(rows) == 1 and table is None:
             span = slice(self.starts[members[0]], self.starts[members[0]] + int(lengths))
-        return Group(a, b, c, d, e, f, rows[0].is_stored, n_positions, span)
+        return Group(a, b, c, d, e, f, rows[0].is_stored, n_positions, self.is_causal, span)
 
     def _sees(self, rows: Sequence[Segment], is_own: Any) -> Any:
         """Which of a row's own tokens each of them sees; None if all, or all before it."""

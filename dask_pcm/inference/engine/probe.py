@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dask_pcm.inference.engine.attention import last_shape, packed, switch
+from dask_pcm.inference.engine.attention import last_shape, packed, switch, was_asked
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import KVShape, PagePool, n_pages_for
 
@@ -75,6 +75,29 @@ def kv_shape(model: Any) -> KVShape:
     if shape is None or shape.n_layers != n_layers:
         raise UnfitError("its layers differ in what they keep of a token")
     return shape
+
+
+def packed_hidden(model: Any, rows: Sequence[Sequence[int]], first_position: int) -> Sequence[Any]:
+    """Last hidden states of rows of an encoder in one pack, shapes (tokens, width).
+
+    Switches the model's attention.
+
+    Raises
+    ------
+    UnfitError
+        If its layers do not ask for attention by transformers' interface.
+    """
+    import torch
+
+    switch(model)
+    segments = [Segment(list(row), range(len(row))) for row in rows]
+    pack = Pack(segments, device=model.device, is_causal=False, first_position=first_position)
+    with torch.inference_mode(), packed(pack):
+        found = model(input_ids=pack.ids, position_ids=pack.positions).last_hidden_state[0]
+    if not was_asked():
+        raise UnfitError("its layers have an attention of their own")
+    split: Sequence[Any] = found.float().split([len(row) for row in rows])
+    return split
 
 
 @contextmanager

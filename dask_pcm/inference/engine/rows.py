@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from dask_pcm.inference.engine.sampling import Sampling
@@ -187,8 +188,27 @@ class Generated(Row):
         return self.is_over is not None and self.is_over(self.new)
 
 
+class Pooling(Enum):
+    """How the hidden states of a text's tokens become one: their mean, the first, or the last."""
+
+    MEAN = "mean"
+    CLS = "cls"
+    LAST = "last"
+
+    def kept(self, n_tokens: int) -> range:
+        """The tokens of a text whose hidden states have the vector as their mean.
+
+        Examples
+        --------
+        >>> [list(one.kept(3)) for one in Pooling]
+        [[0, 1, 2], [0], [2]]
+        """
+        at = {"mean": (0, n_tokens), "cls": (0, 1), "last": (n_tokens - 1, n_tokens)}[self.value]
+        return range(*at)
+
+
 @dataclass(slots=True, eq=False)
 class Embedded(Row):
-    """A row whose result is the hidden state of each of its tokens, pooled by `pool`."""
+    """A row whose result is a vector: the pooled hidden states of its tokens, in float32."""
 
-    pool: Callable[[Any], Any] = field(kw_only=True)
+    pooling: Pooling = field(kw_only=True)

@@ -160,7 +160,7 @@ class Schedule:
                 chosen.add(id(part.row))
                 parts.append(part)
                 left -= len(part.segment.tokens)
-                n_kept += len(part.kept)
+                n_kept += 0 if is_embedding else len(part.kept)  # what is limited are logits
         self._waiting = [row for row in self._waiting if id(row) not in taken]
 
     def _part(self, row: Row, left: int, budget_tokens: int, is_begun: bool) -> Part | None:
@@ -270,8 +270,9 @@ def _at_once(row: Row) -> Part:
     own = row.tokens[n_cached:]
     n_own, n_tokens = len(own), len(row.tokens)
     positions: list[int] = list(range(n_cached, n_tokens))
-    if not isinstance(row, Scored):
-        return Part(row, Segment(own, positions, cached, n_cached), range(n_own))
+    if isinstance(row, Embedded):
+        return Part(row, Segment(own, positions), row.pooling.kept(n_own))
+    assert isinstance(row, Scored)
     trie, parents = row.trie, None
     if trie.tokens:
         parents = [*range(-1, n_own - 1), *(n_own + parent for parent in trie.parents)]

@@ -10,7 +10,7 @@ import torch
 
 from dask_pcm.inference.engine.attention import packed, switch
 from dask_pcm.inference.engine.packs import Pack, Segment
-from dask_pcm.inference.engine.rows import Embedded, RowError
+from dask_pcm.inference.engine.rows import Embedded, Pooling, RowError
 from dask_pcm.inference.engine.sampling import Sampling
 from tests.inference.engine.conftest import FAMILIES
 from tests.support import models as tiny
@@ -147,7 +147,8 @@ def test_steps_are_full_while_there_are_rows(alone):
     assert driven.engine.n_tokens / driven.engine.n_steps >= 0.95 * 512
 
 
-def test_embeddings_are_those_of_each_row_alone(alone):
+@pytest.mark.parametrize("how", Pooling)
+def test_embeddings_are_those_of_each_row_alone(alone, how):
     rng = random.Random(7)
     one = alone("llama")
     rows = [text(rng, rng.randint(1, 90)) for _ in range(9)]
@@ -155,16 +156,13 @@ def test_embeddings_are_those_of_each_row_alone(alone):
         hidden = [one.model.model(input_ids=torch.tensor([row])).last_hidden_state for row in rows]
     driven = one.engine()
     for k, row in enumerate(rows):
-        driven.engine.add([Embedded(row, partial(driven.found.__setitem__, k), pool=_mean)])
+        driven.engine.add([Embedded(row, partial(driven.found.__setitem__, k), pooling=how)])
         driven.score(("beside", k), row, ENDINGS)  # in forwards of their own
     found = driven.run()
     for k, expected in enumerate(hidden):
-        assert torch.allclose(found[k], expected[0].mean(0), atol=1e-5)
+        pooled = {"mean": expected[0].mean(0), "cls": expected[0, 0], "last": expected[0, -1]}
+        assert torch.allclose(torch.tensor(found[k]), pooled[how.value], atol=1e-5)
     assert len(found) == 18
-
-
-def _mean(hidden):
-    return hidden.mean(0)
 
 
 def test_an_encoder_that_is_packed_says_what_it_says_of_each_row_alone():

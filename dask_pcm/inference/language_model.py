@@ -1,0 +1,236 @@
+"""The live object of ``LLM``: what a user's own function is given, on a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from dask_pcm.config import Config
+from dask_pcm.errors import PromptError
+from dask_pcm.inference.calls import (
+    Answer,
+    Classify,
+    Continuation,
+    Embed,
+    Generate,
+    Prompted,
+    Score,
+    TextScore,
+)
+from dask_pcm.inference.engine.serving import Serving
+from dask_pcm.inference.options import checked_choices, checked_generation, checked_pooling
+from dask_pcm.inference.padded import PaddedModel, in_turn
+from dask_pcm.inference.prompts import Template
+from dask_pcm.inference.served import attendant_of
+
+_PROMPT, _COMPLETION = "prompt", "completion"
+
+
+class RowsError(Exception):
+    """Some texts of a call have no vector; the message has the first error and its place."""
+
+
+class LanguageModel:
+    """A loaded language model, for functions that are given to ``map_partitions``.
+
+    Its methods take a list of texts and return a value for each, in their order. They may be called
+    by several tasks at a time: an engine computes the texts of all of them together. A text that
+    cannot be computed has an ``error``, and the others are unaffected.
+
+    Attributes
+    ----------
+    padded
+        The model in padded batches, for what has no engine.
+    is_attended
+        Whether an engine computes it.
+
+    Examples
+    --------
+    >>> def verdicts(df, model):
+    ...     prompts = [f"Claim: {claim}\\nVerdict:" for claim in df["claim"]]
+    ...     answers = model.classify(prompts, ["SUPPORTED", "REFUTED"])
+    ...     return df[["id"]].assign(verdict=[one.answer for one in answers])
+    """
+
+    def __init__(self, padded: PaddedModel, *, is_attended: bool) -> None:
+        self.padded = padded
+        self.is_attended = is_attended
+        self._serving: Serving | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_serving": None}
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute {name!r}. Write"
+            " with model.raw() as module: to use transformers' model."
+        )
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Device and dtype, recorded in the ledger."""
+        return self.padded.facts
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, of transformers."""
+        return self.padded.tokenizer
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Context length in tokens; None if neither model nor tokenizer states one."""
+        return self.padded.max_tokens
+
+    def attend(self) -> Serving:
+        """Its engine; see ``Attendant``."""
+        self._serving = attendant_of(self)
+        return self._serving
+
+    @contextmanager
+    def raw(self) -> Iterator[Any]:
+        """Within the block, this thread has transformers' model to itself.
+
+        The engine and other tasks wait meanwhile, so keep the block short.
+
+        Examples
+        --------
+        >>> def perplexities(df, model):
+        ...     with model.raw() as module:
+        ...         return df.assign(loss=[loss_of(module, text) for text in df["text"]])
+        """
+        with ExitStack() as stack:
+            if self._serving is not None:
+                stack.enter_context(self._serving.alone())
+            stack.enter_context(in_turn())
+            yield self.padded.model
+
+    def classify(
+        self,
+        prompts: Sequence[str],
+        choices: Sequence[str],
+        *,
+        normalize: str | None = None,
+        truncate: bool = False,
+        special_tokens: bool = True,
+    ) -> list[Answer]:
+        """Choose one of several answers for each prompt; see ``dask_pcm.classify``.
+
+        Parameters
+        ----------
+        prompts : sequence of str
+            Whole prompts.
+        truncate : bool, default False
+            Whether a prompt that is too long is cut at its end; else it has an error.
+        special_tokens : bool, default True
+            Whether control tokens in prompts, such as ``<|im_end|>``, act as such. Set it to False
+            for texts that are not trusted.
+        """
+        choices, normalize = checked_choices(choices, normalize)
+        return self._values(
+            Classify(**_options(truncate, special_tokens), choices=choices, normalize=normalize),
+            {_PROMPT: prompts},
+        )
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        *,
+        truncate: bool = False,
+        special_tokens: bool = True,
+    ) -> list[TextScore]:
+        """Score a text after each prompt; see ``dask_pcm.score`` and ``classify``.
+
+        Raises
+        ------
+        PromptError
+            If there are not as many completions as prompts.
+        """
+        if len(completions) != len(prompts):
+            raise PromptError(f"{len(prompts)} prompts have {len(completions)} completions.")
+        return self._values(
+            Score(**_options(truncate, special_tokens), completion=Template(f"{{{_COMPLETION}}}")),
+            {_PROMPT: prompts, _COMPLETION: completions},
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        n: int = 1,
+        truncate: bool = False,
+        special_tokens: bool = True,
+    ) -> list[Any]:
+        """Continue each prompt; see ``dask_pcm.generate`` and ``classify``.
+
+        Returns
+        -------
+        list of Continuation
+            One for each prompt; with ``n > 1``, a list of n for each.
+        """
+        options = checked_generation(max_tokens, temperature, top_k, top_p, seed, stop, n)
+        found: list[list[Continuation]] = self._values(
+            Generate(**_options(truncate, special_tokens), **options), {_PROMPT: prompts}
+        )
+        return found if n > 1 else [one for (one,) in found]
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: str | None = None,
+        normalize: bool = True,
+        truncate: bool = False,
+        special_tokens: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """Turn each text into a vector; see ``dask_pcm.embed`` and ``classify``.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (texts, width), float32.
+
+        Raises
+        ------
+        RowsError
+            If a text cannot be embedded, for instance as it is too long.
+        """
+        how = checked_pooling(pooling, self.padded.folder, self.padded.is_causal)
+        func = Embed(**_options(truncate, special_tokens), pooling=how, normalize=normalize)
+        found = self._values(func, {_PROMPT: texts})
+        wrong = [(k, one.error) for k, one in enumerate(found) if one.error is not None]
+        if wrong:
+            k, error = wrong[0]
+            raise RowsError(f"{len(wrong)} of {len(found)} texts have no vector; text {k}: {error}")
+        return np.stack([one.embedding for one in found]) if found else np.empty((0, 0), np.float32)
+
+    def _values(self, func: Prompted, columns: dict[str, Sequence[str]]) -> Any:
+        """The values of a function of texts, by the engine if there is one."""
+        func.check_model(self.padded)
+        for name, texts in columns.items():
+            if isinstance(texts, str):
+                raise PromptError(f"{name}s must be a list of texts; found one text, {texts!r:.80}")
+        frame = pd.DataFrame({n: pd.Series([*texts], dtype=object) for n, texts in columns.items()})
+        return func.values(frame, self if self._serving is None else self._serving)
+
+
+def _options(truncate: bool, special_tokens: bool) -> dict[str, Any]:
+    """Arguments of ``Prompted`` for whole prompts."""
+    return {
+        "template": Template(f"{{{_PROMPT}}}"),
+        "truncate_column": _PROMPT if truncate else None,
+        "kept": (),
+        "batch_tokens": Config.read().batch_tokens,
+        "special_tokens_in_fields": special_tokens,
+    }
