@@ -12,11 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dask_pcm.cli.errors import reported_errors, say, summarize
+from dask_pcm.cli.inference import inference_options, inferred, kind_of
 from dask_pcm.errors import FailedRowsError, PCMError
 
 if TYPE_CHECKING:
@@ -30,24 +31,7 @@ if TYPE_CHECKING:
 @click.argument("output", metavar="OUTPUT")
 @click.option("--model", required=True, help="Folder, Hugging Face hub id, or 'demo'.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--prompt", required=True, help="Text with column names in braces, or @FILE.")
-@click.option(
-    "--choices", required=True, multiple=True, help="A,B,C (repeatable), or @FILE, one per line."
-)
-@click.option("--truncate-column", metavar="FIELD", help="Field to truncate if a row is too long.")
-@click.option(
-    "--special-tokens-in-fields",
-    is_flag=True,
-    help="Treat control tokens in a row's fields as control tokens, not as text.",
-)
-@click.option(
-    "--batch-timeout",
-    metavar="TIME",
-    help="Limit for one batch, such as 10m; rows that exceed it alone fail.",
-)
-@click.option(
-    "--keep-columns", multiple=True, metavar="COLUMNS", help="Columns to keep, A,B (repeatable)."
-)
+@inference_options
 @click.option("--workers", type=click.IntRange(1), help="Number of workers of a local cluster.")
 @click.option(
     "--scheduler", metavar="ADDRESS", help="Scheduler of a running cluster, or its connection file."
@@ -77,12 +61,6 @@ def run(
     output: str,
     model: str,
     revision: str | None,
-    prompt: str,
-    choices: tuple[str, ...],
-    truncate_column: str | None,
-    special_tokens_in_fields: bool,
-    batch_timeout: str | None,
-    keep_columns: tuple[str, ...],
     workers: int | None,
     scheduler: str | None,
     cluster: str | None,
@@ -95,10 +73,10 @@ def run(
     max_failed_rows: int | None,
     max_failed_share: str | None,
     report: str | None,
+    **asked: Any,
 ) -> None:
-    """Choose an answer for every row of INPUT, a Parquet file or folder, with a model."""
+    """Answer, continue or embed every row of INPUT, a Parquet file or folder, with a model."""
     from dask_pcm.cli.cluster import client_of
-    from dask_pcm.inference import classify
     from dask_pcm.parquet.pieces import read_parquet
     from dask_pcm.runs.sampling import sample as draw_sample
     from dask_pcm.runs.write import write_parquet
@@ -107,21 +85,13 @@ def run(
         raise click.UsageError("Give one of --workers, --scheduler and --cluster.")
     if sample and report:
         raise click.UsageError("A sample has no report: give --sample or --report, not both.")
+    kind_of(asked)
     share = _share(max_failed_share)
     # Checked before hours of inference.
     if report and not os.access(Path(report).absolute().parent, os.W_OK):
         raise click.BadParameter(f"The report cannot be written to {report!r}.")
     with reported_errors(output):
-        verdicts = classify(
-            read_parquet(input),
-            _model(model, revision),
-            prompt=_text(prompt),
-            choices=_list(choices),
-            truncate_column=truncate_column,
-            special_tokens_in_fields=special_tokens_in_fields,
-            batch_timeout=batch_timeout,
-            keep_columns=_list(keep_columns) or None,
-        )
+        verdicts = inferred(read_parquet(input), lambda: _model(model, revision), asked)
         with client_of(workers, scheduler, cluster) as client:
             if sample:
                 begun = None if overwrite else output
@@ -174,27 +144,6 @@ def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
         summarize(done, is_kept=output is not None)
         if rows:
             say(f"accuracy        {factcheck.accuracy(target):.1%}")
-
-
-def _text(value: str) -> str:
-    """A text, or the content of @FILE without its last line feed."""
-    if not value.startswith("@"):
-        return value
-    try:
-        return Path(value[1:]).read_text(encoding="utf-8").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"Cannot read {value[1:]!r} as text: {error}.") from error
-
-
-def _list(values: tuple[str, ...]) -> list[str]:
-    """Flatten comma-separated texts, repeated options and @FILEs into one list."""
-    items: list[str] = []
-    for value in values:
-        separator = "\n" if value.startswith("@") else ","
-        found = [item.strip() for item in _text(value).split(separator)]
-        # Skip blank lines of a file; an empty text between commas is a mistake to be reported.
-        items += [item for item in found if item or separator == ","]
-    return items
 
 
 def _share(value: str | None) -> float | None:
