@@ -65,6 +65,14 @@ class Call:
         """
         return self.batch_rows is not None and getattr(self.func, "is_served", False) is True
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether rows that are not finished leave drafts: the function says ``has_drafts = True``.
+
+        Then its attendants are ``Drafting``; see ``ladder/residency.py``.
+        """
+        return self.is_served and getattr(self.func, "has_drafts", False) is True
+
     def on(self, frame: pd.DataFrame, contexts: Sequence[Any]) -> Any:
         """Call the user's function once, within the time limit of a batch.
 

@@ -8,7 +8,7 @@ rows of the batch are unaffected.
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from dask_pcm.errors import PCMError
 from dask_pcm.frames.call import Call
 from dask_pcm.frames.failed_rows import ERROR, failed_row, with_error
 from dask_pcm.ladder.objects.tensors import is_sticky
+from dask_pcm.ladder.residency import Drafting
 from dask_pcm.plugins.worker.deadline import in_time
 from dask_pcm.plugins.worker.first_batches import is_hopeless
 from dask_pcm.plugins.worker.stats import Tally, TaskStats, unpack
@@ -82,6 +83,7 @@ class Caller:
         #: The contexts of a function that is served; held from the first batch to ``close``.
         self._held: list[Any] | None = None
         self._is_attended = False
+        self._drafts: Mapping[int, Sequence[int]] = {}
         self._stack = ExitStack()
 
     def close(self, *raised: Any) -> None:
@@ -93,6 +95,21 @@ class Caller:
     def is_attended(self) -> bool:
         """Whether all contexts that are held for batches in flight have attendants."""
         return self._is_attended
+
+    def resume(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """Have batches that are submitted go on from drafts of an earlier attempt."""
+        self._drafts = drafts
+
+    def drafts(self) -> dict[int, list[int]]:
+        """Drafts of what is in flight; see ``Drafting``."""
+        return {key: draft for one in self._drafting() for key, draft in one.drafts().items()}
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until attendants accept a batch at once; False if that takes longer."""
+        return all(one.wait_for_room(timeout_s) for one in self._drafting())
+
+    def _drafting(self) -> list[Drafting]:
+        return [one for one in self._held or () if isinstance(one, Drafting)]
 
     def results(
         self,
@@ -160,6 +177,8 @@ class Caller:
             self._held = attendants(self._refs, values)
             pairs = zip(self._held, values, strict=True)
             self._is_attended = all(serves is not value for serves, value in pairs)
+            for one in self._drafting() if self._drafts else ():
+                one.resume(self._drafts)
         with ExitStack() as alone:
             for serves in self._held if is_alone and self._is_attended else ():
                 alone.enter_context(serves.alone())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dask_pcm.context.context import ContextRef
 from dask_pcm.ladder.objects.live import Live
@@ -85,6 +86,27 @@ class Attendant(Protocol):
 
     def close(self) -> None:
         """Stop at once, free the memory and let go of the live object; requests in flight fail."""
+
+
+@runtime_checkable
+class Drafting(Protocol):
+    """An attendant whose requests take long, and leave drafts of what is not finished.
+
+    A draft is what a row has so far, as numbers under a key that names the row: texts that are
+    generated have their tokens. Another process goes on from there.
+    """
+
+    def wait_for_room(self, timeout_s: float | None) -> bool:
+        """Wait until the next request of this thread is accepted at once; False if it took longer.
+
+        Without it, ``submit`` waits.
+        """
+
+    def drafts(self) -> dict[int, list[int]]:
+        """Drafts of unfinished rows, of the requests that this thread has submitted."""
+
+    def resume(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """Let rows that are submitted from now on go on from drafts."""
 
 
 @dataclass(slots=True)

@@ -152,7 +152,7 @@ def test_the_model_itself_is_one_threads_at_a_time(model):
     found = []
 
     def hold():
-        with model.raw() as module:
+        with model.raw(), model.raw() as module:
             inside.set()
             assert go.wait(patient(60))
             with torch.inference_mode():

@@ -62,6 +62,7 @@ class Generate(Prompted):
     n: int = 1
 
     __name__ = "generate"
+    has_drafts = True
 
     def about(self) -> dict[str, Any]:
         """See ``Prompted``."""
@@ -100,6 +101,7 @@ class Generate(Prompted):
                 sampling=self.sampling,
                 number=number,
                 is_over=is_over,
+                key=self._key(plan, number),
             )
             for number in self._numbers(plan)
         ]
@@ -169,6 +171,12 @@ class Generate(Prompted):
         digest = hashlib.blake2b(array("q", plan).tobytes(), digest_size=8).digest()
         first = int.from_bytes(digest, "little", signed=True)
         return [first + k for k in range(self.n)]
+
+    def _key(self, plan: Tokens, number: int) -> int:
+        """Names a row among drafts: by all that its new tokens depend on."""
+        about = repr((self.max_tokens, self.sampling, self.stop, number)).encode()
+        digest = hashlib.blake2b(array("q", plan).tobytes() + about, digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
 
     def _is_over(self, model: PaddedModel) -> Any:
         # A character takes four tokens at most, where tokens are bytes.

@@ -58,6 +58,8 @@ class Prompted(ABC):
 
     #: The verb.
     __name__: ClassVar[str]
+    #: Whether unfinished rows have drafts; see ``Call.has_drafts``.
+    has_drafts: ClassVar[bool] = False
     #: Whether it needs a causal model.
     is_causal: ClassVar[bool] = True
 

@@ -159,6 +159,8 @@ class Generated(Row):
         How tokens are chosen, and the stable id of the row.
     is_over
         Says of the new tokens whether they are enough, for instance at a stop string.
+    key
+        Names its new tokens in drafts (``Drafting``); equal for rows that get the same tokens.
     """
 
     n_prompt: int = field(kw_only=True)
@@ -167,6 +169,7 @@ class Generated(Row):
     sampling: Sampling = field(default_factory=Sampling)
     number: int = 0
     is_over: Callable[[Sequence[int]], bool] | None = None
+    key: int | None = None
 
     @property
     def n_expected(self) -> int:
@@ -177,6 +180,10 @@ class Generated(Row):
     def new(self) -> list[int]:
         """What was generated so far."""
         return self.tokens[self.n_prompt :]
+
+    def resume(self, draft: Sequence[int]) -> None:
+        """Go on after tokens of an earlier attempt; at least one is left to generate."""
+        self.tokens += draft[: self.n_max - 1]
 
     def append(self, token: int) -> bool:
         """Add a new token; return whether the row is over."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from dask_pcm.errors import LoadError
 from dask_pcm.inference.engine.engine import Engine
-from dask_pcm.inference.engine.rows import Row
+from dask_pcm.inference.engine.rows import Generated, Row
 
 _CLOSED = "The engine accepts no rows: its context leaves the device."
 
@@ -20,8 +21,20 @@ class EngineClosedError(LoadError):
     """The engine was closed while it had rows: its context leaves the device."""
 
 
+@dataclass(slots=True, eq=False)
+class _Request:
+    """Rows that were submitted together, by a thread; None in place of those that have ended."""
+
+    thread: int
+    rows: list[Row | None]
+    found: list[Any]
+    n_missing: int
+
+
 class Serving:
-    """Serves requests of several rows with an engine; an ``Attendant`` (``ladder/residency.py``).
+    """Serves requests of several rows with an engine; an ``Attendant``, and ``Drafting``.
+
+    See ``ladder/residency.py``.
 
     Methods may be called from any thread.
 
@@ -44,8 +57,11 @@ class Serving:
         self._make = make
         self._changed = threading.Condition()
         self._inbox: list[Row] = []
-        #: Requests that have not ended, with the rows that are missing of each.
-        self._missing: dict[Future[list[Any]], int] = {}
+        #: Requests that have not ended.
+        self._requests: dict[Future[list[Any]], _Request] = {}
+        #: Threads whose next request is accepted at once.
+        self._promised: set[int] = set()
+        self._drafts: dict[int, Sequence[int]] = {}
         self._alone: int | None = None
         self._is_open = False
         self._is_draining = False
@@ -81,35 +97,66 @@ class Serving:
             The engine accepts nothing any more.
         """
         future: Future[list[Any]] = Future()
-        found: list[Any] = [None] * len(request)
-        for k, row in enumerate(request):
-            row.done = functools.partial(self._note, future, found, k)
         if not request:
             future.set_result([])
             return future
+        made = _Request(threading.get_ident(), [*request], [None] * len(request), len(request))
+        for k, row in enumerate(request):
+            row.done = functools.partial(self._note, future, made, k)
         with self._changed:
             self._changed.wait_for(lambda: not self._is_open or self._is_admitted())
+            self._promised.discard(made.thread)
             if not self._is_open or self._is_draining:
                 raise EngineClosedError(_CLOSED)
-            self._missing[future] = len(request)
+            for row in request:
+                if isinstance(row, Generated) and row.key in self._drafts:
+                    row.resume(self._drafts.pop(row.key))
+            self._requests[future] = made
             self._n_threads = _n_threads()
             self._inbox += request
             self._changed.notify_all()
         return future
 
+    def wait_for_room(self, timeout_s: float | None) -> bool:
+        """See ``Drafting``."""
+        with self._changed:
+            found = self._changed.wait_for(
+                lambda: not self._is_open or self._is_admitted(), timeout_s
+            )
+            if found:
+                self._promised.add(threading.get_ident())
+            return found
+
+    def drafts(self) -> dict[int, list[int]]:
+        """See ``Drafting``."""
+        me = threading.get_ident()
+        with self._changed:
+            rows = [r for one in self._requests.values() if one.thread == me for r in one.rows]
+        # The engine's thread appends meanwhile: what it has by now is a draft as well.
+        found = {r.key: r.new for r in rows if isinstance(r, Generated) and r.key is not None}
+        return {key: new for key, new in found.items() if new}
+
+    def resume(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """See ``Drafting``."""
+        with self._changed:
+            self._drafts.update(drafts)
+
     def hungry(self) -> int:
         """See ``Attendant``."""
         with self._changed:
-            return max(0, self.n_rows - sum(self._missing.values()))
+            return max(0, self.n_rows - self._n_missing())
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """See ``Attendant``; waits until what is in flight has ended."""
         me = threading.get_ident()
+        if self._alone == me:
+            yield
+            return
         with self._changed:
             self._changed.wait_for(lambda: self._alone is None or not self._is_open)
             self._alone = me
-            self._changed.wait_for(lambda: not self._missing or not self._is_open)
+            self._changed.wait_for(lambda: not self._requests or not self._is_open)
         try:
             yield
         finally:
@@ -121,7 +168,7 @@ class Serving:
         """See ``Attendant``."""
         with self._changed:
             self._is_draining = True
-            self._changed.wait_for(lambda: not self._missing or not self._is_open)
+            self._changed.wait_for(lambda: not self._requests or not self._is_open)
 
     def close(self) -> None:
         """See ``Attendant``."""
@@ -136,19 +183,22 @@ class Serving:
         """Whether this thread's rows are taken now; with the lock held."""
         if self._alone is not None:
             return self._alone == threading.get_ident()
-        return self._is_draining or sum(self._missing.values()) < self.n_rows
+        is_promised = threading.get_ident() in self._promised
+        return self._is_draining or is_promised or self._n_missing() < self.n_rows
 
-    def _note(self, future: Future[list[Any]], found: list[Any], k: int, result: Any) -> None:
+    def _n_missing(self) -> int:
+        return sum(one.n_missing for one in self._requests.values())
+
+    def _note(self, future: Future[list[Any]], request: _Request, k: int, result: Any) -> None:
         """A row has ended; on the engine's thread."""
-        found[k] = result
+        request.found[k], request.rows[k] = result, None
         with self._changed:
-            self._missing[future] -= 1
-            is_over = not self._missing[future]
-            if is_over:
-                del self._missing[future]
+            request.n_missing -= 1
+            if not request.n_missing:
+                del self._requests[future]
                 self._changed.notify_all()
-        if is_over:
-            future.set_result(found)
+        if not request.n_missing:
+            future.set_result(request.found)
 
     def _serve(self, engine: Engine) -> None:
         """Compute steps while there are rows; the engine's thread."""
@@ -173,7 +223,7 @@ class Serving:
             error = raised
         with self._changed:
             self._is_open = False
-            left, self._missing = list(self._missing), {}
+            left, self._requests = list(self._requests), {}
             self._changed.notify_all()
         for future in left:
             future.set_exception(error)

@@ -36,6 +36,8 @@ class Found(NamedTuple):
         Rows that the function was called on.
     costs
         What rows had cost in processes before.
+    drafts
+        What rows that were not finished had so far, by key.
     settled
         Names of the journals that it had taken over. The deaths of their processes are charged
         already.
@@ -50,6 +52,7 @@ class Found(NamedTuple):
     called: list[Range]
     costs: list[Cost]
     settled: list[str]
+    drafts: dict[int, list[int]]
     last_words: str = ""
 
     @property
@@ -77,7 +80,7 @@ def read_journal(data: bytes) -> Found | None:
     first = next(heads, None)
     if first is None:
         return None
-    found, end = Found(first[0], [], [], set(), [], [], []), first[2]
+    found, end = Found(first[0], [], [], set(), [], [], [], {}), first[2]
     for head, content, after in heads:
         if not _add(found, head, content):
             break
@@ -104,9 +107,21 @@ def _add(found: Found, head: Mapping[str, Any], content: memoryview) -> bool:
         found.called.append((start, stop))
         # The context has arrived. A batch may be called in pieces, so any piece ends the waiting.
         found.waiting.difference_update([r for r in found.waiting if r[0] <= start < r[1]])
+    elif "drafts" in head:
+        return _add_drafts(found.drafts, content)
     elif (record := _to_record(head, content)) is not None:
         found.records.append(record)
     else:
+        return False
+    return True
+
+
+def _add_drafts(drafts: dict[int, list[int]], content: memoryview) -> bool:
+    try:
+        table = _read_table(content)
+        for key, more in zip(table["key"].to_pylist(), table["draft"].to_pylist(), strict=True):
+            drafts.setdefault(int(key), []).extend(map(int, more))
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return False
     return True
 
@@ -116,14 +131,19 @@ def _to_record(head: Mapping[str, Any], content: memoryview) -> Record | None:
         return None
     start, stop = head["rows"]
     try:
-        table = pa.ipc.open_stream(content).read_all()
-        # Arrow trusts offsets in its buffers; a table from a file that others can write is checked.
-        table.validate()
+        table = _read_table(content)
     except (pa.ArrowException, OSError):
         return None
     outcome = head.get("failed", 0), head.get("errors", []), head.get("facts", {})
     fits = 0 < stop - start >= len(table)
     return Record(start, stop, table, *outcome, is_kept=True) if fits else None
+
+
+def _read_table(content: memoryview) -> pa.Table:
+    table = pa.ipc.open_stream(content).read_all()
+    # Arrow trusts offsets in its buffers; a table from a file that others can write is checked.
+    table.validate()
+    return table
 
 
 def is_traceback(rest: bytes) -> bool:

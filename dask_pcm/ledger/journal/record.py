@@ -102,6 +102,7 @@ def _parse_head(text: bytes) -> dict[str, Any] | None:
         and all(is_count(count) for cost in costs for count in cost[2:])
         and are_texts(head.get("settled", []))
         and is_count(head.get("failed", 0))
+        and is_count(head.get("drafts", 0))
         and are_texts(errors)
         and isinstance(facts, dict)
         and are_texts(list(facts.values()))

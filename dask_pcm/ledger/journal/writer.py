@@ -5,7 +5,8 @@ Each finished batch is appended to the unit's journal,
 earlier journals hold; a later run commits it.
 
 A journal also records progress within the unit: rows that were begun, that wait for a context, and
-that were passed to the function. From that the next attempt knows which rows were in flight when
+that were passed to the function; and drafts of rows in flight, such as the tokens of texts that are
+being generated. From that the next attempt knows which rows were in flight when
 the process ended, and which rows the function was ever called on. What rows have cost in processes
 (see ``suspects.py``) is carried from journal to journal.
 """
@@ -19,6 +20,8 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import pyarrow as pa
 
 from dask_pcm.errors import OutputError
 from dask_pcm.ledger.journal.record import Record, pack
@@ -73,6 +76,12 @@ class Journal(abc.ABC):
         charge the deaths in `earlier` once more.
         """
         self._write(pack({"costs": list(costs), "settled": list(earlier)}))
+
+    def keep(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """Add to the drafts of rows that are not finished: what they have more than before."""
+        keys = pa.array(list(drafts), pa.int64())
+        more = pa.array([[*draft] for draft in drafts.values()], pa.list_(pa.int64()))
+        self._write(pack({"drafts": len(drafts)}, pa.table({"key": keys, "draft": more})))
 
     def append(self, record: Record) -> None:
         """Add finished rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -123,6 +123,24 @@ class Computation:
     def is_attended(self) -> bool:
         """Whether attendants serve the batches in flight, so that the gate knows their limit."""
         return bool(self._callers) and self._callers[-1][1].is_attended
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether rows in flight leave drafts; see ``Call.has_drafts``."""
+        return bool(self._callers) and self._callers[-1][1].call.has_drafts
+
+    def resume(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """Have batches go on from drafts of an earlier attempt."""
+        if self._callers:
+            self._callers[-1][1].resume(drafts)
+
+    def drafts(self) -> dict[int, list[int]]:
+        """Drafts of the batches in flight."""
+        return self._callers[-1][1].drafts()
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until a batch is accepted at once; False if that takes longer."""
+        return not self._callers or self._callers[-1][1].wait_for_room(timeout_s)
 
     @property
     def timeout_s(self) -> float | None:

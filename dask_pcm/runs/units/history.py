@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dask_pcm.ledger.journal.reader import apart
@@ -36,6 +36,8 @@ class History:
         Rows that the last attempt had begun and not finished; perhaps they ended its process.
     was_waiting
         Whether the last attempt waited for a context when it ended.
+    drafts
+        What rows that were not finished had so far, by key; see ``Drafting``.
     late
         Those of `in_flight` whose call took longer than ``batch_timeout``.
     """
@@ -46,6 +48,7 @@ class History:
     in_flight: list[Range]
     was_waiting: bool = False
     late: list[Range] = field(default_factory=list)
+    drafts: dict[int, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, unit: Unit, output: Output, batch_rows: int) -> History:
@@ -73,7 +76,17 @@ class History:
             [rows for found in last for rows in found.in_flight],
             any(found.waiting for found in last),
             [rows for found in late for rows in found.in_flight],
+            _longest(found.drafts for found in useful.values()),
         )
+
+
+def _longest(attempts: Iterable[Mapping[int, list[int]]]) -> dict[int, list[int]]:
+    """The longest draft of each row."""
+    chosen: dict[int, list[int]] = {}
+    for drafts in attempts:
+        for key, draft in drafts.items():
+            chosen[key] = max(draft, chosen.get(key, []), key=len)
+    return chosen
 
 
 def may_have_journals(output: Output) -> bool:

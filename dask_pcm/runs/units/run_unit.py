@@ -19,8 +19,9 @@ from dask_pcm.ledger.log import note_start
 from dask_pcm.ledger.output import Output
 from dask_pcm.ledger.parts import Note
 from dask_pcm.plugins.worker.stats import TaskStats
-from dask_pcm.runs.units.attempt import MAX_ERRORS, attempt, grouped, make_record
+from dask_pcm.runs.units.attempt import attempt, grouped
 from dask_pcm.runs.units.compute import Computation, chunks
+from dask_pcm.runs.units.flight import MAX_ERRORS, make_record
 from dask_pcm.runs.units.graph import Unit
 from dask_pcm.runs.units.history import clear_journals
 from dask_pcm.runs.units.unit import UnitResult, UnitSpec

@@ -162,3 +162,46 @@ def test_a_lost_device_ends_all_requests_with_its_error(serving):
     until(lambda: not serving._thread.is_alive())
     with pytest.raises(EngineClosedError):
         serving.submit([scored([1, 2, 3])])
+
+
+def test_what_is_not_finished_has_drafts_and_goes_on_from_them(serving, model):
+    prompt = text(random.Random(8), 12)
+    made = lambda n: Generated(list(prompt), lambda _: None, n_prompt=12, n_max=n, key=3)  # noqa: E731
+    serving.submit([made(2000)])
+    until(lambda: len(serving.drafts().get(3, [])) > 5)
+    with ThreadPoolExecutor(1) as other:  # drafts are those of a thread's own requests
+        assert other.submit(serving.drafts).result() == {}
+    draft = serving.drafts()[3]
+    serving.close()
+
+    again = Serving(lambda: model.engine().engine, n_bytes=0, n_rows=30)
+    again.start()
+    try:
+        again.resume({3: draft, 4: [9, 9]})
+        n = len(draft) + 4
+        (found,) = again.submit([made(n)]).result(patient(30))
+        (shorter,) = again.submit([made(2)]).result(patient(30))
+        again.resume({3: draft})
+        (cut,) = again.submit([made(3)]).result(patient(30))
+    finally:
+        again.close()
+    expected = model.continued(prompt, n)
+    assert found == expected and found[: len(draft)] == draft[:n]
+    assert shorter == expected[:2] and cut == expected[:3]
+    assert again.drafts() == {}
+
+
+def test_a_thread_that_has_waited_for_room_is_accepted_at_once(serving):
+    rng = random.Random(9)
+    assert serving.wait_for_room(0)
+    serving.submit([endless(text(rng, 5)) for _ in range(30)])
+    assert not serving.wait_for_room(0.01)
+    with ThreadPoolExecutor(1) as other:
+        assert not other.submit(serving.wait_for_room, 0.01).result()
+    full = Serving(lambda: serving.made[0], n_bytes=0, n_rows=1)
+    full._is_open = True
+    assert full.wait_for_room(0)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(full.submit, [scored([1, 2])]).result(patient(10))
+    full.submit([scored([1, 2])])  # although another has taken the room meanwhile
+    assert full.hungry() == 0 and not full.wait_for_room(0)

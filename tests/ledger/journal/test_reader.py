@@ -91,3 +91,18 @@ def test_the_last_words_of_a_process_whose_call_took_too_long(tmp_path):
     found = read_journal(path.read_bytes())
     assert found.last_words.startswith("Timeout (0:00:01)!\nThread 1")
     assert (found.in_flight, len(found.records)) == ([(10, 20)], 1)
+
+
+def test_drafts_grow_from_record_to_record(tmp_path):
+    path = tmp_path / "journal"
+    journal = FileJournal(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "j", {"run": "r"})
+    journal.keep({7: [1, 2], -(2**63): [5]})
+    journal.append(records()[0])
+    before = path.stat().st_size
+    journal.keep({7: [3], 9: []})
+    journal.close()
+    data = path.read_bytes()
+    found = read_journal(data)
+    assert found.drafts == {7: [1, 2, 3], -(2**63): [5], 9: []} and len(found.records) == 1
+    torn = read_journal(data[: before + 40])
+    assert torn.drafts == {7: [1, 2], -(2**63): [5]} and len(torn.records) == 1
