@@ -85,6 +85,7 @@ def test_the_demo_with_a_real_model_claims_no_accuracy(smollm2_folder):
         capture_output=True,
         text=True,
         timeout=patient(110),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert "to verify 12 generated claims with SmolLM2-135M" in done.stderr

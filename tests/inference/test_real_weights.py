@@ -46,6 +46,15 @@ ROWS = pd.DataFrame({"id": range(len(TEXTS)), "text": TEXTS})
 CHAT = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tests run in a process per core: more threads would wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 @pytest.fixture(scope="module")
 def model(smollm2_folder):
     return load_model(str(smollm2_folder), "float32", "cpu")
