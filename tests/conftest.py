@@ -26,6 +26,7 @@ from distributed.comm import CommClosedError
 
 import dask_pcm as pcm
 from dask_pcm.plugins.scheduler.plugin import GATE
+from tests.support import weights
 from tests.support.patience import patient
 
 #: What stands in a traceback that went through our code; the repository's folder may be called
@@ -237,6 +238,18 @@ def bucket(object_store: str) -> str:
     name = f"bucket-{uuid.uuid4().hex}"
     s3fs.S3FileSystem().mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """A real language model, in bfloat16."""
+    return weights.smollm2_folder()
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """A real encoder, in float32."""
+    return weights.minilm_folder()
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.needs import lacking
+
 AGAIN = Path(__file__).parents[1] / ".ci" / "again.py"
 FLAKY = """
 import os, pathlib
@@ -59,3 +61,13 @@ def test_what_fails_twice_fails(again):
 def test_what_is_no_bad_luck_is_not_tried_again(again, source):
     code, said = again(source)
     assert code == 2 and "not tried again" in said and "flaky" not in said
+
+
+@pytest.mark.parametrize(
+    ("needs", "raised"), [("", "Skipped"), ("slurm", "Skipped"), ("weights,slurm", "Failed")]
+)
+def test_what_must_be_there_is_not_skipped(monkeypatch, needs, raised):
+    monkeypatch.setenv("PCM_TEST_NEEDS", needs)
+    with pytest.raises(BaseException, match="no weights") as found:
+        lacking("weights", "no weights")
+    assert found.type.__name__ == raised

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,30 @@ if TYPE_CHECKING:
     from dask_pcm.runs.sampling import Sample
 
 
+@dataclass(frozen=True, slots=True)
+class _DemoModel:
+    """What the demo says of a model, and how many rows it verifies by default."""
+
+    rows: int
+    about: str
+    accuracy_note: str = ""
+
+
+_DEMO_MODELS = {
+    "demo": _DemoModel(5_000, "the model that the package includes. This takes a few seconds."),
+    "smollm2": _DemoModel(
+        500,
+        "SmolLM2-135M. This takes a minute or two on a CPU; before the first run, its weights are"
+        " converted.",
+        " (at chance; the demo's own model is trained for it)",
+    ),
+}
+
+
 @click.command()
 @click.argument("input", metavar="INPUT")
 @click.argument("output", metavar="OUTPUT")
-@click.option("--model", required=True, help="Folder, Hugging Face hub id, or 'demo'.")
+@click.option("--model", required=True, help="Folder, Hugging Face hub id, 'demo' or 'smollm2'.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @inference_options
 @click.option("--workers", type=click.IntRange(1), help="Number of workers of a local cluster.")
@@ -116,20 +137,33 @@ def run(
 
 
 @click.command()
-@click.option("--rows", default=5_000, show_default=True, type=click.IntRange(0))
+@click.option(
+    "--model",
+    default="demo",
+    show_default=True,
+    type=click.Choice(list(_DEMO_MODELS)),
+    help="The package's own, or SmolLM2-135M, whose weights are a package of their own.",
+)
+@click.option(
+    "--rows",
+    show_default=", ".join(f"{of.rows:,} for {name}" for name, of in _DEMO_MODELS.items()),
+    type=click.IntRange(0),
+)
 @click.option("--output", metavar="DIR", help="Folder for the verdicts.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--overwrite", is_flag=True, help="Delete what another run left in DIR.")
-def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
-    """Verify generated claims with the model that the package includes."""
+def demo(model: str, rows: int | None, output: str | None, workers: int, overwrite: bool) -> None:
+    """Verify generated claims with the model that the package includes, or with SmolLM2."""
+    chosen = _DEMO_MODELS[model]
+    rows = chosen.rows if rows is None else rows
     many = f"{workers} workers" if workers > 1 else "1 worker"
     click.echo(
-        f"Starting {many} on this machine to verify {rows:,} generated claims with the model that"
-        " the package includes. This takes a few seconds.",
+        f"Starting {many} on this machine to verify {rows:,} generated claims with {chosen.about}",
         err=True,
     )
     from dask_pcm.cli.cluster import client_of
     from dask_pcm.factcheck import demo as factcheck
+    from dask_pcm.factcheck.smollm2 import smollm2
     from dask_pcm.parquet.pieces import read_parquet
     from dask_pcm.runs.write import write_parquet
 
@@ -137,13 +171,14 @@ def demo(rows: int, output: str | None, workers: int, overwrite: bool) -> None:
         target = Path(output) if output else Path(scratch, "verdicts")
         claims = Path(scratch, "claims")
         with reported_errors(str(target)):
+            llm = smollm2() if model == "smollm2" else factcheck.demo_model()
             factcheck.write_claims(claims, rows)
             with client_of(workers, None) as client:
-                verdicts = factcheck.verify(read_parquet(str(claims)))
+                verdicts = factcheck.verify(read_parquet(str(claims)), llm)
                 done = write_parquet(verdicts, target, overwrite=overwrite, client=client)
         summarize(done, is_kept=output is not None)
         if rows:
-            say(f"accuracy        {factcheck.accuracy(target):.1%}")
+            say(f"accuracy        {factcheck.accuracy(target):.1%}{chosen.accuracy_note}")
 
 
 def _share(value: str | None) -> float | None:
@@ -163,11 +198,13 @@ def _share(value: str | None) -> float | None:
 
 
 def _model(model: str, revision: str | None) -> LLM:
-    """The model of ``--model``: the package's own for "demo"."""
+    """The model of ``--model``: the package's own for "demo", or that of another package."""
     from dask_pcm.factcheck import demo_model
+    from dask_pcm.factcheck.smollm2 import smollm2
     from dask_pcm.inference import LLM
 
-    return demo_model() if model == "demo" else LLM(model, revision=revision)
+    known = {"demo": demo_model, "smollm2": smollm2}
+    return known[model]() if model in known else LLM(model, revision=revision)
 
 
 @contextmanager

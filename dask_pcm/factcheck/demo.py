@@ -32,9 +32,9 @@ def write_claims(folder: Path, n_rows: int) -> None:
         pq.write_table(claims.slice(start, ROWS_PER_FILE), folder / f"claims-{number:04d}.parquet")
 
 
-def verify(claims: dd.DataFrame) -> dd.DataFrame:
-    """Verify claims, with columns claim and evidence, by the demo model."""
-    return classify(claims, demo_model(), prompt=PROMPT, choices=LABELS)
+def verify(claims: dd.DataFrame, llm: LLM) -> dd.DataFrame:
+    """Verify claims, with columns claim and evidence, by a language model."""
+    return classify(claims, llm, prompt=PROMPT, choices=LABELS)
 
 
 def accuracy(path: Path) -> float:

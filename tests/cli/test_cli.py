@@ -79,6 +79,20 @@ def test_the_demo(tmp_path):
     assert {"label", "answer"} <= set(found.columns)
 
 
+def test_the_demo_with_a_real_model_claims_no_accuracy(smollm2_folder):
+    done = subprocess.run(
+        command("demo", "--model", "smollm2", "--rows", 12, "--workers", 1),
+        capture_output=True,
+        text=True,
+        timeout=patient(110),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "to verify 12 generated claims with SmolLM2-135M" in done.stderr
+    assert "rows            12 (0 failed" in done.stdout
+    assert "% (at chance; the demo's own model is trained for it)" in done.stdout
+
+
 def test_the_demo_says_what_it_starts_before_it_imports_anything_large(tmp_path):
     """What is imported by then takes under 2 s on a machine of its own."""
     script = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ import pytest
 
 import dask_pcm as pcm
 from tests.support import slurm as private_slurm
+from tests.support.needs import lacking
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,6 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def _slurm(tmp_path_factory):
-    # .ci/run says so where it has brought Slurm, and one could be started.
-    is_needed = "slurm" in os.environ.get("PCM_TEST_NEEDS", "")
     with ExitStack() as stack:
         why, conf = private_slurm.missing(), None
         if not why:
@@ -49,7 +47,7 @@ def _slurm(tmp_path_factory):
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 why = f"it does not start here ({error})"
         if why:
-            (pytest.fail if is_needed else pytest.skip)(f"no Slurm: {why}")
+            lacking("slurm", f"no Slurm: {why}")
         yield conf
 
 

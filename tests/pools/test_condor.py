@@ -15,6 +15,7 @@ import dask_pcm as pcm
 from dask_pcm.errors import PoolError
 from tests.support import condor
 from tests.support.jobs import found_in
+from tests.support.needs import lacking
 from tests.support.patience import patient, until
 
 #: What the fixture ``home`` sets, and what a machine of ``make test-condor`` gives an evicted job.
@@ -24,10 +25,7 @@ POLL_S, VACATE_S = 1.0, 10
 @pytest.fixture(autouse=True)
 def _condor():
     if why := condor.missing():
-        is_needed = "condor" in os.environ.get("PCM_TEST_NEEDS", "")
-        (pytest.fail if is_needed else pytest.skip)(
-            f"no HTCondor: {why}; make test-condor brings one"
-        )
+        lacking("condor", f"no HTCondor: {why}; make test-condor brings one")
 
 
 def queue():

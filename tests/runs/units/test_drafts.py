@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from dask_pcm.plugins.worker.plugin import CONTEXTS
 from distributed import Client, WorkerPlugin
 
 import dask_pcm as pcm
+from dask_pcm.plugins.worker.plugin import CONTEXTS
 from tests.conftest import spawning, validated_cluster
 from tests.support import models as tiny
 from tests.support.jobs import found_in, write
