@@ -26,7 +26,7 @@ from dask_pcm.ladder.residency import Drafting
 from dask_pcm.plugins.worker.deadline import in_time
 from dask_pcm.plugins.worker.first_batches import is_hopeless
 from dask_pcm.plugins.worker.stats import Tally, TaskStats, unpack
-from dask_pcm.plugins.worker.task import attendants, hold
+from dask_pcm.plugins.worker.task import attendants, hand_over, hold
 from dask_pcm.scheduling.rules.first_batches import N_BATCHES, Failing, Position
 
 T = TypeVar("T")
@@ -116,6 +116,7 @@ class Caller:
         frame: pd.DataFrame,
         watch: Watch | None = None,
         after: Callable[[int], None] = lambda _: None,
+        leaves_lane: bool = False,
     ) -> list[pd.DataFrame]:
         """Call the function on `frame`, ``batch_rows`` rows at a time; hold the contexts meanwhile.
 
@@ -123,6 +124,8 @@ class Caller:
         ----------
         after
             Called with the number of batches that are done, after each.
+        leaves_lane
+            Whether the task leaves its lane to others while attendants serve its rows.
 
         Returns
         -------
@@ -136,8 +139,9 @@ class Caller:
         if watch is not None:
             watch.waits()
         with hold(self._refs, self._stats) as contexts:
+            live = contexts
             if self.call.is_served:
-                contexts = attendants(self._refs, contexts)
+                contexts = attendants(self._refs, live)
             if self.call.batch_rows is None:
                 return [self.call.on(frame, contexts)]
             start = 0
@@ -152,6 +156,9 @@ class Caller:
                 self.tally.begin_batch()
                 found.append(self._batch(rows, contexts))
                 after(len(found))
+            is_attended = all(a is not b for a, b in zip(contexts, live, strict=True))
+            if begun and leaves_lane and is_attended:  # its rows share steps with those of others
+                hand_over(len(frame))
             for result in begun:
                 with in_time(self.call.timeout_s):
                     found.append(result())
@@ -296,7 +303,7 @@ def infer(
         if position is not None and n_batches == N_BATCHES:
             _check_hope(position, caller.tally)
 
-    parts = caller.results(frame, after=check)
+    parts = caller.results(frame, after=check, leaves_lane=True)
     # Outside the hold: the check may wait, and another lane can use the contexts meanwhile.
     if is_by_rows and position is not None and len(parts) < N_BATCHES:
         _check_hope(position, caller.tally)
