@@ -135,6 +135,9 @@ class PaddedModel:
         Context length in tokens; None if neither model nor tokenizer states one.
     n_embeddings
         Vocabulary size of the model; a tokenizer may have more tokens.
+    short_tokens
+        Longer sequences have other rotary frequencies, and transformers takes those of the longest
+        sequence for a whole forward (LongRoPE). None if all have the same.
     is_attended
         Whether an engine computes it; set by ``load_model``.
     """
@@ -150,6 +153,9 @@ class PaddedModel:
         limits.append(getattr(tokenizer, "model_max_length", None))
         known = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
         self.max_tokens: int | None = min(known) if known else None
+        short = _short_tokens(config)
+        is_all = short is None or (self.max_tokens is not None and self.max_tokens <= short)
+        self.short_tokens = None if is_all else short
         self.n_embeddings = _n_embeddings(model)
         self._encoder = Encoder(tokenizer)
         self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -229,7 +235,7 @@ class PaddedModel:
         runs = [(row, run) for row, s in enumerate(scorings) for run in s.runs]
         lengths = [len(scorings[row].shared) + len(run) for row, run in runs]
         scores = [[0.0] * len(s.endings) for s in scorings]
-        for group in batches_by_length(lengths, batch_tokens):
+        for group in self._batches(lengths, batch_tokens):
             batch = [runs[position] for position in group]
             sequences = [scorings[row].shared + run for row, run in batch]
             wanted = [
@@ -242,6 +248,17 @@ class PaddedModel:
             for value, (*_, row, choice) in zip(found, wanted, strict=True):
                 scores[row][choice] += value
         return scores
+
+    def _batches(self, lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+        """``batches_by_length`` of sequences that have the same rotary frequencies."""
+        if self.short_tokens is None:
+            return batches_by_length(lengths, batch_tokens)
+        found = []
+        for is_long in (True, False):
+            mine = [k for k, n in enumerate(lengths) if (n > self.short_tokens) == is_long]
+            groups = batches_by_length([lengths[k] for k in mine], batch_tokens)
+            found += [[mine[k] for k in group] for group in groups]
+        return found
 
     def generate(
         self,
@@ -382,6 +399,20 @@ def _n_embeddings(model: Any) -> int:
     """Number of tokens that are both in the input and in the output embedding."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(len(layer.weight) for layer in layers if layer is not None)
+
+
+def _short_tokens(config: Any) -> int | None:
+    """Tokens up to which sequences have the rotary frequencies of short ones; None if all have."""
+    told = getattr(config, "rope_parameters", None) or {}
+    # One set for all layers, or one for each kind of layer.
+    parts = [told, *(part for part in told.values() if isinstance(part, dict))]
+    limits = [
+        part.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for part in parts
+        if part.get("rope_type") == "longrope"
+    ]
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def _owned(scoring: Scoring, run: Sequence[int]) -> list[int]:
