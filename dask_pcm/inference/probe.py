@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from dask_pcm import user_cache
 from dask_pcm.context.bundles import digest_of
 from dask_pcm.errors import ModelError
-from dask_pcm.inference.engine.probe import UnfitError, narrowed, packed_logits
+from dask_pcm.inference.engine.attention import UnfitError
+from dask_pcm.inference.engine.probe import narrowed, packed_logits
 from dask_pcm.ladder.device import device_model
 from dask_pcm.ladder.objects.tensors import is_sticky
 
@@ -193,6 +194,6 @@ def _key(model: PaddedModel, content: str) -> str:
     import torch
     import transformers
 
-    facts = ["packed, LongRoPE", content, device_model(), *model.facts.values()]
+    facts = ["packed, no masks", content, device_model(), *model.facts.values()]
     facts += [type(model.model).__name__, torch.__version__, transformers.__version__]
     return digest_of(json.dumps(facts).encode()).hex()
