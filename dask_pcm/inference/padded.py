@@ -6,6 +6,7 @@ attention mask is needed; encoders get one. ``probe`` verifies both when a model
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
@@ -45,6 +46,9 @@ class PaddedModel:
         Context length in tokens; None if neither model nor tokenizer states one.
     n_embeddings
         Vocabulary size of the model; a tokenizer may have more tokens.
+    short_tokens
+        Longer sequences have other rotary frequencies, and transformers takes those of the longest
+        sequence for a whole forward (LongRoPE). None if all have the same.
     """
 
     def __init__(
@@ -61,6 +65,9 @@ class PaddedModel:
         limits.append(getattr(tokenizer, "model_max_length", None))
         known = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
         self.max_tokens: int | None = min(known) - self.first_position if known else None
+        short = _short_tokens(config)
+        is_all = short is None or (self.max_tokens is not None and self.max_tokens <= short)
+        self.short_tokens = None if is_all else short
         self.n_embeddings = _n_embeddings(model)
         self._encoder = Encoder(tokenizer)
         self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -142,7 +149,7 @@ class PaddedModel:
         runs = [(row, run) for row, s in enumerate(scorings) for run in s.runs]
         lengths = [len(scorings[row].shared) + len(run) for row, run in runs]
         scores = [[0.0] * len(s.endings) for s in scorings]
-        for group in batches_by_length(lengths, batch_tokens):
+        for group in self._batches(lengths, batch_tokens):
             batch = [runs[position] for position in group]
             sequences = [scorings[row].shared + run for row, run in batch]
             wanted = [
@@ -156,6 +163,17 @@ class PaddedModel:
                 scores[row][choice] += value
         return scores
 
+    def _batches(self, lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+        """``batches_by_length`` of sequences that have the same rotary frequencies."""
+        if self.short_tokens is None:
+            return batches_by_length(lengths, batch_tokens)
+        found = []
+        for is_long in (True, False):
+            mine = [k for k, n in enumerate(lengths) if (n > self.short_tokens) == is_long]
+            groups = batches_by_length([lengths[k] for k in mine], batch_tokens)
+            found += [[mine[k] for k in group] for group in groups]
+        return found
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -167,7 +185,8 @@ class PaddedModel:
     ) -> list[list[int] | RowError]:
         """Continue prompts with transformers' ``generate``, those of the same length together.
 
-        Nothing is padded: models that have no engine differ in what they make of padding.
+        Nothing is padded: models that have no engine differ in what they make of padding. Some
+        mix the states of a batch's rows; these are continued one row at a time.
 
         Parameters
         ----------
@@ -185,6 +204,8 @@ class PaddedModel:
         with _one_at_a_time:
             for (n_prompt, n), rows in groups.items():
                 size = max(1, batch_tokens // (n_prompt + n))
+                if len(rows) > 1 and not self._continues_batches:
+                    size = 1
                 for at in range(0, len(rows), size):
                     batch = rows[at : at + size]
                     new = self._continued(
@@ -197,6 +218,43 @@ class PaddedModel:
                     for row, tokens in zip(batch, new, strict=True):
                         found[row] = tokens
         return found
+
+    @functools.cached_property
+    def _continues_batches(self) -> bool:
+        """Whether rows of a batch have the logits that they have alone once they are continued.
+
+        Not so for RWKV in transformers 5.23.
+        """
+        import torch
+
+        n = self.n_embeddings
+        texts = torch.tensor(
+            [[(7 * k + 3) % n for k in range(8)], [(5 * k + 4) % n for k in range(8)]]
+        )
+        both = self._logits_of_second(texts)
+        alone = torch.cat([self._logits_of_second(text[None]) for text in texts])
+        # Half precision may send a token to another expert; then rows are continued one at a time.
+        most = 1e-3 if self.model.dtype.itemsize >= 4 else 0.1
+        return bool(((both - alone).std(-1) <= most * alone.std(-1)).all())
+
+    def _logits_of_second(self, texts: Any) -> Any:
+        """Logits of the second new token of texts, shape (texts, vocabulary)."""
+        import torch
+        import transformers
+
+        ids = texts.to(self.model.device)
+        settings = transformers.GenerationConfig(
+            min_new_tokens=2,
+            max_new_tokens=2,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        with torch.inference_mode():
+            mask = torch.ones_like(ids)
+            found = self.model.generate(ids, attention_mask=mask, generation_config=settings)
+        return found.logits[1].float()
 
     def _continued(
         self,
@@ -263,7 +321,7 @@ class PaddedModel:
         """
         found: list[Any] = [None] * len(texts)
         with _one_at_a_time:
-            for group in batches_by_length([len(text) for text in texts], batch_tokens):
+            for group in self._batches([len(text) for text in texts], batch_tokens):
                 hidden = self.hidden([texts[k] for k in group])
                 for line, k in enumerate(group):
                     kept = pooling.kept(len(texts[k]))
@@ -345,6 +403,20 @@ def _n_embeddings(model: Any) -> int:
     """Number of tokens that are both in the input and in the output embedding."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(len(layer.weight) for layer in layers if layer is not None)
+
+
+def _short_tokens(config: Any) -> int | None:
+    """Tokens up to which sequences have the rotary frequencies of short ones; None if all have."""
+    told = getattr(config, "rope_parameters", None) or {}
+    # One set for all layers, or one for each kind of layer.
+    parts = [told, *(part for part in told.values() if isinstance(part, dict))]
+    limits = [
+        part.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for part in parts
+        if part.get("rope_type") == "longrope"
+    ]
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def _owned(scoring: Scoring, run: Sequence[int]) -> list[int]:

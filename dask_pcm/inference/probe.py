@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dask_pcm import user_cache
 from dask_pcm.context.bundles import digest_of
 from dask_pcm.errors import ModelError
+from dask_pcm.inference.engine.attention import UnfitError
 from dask_pcm.inference.engine.probe import narrowed, packed_hidden, packed_logits
 from dask_pcm.ladder.device import device_model
 from dask_pcm.ladder.objects.tensors import is_sticky
@@ -106,6 +107,8 @@ def probe(model: PaddedModel) -> dict[str, Any]:
         unfit = (
             "" if is_exact else f"an engine changes its {what} by {by_engine:.2g} of their spread"
         )
+    except UnfitError as error:
+        by_engine, unfit = None, str(error)
     except Exception as error:  # of code that knows nothing of packs
         if is_sticky(error):
             raise
@@ -138,6 +141,11 @@ def _beside_others(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[
 
 def _by_engine(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
     """Logits, or hidden states, of all texts in a pack and of each alone, beyond any window."""
+    if model.short_tokens is not None:
+        raise UnfitError(
+            f"its rotary frequencies depend on whether a row has more than {model.short_tokens}"
+            " tokens"
+        )
     with narrowed(model.model):
         if not model.is_causal:
             found = packed_hidden(model.model, rows, model.first_position)
@@ -193,6 +201,6 @@ def _key(model: PaddedModel, content: str) -> str:
     import torch
     import transformers
 
-    facts = ["packed", content, device_model(), *model.facts.values()]
+    facts = ["packed, no masks", content, device_model(), *model.facts.values()]
     facts += [type(model.model).__name__, torch.__version__, transformers.__version__]
     return digest_of(json.dumps(facts).encode()).hex()

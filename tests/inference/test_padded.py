@@ -9,9 +9,13 @@ import transformers
 from dask_pcm.errors import ModelError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
+from dask_pcm.inference.engine.sampling import Sampling
 from dask_pcm.inference.loading import load_model, load_onto
 from dask_pcm.inference.model_folder import weight_files
+from dask_pcm.inference.padded import PaddedModel
+from dask_pcm.inference.probe import probe
 from dask_pcm.inference.prompts import plan_scoring
+from tests.support import models as tiny
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +54,6 @@ def test_architectures_with_other_signatures():
     """gpt2 has learned positions, which padding on the left must not shift."""
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    from dask_pcm.inference.padded import PaddedModel
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2)
@@ -127,3 +129,63 @@ def test_weights_that_are_missing_are_named(tmp_path):
     files = weight_files(tmp_path)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
         load_onto(str(tmp_path), type(made), made.config, files, "auto", "cpu")
+
+
+class TestLongRope:
+    """Frequencies of a whole forward are those of its longest sequence, as in Phi 3 of 128k."""
+
+    @pytest.fixture
+    def model(self):
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 80}
+        made = tiny.random_model(
+            "Phi3ForCausalLM",
+            "Phi3Config",
+            **tiny.ATTENTION,
+            pad_token_id=0,
+            original_max_position_embeddings=80,
+            rope_parameters={
+                **rope,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0, 4.0, 6.0, 8.0],
+            },
+        )
+        return PaddedModel(made, tiny.tokenizer())
+
+    def test_long_rows_change_no_score_of_short_ones(self, model):
+        rows = [[5 + (7 * k + n) % 90 for k in range(n)] for n in (20, 76, 90, 81, 160)]
+        scorings = [plan_scoring([[*row, 10], [*row, 11, 12]], 2) for row in rows]
+        found = model.score(scorings, 10_000)
+        for scoring, scores in zip(scorings, found, strict=True):
+            for ending, score in zip(scoring.endings, scores, strict=True):
+                whole = [*scoring.shared, *ending]
+                expected = one_by_one(model, whole, len(scoring.shared))
+                assert score == pytest.approx(expected, abs=2e-3, rel=1e-4)
+
+    def test_no_engine_computes_it(self, model):
+        assert probe(model)["unfit"].endswith("whether a row has more than 80 tokens")
+
+    def test_an_engine_does_if_no_row_can_be_long(self, model):
+        model.tokenizer.model_max_length = 80
+        again = PaddedModel(model.model, model.tokenizer)
+        assert again.short_tokens is None and not probe(again)["unfit"]
+
+
+@pytest.mark.parametrize("kind", ["RwkvForCausalLM", "MambaForCausalLM"])
+def test_rows_that_are_continued_together_have_the_tokens_that_they_have_alone(kind):
+    """RWKV mixes the states of a batch's rows."""
+    options = {"attention_hidden_size": 32, "context_length": 256} if kind[0] == "R" else {}
+    made = tiny.random_model(kind, kind.replace("ForCausalLM", "Config"), **tiny.SMALL, **options)
+    model = PaddedModel(made, tiny.tokenizer())
+    rows = [[5 + (n * k + n) % 90 for k in range(12)] for n in (7, 11, 13)]
+
+    def alone(row):
+        whole = list(row)
+        for _ in range(5):
+            with torch.inference_mode():
+                logits = made(input_ids=torch.tensor([whole]), use_cache=False).logits
+            whole.append(int(logits[0, -1].argmax()))
+        return whole[len(row) :]
+
+    found = model.generate(rows, [0, 1, 2], [5, 5, 5], Sampling(), None, 1000)
+    assert found == [alone(row) for row in rows]
+    assert model._continues_batches == (kind[0] == "M")

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from distributed import Client
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import dask_pcm as pcm
 from dask_pcm.errors import ModelError
@@ -120,6 +121,23 @@ def test_rows_that_see_their_batch_are_refused(monkeypatch):
     monkeypatch.setattr(model.model, "forward", mixing)
     with pytest.raises(ModelError, match="different results in a batch than alone"):
         probe(model)
+
+
+def test_no_engine_computes_layers_that_choose_their_keys(monkeypatch):
+    """They see all keys of a text as short as the probe's, and not those of a longer one."""
+    model = PaddedModel(tiny.llama(), tiny.tokenizer())
+    assert not probe(model)["unfit"]
+
+    def mask(inputs_embeds, **_):
+        return torch.ones(2 * inputs_embeds.shape[1:2], dtype=torch.bool).tril()[None, None]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.models.llama.modeling_llama.create_causal_mask", mask)
+        assert probe(model)["unfit"] == "its layers have masks of their own"
+    attend = LlamaAttention.forward
+    chosen = {"block_indices": torch.zeros(1)}
+    monkeypatch.setattr(LlamaAttention, "forward", lambda *a, **k: attend(*a, **k, **chosen))
+    assert "block_indices" in probe(model)["unfit"]
 
 
 @pytest.mark.parametrize("options", [{"max_position_embeddings": 2}, {"vocab_size": 5}])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,12 @@ from dask_pcm.inference.engine.pages import KVShape
 
 #: The names by which models find this attention begin so; what they had before follows.
 _PREFIX = "dask_pcm_"
+#: What some models tell their attention of where tokens are, which a pack knows better.
+_PLACES = {"position_ids", "cache_position"}
+
+
+class UnfitError(Exception):
+    """An engine cannot compute the model; the message says why."""
 
 
 class _Local(threading.local):
@@ -127,12 +133,27 @@ def _hook(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
         return found
+    _check_told(attention_mask, others)
     window = sliding_window if sliding_window is not None else _window_of(module)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = getattr(module, "layer_idx", 0)
     _local.shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return _attend(pack, layer, q, k, v, _How(scale, window, softcap, s_aux))[None], None
+
+
+def _check_told(mask: Any, others: Mapping[str, Any]) -> None:
+    """Raise UnfitError if a layer chooses its keys itself, as sparse attention does.
+
+    Texts that are short enough see all keys, so a comparison of logits need not show it.
+    """
+    import torch
+
+    if mask is not None:
+        raise UnfitError("its layers have masks of their own")
+    for name, value in others.items():
+        if name not in _PLACES and isinstance(value, torch.Tensor):
+            raise UnfitError(f"it tells its attention {name}, which an engine does not know")
 
 
 def _plain(name: str, module: Any) -> Any:

@@ -9,16 +9,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dask_pcm.inference.engine.attention import last_shape, packed, switch, was_asked
+from dask_pcm.inference.engine.attention import (
+    UnfitError,
+    last_shape,
+    packed,
+    switch,
+    was_asked,
+)
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import KVShape, PagePool, n_pages_for
 
 _KINDS = {"full_attention", "sliding_attention"}
 _WINDOW = 16
-
-
-class UnfitError(Exception):
-    """An engine cannot compute the model; the message says why."""
 
 
 def packed_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Any]:
