@@ -281,10 +281,10 @@ def padded_loop(model: Any, plans: Sequence[Scoring]) -> list[float]:
     return found
 
 
-def checked_here(path: Path, files: Sequence[Path]) -> list[str] | None:
+def checked_here(path: Path, files: Sequence[Path], is_encoder: bool) -> list[str] | None:
     """The client's check of the tensors, without a process of its own for each model."""
     try:
-        return fit.problems(str(path), [str(file) for file in files])
+        return fit.problems(str(path), [str(file) for file in files], is_encoder)
     except Exception:
         return None
 
