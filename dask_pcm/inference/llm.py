@@ -16,7 +16,7 @@ from dask_pcm.context.context import Context
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.fit import misfits
 from dask_pcm.inference.loading import load_model
-from dask_pcm.inference.model_folder import PATTERNS, check_folder, is_encoder
+from dask_pcm.inference.model_folder import PATTERNS, check_folder, has_code, is_encoder
 
 #: The files to download from a hub.
 _PATTERNS = (*PATTERNS, "*.safetensors")
@@ -42,6 +42,9 @@ class LLM(Context):
         "auto" (or None) uses the accelerator assigned to the worker, and raises an error if torch
         cannot use it. It uses the CPU if no accelerator is assigned, or if
         ``pcm.worker.accelerator`` is "cpu". "cpu" uses the CPU everywhere.
+    trust_remote_code : bool, default False
+        Whether code in the folder may be run, here and on workers, for models that transformers
+        does not know itself. Without it, such a folder is refused.
     name, device_memory
         As in ``Context``. `device_memory` is the size of the weights by default, in bytes, and 0 on
         the CPU.
@@ -72,6 +75,7 @@ class LLM(Context):
         revision: str | None = None,
         dtype: str = "auto",
         device: str | None = "auto",
+        trust_remote_code: bool = False,
         name: str | None = None,
         device_memory: int | str | None = None,
     ) -> None:
@@ -79,11 +83,18 @@ class LLM(Context):
             raise ModelError(f"LLM needs a model folder or a hub id; found {model!r}.")
         if dtype not in _DTYPES:
             raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}; found {dtype!r}.")
-        path, commit = _resolve(os.fspath(model), revision)
-        weights = check_folder(path)
-        embeds_only = is_encoder(path)
-        files = bundle_of(path, (*PATTERNS, *(file.name for file in weights)))
-        if wrong := misfits(path, weights, files.digest, embeds_only):
+        if not isinstance(trust_remote_code, bool):
+            raise ModelError(
+                f"trust_remote_code must be True or False; found {trust_remote_code!r}."
+            )
+        path, commit = _resolve(os.fspath(model), revision, trust_remote_code)
+        weights = check_folder(path, trust_remote_code)
+        embeds_only, runs_code = is_encoder(path), trust_remote_code and has_code(path)
+        more = ("*.py",) if runs_code else ()
+        files = bundle_of(path, (*PATTERNS, *more, *(file.name for file in weights)))
+        # Only its own code knows which tensors a model needs; workers check that.
+        wrong = [] if runs_code else misfits(path, weights, files.digest, embeds_only)
+        if wrong:
             raise ModelError(
                 f"The weights in {str(path)!r} do not match its config.json:"
                 f" {'; '.join(wrong)}. Copy or download the folder again."
@@ -91,6 +102,8 @@ class LLM(Context):
         name = name or Path(os.fspath(model)).name
         is_on_device = device != "cpu"
         kind: dict[str, Any] = {"is_encoder": True} if embeds_only else {}
+        if runs_code:  # its classes cannot be found by another process
+            kind.update(runs_code=True, reattach=False)
         memory = _bytes_of(weights) if device_memory is None and is_on_device else device_memory
         super().__init__(
             load_model,
@@ -112,7 +125,7 @@ class LLM(Context):
         object.__setattr__(self, "commit", commit)
 
 
-def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
+def _resolve(model: str, revision: str | None, has_code: bool) -> tuple[Path, str]:
     """The local folder of a model, and its hub commit; an empty commit for a plain folder."""
     path = Path(model).expanduser()
     if path.is_dir():
@@ -130,7 +143,8 @@ def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(_PATTERNS)))
+        patterns = [*_PATTERNS, *["*.py"] * has_code]
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise ModelError(
             f"{model!r} is not a local folder, and could not be resolved on the hub"

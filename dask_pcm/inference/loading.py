@@ -22,6 +22,7 @@ def load_model(
     device: str | None = "auto",
     content: str | None = None,
     is_encoder: bool = False,
+    runs_code: bool = False,
 ) -> LanguageModel:
     """Load a model folder on a worker; the loader of ``LLM``.
 
@@ -38,6 +39,8 @@ def load_model(
         Digest of the files. With it, the result of the probe is cached.
     is_encoder
         Whether its tokens see those after them; then it only embeds texts.
+    runs_code
+        Whether the model's classes are those in the folder.
 
     Raises
     ------
@@ -49,23 +52,24 @@ def load_model(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    how = {"local_files_only": True, "trust_remote_code": runs_code}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **how)
     if device != "cpu":
         check_device()
     if device is None or device == "auto":
         device = chosen_device()
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(path, **how)
     files = weight_files(Path(path))
     mapping = transformers.MODEL_MAPPING if is_encoder else transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     kind = mapping.get(type(config), None)
     is_safetensors = all(file.suffix == ".safetensors" for file in files)
-    options = options_of(kind) if is_encoder else {}
+    options = options_of(kind) if is_encoder and kind is not None else {}
     if device != "cpu" and kind is not None and is_safetensors:
         model = load_onto(path, kind, config, files, dtype, device, options)
     else:
         auto = transformers.AutoModel if is_encoder else transformers.AutoModelForCausalLM
         model, found = auto.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+            path, dtype=dtype, output_loading_info=True, **how, **options
         )
         _check(found, path)
         model = model.to(device)

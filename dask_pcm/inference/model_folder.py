@@ -33,8 +33,13 @@ _CAUSAL_ENDS = ("ForCausalLM", "LMHeadModel")
 _OWN = "To use it anyway, write a loader and a Context."
 
 
-def check_folder(path: Path) -> list[Path]:
+def check_folder(path: Path, is_trusted: bool = False) -> list[Path]:
     """Check a model folder; return the files with its weights.
+
+    Parameters
+    ----------
+    is_trusted
+        Whether code in the folder may be run.
 
     Raises
     ------
@@ -51,7 +56,8 @@ def check_folder(path: Path) -> list[Path]:
         raise ModelError(f"{str(config)!r} cannot be read: {error}.") from error
     if not isinstance(found, dict) or "model_type" not in found:
         raise ModelError(f"{str(config)!r} names no model_type.")
-    _check_architecture(config, found)
+    if not (is_trusted and has_code(path)):
+        _check_architecture(config, found)
     _check_plain(config, found)
     _check_tokenizer(path)
     files = weight_files(path)
@@ -77,6 +83,12 @@ def _check_architecture(config: Path, found: Mapping[str, Any]) -> None:
     """Raise ModelError unless transformers knows the model's type and can load it as causal."""
     kind = str(found["model_type"])
     name = str((found.get("architectures") or [""])[0])
+    if not _is_known(kind) and found.get("auto_map"):
+        raise ModelError(
+            f"{str(config)!r} has model_type {kind!r}, which transformers knows only by the code in"
+            " that folder. To run that code, here and on workers, write LLM(...,"
+            " trust_remote_code=True)."
+        )
     if not _is_known(kind):
         raise ModelError(
             f"{str(config)!r} has model_type {kind!r}, which the installed transformers does not"
@@ -96,9 +108,36 @@ def _check_architecture(config: Path, found: Mapping[str, Any]) -> None:
     )
 
 
+def has_code(path: Path) -> bool:
+    """Whether a folder has code for a model that transformers does not know.
+
+    Raises
+    ------
+    ModelError
+        If that code is elsewhere.
+    """
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # ``check_folder`` says so
+    code = found.get("auto_map") if isinstance(found, dict) else None
+    if not isinstance(code, dict) or _is_known(str(found.get("model_type"))):
+        return False
+    for name in code.values():
+        file = f"{str(name).partition('.')[0]}.py"
+        if "--" in file or not (path / file).exists():
+            raise ModelError(
+                f"{str(path)!r} needs code that is not in it: {name}. Download the folder again,"
+                " with its *.py files."
+            )
+    return True
+
+
 def is_encoder(path: Path) -> bool:
     """Whether a folder that was checked has an encoder, which only embeds texts."""
     found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if has_code(path):
+        return "AutoModelForCausalLM" not in found["auto_map"]
     name = str((found.get("architectures") or [""])[0])
     return _embeds(found, str(found["model_type"]), name, _mappings())
 

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import dask_pcm as pcm
 from dask_pcm import LLM
 from dask_pcm.errors import ModelError
 from dask_pcm.inference import fit
@@ -238,6 +240,7 @@ class TestTensors:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         code = f"""
 import sys
+import dask_pcm as pcm
 from dask_pcm import LLM
 try:
     LLM({str(folder)!r})
@@ -271,3 +274,57 @@ assert not {{"torch", "transformers"}} & sys.modules.keys()
     def test_where_nothing_can_be_found_out_workers_will_say(self, folder, monkeypatch):
         monkeypatch.setattr(sys, "executable", "/nowhere")
         assert LLM(folder).name == "model"
+
+
+CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OddConfig(LlamaConfig):
+    model_type = "odd_llama"
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+
+    def forward(self, *args, **options):
+        found = super().forward(*args, **options)
+        found.logits = -found.logits
+        return found
+"""
+
+
+class TestCode:
+    @pytest.fixture
+    def odd(self, folder):
+        """A model whose class is in its folder."""
+        (folder / "modeling_odd.py").write_text(CODE)
+        names = {"AutoConfig": "modeling_odd.OddConfig"}
+        names["AutoModelForCausalLM"] = "modeling_odd.OddForCausalLM"
+        edit(folder, model_type="odd_llama", architectures=["OddForCausalLM"], auto_map=names)
+        return folder
+
+    def test_is_not_run_unless_it_is_trusted(self, odd):
+        with pytest.raises(ModelError, match=r"only by the code in that .*trust_remote_code=True"):
+            LLM(odd)
+
+    def test_is_run_where_it_is_trusted(self, odd, folder, client):
+        llm = LLM(odd, trust_remote_code=True, device="cpu")
+        ids = [[5, 6, 7]]
+        found = client.submit(logits_of, llm, ids).result(120)
+        edit(odd, model_type="llama", auto_map={}, architectures=["LlamaForCausalLM"])
+        plain = load_model(str(odd), device="cpu").padded.logits(ids, [0, 2])
+        assert np.allclose(found, -plain.numpy(), atol=1e-5)
+
+    def test_that_is_missing_is_told(self, odd):
+        (odd / "modeling_odd.py").unlink()
+        with pytest.raises(ModelError, match="needs code that is not in it: modeling_odd"):
+            LLM(odd, trust_remote_code=True)
+
+    def test_of_a_model_that_transformers_knows_is_not_needed(self, folder):
+        edit(folder, auto_map={"AutoModelForCausalLM": "other--modeling.Model"})
+        assert LLM(folder).ref == LLM(folder, trust_remote_code=True).ref
+
+
+def logits_of(llm, ids):
+    with pcm.acquire(llm) as model:
+        return model.padded.logits(ids, [0, 2]).numpy()
