@@ -106,9 +106,8 @@ def lost(rows: Rows, folder: Path, scratch: Path, system: str) -> None:
         seconds_until(lambda: job.n_done() > 2000)
         before, there = queue(), workers(client)
         # Nanny and worker at once, as a node that is lost: a signal by Slurm would be a notice.
-        nanny, worker = next(iter(client.run(lambda: (os.getppid(), os.getpid())).values()))
-        os.kill(nanny, signal.SIGKILL)
-        os.kill(worker, signal.SIGKILL)
+        for pid in next(iter(client.run(_up_to_nanny).values())):
+            os.kill(pid, signal.SIGKILL)
         rows.add(
             f"a job killed without notice → replacement queued, s{who}",
             seconds_until(lambda: queue() - before),
@@ -123,6 +122,16 @@ def lost(rows: Rows, folder: Path, scratch: Path, system: str) -> None:
     twice = count(rows, job, N_ROWS, f"<= {2 * BATCH_ROWS}", who)
     if isinstance(job, OurJob):
         rows.add("… by the report, off it by", job.run.report.rows_recomputed - twice, "== 0")
+
+
+def _up_to_nanny() -> list[int]:
+    """This worker's process, and those that it descends from up to its nanny, which is first."""
+    found = [os.getpid()]
+    for process in psutil.Process().parents():  # a fork server may be between them
+        found.insert(0, process.pid)
+        if "dask_worker" in " ".join(process.cmdline()):
+            break
+    return found
 
 
 def pending(rows: Rows, folder: Path, scratch: Path) -> None:
