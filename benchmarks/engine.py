@@ -46,7 +46,7 @@ def lengths_of(rng: random.Random, n_rows: int) -> list[int]:
 
 
 def n_steps(model: Any, lengths: Sequence[int], places: int) -> int:
-    """Steps in which an engine with so many places continues rows by as many tokens."""
+    """Steps in which an engine with as many places continues rows by as many tokens."""
     schedule._MOST_RUNNING = places
     pool = PagePool(20_000, KVShape(1, 2, 8, 8), model.dtype, "cpu")
     engine = Engine(model, pool, Capacity(8192, most=8192), tiny.N_TOKENS)
@@ -220,7 +220,7 @@ def pieces(table: Rows) -> None:
 
 
 def _written(claims: pd.DataFrame, folder: Path, size: int) -> str:
-    """A folder of files of so many rows."""
+    """A folder of files of as many rows."""
     target = folder / f"in-{size}"
     if not target.exists():
         target.mkdir()

@@ -88,6 +88,8 @@ class Caller:
 
     def close(self, *raised: Any) -> None:
         """Let go of contexts that are held for batches in flight; `raised` as for ``__exit__``."""
+        for one in self._drafting() if self._drafts else ():
+            one.resume({})
         self._held = None
         self._stack.__exit__(*(raised or (None, None, None)))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -61,9 +63,13 @@ class LanguageModel:
         self.padded = padded
         self.is_attended = is_attended
         self._serving: Serving | None = None
+        self._local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_serving": None}
+        return {"padded": self.padded, "is_attended": self.is_attended}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc] # what is of one process is made anew
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -78,8 +84,15 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, of transformers."""
-        return self.padded.tokenizer
+        """The tokenizer, of transformers; a copy for each thread.
+
+        Padding and truncation are settings of a tokenizer, not of a call, so threads must not
+        share one.
+        """
+        found = getattr(self._local, "tokenizer", None)
+        if found is None:
+            found = self._local.tokenizer = copy.deepcopy(self.padded.tokenizer)
+        return found
 
     @property
     def max_tokens(self) -> int | None:
@@ -95,7 +108,8 @@ class LanguageModel:
     def raw(self) -> Iterator[Any]:
         """Within the block, this thread has transformers' model to itself.
 
-        The engine and other tasks wait meanwhile, so keep the block short.
+        The engine and other tasks wait meanwhile, so keep the block short. Methods of this object
+        may be called in it by this thread; in other threads they wait for the end of the block.
 
         Examples
         --------
@@ -103,10 +117,8 @@ class LanguageModel:
         ...     with model.raw() as module:
         ...         return df.assign(loss=[loss_of(module, text) for text in df["text"]])
         """
-        with ExitStack() as stack:
-            if self._serving is not None:
-                stack.enter_context(self._serving.alone())
-            stack.enter_context(in_turn())
+        # Not both: threads that use two models would wait for each other's.
+        with in_turn() if self._serving is None else self._serving.alone():
             yield self.padded.model
 
     def classify(

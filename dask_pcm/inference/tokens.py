@@ -39,6 +39,11 @@ class Encoder:
         longest_first = sorted(control, key=lambda name: (-len(name), name))
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._guarded: _Guarded | None = None
+        # Once, here: what a folder's tokenizer says would be changed at the first call, which
+        # may be one of several threads at a time.
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_truncation()
+            backend.no_padding()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_guarded": None}  # large, rarely needed, and rebuilt on demand

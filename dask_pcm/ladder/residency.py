@@ -103,10 +103,10 @@ class Drafting(Protocol):
         """
 
     def drafts(self) -> dict[int, list[int]]:
-        """Drafts of unfinished rows, of the requests that this thread has submitted."""
+        """Drafts of the rows of requests that this thread has submitted and that have not ended."""
 
     def resume(self, drafts: Mapping[int, Sequence[int]]) -> None:
-        """Let rows that are submitted from now on go on from drafts."""
+        """Let rows that this thread submits from now on go on from drafts, if there are any."""
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 
 import dask.dataframe as dd
 import numpy as np
@@ -207,3 +208,57 @@ def test_a_function_of_a_users_own_has_the_engine(client, claims):
     assert found.error.isna().all()
     assert found.verdict.tolist() == expected.answer.tolist()
     assert pd.Series(found.n).nunique() == 1
+
+
+@pytest.mark.timeout(120)
+def test_threads_that_use_two_models_in_any_order_do_not_wait_for_each_other():
+    pair = [load_model(str(MODEL_PATH), device="cpu") for _ in range(2)]
+    serving = [one.attend() for one in pair]
+    for one in serving:
+        one.start()
+    done = []
+
+    def use(first, second):
+        for _ in range(20):
+            with second.raw():
+                time.sleep(0.002)
+            with first.raw():
+                assert second.embed(["a b c"]).shape[0] == 1
+        done.append(first)
+
+    # The same order in both threads: b's turn, then a's with a call of b in it.
+    threads = [threading.Thread(target=use, args=pair, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(patient(60))
+    assert len(done) == 2
+    for one in serving:
+        one.close()
+
+
+def test_each_thread_has_its_own_tokenizer(model):
+    """Padding and truncation are settings of a tokenizer, which a call changes."""
+    texts = ["a b c d " * 15] * 50
+    expected, stop, wrong = model.embed(texts), threading.Event(), []
+
+    def cut():
+        while not stop.is_set():
+            try:
+                found = model.tokenizer(texts, padding=True, truncation=True, max_length=4)
+                assert len(found["input_ids"][0]) == 4
+            except BaseException as error:
+                wrong.append(error)
+                return
+
+    threads = [threading.Thread(target=cut) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(5):
+            assert np.allclose(model.embed(texts), expected, atol=1e-5)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong

@@ -182,8 +182,11 @@ class Generated(Row):
         return self.tokens[self.n_prompt :]
 
     def resume(self, draft: Sequence[int]) -> None:
-        """Go on after tokens of an earlier attempt; at least one is left to generate."""
-        self.tokens += draft[: self.n_max - 1]
+        """Go on after tokens of an earlier attempt; the one that ends the row is left out."""
+        new = list(draft[: self.n_max - 1])
+        while new and self.is_over is not None and self.is_over(new):
+            new.pop()
+        self.tokens += new
 
     def append(self, token: int) -> bool:
         """Add a new token; return whether the row is over."""

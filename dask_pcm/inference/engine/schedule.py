@@ -84,11 +84,18 @@ class Schedule:
         """What the next step computes, of as many tokens at most unless a row alone has more."""
         self._n_steps += 1
         self._admit()
+        if self._is_turn_to_embed():
+            parts: list[Part] = []
+            self._fill(parts, Embedded, budget_tokens, budget_tokens)
+            return parts
         n_free = _MOST_RUNNING - len(self._running)
         self._is_admitting = n_free >= self.least_admitted or not self._running
         parts = self._choose_running(budget_tokens)
         left = budget_tokens - sum(len(part.segment.tokens) for part in parts)
-        self._choose_waiting(parts, left, budget_tokens)
+        # In turn: long prompts of one kind would fill every step before the other kind has any.
+        kinds = (Generated, Scored) if self._n_steps % 2 else (Scored, Generated)
+        for kind in kinds:
+            left = self._fill(parts, kind, left, budget_tokens)
         if not parts and self.n_rows:
             self._make_progress()
         return parts
@@ -137,16 +144,22 @@ class Schedule:
                 break
         return parts
 
-    def _choose_waiting(self, parts: list[Part], left: int, budget_tokens: int) -> None:
-        """Fill a step; what it embeds is computed apart from the rest."""
-        is_embedding = not parts and bool(self._waiting) and isinstance(self._waiting[0], Embedded)
-        n_misses, n_kept = 0, len(parts)
+    def _is_turn_to_embed(self) -> bool:
+        """Whether the step embeds, which is computed apart from the rest: every other one."""
+        n_embedded = sum(isinstance(row, Embedded) for row in self._waiting)
+        has_others = n_embedded < len(self._waiting) + len(self._running)
+        return n_embedded > 0 and (not has_others or self._n_steps % 2 == 0)
+
+    def _fill(self, parts: list[Part], kind: type[Row], left: int, budget_tokens: int) -> int:
+        """Fill a step with waiting rows of a kind; returns for how many tokens it has room left."""
+        is_embedding = kind is Embedded
+        n_misses, n_kept = 0, sum(len(part.kept) for part in parts)
         taken: set[int] = set()
         chosen = {id(part.row) for part in parts}
         for row in self._waiting:
             if left <= 0 or n_misses >= _MOST_MISSES or n_kept >= self._most_kept:
                 break
-            if isinstance(row, Embedded) is not is_embedding:
+            if not isinstance(row, kind):
                 continue
             part = self._part(row, left, budget_tokens, bool(parts))
             if part is None:
@@ -162,6 +175,7 @@ class Schedule:
                 left -= len(part.segment.tokens)
                 n_kept += 0 if is_embedding else len(part.kept)  # what is limited are logits
         self._waiting = [row for row in self._waiting if id(row) not in taken]
+        return left
 
     def _part(self, row: Row, left: int, budget_tokens: int, is_begun: bool) -> Part | None:
         """What a step with room for `left` tokens computes of a waiting row; None for nothing."""

@@ -23,10 +23,10 @@ class EngineClosedError(LoadError):
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """Rows that were submitted together, by a thread; None in place of those that have ended."""
+    """Rows that were submitted together, by a thread."""
 
     thread: int
-    rows: list[Row | None]
+    rows: list[Row]
     found: list[Any]
     n_missing: int
 
@@ -61,7 +61,8 @@ class Serving:
         self._requests: dict[Future[list[Any]], _Request] = {}
         #: Threads whose next request is accepted at once.
         self._promised: set[int] = set()
-        self._drafts: dict[int, Sequence[int]] = {}
+        #: By thread: what its rows go on from.
+        self._drafts: dict[int, Mapping[int, Sequence[int]]] = {}
         self._alone: int | None = None
         self._is_open = False
         self._is_draining = False
@@ -108,9 +109,10 @@ class Serving:
             self._promised.discard(made.thread)
             if not self._is_open or self._is_draining:
                 raise EngineClosedError(_CLOSED)
-            for row in request:
-                if isinstance(row, Generated) and row.key in self._drafts:
-                    row.resume(self._drafts.pop(row.key))
+            drafts = self._drafts.get(made.thread, {})
+            for row in request if drafts else ():
+                if isinstance(row, Generated) and row.key is not None and row.key in drafts:
+                    row.resume(drafts[row.key])
             self._requests[future] = made
             self._n_threads = _n_threads()
             self._inbox += request
@@ -139,7 +141,9 @@ class Serving:
     def resume(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """See ``Drafting``."""
         with self._changed:
-            self._drafts.update(drafts)
+            self._drafts.pop(threading.get_ident(), None)
+            if drafts:
+                self._drafts[threading.get_ident()] = drafts
 
     def hungry(self) -> int:
         """See ``Attendant``."""
@@ -191,7 +195,7 @@ class Serving:
 
     def _note(self, future: Future[list[Any]], request: _Request, k: int, result: Any) -> None:
         """A row has ended; on the engine's thread."""
-        request.found[k], request.rows[k] = result, None
+        request.found[k] = result
         with self._changed:
             request.n_missing -= 1
             if not request.n_missing:

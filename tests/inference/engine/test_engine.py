@@ -207,3 +207,22 @@ def test_what_is_not_a_number_is_the_error_of_its_row_alone(alone):
             assert result == expected[k][1]
         else:
             assert result == pytest.approx(expected[k][0], abs=1e-4)
+
+
+@pytest.mark.parametrize("n_texts", [3, 400])
+def test_short_rows_do_not_wait_for_all_texts_that_are_generated(alone, n_texts):
+    rng = random.Random(12)
+    driven = alone("llama").engine(budget_tokens=512, n_pages=4000)
+    for k in range(n_texts):
+        driven.generate(("text", k), text(rng, 12), 120)
+    for _ in range(4):
+        driven.engine.step()
+    driven.score("score", text(rng, 9), ENDINGS)
+    driven.engine.add(
+        [Embedded(text(rng, 7), partial(driven.found.__setitem__, "vector"), pooling=Pooling.MEAN)]
+    )
+    for _ in range(5):
+        driven.engine.step()
+    assert {"score", "vector"} <= set(driven.found)
+    assert not any(("text", k) in driven.found for k in range(n_texts))
+    assert len(driven.run()) == n_texts + 2

@@ -205,3 +205,32 @@ def test_a_thread_that_has_waited_for_room_is_accepted_at_once(serving):
         other.submit(full.submit, [scored([1, 2])]).result(patient(10))
     full.submit([scored([1, 2])])  # although another has taken the room meanwhile
     assert full.hungry() == 0 and not full.wait_for_room(0)
+
+
+def test_rows_that_have_ended_are_drafts_until_their_request_has(serving, model):
+    rng = random.Random(10)
+    short = Generated(text(rng, 5), lambda _: None, n_prompt=5, n_max=3, key=1)
+    long = Generated(text(rng, 5), lambda _: None, n_prompt=5, n_max=2000, key=2)
+    serving.submit([short, long])
+    until(lambda: len(serving.drafts().get(2, [])) > 8)
+    assert len(serving.drafts()[1]) == 3
+    other = serving.submit([Generated(text(rng, 5), lambda _: None, n_prompt=5, n_max=2, key=4)])
+    assert other.result(patient(30)) and 4 not in serving.drafts()
+
+
+@pytest.mark.parametrize("n_kept", range(8))
+def test_a_text_that_goes_on_ends_where_it_would_have(serving, n_kept):
+    prompt = text(random.Random(11), 12)
+    plain = Generated(list(prompt), lambda _: None, n_prompt=12, n_max=7)
+    whole = serving.submit([plain]).result(patient(30))[0]
+    is_over = lambda tokens: whole[4] in tokens  # noqa: E731
+
+    def ask():
+        row = Generated(list(prompt), lambda _: None, n_prompt=12, n_max=20, is_over=is_over, key=5)
+        return serving.submit([row]).result(patient(30))[0]
+
+    expected = ask()
+    serving.resume({5: whole[:n_kept]})
+    assert ask() == expected
+    serving.resume({})
+    assert serving._drafts == {}
