@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,8 @@ class LanguageModel:
 
     Its methods take a list of texts and return a value for each, in their order. They may be called
     by several tasks at a time: an engine computes the texts of all of them together. A text that
-    cannot be computed has an ``error``, and the others are unaffected.
+    cannot be computed has an ``error``, and the others are unaffected; only ``embed``, which
+    returns an array, raises ``RowsError``.
 
     Attributes
     ----------
@@ -70,6 +71,12 @@ class LanguageModel:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc] # what is of one process is made anew
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            f"A {type(self).__name__} cannot be called. Use its methods classify, score, generate"
+            " and embed, or with model.raw() as module: for transformers' model."
+        )
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -163,6 +170,7 @@ class LanguageModel:
         PromptError
             If there are not as many completions as prompts.
         """
+        prompts, completions = [*prompts], [*completions]
         if len(completions) != len(prompts):
             raise PromptError(f"{len(prompts)} prompts have {len(completions)} completions.")
         return self._values(
@@ -179,7 +187,7 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         n: int = 1,
         truncate: bool = False,
         special_tokens: bool = True,

@@ -37,17 +37,20 @@ def checked_generation(
     top_k: int | None,
     top_p: float,
     seed: int,
-    stop: str | Sequence[str],
+    stop: str | Sequence[str] | None,
     n: int,
 ) -> dict[str, Any]:
     """The options of ``Generate``; PromptError for a value out of its range."""
+    max_tokens, n, seed, top_k = (_plain(value) for value in (max_tokens, n, seed, top_k))
     for name, value in (("max_tokens", max_tokens), ("n", n)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PromptError(f"{name} is {value!r}; expected 1 or more.")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not isinstance(stop, (str, list, tuple, set, frozenset, type(None))):
+        raise PromptError(f"stop must be texts that are not empty; found {stop!r}.")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(one, str) and one for one in stops):
         raise PromptError(f"stop must be texts that are not empty; found {stop!r}.")
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(_plain(temperature), top_k, _plain(top_p), seed)
     if n > 1 and not temperature:
         raise PromptError(f"n={n} with temperature 0 gives the same text {n} times; raise it.")
     return {"max_tokens": max_tokens, "sampling": sampling, "stop": stops, "n": n}
@@ -86,6 +89,11 @@ def checked_pooling(pooling: str | None, folder: str | Path, is_causal: bool) ->
                 )
             return _MODES[modes[0]]
     return usual
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as Python's own; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 def _json(path: Path, missing: Any) -> Any:

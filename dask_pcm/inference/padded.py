@@ -105,6 +105,14 @@ class PaddedModel:
             found |= {*ids} if isinstance(ids, (list, tuple)) else {ids}
         return frozenset(int(one) for one in found if one is not None)
 
+    def stops_of(self, texts: Sequence[str]) -> frozenset[int]:
+        """Ids of the tokens that end a text, with those of control tokens among `texts`.
+
+        Decoded texts have no control tokens, so they are found by their ids.
+        """
+        ids = self._encoder.control_ids
+        return self.stops | {ids[text] for text in texts if text in ids}
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without control tokens."""
         text = self.tokenizer.decode(
@@ -182,6 +190,7 @@ class PaddedModel:
         sampling: Sampling,
         is_over: Callable[[Sequence[int]], bool] | None,
         batch_tokens: int,
+        stops: frozenset[int] | None = None,
     ) -> list[list[int] | RowError]:
         """Continue prompts with transformers' ``generate``, those of the same length together.
 
@@ -196,6 +205,8 @@ class PaddedModel:
             Says of a row's new tokens whether they are enough.
         batch_tokens
             Tokens of a batch at most, new ones included.
+        stops
+            Tokens that end a row; those of the model by default.
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (prompt, n) in enumerate(zip(prompts, n_max, strict=True)):
@@ -214,6 +225,7 @@ class PaddedModel:
                         n,
                         sampling,
                         is_over,
+                        self.stops if stops is None else stops,
                     )
                     for row, tokens in zip(batch, new, strict=True):
                         found[row] = tokens
@@ -263,12 +275,13 @@ class PaddedModel:
         n_max: int,
         sampling: Sampling,
         is_over: Callable[[Sequence[int]], bool] | None,
+        stops: frozenset[int],
     ) -> list[list[int] | RowError]:
         """Continue prompts of the same length."""
         import torch
         import transformers
 
-        n_prompt, stops = len(prompts[0]), self.stops
+        n_prompt = len(prompts[0])
         ids = torch.tensor(prompts, device=self.model.device)
         fill = next(iter(stops), 0)
         is_number = torch.ones(len(prompts), dtype=torch.bool, device=ids.device)

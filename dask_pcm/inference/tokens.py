@@ -36,6 +36,8 @@ class Encoder:
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         names = {str(token) for token in added if token.special} | {*tokenizer.all_special_tokens}
         control = [name for name in names if name and not _BYTE.fullmatch(name)]
+        #: Ids of control tokens, by name.
+        self.control_ids = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in control}
         longest_first = sorted(control, key=lambda name: (-len(name), name))
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._guarded: _Guarded | None = None

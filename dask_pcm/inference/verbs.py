@@ -160,7 +160,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     n: int = 1,
     truncate_column: str | None = None,
     keep_columns: Sequence[str] | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import dask.dataframe as dd
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -241,3 +242,25 @@ class TestRefused:
     def test_a_completion_of_unknown_columns(self, ddf, llm):
         with pytest.raises(SchemaError, match="The completion"):
             pcm.score(ddf, llm, prompt="{text}", completion="{label}", keep_columns=["id"])
+
+
+@pytest.mark.parametrize("door", ["engine", "padded"])
+def test_a_control_token_as_stop_string_ends_a_text(model, served, door, monkeypatch):
+    """Decoded texts do not have it."""
+    encoder = model.padded._encoder
+    assert encoder.control_ids["<|turn|>"] == model.tokenizer.convert_tokens_to_ids("<|turn|>")
+    rows = ROWS.iloc[:1]
+    tokens = alone(model.padded, f"Q: {rows.text[0]} A:", 8)
+    monkeypatch.setattr(encoder, "control_ids", {"<|turn|>": tokens[3]})  # as if it were one
+    call = generating(stop=("<|turn|>",))
+    found = call(rows, model) if door == "padded" else call.submit(rows, served).result(patient(60))
+    assert found.n_tokens[0] == tokens.index(tokens[3]) and found.finish_reason[0] == "stop"
+
+
+def test_numbers_of_numpy_and_no_stop_are_understood(folder):
+    ddf, llm = dd.from_pandas(ROWS.head(3), npartitions=1), LLM(folder, device="cpu")
+    options = {"max_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.int64(1)}
+    found = pcm.generate(ddf, llm, prompt="Q: {text}", keep_columns=["id"], stop=None, **options)
+    assert found.compute(scheduler="sync").n_tokens.dropna().max() <= 3
+    with pytest.raises(PromptError, match="stop must be texts"):
+        pcm.generate(ddf, llm, prompt="Q: {text}", keep_columns=["id"], max_tokens=3, stop=5)

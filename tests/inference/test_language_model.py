@@ -178,6 +178,8 @@ def test_the_model_itself_is_one_threads_at_a_time(model):
 def test_what_transformers_model_has_is_pointed_to(model):
     with pytest.raises(AttributeError, match=r"no attribute 'forward'.* model.raw\(\)"):
         model.forward([1])
+    with pytest.raises(TypeError, match="cannot be called"):
+        model(["a text"])
 
 
 def test_no_engine_is_pickled(model):

@@ -92,12 +92,13 @@ class Generate(Prompted):
     def rows(self, model: PaddedModel, plan: Tokens) -> list[Row]:
         """See ``Prompted``."""
         is_over = self._is_over(model) if self.stop else None
+        stops = model.stops_of(self.stop)
         return [
             Generated(
                 list(plan),
                 n_prompt=len(plan),
                 n_max=self._n_max(model, plan),
-                stops=model.stops,
+                stops=stops,
                 sampling=self.sampling,
                 number=number,
                 is_over=is_over,
@@ -122,6 +123,7 @@ class Generate(Prompted):
                 self.sampling,
                 self._is_over(model) if self.stop else None,
                 self.batch_tokens,
+                model.stops_of(self.stop),
             )
         )
         return [self.result(model, plan, [next(each) for _ in range(self.n)]) for plan in plans]

@@ -135,8 +135,11 @@ class Serving:
         with self._changed:
             rows = [r for one in self._requests.values() if one.thread == me for r in one.rows]
         # The engine's thread appends meanwhile: what it has by now is a draft as well.
-        found = {r.key: r.new for r in rows if isinstance(r, Generated) and r.key is not None}
-        return {key: new for key, new in found.items() if new}
+        found: dict[int, list[int]] = {}
+        for row in rows:
+            if isinstance(row, Generated) and row.key is not None and row.new:
+                found.setdefault(row.key, row.new)  # of equal prompts, always the same one
+        return found
 
     def resume(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """See ``Drafting``."""
