@@ -1,4 +1,4 @@
-"""All that needs a device, in one table: tests/gpu, the ladder, and the main job on real models.
+"""All that needs a device, in one table: tests/gpu, the ladder, the main job, and the engine.
 
 Takes the Python that runs it, with the torch (2.8 or newer) and transformers (5.0 or newer) that
 are there. Each part is a process of its own with a limit on its time; a part that fails is a row
@@ -22,8 +22,15 @@ from typing import Any
 
 from benchmarks.table import Row, Rows, parser
 
-#: Seconds that each part may take, 8 minutes in all.
-PARTS = {"tests": 90, "weights": 120, "alternating": 60, "main job": 210}
+#: Seconds that each part may take.
+PARTS = {
+    "tests": 120,
+    "weights": 120,
+    "alternating": 60,
+    "main job": 210,
+    "inference": 240,
+    "generation": 400,
+}
 #: Rows of the main job; layers of the larger model (25 MiB each).
 N_ROWS, N_LAYERS = 20_000, 40
 
@@ -55,11 +62,14 @@ def versions() -> str:
 
 def commands(device: str, gib: int) -> dict[str, list[str]]:
     ladder = ["-m", "benchmarks.ladder", "--device", device, "--gib", str(gib), "--only"]
+    inference = ["-m", "benchmarks.inference", "--device", device, "--repeats", "1", "--only"]
     return {
         "tests": ["-m", "pytest", "-q", "tests/gpu", "--durations=0"],
         "weights": [*ladder, "weights"],
         "alternating": [*ladder, "alternating"],
         "main job": ["-m", "benchmarks.gpu", "--device", device, "--main-job"],
+        "inference": [*inference, "scoring", "prefix", "choices", "embedding"],
+        "generation": [*inference, "generation"],
     }
 
 
@@ -196,6 +206,7 @@ def main() -> int:
     options.add_argument("--gib", type=int, default=16, help="size of the checkpoint of weights")
     options.add_argument("--rows", type=int, default=N_ROWS, help="claims of the main job")
     options.add_argument("--layers", type=int, default=N_LAYERS, help="of the larger model")
+    options.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     options.add_argument("--main-job", action="store_true", help="that part only")
     args = options.parse_args()
     if lacking := missing():
@@ -212,8 +223,9 @@ def main() -> int:
         main_job(rows, device, args.rows, args.layers)
         rows.write(args.json)
         return 0
-    for part, command in commands(device, args.gib).items():
-        rows.extend(run_part(part, command, device))
+    given = commands(device, args.gib)
+    for part in args.only:
+        rows.extend(run_part(part, given[part], device))
     print(f"\n{name or device}; {versions()}")
     rows.write(args.json)
     return rows.n_missed > 0

@@ -61,3 +61,24 @@ def test_tokens_in_bfloat16_are_about_the_likeliest(family):
         logits = one.logits([*row, *found[k]])[len(row) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(found[k])[:, None])[:, 0]
         assert (logits.max(1).values - chosen).max() < 0.3
+
+
+def test_texts_in_bfloat16_go_on_from_their_drafts():
+    """They begin with the draft, and every later token is about the likeliest."""
+    rng = random.Random(3)
+    one, prompts = Alone("llama"), prompts_of(rng)
+    one.model.to("cuda", torch.bfloat16)
+    whole = one.engine(budget_tokens=1000)
+    for k, row in enumerate(prompts):
+        whole.generate(k, row, 12)
+    drafts = {k: new[: 1 + k % 9] for k, new in whole.run().items()}
+    again = one.engine(budget_tokens=1000)
+    for k, row in enumerate(prompts):
+        again.generate(k, row, 12, draft=drafts[k])
+    found = again.run()
+    one.model.to("cpu", torch.float32)
+    for k, row in enumerate(prompts):
+        assert len(found[k]) == 12 and found[k][: len(drafts[k])] == drafts[k]
+        logits = one.logits([*row, *found[k]])[len(row) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(found[k])[:, None])[:, 0]
+        assert (logits.max(1).values - chosen).max() < 0.3

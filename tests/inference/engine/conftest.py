@@ -92,9 +92,10 @@ class Driven:
         done = lambda result: self.found.setdefault(key, result)  # noqa: E731
         self.engine.add([Scored(list(tokens), done, trie=trie_of(endings))])
 
-    def generate(self, key, tokens, n_max, **options):
+    def generate(self, key, tokens, n_max, draft=(), **options):
         done = lambda result: self.found.setdefault(key, result)  # noqa: E731
         row = Generated(list(tokens), done, n_prompt=len(tokens), n_max=n_max, **options)
+        row.resume(draft)
         self.engine.add([row])
 
     def run(self, most_steps=5000):
