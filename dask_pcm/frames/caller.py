@@ -84,10 +84,16 @@ class Caller:
         self._held: list[Any] | None = None
         self._is_attended = False
         self._drafts: Mapping[int, Sequence[int]] = {}
+        #: Of batches that are served and have not ended.
+        self._in_flight: set[Future[Any]] = set()
         self._stack = ExitStack()
 
     def close(self, *raised: Any) -> None:
-        """Let go of contexts that are held for batches in flight; `raised` as for ``__exit__``."""
+        """Let go of contexts that are held for batches in flight; `raised` as for ``__exit__``.
+
+        Batches that are in flight still, as the task ends early, are cancelled.
+        """
+        self._cancel()
         for one in self._drafting() if self._drafts else ():
             one.resume({})
         self._held = None
@@ -161,10 +167,13 @@ class Caller:
             is_attended = all(a is not b for a, b in zip(contexts, live, strict=True))
             if begun and leaves_lane and is_attended:  # its rows share steps with those of others
                 hand_over(len(frame))
-            for result in begun:
-                with in_time(self.call.timeout_s):
-                    found.append(result())
-                after(len(found))
+            try:
+                for result in begun:
+                    with in_time(self.call.timeout_s):
+                        found.append(result())
+                    after(len(found))
+            finally:
+                self._cancel()  # what is in flight, if one has raised
         # After the contexts are released: checks would delay the next call of another lane.
         pairs = zip(cut, found, strict=True)
         return [self.call.one_for_each(rows, result) for rows, result in pairs]
@@ -206,6 +215,8 @@ class Caller:
         try:
             with in_time(self.call.timeout_s):  # it may wait for room
                 future = self.call.submit(frame.copy(deep=False), contexts)
+            self._in_flight.add(future)
+            future.add_done_callback(self._in_flight.discard)
         except Exception as error:  # its rows are isolated like those of a batch that fails later
             future = Future()
             future.set_exception(error)
@@ -215,6 +226,10 @@ class Caller:
                 return future.result()
 
         return Submission(lambda: self._batch(frame, contexts, result), future)
+
+    def _cancel(self) -> None:
+        for future in list(self._in_flight):
+            future.cancel()
 
     def failed(self, frame: pd.DataFrame, error: Exception) -> list[pd.DataFrame]:
         """The results if all rows fail with `error`, without a call of the function."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dask_pcm.config import Config
-from dask_pcm.inference.engine.attention import packed, switch
+from dask_pcm.inference.engine.attention import switch
 from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.engine import Engine
+from dask_pcm.inference.engine.forward import Forward
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, KVShape, PagePool, n_pages_for
 from dask_pcm.inference.engine.probe import kv_shape
@@ -91,8 +92,6 @@ def _bytes_of_forward(model: PaddedModel, n_tokens: int) -> int:
         is_causal=model.is_causal,
         first_position=model.first_position,
     )
-    with torch.inference_mode(), packed(pack):
-        base = getattr(model.model, "base_model", model.model)
-        options = {"use_cache": False} if model.is_causal else {}
-        base(input_ids=pack.ids, position_ids=pack.positions, **options)
+    with torch.inference_mode():
+        Forward(model.model, model.is_causal).hidden(pack, [])
     return int(torch.cuda.max_memory_allocated(model.model.device) - before)

@@ -73,7 +73,10 @@ class Attendant(Protocol):
         """Take the memory and begin to serve."""
 
     def submit(self, request: Any) -> Future[Any]:
-        """Begin to serve a request; may block while there is no room for more."""
+        """Begin to serve a request; may block while there is no room for more.
+
+        A future that is cancelled is served no further.
+        """
 
     def hungry(self) -> int:
         """How many more rows it could serve at once, now."""

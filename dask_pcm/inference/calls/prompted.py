@@ -8,10 +8,10 @@ computed here in padded batches, if the model has no engine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pandas as pd
 
@@ -24,6 +24,9 @@ from dask_pcm.inference.prompts import ScoringError, Template, Text, cut_to_fit
 if TYPE_CHECKING:
     from dask_pcm.inference.language_model import LanguageModel
     from dask_pcm.inference.padded import PaddedModel
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 ERROR = "error"
 Fields = Mapping[str, str]
@@ -87,20 +90,15 @@ class Prompted(ABC):
 
     def submit(self, frame: pd.DataFrame, model: LanguageModel | Serving) -> Future[pd.DataFrame]:
         """Begin a batch by an engine; it is computed at once, if the model has none."""
-        found: Future[pd.DataFrame] = Future()
-
-        def finish(results: Future[list[Any]]) -> None:
-            try:
-                found.set_result(self._joined(frame, results.result()))
-            except BaseException as error:
-                found.set_exception(error)
-
-        self._submitted(frame, model).add_done_callback(finish)
-        return found
+        return _then(self._submitted(frame, model), lambda found: self._joined(frame, found))
 
     def values(self, frame: pd.DataFrame, model: LanguageModel | Serving) -> list[Any]:
         """The value of each row; waits for them."""
-        return [self.value(one) for one in self._submitted(frame, model).result()]
+        found = self._submitted(frame, model)
+        try:
+            return [self.value(one) for one in found.result()]
+        finally:
+            found.cancel()  # if this thread was interrupted
 
     def check_model(self, model: PaddedModel) -> None:
         """Raise PromptError if the model is an encoder, and this needs a causal one."""
@@ -141,28 +139,24 @@ class Prompted(ABC):
 
     def _submitted(self, frame: pd.DataFrame, model: LanguageModel | Serving) -> Future[list[Any]]:
         """Begin rows; the results are in their order, a text for each that has an error."""
-        found: Future[list[Any]] = Future()
         if not isinstance(model, Serving):
-            found.set_result(self._padded(model.padded, frame))
-            return found
+            done: Future[list[Any]] = Future()
+            done.set_result(self._padded(model.padded, frame))
+            return done
         live: PaddedModel = model.live.padded
         planned = self._plan(live, rows_as_text(frame, self.fields))
         plans = [plan for plan in planned if not isinstance(plan, str)]
         rows = [self.rows(live, plan) for plan in plans]
 
-        def finish(served: Future[list[Any]]) -> None:
-            try:
-                each = iter(served.result())
-                results = [
-                    self.result(live, plan, [next(each) for _ in mine])
-                    for plan, mine in zip(plans, rows, strict=True)
-                ]
-                found.set_result(_merged(planned, results))
-            except BaseException as error:
-                found.set_exception(error)
+        def merged(served: list[Any]) -> list[Any]:
+            each = iter(served)
+            results = [
+                self.result(live, plan, [next(each) for _ in mine])
+                for plan, mine in zip(plans, rows, strict=True)
+            ]
+            return _merged(planned, results)
 
-        model.submit([row for mine in rows for row in mine]).add_done_callback(finish)
-        return found
+        return _then(model.submit([row for mine in rows for row in mine]), merged)
 
     def _padded(self, model: PaddedModel, frame: pd.DataFrame) -> list[Any]:
         """Results of rows in padded batches, a text for each that has an error."""
@@ -202,6 +196,24 @@ class Prompted(ABC):
 
     def _prompts(self, rows: Sequence[Fields]) -> list[Text]:
         return [self.template.text_of(row, self.special_tokens_in_fields) for row in rows]
+
+
+def _then(before: Future[S], compute: Callable[[S], T]) -> Future[T]:
+    """What a function makes of a future's result; if either is cancelled, so is the other."""
+    found: Future[T] = Future()
+
+    def finish(ended: Future[S]) -> None:
+        if ended.cancelled():
+            found.cancel()
+        elif found.set_running_or_notify_cancel():
+            try:
+                found.set_result(compute(ended.result()))
+            except BaseException as error:
+                found.set_exception(error)
+
+    before.add_done_callback(finish)
+    found.add_done_callback(lambda ended: ended.cancelled() and before.cancel())
+    return found
 
 
 def encoder_refused(verb: str, model: str) -> PromptError:

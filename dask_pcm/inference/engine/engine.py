@@ -6,17 +6,17 @@ prepares the next one: scores are taken a step later, tokens at once, since they
 
 from __future__ import annotations
 
-import inspect
 import itertools
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from dask_pcm.inference.engine.attention import packed
 from dask_pcm.inference.engine.capacity import Capacity
+from dask_pcm.inference.engine.forward import Forward
 from dask_pcm.inference.engine.graphs import Graphs
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PagePool, on_device, on_host
@@ -32,6 +32,8 @@ from dask_pcm.inference.engine.rows import (
 from dask_pcm.inference.engine.sampling import Sampling, choose
 from dask_pcm.inference.engine.schedule import Part, Schedule
 from dask_pcm.ladder.objects.tensors import is_sticky
+
+logger = logging.getLogger(__name__)
 
 #: Logits that a step keeps at most.
 _MOST_LOGITS = 1 << 26
@@ -61,8 +63,8 @@ class Engine:
 
     Attributes
     ----------
-    n_steps, n_tokens
-        Forwards so far, and the tokens that they computed.
+    n_steps, n_tokens, n_failed
+        Forwards so far, the tokens that they computed, and forwards that failed.
     """
 
     def __init__(
@@ -75,19 +77,19 @@ class Engine:
         is_causal: bool = True,
         first_position: int = 0,
     ) -> None:
-        self._model = model
+        self._forward = Forward(model, is_causal)
         self._is_causal = is_causal
         self._first_position = first_position
-        self._base = getattr(model, "base_model", model)
         self._pool = pool
         self.capacity = capacity
-        self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._graphs = Graphs(lambda pack: self._forward(pack, None, False), pool)
+        self._graphs = Graphs(self._forward.logits, pool)
         self.schedule = Schedule(pool, max(1, _MOST_LOGITS // n_vocabulary))
         if self._graphs.is_on:  # a step of single tokens costs less than one with others
             self.schedule.least_admitted = _LEAST_ADMITTED
         self.n_steps = 0
         self.n_tokens = 0
+        self.n_failed = 0
+        self._has_warned = False
         #: What is to be done once the device has computed a step, and for how many rows.
         self._open: list[tuple[Callable[[], None], int]] = []
 
@@ -99,6 +101,10 @@ class Engine:
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows; each is told its result by ``Row.done`` within a ``step``."""
         self.schedule.add(rows)
+
+    def drop(self, rows: Collection[Row]) -> None:
+        """Forget rows that have not ended; they are told nothing more, or what is known already."""
+        self.schedule.drop(rows)
 
     def step(self) -> None:
         """Begin one forward, and tell results of the one before; does nothing without rows."""
@@ -113,23 +119,41 @@ class Engine:
         if n_tokens >= _FULL * tokens:
             self.capacity.observe(n_tokens, time.perf_counter() - begun)
 
-    def _try(self, parts: Sequence[Part]) -> None:
-        """Compute a forward; if it fails, its halves, down to the rows that are the cause."""
+    def _try(self, parts: Sequence[Part]) -> bool:
+        """Compute a forward; if it fails, its halves, down to the rows that are the cause.
+
+        Returns
+        -------
+        bool
+            Whether all of its rows were computed.
+        """
         try:
             self._run(parts)
-            return
+            return True
         except Exception as error:
+            self.n_failed += 1
             if is_sticky(error):  # every later forward would fail, and the rows are not the cause
                 raise
-            if is_out_of_memory(error):
+            said = f"{type(error).__name__}: {error}"
+            is_explained = is_out_of_memory(error)
+            if is_explained:
                 n_tokens = sum(len(part.segment.tokens) for part in parts)
                 self.capacity.fail(n_tokens)
             if len(parts) == 1:
-                self.schedule.fail(parts[0].row, RowError(f"{type(error).__name__}: {error}"))
-                return
+                self.schedule.fail(parts[0].row, RowError(said))
+                return False
         half = len(parts) // 2
-        self._try(parts[:half])
-        self._try(parts[half:])
+        is_whole = [self._try(part) for part in (parts[:half], parts[half:])]
+        if all(is_whole) and not is_explained and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "A step of %d rows failed, and each of them can be computed in smaller steps, which"
+                " take longer: %s. Please report it, with the model and the versions of torch and"
+                " transformers.",
+                len(parts),
+                said,
+            )
+        return all(is_whole)
 
     def _run(self, parts: Sequence[Part]) -> None:
         """Compute a forward, and take what it says of each row."""
@@ -148,8 +172,9 @@ class Engine:
                     for part, start in zip(parts, pack.starts, strict=True)
                     for k in part.kept
                 ]
-                at = on_device(kept, pack.ids.device)
-                outputs = self._forward(pack, at, isinstance(parts[0].row, Embedded))
+                is_embedding = isinstance(parts[0].row, Embedded)
+                compute = self._forward.hidden if is_embedding else self._forward.logits
+                outputs = compute(pack, on_device(kept, pack.ids.device))
         self.n_steps += 1
         self.n_tokens += sum(len(one.tokens) for one in segments)
         for part in parts:
@@ -171,20 +196,6 @@ class Engine:
         if self._is_causal:
             return Pack(segments, self._pool, device, first_position=first)
         return Pack(segments, None, device, is_causal=False, first_position=first)
-
-    def _forward(self, pack: Any, kept: Any, is_embedding: bool) -> Any:
-        """Logits, or hidden states, of the tokens that are kept, of all if None; float32."""
-        inputs = {"input_ids": pack.ids, "position_ids": pack.positions}
-        if self._is_causal:
-            inputs["use_cache"] = False
-        with packed(pack):
-            if kept is None:
-                return self._model(**inputs).logits[0].float()
-            if is_embedding or not len(kept):
-                return self._base(**inputs).last_hidden_state[0, kept].float()
-            if self._keeps_some:
-                return self._model(**inputs, logits_to_keep=kept).logits[0].float()
-            return self._model(**inputs).logits[0, kept].float()
 
     def _take_scores(self, found: Sequence[tuple[Scored, slice]], logits: Any) -> None:
         """Sum the log-probabilities of each ending's tokens."""

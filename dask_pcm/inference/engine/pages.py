@@ -159,7 +159,8 @@ def moved(values: Any, device: Any) -> Any:
 
     if torch.device(device).type != "cuda":
         return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    # Pinned memory is written, which is refused where elements share it, as in expanded tensors.
+    return values.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def on_host(values: Any) -> Callable[[], Any]:

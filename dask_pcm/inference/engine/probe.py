@@ -12,10 +12,10 @@ from typing import Any
 from dask_pcm.inference.engine.attention import (
     UnfitError,
     last_shape,
-    packed,
     switch,
     was_asked,
 )
+from dask_pcm.inference.engine.forward import Forward
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import KVShape, PagePool, n_pages_for
 
@@ -52,9 +52,9 @@ def packed_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Any]:
     found: list[Any] = []
     for segments in packs:
         pack = Pack(segments, pool, model.device)
-        with torch.inference_mode(), packed(pack):
-            inputs = {"input_ids": pack.ids, "position_ids": pack.positions, "use_cache": False}
-            found.append(model(**inputs).logits[0].split([len(s.tokens) for s in segments]))
+        with torch.inference_mode():
+            logits = Forward(model).logits(pack)
+        found.append(logits.split([len(s.tokens) for s in segments]))
     (start, *others), (end,) = found
     return [torch.cat([start, end]), *others]
 
@@ -70,9 +70,9 @@ def kv_shape(model: Any) -> KVShape:
     import torch
 
     pack = Pack([Segment([0, 0], [0, 1])], device=model.device)
-    with torch.inference_mode(), packed(pack):
-        model(input_ids=pack.ids, position_ids=pack.positions, use_cache=False)
-        shape = last_shape()
+    with torch.inference_mode():
+        Forward(model).logits(pack)
+    shape = last_shape()
     n_layers = model.config.get_text_config().num_hidden_layers
     if shape is None or shape.n_layers != n_layers:
         raise UnfitError("its layers differ in what they keep of a token")
@@ -94,11 +94,11 @@ def packed_hidden(model: Any, rows: Sequence[Sequence[int]], first_position: int
     switch(model)
     segments = [Segment(list(row), range(len(row))) for row in rows]
     pack = Pack(segments, device=model.device, is_causal=False, first_position=first_position)
-    with torch.inference_mode(), packed(pack):
-        found = model(input_ids=pack.ids, position_ids=pack.positions).last_hidden_state[0]
+    with torch.inference_mode():
+        found = Forward(model, is_causal=False).hidden(pack, slice(None))
     if not was_asked():
         raise UnfitError("its layers have an attention of their own")
-    split: Sequence[Any] = found.float().split([len(row) for row in rows])
+    split: Sequence[Any] = found.split([len(row) for row in rows])
     return split
 
 

@@ -10,7 +10,7 @@ again later, from their tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,18 @@ class Schedule:
         self.prefixes.leave(row)
         self._long = None if self._long is row else self._long
         row.done(result)
+
+    def drop(self, rows: Collection[Row]) -> None:
+        """Forget rows: they let go of what they hold."""
+        gone = {id(row) for row in rows}
+        self._new = [row for row in self._new if id(row) not in gone]
+        self._waiting = [row for row in self._waiting if id(row) not in gone]
+        self._running = [row for row in self._running if id(row) not in gone]
+        for row in rows:
+            self._let_go(row)
+            self.prefixes.leave(row)
+            self._long = None if self._long is row else self._long
+            self._stuck = None if self._stuck is row else self._stuck
 
     def fail(self, row: Row, error: RowError) -> None:
         """A row cannot be computed; if it is a prefix, its rows do without it."""

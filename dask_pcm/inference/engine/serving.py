@@ -57,6 +57,8 @@ class Serving:
         self._make = make
         self._changed = threading.Condition()
         self._inbox: list[Row] = []
+        #: Rows whose request was cancelled.
+        self._withdrawn: list[Row] = []
         #: Requests that have not ended.
         self._requests: dict[Future[list[Any]], _Request] = {}
         #: Threads whose next request is accepted at once.
@@ -90,7 +92,8 @@ class Serving:
     def submit(self, request: Sequence[Row]) -> Future[list[Any]]:
         """Compute rows; the result has that of each in their order, ``RowError`` for some perhaps.
 
-        Waits while there are as many rows as the engine wants, or another thread has it alone.
+        Waits while there are as many rows as the engine wants, or another thread has it alone. If
+        the future is cancelled, its rows are computed no further.
 
         Raises
         ------
@@ -117,6 +120,7 @@ class Serving:
             self._n_threads = _n_threads()
             self._inbox += request
             self._changed.notify_all()
+        future.add_done_callback(self._withdraw)
         return future
 
     def wait_for_room(self, timeout_s: float | None) -> bool:
@@ -163,8 +167,9 @@ class Serving:
         with self._changed:
             self._changed.wait_for(lambda: self._alone is None or not self._is_open)
             self._alone = me
-            self._changed.wait_for(lambda: not self._requests or not self._is_open)
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._requests or not self._is_open)
             yield
         finally:
             with self._changed:
@@ -201,11 +206,19 @@ class Serving:
         request.found[k] = result
         with self._changed:
             request.n_missing -= 1
-            if not request.n_missing:
-                del self._requests[future]
-                self._changed.notify_all()
-        if not request.n_missing:
+            if request.n_missing or self._requests.pop(future, None) is None:
+                return
+            self._changed.notify_all()
+        if future.set_running_or_notify_cancel():
             future.set_result(request.found)
+
+    def _withdraw(self, future: Future[list[Any]]) -> None:
+        """A request has ended; if it was cancelled, its rows go."""
+        if future.cancelled():
+            with self._changed:
+                request = self._requests.pop(future, None)
+                self._withdrawn += request.rows if request is not None else []
+                self._changed.notify_all()
 
     def _serve(self, engine: Engine) -> None:
         """Compute steps while there are rows; the engine's thread."""
@@ -216,15 +229,17 @@ class Serving:
             while True:
                 with self._changed:
                     self._changed.wait_for(
-                        lambda: self._inbox or engine.n_rows or not self._is_open
+                        lambda: self._inbox or self._withdrawn or engine.n_rows or not self._is_open
                     )
                     if not self._is_open:
                         break
                     new, self._inbox = self._inbox, []
+                    withdrawn, self._withdrawn = self._withdrawn, []
                     n_threads = self._n_threads
                 if n_threads != _n_threads():
                     torch.set_num_threads(n_threads)
                 engine.add(new)
+                engine.drop(withdrawn)
                 engine.step()
         except BaseException as raised:  # of the device, or a fault of ours: no step is possible
             error = raised
@@ -233,7 +248,8 @@ class Serving:
             left, self._requests = list(self._requests), {}
             self._changed.notify_all()
         for future in left:
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
 
 def _n_threads() -> int:

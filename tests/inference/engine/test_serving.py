@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -110,14 +112,14 @@ def test_it_drains(serving):
 
 def broken(engine, raises, error):
     """Have forwards fail, of which `raises` says so by their token ids."""
-    forward = engine._forward
+    logits = engine._forward.logits
 
-    def failing(pack, kept, is_embedding):
+    def failing(pack, kept):
         if raises(pack.ids[0].tolist()):
             raise error
-        return forward(pack, kept, is_embedding)
+        return logits(pack, kept)
 
-    engine._forward = failing
+    engine._forward.logits = failing
 
 
 def test_a_row_that_fails_does_so_alone(serving, model):
@@ -234,3 +236,72 @@ def test_a_text_that_goes_on_ends_where_it_would_have(serving, n_kept):
     assert ask() == expected
     serving.resume({})
     assert serving._drafts == {}
+
+
+def test_rows_of_a_cancelled_request_are_computed_no_further(serving, model):
+    """Whatever they are doing: waiting, in pages, or in the step that runs."""
+    engine = serving.made[0]
+    begun = [serving.submit([endless([1, 2, k]), scored([3, k])]) for k in range(8)]
+    until(lambda: all(row.tokens[3:] for row in engine.schedule._running), patient(20))
+    kept = serving.submit([scored([4, 5, 6])])
+    assert all(one.cancel() for one in begun[:7])
+    until(lambda: engine.n_rows == 1, patient(20))
+    assert kept.result(patient(20)) and serving.hungry() == 29  # one has been scored
+    assert begun[7].cancel() and not any(one.cancel() for one in [kept])
+    until(lambda: engine.n_rows == 0, patient(20))
+    assert serving.hungry() == 30
+    assert serving.submit([scored([7])]).result(patient(20))
+    engine._pool.validate()
+    while engine.schedule.prefixes.drop_one():
+        pass
+    assert engine._pool.n_free == engine._pool.n_pages
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_to_be_alone_gives_its_turn_back(serving):
+    running = serving.submit([endless([1, 2])])
+    waits = threading.Event()
+
+    def interrupted():
+        with pytest.raises(TimeoutError), serving.alone():
+            raise AssertionError("it is not alone")
+
+    real = serving._changed.wait_for
+
+    def wait_for(is_true, timeout=None):
+        if serving._alone is None or threading.current_thread() is not thread:
+            return real(is_true, timeout)
+        waits.set()
+        raise TimeoutError
+
+    serving._changed.wait_for = wait_for
+    thread = threading.Thread(target=interrupted)
+    thread.start()
+    assert waits.wait(patient(10))
+    thread.join(patient(10))
+    running.cancel()
+    assert serving.submit([scored([1, 2, 3])]).result(patient(20))
+
+
+def test_a_closed_engine_leaves_nothing_on_the_device(model):
+    """Its pages are free at once, not when Python's collector finds them."""
+    pools = []
+
+    def make():
+        engine = model.engine().engine
+        pools.append(weakref.ref(engine._pool))
+        return engine
+
+    serving = Serving(make, n_bytes=0, n_rows=30)
+    gc.collect()
+    gc.disable()
+    try:
+        serving.start()
+        serving.submit([scored([1, 2, 3])]).result(patient(20))
+        left = serving.submit([endless([1, 2]), scored([3])])
+        until(lambda: not left.done(), patient(5))
+        serving.close()
+        assert pools[0]() is None
+    finally:
+        gc.enable()
+    with pytest.raises(EngineClosedError):
+        left.result()
