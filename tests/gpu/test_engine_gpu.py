@@ -24,6 +24,7 @@ def test_scores_and_tokens_are_those_of_each_row_alone(family):
         driven.score(("score", k), row, ENDINGS)
         driven.generate(("new", k), row, 6)
     found = driven.run()
+    assert not driven.engine.n_failed
     for k, (scores, new) in enumerate(expected):
         assert found["score", k] == pytest.approx(scores, abs=1e-3)
         assert found["new", k] == new
@@ -40,6 +41,7 @@ def test_bfloat16_differs_by_its_rounding(family):
     for k, row in enumerate(prompts):
         driven.score(k, row, ENDINGS)
     found = driven.run()
+    assert not driven.engine.n_failed
     for k, scores in enumerate(expected):
         assert found[k] == pytest.approx(scores, rel=0.05, abs=0.3)
 
@@ -53,6 +55,7 @@ def test_tokens_in_bfloat16_are_about_the_likeliest(family):
     for k, row in enumerate(prompts):
         driven.generate(k, row, 3 + k)
     found = driven.run()
+    assert not driven.engine.n_failed
     graphs = driven.engine._graphs
     assert graphs.is_on and graphs._made  # steps of single tokens were graphs
     one.model.to("cpu", torch.float32)
@@ -76,6 +79,7 @@ def test_texts_in_bfloat16_go_on_from_their_drafts():
     for k, row in enumerate(prompts):
         again.generate(k, row, 12, draft=drafts[k])
     found = again.run()
+    assert not again.engine.n_failed
     one.model.to("cpu", torch.float32)
     for k, row in enumerate(prompts):
         assert len(found[k]) == 12 and found[k][: len(drafts[k])] == drafts[k]

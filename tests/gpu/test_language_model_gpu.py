@@ -17,7 +17,10 @@ from tests.support import models as tiny
 from tests.support.patience import patient
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # DeBERTa's
+]
 TEXTS = ["the moon is round", "yes", "Answer: no maybe " * 12, "", "a b c d", "🙂 שלום عالم"] * 9
 PROMPTS = [text for text in TEXTS if text]
 CHOICES = [" yes", " no", " maybe not"]

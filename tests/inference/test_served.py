@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pandas as pd
 import pytest
 import torch
 
+import dask_pcm as pcm
 from dask_pcm.errors import LoadError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
@@ -19,6 +21,8 @@ from dask_pcm.inference.padded import PaddedModel
 from dask_pcm.inference.probe import probe
 from dask_pcm.inference.prompts import Template
 from dask_pcm.inference.served import attendant_of
+from dask_pcm.ladder.store import Store
+from dask_pcm.tiers import Tier
 from tests.conftest import patient
 from tests.inference.engine.conftest import FAMILIES as EXACT
 from tests.inference.test_probe import FAMILIES
@@ -137,3 +141,36 @@ def test_windows_are_as_wide_as_before_afterwards():
     with narrowed(model):
         assert model.config.sliding_window == 16
     assert model.config.sliding_window == 100
+
+
+def test_a_model_leaves_the_device_between_two_calls_and_comes_back(tmp_path):
+    """Down to the host tier, not dropped: nothing of its engine refers to it any more."""
+    ref = pcm.LLM(tiny.saved(tmp_path / "model", tiny.llama()), device="cpu").ref
+    store = Store(is_mapped=False)
+    prompts = ["the moon is round", "a b c d"] * 5
+    found = []
+    gc.collect()
+    gc.disable()  # what only Python's collector would free counts as used elsewhere
+    try:
+        for _ in range(3):
+            with store.acquire([ref]) as (model,):
+                texts = model.generate(prompts, max_tokens=6)
+                answers = model.classify(prompts, [" yes", " no"])
+                found.append(([one.text for one in texts], [one.logprobs for one in answers]))
+                del model
+            assert store.offload(ref.digest) and store.tier(ref.digest) is Tier.HOST
+    finally:
+        gc.enable()
+    assert found[1] == found[0] and found[2] == found[0]
+    assert store.n_loads(ref.digest) == 1
+    store.close()
+
+
+def test_rows_of_a_call_that_is_cancelled_leave_the_engine(demo, served):
+    future = CALL.submit(generate(512, seed=7), served)
+    assert served.hungry() < 100
+    assert future.cancel()
+    assert served.hungry() == served.n_rows
+    claims = generate(3, seed=8)
+    found = CALL.submit(claims, served).result(patient(60))
+    assert found.answer.tolist() == CALL(claims, demo).answer.tolist()

@@ -135,6 +135,18 @@ def test_a_row_that_fails_does_so_alone(serving, model):
             assert found[k] == pytest.approx(model.scores(row, ENDINGS), abs=1e-4)
 
 
+def test_a_step_that_fails_as_a_whole_and_not_in_parts_is_said_once(serving, model, caplog):
+    rng = random.Random(5)
+    rows = [text(rng, 9) for _ in range(20)]
+    broken(serving.made[0], lambda ids: len(ids) > 20, ValueError("some fault of ours"))
+    found = serving.submit([scored(row) for row in rows]).result(patient(30))
+    serving.close()
+    for row, scores in zip(rows, found, strict=True):
+        assert scores == pytest.approx(model.scores(row, ENDINGS), abs=1e-4)
+    said = [one.message for one in caplog.records if "some fault of ours" in one.message]
+    assert len(said) == 1 and "smaller steps" in said[0] and serving.made[0].n_failed > 1
+
+
 def test_a_prefix_that_fails_is_done_without(serving, model):
     rng = random.Random(4)
     shared = text(rng, 60)
