@@ -29,7 +29,7 @@ PARTS = {
     "alternating": 60,
     "main job": 210,
     "inference": 240,
-    "generation": 400,
+    "generation": 420,
 }
 #: Rows of the main job; layers of the larger model (25 MiB each).
 N_ROWS, N_LAYERS = 20_000, 40
