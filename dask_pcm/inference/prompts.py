@@ -232,9 +232,13 @@ def _has_prefix(sequences: Sequence[Tokens]) -> bool:
 def _n_shared(sequences: Sequence[Tokens]) -> int:
     """Length of the common prefix; that of the least and the greatest sequence is that of all."""
     low, high = min(sequences), max(sequences)
-    n = 0
-    while n < min(len(low), len(high)) and low[n] == high[n]:
-        n += 1
+    n, most = 0, min(len(low), len(high))
+    while n < most:  # by halves: comparing slices is fast
+        middle = (n + most + 1) // 2
+        if low[:middle] == high[:middle]:
+            n = middle
+        else:
+            most = middle - 1
     return n
 
 

@@ -46,6 +46,8 @@ class Encoder:
         if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
             backend.no_truncation()
             backend.no_padding()
+        #: Whether its backend alone has the ids; that is three times as fast as a call.
+        self._is_plain = backend is not None and not _has_own_call(type(tokenizer))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_guarded": None}  # large, rarely needed, and rebuilt on demand
@@ -61,17 +63,19 @@ class Encoder:
             Whether an end-of-text token that the tokenizer adds is kept.
         """
         given = [Text((Part(t, is_own=False),)) if isinstance(t, str) else t for t in texts]
-        is_guarded = [self._spells_control(text) for text in given]
-        plain = [text for text, guarded in zip(given, is_guarded, strict=True) if not guarded]
-        found = iter(self._encode([str(text) for text in plain]))
+        said = [str(text) for text in given]
+        is_guarded = list(map(self._spells_control, given, said))
+        found = iter(
+            self._encode([s for s, guarded in zip(said, is_guarded, strict=True) if not guarded])
+        )
         return [
             self._trimmed(self._encode_guarded(text) if guarded else next(found), keeps_end)
             for text, guarded in zip(given, is_guarded, strict=True)
         ]
 
-    def _spells_control(self, text: Text) -> bool:
+    def _spells_control(self, text: Text, said: str) -> bool:
         """Whether a control token's name overlaps a part that is not the template's own."""
-        spans = [match.span() for match in self._control.finditer(str(text))]
+        spans = [match.span() for match in self._control.finditer(said)]
         if not spans:
             return False
         start = 0
@@ -86,6 +90,14 @@ class Encoder:
         """Encode texts with the model's own tokenizer, in one call."""
         if not texts:
             return []
+        if self._is_plain:
+            backend, splits = (
+                self._tokenizer.backend_tokenizer,
+                self._tokenizer.split_special_tokens,
+            )
+            if backend.encode_special_tokens != splits:  # a copy has forgotten it
+                backend.encode_special_tokens = splits
+            return [one.ids for one in backend.encode_batch_fast(texts)]
         found = self._tokenizer(texts, add_special_tokens=True, verbose=False)
         return [list(ids) for ids in found["input_ids"]]
 
@@ -123,6 +135,15 @@ class Encoder:
             ids = ids[1:]
         # Some tokenizers append an end-of-text token, after which no answer can follow.
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._eos and not keeps_end else ids
+
+
+def _has_own_call(kind: type) -> bool:
+    """Whether a class of tokenizers does something of its own to texts, before its backend."""
+    return any(
+        {"__call__", "_encode_plus", "_batch_encode_plus"} & vars(one).keys()
+        for one in kind.__mro__
+        if not one.__module__.startswith("transformers.tokenization_")
+    )
 
 
 class _Guarded:

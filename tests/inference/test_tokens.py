@@ -6,6 +6,7 @@ import pickle
 
 import pandas as pd
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,12 +56,37 @@ def test_control_tokens_of_the_template_count_and_those_of_a_row_do_not(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("splits", [False, True])
+def test_ids_are_those_of_a_call_of_the_tokenizer(kind, splits):
+    words = tiny.tokenizer(kind, bos=True)
+    words.split_special_tokens = splits
+    texts = ["the moon is round", "", "a <|turn|> b", "🙂 שלום", "  two  spaces \n", "x" * 300]
+    expected = [list(ids) for ids in words(texts)["input_ids"]]
+    words.backend_tokenizer.enable_truncation(3)  # as a folder may have it
+    words.backend_tokenizer.enable_padding(length=50)
+    own = [Text((Part(text, is_own=True),)) for text in texts]
+    for encode in (one := Encoder(words), pickle.loads(pickle.dumps(one))):
+        assert encode(own, keeps_end=True) == expected
+
+
+def test_a_tokenizer_that_does_something_of_its_own_is_called():
+    class Shouting(transformers.PreTrainedTokenizerFast):
+        def _encode_plus(self, text, **options):
+            return super()._encode_plus([one.upper() for one in text], **options)
+
+    backend = tiny.tokenizer("words").backend_tokenizer
+    encode = Encoder(Shouting(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"))
+    plain = Encoder(tiny.tokenizer("words"))
+    assert encode(["the moon"]) == plain(["THE MOON"]) != plain(["the moon"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=50)
 @given(claim=st.text("abc moon<|>s/.\n", max_size=20))
 def test_seams_are_those_of_the_joined_text(kind, claim):
     """The tokenizer with other names is the same in all else."""
     text, encode = row(claim), ENCODERS[kind]
-    if not encode._spells_control(text):
+    if not encode._spells_control(text, str(text)):
         found = GUARDED[kind].encode(text, encode._control)
         assert found == TOKENIZERS[kind](str(text)).input_ids
 

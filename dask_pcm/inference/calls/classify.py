@@ -70,8 +70,9 @@ class Classify(Prompted):
     def plans(self, model: PaddedModel, rows: Sequence[Fields]) -> list[Scoring | str]:
         """Tokenise every prompt with every choice in one call."""
         texts = [
-            prompt.followed_by(separator(str(prompt)) + choice.strip())
+            prompt.followed_by(between + choice.strip())
             for prompt in self._prompts(rows)
+            for between in [separator(str(prompt))]
             for choice in self.choices
         ]
         tokens = model.tokenize(texts) if texts else []
