@@ -35,6 +35,7 @@ from dask_pcm.inference.engine.serving import Serving
 from dask_pcm.inference.language_model import LanguageModel
 from dask_pcm.inference.loading import load_model
 from dask_pcm.inference.padded import PaddedModel
+from dask_pcm.inference.padded_generate import continue_rows
 from dask_pcm.inference.prompts import Scoring, plan_scoring
 
 #: A family is wrong from this difference of log-probabilities on, relative to their spread if that
@@ -179,7 +180,7 @@ def results_of(live: LanguageModel, texts: Sequence[str]) -> Results:
     if not live.is_attended:
         numbers, n_tokens = range(len(texts)), Config.read().batch_tokens
         each = [_N_NEW] * len(texts)
-        new = model.generate(starts, numbers, each, Sampling(), None, n_tokens)
+        new = continue_rows(model, starts, numbers, each, Sampling(), None, n_tokens, model.stops)
         return Results(model.score(plans, n_tokens), [_tokens(one) for one in new])
     scored: list[Row] = [Scored(list(one.shared), trie=trie_of(one.endings)) for one in plans]
     continued = [

@@ -45,6 +45,13 @@ class LLM(Context):
     trust_remote_code : bool, default False
         Whether code in the folder may be run, here and on workers, for models that transformers
         does not know itself. Without it, such a folder is refused.
+    deterministic : bool, default False
+        Whether a row's result is the same to the last bit in any batch, on any worker and at any
+        attempt, on the same kind of device with the same versions. Then each forward has 16 rows of
+        a length that is rounded up to a multiple of 32, however few there are, and no engine
+        computes it: it takes several times as long. It is of use in half precision, where the order
+        in which numbers are summed may change an answer; in float32 the same tokens are chosen
+        without it.
     name, device_memory
         As in ``Context``. `device_memory` is the size of the weights by default, in bytes, and 0 on
         the CPU.
@@ -76,6 +83,7 @@ class LLM(Context):
         dtype: str = "auto",
         device: str | None = "auto",
         trust_remote_code: bool = False,
+        deterministic: bool = False,
         name: str | None = None,
         device_memory: int | str | None = None,
     ) -> None:
@@ -83,10 +91,10 @@ class LLM(Context):
             raise ModelError(f"LLM needs a model folder or a hub id; found {model!r}.")
         if dtype not in _DTYPES:
             raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}; found {dtype!r}.")
-        if not isinstance(trust_remote_code, bool):
-            raise ModelError(
-                f"trust_remote_code must be True or False; found {trust_remote_code!r}."
-            )
+        flags = {"trust_remote_code": trust_remote_code, "deterministic": deterministic}
+        for flag, value in flags.items():
+            if not isinstance(value, bool):
+                raise ModelError(f"{flag} must be True or False; found {value!r}.")
         path, commit = _resolve(os.fspath(model), revision, trust_remote_code)
         weights = check_folder(path, trust_remote_code)
         embeds_only, runs_code = is_encoder(path), trust_remote_code and has_code(path)
@@ -102,6 +110,8 @@ class LLM(Context):
         name = name or Path(os.fspath(model)).name
         is_on_device = device != "cpu"
         kind: dict[str, Any] = {"is_encoder": True} if embeds_only else {}
+        if deterministic:
+            kind["deterministic"] = True
         if runs_code:  # its classes cannot be found by another process
             kind.update(runs_code=True, reattach=False)
         memory = _bytes_of(weights) if device_memory is None and is_on_device else device_memory

@@ -23,6 +23,7 @@ def load_model(
     content: str | None = None,
     is_encoder: bool = False,
     runs_code: bool = False,
+    deterministic: bool = False,
 ) -> LanguageModel:
     """Load a model folder on a worker; the loader of ``LLM``.
 
@@ -41,6 +42,8 @@ def load_model(
         Whether its tokens see those after them; then it only embeds texts.
     runs_code
         Whether the model's classes are those in the folder.
+    deterministic
+        Whether forwards have fixed shapes; see ``LLM``.
 
     Raises
     ------
@@ -74,8 +77,14 @@ def load_model(
         _check(found, path)
         model = model.to(device)
     model.requires_grad_(False)
-    padded = PaddedModel(model.eval(), tokenizer, is_causal=not is_encoder, folder=path)
-    is_attended = ensure_exact(padded, content)
+    padded = PaddedModel(
+        model.eval(),
+        tokenizer,
+        is_causal=not is_encoder,
+        is_deterministic=deterministic,
+        folder=path,
+    )
+    is_attended = ensure_exact(padded, content) and not deterministic
     if not is_attended:
         switch_back(model)
     return LanguageModel(padded, is_attended=is_attended)

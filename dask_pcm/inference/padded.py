@@ -6,20 +6,22 @@ attention mask is needed; encoders get one. ``probe`` verifies both when a model
 
 from __future__ import annotations
 
-import functools
 import inspect
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from dask_pcm.inference.engine.rows import NOT_A_NUMBER, Pooling, RowError
-from dask_pcm.inference.engine.sampling import Sampling, perturbed
 from dask_pcm.inference.prompts import Scoring, ScoringError, Text, batches_by_length
 from dask_pcm.inference.tokens import Encoder
 
+#: Rows of a forward, and of what its lengths are multiples, where shapes are fixed; and positions
+#: whose logits are kept. Few are computed in vain then.
+FIXED_ROWS, _FIXED_TOKENS, _FIXED_POSITIONS = 16, 32, 16
 #: Tokenizers without a limit report a number such as 10**30.
 _NO_LIMIT = 10**9
 #: Forwards of this process in padded batches: two at a time would take twice the memory.
@@ -38,6 +40,9 @@ class PaddedModel:
     ----------
     is_causal
         False for encoders, which only embed texts.
+    is_deterministic
+        Whether the shapes of a forward depend on the length of a row and on nothing else: then
+        neither do the orders in which a device sums numbers.
     folder
         Where its files are.
     first_position
@@ -52,9 +57,16 @@ class PaddedModel:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, is_causal: bool = True, folder: str = ""
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        is_causal: bool = True,
+        is_deterministic: bool = False,
+        folder: str = "",
     ) -> None:
         self.model = model
+        self.is_deterministic = is_deterministic
         self.folder = folder
         self.is_causal = is_causal
         self.first_position = _first_position(model)
@@ -69,6 +81,8 @@ class PaddedModel:
         is_all = short is None or (self.max_tokens is not None and self.max_tokens <= short)
         self.short_tokens = None if is_all else short
         self.n_embeddings = _n_embeddings(model)
+        #: Whether rows may be continued together; None until that is known (``padded_generate``).
+        self.continues_batches: bool | None = None
         self._encoder = Encoder(tokenizer)
         self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -172,153 +186,36 @@ class PaddedModel:
         return scores
 
     def _batches(self, lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-        """``batches_by_length`` of sequences that have the same rotary frequencies."""
-        if self.short_tokens is None:
-            return batches_by_length(lengths, batch_tokens)
+        """``batches_by_length`` of sequences that have the same rotary frequencies, or shapes."""
+        kinds: dict[Any, list[int]] = {}
+        for k, n in enumerate(lengths):
+            shape = self._fixed_length(n) if self.is_deterministic else None
+            kinds.setdefault((n > (self.short_tokens or math.inf), shape), []).append(k)
         found = []
-        for is_long in (True, False):
-            mine = [k for k, n in enumerate(lengths) if (n > self.short_tokens) == is_long]
-            groups = batches_by_length([lengths[k] for k in mine], batch_tokens)
+        for mine in kinds.values():
+            if self.is_deterministic:
+                groups = [[*one] for one in _chunks(range(len(mine)), FIXED_ROWS)]
+            else:
+                groups = batches_by_length([lengths[k] for k in mine], batch_tokens)
             found += [[mine[k] for k in group] for group in groups]
         return found
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        numbers: Sequence[int],
-        n_max: Sequence[int],
-        sampling: Sampling,
-        is_over: Callable[[Sequence[int]], bool] | None,
-        batch_tokens: int,
-        stops: frozenset[int] | None = None,
-    ) -> list[list[int] | RowError]:
-        """Continue prompts with transformers' ``generate``, those of the same length together.
+    def _fixed_length(self, n_tokens: int) -> int:
+        """The tokens that a sequence has when its shape is fixed."""
+        rounded = -(-n_tokens // _FIXED_TOKENS) * _FIXED_TOKENS
+        return max(n_tokens, min(rounded, self.max_tokens or rounded))
 
-        Nothing is padded: models that have no engine differ in what they make of padding. Some
-        mix the states of a batch's rows; these are continued one row at a time.
-
-        Parameters
-        ----------
-        prompts, numbers, n_max
-            Token ids of each row, the number that its samples depend on, and new tokens at most.
-        is_over
-            Says of a row's new tokens whether they are enough.
-        batch_tokens
-            Tokens of a batch at most, new ones included.
-        stops
-            Tokens that end a row; those of the model by default.
-        """
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, (prompt, n) in enumerate(zip(prompts, n_max, strict=True)):
-            groups.setdefault((len(prompt), n), []).append(row)
-        found: list[list[int] | RowError] = [[] for _ in prompts]
-        with _one_at_a_time:
-            for (n_prompt, n), rows in groups.items():
-                size = max(1, batch_tokens // (n_prompt + n))
-                if len(rows) > 1 and not self._continues_batches:
-                    size = 1
-                for at in range(0, len(rows), size):
-                    batch = rows[at : at + size]
-                    new = self._continued(
-                        [prompts[k] for k in batch],
-                        [numbers[k] for k in batch],
-                        n,
-                        sampling,
-                        is_over,
-                        self.stops if stops is None else stops,
-                    )
-                    for row, tokens in zip(batch, new, strict=True):
-                        found[row] = tokens
-        return found
-
-    @functools.cached_property
-    def _continues_batches(self) -> bool:
-        """Whether rows of a batch have the logits that they have alone once they are continued.
-
-        Not so for RWKV in transformers 5.23.
-        """
+    def _ids(self, sequences: Sequence[Sequence[int]]) -> Any:
+        """Token ids on the device, padded on the right; with rows more if shapes are fixed."""
         import torch
 
-        n = self.n_embeddings
-        texts = torch.tensor(
-            [[(7 * k + 3) % n for k in range(8)], [(5 * k + 4) % n for k in range(8)]]
-        )
-        both = self._logits_of_second(texts)
-        alone = torch.cat([self._logits_of_second(text[None]) for text in texts])
-        # Half precision may send a token to another expert; then rows are continued one at a time.
-        most = 1e-3 if self.model.dtype.itemsize >= 4 else 0.1
-        return bool(((both - alone).std(-1) <= most * alone.std(-1)).all())
-
-    def _logits_of_second(self, texts: Any) -> Any:
-        """Logits of the second new token of texts, shape (texts, vocabulary)."""
-        import torch
-        import transformers
-
-        ids = texts.to(self.model.device)
-        settings = transformers.GenerationConfig(
-            min_new_tokens=2,
-            max_new_tokens=2,
-            do_sample=False,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        with torch.inference_mode():
-            mask = torch.ones_like(ids)
-            found = self.model.generate(ids, attention_mask=mask, generation_config=settings)
-        return found.logits[1].float()
-
-    def _continued(
-        self,
-        prompts: Sequence[Sequence[int]],
-        numbers: Sequence[int],
-        n_max: int,
-        sampling: Sampling,
-        is_over: Callable[[Sequence[int]], bool] | None,
-        stops: frozenset[int],
-    ) -> list[list[int] | RowError]:
-        """Continue prompts of the same length."""
-        import torch
-        import transformers
-
-        n_prompt = len(prompts[0])
-        ids = torch.tensor(prompts, device=self.model.device)
-        fill = next(iter(stops), 0)
-        is_number = torch.ones(len(prompts), dtype=torch.bool, device=ids.device)
-
-        def choose(tokens: Any, logits: Any) -> Any:
-            is_number.logical_and_(~logits.isnan().any(-1))
-            return perturbed(logits.float(), sampling, numbers, [tokens.shape[1]] * len(prompts))
-
-        def ends(tokens: Any, logits: Any, **_: Any) -> Any:
-            over = [is_over is not None and is_over(one) for one in tokens[:, n_prompt:].tolist()]
-            return torch.tensor(over, device=tokens.device)
-
-        settings = transformers.GenerationConfig(
-            max_new_tokens=n_max,
-            do_sample=False,
-            eos_token_id=sorted(stops) or None,
-            pad_token_id=fill,
-        )
-        with torch.inference_mode():
-            out = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=settings,
-                logits_processor=transformers.LogitsProcessorList([choose]),
-                stopping_criteria=transformers.StoppingCriteriaList([ends]),
-            )
-        found: list[list[int] | RowError] = []
-        for tokens, is_good in zip(out[:, n_prompt:].tolist(), is_number.tolist(), strict=True):
-            if not is_good:
-                found.append(RowError(NOT_A_NUMBER))
-                continue
-            end = next((k for k, token in enumerate(tokens) if token in stops), len(tokens))
-            row = tokens[:end]
-            while is_over is not None and row and is_over(row[:-1]):  # others went on
-                row = row[:-1]
-            found.append(row)
-        return found
+        n_tokens = max(map(len, sequences))
+        if self.is_deterministic:
+            n_tokens = self._fixed_length(n_tokens)
+            sequences = [*sequences, *[sequences[-1]] * (FIXED_ROWS - len(sequences))]
+        # Pad each sequence with its own last token: not every model has a padding token.
+        padded = [[*tokens, *[tokens[-1]] * (n_tokens - len(tokens))] for tokens in sequences]
+        return torch.tensor(padded, device=self.model.device)
 
     def embed(
         self, texts: Sequence[Sequence[int]], pooling: Pooling, batch_tokens: int
@@ -349,16 +246,17 @@ class PaddedModel:
         """
         import torch
 
-        n_tokens = max(map(len, sequences))
-        padded = [[*tokens, *[tokens[-1]] * (n_tokens - len(tokens))] for tokens in sequences]
+        ids = self._ids(sequences)
         options: dict[str, Any] = {"use_cache": False}
         if not self.is_causal:
-            lines = [[1] * len(tokens) + [0] * (n_tokens - len(tokens)) for tokens in sequences]
-            options = {"attention_mask": torch.tensor(lines, device=self.model.device)}
-        ids = torch.tensor(padded, device=self.model.device)
+            lengths = torch.full((len(ids), 1), len(sequences[-1]))
+            lengths[: len(sequences), 0] = torch.tensor([len(one) for one in sequences])
+            mask = (torch.arange(ids.shape[1]) < lengths).long()
+            options = {"attention_mask": mask.to(ids.device)}
         base = getattr(self.model, "base_model", self.model)
         with torch.inference_mode():
-            return base(input_ids=ids, **options).last_hidden_state.float()
+            found = base(input_ids=ids, **options).last_hidden_state
+        return found[: len(sequences), : max(map(len, sequences))].float()
 
     def logits(self, sequences: Sequence[Sequence[int]], positions: Sequence[int]) -> Any:
         """Run one forward pass; return logits of shape (sequences, positions, vocabulary).
@@ -376,15 +274,20 @@ class PaddedModel:
         """
         import torch
 
-        n_tokens = max(map(len, sequences))
-        # Pad each sequence with its own last token: not every model has a padding token.
-        padded = [[*tokens, *[tokens[-1]] * (n_tokens - len(tokens))] for tokens in sequences]
-        ids = torch.tensor(padded, device=self.model.device)
-        kept = torch.tensor(positions, device=self.model.device)
-        options = {"logits_to_keep": kept} if self._keeps_some else {}
+        ids, n_kept = self._ids(sequences), len(positions)
+        wanted = [positions]
+        if self.is_deterministic:  # positions depend on the other rows: as many at a time
+            more = [positions[-1]] * (-n_kept % _FIXED_POSITIONS)
+            wanted = _chunks([*positions, *more], _FIXED_POSITIONS)
+        found = []
         with torch.inference_mode():
-            logits = self.model(input_ids=ids, use_cache=False, **options).logits
-            return logits if self._keeps_some else logits[:, kept]
+            for some in wanted:
+                kept = torch.tensor(some, device=ids.device)
+                options = {"logits_to_keep": kept} if self._keeps_some else {}
+                logits = self.model(input_ids=ids, use_cache=False, **options).logits
+                logits = logits if self._keeps_some else logits[:, kept]
+                found.append(logits[: len(sequences)])
+            return torch.cat(found, 1)[:, :n_kept] if len(found) > 1 else found[0][:, :n_kept]
 
     def _logprobs(
         self, sequences: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int, int]]
@@ -400,6 +303,10 @@ class PaddedModel:
         with torch.inference_mode():
             kept = torch.log_softmax(logits[line, position].float(), dim=-1)
             return kept.gather(1, token[:, None])[:, 0].tolist()
+
+
+def _chunks(values: Sequence[Any], n: int) -> list[Any]:
+    return [values[at : at + n] for at in range(0, len(values), n)]
 
 
 def _first_position(model: Any) -> int:

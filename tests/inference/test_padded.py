@@ -9,7 +9,6 @@ import transformers
 from dask_pcm.errors import ModelError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
-from dask_pcm.inference.engine.sampling import Sampling
 from dask_pcm.inference.loading import load_model, load_onto
 from dask_pcm.inference.model_folder import weight_files
 from dask_pcm.inference.padded import PaddedModel
@@ -168,24 +167,3 @@ class TestLongRope:
         model.tokenizer.model_max_length = 80
         again = PaddedModel(model.model, model.tokenizer)
         assert again.short_tokens is None and not probe(again)["unfit"]
-
-
-@pytest.mark.parametrize("kind", ["RwkvForCausalLM", "MambaForCausalLM"])
-def test_rows_that_are_continued_together_have_the_tokens_that_they_have_alone(kind):
-    """RWKV mixes the states of a batch's rows."""
-    options = {"attention_hidden_size": 32, "context_length": 256} if kind[0] == "R" else {}
-    made = tiny.random_model(kind, kind.replace("ForCausalLM", "Config"), **tiny.SMALL, **options)
-    model = PaddedModel(made, tiny.tokenizer())
-    rows = [[5 + (n * k + n) % 90 for k in range(12)] for n in (7, 11, 13)]
-
-    def alone(row):
-        whole = list(row)
-        for _ in range(5):
-            with torch.inference_mode():
-                logits = made(input_ids=torch.tensor([whole]), use_cache=False).logits
-            whole.append(int(logits[0, -1].argmax()))
-        return whole[len(row) :]
-
-    found = model.generate(rows, [0, 1, 2], [5, 5, 5], Sampling(), None, 1000)
-    assert found == [alone(row) for row in rows]
-    assert model._continues_batches == (kind[0] == "M")

@@ -14,6 +14,7 @@ from dask_pcm.inference.calls.prompted import ERROR, Fields, Prompted, checked_t
 from dask_pcm.inference.calls.score import N_TOKENS
 from dask_pcm.inference.engine.rows import Generated, Row, RowError
 from dask_pcm.inference.engine.sampling import Sampling
+from dask_pcm.inference.padded_generate import continue_rows
 from dask_pcm.inference.prompts import Tokens
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ class Generate(Prompted):
         """See ``Prompted``."""
         wanted = [(plan, number) for plan in plans for number in self._numbers(plan)]
         each = iter(
-            model.generate(
+            continue_rows(
+                model,
                 [plan for plan, _ in wanted],
                 [number for _, number in wanted],
                 [self._n_max(model, plan) for plan, _ in wanted],
