@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dask_pcm.errors import PromptError
-from dask_pcm.inference.calls.prompted import ERROR, Fields, Prompted
-from dask_pcm.inference.engine.rows import Row, RowError, Scored, trie_of
+from dask_pcm.inference.calls.prompted import ERROR, ByScore, Fields, Prompted
+from dask_pcm.inference.engine.rows import RowError
 from dask_pcm.inference.prompts import Scoring, ScoringError, plan_scoring, separator
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Classify(Prompted):
+class Classify(ByScore):
     """Chooses one of several answers.
 
     Attributes
@@ -89,14 +89,6 @@ class Classify(Prompted):
             self._check_apart(model)
         return found
 
-    def n_tokens(self, plan: Scoring) -> int:
-        """See ``Prompted``."""
-        return plan.n_tokens
-
-    def rows(self, model: PaddedModel, plan: Scoring) -> list[Row]:
-        """See ``Prompted``."""
-        return [Scored(list(plan.shared), trie=trie_of(plan.endings))]
-
     def result(self, model: PaddedModel, plan: Scoring, found: Sequence[Any]) -> Any:
         """Log-probabilities of the choices, and those that are compared."""
         (scores,) = found
@@ -105,11 +97,6 @@ class Classify(Prompted):
         return scores, [
             score / len(ending) for score, ending in zip(scores, plan.endings, strict=True)
         ]
-
-    def padded(self, model: PaddedModel, plans: Sequence[Scoring]) -> list[Any]:
-        """See ``Prompted``."""
-        scores = model.score(plans, self.batch_tokens)
-        return [self.result(model, plan, [one]) for plan, one in zip(plans, scores, strict=True)]
 
     def value(self, result: tuple[list[float], list[float]] | str) -> Answer:
         """See ``Prompted``."""

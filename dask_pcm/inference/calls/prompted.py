@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import pandas as pd
 
 from dask_pcm.errors import PromptError
-from dask_pcm.inference.engine.rows import Row, RowError
+from dask_pcm.inference.engine.rows import Row, RowError, Scored, trie_of
 from dask_pcm.inference.engine.serving import Serving
 from dask_pcm.inference.fields import rows_as_text
-from dask_pcm.inference.prompts import ScoringError, Template, Text, cut_to_fit
+from dask_pcm.inference.prompts import Scoring, ScoringError, Template, Text, cut_to_fit
 
 if TYPE_CHECKING:
     from dask_pcm.inference.language_model import LanguageModel
@@ -196,6 +196,25 @@ class Prompted(ABC):
 
     def _prompts(self, rows: Sequence[Fields]) -> list[Text]:
         return [self.template.text_of(row, self.special_tokens_in_fields) for row in rows]
+
+
+class ByScore(Prompted):
+    """A function of rows with endings that are scored; the plan of a row is a ``Scoring``."""
+
+    __slots__ = ()
+
+    def n_tokens(self, plan: Scoring) -> int:
+        """See ``Prompted``."""
+        return plan.n_tokens
+
+    def rows(self, model: PaddedModel, plan: Scoring) -> list[Row]:
+        """See ``Prompted``."""
+        return [Scored(list(plan.shared), trie=trie_of(plan.endings))]
+
+    def padded(self, model: PaddedModel, plans: Sequence[Scoring]) -> list[Any]:
+        """See ``Prompted``."""
+        scores = model.score(plans, self.batch_tokens)
+        return [self.result(model, plan, [one]) for plan, one in zip(plans, scores, strict=True)]
 
 
 def _then(before: Future[S], compute: Callable[[S], T]) -> Future[T]:

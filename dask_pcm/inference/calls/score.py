@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dask_pcm.inference.calls.prompted import ERROR, Fields, Prompted, checked_tokens
-from dask_pcm.inference.engine.rows import Row, RowError, Scored, trie_of
+from dask_pcm.inference.calls.prompted import ERROR, ByScore, Fields, Prompted, checked_tokens
+from dask_pcm.inference.engine.rows import RowError
 from dask_pcm.inference.prompts import Scoring, Template, separator
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class TextScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score(Prompted):
+class Score(ByScore):
     """The log-probability of a text after the prompt."""
 
     completion: Template
@@ -80,23 +80,10 @@ class Score(Prompted):
                 found.append(checked_tokens(model, scoring))
         return found
 
-    def n_tokens(self, plan: Scoring) -> int:
-        """See ``Prompted``."""
-        return plan.n_tokens
-
-    def rows(self, model: PaddedModel, plan: Scoring) -> list[Row]:
-        """See ``Prompted``."""
-        return [Scored(list(plan.shared), trie=trie_of(plan.endings))]
-
     def result(self, model: PaddedModel, plan: Scoring, found: Sequence[Any]) -> Any:
         """See ``Prompted``."""
         (scores,) = found
         return scores if isinstance(scores, RowError) else (scores[0], len(plan.endings[0]))
-
-    def padded(self, model: PaddedModel, plans: Sequence[Scoring]) -> list[Any]:
-        """See ``Prompted``."""
-        scores = model.score(plans, self.batch_tokens)
-        return [self.result(model, plan, [one]) for plan, one in zip(plans, scores, strict=True)]
 
     def value(self, result: tuple[float, int] | str) -> TextScore:
         """See ``Prompted``."""
