@@ -51,6 +51,8 @@ class LanguageModel:
         The model in padded batches, for what has no engine.
     is_attended
         Whether an engine computes it.
+    content
+        Digest of its files; None if unknown.
 
     Examples
     --------
@@ -60,14 +62,18 @@ class LanguageModel:
     ...     return df[["id"]].assign(verdict=[one.answer for one in answers])
     """
 
-    def __init__(self, padded: PaddedModel, *, is_attended: bool) -> None:
+    def __init__(
+        self, padded: PaddedModel, *, is_attended: bool, content: str | None = None
+    ) -> None:
         self.padded = padded
         self.is_attended = is_attended
+        self.content = content
         self._serving: Serving | None = None
         self._local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"padded": self.padded, "is_attended": self.is_attended}
+        names = ("padded", "is_attended", "content")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc] # what is of one process is made anew

@@ -87,7 +87,7 @@ def load_model(
     is_attended = ensure_exact(padded, content) and not deterministic
     if not is_attended:
         switch_back(model)
-    return LanguageModel(padded, is_attended=is_attended)
+    return LanguageModel(padded, is_attended=is_attended, content=content)
 
 
 def load_onto(

@@ -55,7 +55,7 @@ def ensure_exact(model: PaddedModel, content: str | None) -> bool:
     ModelError
         If its answers would depend on the other rows of a batch.
     """
-    key = None if content is None else _key(model, content)
+    key = None if content is None else cache_key("packed, no masks", model, content)
     found = None if key is None else user_cache.recall(_KIND, key)
     if not isinstance(found, dict):
         found = probe(model)
@@ -196,11 +196,19 @@ def _rows(model: PaddedModel) -> list[list[int]]:
     ]
 
 
-def _key(model: PaddedModel, content: str) -> str:
-    """The cache key: everything that can change a probe's result."""
+def cache_key(what: str, model: PaddedModel, content: str) -> str:
+    """The key under which something found of a model is cached: all that can change it.
+
+    Parameters
+    ----------
+    what
+        What was found, and how.
+    content
+        Digest of the model's files.
+    """
     import torch
     import transformers
 
-    facts = ["packed, no masks", content, device_model(), *model.facts.values()]
+    facts = [what, content, device_model(), *model.facts.values()]
     facts += [type(model.model).__name__, torch.__version__, transformers.__version__]
     return digest_of(json.dumps(facts).encode()).hex()

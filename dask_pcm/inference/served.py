@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dask_pcm import user_cache
 from dask_pcm.config import Config
 from dask_pcm.inference.engine.attention import switch
 from dask_pcm.inference.engine.capacity import Capacity
@@ -13,11 +16,14 @@ from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, KVShape, PagePool, n_pages_for
 from dask_pcm.inference.engine.probe import kv_shape
 from dask_pcm.inference.engine.serving import Serving
+from dask_pcm.inference.probe import cache_key
 
 if TYPE_CHECKING:
     from dask_pcm.inference.language_model import LanguageModel
     from dask_pcm.inference.padded import PaddedModel
 
+#: Where steps are remembered.
+_KIND = "steps"
 #: Tokens of a step to begin with, on a CPU; more make it faster only if the model is small.
 _CPU_TOKENS = 512
 #: Rows in flight: enough that the next step never waits for the next batch; a killed process loses
@@ -52,18 +58,33 @@ def attendant_of(model: LanguageModel) -> Serving:
         n_bytes, first = 0, _CPU_TOKENS
         n_pages = min(n_pages, _POOL_BYTES // page_bytes)
     n_pages = max(n_pages, 1)
+    first, remember = _remembered(model, first)
 
     def make() -> Engine:
         return Engine(
             padded.model,
             PagePool(n_pages, shape, padded.model.dtype, device),
-            Capacity(first, most=budget),
+            Capacity(first, most=budget, on_settled=remember),
             padded.n_embeddings,
             is_causal=padded.is_causal,
             first_position=padded.first_position,
         )
 
     return Serving(make, n_bytes, _ROWS, model)
+
+
+def _remembered(model: LanguageModel, first: int) -> tuple[int, Callable[[int], None]]:
+    """Tokens of the first step: as many as were found to be best earlier; and what remembers that.
+
+    By model, kind of device and versions, for all processes of a user.
+    """
+    if model.content is None:
+        return first, lambda _: None
+    key = cache_key("tokens of a step", model.padded, model.content)
+    found = user_cache.recall(_KIND, key)
+    if isinstance(found, int) and found > 0:
+        first = found
+    return first, functools.partial(user_cache.note, _KIND, key)
 
 
 def _step_of(model: PaddedModel, budget_tokens: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from dask_pcm.errors import LoadError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
 from dask_pcm.inference.calls import Classify
-from dask_pcm.inference.engine import attention
+from dask_pcm.inference.engine import attention, capacity
 from dask_pcm.inference.engine.probe import narrowed
 from dask_pcm.inference.loading import load_model
 from dask_pcm.inference.padded import PaddedModel
@@ -174,3 +175,39 @@ def test_rows_of_a_call_that_is_cancelled_leave_the_engine(demo, served):
     claims = generate(3, seed=8)
     found = CALL.submit(claims, served).result(patient(60))
     assert found.answer.tolist() == CALL(claims, demo).answer.tolist()
+
+
+def test_the_size_of_a_step_is_remembered(tmp_path, monkeypatch):
+    """By content of the model: another process begins with what was found here."""
+    monkeypatch.setattr(capacity, "_N_COMPARED", 1)
+    folder = tiny.saved(tmp_path / "model", tiny.llama())
+    prompts = ["the moon is round yes no maybe " * 6] * 400
+
+    def first_size(content):
+        model = load_model(str(folder), device="cpu", content=content)
+        serving = attendant_of(model)
+        engines, make = [], serving._make
+        serving._make = lambda: engines.append(make()) or engines[0]
+        serving.start()
+        first = engines[0].capacity.tokens
+        try:
+            texts = pd.DataFrame({"prompt": prompts})
+            call = replace(CALL, template=Template("{prompt}"), kept=())
+            assert call.submit(texts, serving).result(patient(60)).error.isna().all()
+            return first, engines[0].capacity.tokens
+        finally:
+            serving.close()
+
+    noted = []
+    monkeypatch.setattr(
+        "dask_pcm.inference.served.user_cache.note", lambda *given: noted.append(given)
+    )
+    assert first_size("a model")[0] == 512
+    ((_, key, size), *_) = noted[::-1]
+    assert size > 512
+    recall = {key: size}
+    monkeypatch.setattr(
+        "dask_pcm.inference.served.user_cache.recall", lambda kind, key: recall.get(key)
+    )
+    assert first_size("a model")[0] == size
+    assert first_size("another")[0] == 512 and first_size(None)[0] == 512

@@ -6,6 +6,8 @@ on steps that are full; a failure halves the way to what did fit, and limits are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 #: The next size that is tried; and how much faster it has to be to stay.
 _STEP, _GAIN = 1.5, 1.03
 #: Full steps of a size, of which the fastest counts: others had to wait for something.
@@ -25,6 +27,8 @@ class Capacity:
         To begin with.
     least, most
         Its range.
+    on_settled
+        Told a size at which it stays for a while.
 
     Examples
     --------
@@ -38,7 +42,15 @@ class Capacity:
     1440
     """
 
-    def __init__(self, tokens: int, *, most: int, least: int = 32) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        *,
+        most: int,
+        least: int = 32,
+        on_settled: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._on_settled = on_settled
         self._least, self._most = least, max(most, least)
         self._size = min(max(tokens, least), self._most)
         self._limit = self._most
@@ -95,3 +107,4 @@ class Capacity:
         """Stay at this size for a while, and try larger ones after that."""
         self._n_settled, self._rates, self._below = self._n_next, [], None
         self._n_next = min(2 * self._n_next, _MOST_SETTLED)
+        self._on_settled(self.tokens)
