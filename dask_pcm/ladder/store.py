@@ -212,18 +212,14 @@ class Store:
     def close(self) -> None:
         """Evict every context; those that are held, as soon as they are not."""
         self._residencies.is_closed = True
-        self.clear()
-
-    def end(self) -> None:
-        """Refuse further loads: this process is ending and its tasks run again elsewhere."""
-        self._is_over = True
-
-    def clear(self) -> None:
-        """Evict every context that no task holds."""
         with self._residencies.changed:
             digests = list(self._residencies.by_digest)
         for digest in digests:
             self.evict(digest)
+
+    def end(self) -> None:
+        """Refuse further loads: this process is ending and its tasks run again elsewhere."""
+        self._is_over = True
 
     def validate(self) -> None:
         """Raise AssertionError if the state contradicts itself."""

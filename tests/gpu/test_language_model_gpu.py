@@ -74,6 +74,20 @@ def test_answers_and_texts_are_those_of_the_cpu(tmp_path, served):
         assert on_gpu.generate(PROMPTS[:2], max_tokens=2)
 
 
+def test_with_fixed_shapes_results_in_bfloat16_are_the_same_in_any_batch(tmp_path):
+    folder = tiny.saved(tmp_path / "m", tiny.llama(hidden_size=256, num_hidden_layers=4))
+    model = load_model(str(folder), "bfloat16", deterministic=True)
+
+    def results(texts):
+        answers = model.classify(texts, CHOICES)
+        new = model.generate(texts, max_tokens=8, temperature=0.7, seed=3)
+        return [(a.logprobs, t.text) for a, t in zip(answers, new, strict=True)]
+
+    expected = dict(zip(PROMPTS, results(PROMPTS), strict=True))
+    for some in (PROMPTS[::-1], PROMPTS[:3], PROMPTS[:1], PROMPTS[2:5]):
+        assert results(some) == [expected[text] for text in some]
+
+
 def measured_bytes(folder):
     """What a context of a folder takes on the device: its weights, and what its engine has."""
     before = torch.cuda.memory_allocated()
