@@ -2,7 +2,7 @@
 
 Nothing here is measured in seconds of a device, so a small random model on a CPU will do. "Steps"
 counts forwards; "capacity" plays a device that runs out of memory at a number of tokens that it
-does not tell; "pieces" and "kill" are two real workers.
+does not tell; "pieces", "prefixes" and "kill" are two real workers.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from dask_pcm.inference.engine.pages import KVShape, PagePool
 from dask_pcm.inference.engine.rows import Generated
 from tests.support import models as tiny
 
-PARTS = ("steps", "capacity", "pieces", "kill")
+PARTS = ("steps", "capacity", "pieces", "prefixes", "kill")
 #: Rows of the drill of pieces, and how many a piece has.
 N_ROWS, PIECES = 1500, (1, 7, 200, 750)
+#: Evidence of the drill of prefixes.
+N_EVIDENCE = 200
 #: Seconds of a call, and of a row in it.
 CALL_S, ROW_S = 0.040, 0.005
 
@@ -219,6 +221,33 @@ def pieces(table: Rows) -> None:
             table.add("… classify, pieces of 7: tokens a step over those of 750", means[7] / full)
 
 
+def prefixes(table: Rows) -> None:
+    """Claims that share evidence, 20 each, with which the prompt begins."""
+    rng, words = random.Random(5), "a the of in city river born film year team album".split()
+    evidence = [" ".join(rng.choices(words, k=60)) + f" {k}" for k in range(N_EVIDENCE)]
+    claims = generate(20 * N_EVIDENCE, seed=2)
+    claims["evidence"] = [evidence[k // 20] for k in range(len(claims))]
+    found: dict[tuple[str, int], int] = {}
+    for n_workers in (1, 2):
+        with tempfile.TemporaryDirectory() as name, _cluster(n_workers) as client:
+            folder, log = Path(name), Path(name, "steps")
+            client.register_plugin(Steps(str(log)))
+            pcm.install(client)
+            for order in ("in order", "shuffled"):
+                rows = claims if order == "in order" else claims.sample(frac=1, random_state=1)
+                rows.to_parquet(folder / f"{order}.parquet", index=False)
+                log.write_text("")
+                whole = pcm.read_parquet(folder / f"{order}.parquet")
+                answers = pcm.classify(whole, demo_model(), prompt=PROMPT, choices=LABELS)
+                _through("write_parquet", answers, folder / order)
+                found[order, n_workers] = sum(map(int, log.read_text().split()))
+    name = f"{len(claims):,} claims, 20 to an evidence, in order: tokens of two workers over one's"
+    table.add(name, found["in order", 2] / found["in order", 1], "<= 1.05")
+    table.add("… shuffled: tokens over those in order, one worker",
+              found["shuffled", 1] / found["in order", 1])  # fmt: skip
+    table.add("… of two workers over one's, shuffled", found["shuffled", 2] / found["shuffled", 1])
+
+
 def _written(claims: pd.DataFrame, folder: Path, size: int) -> str:
     """A folder of files of as many rows."""
     target = folder / f"in-{size}"
@@ -315,7 +344,7 @@ def main() -> None:
     args = options.parse_args()
     table = Rows()
     for part in args.only:
-        {"steps": steps, "capacity": capacity, "pieces": pieces, "kill": kill}[part](table)
+        globals()[part](table)
     table.write(args.json)
 
 
