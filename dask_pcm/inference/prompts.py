@@ -233,7 +233,7 @@ def _n_shared(sequences: Sequence[Tokens]) -> int:
     """Length of the common prefix; that of the least and the greatest sequence is that of all."""
     low, high = min(sequences), max(sequences)
     n, most = 0, min(len(low), len(high))
-    while n < most:  # by halves: comparing slices is fast
+    while n < most:  # by bisection: comparing slices is fast
         middle = (n + most + 1) // 2
         if low[:middle] == high[:middle]:
             n = middle
