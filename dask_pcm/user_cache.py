@@ -24,14 +24,14 @@ def recall(kind: str, key: str) -> Any:
     kind, key
         The names of a folder and of a file in it.
     """
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError, RuntimeError):
         return json.loads((cache_folder(kind) / f"{key}.json").read_bytes())
     return None
 
 
 def note(kind: str, key: str, value: Any) -> None:
     """Cache a value that JSON can represent; do nothing if the home folder is not writable."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # there may be no home folder
         folder = cache_folder(kind)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Written elsewhere, then renamed: concurrent readers see the old or the new value whole.

@@ -21,7 +21,9 @@ from dask_pcm.inference.tokens import Encoder
 
 #: Rows of a forward, and of what its lengths are multiples, where shapes are fixed; and positions
 #: whose logits are kept. Few are computed in vain then.
-FIXED_ROWS, _FIXED_TOKENS, _FIXED_POSITIONS = 16, 32, 16
+_FIXED_ROWS, _FIXED_TOKENS, _FIXED_POSITIONS = 16, 32, 16
+#: What configurations call the number of experts, of which each has the tokens of all rows.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 #: Tokenizers without a limit report a number such as 10**30.
 _NO_LIMIT = 10**9
 #: Forwards of this process in padded batches: two at a time would take twice the memory.
@@ -43,6 +45,8 @@ class PaddedModel:
     is_deterministic
         Whether the shapes of a forward depend on the length of a row and on nothing else: then
         neither do the orders in which a device sums numbers.
+    fixed_rows
+        Rows of a forward then; one where experts would have the tokens of other rows as well.
     folder
         Where its files are.
     first_position
@@ -72,6 +76,8 @@ class PaddedModel:
         self.first_position = _first_position(model)
         self.tokenizer = tokenizer
         config = model.config.get_text_config()
+        has_experts = any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS)
+        self.fixed_rows = 1 if has_experts else _FIXED_ROWS
         names = ("max_position_embeddings", "n_positions", "max_seq_len")
         limits = [getattr(config, name, None) for name in names]
         limits.append(getattr(tokenizer, "model_max_length", None))
@@ -194,7 +200,7 @@ class PaddedModel:
         found = []
         for mine in kinds.values():
             if self.is_deterministic:
-                groups = [[*one] for one in _chunks(range(len(mine)), FIXED_ROWS)]
+                groups = [[*one] for one in _chunks(range(len(mine)), self.fixed_rows)]
             else:
                 groups = batches_by_length([lengths[k] for k in mine], batch_tokens)
             found += [[mine[k] for k in group] for group in groups]
@@ -203,7 +209,8 @@ class PaddedModel:
     def _fixed_length(self, n_tokens: int) -> int:
         """The tokens that a sequence has when its shape is fixed."""
         rounded = -(-n_tokens // _FIXED_TOKENS) * _FIXED_TOKENS
-        return max(n_tokens, min(rounded, self.max_tokens or rounded))
+        limits = [one for one in (self.max_tokens, self.short_tokens) if one and n_tokens <= one]
+        return min(rounded, *limits) if limits else rounded
 
     def _ids(self, sequences: Sequence[Sequence[int]]) -> Any:
         """Token ids on the device, padded on the right; with rows more if shapes are fixed."""
@@ -212,7 +219,7 @@ class PaddedModel:
         n_tokens = max(map(len, sequences))
         if self.is_deterministic:
             n_tokens = self._fixed_length(n_tokens)
-            sequences = [*sequences, *[sequences[-1]] * (FIXED_ROWS - len(sequences))]
+            sequences = [*sequences, *[sequences[-1]] * (self.fixed_rows - len(sequences))]
         # Pad each sequence with its own last token: not every model has a padding token.
         padded = [[*tokens, *[tokens[-1]] * (n_tokens - len(tokens))] for tokens in sequences]
         return torch.tensor(padded, device=self.model.device)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dask_pcm.inference.engine.rows import NOT_A_NUMBER, RowError
 from dask_pcm.inference.engine.sampling import Sampling, perturbed
-from dask_pcm.inference.padded import FIXED_ROWS, PaddedModel, in_turn
+from dask_pcm.inference.padded import PaddedModel, in_turn
 
 
 def continue_rows(
@@ -47,11 +47,11 @@ def continue_rows(
     with in_turn():
         for (n_prompt, n), rows in groups.items():
             size = max(1, batch_tokens // (n_prompt + n))
-            if model.is_deterministic:  # full batches: their shapes depend on nothing else
-                size = FIXED_ROWS
-                rows = [*rows, *[rows[-1]] * (-len(rows) % size)]
-            if len(rows) > 1 and not continues_batches(model):
+            size = model.fixed_rows if model.is_deterministic else size
+            if size > 1 and len(rows) > 1 and not continues_batches(model):
                 size = 1
+            if model.is_deterministic:  # full batches: their shapes depend on nothing else
+                rows = [*rows, *[rows[-1]] * (-len(rows) % size)]
             for at in range(0, len(rows), size):
                 batch = rows[at : at + size]
                 of = functools.partial(_continued, model, n, sampling, is_over, stops)

@@ -19,6 +19,15 @@ from dask_pcm.inference.prompts import Part, Text
 
 #: Byte-fallback tokens, such as ``<0x0A>``: marked special in some vocabularies, but harmless.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+#: Methods of a tokenizer that a call of it goes through.
+_CALLED = {
+    "__call__",
+    "_encode_plus",
+    "_batch_encode_plus",
+    "_convert_encoding",
+    "_switch_to_input_mode",
+    "set_truncation_and_padding",
+}
 
 
 class Encoder:
@@ -95,8 +104,13 @@ class Encoder:
                 self._tokenizer.backend_tokenizer,
                 self._tokenizer.split_special_tokens,
             )
-            if backend.encode_special_tokens != splits:  # a copy has forgotten it
+            # A copy has forgotten the first; a call of the tokenizer may have left the others.
+            if backend.encode_special_tokens != splits:
                 backend.encode_special_tokens = splits
+            if backend.truncation is not None:
+                backend.no_truncation()
+            if backend.padding is not None:
+                backend.no_padding()
             return [one.ids for one in backend.encode_batch_fast(texts)]
         found = self._tokenizer(texts, add_special_tokens=True, verbose=False)
         return [list(ids) for ids in found["input_ids"]]
@@ -140,7 +154,7 @@ class Encoder:
 def _has_own_call(kind: type) -> bool:
     """Whether a class of tokenizers does something of its own to texts, before its backend."""
     return any(
-        {"__call__", "_encode_plus", "_batch_encode_plus"} & vars(one).keys()
+        _CALLED & vars(one).keys()
         for one in kind.__mro__
         if not one.__module__.startswith("transformers.tokenization_")
     )

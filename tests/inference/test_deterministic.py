@@ -12,7 +12,10 @@ import pytest
 
 import dask_pcm as pcm
 from dask_pcm.errors import ModelError
+from dask_pcm.inference.engine.sampling import Sampling
 from dask_pcm.inference.loading import load_model
+from dask_pcm.inference.padded import PaddedModel
+from dask_pcm.inference.padded_generate import continue_rows, continues_batches
 from tests.inference.test_embed import ENCODERS, words
 from tests.support import models as tiny
 
@@ -94,6 +97,54 @@ def test_rows_longer_than_what_a_length_is_rounded_to_still_fit(tmp_path):
     n = next(n for n in range(200) if len(model.padded.tokenize(["a b " * n])[0]) > 44)
     (found,) = model.classify(["a b " * n], [" a", " b"])
     assert found.error is None
+
+
+def test_a_length_is_not_rounded_over_that_of_other_frequencies(texts, tmp_path):
+    """LongRoPE: rows of up to 100 tokens have other frequencies than longer ones."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 100,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 4.0, 6.0, 8.0],
+    }
+    options = {**tiny.ATTENTION, "pad_token_id": 0, "original_max_position_embeddings": 100}
+    made = tiny.random_model("Phi3ForCausalLM", "Phi3Config", **options, rope_parameters=rope)
+    folder = tiny.saved(tmp_path / "model", made)
+    fixed, plain = (
+        load_model(str(folder), "float32", "cpu", deterministic=d) for d in (True, False)
+    )
+    assert fixed.padded.short_tokens == 100
+    n = next(n for n in range(200) if len(fixed.padded.tokenize(["a b " * n])[0]) > 96)
+    found, expected = (one.embed(["a b " * n, *texts]) for one in (fixed, plain))
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_experts_have_the_tokens_of_one_row(tmp_path, texts):
+    options = {**tiny.ATTENTION, "num_local_experts": 4, "num_key_value_heads": 2}
+    made = tiny.random_model("MixtralForCausalLM", "MixtralConfig", **options)
+    model = loaded(tiny.saved(tmp_path / "model", made), deterministic=True)
+    assert model.padded.fixed_rows == 1
+    n_tokens = []
+    made = model.padded.model
+    made.register_forward_pre_hook(
+        lambda module, args, kwargs: n_tokens.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    model.classify(texts[:4], CHOICES)
+    model.generate(texts[:3], max_tokens=3)
+    assert set(n_tokens) == {1}
+
+
+def test_what_is_continued_row_by_row_is_not_filled_up():
+    options = {**tiny.SMALL, "attention_hidden_size": 32, "context_length": 256}
+    made = tiny.random_model("RwkvForCausalLM", "RwkvConfig", **options)
+    model = PaddedModel(made, tiny.tokenizer(), is_deterministic=True)
+    rows, calls = [[5, 6, 7, 8], [9, 8, 7, 6]], []
+    assert not continues_batches(model)
+    real = made.generate
+    made.generate = lambda *a, **kw: calls.append(1) or real(*a, **kw)
+    found = continue_rows(model, rows, [0, 1], [3, 3], Sampling(), None, 1000, frozenset())
+    assert len(calls) == 2 and all(len(one) == 3 for one in found)
 
 
 def test_an_llm_says_so_and_is_another_context(folder, texts):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -15,11 +14,11 @@ from dask_pcm.errors import LoadError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
 from dask_pcm.inference.calls import Classify
-from dask_pcm.inference.engine import attention, capacity
+from dask_pcm.inference.engine import attention
 from dask_pcm.inference.engine.probe import narrowed
 from dask_pcm.inference.loading import load_model
 from dask_pcm.inference.padded import PaddedModel
-from dask_pcm.inference.probe import probe
+from dask_pcm.inference.probe import cache_key, probe
 from dask_pcm.inference.prompts import Template
 from dask_pcm.inference.served import attendant_of
 from dask_pcm.ladder.store import Store
@@ -177,37 +176,36 @@ def test_rows_of_a_call_that_is_cancelled_leave_the_engine(demo, served):
     assert found.answer.tolist() == CALL(claims, demo).answer.tolist()
 
 
-def test_the_size_of_a_step_is_remembered(tmp_path, monkeypatch):
+def test_the_size_of_a_step_is_remembered(demo, tmp_path, monkeypatch):
     """By content of the model: another process begins with what was found here."""
-    monkeypatch.setattr(capacity, "_N_COMPARED", 1)
-    folder = tiny.saved(tmp_path / "model", tiny.llama())
-    prompts = ["the moon is round yes no maybe " * 6] * 400
+    monkeypatch.setattr("dask_pcm.user_cache.cache_folder", lambda kind: tmp_path / kind)
 
-    def first_size(content):
-        model = load_model(str(folder), device="cpu", content=content)
-        serving = attendant_of(model)
+    def capacity_of(content):
+        monkeypatch.setattr(demo, "content", content)
+        serving = attendant_of(demo)
         engines, make = [], serving._make
         serving._make = lambda: engines.append(make()) or engines[0]
         serving.start()
-        first = engines[0].capacity.tokens
+        serving.close()
+        return engines[0].capacity
+
+    first = capacity_of("a model")
+    assert first.tokens == 512
+    first.fail(400)
+    assert 0 < first.tokens < 400
+    assert capacity_of("a model").tokens == first.tokens
+    assert capacity_of("another").tokens == 512 and capacity_of(None).tokens == 512
+
+
+def test_a_size_that_cannot_be_read_is_not_remembered(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("dask_pcm.user_cache.cache_folder", lambda kind: tmp_path)
+    monkeypatch.setattr(demo, "content", "some content")
+    key = cache_key("tokens of a step", demo.padded, "some content")
+    for content in (b"[" * 100_000, b"", b"null", b"-5", b"true", b'"many"', b"\xff"):
+        (tmp_path / f"{key}.json").write_bytes(content)
+        serving = attendant_of(demo)
+        serving.start()
         try:
-            texts = pd.DataFrame({"prompt": prompts})
-            call = replace(CALL, template=Template("{prompt}"), kept=())
-            assert call.submit(texts, serving).result(patient(60)).error.isna().all()
-            return first, engines[0].capacity.tokens
+            assert CALL.submit(generate(2, seed=9), serving).result(patient(60)).error.isna().all()
         finally:
             serving.close()
-
-    noted = []
-    monkeypatch.setattr(
-        "dask_pcm.inference.served.user_cache.note", lambda *given: noted.append(given)
-    )
-    assert first_size("a model")[0] == 512
-    ((_, key, size), *_) = noted[::-1]
-    assert size > 512
-    recall = {key: size}
-    monkeypatch.setattr(
-        "dask_pcm.inference.served.user_cache.recall", lambda kind, key: recall.get(key)
-    )
-    assert first_size("a model")[0] == size
-    assert first_size("another")[0] == 512 and first_size(None)[0] == 512

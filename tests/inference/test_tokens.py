@@ -65,6 +65,10 @@ def test_ids_are_those_of_a_call_of_the_tokenizer(kind, splits):
     words.backend_tokenizer.enable_truncation(3)  # as a folder may have it
     words.backend_tokenizer.enable_padding(length=50)
     own = [Text((Part(text, is_own=True),)) for text in texts]
+    late = Encoder(words)
+    words(texts, truncation=True, max_length=3)  # which its backend keeps
+    words.backend_tokenizer.enable_padding(length=50)
+    assert late(own, keeps_end=True) == expected
     for encode in (one := Encoder(words), pickle.loads(pickle.dumps(one))):
         assert encode(own, keeps_end=True) == expected
 

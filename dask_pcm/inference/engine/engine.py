@@ -102,6 +102,10 @@ class Engine:
         """Add rows; each is told its result by ``Row.done`` within a ``step``."""
         self.schedule.add(rows)
 
+    def close(self) -> None:
+        """Let go of rows that have not ended, and of what refers to this engine."""
+        self._open = []
+
     def drop(self, rows: Collection[Row]) -> None:
         """Forget rows that have not ended; they are told nothing more, or what is known already."""
         self.schedule.drop(rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from typing import Any
 from dask_pcm.errors import LoadError
 from dask_pcm.inference.engine.engine import Engine
 from dask_pcm.inference.engine.rows import Generated, Row
+
+logger = logging.getLogger(__name__)
 
 _CLOSED = "The engine accepts no rows: its context leaves the device."
 
@@ -66,6 +70,8 @@ class Serving:
         #: By thread: what its rows go on from.
         self._drafts: dict[int, Mapping[int, Sequence[int]]] = {}
         self._alone: int | None = None
+        #: Whether the engine computes at this moment.
+        self._is_at_work = False
         self._is_open = False
         self._is_draining = False
         self._thread: threading.Thread | None = None
@@ -169,7 +175,7 @@ class Serving:
             self._alone = me
         try:
             with self._changed:
-                self._changed.wait_for(lambda: not self._requests or not self._is_open)
+                self._changed.wait_for(self._is_idle)
             yield
         finally:
             with self._changed:
@@ -180,7 +186,7 @@ class Serving:
         """See ``Attendant``."""
         with self._changed:
             self._is_draining = True
-            self._changed.wait_for(lambda: not self._requests or not self._is_open)
+            self._changed.wait_for(self._is_idle)
 
     def close(self) -> None:
         """See ``Attendant``."""
@@ -189,7 +195,12 @@ class Serving:
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        self._live = None
+        self._live, self._make = None, _closed  # neither refers to the model any more
+
+    def _is_idle(self) -> bool:
+        """Whether the engine has nothing to do, and does nothing; with the lock held."""
+        is_busy = self._requests or self._withdrawn or self._is_at_work
+        return not is_busy or not self._is_open
 
     def _is_admitted(self) -> bool:
         """Whether this thread's rows are taken now; with the lock held."""
@@ -208,6 +219,7 @@ class Serving:
             request.n_missing -= 1
             if request.n_missing or self._requests.pop(future, None) is None:
                 return
+            request.rows = []  # which refer to the request
             self._changed.notify_all()
         if future.set_running_or_notify_cancel():
             future.set_result(request.found)
@@ -217,7 +229,9 @@ class Serving:
         if future.cancelled():
             with self._changed:
                 request = self._requests.pop(future, None)
-                self._withdrawn += request.rows if request is not None else []
+                if request is not None:
+                    self._withdrawn += request.rows
+                    request.rows = []
                 self._changed.notify_all()
 
     def _serve(self, engine: Engine) -> None:
@@ -228,6 +242,9 @@ class Serving:
         try:
             while True:
                 with self._changed:
+                    self._is_at_work = False
+                    if self._alone is not None or self._is_draining:
+                        self._changed.notify_all()
                     self._changed.wait_for(
                         lambda: self._inbox or self._withdrawn or engine.n_rows or not self._is_open
                     )
@@ -235,21 +252,31 @@ class Serving:
                         break
                     new, self._inbox = self._inbox, []
                     withdrawn, self._withdrawn = self._withdrawn, []
-                    n_threads = self._n_threads
+                    n_threads, self._is_at_work = self._n_threads, True
                 if n_threads != _n_threads():
                     torch.set_num_threads(n_threads)
                 engine.add(new)
                 engine.drop(withdrawn)
                 engine.step()
         except BaseException as raised:  # of the device, or a fault of ours: no step is possible
-            error = raised
+            # As a text, and without the traceback: that refers to the engine.
+            logger.warning("The engine has stopped:\n%s", traceback.format_exc())
+            error = raised.with_traceback(None)
+        engine.close()
         with self._changed:
-            self._is_open = False
+            self._is_open = self._is_at_work = False
+            for request in self._requests.values():
+                request.rows = []
             left, self._requests = list(self._requests), {}
+            self._inbox, self._withdrawn = [], []
             self._changed.notify_all()
         for future in left:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
+
+
+def _closed() -> Engine:
+    raise EngineClosedError(_CLOSED)
 
 
 def _n_threads() -> int:

@@ -294,9 +294,36 @@ def test_a_thread_that_is_interrupted_while_it_waits_to_be_alone_gives_its_turn_
     assert serving.submit([scored([1, 2, 3])]).result(patient(20))
 
 
-def test_a_closed_engine_leaves_nothing_on_the_device(model):
+def test_a_thread_is_alone_only_once_the_step_of_a_cancelled_request_has_ended(serving):
+    inside, go, entered = threading.Event(), threading.Event(), threading.Event()
+    engine = serving.made[0]
+    run = engine._run
+
+    def slow(parts):
+        inside.set()
+        assert go.wait(patient(20))
+        run(parts)
+
+    engine._run = slow
+    future = serving.submit([scored([1, 2, 3])])
+    assert inside.wait(patient(10)) and future.cancel()
+
+    def enter():
+        with serving.alone():
+            entered.set()
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    assert not entered.wait(0.3)
+    go.set()
+    assert entered.wait(patient(10))
+    thread.join(patient(10))
+
+
+@pytest.mark.parametrize("rows", ["none", "ended", "scored", "continued", "failed"])
+def test_a_closed_engine_leaves_nothing_on_the_device(model, rows):
     """Its pages are free at once, not when Python's collector finds them."""
-    pools = []
+    pools, rng = [], random.Random(6)
 
     def make():
         engine = model.engine().engine
@@ -308,12 +335,25 @@ def test_a_closed_engine_leaves_nothing_on_the_device(model):
     gc.disable()
     try:
         serving.start()
-        serving.submit([scored([1, 2, 3])]).result(patient(20))
-        left = serving.submit([endless([1, 2]), scored([3])])
-        until(lambda: not left.done(), patient(5))
+        left = None
+        if rows == "ended":
+            serving.submit([scored([1, 2, 3])]).result(patient(20))
+        elif rows == "scored":  # some are computed, and not told
+            left = serving.submit([scored(text(rng, 60)) for _ in range(400)])
+            until(lambda: serving.hungry() > 30 - 400, patient(20))
+        elif rows == "continued":
+            left = serving.submit([endless([1, 2]), scored([3])])
+        elif rows == "failed":
+            model.model.forward = lambda **_: broken_device()
+            left = serving.submit([scored([1, 2, 3])])
+            assert "device-side" in str(left.exception(patient(20)))
         serving.close()
-        assert pools[0]() is None
+        made, kept = weakref.ref(serving._thread), pools[0]()
+        assert kept is None and not made().is_alive()
     finally:
         gc.enable()
-    with pytest.raises(EngineClosedError):
-        left.result()
+    assert left is None or isinstance(left.exception(), (EngineClosedError, RuntimeError))
+
+
+def broken_device():
+    raise RuntimeError("CUDA error: device-side assert triggered")
