@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ import pandas as pd
 from dask_pcm.errors import RowCountError, SchemaError
 from dask_pcm.frames.detach import detached
 from dask_pcm.frames.failed_rows import ERROR, with_error, without_categories
+from dask_pcm.futures import then
 from dask_pcm.parquet.conversion import MISFITS, cast
 from dask_pcm.plugins.worker.deadline import in_time
 
@@ -100,9 +100,8 @@ class Call:
                 f"{_name(self.func)}.submit returned {type(submitted).__name__}; expected a"
                 " concurrent.futures.Future of a DataFrame."
             )
-        found: Future[pd.DataFrame] = Future()
-        submitted.add_done_callback(functools.partial(_pass_on, found))
-        return found
+        # As soon as it is there: its memory may be written to after that.
+        return then(submitted, detached)
 
     def _arguments(self, contexts: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the function is called with after its frame."""
@@ -232,14 +231,6 @@ class Call:
         """Whether a column's dtype is that in `meta`; categories may differ."""
         wanted = self._dtypes[name]
         return bool(dtype == wanted or without_categories(dtype) == without_categories(wanted))
-
-
-def _pass_on(found: Future[Any], submitted: Future[Any]) -> None:
-    """Pass on a result as soon as it is there; its memory may be written to after that."""
-    try:
-        found.set_result(detached(submitted.result()))
-    except BaseException as error:
-        found.set_exception(error)
 
 
 def _name(func: Any) -> str:

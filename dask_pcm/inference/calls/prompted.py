@@ -8,14 +8,15 @@ computed here in padded batches, if the model has no engine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
 from dask_pcm.errors import PromptError
+from dask_pcm.futures import then
 from dask_pcm.inference.engine.rows import Row, RowError, Scored, trie_of
 from dask_pcm.inference.engine.serving import Serving
 from dask_pcm.inference.fields import rows_as_text
@@ -24,9 +25,6 @@ from dask_pcm.inference.prompts import Scoring, ScoringError, Template, Text, cu
 if TYPE_CHECKING:
     from dask_pcm.inference.language_model import LanguageModel
     from dask_pcm.inference.padded import PaddedModel
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 ERROR = "error"
 Fields = Mapping[str, str]
@@ -90,7 +88,7 @@ class Prompted(ABC):
 
     def submit(self, frame: pd.DataFrame, model: LanguageModel | Serving) -> Future[pd.DataFrame]:
         """Begin a batch by an engine; it is computed at once, if the model has none."""
-        return _then(self._submitted(frame, model), lambda found: self._joined(frame, found))
+        return then(self._submitted(frame, model), lambda found: self._joined(frame, found))
 
     def values(self, frame: pd.DataFrame, model: LanguageModel | Serving) -> list[Any]:
         """The value of each row; waits for them."""
@@ -156,7 +154,7 @@ class Prompted(ABC):
             ]
             return _merged(planned, results)
 
-        return _then(model.submit([row for mine in rows for row in mine]), merged)
+        return then(model.submit([row for mine in rows for row in mine]), merged)
 
     def _padded(self, model: PaddedModel, frame: pd.DataFrame) -> list[Any]:
         """Results of rows in padded batches, a text for each that has an error."""
@@ -215,24 +213,6 @@ class ByScore(Prompted):
         """See ``Prompted``."""
         scores = model.score(plans, self.batch_tokens)
         return [self.result(model, plan, [one]) for plan, one in zip(plans, scores, strict=True)]
-
-
-def _then(before: Future[S], compute: Callable[[S], T]) -> Future[T]:
-    """What a function makes of a future's result; if either is cancelled, so is the other."""
-    found: Future[T] = Future()
-
-    def finish(ended: Future[S]) -> None:
-        if ended.cancelled():
-            found.cancel()
-        elif found.set_running_or_notify_cancel():
-            try:
-                found.set_result(compute(ended.result()))
-            except BaseException as error:
-                found.set_exception(error)
-
-    before.add_done_callback(finish)
-    found.add_done_callback(lambda ended: ended.cancelled() and before.cancel())
-    return found
 
 
 def encoder_refused(verb: str, model: str) -> PromptError:
