@@ -47,11 +47,11 @@ class LLM(Context):
         does not know itself. Without it, such a folder is refused.
     deterministic : bool, default False
         Whether a row's result is the same to the last bit in any batch, on any worker and at any
-        attempt, on the same kind of device with the same versions. Then each forward has 16 rows of
-        a length that is rounded up to a multiple of 32, however few there are, and no engine
-        computes it: it takes several times as long. It is of use in half precision, where the order
-        in which numbers are summed may change an answer; in float32 the same tokens are chosen
-        without it.
+        attempt, on the same kind of device with the same versions. Then each forward has 16 rows
+        (one, in a mixture of experts) of a length that is rounded up to a multiple of 32, however
+        few there are, and no engine computes it, so it takes longer. It is of use in half
+        precision, where the order in which numbers are summed may change an answer; in float32 the
+        same tokens are chosen without it. Measured on a CPU, not yet on a GPU.
     name, device_memory
         As in ``Context``. `device_memory` is the size of the weights by default, in bytes, and 0 on
         the CPU.

@@ -55,7 +55,8 @@ def ensure_exact(model: PaddedModel, content: str | None) -> bool:
     ModelError
         If its answers would depend on the other rows of a batch.
     """
-    key = None if content is None else cache_key("packed, no masks", model, content)
+    what = "packed, no masks" + ", fixed shapes" * model.is_deterministic
+    key = None if content is None else cache_key(what, model, content)
     found = None if key is None else user_cache.recall(_KIND, key)
     if not isinstance(found, dict):
         found = probe(model)

@@ -90,9 +90,10 @@ def test_vectors_of_encoders(tmp_path, texts):
 
 
 def test_rows_longer_than_what_a_length_is_rounded_to_still_fit(tmp_path):
-    """A model of 50 tokens takes texts of 50, although 64 is the next length."""
-    folder = tiny.saved(tmp_path / "model", tiny.llama(max_position_embeddings=50))
-    model = loaded(folder, deterministic=True)
+    """A model with 50 positions takes texts of 50 tokens, although 64 is the next length."""
+    options = {"vocab_size": tiny.N_TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    made = tiny.random_model("GPT2LMHeadModel", "GPT2Config", **options, n_positions=50)
+    model = loaded(tiny.saved(tmp_path / "model", made), deterministic=True)
     assert model.padded.max_tokens == 50
     n = next(n for n in range(200) if len(model.padded.tokenize(["a b " * n])[0]) > 44)
     (found,) = model.classify(["a b " * n], [" a", " b"])

@@ -314,6 +314,7 @@ def test_a_thread_is_alone_only_once_the_step_of_a_cancelled_request_has_ended(s
 
     thread = threading.Thread(target=enter)
     thread.start()
+    until(lambda: serving._alone is not None, patient(10))
     assert not entered.wait(0.3)
     go.set()
     assert entered.wait(patient(10))
