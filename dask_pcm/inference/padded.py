@@ -7,7 +7,6 @@ attention mask is needed; encoders get one. ``probe`` verifies both when a model
 from __future__ import annotations
 
 import inspect
-import math
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,14 +15,10 @@ from typing import Any
 import numpy as np
 
 from dask_pcm.inference.engine.rows import NOT_A_NUMBER, Pooling, RowError
-from dask_pcm.inference.prompts import Scoring, ScoringError, Text, batches_by_length
+from dask_pcm.inference.prompts import Scoring, ScoringError, Text
+from dask_pcm.inference.shapes import Shapes
 from dask_pcm.inference.tokens import Encoder
 
-#: Rows of a forward, and of what its lengths are multiples, where shapes are fixed; and positions
-#: whose logits are kept. Few are computed in vain then.
-_FIXED_ROWS, _FIXED_TOKENS, _FIXED_POSITIONS = 16, 32, 16
-#: What configurations call the number of experts, of which each has the tokens of all rows.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 #: Tokenizers without a limit report a number such as 10**30.
 _NO_LIMIT = 10**9
 #: Forwards of this process in padded batches: two at a time would take twice the memory.
@@ -42,11 +37,6 @@ class PaddedModel:
     ----------
     is_causal
         False for encoders, which only embed texts.
-    is_deterministic
-        Whether the shapes of a forward depend on the length of a row and on nothing else: then
-        neither do the orders in which a device sums numbers.
-    fixed_rows
-        Rows of a forward then; one where experts would have the tokens of other rows as well.
     folder
         Where its files are.
     first_position
@@ -55,9 +45,8 @@ class PaddedModel:
         Context length in tokens; None if neither model nor tokenizer states one.
     n_embeddings
         Vocabulary size of the model; a tokenizer may have more tokens.
-    short_tokens
-        Longer sequences have other rotary frequencies, and transformers takes those of the longest
-        sequence for a whole forward (LongRoPE). None if all have the same.
+    shapes
+        The shapes of its forwards.
     """
 
     def __init__(
@@ -70,22 +59,17 @@ class PaddedModel:
         folder: str = "",
     ) -> None:
         self.model = model
-        self.is_deterministic = is_deterministic
         self.folder = folder
         self.is_causal = is_causal
         self.first_position = _first_position(model)
         self.tokenizer = tokenizer
         config = model.config.get_text_config()
-        has_experts = any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS)
-        self.fixed_rows = 1 if has_experts else _FIXED_ROWS
         names = ("max_position_embeddings", "n_positions", "max_seq_len")
         limits = [getattr(config, name, None) for name in names]
         limits.append(getattr(tokenizer, "model_max_length", None))
         known = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
         self.max_tokens: int | None = min(known) - self.first_position if known else None
-        short = _short_tokens(config)
-        is_all = short is None or (self.max_tokens is not None and self.max_tokens <= short)
-        self.short_tokens = None if is_all else short
+        self.shapes = Shapes(config, self.max_tokens, is_deterministic)
         self.n_embeddings = _n_embeddings(model)
         #: Whether rows may be continued together; None until that is known (``padded_generate``).
         self.continues_batches: bool | None = None
@@ -177,7 +161,7 @@ class PaddedModel:
         runs = [(row, run) for row, s in enumerate(scorings) for run in s.runs]
         lengths = [len(scorings[row].shared) + len(run) for row, run in runs]
         scores = [[0.0] * len(s.endings) for s in scorings]
-        for group in self._batches(lengths, batch_tokens):
+        for group in self.shapes.batches(lengths, batch_tokens):
             batch = [runs[position] for position in group]
             sequences = [scorings[row].shared + run for row, run in batch]
             wanted = [
@@ -190,39 +174,6 @@ class PaddedModel:
             for value, (*_, row, choice) in zip(found, wanted, strict=True):
                 scores[row][choice] += value
         return scores
-
-    def _batches(self, lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-        """``batches_by_length`` of sequences that have the same rotary frequencies, or shapes."""
-        kinds: dict[Any, list[int]] = {}
-        for k, n in enumerate(lengths):
-            shape = self._fixed_length(n) if self.is_deterministic else None
-            kinds.setdefault((n > (self.short_tokens or math.inf), shape), []).append(k)
-        found = []
-        for mine in kinds.values():
-            if self.is_deterministic:
-                groups = [[*one] for one in _chunks(range(len(mine)), self.fixed_rows)]
-            else:
-                groups = batches_by_length([lengths[k] for k in mine], batch_tokens)
-            found += [[mine[k] for k in group] for group in groups]
-        return found
-
-    def _fixed_length(self, n_tokens: int) -> int:
-        """The tokens that a sequence has when its shape is fixed."""
-        rounded = -(-n_tokens // _FIXED_TOKENS) * _FIXED_TOKENS
-        limits = [one for one in (self.max_tokens, self.short_tokens) if one and n_tokens <= one]
-        return min(rounded, *limits) if limits else rounded
-
-    def _ids(self, sequences: Sequence[Sequence[int]]) -> Any:
-        """Token ids on the device, padded on the right; with rows more if shapes are fixed."""
-        import torch
-
-        n_tokens = max(map(len, sequences))
-        if self.is_deterministic:
-            n_tokens = self._fixed_length(n_tokens)
-            sequences = [*sequences, *[sequences[-1]] * (self.fixed_rows - len(sequences))]
-        # Pad each sequence with its own last token: not every model has a padding token.
-        padded = [[*tokens, *[tokens[-1]] * (n_tokens - len(tokens))] for tokens in sequences]
-        return torch.tensor(padded, device=self.model.device)
 
     def embed(
         self, texts: Sequence[Sequence[int]], pooling: Pooling, batch_tokens: int
@@ -238,7 +189,7 @@ class PaddedModel:
         """
         found: list[Any] = [None] * len(texts)
         with _one_at_a_time:
-            for group in self._batches([len(text) for text in texts], batch_tokens):
+            for group in self.shapes.batches([len(text) for text in texts], batch_tokens):
                 hidden = self.hidden([texts[k] for k in group])
                 for line, k in enumerate(group):
                     kept = pooling.kept(len(texts[k]))
@@ -253,7 +204,7 @@ class PaddedModel:
         """
         import torch
 
-        ids = self._ids(sequences)
+        ids = torch.tensor(self.shapes.padded(sequences), device=self.model.device)
         options: dict[str, Any] = {"use_cache": False}
         if not self.is_causal:
             lengths = torch.full((len(ids), 1), len(sequences[-1]))
@@ -281,20 +232,17 @@ class PaddedModel:
         """
         import torch
 
-        ids, n_kept = self._ids(sequences), len(positions)
-        wanted = [positions]
-        if self.is_deterministic:  # positions depend on the other rows: as many at a time
-            more = [positions[-1]] * (-n_kept % _FIXED_POSITIONS)
-            wanted = _chunks([*positions, *more], _FIXED_POSITIONS)
+        ids = torch.tensor(self.shapes.padded(sequences), device=self.model.device)
         found = []
         with torch.inference_mode():
-            for some in wanted:
+            for some in self.shapes.kept(positions):
                 kept = torch.tensor(some, device=ids.device)
                 options = {"logits_to_keep": kept} if self._keeps_some else {}
                 logits = self.model(input_ids=ids, use_cache=False, **options).logits
                 logits = logits if self._keeps_some else logits[:, kept]
                 found.append(logits[: len(sequences)])
-            return torch.cat(found, 1)[:, :n_kept] if len(found) > 1 else found[0][:, :n_kept]
+            logits = torch.cat(found, 1) if len(found) > 1 else found[0]
+            return logits[:, : len(positions)]
 
     def _logprobs(
         self, sequences: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int, int]]
@@ -312,10 +260,6 @@ class PaddedModel:
             return kept.gather(1, token[:, None])[:, 0].tolist()
 
 
-def _chunks(values: Sequence[Any], n: int) -> list[Any]:
-    return [values[at : at + n] for at in range(0, len(values), n)]
-
-
 def _first_position(model: Any) -> int:
     """The position of a text's first token: after that of padding, as RoBERTa counts them."""
     for module in model.modules():
@@ -330,20 +274,6 @@ def _n_embeddings(model: Any) -> int:
     """Number of tokens that are both in the input and in the output embedding."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(len(layer.weight) for layer in layers if layer is not None)
-
-
-def _short_tokens(config: Any) -> int | None:
-    """Tokens up to which sequences have the rotary frequencies of short ones; None if all have."""
-    told = getattr(config, "rope_parameters", None) or {}
-    # One set for all layers, or one for each kind of layer.
-    parts = [told, *(part for part in told.values() if isinstance(part, dict))]
-    limits = [
-        part.get("original_max_position_embeddings")
-        or getattr(config, "original_max_position_embeddings", None)
-        for part in parts
-        if part.get("rope_type") == "longrope"
-    ]
-    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def _owned(scoring: Scoring, run: Sequence[int]) -> list[int]:

@@ -47,10 +47,10 @@ def continue_rows(
     with in_turn():
         for (n_prompt, n), rows in groups.items():
             size = max(1, batch_tokens // (n_prompt + n))
-            size = model.fixed_rows if model.is_deterministic else size
+            size = model.shapes.n_rows if model.shapes.is_fixed else size
             if size > 1 and len(rows) > 1 and not continues_batches(model):
                 size = 1
-            if model.is_deterministic:  # full batches: their shapes depend on nothing else
+            if model.shapes.is_fixed:  # full batches: their shapes depend on nothing else
                 rows = [*rows, *[rows[-1]] * (-len(rows) % size)]
             for at in range(0, len(rows), size):
                 batch = rows[at : at + size]

@@ -55,7 +55,7 @@ def ensure_exact(model: PaddedModel, content: str | None) -> bool:
     ModelError
         If its answers would depend on the other rows of a batch.
     """
-    what = "packed, no masks" + ", fixed shapes" * model.is_deterministic
+    what = "packed, no masks" + ", fixed shapes" * model.shapes.is_fixed
     key = None if content is None else cache_key(what, model, content)
     found = None if key is None else user_cache.recall(_KIND, key)
     if not isinstance(found, dict):
@@ -142,10 +142,10 @@ def _beside_others(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[
 
 def _by_engine(model: PaddedModel, rows: Sequence[list[int]]) -> list[tuple[Any, Any]]:
     """Logits, or hidden states, of all texts in a pack and of each alone, beyond any window."""
-    if model.short_tokens is not None:
+    short = model.shapes.short_tokens
+    if short is not None:
         raise UnfitError(
-            f"its rotary frequencies depend on whether a row has more than {model.short_tokens}"
-            " tokens"
+            f"its rotary frequencies depend on whether a row has more than {short} tokens"
         )
     with narrowed(model.model):
         if not model.is_causal:

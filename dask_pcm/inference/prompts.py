@@ -279,26 +279,3 @@ def cut_to_fit(
         cut = cut[: len(cut) - len(words[-1])]
     cut = cut.rstrip()
     return {**row, field: cut} if cut and count({**row, field: cut}) <= n_max else None
-
-
-def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group sequences of similar length, longest first, by the number of tokens after padding.
-
-    Returns
-    -------
-    list of list of int
-        Groups of positions in `lengths`. The longest length of a group times its size is at most
-        `max_tokens`, unless the group has one sequence.
-
-    Examples
-    --------
-    >>> batches_by_length([3, 9, 4, 8], max_tokens=18)
-    [[1, 3], [2, 0]]
-    """
-    groups: list[list[int]] = []
-    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(position)
-        else:
-            groups.append([position])
-    return groups

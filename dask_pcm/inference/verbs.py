@@ -67,8 +67,7 @@ def classify(
     keep_columns : sequence of str, optional
         Columns of the input to keep. All by default.
     batch_rows : int, optional
-        Rows per call of the model; they are sorted by length and run in batches of at most
-        ``pcm.inference.batch-tokens`` tokens. ``pcm.inference.batch-rows`` by default.
+        Rows that are handed to the model at a time. ``pcm.inference.batch-rows`` by default.
     batch_timeout : float or str, optional
         Limit for one call on `batch_rows` rows, in seconds or as text ("10m"); see
         ``map_partitions``.

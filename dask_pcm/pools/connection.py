@@ -20,11 +20,14 @@ from typing import Any
 
 import psutil
 from distributed import Client, Security
+from distributed.comm.addressing import parse_address, parse_host_port
 
 from dask_pcm.errors import PoolError
 
 _FILES = {"tls_ca_file": "ca.pem", "tls_worker_cert": "cert.pem", "tls_worker_key": "key.pem"}
 _NAME, _JOBS = "connection.json", "jobs"
+#: Seconds within which a machine refuses a connection to a port on which nothing listens.
+_REFUSAL_S = 5.0
 
 
 def home() -> Path:
@@ -109,7 +112,8 @@ def connect(file: str | os.PathLike[str], **options: Any) -> Client:
     Raises
     ------
     PoolError
-        The file is missing, is none, or others can read the certificates.
+        The file is missing, is none, or others can read the certificates; or the scheduler does not
+        answer, which is known at once where its machine is reached and its process has ended.
     """
     path = Path(file).expanduser()
     try:
@@ -135,6 +139,7 @@ def connect(file: str | os.PathLike[str], **options: Any) -> Client:
 
 def _client(path: Path, address: str, **options: Any) -> Client:
     try:
+        _raise_if_refused(address)  # Dask tries for half a minute
         client = Client(address, **options)
     except OSError as error:
         raise PoolError(
@@ -143,6 +148,17 @@ def _client(path: Path, address: str, **options: Any) -> Client:
         ) from error
     client.connection_file = str(path.absolute())
     return client
+
+
+def _raise_if_refused(address: str) -> None:
+    """Raise ConnectionRefusedError if nothing listens at an address; other failures may pass."""
+    where = parse_host_port(parse_address(address)[1])
+    try:
+        socket.create_connection(where, timeout=_REFUSAL_S).close()
+    except ConnectionRefusedError:
+        raise
+    except OSError:
+        pass
 
 
 def _remove_left(clusters: Path) -> Iterator[tuple[str, str]]:

@@ -115,7 +115,7 @@ def test_a_length_is_not_rounded_over_that_of_other_frequencies(texts, tmp_path)
     fixed, plain = (
         load_model(str(folder), "float32", "cpu", deterministic=d) for d in (True, False)
     )
-    assert fixed.padded.short_tokens == 100
+    assert fixed.padded.shapes.short_tokens == 100
     n = next(n for n in range(200) if len(fixed.padded.tokenize(["a b " * n])[0]) > 96)
     found, expected = (one.embed(["a b " * n, *texts]) for one in (fixed, plain))
     assert np.abs(found - expected).max() < 1e-4
@@ -125,7 +125,7 @@ def test_experts_have_the_tokens_of_one_row(tmp_path, texts):
     options = {**tiny.ATTENTION, "num_local_experts": 4, "num_key_value_heads": 2}
     made = tiny.random_model("MixtralForCausalLM", "MixtralConfig", **options)
     model = loaded(tiny.saved(tmp_path / "model", made), deterministic=True)
-    assert model.padded.fixed_rows == 1
+    assert model.padded.shapes.n_rows == 1
     n_tokens = []
     made = model.padded.model
     made.register_forward_pre_hook(

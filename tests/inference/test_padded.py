@@ -166,4 +166,4 @@ class TestLongRope:
     def test_an_engine_does_if_no_row_can_be_long(self, model):
         model.tokenizer.model_max_length = 80
         again = PaddedModel(model.model, model.tokenizer)
-        assert again.short_tokens is None and not probe(again)["unfit"]
+        assert again.shapes.short_tokens is None and not probe(again)["unfit"]

@@ -8,7 +8,6 @@ from dask_pcm.errors import PromptError
 from dask_pcm.inference.prompts import (
     ScoringError,
     Template,
-    batches_by_length,
     check_choices,
     cut_to_fit,
     plan_scoring,
@@ -101,18 +100,6 @@ def test_every_choice_can_be_read_off_a_run(prompt, endings):
         assert whole in (tuple(prompt + original), (*prompt, *original, 0))
         assert any(run[: len(ending) - 1] == ending[:-1] for run in scoring.runs)
     assert len(scoring.runs) <= len(endings)
-
-
-@given(
-    lengths=st.lists(st.integers(1, 50), max_size=60),
-    max_tokens=st.integers(1, 300),
-)
-def test_batches_hold_every_row_once_within_their_tokens(lengths, max_tokens):
-    groups = batches_by_length(lengths, max_tokens)
-    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    for group in groups:
-        padded = max(lengths[i] for i in group) * len(group)
-        assert padded <= max_tokens or len(group) == 1
 
 
 def test_cutting_keeps_as_many_words_as_fit():

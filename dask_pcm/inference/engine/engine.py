@@ -20,6 +20,7 @@ from dask_pcm.inference.engine.forward import Forward
 from dask_pcm.inference.engine.graphs import Graphs
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PagePool, on_device, on_host
+from dask_pcm.inference.engine.parts import Part
 from dask_pcm.inference.engine.rows import (
     NOT_A_NUMBER,
     Embedded,
@@ -30,7 +31,7 @@ from dask_pcm.inference.engine.rows import (
     Scored,
 )
 from dask_pcm.inference.engine.sampling import Sampling, choose
-from dask_pcm.inference.engine.schedule import Part, Schedule
+from dask_pcm.inference.engine.schedule import Schedule
 from dask_pcm.ladder.objects.tensors import is_sticky
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class Engine:
             self._try(parts)
         for tell, _ in before:
             tell()
-        n_tokens = sum(len(part.segment.tokens) for part in parts)
+        n_tokens = sum(part.n_tokens for part in parts)
         if n_tokens >= _FULL * tokens:
             self.capacity.observe(n_tokens, time.perf_counter() - begun)
 
@@ -141,7 +142,7 @@ class Engine:
             said = f"{type(error).__name__}: {error}"
             is_explained = is_out_of_memory(error)
             if is_explained:
-                n_tokens = sum(len(part.segment.tokens) for part in parts)
+                n_tokens = sum(part.n_tokens for part in parts)
                 self.capacity.fail(n_tokens)
             if len(parts) == 1:
                 self.schedule.fail(parts[0].row, RowError(said))
@@ -183,7 +184,7 @@ class Engine:
         self.n_tokens += sum(len(one.tokens) for one in segments)
         for part in parts:
             if part.segment.is_stored:
-                part.row.n_done += len(part.segment.tokens)
+                part.row.n_done += part.n_tokens
                 if isinstance(part.row, Prefix) and part.row.is_ready:
                     self.schedule.prefixes.leave(part.row)  # it has what it needs of its outer one
         wanted = [(part.row, slice(at, at + len(part.kept))) for part, at in found if part.kept]
@@ -261,9 +262,7 @@ class Engine:
 
 def _is_single(parts: Sequence[Part]) -> bool:
     """Whether a step computes one token of each row, and wants its logits."""
-    return all(
-        len(part.segment.tokens) == 1 and part.kept and part.segment.is_stored for part in parts
-    )
+    return all(part.n_tokens == 1 and part.kept and part.segment.is_stored for part in parts)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

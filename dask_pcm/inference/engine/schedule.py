@@ -3,41 +3,23 @@
 First come running rows, a token each; then rows that wait, until the step is full: those that are
 continued before others, and of these first what is expected to take longest. Rows that are scored
 are computed at once, about in the order in which they came; rows that are continued, and those
-longer than a step, store keys and values in pages. A prefix that rows share goes before them. If
-pages run out, prefixes without rows go first, then the rows that came last; these are computed
-again later, from their tokens.
+longer than a step, store keys and values in pages. A prefix that rows share goes before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from dask_pcm.inference.engine.packs import Segment
-from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, PoolFullError, n_pages_for
-from dask_pcm.inference.engine.prefix_cache import PrefixCache
+from dask_pcm.inference.engine.holdings import Holdings
+from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool
+from dask_pcm.inference.engine.parts import Part, at_once
 from dask_pcm.inference.engine.rows import Embedded, Generated, Prefix, Row, RowError, Scored
 
 #: A step is full once as many rows that wait have not fitted any more.
 _MOST_MISSES = 64
 #: Rows that are continued at the same time.
 _MOST_RUNNING = 256
-
-
-@dataclass(slots=True)
-class Part:
-    """What a step computes of a row.
-
-    Attributes
-    ----------
-    kept
-        Tokens of the segment whose outputs are wanted.
-    """
-
-    row: Row
-    segment: Segment
-    kept: Sequence[int]
 
 
 class Schedule:
@@ -57,14 +39,13 @@ class Schedule:
     """
 
     def __init__(self, pool: PagePool, most_kept: int) -> None:
-        self._pool = pool
+        self._held = Holdings(pool)
+        self.prefixes = self._held.prefixes
         self._most_kept = most_kept
-        self.prefixes = PrefixCache(pool)
         self.least_admitted = 1
         self._is_admitting = True
         self._new: list[Row] = []
         self._waiting: list[Row] = []
-        self._running: list[Generated] = []
         #: A row that is computed in several steps.
         self._long: Row | None = None
         #: The row for which all others had to let go of their pages.
@@ -74,7 +55,7 @@ class Schedule:
     @property
     def n_rows(self) -> int:
         """Rows that have not ended."""
-        return len(self._new) + len(self._waiting) + len(self._running)
+        return len(self._new) + len(self._waiting) + len(self._held.running)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows."""
@@ -88,10 +69,10 @@ class Schedule:
             parts: list[Part] = []
             self._fill(parts, Embedded, budget_tokens, budget_tokens)
             return parts
-        n_free = _MOST_RUNNING - len(self._running)
-        self._is_admitting = n_free >= self.least_admitted or not self._running
+        n_free = _MOST_RUNNING - len(self._held.running)
+        self._is_admitting = n_free >= self.least_admitted or not self._held.running
         parts = self._choose_running(budget_tokens)
-        left = budget_tokens - sum(len(part.segment.tokens) for part in parts)
+        left = budget_tokens - sum(part.n_tokens for part in parts)
         # In turn: long prompts of one kind would fill every step before the other kind has any.
         kinds = (Generated, Scored) if self._n_steps % 2 else (Scored, Generated)
         for kind in kinds:
@@ -102,9 +83,9 @@ class Schedule:
 
     def end(self, row: Row, result: Any) -> None:
         """A row has ended: it lets go of what it holds, and is told its result."""
-        if isinstance(row, Generated) and row in self._running:
-            self._running.remove(row)
-        self._pool.release(row.pages)
+        if isinstance(row, Generated) and row in self._held.running:
+            self._held.running.remove(row)
+        self._held.pool.release(row.pages)
         row.pages = []
         self.prefixes.leave(row)
         self._long = None if self._long is row else self._long
@@ -115,9 +96,9 @@ class Schedule:
         gone = {id(row) for row in rows}
         self._new = [row for row in self._new if id(row) not in gone]
         self._waiting = [row for row in self._waiting if id(row) not in gone]
-        self._running = [row for row in self._running if id(row) not in gone]
+        self._held.running = [row for row in self._held.running if id(row) not in gone]
         for row in rows:
-            self._let_go(row)
+            self._held.let_go(row)
             self.prefixes.leave(row)
             self._long = None if self._long is row else self._long
             self._stuck = None if self._stuck is row else self._stuck
@@ -129,7 +110,7 @@ class Schedule:
                 if user.prefix is not None and _is_within(user.prefix, row):
                     self.prefixes.leave(user)
             row.n_done = 0
-            self._pool.release(row.pages)
+            self._held.pool.release(row.pages)
             row.pages = []
             return
         self._waiting = [one for one in self._waiting if one is not row]
@@ -146,20 +127,27 @@ class Schedule:
 
     def _choose_running(self, left: int) -> list[Part]:
         parts: list[Part] = []
-        for row in list(self._running):
+        for row in list(self._held.running):
             # Others may have taken its pages meanwhile.
-            part = self._stored(row, min(row.n_left, left)) if row in self._running else None
+            is_running = row in self._held.running
+            part = self._held.extend(row, min(row.n_left, left)) if is_running else None
             if part is not None:
                 parts.append(part)
-                left -= len(part.segment.tokens)
+                left -= part.n_tokens
             if left <= 0:
                 break
+        self._requeue()
         return parts
+
+    def _requeue(self) -> None:
+        """Rows that had to let go of their pages wait again, before all others."""
+        self._waiting[:0] = reversed(self._held.preempted)
+        self._held.preempted.clear()
 
     def _is_turn_to_embed(self) -> bool:
         """Whether the step embeds, which is computed apart from the rest: every other one."""
         n_embedded = sum(isinstance(row, Embedded) for row in self._waiting)
-        has_others = n_embedded < len(self._waiting) + len(self._running)
+        has_others = n_embedded < len(self._waiting) + len(self._held.running)
         return n_embedded > 0 and (not has_others or self._n_steps % 2 == 0)
 
     def _fill(self, parts: list[Part], kind: type[Row], left: int, budget_tokens: int) -> int:
@@ -178,13 +166,13 @@ class Schedule:
                 n_misses += 1
                 continue
             if part.row is row and isinstance(row, Generated):
-                self._running.append(row)
+                self._held.running.append(row)
             if part.row is row and (part.kept or isinstance(row, Generated)):
                 taken.add(id(row))
             if id(part.row) not in chosen:  # several rows may wait for the same prefix
                 chosen.add(id(part.row))
                 parts.append(part)
-                left -= len(part.segment.tokens)
+                left -= part.n_tokens
                 n_kept += 0 if is_embedding else len(part.kept)  # what is limited are logits
         self._waiting = [row for row in self._waiting if id(row) not in taken]
         return left
@@ -195,117 +183,47 @@ class Schedule:
         if prefix is not None and not row.n_done:
             prefix.used_at = self._n_steps
             if not prefix.is_ready:
-                found = self._stored(_first_lacking(prefix), left)
-                if found is not None or self._running or is_begun:
+                found = self._held.extend(_first_lacking(prefix), left)
+                if found is not None or self._held.running or is_begun:
                     return found
                 self.prefixes.leave(row)  # there is no room for it at all
                 prefix = None
         if isinstance(row, Generated):
-            is_admitted = self._is_admitting and len(self._running) < _MOST_RUNNING
-            return self._stored(row, left) if is_admitted else None
+            is_admitted = self._is_admitting and len(self._held.running) < _MOST_RUNNING
+            return self._held.extend(row, left) if is_admitted else None
         n_cached = row.n_done or (len(prefix.tokens) if prefix is not None else 0)
         n_tokens = row.n_left + row.n_done - n_cached
         if n_tokens <= left:
-            return _at_once(row)
+            return at_once(row)
         # All but its last token, whose logits are wanted, may be computed before.
         n_before = len(row.tokens) - n_cached - 1
         if n_tokens > budget_tokens and n_before and isinstance(row, Scored):
             # One row at a time: two might wait for each other's pages.
             self._long = self._long or row
-            found = self._stored(row, min(n_before, left)) if self._long is row else None
-            if self._long is not row or found is not None or self._running:
+            found = self._held.extend(row, min(n_before, left)) if self._long is row else None
+            if self._long is not row or found is not None or self._held.running:
                 return found
-        return None if is_begun else _at_once(row)
-
-    def _stored(self, row: Row, n_tokens: int) -> Part | None:
-        """Some of a row's next tokens, which are stored; None if there is no room for them."""
-        try:
-            if row.prefix is not None and not row.n_done:
-                self._begin_with(row, row.prefix)
-            n_tokens = min(n_tokens, len(row.tokens) - row.n_done)
-            lacking = n_pages_for(row.n_done + n_tokens) - len(row.pages)
-            row.pages += self._take(lacking, row) if lacking > 0 else []
-        except PoolFullError:
-            return None
-        first, stop = row.n_done, row.n_done + n_tokens
-        segment = Segment(row.tokens[first:stop], range(first, stop), list(row.pages), first, True)
-        is_last = isinstance(row, Generated) and stop == len(row.tokens)
-        return Part(row, segment, [n_tokens - 1] if is_last else [])
-
-    def _begin_with(self, row: Row, prefix: Prefix) -> None:
-        """Give a row the pages of its prefix; the last one is copied, since the row writes it."""
-        n_full, n_rest = divmod(len(prefix.tokens), PAGE_TOKENS)
-        last = self._take(1, row) if n_rest else []
-        if last:
-            self._pool.copy(prefix.pages[n_full], last[0])
-        self._pool.share(prefix.pages[:n_full])
-        row.pages, row.n_done = [*prefix.pages[:n_full], *last], len(prefix.tokens)
-
-    def _take(self, n_pages: int, row: Row) -> list[int]:
-        """Take pages: of prefixes without rows, then of rows that came later than `row`.
-
-        Raises
-        ------
-        PoolFullError
-            There are not enough.
-        """
-        while self._pool.n_free < n_pages:
-            if self.prefixes.drop_one():
-                continue
-            last = self._running[-1] if self._running else None
-            if last is None or last is row or row not in self._running:
-                raise PoolFullError
-            self._preempt(last)
-        return self._pool.take(n_pages)
-
-    def _preempt(self, row: Generated) -> None:
-        """Take the pages of a running row, which is computed again later."""
-        self._running.remove(row)
-        self._waiting.insert(0, row)
-        self._let_go(row)
-
-    def _let_go(self, row: Row) -> None:
-        self._pool.release(row.pages)
-        row.pages, row.n_done = [], 0
+        return None if is_begun else at_once(row)
 
     def _make_progress(self) -> None:
         """No row has room: all let go of their pages. The first fails if it has none even then."""
-        rows: list[Any] = self._running or self._waiting
+        rows: list[Any] = self._held.running or self._waiting
         first = rows[0]
-        if first is self._stuck or self._pool.n_free == self._pool.n_pages:
+        if first is self._stuck or self._held.pool.n_free == self._held.pool.n_pages:
             rows.remove(first)
-            n_tokens = self._pool.n_pages * PAGE_TOKENS
+            n_tokens = self._held.pool.n_pages * PAGE_TOKENS
             text = f"The row needs room for more than {n_tokens} tokens, which the device has."
             self.end(first, RowError(text))
             return
         self._stuck = first
-        for row in self._running[::-1]:
-            self._preempt(row)
+        for row in self._held.running[::-1]:
+            self._held.preempt(row)
+        self._requeue()
         for waiting in self._waiting:
-            self._let_go(waiting)
+            self._held.let_go(waiting)
             self.prefixes.leave(waiting)
         while self.prefixes.drop_one():
             pass
-
-
-def _at_once(row: Row) -> Part:
-    """All that is left of a row, without storing keys and values."""
-    cached, n_cached = row.pages, row.n_done
-    if row.prefix is not None and not n_cached:
-        cached, n_cached = row.prefix.pages, len(row.prefix.tokens)
-    own = row.tokens[n_cached:]
-    n_own, n_tokens = len(own), len(row.tokens)
-    positions: list[int] = list(range(n_cached, n_tokens))
-    if isinstance(row, Embedded):
-        return Part(row, Segment(own, positions), row.pooling.kept(n_own))
-    assert isinstance(row, Scored)
-    trie, parents = row.trie, None
-    if trie.tokens:
-        parents = [*range(-1, n_own - 1), *(n_own + parent for parent in trie.parents)]
-        own = [*own, *trie.tokens]
-        positions += [n_tokens + depth for depth in trie.depths]
-    kept = range(n_own - 1, len(own))
-    return Part(row, Segment(own, positions, cached, n_cached, False, parents), kept)
 
 
 def _is_within(prefix: Prefix | None, outer: Prefix) -> bool:

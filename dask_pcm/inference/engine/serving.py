@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from dask_pcm.errors import LoadError
 from dask_pcm.inference.engine.engine import Engine
+from dask_pcm.inference.engine.requests import Request, Requests
 from dask_pcm.inference.engine.rows import Generated, Row
 
 logger = logging.getLogger(__name__)
@@ -23,16 +23,6 @@ _CLOSED = "The engine accepts no rows: its context leaves the device."
 
 class EngineClosedError(LoadError):
     """The engine was closed while it had rows: its context leaves the device."""
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """Rows that were submitted together, by a thread."""
-
-    thread: int
-    rows: list[Row]
-    found: list[Any]
-    n_missing: int
 
 
 class Serving:
@@ -60,11 +50,7 @@ class Serving:
         self._live = live
         self._make = make
         self._changed = threading.Condition()
-        self._inbox: list[Row] = []
-        #: Rows whose request was cancelled.
-        self._withdrawn: list[Row] = []
-        #: Requests that have not ended.
-        self._requests: dict[Future[list[Any]], _Request] = {}
+        self._requests = Requests()
         #: Threads whose next request is accepted at once.
         self._promised: set[int] = set()
         #: By thread: what its rows go on from.
@@ -110,7 +96,7 @@ class Serving:
         if not request:
             future.set_result([])
             return future
-        made = _Request(threading.get_ident(), [*request], [None] * len(request), len(request))
+        made = Request(threading.get_ident(), [*request], [None] * len(request), len(request))
         for k, row in enumerate(request):
             row.done = functools.partial(self._note, future, made, k)
         with self._changed:
@@ -122,9 +108,8 @@ class Serving:
             for row in request if drafts else ():
                 if isinstance(row, Generated) and row.key is not None and row.key in drafts:
                     row.resume(drafts[row.key])
-            self._requests[future] = made
+            self._requests.add(future, made)
             self._n_threads = _n_threads()
-            self._inbox += request
             self._changed.notify_all()
         future.add_done_callback(self._withdraw)
         return future
@@ -141,9 +126,8 @@ class Serving:
 
     def drafts(self) -> dict[int, list[int]]:
         """See ``Drafting``."""
-        me = threading.get_ident()
         with self._changed:
-            rows = [r for one in self._requests.values() if one.thread == me for r in one.rows]
+            rows = self._requests.rows_of(threading.get_ident())
         # The engine's thread appends meanwhile: what it has by now is a draft as well.
         found: dict[int, list[int]] = {}
         for row in rows:
@@ -161,7 +145,7 @@ class Serving:
     def hungry(self) -> int:
         """See ``Attendant``."""
         with self._changed:
-            return max(0, self.n_rows - self._n_missing())
+            return max(0, self.n_rows - self._requests.n_missing)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -199,27 +183,21 @@ class Serving:
 
     def _is_idle(self) -> bool:
         """Whether the engine has nothing to do, and does nothing; with the lock held."""
-        is_busy = self._requests or self._withdrawn or self._is_at_work
-        return not is_busy or not self._is_open
+        return not (self._requests or self._is_at_work) or not self._is_open
 
     def _is_admitted(self) -> bool:
         """Whether this thread's rows are taken now; with the lock held."""
         if self._alone is not None:
             return self._alone == threading.get_ident()
         is_promised = threading.get_ident() in self._promised
-        return self._is_draining or is_promised or self._n_missing() < self.n_rows
+        return self._is_draining or is_promised or self._requests.n_missing < self.n_rows
 
-    def _n_missing(self) -> int:
-        return sum(one.n_missing for one in self._requests.values())
-
-    def _note(self, future: Future[list[Any]], request: _Request, k: int, result: Any) -> None:
+    def _note(self, future: Future[list[Any]], request: Request, k: int, result: Any) -> None:
         """A row has ended; on the engine's thread."""
         request.found[k] = result
         with self._changed:
-            request.n_missing -= 1
-            if request.n_missing or self._requests.pop(future, None) is None:
+            if not self._requests.end_row(future):
                 return
-            request.rows = []  # which refer to the request
             self._changed.notify_all()
         if future.set_running_or_notify_cancel():
             future.set_result(request.found)
@@ -228,10 +206,7 @@ class Serving:
         """A request has ended; if it was cancelled, its rows go."""
         if future.cancelled():
             with self._changed:
-                request = self._requests.pop(future, None)
-                if request is not None:
-                    self._withdrawn += request.rows
-                    request.rows = []
+                self._requests.withdraw(future)
                 self._changed.notify_all()
 
     def _serve(self, engine: Engine) -> None:
@@ -246,12 +221,11 @@ class Serving:
                     if self._alone is not None or self._is_draining:
                         self._changed.notify_all()
                     self._changed.wait_for(
-                        lambda: self._inbox or self._withdrawn or engine.n_rows or not self._is_open
+                        lambda: self._requests.has_news or engine.n_rows or not self._is_open
                     )
                     if not self._is_open:
                         break
-                    new, self._inbox = self._inbox, []
-                    withdrawn, self._withdrawn = self._withdrawn, []
+                    new, withdrawn = self._requests.take()
                     n_threads, self._is_at_work = self._n_threads, True
                 if n_threads != _n_threads():
                     torch.set_num_threads(n_threads)
@@ -265,10 +239,7 @@ class Serving:
         engine.close()
         with self._changed:
             self._is_open = self._is_at_work = False
-            for request in self._requests.values():
-                request.rows = []
-            left, self._requests = list(self._requests), {}
-            self._inbox, self._withdrawn = [], []
+            left = self._requests.close()
             self._changed.notify_all()
         for future in left:
             if future.set_running_or_notify_cancel():

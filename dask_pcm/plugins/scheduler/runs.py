@@ -12,6 +12,7 @@ from dask_pcm.plugins.scheduler.contexts import ContextService, LoadReports
 from dask_pcm.plugins.scheduler.hub import Hub
 from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.scheduling.events import Group, RunClosed, RunReported
+from dask_pcm.scheduling.feed.demand import device_demand
 from dask_pcm.scheduling.rules.device_fit import why_too_large
 
 
@@ -86,7 +87,7 @@ class RunService(Service):
             "n_warm": sum(view.holds(contexts) for view in state.workers.values()),
             "n_loads": sum(load.n for load in loads),
             "load_s": sum(load.seconds for load in loads),
-            "demand": [tuple(one) for one in state.device_demand(group)],
+            "demand": [tuple(one) for one in device_demand(state, group)],
         }
 
     def client_left(self, client: str) -> None:

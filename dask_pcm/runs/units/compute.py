@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import pandas as pd
-from dask._task_spec import DataNode, execute_graph
 
 from dask_pcm.frames.call import Call
 from dask_pcm.frames.caller import Caller, Submission, Watch
@@ -157,9 +156,9 @@ class Computation:
         values = {SPANS: unit.spans, **self._inputs}
         parts: list[pd.DataFrame] = []
         for step, caller in self._callers:
-            parts = caller.results(self._evaluate(step.below, values))
+            parts = caller.results(self._graph.evaluate(step.below, values))
             values[step.key] = caller.call.joined(parts)
-        return self._outcome([self._evaluate(self._graph.result, values)], parts)
+        return self._outcome([self._graph.evaluate(self._graph.result, values)], parts)
 
     def batches(
         self, unit: Unit, max_bytes: int, end: Callable[[int], int], is_ahead: bool
@@ -189,11 +188,11 @@ class Computation:
     def _read(self, chunk: Unit, is_ahead: bool) -> dict[Any, pd.DataFrame]:
         """The rows of a chunk, and what the first function is called on, where both are in line."""
         leaf = self._graph.leaf
-        rows = self._evaluate(leaf, {SPANS: chunk.spans})
+        rows = self._graph.evaluate(leaf, {SPANS: chunk.spans})
         found = {leaf: rows}
         if is_ahead and self._callers and self._callers[0][0].below != leaf:
             below = self._callers[0][0].below
-            frame = self._evaluate(below, found)
+            frame = self._graph.evaluate(below, found)
             if len(frame) == len(rows):  # no filter has removed any
                 found[below] = frame
         return found
@@ -208,16 +207,16 @@ class Computation:
         """
         values = dict(batch.values)
         if not self._callers:
-            frame = self._evaluate(self._graph.result, values)
+            frame = self._graph.evaluate(self._graph.result, values)
             return Submission(lambda: Outcome([frame], []))
         *before, (last, caller) = self._callers
         earlier: list[pd.DataFrame] = []
         for step, other in before:
-            parts = other.results(self._evaluate(step.below, values), watch)
+            parts = other.results(self._graph.evaluate(step.below, values), watch)
             values[step.key] = other.call.joined(parts)
             if other.call.batch_rows is not None:
                 earlier.append(values[step.key])
-        frame = self._evaluate(last.below, values)
+        frame = self._graph.evaluate(last.below, values)
         if not caller.call.is_served or not len(frame):
             found = _with_errors(caller.results(frame, watch), earlier)
             return Submission(lambda: self._finished(values, found))
@@ -229,9 +228,9 @@ class Computation:
         """The rows of a batch if all of them fail with `error`, and no function is called."""
         values, parts = dict(batch.values), []
         for step, caller in self._callers:
-            parts = caller.failed(self._evaluate(step.below, values), error)
+            parts = caller.failed(self._graph.evaluate(step.below, values), error)
             values[step.key] = caller.call.joined(parts)
-        return self._outcome([self._evaluate(self._graph.result, values)], parts)
+        return self._outcome([self._graph.evaluate(self._graph.result, values)], parts)
 
     def _finished(self, values: dict[Any, Any], parts: list[pd.DataFrame]) -> Outcome:
         """The rows of a batch from the results of the last function."""
@@ -239,7 +238,7 @@ class Computation:
         if self._graph.result == last.key:
             return self._outcome(parts, parts)._replace(call=caller.call)
         values[last.key] = caller.call.joined(parts)
-        return self._outcome([self._evaluate(self._graph.result, values)], parts)
+        return self._outcome([self._graph.evaluate(self._graph.result, values)], parts)
 
     def _outcome(self, frames: list[pd.DataFrame], parts: list[pd.DataFrame]) -> Outcome:
         """Frames with their errors; if the frames lack that column, with those of `parts`."""
@@ -253,23 +252,6 @@ class Computation:
             for error in frame[ERROR].dropna().tolist()
         ]
         return Outcome(frames, errors)
-
-    def _evaluate(self, key: Any, values: Mapping[Any, Any]) -> Any:
-        """The value of a key of the graph, from those that are there."""
-        if key in values:
-            return values[key]
-        nodes: dict[Any, Any] = {}
-        todo = [key]
-        while todo:  # only what this key needs: execute_graph runs every task that it is given
-            one = todo.pop()
-            if one in nodes:
-                continue
-            if one in values:
-                nodes[one] = DataNode(one, values[one])
-            else:
-                nodes[one] = self._graph.tasks[one]
-                todo += nodes[one].dependencies
-        return execute_graph(nodes, keys=[key])[key]
 
 
 def _with_errors(parts: list[pd.DataFrame], earlier: list[pd.DataFrame]) -> list[pd.DataFrame]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dask._task_spec import Task
+from dask._task_spec import DataNode, Task, execute_graph
 
 from dask_pcm.context.context import ContextRef
 from dask_pcm.context.sealed import Sealed
@@ -77,6 +78,23 @@ class Graph(NamedTuple):
     steps: tuple[Step, ...]
     result: Any
     leaf: Any
+
+    def evaluate(self, key: Any, values: Mapping[Any, Any]) -> Any:
+        """The value of a key, from those that are there; only what it needs is computed."""
+        if key in values:
+            return values[key]
+        nodes: dict[Any, Any] = {}
+        todo = [key]
+        while todo:  # execute_graph runs every task that it is given
+            one = todo.pop()
+            if one in nodes:
+                continue
+            if one in values:
+                nodes[one] = DataNode(one, values[one])
+            else:
+                nodes[one] = self.tasks[one]
+                todo += nodes[one].dependencies
+        return execute_graph(nodes, keys=[key])[key]
 
 
 def cut_to(span: Span, done: Ranges) -> list[Span]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -35,7 +34,6 @@ from dask_pcm.scheduling.events import (
     WorkRejoined,
     WorkWithdrawn,
 )
-from dask_pcm.scheduling.feed.feed import DeviceDemand
 from dask_pcm.scheduling.learned.failures import Failures
 from dask_pcm.scheduling.state.ahead import WorkAhead
 from dask_pcm.scheduling.state.contexts import ContextTable
@@ -141,14 +139,6 @@ class GateState:
             and view.serves(group.contexts)
             and view.host not in self.failures.quarantined
         )
-
-    def device_demand(self, group: Group) -> list[DeviceDemand]:
-        """Workers that may run work of `group`, counted by device model, with their speeds."""
-        counts = Counter(view.device for view in self.candidates(group) if not view.is_draining)
-        return [
-            DeviceDemand(device, n_workers, self.estimates.cost.row_s(group.costs, "", device))
-            for device, n_workers in counts.items()
-        ]
 
     # -- consistency ----------------------------------------------------------------------------
 

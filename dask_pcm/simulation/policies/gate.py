@@ -24,6 +24,7 @@ from dask_pcm.scheduling.events import (
     WorkerLeft,
     WorkWithdrawn,
 )
+from dask_pcm.scheduling.feed.demand import device_demand
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.rules.rules import Rules
 from dask_pcm.scheduling.state.state import GateState
@@ -45,7 +46,8 @@ class Gate:
         self._world = world
         self._config = Config.read()
         self._overheads = world.scenario.overheads
-        self._drivers = Drivers(world.clock, self._config, self._apply, self.state.device_demand)
+        demand = functools.partial(device_demand, self.state)
+        self._drivers = Drivers(world.clock, self._config, self._apply, demand)
         self._lanes: dict[str, Lanes] = {}
         self._offloaded: set[tuple[str, str]] = set()
         self._is_woken = False

@@ -254,7 +254,7 @@ def test_rows_of_a_cancelled_request_are_computed_no_further(serving, model):
     """Whatever they are doing: waiting, in pages, or in the step that runs."""
     engine = serving.made[0]
     begun = [serving.submit([endless([1, 2, k]), scored([3, k])]) for k in range(8)]
-    until(lambda: all(row.tokens[3:] for row in engine.schedule._running), patient(20))
+    until(lambda: all(row.tokens[3:] for row in engine.schedule._held.running), patient(20))
     kept = serving.submit([scored([4, 5, 6])])
     assert all(one.cancel() for one in begun[:7])
     until(lambda: engine.n_rows == 1, patient(20))

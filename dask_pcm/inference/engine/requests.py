@@ -1,0 +1,86 @@
+"""The requests that an engine has not answered, and what of them it does not know yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from dask_pcm.inference.engine.rows import Row
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Rows that were submitted together, by a thread."""
+
+    thread: int
+    rows: list[Row]
+    found: list[Any]
+    n_missing: int
+
+
+class Requests:
+    """Requests by their futures; whoever calls has the lock of ``Serving``."""
+
+    def __init__(self) -> None:
+        self._open: dict[Future[list[Any]], Request] = {}
+        self._new: list[Row] = []
+        #: Rows whose request was cancelled.
+        self._withdrawn: list[Row] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._open or self._withdrawn)
+
+    @property
+    def n_missing(self) -> int:
+        """Rows without a result."""
+        return sum(one.n_missing for one in self._open.values())
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something for `take`."""
+        return bool(self._new or self._withdrawn)
+
+    def add(self, future: Future[list[Any]], request: Request) -> None:
+        """Add a request."""
+        self._open[future] = request
+        self._new += request.rows
+
+    def take(self) -> tuple[list[Row], list[Row]]:
+        """New rows, and those that were cancelled, since the last call."""
+        news = self._new, self._withdrawn
+        self._new, self._withdrawn = [], []
+        return news
+
+    def end_row(self, future: Future[list[Any]]) -> bool:
+        """A row has its result; return whether its request has ended with it, and is not gone."""
+        request = self._open.get(future)
+        if request is None:
+            return False
+        request.n_missing -= 1
+        if request.n_missing:
+            return False
+        del self._open[future]
+        request.rows = []  # which refer to the request
+        return True
+
+    def withdraw(self, future: Future[list[Any]]) -> None:
+        """A request was cancelled."""
+        request = self._open.pop(future, None)
+        if request is not None:
+            self._withdrawn += request.rows
+            request.rows = []
+
+    def close(self) -> list[Future[list[Any]]]:
+        """Forget all requests, and return their futures."""
+        for request in self._open.values():
+            request.rows = []
+        left = list(self._open)
+        self._open.clear()
+        self.take()
+        return left
+
+    def rows_of(self, thread: int) -> Sequence[Row]:
+        """Rows of the requests of a thread."""
+        return [row for one in self._open.values() if one.thread == thread for row in one.rows]
