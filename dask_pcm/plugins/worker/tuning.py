@@ -29,6 +29,10 @@ _KEPT_BYTES, _HEAP_BYTES = 1 << 30, 32 << 20
 #: Python's switch interval: how long a thread that reads or commits keeps the GIL from the one that
 #: infers. The default of 5 ms is an eighth of a batch.
 _SWITCH_S = 5e-4
+#: Milliseconds between two samples of what busy threads do, for the profile on Dask's dashboard: as
+#: Dask has it, and while contexts are in use. Each keeps the GIL from threads that infer for half
+#: a millisecond. Another interval, which a user has chosen, stays.
+_SAMPLE_MS, _SELDOM_MS = 10.0, 100.0
 #: Variables that model libraries read; OMP_NUM_THREADS affects libraries imported later. Neither is
 #: ever deleted: a thread of the user's that iterates over ``os.environ`` at that moment would fail.
 _TOKENIZERS, _THREADS = "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS"
@@ -61,11 +65,14 @@ class Tuning:
         with self._changing:
             self._workers.add(worker)
             self._all_workers.add(worker)
+            if self._before is not None:
+                _sample(worker, _SAMPLE_MS, _SELDOM_MS)
 
     def remove_worker(self, worker: Worker) -> None:
         """A worker has lost the toolkit; with the last one, settings are reverted without delay."""
         with self._changing:
             self._workers.discard(worker)
+            _sample(worker, _SELDOM_MS, _SAMPLE_MS)
             self._changing.notify_all()
         self._settle()
         give_back_memory()
@@ -79,6 +86,8 @@ class Tuning:
                 self._before = (sys.getswitchinterval(), {})
                 sys.setswitchinterval(_SWITCH_S)
                 keep_freed_memory()
+                for worker in self._workers:
+                    _sample(worker, _SAMPLE_MS, _SELDOM_MS)
                 self._changing.notify_all()
             if _THREADS in os.environ:  # Dask's nanny sets it to 1
                 self._set_variable(_THREADS, str(n_threads))
@@ -133,10 +142,19 @@ class Tuning:
         """Restore former values; those that other code has changed since stay as they are."""
         if abs(sys.getswitchinterval() - _SWITCH_S) < 1e-6:  # Python rounds to microseconds
             sys.setswitchinterval(switch_s)
+        for worker in self._workers:
+            _sample(worker, _SELDOM_MS, _SAMPLE_MS)
         for name, value in variables.items():
             if os.environ.get(name) == self._set.pop(name):
                 os.environ[name] = value
         free_memory_as_before()
+
+
+def _sample(worker: Worker, before_ms: float, after_ms: float) -> None:
+    """Change the interval of a worker's profile, if it is the one expected."""
+    callback = worker.periodic_callbacks.get("profile")
+    if callback is not None and callback.callback_time == before_ms:
+        callback.callback_time = after_ms
 
 
 def keep_freed_memory() -> bool:

@@ -10,7 +10,9 @@ import time
 import dask
 import psutil
 import pytest
+from distributed import get_worker
 from distributed.core import Status
+from tornado.ioloop import PeriodicCallback
 
 import dask_pcm as pcm
 from dask_pcm.plugins.worker import tuning as tuning_module
@@ -24,6 +26,13 @@ class Living:
     """A worker of this process."""
 
     status = Status.running
+
+    def __init__(self, sample_ms=10):
+        self.periodic_callbacks = {"profile": PeriodicCallback(lambda: None, sample_ms)}
+
+    @property
+    def sample_ms(self):
+        return self.periodic_callbacks["profile"].callback_time
 
 
 @pytest.fixture
@@ -98,6 +107,26 @@ def test_what_is_put_back_does_not_undo_what_others_have_set_since(tuning, monke
         sys.setswitchinterval(before)
 
 
+def test_threads_that_infer_are_sampled_less_often(tuning):
+    """For the profile on the dashboard; an interval that a user has chosen stays."""
+    others = [Living(20), Living()]
+    others[1].periodic_callbacks.clear()  # as if the profile were off
+    for one in others:
+        tuning.add_worker(one)
+    with tuning.in_use(3):
+        late = Living()
+        tuning.add_worker(late)
+        assert [one.sample_ms for one in (tuning.worker, others[0], late)] == [100, 20, 100]
+        tuning.remove_worker(late)
+        assert late.sample_ms == 10
+        late.periodic_callbacks["profile"].callback_time = 50
+        tuning.add_worker(late)
+    until(lambda: tuning.kept == [True, False])
+    assert [one.sample_ms for one in (tuning.worker, others[0], late)] == [10, 20, 50]
+    for one in (*others, late):
+        tuning.remove_worker(one)
+
+
 def test_without_workers_all_is_put_back_as_soon_as_no_task_is_at_it(tuning, monkeypatch):
     monkeypatch.setattr(tuning_module, "_IDLE_S", 1000.0)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
@@ -124,6 +153,17 @@ A = pcm.Context(load)
 def use(i, ctx):
     with pcm.acquire(ctx) as live:
         return live
+
+
+def sampled_ms(i, ctx):
+    """Within the use of a context."""
+    with pcm.acquire(ctx):
+        return get_worker().periodic_callbacks["profile"].callback_time
+
+
+def test_a_worker_of_dask_is_sampled_less_often(own_client):
+    pcm.install(own_client)
+    assert own_client.submit(sampled_ms, 1, A).result() == 100
 
 
 def churn(i):
