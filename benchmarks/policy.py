@@ -43,6 +43,7 @@ from dask_pcm.scheduling.events import (
     WorkerJoined,
     WorkParked,
 )
+from dask_pcm.scheduling.feed.demand import device_demand
 from dask_pcm.scheduling.feed.feed import Feed, UnitSizing
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.rules.drain_time import DrainTime
@@ -351,7 +352,7 @@ class Played:
             self._at(self._now + 0.25, "look", None)
         else:
             self._tell(RunClosed("run"))
-        self._units.update_demand(self._state.device_demand(self._group))
+        self._units.update_demand(device_demand(self._state, self._group))
 
     def _feed(self) -> float:
         """Hand over more; return the CPU seconds that cutting it took, which is the client's."""
