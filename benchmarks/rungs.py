@@ -24,6 +24,7 @@ from dask_pcm.ladder.objects.live import Live, frozen
 from dask_pcm.ladder.objects.shelf import Shelf
 from dask_pcm.plugins.worker.plugin import CONTEXTS
 from dask_pcm.plugins.worker.tuning import keep_freed_memory
+from dask_pcm.tiers import Tier
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -215,7 +216,7 @@ def stream(rows: Rows) -> None:
         tell, store.n_moves = store._residencies.report, 0
 
         def counted(change: Any) -> None:
-            store.n_moves += change.state.value == "device"
+            store.n_moves += change.tier is Tier.DEVICE
             tell(change)
 
         store._residencies.report = counted

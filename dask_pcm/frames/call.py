@@ -219,8 +219,11 @@ class Call:
         name = column.name
         if not self.is_enforced or self._is_right(name, column.dtype):
             return column
+        wanted = self._dtypes[name]
+        if _is_empty_of_others(column.dtype, wanted):
+            return column.cat.set_categories(wanted.categories[:0])
         try:
-            return cast(column, without_categories(self._dtypes[name]))
+            return cast(column, without_categories(wanted))
         except MISFITS as error:
             raise SchemaError(
                 f"{_name(self.func)} returned {name!r} as {column.dtype}, which does not convert to"
@@ -230,7 +233,19 @@ class Call:
     def _is_right(self, name: Any, dtype: Any) -> bool:
         """Whether a column's dtype is that in `meta`; categories may differ."""
         wanted = self._dtypes[name]
+        if _is_empty_of_others(dtype, wanted):
+            return False
         return bool(dtype == wanted or without_categories(dtype) == without_categories(wanted))
+
+
+def _is_empty_of_others(dtype: Any, wanted: Any) -> bool:
+    """Whether a categorical has no categories, of another dtype than those wanted.
+
+    As one of nulls alone, whose categories are floats or objects: Dask does not concatenate it with
+    texts of other partitions.
+    """
+    both = isinstance(dtype, pd.CategoricalDtype) and isinstance(wanted, pd.CategoricalDtype)
+    return both and not len(dtype.categories) and dtype.categories.dtype != wanted.categories.dtype
 
 
 def _name(func: Any) -> str:

@@ -20,12 +20,14 @@ from dask_pcm.context.context import ContextRef
 from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import PCMError
 from dask_pcm.frames.call import Call
-from dask_pcm.frames.failed_rows import failed_row, with_error
+from dask_pcm.frames.failed_rows import ERROR, failed_row, with_error
 from dask_pcm.ladder.objects.tensors import is_sticky
 from dask_pcm.ladder.residency import Drafting
 from dask_pcm.plugins.worker.deadline import in_time
-from dask_pcm.plugins.worker.stats import Tally, TaskStats
+from dask_pcm.plugins.worker.first_batches import is_hopeless
+from dask_pcm.plugins.worker.stats import Tally, TaskStats, unpack
 from dask_pcm.plugins.worker.task import attendants, hand_over, hold
+from dask_pcm.scheduling.rules.first_batches import N_BATCHES, Failing, Position
 
 T = TypeVar("T")
 
@@ -71,10 +73,10 @@ class Caller:
 
     def __init__(self, sealed: Sealed, refs: Sequence[ContextRef], stats: TaskStats) -> None:
         self.call: Call = sealed.open()
-        self.refs = [replace(ref, is_exclusive=False) for ref in refs]
+        self._refs = [replace(ref, is_exclusive=False) for ref in refs]
         if not self.call.is_served:  # what serves many at once knows no turns
-            self.refs = list(refs)
-        self.stats = stats
+            self._refs = list(refs)
+        self._stats = stats
         self.tally = Tally()
         if self.call.batch_rows is not None:
             self.tally = stats.tallies.setdefault(sealed.digest, self.tally)
@@ -144,10 +146,10 @@ class Caller:
         found = []
         if watch is not None:
             watch.waits()
-        with hold(self.refs, self.stats) as contexts:
+        with hold(self._refs, self._stats) as contexts:
             live = contexts
             if self.call.is_served:
-                contexts = attendants(self.refs, live)
+                contexts = attendants(self._refs, live)
             if self.call.batch_rows is None:
                 return [self.call.on(frame, contexts)]
             start = 0
@@ -160,7 +162,7 @@ class Caller:
                     begun.append(self._begun(rows, contexts).result)
                     continue
                 self.tally.begin_batch()
-                found.append(self.batch(rows, contexts))
+                found.append(self._batch(rows, contexts))
                 after(len(found))
             is_attended = all(a is not b for a, b in zip(contexts, live, strict=True))
             if begun and leaves_lane and is_attended:  # its rows share steps with those of others
@@ -189,8 +191,8 @@ class Caller:
         if self._held is None:
             # Held until the unit ends: a batch may be in flight at any moment from now on.
             watch.waits()
-            values = self._stack.enter_context(hold(self.refs, self.stats))
-            self._held = attendants(self.refs, values)
+            values = self._stack.enter_context(hold(self._refs, self._stats))
+            self._held = attendants(self._refs, values)
             pairs = zip(self._held, values, strict=True)
             self._is_attended = all(serves is not value for serves, value in pairs)
             for one in self._drafting() if self._drafts else ():
@@ -223,7 +225,7 @@ class Caller:
             with self.call.raising():
                 return future.result()
 
-        return Submission(lambda: self.batch(frame, contexts, result), future)
+        return Submission(lambda: self._batch(frame, contexts, result), future)
 
     def _cancel(self) -> None:
         for future in list(self._in_flight):
@@ -244,7 +246,7 @@ class Caller:
             return [frame]
         return [frame.iloc[at : at + size] for at in range(0, len(frame), size)]
 
-    def batch(
+    def _batch(
         self,
         frame: pd.DataFrame,
         contexts: Sequence[Any],
@@ -272,8 +274,67 @@ class Caller:
         # Outside the except block: errors of the halves must not be chained to this one.
         half = len(frame) // 2
         parts = [
-            self.call.one_for_each(rows, self.batch(rows, contexts))
+            self.call.one_for_each(rows, self._batch(rows, contexts))
             for rows in (frame.iloc[:half], frame.iloc[half:])
         ]
         # Cast before concatenating: pandas would turn integers and nulls into rounded floats.
         return pd.concat([self.call.enforced(with_error(part)) for part in parts])
+
+
+def infer(
+    frame: pd.DataFrame,
+    call: Sealed,
+    refs: tuple[ContextRef, ...],
+    position: Position | None = None,
+) -> pd.DataFrame:
+    """Run one task: acquire the contexts and call the function on `frame`.
+
+    An empty partition acquires no context and calls nothing.
+
+    Parameters
+    ----------
+    frame
+        The rows of one partition.
+    call
+        The pickled ``Call``.
+    refs
+        The contexts to acquire, in the order of ``Call.names``.
+    position
+        Which partition of which Dask collection this is; None in a run, whose driver checks
+        failures itself.
+
+    Raises
+    ------
+    Exception
+        The function's own exception, if it failed on all of the first rows of the collection.
+    """
+    caller = Caller(call, refs, TaskStats())
+    opened, is_by_rows = caller.call, caller.call.batch_rows is not None
+    if not len(frame):
+        if is_by_rows and position is not None:
+            # Record that this partition has no rows, so the check moves on to the next one.
+            is_hopeless(position, Failing(0))
+        return opened.meta.copy()
+
+    def check(n_batches: int) -> None:
+        if position is not None and n_batches == N_BATCHES:
+            _check_hope(position, caller.tally)
+
+    parts = caller.results(frame, after=check, leaves_lane=True)
+    # Outside the hold: the check may wait, and another lane can use the contexts meanwhile.
+    if is_by_rows and position is not None and len(parts) < N_BATCHES:
+        _check_hope(position, caller.tally)
+    return opened.joined(parts)
+
+
+def _check_hope(position: Position, tally: Tally) -> None:
+    """Raise the function's own exception if all of the collection's first rows failed with it."""
+    failing = tally.failing
+    if failing is not None and failing.n_batches and is_hopeless(position, failing):
+        error = unpack(tally.error)
+        error.add_note(
+            "It ends the computation, because all of the first rows failed with it. If only these"
+            " rows are bad, catch the exception in the function and return its text in the"
+            f" column {ERROR!r}."
+        )
+        raise error

@@ -36,8 +36,8 @@ from dask_pcm.context.context import Context, ContextRef
 from dask_pcm.context.sealed import Sealed
 from dask_pcm.errors import RecipeError, SchemaError
 from dask_pcm.frames.call import Call
+from dask_pcm.frames.caller import infer
 from dask_pcm.frames.failed_rows import ERROR, row_wise_meta
-from dask_pcm.frames.infer import infer
 from dask_pcm.scheduling.rules.first_batches import Position
 
 
@@ -177,8 +177,7 @@ def map_partitions(
         The columns and dtypes of the result: a dict of column to dtype, an empty frame, a
         function that makes one from the empty input, or any other `meta` that Dask accepts.
     batch_rows : int, optional
-        Call `func` on at most this many rows at a time; they may be of several partitions that
-        have fewer. It must then return one row per input row,
+        Call `func` on at most this many rows at a time. It must then return one row per input row,
         in order. If a row raises, its ``error`` column holds the exception and its other new
         columns are null; other rows of the batch are unaffected. The ``error`` column is added if
         `meta` lacks it, and integer and boolean columns become pandas' nullable dtypes. In

@@ -139,7 +139,8 @@ def connect(file: str | os.PathLike[str], **options: Any) -> Client:
 
 def _client(path: Path, address: str, **options: Any) -> Client:
     try:
-        _raise_if_refused(address)  # Dask tries for half a minute
+        if not options.get("asynchronous"):  # then it is connected later
+            _raise_if_refused(address, options.get("security"))
         client = Client(address, **options)
     except OSError as error:
         raise PoolError(
@@ -150,14 +151,20 @@ def _client(path: Path, address: str, **options: Any) -> Client:
     return client
 
 
-def _raise_if_refused(address: str) -> None:
-    """Raise ConnectionRefusedError if nothing listens at an address; other failures may pass."""
-    where = parse_host_port(parse_address(address)[1])
+def _raise_if_refused(address: str, security: Any) -> None:
+    """Raise ConnectionRefusedError if nothing listens at an address: Dask tries for half a minute.
+
+    Other failures may pass.
+    """
     try:
-        socket.create_connection(where, timeout=_REFUSAL_S).close()
+        where = parse_host_port(parse_address(address)[1])
+        with socket.create_connection(where, timeout=_REFUSAL_S) as found:
+            if isinstance(security, Security):  # the scheduler warns of handshakes that fail
+                context = security.get_connection_args("client")["ssl_context"]
+                context.wrap_socket(found).close()
     except ConnectionRefusedError:
         raise
-    except OSError:
+    except (OSError, ValueError):
         pass
 
 

@@ -37,6 +37,11 @@ def some_categorical(frame, model):
     return categories_of_each_batch(frame, model)
 
 
+def no_categories_in_a_file(frame, model):
+    values = [None if i < N_ROWS // 2 else f"c{i // 8}" for i in frame.id]
+    return frame[["id"]].assign(v=pd.Categorical(values))
+
+
 CASES = {
     "texts": (texts, "category", lambda i: f"c{i % 3}"),
     "categories": (categories_of_each_batch, "category", lambda i: f"c{i // 8}"),
@@ -44,6 +49,16 @@ CASES = {
         texts,
         pd.CategoricalDtype(["c0", "c1"]),
         lambda i: f"c{i % 3}",
+    ),
+    "a file without categories": (
+        no_categories_in_a_file,
+        "category",
+        lambda i: None if i < N_ROWS // 2 else f"c{i // 8}",
+    ),
+    "… of known ones": (
+        no_categories_in_a_file,
+        pd.CategoricalDtype(["c2", "c3", "c4"]),
+        lambda i: None if i < N_ROWS // 2 else f"c{i // 8}",
     ),
     "bisected integers": (large_unsigned, "i8", lambda i: None if i == 13 else LARGE),
     "bisected categories": (

@@ -181,7 +181,7 @@ def test_an_interpreter_that_is_missing_is_refused_by_the_constructor(cluster, h
     assert not list((home / "clusters").iterdir())
 
 
-def test_only_this_user_can_connect_and_no_command_line_has_a_secret(cluster):
+def test_only_this_user_can_connect_and_no_command_line_has_a_secret(cluster, caplog):
     one = cluster()
     one.scale(1)
     one.wait_for_workers(1, timeout=patient(60))
@@ -196,6 +196,7 @@ def test_only_this_user_can_connect_and_no_command_line_has_a_secret(cluster):
         assert "PRIVATE KEY" not in " ".join([*each.cmdline(), *each.environ().values()])
     with pcm.connect(file) as client:
         assert client.submit(sum, [1, 2]).result() == 3
+    assert "handshake" not in caplog.text  # the scheduler warns of those that fail
     key = os.path.join(folder, "key.pem")
     os.chmod(key, 0o644)
     with pytest.raises(PoolError, match="has mode 644"):

@@ -21,7 +21,7 @@ class Request:
 
 
 class Requests:
-    """Requests by their futures; whoever calls has the lock of ``Serving``."""
+    """Requests by their futures; to be used with the lock of ``Serving`` held."""
 
     def __init__(self) -> None:
         self._open: dict[Future[list[Any]], Request] = {}

@@ -140,26 +140,18 @@ def attendants(refs: Sequence[ContextRef], values: Sequence[Any]) -> list[Any]:
     return [v if one is None else one for one, v in zip(found, values, strict=True)]
 
 
-def has_lane() -> bool:
-    """Whether a task on this thread can leave its lane."""
-    return getattr(thread_state, "executor", None) is not None and _plugin() is not None
-
-
-def is_lane_wanted() -> bool:
-    """Whether a task that has seceded waits to come back to a lane of this thread's worker."""
-    return bool(getattr(getattr(thread_state, "executor", None), "_rejoin_list", None))
-
-
 def hand_over(n_rows: int) -> None:
     """Leave the lane of the task on this thread, of which `n_rows` rows are still being served.
 
     The lane is free for other tasks, and the gate goes on to count these rows as in flight. Does
     nothing outside a lane.
     """
-    plugin = _plugin()
-    if plugin is None or not has_lane():
+    try:
+        worker, plugin = get_worker(), _plugin()
+    except ValueError:
         return
-    worker = get_worker()
+    if plugin is None or getattr(thread_state, "executor", None) is None:
+        return
     plugin.tell({"op": "pcm-handed-over", "key": worker.get_current_task(), "n_rows": n_rows})
     secede()
 

@@ -54,6 +54,8 @@ class Tuning:
         #: Workers of this process that have the toolkit; and these with those that have had it.
         self._workers: WeakSet[Worker] = WeakSet()
         self._all_workers: WeakSet[Worker] = WeakSet()
+        #: Workers whose threads are sampled less often.
+        self._seldom: WeakSet[Worker] = WeakSet()
         self._used_at = 0.0
         self._is_watched = False
         #: The former switch interval and variables; None while nothing is changed.
@@ -66,13 +68,13 @@ class Tuning:
             self._workers.add(worker)
             self._all_workers.add(worker)
             if self._before is not None:
-                _sample(worker, _SAMPLE_MS, _SELDOM_MS)
+                self._sample_seldom(worker)
 
     def remove_worker(self, worker: Worker) -> None:
         """A worker has lost the toolkit; with the last one, settings are reverted without delay."""
         with self._changing:
             self._workers.discard(worker)
-            _sample(worker, _SELDOM_MS, _SAMPLE_MS)
+            self._sample_as_before(worker)
             self._changing.notify_all()
         self._settle()
         give_back_memory()
@@ -87,7 +89,7 @@ class Tuning:
                 sys.setswitchinterval(_SWITCH_S)
                 keep_freed_memory()
                 for worker in self._workers:
-                    _sample(worker, _SAMPLE_MS, _SELDOM_MS)
+                    self._sample_seldom(worker)
                 self._changing.notify_all()
             if _THREADS in os.environ:  # Dask's nanny sets it to 1
                 self._set_variable(_THREADS, str(n_threads))
@@ -101,6 +103,20 @@ class Tuning:
             with self._changing:
                 self._n_using -= 1
                 self._used_at = time.monotonic()
+
+    def _sample_seldom(self, worker: Worker) -> None:
+        """Sample a worker's threads less often, if as often as Dask does; with the lock held."""
+        profile = worker.periodic_callbacks.get("profile")
+        if profile is not None and profile.callback_time == _SAMPLE_MS:
+            profile.callback_time = _SELDOM_MS
+            self._seldom.add(worker)
+
+    def _sample_as_before(self, worker: Worker) -> None:
+        """Undo ``_sample_seldom``, unless the interval has changed since; with the lock held."""
+        profile = worker.periodic_callbacks.get("profile")
+        if worker in self._seldom and profile.callback_time == _SELDOM_MS:
+            profile.callback_time = _SAMPLE_MS
+        self._seldom.discard(worker)
 
     def _set_variable(self, name: str, value: str) -> None:
         """Set an environment variable and remember its former value; with the lock held."""
@@ -143,18 +159,11 @@ class Tuning:
         if abs(sys.getswitchinterval() - _SWITCH_S) < 1e-6:  # Python rounds to microseconds
             sys.setswitchinterval(switch_s)
         for worker in self._workers:
-            _sample(worker, _SELDOM_MS, _SAMPLE_MS)
+            self._sample_as_before(worker)
         for name, value in variables.items():
             if os.environ.get(name) == self._set.pop(name):
                 os.environ[name] = value
         free_memory_as_before()
-
-
-def _sample(worker: Worker, before_ms: float, after_ms: float) -> None:
-    """Change the interval of a worker's profile, if it is the one expected."""
-    callback = worker.periodic_callbacks.get("profile")
-    if callback is not None and callback.callback_time == before_ms:
-        callback.callback_time = after_ms
 
 
 def keep_freed_memory() -> bool:

@@ -109,20 +109,22 @@ def test_what_is_put_back_does_not_undo_what_others_have_set_since(tuning, monke
 
 def test_threads_that_infer_are_sampled_less_often(tuning):
     """For the profile on the dashboard; an interval that a user has chosen stays."""
-    others = [Living(20), Living()]
-    others[1].periodic_callbacks.clear()  # as if the profile were off
+    others = [Living(20), Living(100), Living()]
+    others[2].periodic_callbacks.clear()  # as if the profile were off
     for one in others:
         tuning.add_worker(one)
     with tuning.in_use(3):
         late = Living()
         tuning.add_worker(late)
-        assert [one.sample_ms for one in (tuning.worker, others[0], late)] == [100, 20, 100]
+        found = [one.sample_ms for one in (tuning.worker, *others[:2], late)]
+        assert found == [100, 20, 100, 100]
         tuning.remove_worker(late)
         assert late.sample_ms == 10
         late.periodic_callbacks["profile"].callback_time = 50
         tuning.add_worker(late)
     until(lambda: tuning.kept == [True, False])
-    assert [one.sample_ms for one in (tuning.worker, others[0], late)] == [10, 20, 50]
+    found = [one.sample_ms for one in (tuning.worker, *others[:2], late)]
+    assert found == [10, 20, 100, 50]
     for one in (*others, late):
         tuning.remove_worker(one)
 
