@@ -12,9 +12,9 @@ from dask_pcm.inference.engine.rows import Row
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Rows that were submitted together, by a thread."""
+    """Rows that were submitted together, by a thread; None for a question, which has none."""
 
-    thread: int
+    thread: int | None
     rows: list[Row]
     found: list[Any]
     n_missing: int
@@ -26,6 +26,8 @@ class Requests:
     def __init__(self) -> None:
         self._open: dict[Future[list[Any]], Request] = {}
         self._new: list[Row] = []
+        #: Rows of questions that were asked while a thread had the engine alone.
+        self._held_back: list[Row] = []
         #: Rows whose request was cancelled.
         self._withdrawn: list[Row] = []
 
@@ -34,18 +36,26 @@ class Requests:
 
     @property
     def n_missing(self) -> int:
-        """Rows without a result."""
-        return sum(one.n_missing for one in self._open.values())
+        """Rows of tasks without a result."""
+        return sum(one.n_missing for one in self._open.values() if one.thread is not None)
 
     @property
     def has_news(self) -> bool:
         """Whether there is something for `take`."""
         return bool(self._new or self._withdrawn)
 
-    def add(self, future: Future[list[Any]], request: Request) -> None:
-        """Add a request."""
+    def add(self, future: Future[list[Any]], request: Request, is_held_back: bool = False) -> None:
+        """Add a request; its rows are no news before ``release`` if it is held back."""
         self._open[future] = request
-        self._new += request.rows
+        if is_held_back:
+            self._held_back += request.rows
+        else:
+            self._new += request.rows
+
+    def release(self) -> None:
+        """What was held back is new from now on."""
+        self._new += self._held_back
+        self._held_back = []
 
     def take(self) -> tuple[list[Row], list[Row]]:
         """New rows, and those that were cancelled, since the last call."""
@@ -70,6 +80,8 @@ class Requests:
         request = self._open.pop(future, None)
         if request is not None:
             self._withdrawn += request.rows
+            gone = {id(row) for row in request.rows}
+            self._held_back = [row for row in self._held_back if id(row) not in gone]
             request.rows = []
 
     def close(self) -> list[Future[list[Any]]]:
@@ -78,6 +90,7 @@ class Requests:
             request.rows = []
         left = list(self._open)
         self._open.clear()
+        self.release()
         self.take()
         return left
 

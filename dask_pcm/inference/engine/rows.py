@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from dask_pcm.inference.engine.sampling import Sampling
+from dask_pcm.inference.engine.timeslice import Owner
 
 #: Called once with the result of a row, or with what it has failed with.
 Done = Callable[[Any], None]
@@ -35,6 +36,8 @@ class Row:
         The prefix that it shares with others, if any.
     pages, n_done
         Its pages, and for how many of its tokens they hold keys and values.
+    owner
+        Who is served by it.
     """
 
     tokens: list[int]
@@ -42,6 +45,7 @@ class Row:
     prefix: Prefix | None = None
     pages: list[int] = field(default_factory=list)
     n_done: int = 0
+    owner: Owner = Owner()
 
     @property
     def n_left(self) -> int:
@@ -161,6 +165,8 @@ class Generated(Row):
         Says of the new tokens whether they are enough, for instance at a stop string.
     key
         Names its new tokens in drafts (``Drafting``); equal for rows that get the same tokens.
+    on_token
+        Is told each new token, on the engine's thread.
     """
 
     n_prompt: int = field(kw_only=True)
@@ -170,6 +176,7 @@ class Generated(Row):
     number: int = 0
     is_over: Callable[[Sequence[int]], bool] | None = None
     key: int | None = None
+    on_token: Callable[[int], None] | None = None
 
     @property
     def n_expected(self) -> int:
@@ -193,6 +200,8 @@ class Generated(Row):
         if token in self.stops:
             return True
         self.tokens.append(token)
+        if self.on_token is not None:
+            self.on_token(token)
         if len(self.tokens) - self.n_prompt >= self.n_max:
             return True
         return self.is_over is not None and self.is_over(self.new)

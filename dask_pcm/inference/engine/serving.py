@@ -92,24 +92,35 @@ class Serving:
         EngineClosedError
             The engine accepts nothing any more.
         """
-        future: Future[list[Any]] = Future()
+        future, made = self._made(request, threading.get_ident())
         if not request:
             future.set_result([])
             return future
-        made = Request(threading.get_ident(), [*request], [None] * len(request), len(request))
-        for k, row in enumerate(request):
-            row.done = functools.partial(self._note, future, made, k)
         with self._changed:
             self._changed.wait_for(lambda: not self._is_open or self._is_admitted())
-            self._promised.discard(made.thread)
+            self._promised.discard(threading.get_ident())
             if not self._is_open or self._is_draining:
                 raise EngineClosedError(_CLOSED)
-            drafts = self._drafts.get(made.thread, {})
+            drafts = self._drafts.get(threading.get_ident(), {})
             for row in request if drafts else ():
                 if isinstance(row, Generated) and row.key is not None and row.key in drafts:
                     row.resume(drafts[row.key])
             self._requests.add(future, made)
             self._n_threads = _n_threads()
+            self._changed.notify_all()
+        future.add_done_callback(self._withdraw)
+        return future
+
+    def ask(self, row: Row) -> Future[list[Any]]:
+        """Compute a row of a question: as ``submit``, but never waits, so for any thread.
+
+        While a thread has the engine alone, the row waits in the engine.
+        """
+        future, made = self._made([row], None)
+        with self._changed:
+            if not self._is_open or self._is_draining:
+                raise EngineClosedError(_CLOSED)
+            self._requests.add(future, made, is_held_back=self._alone is not None)
             self._changed.notify_all()
         future.add_done_callback(self._withdraw)
         return future
@@ -164,6 +175,7 @@ class Serving:
         finally:
             with self._changed:
                 self._alone = None
+                self._requests.release()
                 self._changed.notify_all()
 
     def drain(self) -> None:
@@ -180,6 +192,14 @@ class Serving:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._live, self._make = None, _closed  # neither refers to the model any more
+
+    def _made(self, rows: Sequence[Row], thread: int | None) -> tuple[Future[list[Any]], Request]:
+        """A request of a thread, and its future."""
+        future: Future[list[Any]] = Future()
+        made = Request(thread, [*rows], [None] * len(rows), len(rows))
+        for k, row in enumerate(rows):
+            row.done = functools.partial(self._note, future, made, k)
+        return future, made
 
     def _is_idle(self) -> bool:
         """Whether the engine has nothing to do, and does nothing; with the lock held."""
