@@ -23,7 +23,7 @@ from distributed import Client, LocalCluster, WorkerPlugin
 import dask_pcm as pcm
 from benchmarks.table import Rows, parser
 from dask_pcm.factcheck import LABELS, PROMPT, demo_model, generate
-from dask_pcm.inference.engine import schedule
+from dask_pcm.inference.engine import holdings
 from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.engine import Engine
 from dask_pcm.inference.engine.pages import KVShape, PagePool
@@ -49,7 +49,7 @@ def lengths_of(rng: random.Random, n_rows: int) -> list[int]:
 
 def n_steps(model: Any, lengths: Sequence[int], places: int) -> int:
     """Steps in which an engine with as many places continues rows by as many tokens."""
-    schedule._MOST_RUNNING = places
+    holdings._MOST_RUNNING = places
     pool = PagePool(20_000, KVShape(1, 2, 8, 8), model.dtype, "cpu")
     engine = Engine(model, pool, Capacity(8192, most=8192), tiny.N_TOKENS)
     for k, n in enumerate(lengths):

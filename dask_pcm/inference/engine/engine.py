@@ -20,6 +20,7 @@ from dask_pcm.inference.engine.forward import Forward
 from dask_pcm.inference.engine.graphs import Graphs
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PagePool, on_device, on_host
+from dask_pcm.inference.engine.paging import Paging
 from dask_pcm.inference.engine.parts import Part
 from dask_pcm.inference.engine.rows import (
     NOT_A_NUMBER,
@@ -32,6 +33,7 @@ from dask_pcm.inference.engine.rows import (
 )
 from dask_pcm.inference.engine.sampling import Sampling, choose
 from dask_pcm.inference.engine.schedule import Schedule
+from dask_pcm.inference.engine.timeslice import TimeSlices
 from dask_pcm.ladder.objects.tensors import is_sticky
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,11 @@ class Engine:
         False for encoders, whose tokens see all of their row; they only embed.
     first_position
         The position of a row's first token, as the model counts them.
+    paging
+        Where rows go that make room for others; by default, as much memory of the host as `pool`
+        has on the device.
+    slices
+        Whose turn it is.
 
     Attributes
     ----------
@@ -77,6 +84,8 @@ class Engine:
         *,
         is_causal: bool = True,
         first_position: int = 0,
+        paging: Paging | None = None,
+        slices: TimeSlices | None = None,
     ) -> None:
         self._forward = Forward(model, is_causal)
         self._is_causal = is_causal
@@ -84,7 +93,9 @@ class Engine:
         self._pool = pool
         self.capacity = capacity
         self._graphs = Graphs(self._forward.logits, pool)
-        self.schedule = Schedule(pool, max(1, _MOST_LOGITS // n_vocabulary))
+        self.paging = paging or Paging(pool)
+        most_kept = max(1, _MOST_LOGITS // n_vocabulary)
+        self.schedule = Schedule(pool, most_kept, self.paging, slices or TimeSlices())
         if self._graphs.is_on:  # a step of single tokens costs less than one with others
             self.schedule.least_admitted = _LEAST_ADMITTED
         self.n_steps = 0
@@ -106,6 +117,7 @@ class Engine:
     def close(self) -> None:
         """Let go of rows that have not ended, and of what refers to this engine."""
         self._open = []
+        self.paging.close()
 
     def drop(self, rows: Collection[Row]) -> None:
         """Forget rows that have not ended; they are told nothing more, or what is known already."""
@@ -122,7 +134,9 @@ class Engine:
             tell()
         n_tokens = sum(part.n_tokens for part in parts)
         if n_tokens >= _FULL * tokens:
-            self.capacity.observe(n_tokens, time.perf_counter() - begun)
+            seconds = time.perf_counter() - begun
+            self.capacity.observe(n_tokens, seconds)
+            self.paging.observe(n_tokens, seconds)
 
     def _try(self, parts: Sequence[Part]) -> bool:
         """Compute a forward; if it fails, its halves, down to the rows that are the cause.

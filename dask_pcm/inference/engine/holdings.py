@@ -2,84 +2,255 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
 from dask_pcm.inference.engine.packs import Segment
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, PoolFullError, n_pages_for
+from dask_pcm.inference.engine.paging import Paging
 from dask_pcm.inference.engine.parts import Part
 from dask_pcm.inference.engine.prefix_cache import PrefixCache
 from dask_pcm.inference.engine.rows import Generated, Prefix, Row
+from dask_pcm.inference.engine.timeslice import Kind, Owner, TimeSlices
+
+#: Rows that are continued at the same time.
+_MOST_RUNNING = 256
 
 
 class Holdings:
-    """Gives pages to rows. If pages run out, prefixes without rows go first, then the newest rows.
+    """Gives pages to rows. If they run out, prefixes without rows go first, then the last rows.
+
+    The last ones are those of the client that was served most; of a client's questions, those that
+    had most slices, and of its rows of batches those that began last.
 
     Parameters
     ----------
     pool
         Pages for keys and values.
+    paging
+        Where rows go that make room.
+    slices
+        Whose turn it is.
 
     Attributes
     ----------
-    running
-        Rows that are continued, in the order in which they began.
     preempted
-        Rows that ran and had to let go of their pages, the newest first. They are computed again
-        later, from their tokens.
+        Rows that had to let go of their pages, the last ones first.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, paging: Paging, slices: TimeSlices) -> None:
         self.pool = pool
-        self.prefixes = PrefixCache(pool)
-        self.running: list[Generated] = []
+        self.paging = paging
+        self.slices = slices
+        self.prefixes = PrefixCache(pool, paging.forget)
         self.preempted: list[Generated] = []
+        #: By identity, in the order in which they got their pages; and how many each client has.
+        self._running: dict[int, Generated] = {}
+        self._n_running: Counter[Owner] = Counter()
+        self._now = 0
+        #: Rows that the step computes, which keep their pages; and running rows that it does not.
+        self._chosen: set[int] = set()
+        self.n_unchosen = 0
+        #: Clients for whose rows that wait no others make room in this step.
+        self._refused: set[Owner] = set()
+
+    @property
+    def running(self) -> list[Generated]:
+        """Rows that are continued and have pages, in the order in which they got them."""
+        return list(self._running.values())
+
+    @property
+    def n_running(self) -> int:
+        """How many rows run."""
+        return len(self._running)
+
+    @property
+    def n_free_places(self) -> int:
+        """How many more rows may run."""
+        return _MOST_RUNNING - len(self._running)
+
+    def is_running(self, row: Row) -> bool:
+        """Whether a row runs."""
+        return id(row) in self._running
+
+    def begin_step(self, now: int) -> None:
+        """Nothing is chosen for step `now` yet."""
+        self._now = now
+        self._chosen.clear()
+        self._refused.clear()
+        self.n_unchosen = len(self._running)
+
+    def choose(self, row: Row) -> None:
+        """The step computes some of a row."""
+        self._chosen.add(id(row))
+        self.n_unchosen -= id(row) in self._running
+
+    def is_chosen(self, row: Row) -> bool:
+        """Whether the step computes some of a row."""
+        return id(row) in self._chosen
+
+    def admit(self, row: Generated, n_tokens: int) -> Part | None:
+        """Have a row run, from its next tokens on; None if there is no room for it."""
+        if self.n_free_places <= 0:
+            victims = self._victims(row)
+            if not victims:
+                return None
+            self.preempt(victims[0])
+        part = self.extend(row, n_tokens)
+        if part is not None:
+            self._running[id(row)] = row
+            self._n_running[row.owner] += 1
+            self.n_unchosen += 1
+        return part
 
     def extend(self, row: Row, n_tokens: int) -> Part | None:
         """Some of a row's next tokens, which are stored; None if there is no room for them."""
+        prefix = row.prefix if not row.pages else None
+        if prefix is not None and not self.restore(prefix, row):
+            return None
+        n_begun = row.n_done or (len(prefix.tokens) if prefix is not None else 0)
+        n_shared = n_begun // PAGE_TOKENS if prefix is not None and not row.n_done else row.n_shared
+        n_tokens = min(n_tokens, len(row.tokens) - n_begun)
+        lacking = n_pages_for(n_begun + n_tokens) - (len(row.pages) or n_shared)
         try:
-            if row.prefix is not None and not row.n_done:
-                self._begin_with(row, row.prefix)
-            n_tokens = min(n_tokens, len(row.tokens) - row.n_done)
-            lacking = n_pages_for(row.n_done + n_tokens) - len(row.pages)
-            row.pages += self._take(lacking, row) if lacking > 0 else []
+            pages = self._take(lacking, row) if lacking > 0 else []
         except PoolFullError:
             return None
+        if row.is_parked:
+            self._bring_back(row, pages)
+        elif prefix is not None:
+            self._begin_with(row, prefix, pages)
+        else:
+            row.pages += pages
         first, stop = row.n_done, row.n_done + n_tokens
         segment = Segment(row.tokens[first:stop], range(first, stop), list(row.pages), first, True)
         is_last = isinstance(row, Generated) and stop == len(row.tokens)
         return Part(row, segment, [n_tokens - 1] if is_last else [])
 
-    def let_go(self, row: Row) -> None:
-        """Take the pages of a row, which is computed from its tokens again if it goes on."""
+    def restore(self, prefix: Prefix, row: Row) -> bool:
+        """Bring a prefix back to the device if it is parked; False if there is no room for it."""
+        if prefix.is_parked:
+            try:
+                pages = self._take(n_pages_for(prefix.n_done), row)
+            except PoolFullError:
+                return False
+            self._bring_back(prefix, pages)
+        return True
+
+    def remove(self, row: Row) -> None:
+        """A row leaves: it lets go of all that it has."""
+        if self._running.pop(id(row), None) is not None:
+            self._n_running[row.owner] -= 1
         self.pool.release(row.pages)
-        row.pages, row.n_done = [], 0
+        self.paging.forget(row)
+        row.pages = []
+
+    def let_go(self, row: Row) -> None:
+        """Take all that a row has stored: it is computed from its tokens again if it goes on."""
+        self.paging.n_recomputed += row.n_done
+        self.pool.release(row.pages)
+        self.paging.forget(row)
+        row.pages, row.n_done, row.n_shared = [], 0, 0
 
     def preempt(self, row: Generated) -> None:
         """Take the pages of a row that runs; see `preempted`."""
-        self.running.remove(row)
+        del self._running[id(row)]
+        self._n_running[row.owner] -= 1
+        self.n_unchosen -= not self.is_chosen(row)
         self.preempted.append(row)
-        self.let_go(row)
+        row.waits_since = self._now
+        if not self.paging.out(row):
+            self.let_go(row)
 
-    def _begin_with(self, row: Row, prefix: Prefix) -> None:
+    def park_prefix(self, prefix: Prefix, users: Iterable[Row]) -> None:
+        """Take the pages of a prefix; if it is computed again, so are its rows, which wait."""
+        if prefix.is_ready and self.paging.out(prefix, is_wanted=True):
+            return
+        for row in users:
+            if row.prefix is prefix and row.is_parked:
+                self.let_go(row)
+        self.let_go(prefix)
+
+    def _begin_with(self, row: Row, prefix: Prefix, pages: list[int]) -> None:
         """Give a row the pages of its prefix; the last one is copied, since the row writes it."""
         n_full, n_rest = divmod(len(prefix.tokens), PAGE_TOKENS)
-        last = self._take(1, row) if n_rest else []
-        if last:
-            self.pool.copy(prefix.pages[n_full], last[0])
+        if n_rest:
+            self.pool.copy(prefix.pages[n_full], pages[0])
         self.pool.share(prefix.pages[:n_full])
-        row.pages, row.n_done = [*prefix.pages[:n_full], *last], len(prefix.tokens)
+        row.pages, row.n_done = [*prefix.pages[:n_full], *pages], len(prefix.tokens)
+        # A prefix lets go of the one around it once it is there: then all pages are its own.
+        row.n_shared = 0 if isinstance(row, Prefix) else n_full
+
+    def _bring_back(self, row: Row, pages: list[int]) -> None:
+        """Bring back what a row has off the device, to the first ones of `pages`."""
+        n_own = n_pages_for(row.n_done) - row.n_shared
+        shared = row.prefix.pages[: row.n_shared] if row.prefix is not None else []
+        self.pool.share(shared)
+        self.paging.back(row, shared, pages[:n_own])
+        row.pages += pages[n_own:]
 
     def _take(self, n_pages: int, row: Row) -> list[int]:
-        """Take pages: of prefixes without rows, then of rows that began later than `row`.
+        """Take pages for a row.
 
         Raises
         ------
         PoolFullError
-            There are not enough.
+            There are not enough, even of rows that come after it.
         """
-        while self.pool.n_free < n_pages:
-            if self.prefixes.drop_one():
-                continue
-            last = self.running[-1] if self.running else None
-            if last is None or last is row or row not in self.running:
-                raise PoolFullError
-            self.preempt(last)
+        while self.pool.n_free < n_pages and self.prefixes.drop_one():
+            pass
+        lacking = n_pages - self.pool.n_free
+        if lacking > 0:
+            enough: list[Generated | Prefix] = []
+            found: list[Generated | Prefix] = [*self._victims(row), *self._idle_prefixes(row)]
+            for one in found:
+                enough.append(one)
+                lacking -= self.pool.n_exclusive(one.pages)
+                if lacking <= 0:
+                    break
+            # All or nothing: what does not help keeps its pages.
+            for one in enough if lacking <= 0 else ():
+                if isinstance(one, Prefix):
+                    self.paging.out(one, is_wanted=True)
+                else:
+                    self.preempt(one)
         return self.pool.take(n_pages)
+
+    def _idle_prefixes(self, row: Row) -> list[Prefix]:
+        """Prefixes whose rows wait, and may wait longer than a question."""
+        if row.owner.kind is Kind.BATCH or not isinstance(row, Generated):
+            return []
+        found = self.prefixes.on_device()
+        return [one for one in found if one.is_ready and one.used_at < self._now]
+
+    def _victims(self, row: Row) -> list[Generated]:
+        """Rows whose pages `row` may have, the last one first."""
+        others: Iterable[Generated] = (
+            one for one in self._running.values() if one is not row and not self.is_chosen(one)
+        )
+        if not isinstance(row, Generated):
+            return []
+        if self.is_running(row):
+            places = {key: k for k, key in enumerate(self._running)}
+            mine = (*self._urgency(row), places[id(row)])
+            later = (one for one in others if (*self._urgency(one), places[id(one)]) > mine)
+            return sorted(later, key=lambda one: (self._urgency(one), places[id(one)]))[::-1]
+        is_alone = row.owner.kind is Kind.BATCH and self._n_running[row.owner] == self.n_running
+        if is_alone or row.owner in self._refused:
+            return []
+        may = [one for one in others if self.slices.may_displace(row, one, self._now)]
+        if not may:
+            self._refused.add(row.owner)
+        return sorted(may, key=self._urgency)[::-1]
+
+    def _urgency(self, row: Generated) -> tuple[Any, ...]:
+        return *self.slices.place(row.owner), self.slices.n_slices(row)
+
+    def validate(self) -> None:
+        """Raise AssertionError if the books contradict each other."""
+        self.pool.validate()
+        self.paging.validate()
+        self.slices.validate()
+        assert all(not row.is_parked for row in self.running)
+        assert +self._n_running == Counter(row.owner for row in self.running)

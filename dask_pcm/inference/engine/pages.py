@@ -108,6 +108,14 @@ class PagePool:
             if not self._n_users[page]:
                 self._free.append(page)
 
+    def n_exclusive(self, pages: Sequence[int]) -> int:
+        """How many of these pages are free once their row lets go of them."""
+        return sum(self._n_users[page] == 1 for page in pages)
+
+    def fill(self, pages: Sequence[int]) -> None:
+        """Pages that were taken have been written."""
+        self._unclean.difference_update(pages)
+
     def clean(self) -> None:
         """Empty the pages that were taken since: what is masked still takes part in products."""
         if self._unclean:
@@ -127,7 +135,7 @@ class PagePool:
     def copy(self, page: int, to: int) -> None:
         """Copy a page to one that was taken."""
         self.kv[to] = self.kv[page]
-        self._unclean.discard(to)
+        self.fill([to])
 
     def validate(self) -> None:
         """Raise AssertionError if the books contradict each other."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dask_pcm.inference.engine.pages import PagePool
 from dask_pcm.inference.engine.prefixes import SharedPrefix, shared_prefixes
@@ -19,10 +19,13 @@ class PrefixCache:
     ----------
     pool
         Where they are.
+    forget
+        Is told a prefix that is given up.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, forget: Callable[[Prefix], None] = lambda _: None) -> None:
         self._pool = pool
+        self._forget = forget
         self._known: list[Prefix] = []
 
     def plan(self, rows: Sequence[Row]) -> None:
@@ -62,7 +65,12 @@ class PrefixCache:
         self.leave(oldest)
         self._pool.release(oldest.pages)
         oldest.pages = []
+        self._forget(oldest)
         return True
+
+    def on_device(self) -> list[Prefix]:
+        """Prefixes that have pages, inner ones first."""
+        return [one for one in self._known[::-1] if one.pages]
 
     def _begun_with(self, row: Row) -> Iterator[Prefix]:
         """Known prefixes with which a row begins; they cost nothing, however short they are."""

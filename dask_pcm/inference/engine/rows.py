@@ -9,7 +9,8 @@ from enum import Enum
 from typing import Any
 
 from dask_pcm.inference.engine.sampling import Sampling
-from dask_pcm.inference.engine.timeslice import Owner
+from dask_pcm.inference.engine.slabs import Place
+from dask_pcm.inference.engine.timeslice import UNKNOWN, Owner
 
 #: Called once with the result of a row, or with what it has failed with.
 Done = Callable[[Any], None]
@@ -38,6 +39,11 @@ class Row:
         Its pages, and for how many of its tokens they hold keys and values.
     owner
         Who is served by it.
+    n_shared
+        How many of its pages, the first ones, are those of its prefix.
+    copies, n_clean
+        Where its other pages are off the device; and how many of these copies still hold what the
+        pages do. Without `pages`, all that it has stored is there.
     """
 
     tokens: list[int]
@@ -45,7 +51,10 @@ class Row:
     prefix: Prefix | None = None
     pages: list[int] = field(default_factory=list)
     n_done: int = 0
-    owner: Owner = Owner()
+    owner: Owner = UNKNOWN
+    n_shared: int = 0
+    copies: list[Place] = field(default_factory=list)
+    n_clean: int = 0
 
     @property
     def n_left(self) -> int:
@@ -56,6 +65,11 @@ class Row:
     def n_expected(self) -> int:
         """Tokens for which it is expected to run; those with more go first."""
         return 0
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether what it has stored is off the device."""
+        return bool(self.n_done and not self.pages)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +89,7 @@ class Prefix(Row):
 
     @property
     def is_ready(self) -> bool:
-        """Whether its keys and values are there."""
+        """Whether its keys and values are there, on the device or off it."""
         return self.n_done == len(self.tokens)
 
 
@@ -167,6 +181,10 @@ class Generated(Row):
         Names its new tokens in drafts (``Drafting``); equal for rows that get the same tokens.
     on_token
         Is told each new token, on the engine's thread.
+    n_turns, began_at, waits_since
+        See ``timeslice.Turns``.
+    n_charged
+        Tokens of the prompt that count as served.
     """
 
     n_prompt: int = field(kw_only=True)
@@ -177,6 +195,10 @@ class Generated(Row):
     is_over: Callable[[Sequence[int]], bool] | None = None
     key: int | None = None
     on_token: Callable[[int], None] | None = None
+    n_turns: int = 0
+    began_at: int = 0
+    waits_since: int = 0
+    n_charged: int = 0
 
     @property
     def n_expected(self) -> int:

@@ -1,25 +1,78 @@
-"""Which rows a step computes, and which pages they have.
+"""Which rows a step computes.
 
-First come running rows, a token each; then rows that wait, until the step is full: those that are
-continued before others, and of these first what is expected to take longest. Rows that are scored
-are computed at once, about in the order in which they came; rows that are continued, and those
-longer than a step, store keys and values in pages. A prefix that rows share goes before them.
+A step is filled with rows of the client that was served least, and so on until it is full
+(``timeslice.py``). Of a client's questions those go first that had the fewest slices. Of its rows
+of batches, those that run go first, a token each, then those that wait: rows that are continued
+before others, and of these first what is expected to take longest. Rows that are scored are
+computed at once, about in the order in which they came; rows that are continued, and those longer
+than a step, store keys and values in pages (``holdings.py``). A prefix that rows share goes before
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from dask_pcm.inference.engine.holdings import Holdings
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool
+from dask_pcm.inference.engine.paging import Paging
 from dask_pcm.inference.engine.parts import Part, at_once
 from dask_pcm.inference.engine.rows import Embedded, Generated, Prefix, Row, RowError, Scored
+from dask_pcm.inference.engine.timeslice import Kind, Owner, TimeSlices
 
-#: A step is full once as many rows that wait have not fitted any more.
+#: A step has no more of a client's rows of a kind once as many have not fitted.
 _MOST_MISSES = 64
-#: Rows that are continued at the same time.
-_MOST_RUNNING = 256
+
+
+@dataclass(slots=True)
+class _Step:
+    """What a step computes, as far as it is chosen.
+
+    Attributes
+    ----------
+    left
+        Tokens for which there is room.
+    n_kept
+        Logits that are kept.
+    """
+
+    budget_tokens: int
+    left: int
+    parts: list[Part] = field(default_factory=list)
+    n_kept: int = 0
+
+    def add(self, part: Part) -> None:
+        """Compute a part, too."""
+        self.parts.append(part)
+        self.left -= part.n_tokens
+        if not isinstance(part.row, Embedded):  # what is limited are logits
+            self.n_kept += len(part.kept)
+
+
+class _Candidates:
+    """A client's rows in a step, the most urgent first: a list of each kind.
+
+    Attributes
+    ----------
+    n_misses
+        Rows of this kind for which there was no room.
+    """
+
+    def __init__(self, lists: Iterable[Iterable[Row]]) -> None:
+        self._lists = [iter(one) for one in lists]
+        self.n_misses = 0
+
+    def next(self) -> Row | None:
+        """The next row; None if there is none."""
+        while self._lists:
+            row = next(self._lists[0], None) if self.n_misses < _MOST_MISSES else None
+            if row is not None:
+                return row
+            del self._lists[0]
+            self.n_misses = 0
+        return None
 
 
 class Schedule:
@@ -31,199 +84,253 @@ class Schedule:
         Pages for keys and values.
     most_kept
         Outputs that a step may keep.
+    paging
+        Where rows go that make room for others.
+    slices
+        Whose turn it is.
 
     Attributes
     ----------
     least_admitted
-        Rows that are continued join others once there is room for as many.
+        Rows of batches that are continued join others once there is room for as many.
     """
 
-    def __init__(self, pool: PagePool, most_kept: int) -> None:
-        self._held = Holdings(pool)
+    def __init__(self, pool: PagePool, most_kept: int, paging: Paging, slices: TimeSlices) -> None:
+        self._held = Holdings(pool, paging, slices)
+        self._slices = slices
         self.prefixes = self._held.prefixes
         self._most_kept = most_kept
         self.least_admitted = 1
         self._is_admitting = True
         self._new: list[Row] = []
-        self._waiting: list[Row] = []
+        self._waiting: dict[Owner, list[Row]] = {}
         #: A row that is computed in several steps.
         self._long: Row | None = None
         #: The row for which all others had to let go of their pages.
         self._stuck: Row | None = None
+        #: Rows that have not ended, by identity.
+        self._open: set[int] = set()
         self._n_steps = 0
+        self._n_added = 0
 
     @property
     def n_rows(self) -> int:
         """Rows that have not ended."""
-        return len(self._new) + len(self._waiting) + len(self._held.running)
+        n_waiting = sum(map(len, self._waiting.values()))
+        return len(self._new) + n_waiting + self._held.n_running
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows."""
-        self._new += rows
+        for row in rows:
+            self._slices.begin(row.owner)
+            self._open.add(id(row))
+            self._new.append(row)
+            if isinstance(row, Generated):
+                row.began_at, row.waits_since = self._n_added, self._n_steps
+                self._n_added += 1
 
     def choose(self, budget_tokens: int) -> list[Part]:
         """What the next step computes, of as many tokens at most unless a row alone has more."""
         self._n_steps += 1
         self._admit()
-        if self._is_turn_to_embed():
-            parts: list[Part] = []
-            self._fill(parts, Embedded, budget_tokens, budget_tokens)
-            return parts
-        n_free = _MOST_RUNNING - len(self._held.running)
-        self._is_admitting = n_free >= self.least_admitted or not self._held.running
-        parts = self._choose_running(budget_tokens)
-        left = budget_tokens - sum(part.n_tokens for part in parts)
-        # In turn: long prompts of one kind would fill every step before the other kind has any.
-        kinds = (Generated, Scored) if self._n_steps % 2 else (Scored, Generated)
-        for kind in kinds:
-            left = self._fill(parts, kind, left, budget_tokens)
-        if not parts and self.n_rows:
+        self._held.begin_step(self._n_steps)
+        n_free = self._held.n_free_places
+        self._is_admitting = n_free >= self.least_admitted or not self._held.n_running
+        step = _Step(budget_tokens, budget_tokens)
+        self._fill(step, self._kinds())
+        self._requeue()
+        if not step.parts and self.n_rows:
             self._make_progress()
-        return parts
+        return step.parts
 
     def end(self, row: Row, result: Any) -> None:
         """A row has ended: it lets go of what it holds, and is told its result."""
-        if isinstance(row, Generated) and row in self._held.running:
-            self._held.running.remove(row)
-        self._held.pool.release(row.pages)
-        row.pages = []
-        self.prefixes.leave(row)
-        self._long = None if self._long is row else self._long
+        self._forget(row)
         row.done(result)
 
     def drop(self, rows: Collection[Row]) -> None:
         """Forget rows: they let go of what they hold."""
         gone = {id(row) for row in rows}
         self._new = [row for row in self._new if id(row) not in gone]
-        self._waiting = [row for row in self._waiting if id(row) not in gone]
-        self._held.running = [row for row in self._held.running if id(row) not in gone]
+        for owner, waiting in self._waiting.items():
+            self._waiting[owner] = [row for row in waiting if id(row) not in gone]
         for row in rows:
-            self._held.let_go(row)
-            self.prefixes.leave(row)
-            self._long = None if self._long is row else self._long
+            self._forget(row)
             self._stuck = None if self._stuck is row else self._stuck
 
     def fail(self, row: Row, error: RowError) -> None:
         """A row cannot be computed; if it is a prefix, its rows do without it."""
         if isinstance(row, Prefix):
-            for user in [*self._waiting, *self._new]:
+            for user in [*self._all_waiting(), *self._new]:
                 if user.prefix is not None and _is_within(user.prefix, row):
                     self.prefixes.leave(user)
-            row.n_done = 0
-            self._held.pool.release(row.pages)
-            row.pages = []
+            self._held.let_go(row)
             return
-        self._waiting = [one for one in self._waiting if one is not row]
+        waiting = self._waiting.get(row.owner, [])
+        self._waiting[row.owner] = [one for one in waiting if one is not row]
         self.end(row, error)
+
+    def _forget(self, row: Row) -> None:
+        """A row that waits no more lets go of what it holds; of one that has ended, nothing is."""
+        if id(row) in self._open:
+            self._open.remove(id(row))
+            self._slices.end(row.owner)
+            self._held.remove(row)
+            self.prefixes.leave(row)
+            self._long = None if self._long is row else self._long
+
+    def _all_waiting(self) -> list[Row]:
+        return [row for waiting in self._waiting.values() for row in waiting]
 
     def _admit(self) -> None:
         """Plan what new rows share, and put them where they belong among those that wait."""
-        if self._new:
-            self.prefixes.plan([row for row in self._new if not isinstance(row, Embedded)])
-            # Rows of a length pack best; but batches that were begun first are the first to end.
-            self._waiting += sorted(self._new, key=lambda row: -row.n_left)
-            self._new = []
-            self._waiting.sort(key=lambda row: -row.n_expected)
+        if not self._new:
+            return
+        self.prefixes.plan([row for row in self._new if not isinstance(row, Embedded)])
+        # Rows of a length pack best; but batches that were begun first are the first to end.
+        for row in sorted(self._new, key=lambda row: -row.n_left):
+            self._waiting.setdefault(row.owner, []).append(row)
+        for owner in {row.owner for row in self._new}:
+            self._waiting[owner].sort(key=lambda row: -row.n_expected)
+        self._new = []
 
-    def _choose_running(self, left: int) -> list[Part]:
-        parts: list[Part] = []
-        for row in list(self._held.running):
-            # Others may have taken its pages meanwhile.
-            is_running = row in self._held.running
-            part = self._held.extend(row, min(row.n_left, left)) if is_running else None
-            if part is not None:
-                parts.append(part)
-                left -= part.n_tokens
-            if left <= 0:
-                break
-        self._requeue()
-        return parts
+    def _kinds(self) -> tuple[type[Row], ...]:
+        """The kinds of rows that the step computes, the first ones first.
+
+        Vectors are computed apart from the rest, in every other step. Otherwise in turn: long
+        prompts of one kind would fill every step before the other kind has any.
+        """
+        waiting = self._all_waiting()
+        n_embedded = sum(isinstance(row, Embedded) for row in waiting)
+        has_others = n_embedded < len(waiting) + self._held.n_running
+        is_even = self._n_steps % 2 == 0
+        if n_embedded and (not has_others or is_even):
+            return (Embedded,)
+        return (Scored, Generated) if is_even else (Generated, Scored)
+
+    def _fill(self, step: _Step, kinds: tuple[type[Row], ...]) -> None:
+        """Fill a step, with rows of the client that was served least at any moment."""
+        running: dict[Owner, list[Row]] = {}
+        for one in self._held.running if Generated in kinds else ():
+            running.setdefault(one.owner, []).append(one)
+        owners = [*running, *(owner for owner in self._waiting if owner not in running)]
+        left = {who: self._candidates(who, running.get(who, []), kinds) for who in owners}
+        taken: set[int] = set()
+        while left and step.left > 0 and step.n_kept < self._most_kept:
+            owner = next(iter(left)) if len(left) == 1 else self._slices.next_of(left)
+            row = left[owner].next()
+            if row is None:
+                del left[owner]
+            elif not self._choose(step, row, taken):
+                left[owner].n_misses += not self._held.is_running(row)
+        for owner in owners if taken else ():
+            rows = self._waiting.get(owner, [])
+            self._waiting[owner] = [row for row in rows if id(row) not in taken]
+        self._waiting = {owner: rows for owner, rows in self._waiting.items() if rows}
+
+    def _candidates(
+        self, owner: Owner, running: list[Row], kinds: tuple[type[Row], ...]
+    ) -> _Candidates:
+        waiting = self._waiting.get(owner, [])
+        lists = [[row for row in waiting if isinstance(row, kind)] for kind in kinds]
+        if owner.kind is Kind.BATCH or Generated not in kinds:
+            return _Candidates([running, *lists])
+        mine = [row for row in (*running, *waiting) if isinstance(row, Generated)]
+        mine.sort(key=lambda row: self._slices.turn(row, self._n_steps))
+        lists[kinds.index(Generated)] = list[Row](mine)
+        return _Candidates(lists)
+
+    def _choose(self, step: _Step, row: Row, taken: set[int]) -> bool:
+        """Choose what the step computes of a row, if anything; False if there is no room for it."""
+        is_running = self._held.is_running(row)
+        if row in self._held.preempted:  # a moment ago
+            return True
+        part = self._part(row, step, is_running)
+        if part is None:
+            return False
+        if part.row is row and not is_running and (part.kept or isinstance(row, Generated)):
+            taken.add(id(row))
+        if not self._held.is_chosen(part.row):  # several rows may wait for the same prefix
+            self._held.choose(part.row)
+            step.add(part)
+            self._charge(row.owner, part)
+        return True
+
+    def _charge(self, owner: Owner, part: Part) -> None:
+        """Count what the step computes; what is computed again was counted before."""
+        row = part.row
+        if not isinstance(row, Generated):
+            self._slices.charge(owner, part.n_tokens, 0)
+            return
+        n_prompt = min(row.n_done + part.n_tokens, row.n_prompt)
+        self._slices.charge(
+            owner, max(0, n_prompt - max(row.n_charged, row.n_done)), len(part.kept)
+        )
+        row.n_charged = max(row.n_charged, n_prompt)
+        row.n_turns += 1
+        row.waits_since = self._n_steps
 
     def _requeue(self) -> None:
         """Rows that had to let go of their pages wait again, before all others."""
-        self._waiting[:0] = reversed(self._held.preempted)
+        for row in self._held.preempted:
+            self._waiting.setdefault(row.owner, []).insert(0, row)
         self._held.preempted.clear()
 
-    def _is_turn_to_embed(self) -> bool:
-        """Whether the step embeds, which is computed apart from the rest: every other one."""
-        n_embedded = sum(isinstance(row, Embedded) for row in self._waiting)
-        has_others = n_embedded < len(self._waiting) + len(self._held.running)
-        return n_embedded > 0 and (not has_others or self._n_steps % 2 == 0)
-
-    def _fill(self, parts: list[Part], kind: type[Row], left: int, budget_tokens: int) -> int:
-        """Fill a step with waiting rows of a kind; returns for how many tokens it has room left."""
-        is_embedding = kind is Embedded
-        n_misses, n_kept = 0, sum(len(part.kept) for part in parts)
-        taken: set[int] = set()
-        chosen = {id(part.row) for part in parts}
-        for row in self._waiting:
-            if left <= 0 or n_misses >= _MOST_MISSES or n_kept >= self._most_kept:
-                break
-            if not isinstance(row, kind):
-                continue
-            part = self._part(row, left, budget_tokens, bool(parts))
-            if part is None:
-                n_misses += 1
-                continue
-            if part.row is row and isinstance(row, Generated):
-                self._held.running.append(row)
-            if part.row is row and (part.kept or isinstance(row, Generated)):
-                taken.add(id(row))
-            if id(part.row) not in chosen:  # several rows may wait for the same prefix
-                chosen.add(id(part.row))
-                parts.append(part)
-                left -= part.n_tokens
-                n_kept += 0 if is_embedding else len(part.kept)  # what is limited are logits
-        self._waiting = [row for row in self._waiting if id(row) not in taken]
-        return left
-
-    def _part(self, row: Row, left: int, budget_tokens: int, is_begun: bool) -> Part | None:
-        """What a step with room for `left` tokens computes of a waiting row; None for nothing."""
+    def _part(self, row: Row, step: _Step, is_running: bool) -> Part | None:
+        """What a step computes of a row; None for nothing."""
+        if is_running:
+            return self._held.extend(row, self._share(step, row))
         prefix = row.prefix
-        if prefix is not None and not row.n_done:
+        if prefix is not None and not row.pages:
             prefix.used_at = self._n_steps
-            if not prefix.is_ready:
-                found = self._held.extend(_first_lacking(prefix), left)
-                if found is not None or self._held.running or is_begun:
+            if not prefix.is_ready or not self._held.restore(prefix, row):
+                lacking = None if prefix.is_ready else _first_lacking(prefix)
+                found = None if lacking is None else self._held.extend(lacking, step.left)
+                if found is not None or row.n_done or self._held.n_running or step.parts:
                     return found
                 self.prefixes.leave(row)  # there is no room for it at all
                 prefix = None
         if isinstance(row, Generated):
-            is_admitted = self._is_admitting and len(self._held.running) < _MOST_RUNNING
-            return self._held.extend(row, left) if is_admitted else None
+            is_admitted = row.owner.kind is Kind.QUESTION or self._is_admitting
+            return self._held.admit(row, self._share(step, row)) if is_admitted else None
         n_cached = row.n_done or (len(prefix.tokens) if prefix is not None else 0)
         n_tokens = row.n_left + row.n_done - n_cached
-        if n_tokens <= left:
+        if n_tokens <= step.left:
             return at_once(row)
         # All but its last token, whose logits are wanted, may be computed before.
         n_before = len(row.tokens) - n_cached - 1
-        if n_tokens > budget_tokens and n_before and isinstance(row, Scored):
+        if n_tokens > step.budget_tokens and n_before and isinstance(row, Scored):
             # One row at a time: two might wait for each other's pages.
             self._long = self._long or row
-            found = self._held.extend(row, min(n_before, left)) if self._long is row else None
-            if self._long is not row or found is not None or self._held.running:
+            is_mine = self._long is row
+            found = self._held.extend(row, min(n_before, step.left)) if is_mine else None
+            if not is_mine or found is not None or self._held.n_running:
                 return found
-        return None if is_begun else at_once(row)
+        return None if step.parts else at_once(row)
+
+    def _share(self, step: _Step, row: Row) -> int:
+        """Tokens that a row may have of a step: the others that run have one each."""
+        n_others = self._held.n_unchosen - self._held.is_running(row)
+        return max(1, min(row.n_left, step.left - n_others))
 
     def _make_progress(self) -> None:
         """No row has room: all let go of their pages. The first fails if it has none even then."""
-        rows: list[Any] = self._held.running or self._waiting
-        first = rows[0]
+        waiting = sorted(self._all_waiting(), key=lambda row: self._slices.place(row.owner))
+        first: Row = [*self._held.running, *waiting][0]
         if first is self._stuck or self._held.pool.n_free == self._held.pool.n_pages:
-            rows.remove(first)
             n_tokens = self._held.pool.n_pages * PAGE_TOKENS
             text = f"The row needs room for more than {n_tokens} tokens, which the device has."
-            self.end(first, RowError(text))
+            self.fail(first, RowError(text))
             return
         self._stuck = first
         for row in self._held.running[::-1]:
             self._held.preempt(row)
         self._requeue()
-        for waiting in self._waiting:
-            self._held.let_go(waiting)
-            self.prefixes.leave(waiting)
-        while self.prefixes.drop_one():
-            pass
+        for waits in self._all_waiting():
+            if waits.pages:
+                self._held.let_go(waits)
+        for prefix in self.prefixes.on_device():
+            self._held.park_prefix(prefix, self._all_waiting())
 
 
 def _is_within(prefix: Prefix | None, outer: Prefix) -> bool:

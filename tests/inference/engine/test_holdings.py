@@ -7,23 +7,26 @@ import torch
 
 from dask_pcm.inference.engine.holdings import Holdings
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, KVShape, PagePool
+from dask_pcm.inference.engine.paging import Paging
 from dask_pcm.inference.engine.rows import Generated, Prefix
+from dask_pcm.inference.engine.timeslice import TimeSlices
 
 SHAPE = KVShape(n_layers=1, n_heads=1, key_dim=2, value_dim=2)
 
 
 @pytest.fixture
 def held():
-    one = Holdings(PagePool(4, SHAPE, torch.float32, "cpu"))
+    pool = PagePool(4, SHAPE, torch.float32, "cpu")
+    one = Holdings(pool, Paging(pool, 0), TimeSlices())
     yield one
-    one.pool.validate()
+    one.validate()
 
 
 def running(held, n_tokens):
     """A row that runs, and has as many tokens stored."""
     row = Generated([*range(n_tokens)], n_prompt=n_tokens, n_max=100)
-    held.running.append(row)
-    part = held.extend(row, n_tokens)
+    held.slices.begin(row.owner)
+    part = held.admit(row, n_tokens)
     row.n_done += part.n_tokens
     return row
 

@@ -1,0 +1,207 @@
+"""Pages of rows that wait are off the device, and come back as they were, to the bit.
+
+A page is one contiguous copy each way, and one that has not changed since it was last there is not
+sent again: a row only writes its last one. Pages of a prefix stay, as other rows use them. What is
+cheaper to compute again is not sent, where that cannot change a token.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, n_pages_for
+from dask_pcm.inference.engine.rows import Row
+from dask_pcm.inference.engine.slabs import Place, Slabs
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a copy takes to begin, a page one way, and a token to be computed, until they are
+#: measured.
+_CALL_S, _PAGE_S, _TOKEN_S = 1e-4, 1e-5, 1e-4
+#: Copies of as many pages say what a page takes; smaller ones, what a copy takes to begin.
+_LARGE = 8
+#: Bytes of a number with which the same tokens are chosen, no matter what is computed together.
+_SINGLE = 4
+#: Memory of the host for pages, by default, over that of the device.
+_MANY = 8
+#: Weight of the latest measurement.
+_NEWS = 0.2
+#: Copies that are waited for on a device, to measure them.
+_N_MEASURED = 4
+
+
+class Paging:
+    """Sends pages of rows off the device and brings them back; for the engine's thread.
+
+    Parameters
+    ----------
+    pool
+        The pages on the device.
+    most_bytes
+        Memory of the host that pages may take; by default eight times that of `pool`.
+    may_recompute
+        Whether a row may be computed again instead; by default in float32. In half precision that
+        may change its tokens.
+
+    Attributes
+    ----------
+    n_out, n_sent, n_unchanged, n_back
+        Rows that were sent, pages that were, and were not since they had not changed, and pages
+        that came back.
+    n_recomputed
+        Tokens of rows that were let go instead.
+    """
+
+    def __init__(
+        self, pool: PagePool, most_bytes: int | None = None, may_recompute: bool | None = None
+    ) -> None:
+        is_single = pool.kv.dtype.itemsize >= _SINGLE
+        page_bytes = pool.shape.page_bytes(pool.kv.dtype.itemsize)
+        most_bytes = _MANY * pool.n_pages * page_bytes if most_bytes is None else most_bytes
+        self._pool = pool
+        self._may_recompute = is_single if may_recompute is None else may_recompute
+        self.slabs = Slabs(
+            partial(_memory, pool.kv.shape[1:], pool.kv.dtype, pool.kv.is_cuda),
+            max(0, most_bytes) // page_bytes,
+        )
+        #: Rows with copies, by identity.
+        self._rows: dict[int, Row] = {}
+        self._call_s, self._page_s, self._token_s = _CALL_S, _PAGE_S, _TOKEN_S
+        self._n_to_measure = _N_MEASURED
+        self.n_out = self.n_sent = self.n_unchanged = self.n_back = self.n_recomputed = 0
+
+    def observe(self, n_tokens: int, seconds: float) -> None:
+        """A full step has taken so long."""
+        self._token_s += _NEWS * (seconds / n_tokens - self._token_s)
+
+    def out(self, row: Row, is_wanted: bool = False) -> bool:
+        """Send a row's own pages off the device, and release all that it has; False if not.
+
+        Then there is no room, or it is cheaper to compute the row again, unless `is_wanted`.
+        """
+        n_own = n_pages_for(row.n_done) - row.n_shared
+        dirty = row.pages[row.n_shared + row.n_clean : row.n_shared + n_own]
+        if n_own <= 0 or (not is_wanted and self._is_cheaper_again(row, n_own, len(dirty))):
+            return False
+        spare = row.copies[row.n_clean :]
+        more = self._places(max(0, len(dirty) - len(spare)), row)
+        if more is None:
+            return False
+        self.slabs.release(spare[len(dirty) :])
+        places = [*spare[: len(dirty)], *more]
+        self._copy(dirty, places, is_out=True)
+        row.copies = [*row.copies[: row.n_clean], *places]
+        self._pool.release(row.pages)
+        row.pages = []
+        self._rows[id(row)] = row
+        self.n_out, self.n_sent = self.n_out + 1, self.n_sent + len(dirty)
+        self.n_unchanged += n_own - len(dirty)
+        return True
+
+    def back(self, row: Row, shared: Sequence[int], pages: list[int]) -> None:
+        """Bring a row back to pages that were taken, after those that it shares."""
+        self._copy(pages, row.copies, is_out=False)
+        self._pool.fill(pages)
+        row.pages, row.n_shared = [*shared, *pages], len(shared)
+        # It writes the last one next, unless that is full.
+        row.n_clean = row.n_done // PAGE_TOKENS - row.n_shared
+        self.n_back += len(pages)
+
+    def forget(self, row: Row) -> None:
+        """A row needs its copies no more."""
+        if self._rows.pop(id(row), None) is not None:
+            self.slabs.release(row.copies)
+        row.copies, row.n_clean = [], 0
+
+    def close(self) -> None:
+        """Let go of all memory."""
+        for row in self._rows.values():
+            row.copies, row.n_clean = [], 0
+        self._rows.clear()
+        self.slabs.close()
+
+    def _is_cheaper_again(self, row: Row, n_own: int, n_dirty: int) -> bool:
+        n_tokens = row.n_done - row.n_shared * PAGE_TOKENS
+        there_and_back_s = 2 * self._call_s + (n_dirty + n_own) * self._page_s
+        return self._may_recompute and n_tokens * self._token_s < there_and_back_s
+
+    def _places(self, n_pages: int, row: Row) -> list[Place] | None:
+        """Room for pages; copies of rows that are on the device make some if there is none."""
+        for other in list(self._rows.values()):
+            if n_pages <= self.slabs.n_free:
+                break
+            if other is not row and other.pages:
+                self.forget(other)
+        return self.slabs.take(n_pages)
+
+    def _copy(self, pages: Sequence[int], places: Sequence[Place], is_out: bool) -> None:
+        """Copy pages to places, or from there, in their order."""
+        if not pages:
+            return
+        begun = time.perf_counter()
+        kv = self._pool.kv
+        if kv.is_cuda:
+            for page, (slab, index) in zip(pages, places, strict=True):
+                here, there = kv[page], slab.memory[index]
+                (there if is_out else here).copy_(here if is_out else there, non_blocking=True)
+            self._wait_to_measure()
+        else:
+            _copy_on_host(kv, pages, places, is_out)
+        if not kv.is_cuda or self._n_to_measure > 0:
+            self._note(len(pages), time.perf_counter() - begun)
+
+    def _note(self, n_pages: int, seconds: float) -> None:
+        """Learn from a copy of pages what such copies take."""
+        if n_pages >= _LARGE:
+            self._page_s += _NEWS * (max(0.0, seconds - self._call_s) / n_pages - self._page_s)
+        else:
+            self._call_s += _NEWS * (max(0.0, seconds - n_pages * self._page_s) - self._call_s)
+
+    def _wait_to_measure(self) -> None:
+        """Wait for the first copies: the others overlap with what the host does."""
+        import torch
+
+        self._n_to_measure -= 1
+        if self._n_to_measure > 0:
+            torch.cuda.synchronize(self._pool.kv.device)
+
+    def validate(self) -> None:
+        """Raise AssertionError if the books contradict each other."""
+        self.slabs.validate()
+        places = [place for row in self._rows.values() for place in row.copies]
+        assert len(set(places)) == len(places) == self.slabs.n_used
+        for row in self._rows.values():
+            assert 0 <= row.n_clean <= len(row.copies)
+
+
+def _memory(shape: Sequence[int], dtype: Any, is_pinned: bool, n_pages: int) -> Any:
+    """Memory of the host for pages; pinned for a GPU, as far as that is possible."""
+    import torch
+
+    if is_pinned:
+        try:
+            return torch.empty((n_pages, *shape), dtype=dtype, pin_memory=True)
+        except RuntimeError as error:  # a limit for locked memory
+            logger.info("Pages are sent from memory that is not pinned: %s", error)
+    return torch.empty((n_pages, *shape), dtype=dtype)
+
+
+def _copy_on_host(kv: Any, pages: Sequence[int], places: Sequence[Place], is_out: bool) -> None:
+    """Copies between tensors of the host, one call for each slab."""
+    import torch
+
+    by_slab: dict[int, tuple[Any, list[int], list[int]]] = {}
+    for page, (slab, index) in zip(pages, places, strict=True):
+        _, mine, theirs = by_slab.setdefault(id(slab), (slab.memory, [], []))
+        mine.append(page)
+        theirs.append(index)
+    for memory, mine, theirs in by_slab.values():
+        here, there = torch.tensor(mine), torch.tensor(theirs)
+        if is_out:
+            memory.index_copy_(0, there, kv.index_select(0, here))
+        else:
+            kv.index_copy_(0, here, memory.index_select(0, there))
