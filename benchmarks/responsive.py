@@ -213,8 +213,8 @@ def _burst(table: Rows, one: Any, owner: Owner, n_out: int, idle: Sequence[int])
     for _ in range(N_REPEATS if is_fixed else 1):
         ours.append(play(engine_of(one), [*longs(owner, n_out), *shorts()]))
         theirs.append(in_order_of_arrival(one, [*longs(QUESTION, n_out), *shorts()]))
-    for mine, other in zip(ours[0].rows, theirs[0].rows, strict=True):
-        assert mine.tokens == other.tokens, "a token differs"
+    for row, same in zip(ours[0].rows, theirs[0].rows, strict=True):
+        assert row.tokens == same.tokens, "a token differs"
     mine, other = ([row.first for row in played[0].rows[N_LONG:]] for played in (ours, theirs))
     for q, bar in ((0.5, 1.5), (0.99, 1.25)):
         steps = quantile([n for n, _ in mine], q) / quantile(idle, q)
@@ -328,6 +328,10 @@ def paging(table: Rows) -> None:
 # -- exact ---------------------------------------------------------------------------------------
 
 
+#: Where rows go: by price, nowhere (they are computed again), and always off the device.
+MEMORIES: list[dict[str, Any]] = [{}, {"most_bytes": 0}, {"may_recompute": False}]
+
+
 def exact(table: Rows, n_schedules: int = 200) -> None:
     """Random schedules: every row's tokens are those that it has alone."""
     one = model(num_hidden_layers=2, hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
@@ -341,7 +345,7 @@ def exact(table: Rows, n_schedules: int = 200) -> None:
             rng.randint(need, 3 * need),
             rng.choice([16, 64, 256]),
             TimeSlices(rng.choice([1, 4, 16])),
-            **rng.choice([{}, {"most_bytes": 0}, {"may_recompute": False}]),
+            **rng.choice(MEMORIES),
         )
         sampling = Sampling(temperature=rng.choice([0.0, 1.0]), seed=seed)
         play(engine, rows, sampling)

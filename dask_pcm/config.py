@@ -101,6 +101,11 @@ def _is_always(value: Any) -> bool:
     return bool(value == "always")
 
 
+def _may_recompute(value: Any) -> bool | None:
+    _check(value in ("auto", "always", "never"))
+    return None if value == "auto" else bool(value == "always")
+
+
 def _is_cpu(value: Any) -> bool:
     _check(value in ("auto", "cpu"))
     return bool(value == "cpu")
@@ -131,6 +136,7 @@ _MODULES = _Kind(_names, "a list of modules, for instance [torch] or []")
 _FOLDER = _Kind(_path, "a folder, for instance /scratch/me")
 _STAGE = _Kind(_is_always, "auto or always")
 _ACCELERATOR = _Kind(_is_cpu, "auto or cpu")
+_RECOMPUTE = _Kind(_may_recompute, "auto, always or never")
 _PORTS = _Kind(_ports, "0, a port or first:last, for instance 9000:9010")
 
 
@@ -171,6 +177,10 @@ class Config:
     # inference
     batch_tokens: int = _set_by("inference.batch-tokens", _COUNT)
     batch_rows: int = _set_by("inference.batch-rows", _COUNT)
+    slice_tokens: int = _set_by("inference.slice-tokens", _COUNT)
+    question_weight: int = _set_by("inference.question-weight", _COUNT)
+    may_recompute: bool | None = _set_by("inference.recompute", _RECOMPUTE)
+    host_pages_bytes: int | None = _set_by("inference.host-pages", _SIZE.or_null())
     # ladder
     device_budget_bytes: int | None = _set_by(
         "ladder.device.budget", _SOME_BYTES.or_null(), of_job=True

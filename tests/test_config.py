@@ -36,6 +36,10 @@ WRONG = {
     "ladder.transfer.ports": ["9010:9000", -1, 70_000, None, "any"],
     "run.unit-bytes": [0, None],
     "inference.batch-rows": [0],
+    "inference.slice-tokens": [0, -1, None, "all"],
+    "inference.question-weight": [0, 0.5],
+    "inference.recompute": ["", None, True, "sometimes"],
+    "inference.host-pages": ["half", -1],
 }
 
 

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from distributed.system import MEMORY_LIMIT
+
 from dask_pcm import user_cache
 from dask_pcm.config import Config
 from dask_pcm.inference.engine.attention import switch
@@ -14,9 +16,12 @@ from dask_pcm.inference.engine.engine import Engine
 from dask_pcm.inference.engine.forward import Forward
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, KVShape, PagePool, n_pages_for
+from dask_pcm.inference.engine.paging import Paging
 from dask_pcm.inference.engine.probe import kv_shape
 from dask_pcm.inference.engine.serving import Serving
+from dask_pcm.inference.engine.timeslice import Kind, TimeSlices
 from dask_pcm.inference.probe import cache_key
+from dask_pcm.plugins.worker.task import settings
 
 if TYPE_CHECKING:
     from dask_pcm.inference.language_model import LanguageModel
@@ -32,13 +37,16 @@ _ROWS = 512
 #: Pages hold a step and a row of the longest kind; on a GPU as many tokens at least, within this
 #: share of it and half of what is free. On a CPU within these bytes.
 _POOL_TOKENS, _POOL_SHARE, _POOL_BYTES = 65_536, 1 / 8, 256 << 20
+#: Memory of the host for rows that make room, over that of the pages; as a share of all, at most.
+_HOST_FACTOR, _HOST_SHARE = 8, 16
 #: Tokens of the longest row, for models that do not say.
 _LONGEST = 4096
 
 
 def attendant_of(model: LanguageModel) -> Serving:
     """The engine of a model that is on its device; its pages are taken when it starts."""
-    padded, budget = model.padded, Config.read().batch_tokens
+    padded, config = model.padded, settings()
+    budget = config.batch_tokens
     device = padded.model.device
     switch(padded.model)
     # Encoders keep nothing of a token; so they have a single page, of a number for each.
@@ -59,18 +67,29 @@ def attendant_of(model: LanguageModel) -> Serving:
         n_pages = min(n_pages, _POOL_BYTES // page_bytes)
     n_pages = max(n_pages, 1)
     first, remember = _remembered(model, first)
+    host_bytes = config.host_pages_bytes
+    if host_bytes is None:
+        host_bytes = min(_HOST_FACTOR * n_pages * page_bytes, MEMORY_LIMIT // _HOST_SHARE)
+    host_bytes = host_bytes if padded.is_causal else 0
 
     def make() -> Engine:
+        pool = PagePool(n_pages, shape, padded.model.dtype, device)
         return Engine(
             padded.model,
-            PagePool(n_pages, shape, padded.model.dtype, device),
+            pool,
             Capacity(first, most=budget, on_settled=remember),
             padded.n_embeddings,
             is_causal=padded.is_causal,
             first_position=padded.first_position,
+            paging=Paging(pool, host_bytes, config.may_recompute),
+            slices=TimeSlices(config.slice_tokens, _weights(config)),
         )
 
-    return Serving(make, n_bytes, _ROWS, model)
+    return Serving(make, n_bytes, _ROWS, model, host_bytes)
+
+
+def _weights(config: Config) -> dict[Kind, float]:
+    return {Kind.QUESTION: config.question_weight, Kind.BATCH: 1.0}
 
 
 def _remembered(model: LanguageModel, first: int) -> tuple[int, Callable[[int], None]]:

@@ -64,6 +64,8 @@ class Attendant(Protocol):
         What it takes on the device beside the object, from ``start`` on; reserved before that.
     n_rows
         Rows in flight that it takes at most.
+    host_bytes
+        What it may take of the host's memory, as it needs it; 0 if it has no such attribute.
     """
 
     n_bytes: int

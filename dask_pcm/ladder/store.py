@@ -86,6 +86,10 @@ class Store:
             live = residency.live if residency else None
             return live.mapped_bytes if live else 0
 
+    def host_bytes(self, digest: str) -> int:
+        """What the attendant of the context may take of the host's memory, in bytes."""
+        return int(getattr(self.attendant(digest), "host_bytes", 0))
+
     def is_backing_off(self, digest: str) -> bool:
         """Whether the context failed to load and its back-off has not ended.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 
+import dask
 import pandas as pd
 import pytest
 import torch
@@ -13,9 +14,10 @@ import dask_pcm as pcm
 from dask_pcm.errors import LoadError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
-from dask_pcm.inference.calls import Classify
+from dask_pcm.inference.calls import Classify, prompted
 from dask_pcm.inference.engine import attention
 from dask_pcm.inference.engine.probe import narrowed
+from dask_pcm.inference.engine.timeslice import Kind, Owner
 from dask_pcm.inference.loading import load_model
 from dask_pcm.inference.padded import PaddedModel
 from dask_pcm.inference.probe import cache_key, probe
@@ -209,3 +211,34 @@ def test_a_size_that_cannot_be_read_is_not_remembered(demo, tmp_path, monkeypatc
             assert CALL.submit(generate(2, seed=9), serving).result(patient(60)).error.isna().all()
         finally:
             serving.close()
+
+
+def test_its_slices_and_memory_are_as_they_are_set(demo):
+    with dask.config.set(
+        {
+            "pcm.inference.slice-tokens": 4,
+            "pcm.inference.question-weight": 3,
+            "pcm.inference.recompute": "never",
+            "pcm.inference.host-pages": "1 MiB",
+        }
+    ):
+        serving = attendant_of(demo)
+    engine = serving._make()
+    assert serving.host_bytes == 1 << 20
+    slabs, shape = engine.paging.slabs, engine._pool.shape
+    assert slabs.n_free == (1 << 20) // shape.page_bytes(4)
+    assert not engine.paging._may_recompute
+    slices = engine.schedule._slices
+    assert slices.slice_tokens == 4 and slices._weights[Kind.QUESTION] == 3
+    engine.close()
+
+
+def test_rows_of_a_batch_have_the_client_of_their_task(demo, served, monkeypatch):
+    owners = []
+    submit = served.submit
+    monkeypatch.setattr(prompted, "client_of_task", lambda: "Client-7")
+    monkeypatch.setattr(
+        served, "submit", lambda rows: owners.extend(row.owner for row in rows) or submit(rows)
+    )
+    CALL.submit(generate(3, seed=1), served).result(patient(30))
+    assert owners == [Owner(Kind.BATCH, "Client-7")] * 3

@@ -19,8 +19,10 @@ from dask_pcm.errors import PromptError
 from dask_pcm.futures import then
 from dask_pcm.inference.engine.rows import Row, RowError, Scored, trie_of
 from dask_pcm.inference.engine.serving import Serving
+from dask_pcm.inference.engine.timeslice import Kind, Owner
 from dask_pcm.inference.fields import rows_as_text
 from dask_pcm.inference.prompts import Scoring, ScoringError, Template, Text, cut_to_fit
+from dask_pcm.plugins.worker.task import client_of_task
 
 if TYPE_CHECKING:
     from dask_pcm.inference.language_model import LanguageModel
@@ -145,6 +147,10 @@ class Prompted(ABC):
         planned = self._plan(live, rows_as_text(frame, self.fields))
         plans = [plan for plan in planned if not isinstance(plan, str)]
         rows = [self.rows(live, plan) for plan in plans]
+        owner = Owner(Kind.BATCH, client_of_task())
+        for mine in rows:
+            for row in mine:
+                row.owner = owner
 
         def merged(served: list[Any]) -> list[Any]:
             each = iter(served)

@@ -36,17 +36,23 @@ class Serving:
     ----------
     make
         Makes the engine, and takes its memory.
-    n_bytes, n_rows
+    n_bytes, n_rows, host_bytes
         See ``Attendant``.
     live
         The live object that it serves.
     """
 
     def __init__(
-        self, make: Callable[[], Engine], n_bytes: int, n_rows: int, live: Any = None
+        self,
+        make: Callable[[], Engine],
+        n_bytes: int,
+        n_rows: int,
+        live: Any = None,
+        host_bytes: int = 0,
     ) -> None:
         self.n_bytes = n_bytes
         self.n_rows = n_rows
+        self.host_bytes = host_bytes
         self._live = live
         self._make = make
         self._changed = threading.Condition()

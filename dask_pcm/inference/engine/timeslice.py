@@ -68,7 +68,7 @@ class Counters(Generic[K]):
     def __init__(self) -> None:
         self._served: dict[K, float] = {}
         self._n_open: dict[K, int] = {}
-        #: The counter of the last one that left, while nobody is there.
+        #: The counter of the last one that left, while no one is there.
         self._last = 0.0
 
     def __getitem__(self, name: K) -> float:

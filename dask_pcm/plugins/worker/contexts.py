@@ -158,7 +158,7 @@ class WorkerContexts:
         """Prepare this process for a load: tuning, memory limits, and a fork server afterwards."""
         with (
             tuning().in_use(self._n_threads),
-            self._memory.growing(ref.digest, self.store.mapped_bytes),
+            self._memory.growing(ref.digest, self.store.mapped_bytes, self.store.host_bytes),
         ):
             yield
         if "torch" in sys.modules:  # a process that replaces this one will import it, too

@@ -40,10 +40,16 @@ class MemoryAllowance:
             self._raise()
 
     @contextmanager
-    def growing(self, digest: str, mapped_bytes: Callable[[str], int]) -> Iterator[None]:
+    def growing(
+        self,
+        digest: str,
+        mapped_bytes: Callable[[str], int],
+        later_bytes: Callable[[str], int] = lambda _: 0,
+    ) -> Iterator[None]:
         """Lift the limits while a context loads; afterwards raise them by what it takes.
 
-        Mapped memory counts in full: its pages become resident only when they are first used.
+        Mapped memory counts in full: its pages become resident only when they are first used. So
+        does what it may take later.
         """
         if not self._limit:
             yield
@@ -53,7 +59,7 @@ class MemoryAllowance:
             try:
                 yield
             finally:
-                taken = max(0, _rss_bytes() - before, mapped_bytes(digest))
+                taken = max(0, _rss_bytes() - before, mapped_bytes(digest)) + later_bytes(digest)
                 with self._counting:
                     self._taken[digest] = taken
 

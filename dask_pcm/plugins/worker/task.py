@@ -14,6 +14,7 @@ from typing import Any
 from distributed import Reschedule, get_worker, secede, warn
 from distributed.threadpoolexecutor import thread_state
 
+from dask_pcm.config import Config
 from dask_pcm.context.context import Context, ContextRef
 from dask_pcm.errors import LoadError, RecipeError
 from dask_pcm.ladder.objects.tensors import is_sticky
@@ -25,8 +26,8 @@ from dask_pcm.plugins.worker.stats import TaskStats
 
 logger = logging.getLogger(__name__)
 
-#: The annotation of a task that was lost with a worker before.
-LOST = "pcm_lost"
+#: Annotations: of a task that was lost with a worker before, and of one whose client is known.
+LOST, CLIENT = "pcm_lost", "pcm_client"
 _TIMEOUT_S = 30.0
 
 
@@ -140,6 +141,12 @@ def attendants(refs: Sequence[ContextRef], values: Sequence[Any]) -> list[Any]:
     return [v if one is None else one for one, v in zip(found, values, strict=True)]
 
 
+def settings() -> Config:
+    """The settings with which the toolkit was installed; outside of a worker, this process's."""
+    plugin = _plugin()
+    return Config.read() if plugin is None else plugin.config
+
+
 def hand_over(n_rows: int) -> None:
     """Leave the lane of the task on this thread, of which `n_rows` rows are still being served.
 
@@ -170,12 +177,22 @@ def stops_at() -> float:
 
 def was_lost() -> bool:
     """Whether the task on this thread was lost with a worker before, for any reason."""
+    return bool(_annotation(LOST))
+
+
+def client_of_task() -> str:
+    """The id of the client whose task runs on this thread; "" if it is not known."""
+    return str(_annotation(CLIENT) or "")
+
+
+def _annotation(name: str) -> Any:
+    """An annotation of the task on this thread; None if it has none, and outside of tasks."""
     try:
         worker = get_worker()
         ts = worker.state.tasks.get(worker.get_current_task())
     except (ValueError, KeyError):  # no worker; no task of it
-        return False
-    return ts is not None and bool((ts.annotations or {}).get(LOST))
+        return None
+    return None if ts is None else (ts.annotations or {}).get(name)
 
 
 def n_losses() -> int:

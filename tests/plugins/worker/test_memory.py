@@ -58,6 +58,16 @@ def test_an_error_at_the_beginning_leaves_the_limit_as_it_was(worker, monkeypatc
     assert told.n_bytes[-1] == 0
 
 
+def test_what_an_attendant_may_take_later_counts_from_the_beginning(worker):
+    told = Told()
+    memory = MemoryAllowance(worker, told)
+    with memory.growing("a", lambda digest: 1 << 40, lambda digest: 1 << 30):
+        pass
+    assert told.n_bytes[-1] == (1 << 40) + (1 << 30)
+    memory.freed("a")
+    assert told.n_bytes[-1] == 0
+
+
 def test_whoever_tells_last_knows_most(worker):
     """A load has ended and its nanny is slow to hear of it; in that moment another begins."""
     told = Told()

@@ -14,12 +14,12 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Event, Lock, wait
+from distributed import Client, Event, Lock, wait
 
 import dask_pcm as pcm
 from dask_pcm.errors import DeadlockError, LoadError, RecipeError
 from dask_pcm.plugins.worker.plugin import CONTEXTS
-from dask_pcm.plugins.worker.task import n_losses, was_lost
+from dask_pcm.plugins.worker.task import client_of_task, n_losses, settings, was_lost
 from tests.support.patience import patient, until
 
 
@@ -361,3 +361,18 @@ def test_how_many_processes_a_task_has_cost_the_scheduler_is_asked(
     monkeypatch.delitem(handlers, "pcm_losses")
     assert lost().result(30) == (True, 0)  # a scheduler without the gate
     assert losses(0) == (False, 0)  # in no worker
+
+
+def whose(x, model=None):
+    with pcm.acquire(model):
+        return client_of_task(), settings().slice_tokens
+
+
+def test_a_task_knows_whose_it_is_and_the_settings_of_its_gate(client, shared_cluster):
+    context = pcm.Context(load, "whose")
+    with Client(shared_cluster, set_as_default=False) as other:
+        mine = client.submit(whose, 1, model=context).result(patient(30))
+        theirs = other.submit(whose, 2, model=context).result(patient(30))
+    assert mine == (client.id, 16) and theirs == (other.id, 16)
+    assert client.submit(lambda: client_of_task()).result(patient(30)) == ""  # not of the gate
+    assert client_of_task() == "" and settings().slice_tokens == 16

@@ -15,6 +15,7 @@ from dask_pcm.plugins.scheduler.tasks import parking
 from dask_pcm.plugins.scheduler.tasks.attribution import Attribution
 from dask_pcm.plugins.scheduler.tasks.find_refs import find_refs
 from dask_pcm.plugins.worker.lanes import LANES
+from dask_pcm.plugins.worker.task import CLIENT
 from dask_pcm.scheduling.events import Group, Work, WorkParked, WorkWithdrawn
 
 
@@ -63,7 +64,7 @@ class ParkedTasks(Service):
             if refs:
                 contexts = self._contexts.declare(refs)
                 self.asked[key] = parking.Asked.of(ts, contexts, client)
-                ts.annotations = {**(ts.annotations or {}), "executor": LANES}
+                ts.annotations = {**(ts.annotations or {}), "executor": LANES, CLIENT: client}
                 parking.park(ts)
 
     def park(self, key: Any) -> None:
