@@ -64,17 +64,19 @@ def attempt(
     # has drafts has a journal for them.
     is_coarse = spec.timeout_s is None and not computation.has_drafts
     shortest = spec.batch_rows if is_coarse else 0
-    history = History.of(unit, output, shortest)
+    history = History.of(unit, output, shortest, computation.has_drafts)
     kept, suspects = history.records, suspects_of(unit, history, spec.costs)
     done = Ranges((record.start, record.stop) for record in kept)
     spans = [left for span in unit.spans or () for left in cut_to(span, done)]
     with ExitStack() as stack:
         journal = None
+        begin = functools.partial(begin_journal, output, unit.name, origin)
         is_long = sum(span.n_rows for span in spans) > shortest
-        if kept or suspects or (output.storage.has_journals and is_long):
-            journal = begin_journal(output, unit.name, origin)
+        has_left = bool(kept or suspects or history.drafts)
+        if has_left or (output.storage.has_journals and is_long):
+            journal = begin()
             stack.callback(journal.close)
-        calls = stack.enter_context(Calls(output, unit, journal, history.drafts))
+        calls = stack.enter_context(Calls(output, unit, journal, history.drafts, begin))
         computation.resume(history.drafts)
         if journal is not None:
             journal.settle(history.journals, list(suspects))

@@ -138,11 +138,7 @@ class Flight:
         """Journal what rows in flight have by now, every few seconds; see ``_wait``."""
         now = time.monotonic()
         is_over = now + _LEAVE_S > stops_at()
-        if (
-            self._calls.has_journal
-            and self._computation.has_drafts
-            and (is_over or now - self._kept_at >= DRAFT_S)
-        ):
+        if self._computation.has_drafts and (is_over or now - self._kept_at >= DRAFT_S):
             self._calls.keep(self._computation.drafts())
             self._kept_at = now
             if is_over:

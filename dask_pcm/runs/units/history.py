@@ -51,9 +51,10 @@ class History:
     drafts: dict[int, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, unit: Unit, output: Output, batch_rows: int) -> History:
+    def of(cls, unit: Unit, output: Output, batch_rows: int, has_drafts: bool) -> History:
         """Read the journals of a unit, and log the calls that their attempts had not logged."""
-        found_by_name = dict(read_journals(output, unit.name)) if may_have_journals(output) else {}
+        may_have = may_have_journals(output, has_drafts)
+        found_by_name = dict(read_journals(output, unit.name)) if may_have else {}
         if not found_by_name:
             return cls([], [], [], _unit_in_flight(unit, output, batch_rows))
         useful = {name: found for name, found in found_by_name.items() if found is not None}
@@ -89,9 +90,13 @@ def _longest(attempts: Iterable[Mapping[int, list[int]]]) -> dict[int, list[int]
     return chosen
 
 
-def may_have_journals(output: Output) -> bool:
-    """Whether to look for journals: in an object store, only after a loss (a listing costs)."""
-    return output.storage.has_journals or was_lost()
+def may_have_journals(output: Output, has_drafts: bool) -> bool:
+    """Whether to look for journals.
+
+    A listing of an object store costs: there, after a loss, and where rows leave drafts, as they do
+    when their worker leaves in time.
+    """
+    return output.storage.has_journals or has_drafts or was_lost()
 
 
 def _unit_in_flight(unit: Unit, output: Output, batch_rows: int) -> list[Range]:
@@ -123,8 +128,8 @@ def suspects_of(unit: Unit, history: History, costs: Iterable[Cost]) -> Suspects
     return suspects
 
 
-def clear_journals(unit: str, output: Output) -> None:
+def clear_journals(unit: str, output: Output, has_drafts: bool) -> None:
     """Delete the journals of a committed unit."""
-    if may_have_journals(output):
+    if may_have_journals(output, has_drafts):
         for name in journal_names(output, unit):
             output.storage.remove(name)

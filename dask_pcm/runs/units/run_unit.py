@@ -67,7 +67,7 @@ def run_unit(
         # The first row group, in most units all rows, is computed before the part is begun.
         tables = itertools.chain([next(tables)], tables)
         output.commit(unit.name, tables, note, replaces=unit.retry is not None)
-    clear_journals(unit.name, output)
+    clear_journals(unit.name, output, computation.has_drafts)
     # How rows failed in an earlier attempt is unknown here.
     failing, error = (None, b"") if count.n_kept else stats.failing()
     return UnitResult(

@@ -76,8 +76,16 @@ def same_texts(out, expected):
     pd.testing.assert_frame_equal(found_in(out), expected.sort_values("id", ignore_index=True))
 
 
+@pytest.fixture(params=["folder", "object store"])
+def out(request, tmp_path):
+    """Where the output is."""
+    return (
+        request.getfixturevalue("bucket") if request.param == "object store" else tmp_path / "out"
+    )
+
+
 @pytest.mark.timeout(300)
-def test_a_killed_process_computes_again_what_an_interval_has(texts, tmp_path):
+def test_a_killed_process_computes_again_what_an_interval_has(texts, tmp_path, out):
     log = tmp_path / "tokens"
     expected = texts.compute(scheduler="sync")
     n_all = int(expected.n_tokens.sum())
@@ -85,18 +93,18 @@ def test_a_killed_process_computes_again_what_an_interval_has(texts, tmp_path):
     with spawning(), validated_cluster(n_workers=1) as cluster, Client(cluster) as client:
         client.register_plugin(Slowly(log))
         pcm.install(client)
-        run = write(texts, tmp_path / "out", wait=False)
+        run = write(texts, out, wait=False)
         until(lambda: n_counted(log) > n_all / 2, patient(120))
         (pid,) = client.run(os.getpid).values()
         os.kill(pid, signal.SIGKILL)
         report = run.wait(patient(120))
     assert report.rows_failed == 0
-    same_texts(tmp_path / "out", expected)
+    same_texts(out, expected)
     assert n_all <= n_counted(log) + N_ROWS <= n_all + MOST_AGAIN + N_ROWS
 
 
 @pytest.mark.timeout(300)
-def test_a_worker_under_notice_leaves_its_tokens_to_another(texts, tmp_path):
+def test_a_worker_under_notice_leaves_its_tokens_to_another(texts, tmp_path, out):
     log = tmp_path / "tokens"
     expected = texts.compute(scheduler="sync")
     n_all = int(expected.n_tokens.sum())
@@ -107,7 +115,7 @@ def test_a_worker_under_notice_leaves_its_tokens_to_another(texts, tmp_path):
     with spawning(), validated_cluster(n_workers=1) as cluster, Client(cluster) as client:
         client.register_plugin(Slowly(log))
         pcm.install(client)
-        run = write(texts, tmp_path / "out", wait=False)
+        run = write(texts, out, wait=False)
         until(lambda: n_counted(log) > n_all / 4, patient(120))
         (old,) = client.scheduler_info()["workers"]
         cluster.scale(2)
@@ -115,5 +123,5 @@ def test_a_worker_under_notice_leaves_its_tokens_to_another(texts, tmp_path):
         client.run(partial(notice, 3.5), workers=[old])
         report = run.wait(patient(120))
     assert report.rows_failed == 0
-    same_texts(tmp_path / "out", expected)
+    same_texts(out, expected)
     assert n_counted(log) <= n_all + MOST_AGAIN
