@@ -148,8 +148,13 @@ def uninstall(client: Client | None = None) -> None:
         forget_local_nannies(client.cluster)
 
 
-def current_client(client: Client | None = None) -> Client:
+def current_client(client: Client | None = None, instead: str | None = None) -> Client:
     """Return `client`, or the most recent one if left out; it is synchronous and open.
+
+    Parameters
+    ----------
+    instead
+        What to do with an asynchronous client, for the error; "" accepts it.
 
     Raises
     ------
@@ -168,9 +173,10 @@ def current_client(client: Client | None = None) -> Client:
         raise InstallError(
             f"client is {client!r:.80}; expected a dask.distributed.Client. Pass {what}."
         )
-    if client.asynchronous:
+    if client.asynchronous and instead != "":
         raise InstallError(
-            "This client is asynchronous. Installing and running need a synchronous client: make"
+            instead
+            or "This client is asynchronous. Installing and running need a synchronous client: make"
             " one with Client(address), in another thread if an event loop runs in this one."
         )
     if client.status in ("closed", "closing"):
