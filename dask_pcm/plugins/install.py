@@ -22,6 +22,10 @@ from dask_pcm.plugins.shipping import by_value
 from dask_pcm.plugins.worker.plugin import CONTEXTS, ContextPlugin
 from dask_pcm.version import __version__
 
+NOT_INSTALLED_TEXT = (
+    "The toolkit is not installed on this cluster: call dask_pcm.install(client) first."
+)
+
 
 def install(client: Client | None = None) -> None:
     """Install the toolkit on a cluster. Idempotent; no worker restarts.
@@ -114,7 +118,7 @@ def explain(what: Any, client: Client | None = None) -> str:
     """
     client = current_client(client)
     if not is_installed(client):
-        return "The toolkit is not installed on this cluster: call dask_pcm.install(client) first."
+        return NOT_INSTALLED_TEXT
     key = getattr(what, "key", what)
     told: str = client.sync(client.scheduler.pcm_explain, key=key)
     return told

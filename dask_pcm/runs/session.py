@@ -267,9 +267,9 @@ def _commit_empty(output: Output, plan: Plan, spec: UnitSpec) -> None:
 
 
 def _driver(client: Client) -> dict[str, object]:
-    """What this run says of its driver, and where its scheduler is."""
-    scheduler = client.scheduler
-    return {**whoami(), "scheduler": None if scheduler is None else scheduler.address}
+    """What this run says of its driver, and where others find its cluster."""
+    address = None if client.scheduler is None else client.scheduler.address
+    return {**whoami(), "scheduler": _connection_file(client) or address}
 
 
 def _connection_file(client: Client) -> str | None:

@@ -27,6 +27,7 @@ from dask_pcm.errors import (
 from dask_pcm.inference.questions.mailbox import Inbox, Message, mailbox_of
 from dask_pcm.inference.questions.question import Question
 from dask_pcm.inference.questions.reply import Reply
+from dask_pcm.plugins.install import NOT_INSTALLED_TEXT
 from dask_pcm.plugins.questions import (
     DONE,
     DUPLICATE,
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 #: Lost workers that a question may cost.
 MAX_LOST = 3
 #: Times that a question may be moved without a new token between.
-_MAX_MOVED = 20
+_MAX_MOVED = 10
 #: Waits before it is asked again: the first, each twice as long, and the longest.
 _AGAIN_S, _LONGEST_S = 0.05, 2.0
 #: How often the gate is asked how a question stands of which nothing is heard.
@@ -56,7 +57,6 @@ _LOOK_S = 1.0
 _LACK_S = 10.0
 #: Looks at which the gate does not know a question: then its end was lost on the way.
 _MAX_UNKNOWN = 2
-_UNINSTALLED = "The toolkit is not installed on this cluster: call dask_pcm.install(client) first."
 
 
 class Exchange:
@@ -190,11 +190,13 @@ class Exchange:
             return
         raise self._error(end, why)
 
-    def _take_standing(self, standing: Message | BaseException) -> None:
+    def _take_standing(self, standing: Message | BaseException | None) -> None:
         """The gate's answer to a request."""
         if isinstance(standing, BaseException):
             self._take_broken(standing)
             return
+        if standing is None:  # what Dask answers where it has no such handler
+            raise InstallError(NOT_INSTALLED_TEXT)
         if "refused" in standing:
             raise self._error(standing["refused"], standing.get("why", ""))
         if standing.get("is_open"):
@@ -208,9 +210,7 @@ class Exchange:
             self._take_end(MOVED, "the gate has forgotten it")
 
     def _take_broken(self, error: BaseException) -> None:
-        """A request has failed: there is no such handler, or no connection."""
-        if isinstance(error, AttributeError):
-            raise InstallError(_UNINSTALLED) from None
+        """A request has failed, mostly for lack of a connection."""
         if isinstance(error, (OSError, CancelledError, asyncio.CancelledError)):
             self._raise_if_disconnected()
             return  # later looks tell
@@ -226,7 +226,7 @@ class Exchange:
             case "not loaded" if end == NOT_LOADED:
                 return LoadError(why or f"Context {name!r} cannot be loaded.")
             case "not installed" if end == NOT_INSTALLED:
-                return InstallError(_UNINSTALLED)
+                return InstallError(NOT_INSTALLED_TEXT)
             case "duplicate" if end == DUPLICATE:
                 return AskError(f"The question {self.id} is open already.")
             case "foreign" if end == FOREIGN:

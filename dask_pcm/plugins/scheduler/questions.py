@@ -151,11 +151,13 @@ class QuestionService(Service):
         self._cancel(one)
         return {"is_open": False}
 
-    async def on_models(self, run: str = "") -> dict[str, Any]:
+    async def on_models(self, run: str = "") -> dict[str, Any] | None:
         """The language models that the gate knows, or those of an open run, as pickled refs.
 
-        None if there is no such run.
+        None instead of them if there is no such run; None if the toolkit is not installed.
         """
+        if self._is_over:
+            return None
         known = dict(self._contexts.models)
         if run:
             if run not in self._runs.runs:
@@ -206,9 +208,9 @@ class QuestionService(Service):
 
     def on_event(self, event: Event, now: float) -> None:
         """See ``Observer``; a context that has become warm answers what waits for it."""
-        is_warm = isinstance(event, ResidencyReported) and event.tier is Tier.DEVICE
-        if is_warm and event.context in self._announced:
-            self._place_waiting(event.context)
+        match event:
+            case ResidencyReported(context=digest, tier=Tier.DEVICE) if digest in self._announced:
+                self._place_waiting(digest)
 
     def on_action(self, action: Action, now: float) -> None:
         """See ``Observer``."""
