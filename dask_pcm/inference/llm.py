@@ -200,12 +200,12 @@ class LLM(Context):
             There is no answer in time.
         """
         from dask_pcm.inference.questions.stream import IN_LOOP, whole
-        from dask_pcm.plugins.install import current_client
 
         return whole(
             self._asked(
                 prompt,
-                client=current_client(client, instead=IN_LOOP),
+                client=client,
+                instead=IN_LOOP,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_k=top_k,
@@ -261,11 +261,10 @@ class LLM(Context):
         >>> async for piece in llm.stream("Why is the sky blue?"):  # doctest: +SKIP
         ...     print(piece, end="")
         """
-        from dask_pcm.plugins.install import current_client
-
         return self._asked(
             prompt,
-            client=current_client(client, instead=""),
+            client=client,
+            instead="",
             max_tokens=max_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -278,13 +277,16 @@ class LLM(Context):
             progress=progress,
         )
 
-    def _asked(self, prompt: Any, **options: Any) -> Stream:
+    def _asked(self, prompt: Any, *, client: Client | None, instead: str, **options: Any) -> Stream:
+        """Ask a question; `instead` is what to do with an asynchronous client."""
         from dask_pcm.inference.calls.prompted import encoder_refused
         from dask_pcm.inference.questions.stream import open_stream
+        from dask_pcm.plugins.install import current_client
 
         if self.is_encoder:
             raise encoder_refused("ask", repr(self.name))
-        return open_stream(self.ref, prompt, folder=self.path, **options)
+        found = current_client(client, instead)
+        return open_stream(self.ref, prompt, client=found, folder=self.path, **options)
 
 
 def _resolve(model: str, revision: str | None, has_code: bool) -> tuple[Path, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +47,8 @@ class Stream:
 
     def __iter__(self) -> Iterator[str]:
         exchange = self._exchange
-        with suppress(RuntimeError):  # no event loop runs here
-            if exchange.client.asynchronous and asyncio.get_running_loop():
-                raise InstallError(IN_LOOP)
+        if exchange.client.asynchronous:  # which waits for the loop that this would block
+            raise InstallError(IN_LOOP)
         try:
             with self._shown:
                 while exchange.is_open:
