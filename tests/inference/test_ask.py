@@ -53,7 +53,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"
 )
 PROMPT = "Claim: the moon is round. Answer:"
-LONG = 1_500
+LONG = 150
 MESSAGES = [{"role": "user", "content": "Claim: the moon"}]
 
 
@@ -251,14 +251,14 @@ def test_messages_come_in_order_and_at_most_twenty_a_second(client, plain, monke
     plain.ask(PROMPT, max_tokens=5)
     with Client(client.scheduler.address) as other:  # whose mailbox notes
         told.clear()
-        stream = plain.stream(PROMPT, max_tokens=LONG, client=other)
+        stream = plain.stream(PROMPT, max_tokens=1_000, client=other)
         for _ in stream:
             pass
     numbers = [message["number"] for _, message in told]
     assert numbers == list(range(len(told))) and len(told) > 5
     seconds = told[-1][0] - told[0][0]
     assert len(told) <= 20 * seconds + 2
-    assert sum(len(message["tokens"]) for _, message in told) == stream.reply.n_tokens == LONG
+    assert sum(len(message["tokens"]) for _, message in told) == stream.reply.n_tokens == 1_000
 
 
 def test_a_question_is_answered_while_every_lane_and_thread_is_busy(client, plain, shared_cluster):
@@ -493,15 +493,36 @@ def cluster():
     with validated_cluster() as made, Client(made) as client:
         pcm.install(client)
         yield made
-        gate_of(made).state.validate()
+        if (gate := made.scheduler.plugins.get(GATE)) is not None:  # not uninstalled
+            gate.state.validate()
+
+
+@pytest.fixture(scope="session")
+def long(plain, local):
+    """What a long answer is."""
+    return expected(local, plain, PROMPT, max_tokens=LONG)
 
 
 @pytest.fixture
-def asking(cluster, plain, local):
-    """A stream of which some has arrived, and the pieces so far."""
+def asking(cluster, plain, long):
+    """A stream of which some has arrived, its pieces, and what it will be: it takes seconds."""
+    client = Client.current()
+    client.run(_slow_down)
     stream = plain.stream(PROMPT, max_tokens=LONG, progress=False)
     pieces = iter(stream)
-    return stream, pieces, next(pieces), expected(local, plain, PROMPT, max_tokens=LONG)
+    return stream, pieces, next(pieces), long
+
+
+def _slow_down():
+    from dask_pcm.inference.engine.engine import Engine
+
+    step = Engine.step
+
+    def slow(self):
+        time.sleep(0.02)
+        return step(self)
+
+    Engine.step = slow
 
 
 def pid_of(client, address):
@@ -547,9 +568,9 @@ def _notice(seconds, dask_worker=None):
 def test_uninstall_ends_open_questions(cluster, asking):
     stream, pieces, _, _ = asking
     pcm.uninstall(stream._exchange.client)
-    with pytest.raises(InstallError, match="call dask_pcm.install"):
+    with pytest.raises(InstallError, match="call dask_pcm"):
         list(pieces)
-    with pytest.raises(InstallError, match="call dask_pcm.install"):
+    with pytest.raises(InstallError, match="call dask_pcm"):
         pcm.LLM(stream_folder(stream)).ask("x")
 
 
@@ -561,21 +582,24 @@ def test_a_scheduler_without_the_toolkit_is_said(plain):
     with (
         LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as bare,
         Client(bare) as client,
-        pytest.raises(InstallError, match="not installed on this cluster: call dask_pcm.install"),
+        pytest.raises(InstallError, match="not installed on this cluster: call dask_pcm"),
     ):
         plain.ask("x", client=client)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_is_left_of_a_client_that_is_killed_or_interrupted(cluster, plain, number):
+    Client.current().run(_slow_down)
     script = (
         "import sys; from distributed import Client; import dask_pcm as pcm\n"
         "client = Client(sys.argv[1])\n"
         "llm = pcm.LLM(sys.argv[2])\n"
-        "stream = llm.stream('Claim: the moon', max_tokens=4000)\n"
-        "next(iter(stream)); print('begun', flush=True)\n"
-        "try: llm.ask('Claim: the moon', max_tokens=4000)\n"
-        "except KeyboardInterrupt: print('interrupted', flush=True); sys.stdin.read()\n"
+        "llm.ask('Claim: the moon', max_tokens=1)\n"
+        "try:\n"
+        "    print('begun', flush=True)\n"
+        "    llm.ask('Claim: the moon', max_tokens=4000)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted', flush=True); sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", script, cluster.scheduler_address, plain.path]
     with subprocess.Popen(
@@ -587,7 +611,7 @@ def test_nothing_is_left_of_a_client_that_is_killed_or_interrupted(cluster, plai
     ) as process:
         assert process.stdout.readline() == "begun\n"
         questions = gate_of(cluster).questions
-        until(lambda: any(one.worker for one in questions.open.values()), 10)
+        until(lambda: [one for one in questions.open.values() if one.worker], 10)
         process.send_signal(number)
         with Client(cluster) as client:
             if number == signal.SIGINT:  # the client is still there
@@ -625,7 +649,7 @@ def test_loading_is_said_and_only_one_worker_loads(cluster, plain, capfd):
     assert "loading 'plain' on a worker" in capfd.readouterr().err
 
 
-# -- what a client makes of what it is told ---------------------------------------------------------
+# -- what a client makes of what it is told -------------------------------------------------------
 
 
 class Told(Exchange):
@@ -740,7 +764,7 @@ def test_a_model_is_found_by_its_name_folder_or_alone(plain, chat):
         named([], None)
 
 
-# -- shown ------------------------------------------------------------------------------------------
+# -- shown -----------------------------------------------------------------------------------------
 
 
 def test_a_notebook_shows_the_answer_until_it_is_there(client, plain, execute, tmp_path):
@@ -752,7 +776,7 @@ def test_a_notebook_shows_the_answer_until_it_is_there(client, plain, execute, t
         "def note(self, content, **kw):\n"
         "    shown.append(content['text/plain']); return update(self, content, **kw)\n"
         "DisplayHandle.update = note\n"
-        f"reply = pcm.LLM({plain.path!r}).ask({PROMPT!r}, max_tokens={LONG})\n"
+        f"reply = pcm.LLM({plain.path!r}).ask({PROMPT!r}, max_tokens=1_000)\n"
         "texts = [one for one in shown if reply.text.startswith(one) and one]\n"
         "print('parts', len(texts) > 2, texts == sorted(texts, key=len), shown[-1] == '')\n"
         "reply"
