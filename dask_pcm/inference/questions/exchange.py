@@ -112,9 +112,7 @@ class Exchange:
     @property
     def patience_s(self) -> float:
         """How long to wait for the next message, before ``take`` is called without one."""
-        times = [self._looked_at + _LOOK_S]
-        if self._again_at is not None:
-            times.append(self._again_at)
+        times = [self._looked_at + _LOOK_S if self._again_at is None else self._again_at]
         if self._timeout_s is not None:
             times.append(self._begun_at + self._timeout_s)
         return max(0.0, min(times) - time.monotonic())

@@ -6,6 +6,7 @@ is new of its answer. So neither the event loop nor the thread of an engine wait
 
 from __future__ import annotations
 
+import functools
 import logging
 import pickle
 import threading
@@ -160,15 +161,23 @@ class Questions:
             self._changed.wait(self._wait_s())
             self._changed.clear()
             while self._calls:
-                self._calls[0]()
+                self._tried(self._calls[0])
                 self._calls.popleft()  # after the call: the worker counts as busy meanwhile
             for one in list(self._open.values()):
                 if one.has_news.is_set() and time.monotonic() >= one.next_at:
-                    self._send(one)
+                    self._tried(functools.partial(self._send, one))
         for one in list(self._open.values()):
-            self._end(one)
+            self._tried(functools.partial(self._end, one))
         if self._apart is not None:
             self._apart.shutdown(wait=False)
+
+    def _tried(self, call: Callable[[], None]) -> None:
+        """Call something; what it raises, such as a close hook, ends no other question."""
+        try:
+            call()
+        except Exception:
+            if not self._is_closed:  # else the worker's loop may have ended
+                logger.exception("A question could not be served")
 
     def _wait_s(self) -> float | None:
         """Seconds until something that is new may be sent; None while nothing is new."""
