@@ -34,6 +34,7 @@ from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.plugins.scheduler.workers import Workers
 from dask_pcm.scheduling.events import (
     Action,
+    ContextAsked,
     Event,
     Group,
     ResidencyReported,
@@ -186,6 +187,7 @@ class QuestionService(Service):
             return
         if "end" in news:
             self._forget(one)
+            self._hub.apply(ContextAsked(worker, one.ref.digest))
         self._tell(one, **news)
 
     def worker_left(self, worker: str, member: Member, is_lost: bool) -> None:
@@ -239,6 +241,7 @@ class QuestionService(Service):
             self._announce(one)
             return
         one.worker, payload, one.payload = worker, one.payload, b""
+        self._hub.apply(ContextAsked(worker, digest))
         about = {"id": one.id, "attempt": one.attempt, "digest": digest}
         self._workers.tell(worker, {"op": "pcm-ask", **about, "question": payload})
 

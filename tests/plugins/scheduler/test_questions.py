@@ -200,6 +200,19 @@ async def test_nothing_is_left_of_a_client_that_leaves(c, s, gate, a, b):
     assert not s._broker._topics[topic_of(other.id)].subscribers
 
 
+@gated(nthreads=1)
+async def test_a_context_that_is_asked_is_not_idle(c, s, gate, a):
+    await warm(gate, c, a)
+    used_at = gate.state.workers[a.address].used_at
+    asking, before = Asking(c), used_at[CONTEXT.digest]
+    id, _ = await asking.ask(Asked())
+    begun = used_at[CONTEXT.digest]
+    await poll(lambda: live_of(a).answers, 10)
+    live_of(a).answers[0].say("so", is_last=True)
+    await asking.end(id)
+    assert before < begun < used_at[CONTEXT.digest]
+
+
 @gated()
 async def test_the_scheduler_keeps_no_answers(c, s, gate, a, b):
     await warm(gate, c, a)
