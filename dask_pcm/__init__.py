@@ -19,7 +19,7 @@ from dask_pcm.version import __version__
 if TYPE_CHECKING:
     from dask_pcm.context.context import Context
     from dask_pcm.frames.map_partitions import map_partitions
-    from dask_pcm.inference import LLM, classify, embed, generate, score
+    from dask_pcm.inference import LLM, Reply, classify, embed, generate, score
     from dask_pcm.parquet.pieces import read_parquet
     from dask_pcm.plugins.install import explain, install, release, uninstall
     from dask_pcm.plugins.worker.task import acquire
@@ -37,6 +37,7 @@ _HOMES = {
     "Context": "dask_pcm.context.context",
     "map_partitions": "dask_pcm.frames.map_partitions",
     "LLM": "dask_pcm.inference",
+    "Reply": "dask_pcm.inference",
     "classify": "dask_pcm.inference",
     "embed": "dask_pcm.inference",
     "generate": "dask_pcm.inference",
@@ -66,6 +67,7 @@ __all__ = [
     "Pool",
     "PoolCluster",
     "Progress",
+    "Reply",
     "Report",
     "Run",
     "Sample",

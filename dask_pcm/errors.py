@@ -135,6 +135,10 @@ class PromptError(PCMError, ValueError):
     """A prompt or a list of choices is invalid, or does not fit the frame."""
 
 
+class AskError(PCMError, RuntimeError):
+    """A question has no answer; the message says why."""
+
+
 class ModelError(PCMError, ValueError):
     """A model folder is missing, incomplete or corrupt, or a hub id cannot be resolved."""
 

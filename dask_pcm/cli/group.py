@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from dask_pcm.cli import outputs
+from dask_pcm.cli.ask import ask
 from dask_pcm.cli.run import demo, run
 from dask_pcm.cli.simulate import simulate_scenario
 from dask_pcm.version import __version__
@@ -22,6 +23,7 @@ _COMMANDS = (
     outputs.pause,
     outputs.resume,
     outputs.cancel,
+    ask,
     demo,
     simulate_scenario,
 )

@@ -9,14 +9,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dask_pcm.arguments import checked
 from dask_pcm.context.bundles import bundle_of
 from dask_pcm.context.context import Context
 from dask_pcm.errors import ModelError
 from dask_pcm.inference.fit import misfits
 from dask_pcm.inference.loading import load_model
 from dask_pcm.inference.model_folder import PATTERNS, check_folder, has_code, is_encoder
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from dask_pcm.inference.questions.chat import Message
+    from dask_pcm.inference.questions.reply import Reply
+    from dask_pcm.inference.questions.stream import Stream
 
 #: The files to download from a hub.
 _PATTERNS = (*PATTERNS, "*.safetensors")
@@ -133,6 +141,152 @@ class LLM(Context):
         object.__setattr__(self, "path", str(path))
         object.__setattr__(self, "is_encoder", embeds_only)
         object.__setattr__(self, "commit", commit)
+
+    @checked
+    def ask(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = (),
+        chat: bool | None = None,
+        timeout: float | str | None = None,
+        progress: bool = True,
+        client: Client | None = None,
+    ) -> Reply:
+        """Ask the model a question, while its workers are busy or idle, and wait for the answer.
+
+        A worker that holds the model answers at once, beside its tasks. If there is none, one loads
+        the model first. An answer goes on elsewhere if its worker is lost.
+
+        Parameters
+        ----------
+        prompt : str or list of messages
+            A text is the message of a user, if the model has a chat template, else the whole
+            prompt. Messages are ``{"role": "user", "content": "…"}``. Control tokens in them act
+            as such.
+        max_tokens, temperature, top_k, top_p, seed, stop
+            As for ``generate``.
+        chat : bool, optional
+            False takes a text as the whole prompt, and True as a message of a chat.
+        timeout : float or str, optional
+            Seconds that the answer may take at most, the wait for a worker included.
+        progress : bool, default True
+            Whether to show the answer while it arrives, in a notebook or on a terminal.
+        client
+            A client of the cluster; the current one if left out.
+
+        Returns
+        -------
+        Reply
+            ``str(reply)`` is its text.
+
+        Raises
+        ------
+        PromptError
+            The prompt has more tokens than the model takes, messages are malformed, or the model
+            has no chat template for them; or an option is out of its range.
+        AskError
+            The forward of the question failed, or every worker that answered it was lost.
+        LoadError, DeviceMemoryError
+            The model cannot be loaded, or fits no device.
+        InstallError
+            There is no client, or no toolkit on its cluster.
+        TimeoutError
+            There is no answer in time.
+        """
+        from dask_pcm.inference.questions.stream import IN_LOOP, whole
+
+        return whole(
+            self._asked(
+                prompt,
+                client=client,
+                instead=IN_LOOP,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop=stop,
+                chat=chat,
+                timeout=timeout,
+                shows_text=True,
+                progress=progress,
+            )
+        )
+
+    @checked
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = (),
+        chat: bool | None = None,
+        timeout: float | str | None = None,
+        progress: bool = True,
+        client: Client | None = None,
+    ) -> Stream:
+        """Ask the model a question, and get the answer in pieces as it is computed.
+
+        Parameters
+        ----------
+        prompt, max_tokens, temperature, top_k, top_p, seed, stop, chat, timeout, client
+            As for ``ask``; the client may be asynchronous.
+        progress : bool, default True
+            Whether to show what the question waits for.
+
+        Returns
+        -------
+        Stream
+            For ``for piece in stream`` and ``async for piece in stream``. The pieces together are
+            the text of ``stream.reply``, which is there at the end. Leaving the loop ends the
+            answer.
+
+        Raises
+        ------
+        PromptError, InstallError
+            As ``ask``; its other errors are raised by the loop.
+
+        Examples
+        --------
+        >>> async for piece in llm.stream("Why is the sky blue?"):  # doctest: +SKIP
+        ...     print(piece, end="")
+        """
+        return self._asked(
+            prompt,
+            client=client,
+            instead="",
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            chat=chat,
+            timeout=timeout,
+            shows_text=False,
+            progress=progress,
+        )
+
+    def _asked(self, prompt: Any, *, client: Client | None, instead: str, **options: Any) -> Stream:
+        """Ask a question; `instead` is what to do with an asynchronous client."""
+        from dask_pcm.inference.calls.prompted import encoder_refused
+        from dask_pcm.inference.questions.stream import open_stream
+        from dask_pcm.plugins.install import current_client
+
+        if self.is_encoder:
+            raise encoder_refused("ask", repr(self.name))
+        found = current_client(client, instead)
+        return open_stream(self.ref, prompt, client=found, folder=self.path, **options)
 
 
 def _resolve(model: str, revision: str | None, has_code: bool) -> tuple[Path, str]:

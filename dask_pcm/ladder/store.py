@@ -151,6 +151,23 @@ class Store:
             residency = self._residencies.by_digest.get(digest)
             return residency.attendant if residency else None
 
+    def hold_warm(self, digest: str) -> tuple[Any, Attendant | None, Callable[[], None]] | None:
+        """Hold a context if it is on the device; never loads and never waits.
+
+        Returns
+        -------
+        tuple or None
+            The live object, what serves it, and a function that ends the hold, to be called by this
+            thread. None if the context is not on the device, or is exclusive: others may have it.
+        """
+        with self._residencies.changed:
+            residency = self._residencies.by_digest.get(digest)
+            if residency is None or residency.tier is not Tier.DEVICE or residency.ref.is_exclusive:
+                return None
+            self._residencies.take(residency)
+            let_go = functools.partial(self._residencies.let_go, residency)
+            return residency.value, residency.attendant, let_go
+
     @contextmanager
     def acquire(self, refs: Sequence[ContextRef], again: bool = True) -> Iterator[list[Any]]:
         """Hold the live objects of `refs`, in their order; load what is missing.

@@ -22,6 +22,10 @@ from dask_pcm.plugins.shipping import by_value
 from dask_pcm.plugins.worker.plugin import CONTEXTS, ContextPlugin
 from dask_pcm.version import __version__
 
+NOT_INSTALLED_TEXT = (
+    "The toolkit is not installed on this cluster: call dask_pcm.install(client) first."
+)
+
 
 def install(client: Client | None = None) -> None:
     """Install the toolkit on a cluster. Idempotent; no worker restarts.
@@ -114,7 +118,7 @@ def explain(what: Any, client: Client | None = None) -> str:
     """
     client = current_client(client)
     if not is_installed(client):
-        return "The toolkit is not installed on this cluster: call dask_pcm.install(client) first."
+        return NOT_INSTALLED_TEXT
     key = getattr(what, "key", what)
     told: str = client.sync(client.scheduler.pcm_explain, key=key)
     return told
@@ -148,8 +152,13 @@ def uninstall(client: Client | None = None) -> None:
         forget_local_nannies(client.cluster)
 
 
-def current_client(client: Client | None = None) -> Client:
+def current_client(client: Client | None = None, instead: str | None = None) -> Client:
     """Return `client`, or the most recent one if left out; it is synchronous and open.
+
+    Parameters
+    ----------
+    instead
+        What to do with an asynchronous client, for the error; "" accepts it.
 
     Raises
     ------
@@ -168,9 +177,10 @@ def current_client(client: Client | None = None) -> Client:
         raise InstallError(
             f"client is {client!r:.80}; expected a dask.distributed.Client. Pass {what}."
         )
-    if client.asynchronous:
+    if client.asynchronous and instead != "":
         raise InstallError(
-            "This client is asynchronous. Installing and running need a synchronous client: make"
+            instead
+            or "This client is asynchronous. Installing and running need a synchronous client: make"
             " one with Client(address), in another thread if an event loop runs in this one."
         )
     if client.status in ("closed", "closing"):

@@ -138,24 +138,11 @@ class GateLink:
             return f"no answer from the scheduler for {silent_s:.0f} s"
         if now - self._had_workers_at <= _LACK_S:
             return ""
-        if self._n_other:
-            return f"no workers: the cluster has {self._n_other}, none of them with dask_pcm"
-        if lack := getattr(self._client.cluster, "lack", ""):
-            return str(lack)
-        n_wanted = self._n_wanted()
-        text = "no workers: the cluster has 0" + (f" ({n_wanted} wanted)" if n_wanted else "")
-        # Such as after Ctrl-C in a terminal, which also interrupts workers without the toolkit.
-        is_local = n_wanted and isinstance(self._client.cluster, LocalCluster)
-        return text + (f"; cluster.scale({n_wanted}) starts new ones" if is_local else "")
+        return lack_of_workers(self._client, self._n_other, self._n_most)
 
     def begin_waiting(self) -> None:
         """Measure from now on how long something is lacking."""
         self._answered_at = self._had_workers_at = time.monotonic()
-
-    def _n_wanted(self) -> int:
-        """Workers that the cluster plans for; if it has no plan, the most that it had."""
-        planned = getattr(self._client.cluster, "plan", ())
-        return len(planned) or self._n_most
 
     def _tell(self, n_rows: float, n_units: int) -> Answer[Any] | None:
         scheduler = self._client.scheduler
@@ -165,6 +152,27 @@ class GateLink:
 
     def _ask(self, coroutine: Coroutine[Any, Any, Any]) -> Answer[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._client.loop.asyncio_loop)
+
+
+def lack_of_workers(client: Client, n_other: int, n_most: int) -> str:
+    """What a cluster without workers lacks, in words.
+
+    Parameters
+    ----------
+    n_other
+        Its workers without the toolkit.
+    n_most
+        The most workers that it had: wanted where the cluster has no plan of its own.
+    """
+    if n_other:
+        return f"no workers: the cluster has {n_other}, none of them with dask_pcm"
+    if lack := getattr(client.cluster, "lack", ""):
+        return str(lack)
+    n_wanted = len(getattr(client.cluster, "plan", ())) or n_most
+    text = "no workers: the cluster has 0" + (f" ({n_wanted} wanted)" if n_wanted else "")
+    # Such as after Ctrl-C in a terminal, which also interrupts workers without the toolkit.
+    is_local = n_wanted and isinstance(client.cluster, LocalCluster)
+    return text + (f"; cluster.scale({n_wanted}) starts new ones" if is_local else "")
 
 
 def _wait(answer: Answer[Any] | None, seconds: float) -> None:

@@ -85,6 +85,22 @@ class Run:
         writer = self._writer()
         return str(writer) if writer is not None and writer.is_alive else ""
 
+    @property
+    def at_work(self) -> tuple[str, str]:
+        """The run's identity, and its scheduler's address or connection file.
+
+        Raises
+        ------
+        OutputError
+            No run is at work, or it does not say where.
+        """
+        self._driven()
+        writer = self._writer()
+        found = writer.says.get("scheduler") if writer is not None else None
+        if writer is None or not isinstance(found, str):
+            raise OutputError(f"The run of {self.path!r} does not say where its scheduler is.")
+        return writer.run, found
+
     def pause(self) -> None:
         """Start no more units until ``resume``; workers finish those that they have."""
         self._request(PAUSE)

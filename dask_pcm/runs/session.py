@@ -103,7 +103,7 @@ class Session:
                 found = self._check(output, mine)
                 fence_others(output)
                 found = self._unless_restarted(output, found)
-                stack.enter_context(fence.open_run(whoami()))
+                stack.enter_context(fence.open_run(_driver(self._client)))
                 if found is None:
                     stack.push(lambda kind, error, trace: self._unstash(output, error))
                     stash(output)
@@ -264,6 +264,12 @@ def _commit_empty(output: Output, plan: Plan, spec: UnitSpec) -> None:
     own = {"run": output.run, "rows": 0, "failed": 0}
     empty = spec.schema.table(plan.meta)
     output.commit(range_name(0, 0), [empty], lambda: {**spec.provenance, **own})
+
+
+def _driver(client: Client) -> dict[str, object]:
+    """What this run says of its driver, and where others find its cluster."""
+    address = None if client.scheduler is None else client.scheduler.address
+    return {**whoami(), "scheduler": _connection_file(client) or address}
 
 
 def _connection_file(client: Client) -> str | None:

@@ -283,6 +283,14 @@ class PoolsDeclared:
     device_bytes: Mapping[str, int | None]
 
 
+@dataclass(frozen=True, slots=True)
+class ContextAsked:
+    """A question to a context was begun on a worker, or has ended there."""
+
+    worker: str
+    context: str
+
+
 Event: TypeAlias = (
     WorkerJoined
     | WorkerLeft
@@ -300,6 +308,7 @@ Event: TypeAlias = (
     | RunReported
     | RunClosed
     | PoolsDeclared
+    | ContextAsked
 )
 
 

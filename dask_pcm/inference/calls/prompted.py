@@ -144,7 +144,7 @@ class Prompted(ABC):
             done.set_result(self._padded(model.padded, frame))
             return done
         live: PaddedModel = model.live.padded
-        planned = self._plan(live, rows_as_text(frame, self.fields))
+        planned = self.planned(live, rows_as_text(frame, self.fields))
         plans = [plan for plan in planned if not isinstance(plan, str)]
         rows = [self.rows(live, plan) for plan in plans]
         owner = Owner(Kind.BATCH, client_of_task())
@@ -164,7 +164,7 @@ class Prompted(ABC):
 
     def _padded(self, model: PaddedModel, frame: pd.DataFrame) -> list[Any]:
         """Results of rows in padded batches, a text for each that has an error."""
-        planned = self._plan(model, rows_as_text(frame, self.fields))
+        planned = self.planned(model, rows_as_text(frame, self.fields))
         plans = [plan for plan in planned if not isinstance(plan, str)]
         return _merged(planned, self.padded(model, plans))
 
@@ -175,7 +175,7 @@ class Prompted(ABC):
             out[name] = values
         return out
 
-    def _plan(self, model: PaddedModel, rows: Sequence[dict[str, str] | str]) -> list[Any]:
+    def planned(self, model: PaddedModel, rows: Sequence[dict[str, str] | str]) -> list[Any]:
         """The plan of each row, or the error of a row that cannot be computed."""
         good = [row for row in rows if not isinstance(row, str)]
         found: Iterator[Any] = iter(zip(good, self.plans(model, good), strict=True))

@@ -69,6 +69,8 @@ class ContextService(Service):
         self._workers = workers
         self.refs = Refs()
         self.loads: dict[str, LoadReports] = {}
+        #: Language models that were declared, also those that nothing refers to any more.
+        self.models: dict[str, ContextRef] = {}
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
         """See ``Service``."""
@@ -83,11 +85,20 @@ class ContextService(Service):
         for ref in refs:
             # Declared memory is not part of the digest: a later client may have corrected it.
             known = self.refs.get(ref.digest)
+            if ref.about:
+                self.models[ref.digest] = ref
             if known is None or known.device_memory_bytes != ref.device_memory_bytes:
                 file_bytes = sum(bundle.n_bytes for bundle in ref.bundles)
                 declared = ref.device_memory_bytes, file_bytes
                 self._hub.apply(ContextDeclared(ref.digest, ref.name, *declared))
         return self.refs.add(refs)
+
+    def size_of(self, ref: ContextRef) -> int:
+        """Bytes that a context takes on a device: measured or declared; 0 while unknown."""
+        contexts = self._hub.state.contexts
+        if ref.device_memory_bytes is not None and ref.digest not in contexts.measured:
+            return ref.device_memory_bytes
+        return contexts.size(ref.digest)
 
     def on_residency(
         self,

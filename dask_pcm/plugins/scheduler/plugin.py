@@ -18,6 +18,7 @@ from dask_pcm.config import Config
 from dask_pcm.plugins.scheduler.contexts import ContextService
 from dask_pcm.plugins.scheduler.first_batches import FailingFrames
 from dask_pcm.plugins.scheduler.hub import Hub
+from dask_pcm.plugins.scheduler.questions import QuestionService
 from dask_pcm.plugins.scheduler.runs import RunService
 from dask_pcm.plugins.scheduler.scaling import Scaling
 from dask_pcm.plugins.scheduler.staging import StagingCoordinator
@@ -66,6 +67,7 @@ class GatePlugin(SchedulerPlugin):
         self.dispatch = Dispatch(hub, self.workers, self.contexts, self.parked)
         self.losses = Losses(hub, self.parked, attribution)
         self.runs = RunService(hub, self.contexts)
+        self.questions = QuestionService(hub, self.workers, self.contexts, self.runs)
         self.staging = StagingCoordinator(self.workers)
         self.scaling = Scaling(hub)
         frames = FailingFrames(scheduler)
@@ -76,6 +78,7 @@ class GatePlugin(SchedulerPlugin):
             self.parked,
             self.dispatch,
             self.runs,
+            self.questions,
             self.staging,
             self.scaling,
             frames,

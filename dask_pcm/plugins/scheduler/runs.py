@@ -51,12 +51,7 @@ class RunService(Service):
         """
         asked: tuple[ContextRef, ...] = pickle.loads(refs)
         state = self._hub.state
-        sizes = {
-            ref.digest: ref.device_memory_bytes
-            if ref.device_memory_bytes is not None and ref.digest not in state.contexts.measured
-            else state.contexts.size(ref.digest)
-            for ref in asked
-        }
+        sizes = {ref.digest: self._contexts.size_of(ref) for ref in asked}
         names = list({ref.digest: ref.name for ref in asked}.values())
         return why_too_large(state, names, sum(sizes.values()), state.workers.values())
 

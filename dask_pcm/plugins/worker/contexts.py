@@ -139,7 +139,7 @@ class WorkerContexts:
             return
         try:
             with self._growing(ref):
-                self._set_threads()
+                self.set_threads()
                 self.store.load(ref)
         except LoadError:
             # The store has reported it. No longer wanted, so that a task which hides the context
@@ -216,7 +216,7 @@ class WorkerContexts:
                 # Not tried again here: the gate decides when a failed load's back-off is over.
                 values, held = self.store.begin_hold(refs, again=False)
                 stack.push(held)
-                self._set_threads()
+                self.set_threads()
                 return values, stack.pop_all()
         except LoadError as error:
             self.reschedule(refs, error)
@@ -262,8 +262,8 @@ class WorkerContexts:
             " client.map(func, items, model=context)."
         )
 
-    def _set_threads(self) -> None:
-        """Limit torch to this worker's share of the cores; for the thread that runs torch.
+    def set_threads(self) -> None:
+        """Limit torch to this worker's share of the cores; for a thread that runs torch.
 
         torch's setting is per thread.
         """

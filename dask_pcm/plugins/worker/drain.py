@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 from distributed import Worker
@@ -41,6 +41,17 @@ _LOOK_S, _FAREWELL_S = 0.05, 0.05
 _UNBEGUN = frozenset({"waiting", "ready", "constrained"})
 
 
+class Open(Protocol):
+    """What a worker does beside its tasks."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has something left to do."""
+
+    def move(self) -> None:
+        """Have what is left done elsewhere."""
+
+
 class Drain:
     """Drains a worker, at most once.
 
@@ -50,6 +61,8 @@ class Drain:
         The worker to drain.
     tell
         Sends a message to the scheduler.
+    questions
+        Returns the questions that are answered here.
 
     Attributes
     ----------
@@ -59,9 +72,15 @@ class Drain:
 
     stops_at = math.inf
 
-    def __init__(self, worker: Worker, tell: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        tell: Callable[[dict[str, Any]], None],
+        questions: Callable[[], Open],
+    ) -> None:
         self._worker = worker
         self._send = tell
+        self._questions = questions
         self._ends_at = math.inf
         self._margin = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -99,15 +118,16 @@ class Drain:
         # So that the nanny does not start another process when this one ends.
         await self._ask_nanny("close_gracefully", self._margin, reason="notice")
         # The gate still sends units that it expects to finish in time, as they are cut.
-        await _until(lambda: not self._has_on_lanes(), self._stop, _IDLE_S)
+        await _until(self._is_idle, self._stop, _IDLE_S)
         while time.monotonic() < self.stops_at and await self._may_get_more():
-            await _until(lambda: not self._has_on_lanes(), self._stop, _IDLE_S)
+            await _until(self._is_idle, self._stop, _IDLE_S)
         if worker.status not in (Status.running, Status.paused, Status.closing_gracefully):
             return  # closed by another request meanwhile
         # From now on no task begins here, and plain Dask sends none. Not Status.paused: the memory
         # monitor would resume the worker.
         worker.status = Status.closing_gracefully
         give_back(worker, [key for key, ts in worker.state.tasks.items() if is_unbegun(ts)])
+        self._questions().move()  # their answers go on where they can
         # A batch that takes a little longer than the last one is worth waiting for.
         late = lambda: self._stop() + self._margin / 4  # noqa: E731
         await _until(lambda: not worker.state.all_running_tasks, late)
@@ -126,6 +146,10 @@ class Drain:
             return await asyncio.wait_for(asked, _ANSWER_S) is True
         except Exception:  # the scheduler is gone, or has no gate any more
             return False
+
+    def _is_idle(self) -> bool:
+        """Whether no context task runs or waits here, and no question is open."""
+        return not (self._has_on_lanes() or self._questions().is_busy)
 
     def _has_on_lanes(self) -> bool:
         """Whether a context task runs or waits here."""

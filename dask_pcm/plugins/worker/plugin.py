@@ -1,7 +1,7 @@
 """The worker plugin: Dask's hooks, the gate's messages, and the services that they go to.
 
-Each service has one concern: contexts, staging, memory limits, draining, a lost device. Hooks and
-message handlers run on the worker's event loop.
+Each service has one concern: contexts, questions, staging, memory limits, draining, a lost device.
+Hooks and message handlers run on the worker's event loop.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dask_pcm.plugins.worker.device_loss import DeviceLoss
 from dask_pcm.plugins.worker.drain import Drain, ends_in_s, free, is_unbegun
 from dask_pcm.plugins.worker.lanes import close_lanes, open_lanes
 from dask_pcm.plugins.worker.memory import MemoryAllowance
+from dask_pcm.plugins.worker.questions import Questions
 from dask_pcm.plugins.worker.staging import Fetcher
 from dask_pcm.plugins.worker.tuning import tuning
 
@@ -65,7 +66,7 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
         self.fetcher = Fetcher(worker, self.config, lambda: self.staging.disk, self.tell)
         self.staging = Staging(self.config, self.fetcher.fetch, self.fetcher.staged)
         self.nanny = NannyLink(worker)
-        self.drain = Drain(worker, self.tell)
+        self.drain = Drain(worker, self.tell, lambda: self.questions)
         self.memory = MemoryAllowance(worker, self.nanny)
         self.device = DeviceLoss(worker, self.config.n_load_attempts, lambda: self.drain.is_begun)
         self.contexts = WorkerContexts(
@@ -77,6 +78,7 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
             self.tell,
             self.device.restart,
         )
+        self.questions = Questions(self.contexts, self.tell, self.device.restart)
         # Contexts that tasks loaded before the plugin came would be in memory twice.
         before = of_process()
         of_process.cache_clear()
@@ -103,6 +105,8 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
             "pcm-offload": self.contexts.on_offload,
             "pcm-release": self.contexts.on_release,
             "pcm-return": self.on_return,
+            "pcm-ask": self.questions.on_ask,
+            "pcm-unask": self.questions.on_cancel,
             "pcm-welcome": self.fetcher.on_welcome,
             "pcm-copy": self.fetcher.on_copy,
         }
@@ -157,6 +161,7 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
         worker.handlers.pop("pcm_notice", None)
         signals().ignore(self)
         self.fetcher.close()
+        self.questions.close()
         if worker.status in (Status.running, Status.paused):  # uninstalled: the worker lives on
             self._interrupts.end()
             close_lanes(worker)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from dask_pcm.scheduling.events import (
     Action,
     Assign,
+    ContextAsked,
     ContextDeclared,
     Event,
     Fail,
@@ -106,6 +107,8 @@ class GateState:
                 n_bytes = self.contexts.declare(happening)
                 if n_bytes is not None:
                     self._resize(context, n_bytes)
+            case ContextAsked(worker, context) if worker in self.workers:
+                self.workers[worker].used_at[context] = now
             case PoolsDeclared(device_bytes):
                 self.pools = device_bytes
             case Restarted():

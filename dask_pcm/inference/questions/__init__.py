@@ -1,0 +1,1 @@
+"""Questions to a language model, asked while workers are busy with batches."""

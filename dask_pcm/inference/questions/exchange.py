@@ -1,0 +1,333 @@
+"""A question on its client: asked, and asked again with its draft where its worker is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from distributed import Client
+
+from dask_pcm.context.context import ContextRef
+from dask_pcm.errors import (
+    AskError,
+    DeviceMemoryError,
+    InstallError,
+    LoadError,
+    PCMError,
+    PromptError,
+)
+from dask_pcm.inference.questions.mailbox import Inbox, Message, mailbox_of
+from dask_pcm.inference.questions.question import Question
+from dask_pcm.inference.questions.reply import Reply
+from dask_pcm.plugins.install import NOT_INSTALLED_TEXT
+from dask_pcm.plugins.questions import (
+    DONE,
+    DUPLICATE,
+    FAILED,
+    FOREIGN,
+    LOST,
+    MOVED,
+    NOT_INSTALLED,
+    NOT_LOADED,
+    REFUSED,
+    TOO_LARGE,
+)
+from dask_pcm.runs.gate_link import lack_of_workers
+from dask_pcm.runs.progress.progress import span
+
+logger = logging.getLogger(__name__)
+
+#: Lost workers that a question may cost.
+MAX_LOST = 3
+#: Times that a question may be moved without a new token between.
+_MAX_MOVED = 10
+#: Waits before it is asked again: the first, each twice as long, and the longest.
+_AGAIN_S, _LONGEST_S = 0.05, 2.0
+#: How often the gate is asked how a question stands of which nothing is heard.
+_LOOK_S = 1.0
+#: The user is told of what has been missing for this long.
+_LACK_S = 10.0
+#: Looks at which the gate does not know a question: then its end was lost on the way.
+_MAX_UNKNOWN = 2
+
+
+class Exchange:
+    """One question: what it has been told so far, and what is to be done next.
+
+    For one thread or event loop at a time; `inbox` takes messages from any thread.
+
+    Parameters
+    ----------
+    timeout_s
+        Seconds that the answer may take; None for no limit.
+
+    Attributes
+    ----------
+    text, tokens
+        What has arrived.
+    reply
+        The whole answer; None until it is there.
+    note
+        What it waits for, in words; "" if nothing.
+    """
+
+    def __init__(
+        self, client: Client, ref: ContextRef, question: Question, timeout_s: float | None
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.inbox = Inbox()
+        self.text = ""
+        self.tokens: list[int] = []
+        self.reply: Reply | None = None
+        self.note = ""
+        self.client = client
+        self._ref = ref
+        self._question = question
+        self._timeout_s = timeout_s
+        self._is_closed = False
+        self._attempt = self._number = 0
+        self._n_lost = self._n_moved = self._n_unknown = 0
+        self._begun_at = self._looked_at = self._had_workers_at = time.monotonic()
+        self._again_at: float | None = None
+        self._n_most = 0
+        self._has_lacked = False
+        self._first_at: float | None = None
+        self._mailbox = mailbox_of(client)
+        self._mailbox.open(self.id, self.inbox)
+        self._ask()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more is to come."""
+        return self.reply is None and not self._is_closed
+
+    @property
+    def patience_s(self) -> float:
+        """How long to wait for the next message, before ``take`` is called without one."""
+        times = [self._looked_at + _LOOK_S if self._again_at is None else self._again_at]
+        if self._timeout_s is not None:
+            times.append(self._begun_at + self._timeout_s)
+        return max(0.0, min(times) - time.monotonic())
+
+    def take(self, message: Message | None) -> str:
+        """Take in a message, or None if there was none; return the new text.
+
+        Raises
+        ------
+        PCMError
+            The question has no answer.
+        TimeoutError
+            It has none in time.
+        """
+        if message is None:
+            self._look()
+            return ""
+        if message["attempt"] != self._attempt:
+            return ""  # of a worker that was given up
+        if "standing" in message:
+            self._take_standing(message["standing"])
+            return ""
+        return self._take_news(message)
+
+    def close(self) -> None:
+        """Have the answer computed no further, unless it is there; for any thread, never waits."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._mailbox.close(self.id)
+        if self.reply is None:
+            with suppress(RuntimeError):  # the client's loop has ended, and with it the question
+                self._call("pcm_unask", lambda answer: None, id=self.id, client=self.client.id)
+
+    # -- what arrives ---------------------------------------------------------------------------
+
+    def _take_news(self, message: Message) -> str:
+        end = message.get("end")
+        if message["tokens"] or message["text"]:
+            self._n_moved = self._n_unknown = 0
+            self.note = ""
+            self._first_at = self._first_at or time.monotonic()
+        self.tokens += message["tokens"]
+        self.text += message["text"]
+        self._looked_at = time.monotonic()
+        if end is not None:
+            self._take_end(**end)
+        return str(message["text"])
+
+    def _take_end(self, end: str, why: str = "", **about: Any) -> None:
+        if end == DONE:
+            now = time.monotonic()
+            first_s = (self._first_at or now) - self._begun_at
+            self.reply = Reply(self.text, **about, first_s=first_s, total_s=now - self._begun_at)
+            return
+        if end == LOST:
+            self._n_lost += 1
+            if self._n_lost > MAX_LOST:
+                raise AskError(
+                    f"The question was given up: {self._n_lost} workers were lost while they"
+                    f" answered it ({why}). It may be what ends them; see their logs."
+                )
+            self._ask_again()
+            return
+        if end == MOVED:
+            self._n_moved += 1
+            if self._n_moved > _MAX_MOVED:
+                raise AskError(
+                    f"The question was given up: {self._n_moved} times in succession, a worker"
+                    f" could not go on with it ({why})."
+                )
+            self._ask_again()
+            return
+        raise self._error(end, why)
+
+    def _take_standing(self, standing: Message | BaseException | None) -> None:
+        """The gate's answer to a request."""
+        if isinstance(standing, BaseException):
+            self._take_broken(standing)
+            return
+        if standing is None:  # what Dask answers where it has no such handler
+            raise InstallError(NOT_INSTALLED_TEXT)
+        if "refused" in standing:
+            raise self._error(standing["refused"], standing.get("why", ""))
+        if standing.get("is_open"):
+            self._n_unknown = 0
+            self._note(standing)
+            return
+        # It may have ended just now, with its end on the way.
+        self._n_unknown += 1
+        if self._n_unknown >= _MAX_UNKNOWN and self._again_at is None:
+            self._n_unknown = 0
+            self._take_end(MOVED, "the gate has forgotten it")
+
+    def _take_broken(self, error: BaseException) -> None:
+        """A request has failed, mostly for lack of a connection."""
+        if isinstance(error, (OSError, CancelledError, asyncio.CancelledError)):
+            self._raise_if_disconnected()
+            return  # later looks tell
+        raise AskError(f"The question could not be asked: {error!r:.200}") from error
+
+    def _error(self, end: str, why: str) -> PCMError:
+        name = self._ref.name
+        match end:
+            case "refused" if end == REFUSED:
+                return PromptError(why)
+            case "too large" if end == TOO_LARGE:
+                return DeviceMemoryError(why)
+            case "not loaded" if end == NOT_LOADED:
+                return LoadError(why or f"Context {name!r} cannot be loaded.")
+            case "not installed" if end == NOT_INSTALLED:
+                return InstallError(NOT_INSTALLED_TEXT)
+            case "duplicate" if end == DUPLICATE:
+                return AskError(f"The question {self.id} is open already.")
+            case "foreign" if end == FOREIGN:
+                return AskError(f"The question {self.id} is another client's.")
+        assert end == FAILED, end
+        return AskError(f"The question to {name!r} has failed: {why}")
+
+    def _note(self, standing: Message) -> None:
+        """Say what the question waits for."""
+        now = time.monotonic()
+        if standing["worker"]:
+            self.note = ""
+            return
+        n_workers = standing["n_workers"]
+        self._n_most = max(self._n_most, n_workers)
+        if n_workers:
+            self._had_workers_at = now
+            seconds = standing["warm_in_s"]
+            about = f": about {span(seconds)}" if seconds and seconds >= 0.5 else ""
+            self.note = f"loading {self._ref.name!r} on a worker{about}"
+            if seconds == 0:
+                self.note = "waiting for a worker that is busy, paused or about to end"
+            return
+        lack = lack_of_workers(self.client, standing["n_on_cluster"], self._n_most)
+        self.note = lack
+        if now - self._had_workers_at > _LACK_S and not self._has_lacked:
+            self._has_lacked = True
+            logger.warning("The question to %r waits: %s.", self._ref.name, lack)
+
+    # -- what is sent ---------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Nothing has arrived for a while."""
+        now = time.monotonic()
+        if self._timeout_s is not None and now >= self._begun_at + self._timeout_s:
+            waited = f"; it waits: {self.note}" if self.note else ""
+            raise TimeoutError(
+                f"The question to {self._ref.name!r} has no answer after {self._timeout_s:g} s"
+                f" ({len(self.tokens)} tokens){waited}."
+            )
+        self._raise_if_disconnected()
+        if self._again_at is not None:
+            if now >= self._again_at:
+                self._ask()
+        elif now >= self._looked_at + _LOOK_S:
+            self._looked_at = now
+            self._call("pcm_asked", self._putting(), id=self.id, client=self.client.id)
+
+    def _raise_if_disconnected(self) -> None:
+        if self.client.status in ("closed", "closing"):  # else it connects again
+            raise AskError(
+                f"The client {self.client.id} is {self.client.status}: the question is lost with"
+                " its connection to the scheduler."
+            )
+
+    def _ask_again(self) -> None:
+        """Ask again in a moment; messages of the attempt that has ended are dropped."""
+        n_again = self._n_moved or self._n_lost
+        wait_s = min(_LONGEST_S, _AGAIN_S * 2.0 ** (n_again - 1))
+        self._again_at = time.monotonic() + wait_s
+        self._attempt += 1
+
+    def _ask(self) -> None:
+        if self._again_at is None:
+            self._attempt += 1
+        self._again_at = None
+        self._looked_at = time.monotonic()
+        asked = replace(self._question, draft=tuple(self.tokens), n_chars=len(self.text))
+        about = {"id": self.id, "attempt": self._attempt, "client": self.client.id}
+        packed = {"ref": pickle.dumps(self._ref), "question": pickle.dumps(asked)}
+        self._call("pcm_ask", self._putting(), **about, **packed)
+
+    def _call(self, op: str, put: Callable[[Any], None], **says: Any) -> None:
+        """Call a handler of the scheduler; its answer, or what it raised, is put."""
+
+        client = self.client  # not self: a request must not keep a dropped stream
+
+        async def call() -> Any:
+            if client.scheduler is None:
+                raise OSError("the client is closed")
+            return await getattr(client.scheduler, op)(**says)
+
+        send_soon(client, call(), put)
+
+    def _putting(self) -> Callable[[Any], None]:
+        """Puts the gate's answer to a request of the current attempt."""
+        inbox, attempt = self.inbox, self._attempt
+        return lambda standing: inbox.put({"attempt": attempt, "standing": standing})
+
+
+def send_soon(client: Client, call: Coroutine[Any, Any, Any], put: Callable[[Any], None]) -> None:
+    """Run a coroutine on a client's loop; give its result, or what it raised, to `put`."""
+
+    def done(future: Future[Any]) -> None:
+        try:
+            found = future.result()
+        except BaseException as error:
+            found = error
+        put(found)
+
+    try:
+        future = asyncio.run_coroutine_threadsafe(call, client.loop.asyncio_loop)
+    except RuntimeError:
+        call.close()
+        raise
+    future.add_done_callback(done)
