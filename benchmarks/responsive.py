@@ -3,8 +3,8 @@
 "burst": short rows that come upon long ones which fill the memory, on the same engine with slices
 and with the order of arrival. "clients": two with work all the time. "paging": rows that take turns
 and go off the device, or are computed again. "exact": random schedules against each row alone.
-Steps count forwards, so they are the same on any machine; CPU seconds are of one thread, and each
-ratio is measured within one run, in turn.
+"ask": questions to a real worker that a job has in work. Steps count forwards, so they are the same
+on any machine; CPU seconds are of one thread, and each ratio is measured within one run, in turn.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from distributed import Client, LocalCluster, WorkerPlugin
 
 from benchmarks.table import Rows, parser
 from dask_pcm.inference.engine import schedule
@@ -31,7 +36,7 @@ from dask_pcm.inference.engine.sampling import Sampling
 from dask_pcm.inference.engine.timeslice import SLICE_TOKENS, Kind, Owner, TimeSlices, Turns
 from tests.support import models as tiny
 
-PARTS = ("burst", "clients", "paging", "exact")
+PARTS = ("burst", "clients", "paging", "exact", "ask")
 #: The device: pages of 16 tokens, and tokens of a step.
 N_PAGES, BUDGET = 80, 256
 #: Long rows, and short ones that come at a step.
@@ -249,7 +254,7 @@ def _burst(table: Rows, one: Any, owner: Owner, n_out: int, idle: Sequence[int])
 # -- clients -------------------------------------------------------------------------------------
 
 
-class Client:
+class Busy:
     """Keeps an engine in work: as soon as one of its rows has ended, another one comes."""
 
     def __init__(self, owner: Owner, n_open: int, lengths: tuple[int, int], n_out: int) -> None:
@@ -286,8 +291,8 @@ def clients(table: Rows) -> None:
     for kind in Kind:
         engine = engine_of(one)
         both = (
-            Client(Owner(kind, "a"), 50, LONG_PROMPT, 200),
-            Client(Owner(kind, "b"), 60, SHORT_PROMPT, 40),
+            Busy(Owner(kind, "a"), 50, LONG_PROMPT, 200),
+            Busy(Owner(kind, "b"), 60, SHORT_PROMPT, 40),
         )
         most = 0.0
         for step in range(2000):
@@ -376,6 +381,147 @@ def random_rows(rng: random.Random) -> list[Asked]:
     ]
 
 
+# -- ask -----------------------------------------------------------------------------------------
+
+#: Windows of a job, of which every other one has questions, and their seconds.
+N_WINDOWS, WINDOW_S = 12, 6.0
+
+
+class Steps(WorkerPlugin):  # type: ignore[misc] # its types are not shipped
+    """Counts what an engine computes on a worker, and when its questions have their first token."""
+
+    name = "steps"
+
+    def setup(self, worker: Any) -> None:
+        from dask_pcm.inference.engine.engine import Engine
+
+        #: Time, tokens of batches and steps so far; and of questions, their steps and tokens.
+        self.counted: list[tuple[float, int, int]] = [(time.monotonic(), 0, 0)]
+        self.questions: list[tuple[int, int]] = []
+        run, add = Engine._run, Engine.add
+
+        def running(engine: Any, parts: Any) -> None:
+            run(engine, parts)
+            n = sum(part.n_tokens for part in parts if part.row.owner.kind is Kind.BATCH)
+            _, before, _ = self.counted[-1]
+            self.counted.append((time.monotonic(), before + n, engine.n_steps))
+
+        def adding(engine: Any, rows: Any) -> None:
+            for row in rows:
+                if row.owner.kind is Kind.QUESTION:
+                    self._watch(engine, row)
+            add(engine, rows)
+
+        Engine._run, Engine.add = running, adding  # type: ignore[method-assign,assignment]
+
+    def _watch(self, engine: Any, row: Any) -> None:
+        begun, told = engine.n_steps, row.on_token
+
+        def tell(token: int) -> None:
+            if len(row.new) == 1:
+                self.questions.append((engine.n_steps + 1 - begun, row.n_prompt))
+            told(token)
+
+        row.on_token = tell
+
+
+def counted(dask_worker: Any) -> tuple[Any, Any]:
+    plugin = dask_worker.plugins["steps"]
+    return list(plugin.counted), list(plugin.questions)
+
+
+class Heard:
+    """A stream, read on a thread: when each of its pieces came."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.begun = time.monotonic()
+        self.at: list[float] = []
+        self.text = ""
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for piece in self._stream:
+            self.at.append(time.monotonic())
+            self.text += piece
+
+    def wait(self) -> None:
+        self._thread.join()
+        assert self.text == self._stream.reply.text
+
+
+def ask(table: Rows) -> None:
+    """Questions, one a second, to a worker whose engine a job of long texts has full."""
+    import dask_pcm as pcm
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made = model(
+            vocab_size=tiny.N_TOKENS,
+            num_hidden_layers=2,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        made.generation_config.eos_token_id = made.config.eos_token_id = None
+        llm = pcm.LLM(tiny.saved(folder / "model", made), device="cpu")
+        rng = random.Random(0)
+        topics = [f"moon {k}" + " a b" * rng.randint(0, 20) for k in range(60_000)]
+        rows = pd.DataFrame({"id": range(len(topics)), "topic": topics})
+        rows.to_parquet(folder / "in.parquet")
+        texts = pcm.generate(
+            pcm.read_parquet(folder / "in.parquet"), llm, prompt="{topic}", max_tokens=60
+        )
+        with (
+            LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+            Client(cluster) as client,
+        ):
+            client.register_plugin(Steps())
+            pcm.install(client)
+            run = pcm.write_parquet(texts, folder / "out", wait=False, progress=False)
+            while sum(len(found[0]) for found in client.run(counted).values()) < 100:
+                time.sleep(0.1)
+            heard, windows = asked_in_windows(llm)
+            (found,) = client.run(counted).values()
+            run.cancel()
+    of_step, questions = found
+    rates = [tokens_a_step(of_step, *window) for window in windows]
+    print("tokens of the job in a step, by window:", *(f"{rate:.1f}" for rate in rates))
+    ratio = statistics.median(b / a for a, b in zip(rates[::2], rates[1::2], strict=True))
+    table.add("tokens of the job in a step, with questions over without", ratio, ">= 0.97")
+    longest = max(n_steps - -(-n_prompt // BUDGET) for n_steps, n_prompt in questions)
+    table.add("steps to the first token beside the prompt's own, most", longest, "<= 3")
+    table.add("questions", len(questions))
+    firsts = [one.at[0] - one.begun for one in heard]
+    table.add("seconds from asking to the first piece, p50", statistics.median(firsts))
+    table.add("… most, that of the first question among them", max(firsts))
+    most = max(max(sum(t <= u < t + 1 for u in one.at) for t in one.at) for one in heard)
+    table.add("pieces of a stream in any second", most, "<= 20")
+
+
+def asked_in_windows(llm: Any) -> tuple[list[Heard], list[tuple[float, float]]]:
+    """Ask in every other window; when each window began and ended."""
+    heard: list[Heard] = []
+    windows: list[tuple[float, float]] = []
+    for k in range(N_WINDOWS):
+        begun = time.monotonic()
+        while (now := time.monotonic()) < begun + WINDOW_S:
+            if k % 2:
+                heard.append(Heard(llm.stream(f"Why {k}? {now}", max_tokens=40, progress=False)))
+            time.sleep(1.0)
+        windows.append((begun, time.monotonic()))
+        for one in heard:
+            one.wait()
+    return heard, windows
+
+
+def tokens_a_step(of_step: Any, begun: float, ended: float) -> float:
+    """Tokens of batches in a step, in a window."""
+    mine = [one for one in of_step if begun <= one[0] <= ended]
+    return float((mine[-1][1] - mine[0][1]) / (mine[-1][2] - mine[0][2]))
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
@@ -387,6 +533,7 @@ def main() -> None:
         "clients": clients,
         "paging": paging,
         "exact": exact,
+        "ask": ask,
     }
     for part in args.only:
         parts[part](table)
