@@ -123,13 +123,14 @@ async def test_questions_go_where_fewest_are_open(c, s, gate, a, b):
     await poll(lambda: holders(a) == holders(b) == 0, 10)
 
 
-@gated()
+@gated(is_held=True)
 async def test_a_cold_context_is_loaded_once_however_many_ask(c, s, gate, a, b):
     asking = Asking(c)
     asked = [await asking.ask() for _ in range(10)]
     assert all(not standing["worker"] for _, standing in asked)
     assert all(standing["warm_in_s"] is not None for _, standing in asked)
     assert all(standing["n_workers"] == 2 for _, standing in asked)
+    gate.release()
     assert {(await asking.end(id))["end"] for id, _ in asked} == {DONE}
     assert sum(w.plugins[CONTEXTS].contexts.store.n_loads(CONTEXT.digest) for w in (a, b)) == 1
     # Nothing is expected any more, and nothing is kept.
