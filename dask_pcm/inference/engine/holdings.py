@@ -106,27 +106,46 @@ class Holdings:
 
     def extend(self, row: Row, n_tokens: int) -> Part | None:
         """Some of a row's next tokens, which are stored; None if there is no room for them."""
-        prefix = row.prefix if not row.pages else None
-        if prefix is not None and not self.restore(prefix, row):
+        if row.pages:
+            stop = min(row.n_done + n_tokens, len(row.tokens))
+            if not self._grow(row, n_pages_for(stop) - len(row.pages)):
+                return None
+        elif not self._begin(row, n_tokens):
             return None
+        first = row.n_done
+        stop = min(first + n_tokens, len(row.tokens))
+        segment = Segment(row.tokens[first:stop], range(first, stop), list(row.pages), first, True)
+        is_last = stop == len(row.tokens) and isinstance(row, Generated)
+        return Part(row, segment, [stop - first - 1] if is_last else [])
+
+    def _grow(self, row: Row, n_pages: int) -> bool:
+        """Give a row more pages; False if there is no room."""
+        if n_pages > 0:
+            try:
+                row.pages += self._take(n_pages, row)
+            except PoolFullError:
+                return False
+        return True
+
+    def _begin(self, row: Row, n_tokens: int) -> bool:
+        """Give pages to a row that has none, for what it has stored and its next tokens."""
+        prefix = row.prefix
+        if prefix is not None and not self.restore(prefix, row):
+            return False
         n_begun = row.n_done or (len(prefix.tokens) if prefix is not None else 0)
         n_shared = n_begun // PAGE_TOKENS if prefix is not None and not row.n_done else row.n_shared
-        n_tokens = min(n_tokens, len(row.tokens) - n_begun)
-        lacking = n_pages_for(n_begun + n_tokens) - (len(row.pages) or n_shared)
+        stop = min(n_begun + n_tokens, len(row.tokens))
         try:
-            pages = self._take(lacking, row) if lacking > 0 else []
+            pages = self._take(n_pages_for(stop) - n_shared, row)
         except PoolFullError:
-            return None
+            return False
         if row.is_parked:
             self._bring_back(row, pages)
         elif prefix is not None:
             self._begin_with(row, prefix, pages)
         else:
-            row.pages += pages
-        first, stop = row.n_done, row.n_done + n_tokens
-        segment = Segment(row.tokens[first:stop], range(first, stop), list(row.pages), first, True)
-        is_last = isinstance(row, Generated) and stop == len(row.tokens)
-        return Part(row, segment, [n_tokens - 1] if is_last else [])
+            row.pages = pages
+        return True
 
     def restore(self, prefix: Prefix, row: Row) -> bool:
         """Bring a prefix back to the device if it is parked; False if there is no room for it."""

@@ -43,11 +43,11 @@ class _Step:
     parts: list[Part] = field(default_factory=list)
     n_kept: int = 0
 
-    def add(self, part: Part) -> None:
-        """Compute a part, too."""
+    def add(self, part: Part, n_tokens: int) -> None:
+        """Compute a part of as many tokens, too."""
         self.parts.append(part)
-        self.left -= part.n_tokens
-        if not isinstance(part.row, Embedded):  # what is limited are logits
+        self.left -= n_tokens
+        if part.kept and not isinstance(part.row, Embedded):  # what is limited are logits
             self.n_kept += len(part.kept)
 
 
@@ -58,11 +58,13 @@ class _Candidates:
     ----------
     n_misses
         Rows of this kind for which there was no room.
+    n_prompt, n_output
+        Tokens that the step computes of them and that are not charged yet.
     """
 
     def __init__(self, lists: Iterable[Iterable[Row]]) -> None:
         self._lists = [iter(one) for one in lists]
-        self.n_misses = 0
+        self.n_misses = self.n_prompt = self.n_output = 0
 
     def next(self) -> Row | None:
         """The next row; None if there is none."""
@@ -217,12 +219,12 @@ class Schedule:
         left = {who: self._candidates(who, running.get(who, []), kinds) for who in owners}
         taken: set[int] = set()
         while left and step.left > 0 and step.n_kept < self._most_kept:
-            owner = next(iter(left)) if len(left) == 1 else self._slices.next_of(left)
-            row = left[owner].next()
-            if row is None:
-                del left[owner]
-            elif not self._choose(step, row, taken):
-                left[owner].n_misses += not self._held.is_running(row)
+            owner = self._slices.next_of(left)
+            mine = left.pop(owner)
+            if self._choose_some(step, mine, taken, is_alone=not left):
+                left[owner] = mine
+            self._slices.charge(owner, mine.n_prompt, mine.n_output)
+            mine.n_prompt = mine.n_output = 0
         for owner in owners if taken else ():
             rows = self._waiting.get(owner, [])
             self._waiting[owner] = [row for row in rows if id(row) not in taken]
@@ -240,33 +242,41 @@ class Schedule:
         lists[kinds.index(Generated)] = list[Row](mine)
         return _Candidates(lists)
 
-    def _choose(self, step: _Step, row: Row, taken: set[int]) -> bool:
-        """Choose what the step computes of a row, if anything; False if there is no room for it."""
-        is_running = self._held.is_running(row)
-        if row in self._held.preempted:  # a moment ago
-            return True
-        part = self._part(row, step, is_running)
-        if part is None:
-            return False
-        if part.row is row and not is_running and (part.kept or isinstance(row, Generated)):
-            taken.add(id(row))
-        if not self._held.is_chosen(part.row):  # several rows may wait for the same prefix
-            self._held.choose(part.row)
-            step.add(part)
-            self._charge(row.owner, part)
-        return True
+    def _choose_some(self, step: _Step, mine: _Candidates, taken: set[int], is_alone: bool) -> bool:
+        """Choose what the step computes of a client's next row, or of all if it is alone.
 
-    def _charge(self, owner: Owner, part: Part) -> None:
-        """Count what the step computes; what is computed again was counted before."""
-        row = part.row
+        False if there is no other row.
+        """
+        held = self._held
+        while (row := mine.next()) is not None:
+            is_running = held.is_running(row)
+            if not is_running and row in held.preempted:  # a moment ago
+                continue
+            part = self._part(row, step, is_running)
+            if part is None:
+                mine.n_misses += not is_running
+            else:
+                if not is_running and part.row is row and (part.kept or isinstance(row, Generated)):
+                    taken.add(id(row))
+                if not held.is_chosen(part.row):  # several rows may wait for the same prefix
+                    held.choose(part.row)
+                    self._add(step, mine, part)
+            if not is_alone or step.left <= 0 or step.n_kept >= self._most_kept:
+                return True
+        return False
+
+    def _add(self, step: _Step, mine: _Candidates, part: Part) -> None:
+        """Compute a part, and count it; what is computed again was counted before."""
+        row, n_tokens = part.row, part.n_tokens
+        step.add(part, n_tokens)
         if not isinstance(row, Generated):
-            self._slices.charge(owner, part.n_tokens, 0)
+            mine.n_prompt += n_tokens
             return
-        n_prompt = min(row.n_done + part.n_tokens, row.n_prompt)
-        self._slices.charge(
-            owner, max(0, n_prompt - max(row.n_charged, row.n_done)), len(part.kept)
-        )
-        row.n_charged = max(row.n_charged, n_prompt)
+        if row.n_charged < row.n_prompt:
+            n_prompt = min(row.n_done + n_tokens, row.n_prompt)
+            mine.n_prompt += max(0, n_prompt - max(row.n_charged, row.n_done))
+            row.n_charged = max(row.n_charged, n_prompt)
+        mine.n_output += len(part.kept)
         row.n_turns += 1
         row.waits_since = self._n_steps
 
@@ -279,7 +289,8 @@ class Schedule:
     def _part(self, row: Row, step: _Step, is_running: bool) -> Part | None:
         """What a step computes of a row; None for nothing."""
         if is_running:
-            return self._held.extend(row, self._share(step, row))
+            n_left = row.n_left
+            return self._held.extend(row, n_left if n_left == 1 else self._share(step, row))
         prefix = row.prefix
         if prefix is not None and not row.pages:
             prefix.used_at = self._n_steps
