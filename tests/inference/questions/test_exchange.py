@@ -1,0 +1,135 @@
+"""One question on its client: asked again, moved, refused."""
+
+from __future__ import annotations
+
+import pickle
+import time
+
+import pytest
+
+from dask_pcm.errors import (
+    AskError,
+    DeviceMemoryError,
+    InstallError,
+    LoadError,
+    ModelError,
+)
+from dask_pcm.inference.calls import Generate
+from dask_pcm.inference.language_model import _options
+from dask_pcm.inference.options import checked_generation
+from dask_pcm.inference.questions.exchange import MAX_LOST, Exchange
+from dask_pcm.inference.questions.models import named
+from dask_pcm.inference.questions.question import Question
+from dask_pcm.plugins.questions import DONE, LOST, MOVED
+
+
+class Told(Exchange):
+    """An exchange that is told by the test what the gate and workers say."""
+
+    def __init__(self, plain, timeout_s=None):
+        self.calls = []
+        call = Generate(**_options(False, True), **checked_generation(9, 0.0, None, 1.0, 0, (), 1))
+        question = Question(call=call, prompt="x", is_chat=None, client="me")
+        super().__init__(FakeClient(), plain.ref, question, timeout_s)
+
+    def _call(self, op, put, **says):
+        self.calls.append((op, says))
+
+    def say(self, tokens=(), text="", **end):
+        told = {"id": self.id, "attempt": self._attempt, "tokens": [*tokens], "text": text}
+        return self.take(told | ({"end": end} if end else {}))
+
+    def wait(self):
+        """Until it asks again, without a wait."""
+        n_calls = len(self.calls)
+        self._again_at = time.monotonic()
+        self.take(None)
+        return self.calls[n_calls:]
+
+
+class FakeClient:
+    id, status, asynchronous, cluster = "me", "running", False, None
+
+    def subscribe_topic(self, topic, handler):
+        self.handler = handler
+
+
+def test_a_draft_goes_along_and_three_lost_workers_are_forgiven(plain):
+    told = Told(plain)
+    for number in range(MAX_LOST):
+        told.say([number], f"{number} ")
+        old = told._attempt
+        told.say(end=LOST, why="gone")
+        assert told.take({"attempt": old, "tokens": [9], "text": "stale"}) == ""
+        ((op, says),) = told.wait()
+        asked = pickle.loads(says["question"])
+        assert op == "pcm_ask" and says["attempt"] == old + 1 and says["id"] == told.id
+        assert asked.draft == tuple(range(number + 1))
+        assert asked.n_chars == len(told.text) == 2 * (number + 1)
+    with pytest.raises(AskError, match="4 workers were lost while they answered it"):
+        told.say(end=LOST, why="gone")
+
+
+def test_it_is_moved_as_often_as_needed_while_tokens_come(plain):
+    told = Told(plain)
+    for number in range(30):
+        told.say([number], "x")
+        told.say(end=MOVED, why="not warm")
+        told.wait()
+    with pytest.raises(AskError, match="times in succession"):
+        for _ in range(30):
+            told.say(end=MOVED, why="not warm")
+            told.wait()
+
+
+def test_a_question_that_the_gate_has_forgotten_is_asked_again(plain):
+    told = Told(plain)
+    for _ in range(2):
+        told.take({"attempt": told._attempt, "standing": {"is_open": False}})
+    assert [op for op, _ in told.wait()] == ["pcm_ask"]
+
+
+@pytest.mark.parametrize(
+    ("standing", "kind"),
+    [
+        (None, InstallError),
+        ({"refused": "too large", "why": "it needs more"}, DeviceMemoryError),
+        ({"refused": "foreign"}, AskError),
+        ({"refused": "duplicate"}, AskError),
+        ({"refused": "not loaded", "why": "ZeroDivisionError"}, LoadError),
+        (TypeError("a bug"), AskError),
+    ],
+)
+def test_what_the_gate_refuses_is_raised(plain, standing, kind):
+    with pytest.raises(kind):
+        told = Told(plain)
+        told.take({"attempt": told._attempt, "standing": standing})
+
+
+def test_a_client_that_is_closed_ends_the_wait(plain):
+    told = Told(plain)
+    told.take({"attempt": 1, "standing": OSError("no connection")})  # it may come back
+    told.client.status = "closed"
+    with pytest.raises(AskError, match="is closed: the question is lost"):
+        told.take(None)
+
+
+def test_only_a_question_without_an_answer_is_cancelled(plain):
+    told = Told(plain)
+    told.say([1], "so", end=DONE, n_tokens=1, finish_reason="stop")
+    told.close()
+    assert [op for op, _ in told.calls] == ["pcm_ask"] and not told.is_open
+    other = Told(plain)
+    other.close()
+    other.close()
+    assert [op for op, _ in other.calls] == ["pcm_ask", "pcm_unask"]
+
+
+def test_a_model_is_found_by_its_name_folder_or_alone(plain, chat):
+    models = [plain.ref, chat.ref]
+    assert named(models, "chat") == named(models, chat.path) == named([chat.ref], None) == chat.ref
+    assert named(models, "elsewhere") is None
+    with pytest.raises(ModelError, match=r"several language models: 'chat' .*, 'plain'"):
+        named(models, None)
+    with pytest.raises(ModelError, match="knows no language model yet"):
+        named([], None)
