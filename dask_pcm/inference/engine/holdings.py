@@ -104,13 +104,17 @@ class Holdings:
             self.n_unchosen += 1
         return part
 
-    def extend(self, row: Row, n_tokens: int) -> Part | None:
-        """Some of a row's next tokens, which are stored; None if there is no room for them."""
+    def extend(self, row: Row, n_tokens: int, asking: Row | None = None) -> Part | None:
+        """Some of a row's next tokens, which are stored; None if there is no room for them.
+
+        Others make room for `asking`: of a prefix, the row that needs it.
+        """
+        asking = asking or row
         if row.pages:
             stop = min(row.n_done + n_tokens, len(row.tokens))
-            if not self._grow(row, n_pages_for(stop) - len(row.pages)):
+            if not self._grow(row, n_pages_for(stop) - len(row.pages), asking):
                 return None
-        elif not self._begin(row, n_tokens):
+        elif not self._begin(row, n_tokens, asking):
             return None
         first = row.n_done
         stop = min(first + n_tokens, len(row.tokens))
@@ -118,25 +122,25 @@ class Holdings:
         is_last = stop == len(row.tokens) and isinstance(row, Generated)
         return Part(row, segment, [stop - first - 1] if is_last else [])
 
-    def _grow(self, row: Row, n_pages: int) -> bool:
+    def _grow(self, row: Row, n_pages: int, asking: Row) -> bool:
         """Give a row more pages; False if there is no room."""
         if n_pages > 0:
             try:
-                row.pages += self._take(n_pages, row)
+                row.pages += self._take(n_pages, asking)
             except PoolFullError:
                 return False
         return True
 
-    def _begin(self, row: Row, n_tokens: int) -> bool:
+    def _begin(self, row: Row, n_tokens: int, asking: Row) -> bool:
         """Give pages to a row that has none, for what it has stored and its next tokens."""
         prefix = row.prefix
-        if prefix is not None and not self.restore(prefix, row):
+        if prefix is not None and not self.restore(prefix, asking):
             return False
         n_begun = row.n_done or (len(prefix.tokens) if prefix is not None else 0)
         n_shared = n_begun // PAGE_TOKENS if prefix is not None and not row.n_done else row.n_shared
         stop = min(n_begun + n_tokens, len(row.tokens))
         try:
-            pages = self._take(n_pages_for(stop) - n_shared, row)
+            pages = self._take(n_pages_for(stop) - n_shared, asking)
         except PoolFullError:
             return False
         if row.is_parked:
@@ -240,8 +244,11 @@ class Holdings:
         """Prefixes whose rows wait, and may wait longer than a question."""
         if row.owner.kind is Kind.BATCH or not isinstance(row, Generated):
             return []
-        found = self.prefixes.on_device()
-        return [one for one in found if one.is_ready and one.used_at < self._now]
+        return [
+            one
+            for one in self.prefixes.on_device()
+            if one.is_ready and one.used_at < self._now and self.pool.n_exclusive(one.pages)
+        ]
 
     def _victims(self, row: Row) -> list[Generated]:
         """Rows whose pages `row` may have, the last one first."""

@@ -11,7 +11,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,7 +193,8 @@ class Schedule:
         for row in sorted(self._new, key=lambda row: -row.n_left):
             self._waiting.setdefault(row.owner, []).append(row)
         for owner in {row.owner for row in self._new}:
-            self._waiting[owner].sort(key=lambda row: -row.n_expected)
+            # What made room goes on first: the longer it waits, the later its batch is journalled.
+            self._waiting[owner].sort(key=lambda row: (not row.is_parked, -row.n_expected))
         self._new = []
 
     def _kinds(self) -> tuple[type[Row], ...]:
@@ -293,10 +294,11 @@ class Schedule:
             return self._held.extend(row, n_left if n_left == 1 else self._share(step, row))
         prefix = row.prefix
         if prefix is not None and not row.pages:
-            prefix.used_at = self._n_steps
+            for one in _outward(prefix):
+                one.used_at = self._n_steps
             if not prefix.is_ready or not self._held.restore(prefix, row):
                 lacking = None if prefix.is_ready else _first_lacking(prefix)
-                found = None if lacking is None else self._held.extend(lacking, step.left)
+                found = None if lacking is None else self._held.extend(lacking, step.left, row)
                 if found is not None or row.n_done or self._held.n_running or step.parts:
                     return found
                 self.prefixes.leave(row)  # there is no room for it at all
@@ -344,10 +346,16 @@ class Schedule:
             self._held.park_prefix(prefix, self._all_waiting())
 
 
-def _is_within(prefix: Prefix | None, outer: Prefix) -> bool:
-    while prefix is not None and prefix is not outer:
-        prefix = prefix.prefix
-    return prefix is outer
+def _outward(prefix: Prefix) -> Iterator[Prefix]:
+    """A prefix, and those within which it lies."""
+    found: Prefix | None = prefix
+    while found is not None:
+        yield found
+        found = found.prefix
+
+
+def _is_within(prefix: Prefix, outer: Prefix) -> bool:
+    return any(one is outer for one in _outward(prefix))
 
 
 def _first_lacking(prefix: Prefix) -> Prefix:

@@ -138,6 +138,43 @@ def test_rows_of_a_prefix_go_and_come_back_and_it_is_computed_once(model):
     assert driven.engine.n_tokens == n_prompts + 6 * 39 + 59  # nothing twice
 
 
+def test_questions_that_share_a_prefix_begin_at_once_too(model):
+    driven, rng = model.engine(n_pages=14, budget_tokens=64), random.Random(0)
+    prompts = {k: text(rng, 20) for k in range(12)}
+    for key, prompt in prompts.items():
+        driven.generate(key, prompt, 60, owner=BATCH)
+    for _ in range(30):
+        driven.engine.step()
+    assert driven.pool.n_free < 2
+    outer, inner = text(rng, 36), text(rng, 40)  # of all of them, and of two
+    asked = {f"question {k}": [*outer, *(inner if k < 2 else []), *text(rng, 5)] for k in range(4)}
+    for number, (key, prompt) in enumerate(asked.items()):
+        driven.generate(key, prompt, 8, owner=QUESTION, number=100 + number)
+    assert first_step(driven, 103) <= 3
+    found = checked(driven)
+    assert {key: found.pop(key) for key in asked} == expected(model, asked, 8)
+    assert found == expected(model, prompts, 60)
+
+
+def test_what_made_room_goes_on_before_what_has_not_begun(model):
+    driven, rng = model.engine(n_pages=12, budget_tokens=64), random.Random(0)
+    driven.engine.paging._may_recompute = False
+    for key in range(6):
+        driven.generate(key, text(rng, 20), 60, owner=BATCH)
+    for _ in range(20):
+        driven.engine.step()
+    driven.generate("question", text(rng, 60), 2, owner=QUESTION)
+    driven.engine.step()
+    away = [row for row in driven.engine.schedule._all_waiting() if row.is_parked]
+    assert away
+    for key in range(10, 20):  # longer ones come
+        driven.generate(key, text(rng, 20), 90, owner=BATCH)
+    driven.engine.step()
+    waiting = driven.engine.schedule._waiting[BATCH]
+    assert all(row.is_parked for row in waiting[: sum(row.is_parked for row in waiting)])
+    checked(driven)
+
+
 def test_a_row_that_is_dropped_while_it_is_away_leaves_nothing(model):
     driven, rng = model.engine(n_pages=12, budget_tokens=64), random.Random(0)
     driven.engine.paging._may_recompute = False
