@@ -299,9 +299,9 @@ def clients(table: Rows) -> None:
             for client in both:
                 client.come(engine)
             engine.step()
-            counters = engine.schedule._slices._owners
+            served = [engine.schedule._slices.served(client.owner) for client in both]
             if step > 50:
-                most = max(most, abs(counters[both[0].owner] - counters[both[1].owner]))
+                most = max(most, abs(served[0] - served[1]))
         longest = LONG_PROMPT[1] + SLICE_TOKENS
         name = f"two clients ({kind.value}): tokens served apart at most, over prompt + slice"
         table.add(name, most / longest, "<= 2")

@@ -64,8 +64,7 @@ class Engine:
     first_position
         The position of a row's first token, as the model counts them.
     paging
-        Where rows go that make room for others; by default, as much memory of the host as `pool`
-        has on the device.
+        Where rows go that make room for others; by default, memory of the host (see ``Paging``).
     slices
         Whose turn it is.
 

@@ -52,8 +52,8 @@ class Holdings:
         #: Rows that the step computes, which keep their pages; and running rows that it does not.
         self._chosen: set[int] = set()
         self.n_unchosen = 0
-        #: Clients for whose rows that wait no others make room in this step.
-        self._refused: set[Owner] = set()
+        #: Clients, and whether their rows have begun, for which no others make room in this step.
+        self._refused: set[tuple[Owner, bool]] = set()
 
     @property
     def running(self) -> list[Generated]:
@@ -176,13 +176,19 @@ class Holdings:
         self.paging.forget(row)
         row.pages, row.n_done, row.n_shared = [], 0, 0
 
+    def do_without_prefix(self, row: Row) -> None:
+        """Have a row do without its prefix: there is no room for both."""
+        if isinstance(row, Generated) and self.is_running(row):
+            self.preempt(row)
+        self.let_go(row)
+        self.prefixes.leave(row)
+
     def preempt(self, row: Generated) -> None:
         """Take the pages of a row that runs; see `preempted`."""
         del self._running[id(row)]
         self._n_running[row.owner] -= 1
         self.n_unchosen -= not self.is_chosen(row)
         self.preempted.append(row)
-        row.waits_since = self._now
         if not self.paging.out(row):
             self.let_go(row)
 
@@ -232,12 +238,14 @@ class Holdings:
                 lacking -= self.pool.n_exclusive(one.pages)
                 if lacking <= 0:
                     break
-            # All or nothing: what does not help keeps its pages.
+            # All or nothing: what does not help keeps its pages. Prefixes first, as there may be no
+            # room for them off the device.
+            enough.sort(key=lambda one: not isinstance(one, Prefix))
             for one in enough if lacking <= 0 else ():
-                if isinstance(one, Prefix):
-                    self.paging.out(one, is_wanted=True)
-                else:
+                if isinstance(one, Generated):
                     self.preempt(one)
+                elif not self.paging.out(one, is_wanted=True):
+                    break
         return self.pool.take(n_pages)
 
     def _idle_prefixes(self, row: Row) -> list[Prefix]:
@@ -263,11 +271,12 @@ class Holdings:
             later = (one for one in others if (*self._urgency(one), places[id(one)]) > mine)
             return sorted(later, key=lambda one: (self._urgency(one), places[id(one)]))[::-1]
         is_alone = row.owner.kind is Kind.BATCH and self._n_running[row.owner] == self.n_running
-        if is_alone or row.owner in self._refused:
+        claim = row.owner, bool(row.n_turns)  # new questions may displace more
+        if is_alone or claim in self._refused:
             return []
         may = [one for one in others if self.slices.may_displace(row, one, self._now)]
         if not may:
-            self._refused.add(row.owner)
+            self._refused.add(claim)
         return sorted(may, key=self._urgency)[::-1]
 
     def _urgency(self, row: Generated) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ _MANY = 8
 #: Weight of the latest measurement.
 _NEWS = 0.2
 #: Copies that are waited for on a device, to measure them.
-_N_MEASURED = 4
+_N_MEASURED = 8
 
 
 class Paging:
@@ -142,16 +142,21 @@ class Paging:
         """Copy pages to places, or from there, in their order."""
         if not pages:
             return
-        begun = time.perf_counter()
         kv = self._pool.kv
+        is_measured = not kv.is_cuda or self._n_to_measure > 0
+        if is_measured and kv.is_cuda:
+            self._wait()  # for what the device does already
+        begun = time.perf_counter()
         if kv.is_cuda:
             for page, (slab, index) in zip(pages, places, strict=True):
                 here, there = kv[page], slab.memory[index]
                 (there if is_out else here).copy_(here if is_out else there, non_blocking=True)
-            self._wait_to_measure()
+            if is_measured:  # others overlap with what the host does
+                self._n_to_measure -= 1
+                self._wait()
         else:
             _copy_on_host(kv, pages, places, is_out)
-        if not kv.is_cuda or self._n_to_measure > 0:
+        if is_measured:
             self._note(len(pages), time.perf_counter() - begun)
 
     def _note(self, n_pages: int, seconds: float) -> None:
@@ -161,13 +166,10 @@ class Paging:
         else:
             self._call_s += _NEWS * (max(0.0, seconds - n_pages * self._page_s) - self._call_s)
 
-    def _wait_to_measure(self) -> None:
-        """Wait for the first copies: the others overlap with what the host does."""
+    def _wait(self) -> None:
         import torch
 
-        self._n_to_measure -= 1
-        if self._n_to_measure > 0:
-            torch.cuda.synchronize(self._pool.kv.device)
+        torch.cuda.synchronize(self._pool.kv.device)
 
     def validate(self) -> None:
         """Raise AssertionError if the books contradict each other."""

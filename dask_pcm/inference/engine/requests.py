@@ -32,7 +32,9 @@ class Requests:
         self._withdrawn: list[Row] = []
 
     def __bool__(self) -> bool:
-        return bool(self._open or self._withdrawn)
+        # What is held back, a row a request, is not in the engine: a thread that waits to have it
+        # alone does not wait for that.
+        return bool(self._withdrawn) or len(self._open) > len(self._held_back)
 
     @property
     def n_missing(self) -> int:

@@ -11,7 +11,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,16 +62,17 @@ class _Candidates:
         Tokens that the step computes of them and that are not charged yet.
     """
 
-    def __init__(self, lists: Iterable[Iterable[Row]]) -> None:
+    def __init__(self, lists: Iterable[Iterable[Row]], is_running: Callable[[Row], bool]) -> None:
         self._lists = [iter(one) for one in lists]
+        self._is_running = is_running
         self.n_misses = self.n_prompt = self.n_output = 0
 
     def next(self) -> Row | None:
-        """The next row; None if there is none."""
+        """The next row; None if there is none. After too many misses, only rows that run."""
         while self._lists:
-            row = next(self._lists[0], None) if self.n_misses < _MOST_MISSES else None
-            if row is not None:
-                return row
+            for row in self._lists[0]:
+                if self.n_misses < _MOST_MISSES or self._is_running(row):
+                    return row
             del self._lists[0]
             self.n_misses = 0
         return None
@@ -108,7 +109,7 @@ class Schedule:
         self._waiting: dict[Owner, list[Row]] = {}
         #: A row that is computed in several steps.
         self._long: Row | None = None
-        #: The row for which all others had to let go of their pages.
+        #: The row for which all others have made room, and wait.
         self._stuck: Row | None = None
         #: Rows that have not ended, by identity.
         self._open: set[int] = set()
@@ -158,13 +159,13 @@ class Schedule:
             self._waiting[owner] = [row for row in waiting if id(row) not in gone]
         for row in rows:
             self._forget(row)
-            self._stuck = None if self._stuck is row else self._stuck
 
     def fail(self, row: Row, error: RowError) -> None:
         """A row cannot be computed; if it is a prefix, its rows do without it."""
         if isinstance(row, Prefix):
             for user in [*self._all_waiting(), *self._new]:
                 if user.prefix is not None and _is_within(user.prefix, row):
+                    assert not user.is_parked  # else its prefix was computed
                     self.prefixes.leave(user)
             self._held.let_go(row)
             return
@@ -180,6 +181,7 @@ class Schedule:
             self._held.remove(row)
             self.prefixes.leave(row)
             self._long = None if self._long is row else self._long
+            self._stuck = None if self._stuck is row else self._stuck
 
     def _all_waiting(self) -> list[Row]:
         return [row for waiting in self._waiting.values() for row in waiting]
@@ -216,8 +218,13 @@ class Schedule:
         running: dict[Owner, list[Row]] = {}
         for one in self._held.running if Generated in kinds else ():
             running.setdefault(one.owner, []).append(one)
-        owners = [*running, *(owner for owner in self._waiting if owner not in running)]
+        # Not those whose last row has failed: they are not known any more.
+        waiting = [owner for owner, rows in self._waiting.items() if rows]
+        owners = [*running, *(owner for owner in waiting if owner not in running)]
         left = {who: self._candidates(who, running.get(who, []), kinds) for who in owners}
+        if (stuck := self._stuck) is not None:
+            owners = [stuck.owner]
+            left = {stuck.owner: _Candidates([[stuck]], self._held.is_running)}
         taken: set[int] = set()
         while left and step.left > 0 and step.n_kept < self._most_kept:
             owner = self._slices.next_of(left)
@@ -229,6 +236,11 @@ class Schedule:
         for owner in owners if taken else ():
             rows = self._waiting.get(owner, [])
             self._waiting[owner] = [row for row in rows if id(row) not in taken]
+        # What is computed to its end is told a step later, and keeps no other one waiting.
+        if self._long is not None and id(self._long) in taken:
+            self._long = None
+        if stuck is not None and id(stuck) in taken and not self._held.is_running(stuck):
+            self._stuck = None
         self._waiting = {owner: rows for owner, rows in self._waiting.items() if rows}
 
     def _candidates(
@@ -237,11 +249,11 @@ class Schedule:
         waiting = self._waiting.get(owner, [])
         lists = [[row for row in waiting if isinstance(row, kind)] for kind in kinds]
         if owner.kind is Kind.BATCH or Generated not in kinds:
-            return _Candidates([running, *lists])
+            return _Candidates([running, *lists], self._held.is_running)
         mine = [row for row in (*running, *waiting) if isinstance(row, Generated)]
         mine.sort(key=lambda row: self._slices.turn(row, self._n_steps))
         lists[kinds.index(Generated)] = list[Row](mine)
-        return _Candidates(lists)
+        return _Candidates(lists, self._held.is_running)
 
     def _choose_some(self, step: _Step, mine: _Candidates, taken: set[int], is_alone: bool) -> bool:
         """Choose what the step computes of a client's next row, or of all if it is alone.
@@ -273,13 +285,15 @@ class Schedule:
         if not isinstance(row, Generated):
             mine.n_prompt += n_tokens
             return
-        if row.n_charged < row.n_prompt:
-            n_prompt = min(row.n_done + n_tokens, row.n_prompt)
-            mine.n_prompt += max(0, n_prompt - max(row.n_charged, row.n_done))
-            row.n_charged = max(row.n_charged, n_prompt)
+        n_prompt = min(row.n_done + n_tokens, row.n_prompt)
+        n_new = max(0, n_prompt - max(row.n_charged, row.n_done))
+        if not n_new and not part.kept:  # or rows that are computed again would never get further
+            return
+        row.n_charged = max(row.n_charged, n_prompt)
+        mine.n_prompt += n_new
         mine.n_output += len(part.kept)
         row.n_turns += 1
-        row.waits_since = self._n_steps
+        row.waits_since = self._slices.served_at(row, self._n_steps)
 
     def _requeue(self) -> None:
         """Rows that had to let go of their pages wait again, before all others."""
@@ -327,23 +341,28 @@ class Schedule:
         return max(1, min(row.n_left, step.left - n_others))
 
     def _make_progress(self) -> None:
-        """No row has room: all let go of their pages. The first fails if it has none even then."""
-        waiting = sorted(self._all_waiting(), key=lambda row: self._slices.place(row.owner))
-        first: Row = [*self._held.running, *waiting][0]
-        if first is self._stuck or self._held.pool.n_free == self._held.pool.n_pages:
+        """No row has room: all make room, and the first is computed alone, until it ends.
+
+        Without its prefix if there is no room for both; it fails if there is none even then.
+        """
+        row = self._stuck
+        if row is not None and row.prefix is None:
             n_tokens = self._held.pool.n_pages * PAGE_TOKENS
             text = f"The row needs room for more than {n_tokens} tokens, which the device has."
-            self.fail(first, RowError(text))
+            self.fail(row, RowError(text))
             return
-        self._stuck = first
-        for row in self._held.running[::-1]:
-            self._held.preempt(row)
+        if row is not None:
+            self._held.do_without_prefix(row)
+        for one in self._held.running[::-1]:
+            self._held.preempt(one)
         self._requeue()
-        for waits in self._all_waiting():
+        waiting = sorted(self._all_waiting(), key=lambda row: self._slices.place(row.owner))
+        self._stuck, self._long = row or waiting[0], None
+        for waits in waiting:
             if waits.pages:
                 self._held.let_go(waits)
         for prefix in self.prefixes.on_device():
-            self._held.park_prefix(prefix, self._all_waiting())
+            self._held.park_prefix(prefix, waiting)
 
 
 def _outward(prefix: Prefix) -> Iterator[Prefix]:

@@ -74,7 +74,12 @@ class Slabs:
             while slab.free and len(found) < n_pages:
                 found.append((slab, slab.free.pop()))
         while len(found) < n_pages:
-            slab = self._add()
+            try:
+                slab = self._add()
+            except (MemoryError, RuntimeError):  # of torch: the host has no memory left
+                self.release(found)
+                self._most_pages = self._n_made
+                return None
             while slab.free and len(found) < n_pages:
                 found.append((slab, slab.free.pop()))
         return found

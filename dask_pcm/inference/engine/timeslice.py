@@ -110,11 +110,11 @@ class Turns(Protocol):
     owner
         Who is served by it.
     n_turns
-        Steps that have computed some of it.
+        Steps that have computed some of it for the first time.
     began_at
         Its place among all rows, in the order in which they came.
     waits_since
-        The step since which it has computed nothing.
+        The step since which it waits, see ``TimeSlices.served_at``.
     """
 
     owner: Owner
@@ -147,23 +147,24 @@ class TimeSlices:
         self.slice_tokens = slice_tokens
         self._weights = weights
         self._kinds: Counters[Kind] = Counters()
-        self._owners: Counters[Owner] = Counters()
+        #: By class: each is served at a rate of its own.
+        self._clients: dict[Kind, Counters[Owner]] = {kind: Counters() for kind in Kind}
 
     def begin(self, owner: Owner) -> None:
         """A row has come."""
         self._kinds.begin(owner.kind)
-        self._owners.begin(owner)
+        self._clients[owner.kind].begin(owner)
 
     def end(self, owner: Owner) -> None:
         """A row has left."""
         self._kinds.end(owner.kind)
-        self._owners.end(owner)
+        self._clients[owner.kind].end(owner)
 
     def charge(self, owner: Owner, n_prompt: int, n_output: int) -> None:
         """Tokens of a row are computed."""
         tokens = _PROMPT_WEIGHT * n_prompt + _OUTPUT_WEIGHT * n_output
         self._kinds.charge(owner.kind, tokens / self._weights[owner.kind])
-        self._owners.charge(owner, tokens)
+        self._clients[owner.kind].charge(owner, tokens)
 
     def place(self, owner: Owner) -> tuple[float, bool, float, str]:
         """Sort key of those who share: the least served class first, then its least served client.
@@ -171,7 +172,11 @@ class TimeSlices:
         Questions go first among equals.
         """
         kind, is_batch = self._kinds[owner.kind] - self._ahead(owner), owner.kind is Kind.BATCH
-        return kind, is_batch, self._owners[owner], owner.client
+        return kind, is_batch, self.served(owner), owner.client
+
+    def served(self, owner: Owner) -> float:
+        """A client's virtual token counter."""
+        return self._clients[owner.kind][owner]
 
     def next_of(self, owners: Iterable[Owner]) -> Owner:
         """Who is next of several."""
@@ -189,6 +194,13 @@ class TimeSlices:
         is_late = now - row.waits_since > _PATIENCE_SLICES * self.slice_tokens
         return -1 if is_late else self.n_slices(row), row.began_at
 
+    def served_at(self, row: Turns, now: int) -> int:
+        """Since when a row waits that is computed at step `now`.
+
+        A step makes up for some that it has waited, so that one that is late has a slice.
+        """
+        return min(now, row.waits_since + _PATIENCE_SLICES)
+
     def may_displace(self, row: Turns, other: Turns, now: int) -> bool:
         """Whether `row`, which waits, may have the memory of `other`, which does not.
 
@@ -197,9 +209,10 @@ class TimeSlices:
         """
         is_question = row.owner.kind is Kind.QUESTION
         if row.owner == other.owner:
-            return is_question and self.turn(row, now)[0] < self.n_slices(other)
-        apart = self._owners[other.owner] - self._owners[row.owner]
-        if row.owner.kind is not other.owner.kind:
+            return is_question and self.turn(row, now)[0] < self.turn(other, now)[0]
+        if row.owner.kind is other.owner.kind:
+            apart = self.served(other.owner) - self.served(row.owner)
+        else:
             kinds = [self._kinds[one.owner.kind] - self._ahead(one.owner) for one in (row, other)]
             apart = kinds[1] - kinds[0]
         is_new = is_question and not row.n_turns
@@ -211,4 +224,5 @@ class TimeSlices:
     def validate(self) -> None:
         """Raise AssertionError if the books contradict each other."""
         self._kinds.validate()
-        self._owners.validate()
+        for counters in self._clients.values():
+            counters.validate()

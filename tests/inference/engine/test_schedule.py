@@ -113,8 +113,8 @@ def test_batches_of_two_clients_share_the_memory(model):
         driven.generate(key, prompt, 50, owner=OTHER)
     for _ in range(60):
         driven.engine.step()
-    counters = driven.engine.schedule._slices._owners
-    assert abs(counters[BATCH] - counters[OTHER]) < 150
+    slices = driven.engine.schedule._slices
+    assert abs(slices.served(BATCH) - slices.served(OTHER)) < 150
     found = checked(driven)
     assert found == expected(model, {**prompts, **late}, 50)
 
@@ -251,4 +251,44 @@ def test_a_row_is_forgotten_once(model):
     driven.engine.step()
     driven.engine.drop([row])
     driven.engine.schedule._held.validate()
-    assert not driven.engine.schedule._slices._owners._n_open
+    assert not driven.engine.schedule._slices._clients[Kind.QUESTION]._n_open
+
+
+def test_a_row_that_fails_leaves_an_engine_that_goes_on(model):
+    driven, rng = model.engine(n_pages=4), random.Random(0)
+    driven.generate("question", text(rng, 80), 3, owner=QUESTION)
+    while "question" not in driven.found:
+        driven.engine.step()
+    assert "more than 64 tokens" in str(driven.found.pop("question"))
+    prompt = text(rng, 9)
+    driven.generate("batch", prompt, 4, owner=BATCH)
+    assert checked(driven) == expected(model, {"batch": prompt}, 4)
+
+
+def test_rows_that_fit_alone_do_without_a_prefix_that_leaves_no_room(model):
+    driven, rng = model.engine(n_pages=4, budget_tokens=64), random.Random(0)
+    shared = text(rng, 40)
+    prompts = {k: [*shared, 5 + k] for k in range(3)}
+    for key, prompt in prompts.items():
+        driven.generate(key, prompt, 23, owner=BATCH)
+    assert checked(driven) == expected(model, prompts, 23)
+
+
+def test_a_long_row_that_is_scored_and_one_that_is_continued_both_have_room_in_turn(model):
+    driven, rng = model.engine(n_pages=10, budget_tokens=32), random.Random(0)
+    prompt, scored = text(rng, 40), text(rng, 140)
+    driven.generate("continued", prompt, 100, owner=BATCH)
+    driven.score("scored", scored, ENDINGS)
+    found = checked(driven)
+    assert found["scored"] == pytest.approx(model.scores(scored, ENDINGS), abs=1e-4)
+    assert found["continued"] == expected(model, {"continued": prompt}, 100)["continued"]
+
+
+def test_without_room_off_the_device_questions_do_not_undo_each_other_for_ever(model):
+    driven, rng = model.engine(n_pages=8, budget_tokens=32), random.Random(0)
+    driven.engine.paging.slabs.close()
+    driven.engine.schedule._slices.slice_tokens = 1
+    asked = {k: text(rng, 60) for k in range(8)}
+    for key, prompt in asked.items():
+        driven.generate(key, prompt, 20, owner=QUESTION)
+    assert checked(driven) == expected(model, asked, 20)

@@ -102,6 +102,26 @@ def test_a_suspect_has_the_engine_alone(serving):
     assert len(late) == 1
 
 
+def test_a_question_that_comes_while_a_suspect_waits_for_the_engine_keeps_no_one(serving):
+    rng = random.Random(6)
+    serving.submit([Generated(text(rng, 5), lambda _: None, n_prompt=5, n_max=300)])
+    entered, may_leave = threading.Event(), threading.Event()
+
+    def alone():
+        with serving.alone():
+            entered.set()
+            assert may_leave.wait(patient(20))
+
+    thread = threading.Thread(target=alone)
+    thread.start()
+    until(lambda: serving._alone is not None, patient(20))
+    question = serving.ask(Generated(text(rng, 5), lambda _: None, n_prompt=5, n_max=3))
+    assert entered.wait(patient(20)) and not question.done()
+    may_leave.set()
+    assert len(question.result(patient(20))[0]) <= 3
+    thread.join(patient(20))
+
+
 def test_it_drains(serving):
     future = serving.submit([scored([1, 2, 3])])
     serving.drain()

@@ -124,7 +124,7 @@ def test_a_long_question_is_not_kept_out_for_ever_by_new_ones(slices):
     long, new = Row(A, n_turns=300, waits_since=300), Row(A, began_at=9, waits_since=600)
     assert slices.turn(new, 500) < slices.turn(long, 500)
     assert slices.turn(long, 600) < slices.turn(new, 600)
-    assert slices.may_displace(long, Row(A, n_turns=1), 600)
+    assert slices.may_displace(long, Row(A, n_turns=1, waits_since=600), 600)
 
 
 def test_rows_of_a_batch_do_not_displace_each_other(slices):
@@ -176,3 +176,22 @@ def test_those_who_always_have_work_are_served_alike(requests):
 
 def test_rows_without_a_client_are_a_batch():
     assert Owner(Kind.BATCH, "") == UNKNOWN
+
+
+def test_a_client_is_lifted_to_those_of_its_class(slices):
+    begin(slices, A, BATCH)
+    slices.charge(BATCH, 50_000, 0)
+    begin(slices, OTHER_BATCH)
+    assert slices.served(OTHER_BATCH) == slices.served(BATCH)
+
+
+def test_one_that_is_late_stays_late_for_a_slice(slices):
+    begin(slices, A)
+    row = Row(A, n_turns=300, waits_since=100)
+    now, n_late = 400, 0
+    while slices.turn(row, now)[0] < 0:
+        row.waits_since, now, n_late = slices.served_at(row, now), now + 1, n_late + 1
+    assert n_late >= 3
+    other = Row(A, n_turns=90, waits_since=-900)
+    late = Row(A, n_turns=300, waits_since=-900)
+    assert not slices.may_displace(other, late, 400) and not slices.may_displace(late, other, 400)
