@@ -363,7 +363,7 @@ def test_workers_hand_out_blobs_and_nothing_else(tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("secret")
     settings = dask.config.set({"pcm.ladder.disk.path": str(tmp_path / "disk")})
-    options = {"processes": False, "dashboard_address": None, "threads_per_worker": 1}
+    options = {"processes": False, "dashboard_address": ":0", "threads_per_worker": 1}
     with settings, LocalCluster(n_workers=1, **options) as cluster, Client(cluster) as client:
         pcm.install(client)
         FileCache(tmp_path / "disk")
