@@ -101,6 +101,11 @@ def _is_always(value: Any) -> bool:
     return bool(value == "always")
 
 
+def _is_auto(value: Any) -> bool:
+    _check(value in ("auto", "never"))
+    return bool(value == "auto")
+
+
 def _may_recompute(value: Any) -> bool | None:
     _check(value in ("auto", "always", "never"))
     return None if value == "auto" else bool(value == "always")
@@ -136,6 +141,7 @@ _MODULES = _Kind(_names, "a list of modules, for instance [torch] or []")
 _FOLDER = _Kind(_path, "a folder, for instance /scratch/me")
 _STAGE = _Kind(_is_always, "auto or always")
 _ACCELERATOR = _Kind(_is_cpu, "auto or cpu")
+_LENDING = _Kind(_is_auto, "auto or never")
 _RECOMPUTE = _Kind(_may_recompute, "auto, always or never")
 _PORTS = _Kind(_ports, "0, a port or first:last, for instance 9000:9010")
 
@@ -190,6 +196,7 @@ class Config:
     disk_quota_bytes: int | None = _set_by("ladder.disk.quota", _SOME_BYTES.or_null())
     is_staged_always: bool = _set_by("ladder.stage", _STAGE)
     store_timeout_s: float = _set_by("ladder.store.timeout", _SOME_TIME)
+    is_lending: bool = _set_by("ladder.lending", _LENDING)
     ports: tuple[int, ...] = _set_by("ladder.transfer.ports", _PORTS, of_job=True)
 
     def as_dict(self) -> dict[str, Any]:

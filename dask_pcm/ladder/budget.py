@@ -1,12 +1,13 @@
 """Room on the device: bytes are taken there only once they fit the budget.
 
-Several tenants share a device: the contexts, and later the pages of engines. To make room, a tenant
-is asked to give back what it can spare. If none can, the request waits, unless those that keep the
-memory wait for room as well.
+Several tenants share a device: the contexts, and the neighbours that it is lent to. To make room, a
+tenant is asked to give back what it can spare. If none can, the request waits, unless those that
+keep the memory wait for room as well.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,12 +30,17 @@ class Tenant(Protocol):
     def holders(self) -> set[int]:
         """Threads without which it could give back more; called with the budget's lock held."""
 
-    def spare(self) -> Callable[[], bool] | None:
+    def spare(self, n_bytes: int) -> Callable[[], bool] | None:
         """What gives back some memory; None if there is nothing to spare now.
 
         Called with the budget's lock held. What it returns is called without the lock, since
         copying weights takes seconds. It returns whether it gave back anything: what was idle may
         be in use by then, and is not to spare any more.
+
+        Parameters
+        ----------
+        n_bytes
+            What is lacking; it may give back more, or less.
         """
 
 
@@ -82,10 +88,10 @@ class DeviceBudget:
         #: Threads that wait for room on the device.
         self._waiting: set[int] = set()
 
-    def add(self, tenant: Tenant) -> None:
-        """Add a tenant; those added first are asked first for what they can spare."""
+    def add(self, tenant: Tenant, is_first: bool = False) -> None:
+        """Add a tenant; it is asked for what it can spare after the others, or before them."""
         with self._changed:
-            self._tenants.append(tenant)
+            self._tenants.insert(0 if is_first else len(self._tenants), tenant)
 
     def remove(self, tenant: Tenant) -> None:
         """Remove a tenant, which takes nothing any more."""
@@ -119,19 +125,31 @@ class DeviceBudget:
                     # Still with the lock: two requests must not count on one gap.
                     grant()
                     return
-                give_back = self._spare()
+                give_back = self._spare(self._taken_bytes() + wanted - limit)
                 if give_back is None:
                     self._wait_for_room(request, limit)
             if give_back is not None:
                 # Without the lock, so tasks go on meanwhile. Another request may take the gap.
                 give_back()
 
+    def reserve_spare(self, n_bytes: int, grant: Callable[[], object]) -> bool:
+        """As ``reserve``, but of what is free and not waited for; False if that is too little.
+
+        Also without a limit: then it is not known what is free.
+        """
+        limit = self._limit_bytes()
+        with self._changed:
+            if limit is None or self._waiting or self._taken_bytes() + n_bytes > limit:
+                return False
+            grant()
+            return True
+
     def reclaim(self) -> bool:
         """Have every tenant give back what it can spare; False if there was nothing."""
         is_any = False
         while True:
             with self._changed:
-                give_back = self._spare()
+                give_back = self._spare(sys.maxsize)
             if give_back is None:
                 return is_any
             is_any = bool(give_back()) or is_any
@@ -144,8 +162,9 @@ class DeviceBudget:
     def _taken_bytes(self) -> int:
         return sum(n_bytes for tenant in self._tenants for _, n_bytes in tenant.taken())
 
-    def _spare(self) -> Callable[[], bool] | None:
-        return next((give for t in self._tenants if (give := t.spare()) is not None), None)
+    def _spare(self, n_bytes: int) -> Callable[[], bool] | None:
+        given = (tenant.spare(n_bytes) for tenant in self._tenants)
+        return next((give_back for give_back in given if give_back is not None), None)
 
     def _wait_for_room(self, request: Request, limit: int) -> None:
         """Wait for a change; with the lock held. Refuse if nothing can ever make room."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,7 +16,7 @@ from dask_pcm.errors import DeviceUnusableError, redacted
 from dask_pcm.ladder.device import built_for_cpu, check_device
 from dask_pcm.ladder.files.staging import Staging
 from dask_pcm.ladder.objects.host import ContextImages, Host
-from dask_pcm.ladder.objects.live import Live, frozen
+from dask_pcm.ladder.objects.live import Live, LowerTier, frozen
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,11 @@ class Builder:
         False where CPU memory plays the device's part and is budgeted as such.
     is_cpu_only
         Whether everything is built for the CPU, even if the process was given a device.
+
+    Attributes
+    ----------
+    lower
+        Makes the tier that a context goes to from the device.
     """
 
     def __init__(self, staging: Staging, host: Host, is_mapped: bool, is_cpu_only: bool) -> None:
@@ -42,6 +49,7 @@ class Builder:
         self._host = host
         self._is_mapped = is_mapped
         self._is_cpu_only = is_cpu_only
+        self.lower: Callable[[str], LowerTier] = functools.partial(ContextImages, host)
         #: Seconds that staging took, by the digest of the context that was built last.
         self.staged_s: dict[str, float] = {}
 
@@ -62,7 +70,7 @@ class Builder:
         try:
             # The object may go on reading its files, for instance memory-mapped weights.
             files.enter_context(self._staging.placed(ref.bundles))
-            return Live.of_image(image, recipe, self._is_mapped, self._lower(ref))
+            return Live.of_image(image, recipe, self._is_mapped, self.lower(ref.digest))
         except Exception as error:
             logger.warning(
                 "Context %r cannot be reattached from the host tier, so it is loaded anew: %r",
@@ -92,7 +100,7 @@ class Builder:
         with built_for_cpu(self._is_cpu_only):
             value = self._checked(ref, recipe.build(placed))
         apart = frozen(value, recipe, ref.name)
-        live = Live(value, recipe, apart, self._lower(ref))
+        live = Live(value, recipe, apart, self.lower(ref.digest))
         if not self._is_mapped or apart.is_on_device:
             return live  # `keep` makes its image later, while tasks use it
         live.apart = None  # nothing is left for `keep` to do
@@ -103,7 +111,7 @@ class Builder:
         if image is None:
             return live
         try:
-            return Live.of_image(image, recipe, is_mapped=True, lower=self._lower(ref))
+            return Live.of_image(image, recipe, is_mapped=True, lower=self.lower(ref.digest))
         except Exception as error:
             logger.warning("Context %r cannot be kept on the host tier: %r", ref.name, error)
             self._host.drop(ref.digest)
@@ -133,10 +141,6 @@ class Builder:
         if not live.is_unchanged:
             logger.info("Context %r is changed by its tasks, so it is not kept", ref.name)
             self._host.drop(ref.digest)
-
-    def _lower(self, ref: ContextRef) -> ContextImages:
-        """The tier that a context goes to from the device."""
-        return ContextImages(self._host, ref.digest)
 
 
 def close(ref: ContextRef, value: Any) -> None:

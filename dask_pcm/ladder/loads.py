@@ -12,10 +12,11 @@ from typing import Any
 from dask_pcm.errors import DeviceBusyError, LoadError
 from dask_pcm.ladder.budget import DeviceBudget, Request
 from dask_pcm.ladder.build import Builder, failure_kind, failure_text
+from dask_pcm.ladder.lending import Lending
 from dask_pcm.ladder.objects.live import Live
 from dask_pcm.ladder.objects.tensors import is_out_of_memory, is_sticky
 from dask_pcm.ladder.residencies import Residencies
-from dask_pcm.ladder.residency import Attendant, Change, Residency
+from dask_pcm.ladder.residency import Attendant, Borrowing, Change, Residency
 from dask_pcm.tiers import Tier
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ class Loads:
         self._residencies = residencies
         self._device = device
         self._builder = builder
+        #: Where attendants borrow memory.
+        self.lending: Lending | None = None
 
     def bring(self, residency: Residency) -> Any:
         """Bring a context whose move has begun to the device; report and return the live object."""
@@ -125,6 +128,8 @@ class Loads:
         if getattr(residency.value, "is_attended", False) is not True:
             return
         attendant: Attendant = residency.value.attend()
+        if self.lending is not None and isinstance(attendant, Borrowing):
+            attendant.lend(self.lending.borrow)
         residency.attendant_size = attendant.n_bytes
         # Before it starts: what it takes then must not come on top of a full device.
         self._reserve(residency, residency.n_bytes, attendant.n_bytes)

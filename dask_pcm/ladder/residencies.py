@@ -114,10 +114,37 @@ class Residencies:
             residency.has_room = True  # its bytes count until the copy has ended
         self.dismiss(residency)
         if self.is_lowered(residency):
-            self.end_move(residency, Tier.HOST)
+            self._settle(residency)
         else:
             self.drop(residency)
         return True
+
+    def move(self, digest: str) -> None:
+        """Have a context leave memory that was lent for it; it is dropped if there is no other."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self._is_moving(digest))
+            residency = self.by_digest.get(digest)
+            if residency is None or residency.tier is not Tier.HOST:
+                return  # it is on the device, or gone: then the memory is returned as well
+            self.begin_move(residency)
+        try:
+            assert residency.live is not None
+            residency.live.move()
+        except Exception as error:
+            logger.info("Context %r is dropped, as its memory was lent: %s", digest, error)
+            self.drop(residency)
+        else:
+            self._settle(residency)
+
+    def _settle(self, residency: Residency) -> None:
+        """End a move to the host tier; if the context was given up meanwhile, it is dropped."""
+        self.end_move(residency, Tier.HOST)
+        if self.is_closed or residency.is_released:
+            self.evict(residency.ref.digest)
+
+    def _is_moving(self, digest: str) -> bool:
+        residency = self.by_digest.get(digest)
+        return residency is not None and residency.tier is Tier.LOADING
 
     def is_lowered(self, residency: Residency) -> bool:
         """Move the object of a context to the host tier; False if that is impossible."""
@@ -187,7 +214,7 @@ class Residencies:
         there = (residency for residency in self.by_digest.values() if residency.is_there)
         return {thread for residency in there for thread in residency.holding}
 
-    def spare(self) -> Callable[[], bool] | None:
+    def spare(self, n_bytes: int) -> Callable[[], bool] | None:
         """See ``Tenant``: offloads the idle context that was used least recently."""
         idle = [r for r in self.by_digest.values() if r.tier is Tier.DEVICE and not r.n_holders]
         if not idle:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -112,6 +112,41 @@ class Drafting(Protocol):
 
     def resume(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """Let rows that this thread submits from now on go on from drafts, if there are any."""
+
+
+class Lent(Protocol):
+    """Memory that is lent to an attendant.
+
+    Attributes
+    ----------
+    is_wanted_back
+        Whether the attendant has to copy what is there, and close it.
+    """
+
+    is_wanted_back: bool
+
+    def memory(self) -> Any:
+        """Its bytes as a tensor, uint8."""
+
+    def on_wanted(self, call: Callable[[], None]) -> None:
+        """Have something called, on any thread, once the memory is wanted back."""
+
+    def close(self) -> None:
+        """Return the memory, which is not used any more."""
+
+
+@runtime_checkable
+class Borrowing(Protocol):
+    """An attendant that can use memory beside its own, as long as the lender does without it."""
+
+    def lend(self, borrow: Callable[[str, int], Lent | None]) -> None:
+        """Where it borrows: memory of a "device" or of the "host", in bytes; called before start.
+
+        None is returned if there is nothing to be had.
+        """
+
+    def n_waiting(self) -> int:
+        """How many rows wait since they have no memory."""
 
 
 @dataclass(slots=True)

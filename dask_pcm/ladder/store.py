@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,10 +18,13 @@ from dask_pcm.errors import LoadError
 from dask_pcm.ladder.budget import DeviceBudget
 from dask_pcm.ladder.build import Builder
 from dask_pcm.ladder.files.staging import Staging
+from dask_pcm.ladder.lending import Leases, Lending
+from dask_pcm.ladder.lending.tier import LentTier
 from dask_pcm.ladder.loads import Loads
-from dask_pcm.ladder.objects.host import Host
+from dask_pcm.ladder.objects.host import ContextImages, Host
+from dask_pcm.ladder.objects.live import LowerTier
 from dask_pcm.ladder.residencies import Residencies
-from dask_pcm.ladder.residency import Attendant, Change, Residency
+from dask_pcm.ladder.residency import Attendant, Borrowing, Change, Residency
 from dask_pcm.ladder.turns import Turns
 from dask_pcm.tiers import Tier
 
@@ -66,6 +70,43 @@ class Store:
         self.device.add(self._residencies)
         builder = Builder(staging or Staging(), host, is_mapped, is_cpu_only)
         self._loads = Loads(self._residencies, self.device, builder)
+        self._host, self._builder = host, builder
+        #: Memory that is lent and borrowed, if ``lend`` was called.
+        self.lending: Lending | None = None
+
+    def lend(
+        self,
+        device: Callable[[], str | None] = lambda: None,
+        devices: Callable[[], Mapping[str, str]] = dict,
+        is_free: Callable[[int], bool] = lambda n_bytes: True,
+        on_borrowed: Callable[[int], None] = lambda n_bytes: None,
+    ) -> Lending:
+        """Lend memory to other processes, and borrow theirs for contexts and their attendants.
+
+        Parameters
+        ----------
+        device, is_free
+            See ``Leases``.
+        devices, on_borrowed
+            See ``Lending``.
+        """
+        leases = Leases(device, self.device, self._residencies.changed, self._host, is_free)
+        lending = self.lending = Lending(leases, devices, on_borrowed)
+
+        def lower(digest: str) -> LowerTier:
+            images = ContextImages(self._host, digest)
+            return LentTier(images, lending, lambda: self._move(digest))
+
+        self._builder.lower = lower
+        self._loads.lending = lending
+        return lending
+
+    def _move(self, digest: str) -> None:
+        """A lender wants the memory back that a context is in."""
+        # Another thread: a copy takes long, and this one may hear of other loans meanwhile.
+        move = threading.Thread(target=self._residencies.move, args=(digest,), name="pcm-move-lent")
+        move.daemon = True
+        move.start()
 
     def tier(self, digest: str) -> Tier:
         """The tier that holds the context now."""
@@ -89,6 +130,12 @@ class Store:
     def host_bytes(self, digest: str) -> int:
         """What the attendant of the context may take of the host's memory, in bytes."""
         return int(getattr(self.attendant(digest), "host_bytes", 0))
+
+    def n_waiting(self) -> int:
+        """Rows of attendants that wait since they have no memory."""
+        with self._residencies.changed:
+            found = [residency.attendant for residency in self._residencies.by_digest.values()]
+        return sum(map(_n_waiting, found))
 
     def is_backing_off(self, digest: str) -> bool:
         """Whether the context failed to load and its back-off has not ended.
@@ -237,6 +284,8 @@ class Store:
             digests = list(self._residencies.by_digest)
         for digest in digests:
             self.evict(digest)
+        if self.lending is not None:
+            self.lending.close()
 
     def end(self) -> None:
         """Refuse further loads: this process is ending and its tasks run again elsewhere."""
@@ -247,12 +296,18 @@ class Store:
         with self._residencies.changed:
             self._residencies.validate()
             self.device.validate()
+            if self.lending is not None:
+                self.lending.leases.validate()
 
 
 @functools.cache
 def of_process() -> Store:
     """The store of this process for tasks outside a worker that has the plugin."""
     return Store(is_cpu_only=Config.read().is_cpu_only)
+
+
+def _n_waiting(attendant: Attendant | None) -> int:
+    return attendant.n_waiting() if isinstance(attendant, Borrowing) else 0
 
 
 def _is_settled(residency: Residency) -> bool:

@@ -104,7 +104,7 @@ class Pages:
     def holders(self):
         return self.user
 
-    def spare(self):
+    def spare(self, n_bytes):
         return self.give_back if self.n_idle else None
 
     def give_back(self):

@@ -109,6 +109,11 @@ class Engine:
         """Rows that have not ended."""
         return self.schedule.n_rows + sum(n for _, n in self._open)
 
+    @property
+    def n_waiting(self) -> int:
+        """Rows that have made room and wait for memory; read on any thread."""
+        return self.paging.n_parked
+
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows; each is told its result by ``Row.done`` within a ``step``."""
         self.schedule.add(rows)
@@ -121,6 +126,10 @@ class Engine:
     def drop(self, rows: Collection[Row]) -> None:
         """Forget rows that have not ended; they are told nothing more, or what is known already."""
         self.schedule.drop(rows)
+
+    def evacuate(self) -> None:
+        """Leave memory that lenders want back."""
+        self.schedule.evacuate()
 
     def step(self) -> None:
         """Begin one forward, and tell results of the one before; does nothing without rows."""

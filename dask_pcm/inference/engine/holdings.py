@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dask_pcm.inference.engine.packs import Segment
@@ -194,12 +194,28 @@ class Holdings:
 
     def park_prefix(self, prefix: Prefix, users: Iterable[Row]) -> None:
         """Take the pages of a prefix; if it is computed again, so are its rows, which wait."""
-        if prefix.is_ready and self.paging.out(prefix, is_wanted=True):
-            return
+        if not (prefix.is_ready and self.paging.out(prefix, is_wanted=True)):
+            self._let_go_prefix(prefix, users)
+
+    def _let_go_prefix(self, prefix: Prefix, users: Iterable[Row]) -> None:
         for row in users:
             if row.prefix is prefix and row.is_parked:
                 self.let_go(row)
         self.let_go(prefix)
+
+    def evacuate(self, waiting: Callable[[], Iterable[Row]]) -> None:
+        """Have rows leave memory that lenders want back; those that wait are asked for if needed.
+
+        For what there is no other room is computed again.
+        """
+
+        def let_go(row: Row) -> None:
+            if isinstance(row, Prefix):
+                self._let_go_prefix(row, waiting())
+            else:
+                self.let_go(row)
+
+        self.paging.evacuate(let_go)
 
     def _begin_with(self, row: Row, prefix: Prefix, pages: list[int]) -> None:
         """Give a row the pages of its prefix; the last one is copied, since the row writes it."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, n_pages_for
 from dask_pcm.inference.engine.rows import Row
-from dask_pcm.inference.engine.slabs import Place, Slabs
+from dask_pcm.inference.engine.slabs import Borrow, Place, Slab, Slabs
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Paging:
         that came back.
     n_recomputed
         Tokens of rows that were let go instead.
+    n_moved
+        Pages that left memory which was wanted back.
     """
 
     def __init__(
@@ -70,9 +72,17 @@ class Paging:
         )
         #: Rows with copies, by identity.
         self._rows: dict[int, Row] = {}
+        #: Those that are off the device, by identity.
+        self._parked: set[int] = set()
         self._call_s, self._page_s, self._token_s = _CALL_S, _PAGE_S, _TOKEN_S
         self._n_to_measure = _N_MEASURED
         self.n_out = self.n_sent = self.n_unchanged = self.n_back = self.n_recomputed = 0
+        self.n_moved = 0
+
+    @property
+    def n_parked(self) -> int:
+        """Rows that are off the device; read on any thread."""
+        return len(self._parked)
 
     def observe(self, n_tokens: int, seconds: float) -> None:
         """A full step has taken so long."""
@@ -98,6 +108,7 @@ class Paging:
         self._pool.release(row.pages)
         row.pages = []
         self._rows[id(row)] = row
+        self._parked.add(id(row))
         self.n_out, self.n_sent = self.n_out + 1, self.n_sent + len(dirty)
         self.n_unchanged += n_own - len(dirty)
         return True
@@ -106,6 +117,7 @@ class Paging:
         """Bring a row back to pages that were taken, after those that it shares."""
         self._copy(pages, row.copies, is_out=False)
         self._pool.fill(pages)
+        self._parked.discard(id(row))
         row.pages, row.n_shared = [*shared, *pages], len(shared)
         # It writes the last one next, unless that is full.
         row.n_clean = row.n_done // PAGE_TOKENS - row.n_shared
@@ -115,13 +127,75 @@ class Paging:
         """A row needs its copies no more."""
         if self._rows.pop(id(row), None) is not None:
             self.slabs.release(row.copies)
+        self._parked.discard(id(row))
         row.copies, row.n_clean = [], 0
+
+    def lend(self, borrow: Borrow, wake: Callable[[], None]) -> None:
+        """Where memory can be borrowed.
+
+        Parameters
+        ----------
+        wake
+            Called on any thread once ``evacuate`` has to be.
+        """
+        shape, dtype = self._pool.kv.shape[1:], self._pool.kv.dtype
+        page_bytes = self._pool.kv[0].nbytes
+
+        def borrowed(rung: str, n_pages: int) -> Slab | None:
+            loan = borrow(rung, n_pages * page_bytes)
+            if loan is None:
+                return None
+            try:
+                numbers = loan.memory()[: n_pages * page_bytes].view(dtype)
+                slab = Slab(numbers.view(n_pages, *shape), loan)
+            except (OSError, MemoryError, RuntimeError) as error:
+                logger.info("Memory that is lent cannot be used: %s", error)
+                loan.close()
+                return None
+            loan.on_wanted(wake)
+            return slab
+
+        self.slabs.lend(borrowed)
+
+    def evacuate(self, let_go: Callable[[Row], None]) -> None:
+        """Leave memory that lenders want back.
+
+        Parameters
+        ----------
+        let_go
+            Has a row, for which there is no other room, and those that need it computed again.
+        """
+        wanted = self.slabs.wanted_back()
+        if not wanted:
+            return
+        for row in list(self._rows.values()):
+            theirs = [k for k, (slab, _) in enumerate(row.copies) if slab in wanted]
+            if not theirs:
+                continue
+            if row.pages:  # all of it is on the device
+                self.forget(row)
+                continue
+            places = self._places(len(theirs), row)
+            if places is None:
+                let_go(row)
+                continue
+            before = [row.copies[k] for k in theirs]
+            for (slab, index), (to, at) in zip(before, places, strict=True):
+                to.memory[at].copy_(slab.memory[index], non_blocking=True)
+            for k, place in zip(theirs, places, strict=True):
+                row.copies[k] = place
+            self.slabs.release(before)
+            self.n_moved += len(theirs)
+        if self._pool.kv.is_cuda:
+            self._wait()
+        self.slabs.return_lent()
 
     def close(self) -> None:
         """Let go of all memory."""
         for row in self._rows.values():
             row.copies, row.n_clean = [], 0
         self._rows.clear()
+        self._parked.clear()
         self.slabs.close()
 
     def _is_cheaper_again(self, row: Row, n_own: int, n_dirty: int) -> bool:
@@ -131,12 +205,14 @@ class Paging:
 
     def _places(self, n_pages: int, row: Row) -> list[Place] | None:
         """Room for pages; copies of rows that are on the device make some if there is none."""
-        for other in list(self._rows.values()):
-            if n_pages <= self.slabs.n_free:
-                break
+        found = self.slabs.take(n_pages)
+        for other in list(self._rows.values()) if found is None else ():
             if other is not row and other.pages:
                 self.forget(other)
-        return self.slabs.take(n_pages)
+                found = self.slabs.take(n_pages) if self.slabs.n_free >= n_pages else None
+                if found is not None:
+                    break
+        return found
 
     def _copy(self, pages: Sequence[int], places: Sequence[Place], is_out: bool) -> None:
         """Copy pages to places, or from there, in their order."""
@@ -176,6 +252,7 @@ class Paging:
         self.slabs.validate()
         places = [place for row in self._rows.values() for place in row.copies]
         assert len(set(places)) == len(places) == self.slabs.n_used
+        assert self._parked == {key for key, row in self._rows.items() if not row.pages}
         for row in self._rows.values():
             assert 0 <= row.n_clean <= len(row.copies)
 

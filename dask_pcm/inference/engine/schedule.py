@@ -160,6 +160,10 @@ class Schedule:
         for row in rows:
             self._forget(row)
 
+    def evacuate(self) -> None:
+        """Have rows leave memory that lenders want back."""
+        self._held.evacuate(self._all_waiting)
+
     def fail(self, row: Row, error: RowError) -> None:
         """A row cannot be computed; if it is a prefix, its rows do without it."""
         if isinstance(row, Prefix):

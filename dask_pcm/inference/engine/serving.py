@@ -15,6 +15,7 @@ from dask_pcm.errors import LoadError
 from dask_pcm.inference.engine.engine import Engine
 from dask_pcm.inference.engine.requests import Request, Requests
 from dask_pcm.inference.engine.rows import Generated, Row
+from dask_pcm.inference.engine.slabs import Borrow
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,9 @@ class EngineClosedError(LoadError):
 
 
 class Serving:
-    """Serves requests of several rows with an engine; an ``Attendant``, and ``Drafting``.
+    """Serves requests of several rows with an engine.
 
-    See ``ladder/residency.py``.
+    An ``Attendant``, ``Drafting`` and ``Borrowing``: see ``ladder/residency.py``.
 
     Methods may be called from any thread.
 
@@ -67,6 +68,10 @@ class Serving:
         self._is_open = False
         self._is_draining = False
         self._thread: threading.Thread | None = None
+        self._engine: Engine | None = None
+        self._borrow: Borrow | None = None
+        #: Whether a lender wants memory back.
+        self._is_called = False
         #: CPU threads that torch uses; its number belongs to each thread that calls it.
         self._n_threads = 1
 
@@ -79,13 +84,30 @@ class Serving:
 
     def start(self) -> None:
         """See ``Attendant``."""
-        engine = self._make()
+        engine = self._engine = self._make()
+        if self._borrow is not None:
+            engine.paging.lend(self._borrow, self._call)
         self._n_threads = _n_threads()
         self._is_open = True
         self._thread = threading.Thread(
             target=self._serve, args=(engine,), name="pcm-engine", daemon=True
         )
         self._thread.start()
+
+    def lend(self, borrow: Borrow) -> None:
+        """See ``Borrowing``."""
+        self._borrow = borrow
+
+    def n_waiting(self) -> int:
+        """See ``Borrowing``."""
+        engine = self._engine
+        return 0 if engine is None else engine.n_waiting
+
+    def _call(self) -> None:
+        """A lender wants memory back; on any thread."""
+        with self._changed:
+            self._is_called = True
+            self._changed.notify_all()
 
     def submit(self, request: Sequence[Row]) -> Future[list[Any]]:
         """Compute rows; the result has that of each in their order, ``RowError`` for some perhaps.
@@ -247,22 +269,33 @@ class Serving:
                     if self._alone is not None or self._is_draining:
                         self._changed.notify_all()
                     self._changed.wait_for(
-                        lambda: self._requests.has_news or engine.n_rows or not self._is_open
+                        lambda: (
+                            self._requests.has_news
+                            or engine.n_rows
+                            or self._is_called
+                            or not self._is_open
+                        )
                     )
                     if not self._is_open:
                         break
+                    is_called, self._is_called = self._is_called, False
                     new, withdrawn = self._requests.take()
                     n_threads, self._is_at_work = self._n_threads, True
                 if n_threads != _n_threads():
                     torch.set_num_threads(n_threads)
+                if is_called:
+                    engine.evacuate()
                 engine.add(new)
                 engine.drop(withdrawn)
                 engine.step()
+                if not engine.n_rows:
+                    engine.paging.slabs.return_lent(is_all=True)
         except BaseException as raised:  # of the device, or a fault of ours: no step is possible
             # As a text, and without the traceback: that refers to the engine.
             logger.warning("The engine has stopped:\n%s", traceback.format_exc())
             error = raised.with_traceback(None)
         engine.close()
+        self._engine = None
         with self._changed:
             self._is_open = self._is_at_work = False
             left = self._requests.close()

@@ -1,12 +1,38 @@
-"""Memory off the device for pages, in slabs: of the host, or lent by a neighbour."""
+"""Memory off the device for pages, in slabs: of the host, or lent by a neighbour.
+
+Slabs are on rungs, the fastest first: devices of neighbours, this host's memory, and what
+neighbours lend of theirs. What is lent is used until its lender wants it back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
-#: Pages of a slab of the host: few calls for memory, and little that is not used.
+logger = logging.getLogger(__name__)
+
+#: Pages of a slab: few calls for memory, and little that is not used.
 _SLAB_PAGES = 64
+
+
+class Lent(Protocol):
+    """Memory that is lent, until its lender wants it back."""
+
+    is_wanted_back: bool
+
+    def memory(self) -> Any:
+        """Its bytes as a tensor, uint8."""
+
+    def on_wanted(self, call: Callable[[], None]) -> None:
+        """Have something called, on any thread, once the memory is wanted back."""
+
+    def close(self) -> None:
+        """Return the memory, which is not used any more."""
+
+
+#: Borrows memory of a "device" or of the "host", in bytes; None if nothing is to be had.
+Borrow: TypeAlias = Callable[[str, int], Lent | None]
 
 
 class Slab:
@@ -16,6 +42,8 @@ class Slab:
     ----------
     memory
         A tensor, shape (pages, numbers of a page ...).
+    loan
+        Whose memory it is; None if it is the engine's.
 
     Attributes
     ----------
@@ -23,14 +51,26 @@ class Slab:
         Places that no page has.
     """
 
-    def __init__(self, memory: Any) -> None:
+    def __init__(self, memory: Any, loan: Lent | None = None) -> None:
         self.memory = memory
+        self.loan = loan
         self.free = list(range(len(memory)))[::-1]
 
     @property
     def n_used(self) -> int:
         """Places that a page has."""
         return len(self.memory) - len(self.free)
+
+    @property
+    def is_wanted_back(self) -> bool:
+        """Whether a lender wants its memory back."""
+        return self.loan is not None and self.loan.is_wanted_back
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self.memory = None
+        if self.loan is not None:
+            self.loan.close()
 
 
 #: Where a page is off the device: a slab, and the page's index in it.
@@ -43,45 +83,62 @@ class Slabs:
     Parameters
     ----------
     make
-        Takes memory for a number of pages.
+        Takes memory of the host for a number of pages.
     most_pages
-        Pages for which it may take memory.
+        Pages for which it may take such memory.
+
+    Attributes
+    ----------
+    n_lent
+        Pages that were sent to memory that is lent.
     """
 
     def __init__(self, make: Callable[[int], Any], most_pages: int) -> None:
         self._make = make
         self._most_pages = most_pages
-        self._slabs: list[Slab] = []
         self._n_made = 0
+        self._near: list[Slab] = []
+        self._own: list[Slab] = []
+        self._far: list[Slab] = []
+        self._borrow: Callable[[str, int], Slab | None] = lambda rung, n_pages: None
+        self.n_lent = 0
+
+    def lend(self, borrow: Callable[[str, int], Slab | None]) -> None:
+        """Where to borrow slabs: of a rung, for as many pages at least."""
+        self._borrow = borrow
 
     @property
-    def n_free(self) -> int:
-        """Pages for which there is room, or memory that may be taken."""
-        free = sum(len(slab.free) for slab in self._slabs)
-        return free + self._most_pages - self._n_made
+    def _all(self) -> Iterator[Slab]:
+        yield from (*self._near, *self._own, *self._far)
 
     @property
     def n_used(self) -> int:
         """Pages that are there."""
-        return sum(slab.n_used for slab in self._slabs)
+        return sum(slab.n_used for slab in self._all)
+
+    @property
+    def n_free(self) -> int:
+        """Pages for which there is room, or memory of the host that may be taken."""
+        free = sum(len(slab.free) for slab in self._all if not slab.is_wanted_back)
+        return free + self._most_pages - self._n_made
 
     def take(self, n_pages: int) -> list[Place] | None:
         """Places for pages; None if there is no room for all of them."""
-        if n_pages > self.n_free:
-            return None
         found: list[Place] = []
-        for slab in self._slabs:
-            while slab.free and len(found) < n_pages:
-                found.append((slab, slab.free.pop()))
-        while len(found) < n_pages:
-            try:
-                slab = self._add()
-            except (MemoryError, RuntimeError):  # of torch: the host has no memory left
-                self.release(found)
-                self._most_pages = self._n_made
-                return None
-            while slab.free and len(found) < n_pages:
-                found.append((slab, slab.free.pop()))
+        rungs: list[tuple[list[Slab], Callable[[int], Slab | None]]] = [
+            (self._near, lambda n: self._borrow("device", max(n, _SLAB_PAGES))),
+            (self._own, self._made),
+            (self._far, lambda n: self._borrow("host", max(n, _SLAB_PAGES))),
+        ]
+        for slabs, add in rungs:
+            _take_from(slabs, n_pages, found)
+            while len(found) < n_pages and (slab := add(n_pages - len(found))) is not None:
+                slabs.append(slab)
+                _take_from([slab], n_pages, found)
+        if len(found) < n_pages:
+            self.release(found)
+            return None
+        self.n_lent += sum(slab.loan is not None for slab, _ in found)
         return found
 
     def release(self, places: Sequence[Place]) -> None:
@@ -89,20 +146,49 @@ class Slabs:
         for slab, index in places:
             slab.free.append(index)
 
+    def wanted_back(self) -> list[Slab]:
+        """Slabs that lenders want back; they have no places for others any more."""
+        return [slab for slab in (*self._near, *self._far) if slab.is_wanted_back]
+
+    def return_lent(self, is_all: bool = False) -> None:
+        """Return what is lent and has no pages: what is wanted back, or all."""
+        for slabs in (self._near, self._far):
+            for slab in [*slabs]:
+                if not slab.n_used and (is_all or slab.is_wanted_back):
+                    slabs.remove(slab)
+                    slab.close()
+
     def close(self) -> None:
         """Let go of all memory."""
-        self._slabs, self._n_made, self._most_pages = [], 0, 0
+        for slab in self._all:
+            slab.close()
+        self._near, self._own, self._far = [], [], []
+        self._n_made, self._most_pages = 0, 0
+        self._borrow = lambda rung, n_pages: None
 
-    def _add(self) -> Slab:
+    def _made(self, n_pages: int) -> Slab | None:
+        """A slab of the host's memory; None if no more of it may be taken."""
         n_pages = min(_SLAB_PAGES, self._most_pages - self._n_made)
-        slab = Slab(self._make(n_pages))
-        self._slabs.append(slab)
+        if n_pages <= 0:
+            return None
+        try:
+            slab = Slab(self._make(n_pages))
+        except (MemoryError, RuntimeError):  # of torch: the host has no memory left
+            self._most_pages = self._n_made
+            return None
         self._n_made += n_pages
         return slab
 
     def validate(self) -> None:
         """Raise AssertionError if the books contradict each other."""
-        for slab in self._slabs:
+        for slab in self._all:
             assert len(set(slab.free)) == len(slab.free) <= len(slab.memory)
-        assert self._n_made == sum(len(slab.memory) for slab in self._slabs)
+        assert self._n_made == sum(len(slab.memory) for slab in self._own)
         assert self._n_made <= self._most_pages
+
+
+def _take_from(slabs: Sequence[Slab], n_pages: int, found: list[Place]) -> None:
+    """Take places of slabs until there are enough."""
+    for slab in slabs:
+        while slab.free and len(found) < n_pages and not slab.is_wanted_back:
+            found.append((slab, slab.free.pop()))

@@ -7,13 +7,16 @@ reads it, or while the image is the only copy of a context.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import psutil
 
 from dask_pcm.ladder.objects.freeze import Frozen
 from dask_pcm.ladder.objects.images import Image, NoRoomError
@@ -25,6 +28,10 @@ logger = logging.getLogger(__name__)
 LEAST_BYTES = 1 << 16
 #: After a digest: tensors as tasks have left them, without what would make the object again.
 _OFFLOADED = " offloaded"
+#: Before the number of what is lent; no digest begins like that.
+_LENT = "lent "
+#: The share of what is lent that is left beside it.
+_LEFT = 0.5
 
 
 class Keeper(Protocol):
@@ -44,6 +51,12 @@ class Keeper(Protocol):
         ----------
         is_pinned
             Whether the file stays until ``unpin``, and is of use to this process only.
+        """
+
+    def keep_loan(self, name: str, path: str, n_bytes: int) -> bool | None:
+        """As ``keep``, for memory that is lent: False too if others would have to make room.
+
+        And if other workers have the same budget: they need no loan.
         """
 
     def pin(self, digest: str) -> bool:
@@ -69,6 +82,10 @@ class LocalKeeper:
         """See ``Keeper``."""
         return self._shelf.keep(digest, path, n_bytes, "me" if is_pinned else None)
 
+    def keep_loan(self, name: str, path: str, n_bytes: int) -> bool | None:
+        """See ``Keeper``."""
+        return self._shelf.keep(name, path, n_bytes, "me", is_loan=True)
+
     def pin(self, digest: str) -> bool:
         """See ``Keeper``."""
         return self._shelf.pin(digest, "me")
@@ -91,6 +108,11 @@ class Host:
         Keeps images beyond this process. None to keep none: then contexts only leave the device.
     budget_bytes
         What they may take in this process, without a keeper.
+
+    Attributes
+    ----------
+    make_room
+        Gives back memory of the host that is lent; returns whether there was any.
     """
 
     def __init__(self, keeper: Keeper | None = None, budget_bytes: int = sys.maxsize) -> None:
@@ -100,6 +122,7 @@ class Host:
         #: Which image of a context is pinned.
         self._pinned: dict[str, str] = {}
         self._changing = threading.Lock()
+        self.make_room: Callable[[int], bool] | None = None
 
     def find(self, digest: str) -> Image | None:
         """The image of a context, open; None if it is not kept."""
@@ -178,13 +201,43 @@ class Host:
             if image is not None or key == digest:
                 self._keeper.drop(key)
 
+    def lend(self, number: int, n_bytes: int) -> int | None:
+        """Memory for another process, as a file that the caller closes; None if there is none.
+
+        It is taken here, so it counts for the job of this process, however it dies. Its size is
+        sealed: no process that maps it loses it.
+        """
+        try:
+            fd = os.memfd_create("dask_pcm lent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError:  # too many files
+            return None
+        name = f"{_LENT}{number}"
+        try:
+            os.ftruncate(fd, n_bytes)
+            is_there = psutil.virtual_memory().available > (1 + _LEFT) * n_bytes
+            if is_there and self._keeper.keep_loan(name, _path_of(fd), n_bytes):
+                os.posix_fallocate(fd, 0, n_bytes)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+                return fd
+        except OSError as error:
+            logger.info("Memory of the host cannot be lent: %s", error)
+            self._keeper.drop(name)
+        os.close(fd)
+        return None
+
+    def end_loan(self, number: int) -> None:
+        """What was lent is not used any more."""
+        self._keeper.drop(f"{_LENT}{number}")
+
     def _written(self, digest: str, frozen: Frozen, is_pinned: bool) -> Image:
         """Write an image, once the keeper has room, unless too many files are open already."""
 
         def admit(fd: int, n_bytes: int, is_on_device: bool) -> None:
-            path = f"/proc/{os.getpid()}/fd/{fd}"
             is_shared = not is_on_device and not is_pinned
-            is_kept = self._keeper.keep(digest, path, n_bytes, is_shared, is_pinned)
+            says = digest, _path_of(fd), n_bytes, is_shared, is_pinned
+            is_kept = self._keeper.keep(*says)
+            if is_kept is False and self.make_room is not None and self.make_room(n_bytes):
+                is_kept = self._keeper.keep(*says)
             if not is_kept:
                 raise NoRoomError(is_refused=is_kept is not None)
 
@@ -218,6 +271,10 @@ class ContextImages:
     def unpin(self) -> None:
         """See ``Host.unpin``."""
         self.host.unpin(self.digest)
+
+
+def _path_of(fd: int) -> str:
+    return f"/proc/{os.getpid()}/fd/{fd}"
 
 
 def _warn(name: str, frozen: Frozen, why: str) -> None:

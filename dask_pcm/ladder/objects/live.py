@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dask_pcm.context.context import Recipe
 from dask_pcm.ladder.objects.freeze import Frozen, Owners, freeze, is_plain, modules_of
@@ -37,6 +37,17 @@ class LowerTier(Protocol):
 
     def unpin(self) -> None:
         """The context needs the copy no longer."""
+
+
+@runtime_checkable
+class Lent(Protocol):
+    """A lower tier whose memory may be wanted back."""
+
+    def move(self) -> Storages | None:
+        """Leave that memory, unless it is not wanted back.
+
+        Raises as ``LowerTier.pin`` if there is no other.
+        """
 
 
 class Live:
@@ -147,6 +158,17 @@ class Live:
         elif self._offloaded is not None:
             self._offloaded.refill(self._storages)
             self.leave()
+
+    def move(self) -> None:
+        """Leave memory of the lower tier that is wanted back.
+
+        Raises
+        ------
+        NoRoomError, OSError, MemoryError
+            If there is no memory for it elsewhere. The object is where it was.
+        """
+        if self._offloaded is not None and isinstance(self._lower, Lent):
+            self._offloaded = self._lower.move() or self._offloaded
 
     def leave(self) -> None:
         """Leave the lower tier, if it is there: it is on the device again, or given up."""

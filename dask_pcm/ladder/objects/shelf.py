@@ -47,10 +47,16 @@ class Shelf:
     budget_bytes
         What all files may take. Files that nothing has pinned make room: the least recently used
         first, or the smallest where there are too many for this process.
+
+    Attributes
+    ----------
+    n_users
+        Keepers that have it in common.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
+        self.n_users = 0
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._changing = threading.RLock()
         weakref.finalize(self, _close, self._kept)
@@ -63,17 +69,21 @@ class Shelf:
             self._kept.move_to_end(name)
             return f"/proc/{os.getpid()}/fd/{self._kept[name].fd}"
 
-    def keep(self, name: str, path: str, n_bytes: int, owner: str | None = None) -> bool | None:
+    def keep(
+        self, name: str, path: str, n_bytes: int, owner: str | None = None, is_loan: bool = False
+    ) -> bool | None:
         """Hold a file open; False if there is no room, None if the file is gone.
 
         Parameters
         ----------
         owner
             The process that pins it, and that alone can use it.
+        is_loan
+            Whether no other file makes room for it.
         """
         with self._changing:
             self.drop(name)
-            if not self._make_room(n_bytes):
+            if not (self._has_room(n_bytes) if is_loan else self._make_room(n_bytes)):
                 return False
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -132,6 +142,11 @@ class Shelf:
                 kept.pins.discard(process)
                 return
             os.close(self._kept.pop(name).fd)
+
+    def _has_room(self, n_bytes: int) -> bool:
+        """Whether a file fits beside all others."""
+        n_kept = sum(kept.n_bytes for kept in self._kept.values())
+        return n_kept + n_bytes <= self.budget_bytes and len(self._kept) < max_files()
 
     def _make_room(self, n_bytes: int) -> bool:
         """Drop what nothing has pinned until a file fits; False, and drop none, if it cannot."""

@@ -82,6 +82,18 @@ def new_storage(n_bytes: int, device: str) -> Storage:
     return torch.empty(n_bytes, dtype=torch.uint8, device=device).untyped_storage()
 
 
+def storage_of(part: torch.Tensor) -> Storage:
+    """The storage of a byte tensor that views all of it; of a part in CPU memory, one of its own.
+
+    It uses the same memory, which stays as long as `part` does.
+    """
+    import torch
+
+    if part.device.type != "cpu":
+        return part.untyped_storage()
+    return torch.frombuffer(_memory(part), dtype=torch.uint8).untyped_storage()
+
+
 def mapped_storage(memory: memoryview) -> Storage:
     """Wrap existing memory in a storage, which keeps it alive."""
     import torch
@@ -89,7 +101,7 @@ def mapped_storage(memory: memoryview) -> Storage:
     return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
 
 
-def _as_bytes(storage: Storage) -> torch.Tensor:
+def as_bytes(storage: Storage) -> torch.Tensor:
     """A byte tensor that views a whole storage."""
     import torch
 
@@ -179,7 +191,7 @@ def _for_chunks(
                 for storage, start, stop, at in chunks:
                     if errors or not all(answers):  # of any thread: the result is known
                         return
-                    part = _as_bytes(storage)[start:stop]
+                    part = as_bytes(storage)[start:stop]
                     if part.device.type == "cpu":
                         answers.append(do(_memory(part), at))
                     elif is_out:

@@ -55,12 +55,14 @@ class HostImages:
         self._nanny = nanny
         shelf = Shelf(budget_bytes)
         self.shelf: Shelf | None = _shelves().setdefault(nanny.scheduler_addr, shelf)
+        self.shelf.n_users += 1
 
     def close(self) -> None:
         """Drop what only this nanny's worker uses."""
         if self.shelf is not None:
             self.shelf.clear(self._own(""))
             self.shelf.leave(self._nanny.address)
+            self.shelf.n_users -= 1
         self.shelf = None
 
     def handlers(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class HostImages:
             "pcm_begin": self.begin,
             "pcm_find": self.find,
             "pcm_keep": self.keep,
+            "pcm_keep_loan": self.keep_loan,
             "pcm_pin": self.pin,
             "pcm_unpin": self.unpin,
             "pcm_drop": self.drop,
@@ -92,6 +95,14 @@ class HostImages:
         assert self.shelf is not None
         name = digest if is_shared else self._own(digest)
         return self.shelf.keep(name, path, n_bytes, self._nanny.address if is_pinned else None)
+
+    def keep_loan(self, name: str, path: str, n_bytes: int) -> bool | None:
+        """Keep memory that the worker lends, unless other workers have the same budget."""
+        assert self.shelf is not None
+        if self.shelf.n_users > 1:
+            return False
+        owner = self._nanny.address
+        return self.shelf.keep(self._own(name), path, n_bytes, owner, is_loan=True)
 
     def pin(self, digest: str) -> bool:
         """Keep a file until ``unpin``; False if it is not there any more."""

@@ -186,6 +186,11 @@ class NannyLink:
         is_kept: bool | None = self.ask("pcm_keep", **says, **flags)
         return is_kept
 
+    def keep_loan(self, name: str, path: str, n_bytes: int) -> bool | None:
+        """See ``Keeper``."""
+        is_kept: bool | None = self.ask("pcm_keep_loan", name=name, path=path, n_bytes=n_bytes)
+        return is_kept
+
     def pin(self, digest: str) -> bool:
         """See ``Keeper``."""
         return bool(self.ask("pcm_pin", digest=digest))

@@ -32,6 +32,7 @@ from dask_pcm.ladder.residency import Change
 from dask_pcm.ladder.store import Store
 from dask_pcm.plugins.nanny.images import host_budget_bytes
 from dask_pcm.plugins.nanny.plugin import NannyLink
+from dask_pcm.plugins.worker.lending import WorkerLending
 from dask_pcm.plugins.worker.memory import MemoryAllowance
 from dask_pcm.plugins.worker.tuning import give_back_memory, tuning
 from dask_pcm.tiers import Tier
@@ -89,6 +90,9 @@ class WorkerContexts:
             is_mapped=config.device_budget_bytes is None,
             is_cpu_only=config.is_cpu_only,
         )
+        self._lending = (
+            WorkerLending(worker, config, self.store, memory) if config.is_lending else None
+        )
         # Dask's executor has daemon threads: a worker that ends does not wait for a load.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")
         # Separate from the loader: an offload that makes room must not wait behind a load.
@@ -101,6 +105,8 @@ class WorkerContexts:
 
     def close(self) -> Future[Any]:
         """Close all contexts, on the loader's thread; the future is done when their hooks are."""
+        if self._lending is not None:
+            self._lending.close()
         closing = self.submit(self.store.close)
         self.submit(tuning().remove_worker, self._worker)
         self._loader.shutdown(wait=False)

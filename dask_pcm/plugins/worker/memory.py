@@ -76,6 +76,13 @@ class MemoryAllowance:
                 self._n_growing -= 1
             self._raise()
 
+    def set_taken(self, name: str, n_bytes: int) -> None:
+        """Something that is no context takes so much now."""
+        with self._counting:
+            self._taken[name] = n_bytes
+        if self._limit:
+            self._raise()
+
     def freed(self, digest: str) -> None:
         """A context was dropped: lower the limits again."""
         with self._counting:

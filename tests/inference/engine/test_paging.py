@@ -200,3 +200,156 @@ def test_slabs_take_memory_as_it_is_needed():
     assert len(slabs.take(100)) == 100 and sizes == [64, 36]
     slabs.close()
     assert slabs.n_free == 0
+
+
+class Loan:
+    """Memory of a neighbour."""
+
+    def __init__(self, n_bytes):
+        self._memory = torch.zeros(n_bytes, dtype=torch.uint8)
+        self.is_wanted_back = self.is_closed = False
+
+    def memory(self):
+        return self._memory
+
+    def on_wanted(self, call):
+        self.call = call
+
+    def want_back(self):
+        self.is_wanted_back = True
+        self.call()
+
+    def close(self):
+        self._memory.fill_(0xEE)  # whoever has it next writes there
+        self.is_closed = True
+
+
+class Lender:
+    """Lends as many bytes of each rung, a loan at a time."""
+
+    def __init__(self, **most_bytes):
+        self.left = most_bytes
+        self.loans = []
+        self.n_wakes = 0
+
+    def borrow(self, rung, n_bytes):
+        if self.left.get(rung, 0) < n_bytes:
+            return None
+        self.left[rung] -= n_bytes
+        self.loans.append(Loan(n_bytes))
+        return self.loans[-1]
+
+    def wake(self):
+        self.n_wakes += 1
+
+
+SLAB_BYTES = 64 * SHAPE.page_bytes(4)
+
+
+def let_go_of(pool, paging):
+    """As ``Holdings.let_go``."""
+
+    def let_go(row):
+        paging.forget(row)
+        row.n_done = row.n_shared = 0
+
+    return let_go
+
+
+def test_pages_go_to_a_device_before_the_host_and_to_neighbours_last(pool):
+    paging = Paging(pool, most_bytes=4 * SHAPE.page_bytes(4), may_recompute=False)
+    lender = Lender(device=SLAB_BYTES, host=SLAB_BYTES)
+    paging.lend(lender.borrow, lender.wake)
+    rows = [made(pool, 16 * 10) for _ in range(4)]
+    before = [stored(pool, row) for row in rows]
+    for row in rows:
+        assert paging.out(row)
+    assert len(lender.loans) == 1 and paging.slabs.n_lent == 40
+    others = [made(pool, 16 * 10) for _ in range(3)]
+    for row in others:
+        assert paging.out(row)
+    # 24 places of the device are left, then 4 of the host, then those that a neighbour lends.
+    assert len(lender.loans) == 2 and paging.slabs.n_lent == 70 - 4
+    for row, numbers in zip(rows, before, strict=True):
+        back(pool, paging, row)
+        assert torch.equal(stored(pool, row), numbers)
+    for row in (*rows, *others):
+        paging.forget(row)
+    paging.validate()
+    paging.slabs.return_lent(is_all=True)
+    assert all(loan.is_closed for loan in lender.loans)
+
+
+def test_what_is_wanted_back_moves_on_to_the_bit(pool):
+    paging = Paging(pool, may_recompute=False)
+    lender = Lender(device=SLAB_BYTES)
+    paging.lend(lender.borrow, lender.wake)
+    here, away = made(pool, 40), made(pool, 50)
+    before = stored(pool, away)
+    paging.out(here)
+    paging.out(away)
+    back(pool, paging, here)
+    kept = stored(pool, here)
+    (loan,) = lender.loans
+    loan.want_back()
+    assert lender.n_wakes == 1 and not loan.is_closed
+    lost = []
+    paging.evacuate(lost.append)
+    assert loan.is_closed and not lost and paging.n_moved == 4
+    paging.validate()
+    back(pool, paging, away)
+    assert torch.equal(stored(pool, away), before)
+    assert torch.equal(stored(pool, here), kept)
+
+
+def test_what_has_no_other_room_is_computed_again(pool):
+    paging = Paging(pool, most_bytes=0, may_recompute=False)
+    lender = Lender(device=SLAB_BYTES)
+    paging.lend(lender.borrow, lender.wake)
+    row = made(pool, 50)
+    assert paging.out(row)
+    lender.loans[0].want_back()
+    paging.evacuate(let_go_of(pool, paging))
+    assert lender.loans[0].is_closed and not row.n_done and not paging.n_parked
+    paging.validate()
+    assert not paging.out(made(pool, 20))  # a lender that wants memory back gets no more pages
+
+
+def test_random_moves_with_lenders_that_come_and_go_lose_nothing(pool):
+    paging = Paging(pool, most_bytes=10 * SHAPE.page_bytes(4), may_recompute=False)
+    lender = Lender(device=30 * SLAB_BYTES, host=30 * SLAB_BYTES)
+    paging.lend(lender.borrow, lender.wake)
+    rng = random.Random(1)
+    rows, expected = [], {}
+    for _ in range(600):
+        here = [row for row in rows if row.pages]
+        away = [row for row in rows if row.is_parked]
+        move = rng.choice(["add", "out", "back", "want", "evacuate", "end"])
+        if move == "add" and pool.n_free > 8 and len(rows) < 14:
+            rows.append(made(pool, rng.randint(1, 60)))
+            expected[id(rows[-1])] = stored(pool, rows[-1])
+        elif move == "out" and here:
+            paging.out(rng.choice(here))
+        elif move == "back" and away:
+            row = rng.choice(away)
+            if n_pages_for(row.n_done) <= pool.n_free:
+                back(pool, paging, row)
+        elif move == "want" and rng.random() < 0.3:
+            loans = [loan for loan in lender.loans if not loan.is_closed]
+            if loans:
+                rng.choice(loans).want_back()
+        elif move == "evacuate":
+            paging.evacuate(let_go_of(pool, paging))
+        elif move == "end" and rows:
+            row = rows.pop(rng.randrange(len(rows)))
+            pool.release(row.pages)
+            row.pages = []
+            paging.forget(row)
+        for row in rows:
+            if row.pages:
+                assert torch.equal(stored(pool, row), expected[id(row)])
+        paging.validate()
+        pool.validate()
+    assert paging.n_moved
+    for row in rows:
+        pool.release(row.pages)

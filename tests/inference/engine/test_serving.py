@@ -13,6 +13,8 @@ import pytest
 
 from dask_pcm.inference.engine.rows import Generated, RowError, Scored, trie_of
 from dask_pcm.inference.engine.serving import EngineClosedError, Serving
+from dask_pcm.inference.engine.timeslice import Kind, Owner
+from dask_pcm.ladder.store import Store
 from tests.inference.engine.test_engine import ENDINGS, text
 from tests.support.patience import patient, until
 
@@ -378,3 +380,47 @@ def test_a_closed_engine_leaves_nothing_on_the_device(model, rows):
 
 def broken_device():
     raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_memory_that_is_lent_changes_no_token_and_is_back_within_a_step(model):
+    """A lender in this process, over the sockets that workers have."""
+    lender = Store(budget=lambda: 1 << 20, is_mapped=False)
+    lender.lend(lambda: "cpu").open("engines", "lender")
+    borrower = Store(budget=lambda: 0, is_mapped=False)
+    lending = borrower.lend(devices=lambda: {"cpu": "cpu"})
+    lending.open("engines", "borrower")
+    rng = random.Random(0)
+    prompts = [text(rng, rng.randint(20, 60)) for _ in range(12)]
+    made = []
+
+    def make():
+        engine = model.engine(n_pages=12).engine
+        engine.paging._may_recompute = False
+        # All that is sent goes to what is lent.
+        engine.paging.slabs._most_pages = 0
+        made.append(engine)
+        return engine
+
+    one = Serving(make, n_bytes=0, n_rows=30)
+    one.lend(lending.borrow)
+    one.start()
+    futures = [one.ask(asked(prompt)) for prompt in prompts]
+    n_reclaimed = 0
+    while not all(future.done() for future in futures):
+        if lender.lending.leases.lent_bytes():
+            n_reclaimed += lender.lending.leases.reclaim()
+        time.sleep(0.002)
+    assert n_reclaimed and made[0].paging.slabs.n_lent
+    assert until(lambda: not lender.lending.leases.lent_bytes())
+    one.close()
+    assert [future.result() for future in futures] == [
+        [model.continued(prompt, 40)] for prompt in prompts
+    ]
+    for store in (lender, borrower):
+        store.validate()
+        store.close()
+
+
+def asked(prompt):
+    owner = Owner(Kind.QUESTION, "me")
+    return Generated(list(prompt), lambda _: None, n_prompt=len(prompt), n_max=40, owner=owner)

@@ -1,0 +1,126 @@
+"""Memory that a worker has borrowed from a neighbour, or of what its own device has to spare."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from dask_pcm.ladder.objects.tensors import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+
+class Loan:
+    """Borrowed memory; for any thread, but one at a time uses the memory.
+
+    It stays until ``close``, even if its lender dies: it is never taken away under its user.
+
+    Parameters
+    ----------
+    epoch, medium, n_bytes
+        See ``Lease``.
+    lender
+        Its name, for messages.
+    fd
+        Memory of the host as a file; the loan closes it.
+    device
+        Of memory of a device, its name for torch in this process.
+
+    Attributes
+    ----------
+    is_wanted_back
+        Whether the lender wants it back, or is dead: move what is there, then ``close``.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        medium: str,
+        n_bytes: int,
+        lender: str,
+        *,
+        fd: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.epoch = epoch
+        self.medium = medium
+        self.n_bytes = n_bytes
+        self.lender = lender
+        self.fd = fd
+        self.device = device
+        self.is_wanted_back = False
+        self.is_closed = False
+        self._memory: Any = None
+        self._end: Callable[[], None] = lambda: None
+        self._on_wanted: Callable[[], None] | None = None
+        self._changing = threading.Lock()
+
+    def memory(self) -> Any:
+        """Its bytes as a tensor, shape (n_bytes,), uint8; the first call maps or takes them.
+
+        Raises
+        ------
+        OSError, MemoryError, RuntimeError
+            If that is impossible.
+        """
+        if self._memory is None:
+            import torch
+
+            if self.fd is not None:
+                self._memory = torch.frombuffer(mmap.mmap(self.fd, self.n_bytes), dtype=torch.uint8)
+            else:
+                self._memory = torch.empty(self.n_bytes, dtype=torch.uint8, device=self.device)
+        return self._memory
+
+    def ends_with(self, call: Callable[[], None]) -> None:
+        """Have something called once it is closed, which tells the lender."""
+        self._end = call
+
+    def on_wanted(self, call: Callable[[], None]) -> None:
+        """Have something called once the memory is wanted back; at once if it is by now.
+
+        It is called on any thread, and must not wait for others.
+        """
+        with self._changing:
+            self._on_wanted = call
+            is_wanted = self.is_wanted_back
+        if is_wanted:
+            call()
+
+    def want_back(self) -> None:
+        """The lender wants it back, or is dead."""
+        with self._changing:
+            is_new = not (self.is_wanted_back or self.is_closed)
+            self.is_wanted_back = True
+            call = self._on_wanted
+        if is_new and call is not None:
+            call()
+
+    def close(self) -> None:
+        """Return the memory; tensors of it must not be in use any more."""
+        with self._changing:
+            if self.is_closed:
+                return
+            self.is_closed, self._on_wanted = True, None
+        self._memory = None
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+        elif self.device is not None and self.device.startswith("cuda"):
+            _free_cached()
+        self._end()
+
+
+def _free_cached() -> None:
+    """Give memory of devices that torch keeps for later back to the driver."""
+    import torch
+
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:  # of a device that is lost
+        if not is_out_of_memory(error):
+            logger.info("Memory of a device was not given back: %s", error)

@@ -1,0 +1,100 @@
+"""A worker lends memory to the other workers of its host, and borrows theirs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Mapping
+
+from distributed import Worker
+
+from dask_pcm.config import Config
+from dask_pcm.ladder.lending import Informer
+from dask_pcm.ladder.store import Store
+from dask_pcm.plugins.worker.memory import MemoryAllowance
+
+logger = logging.getLogger(__name__)
+
+#: How often it is looked whether requests wait, in seconds.
+_LOOK_S = 0.25
+#: What is left of a device's memory beside what is lent, as a share of all.
+_LEFT_SHARE = 1 / 16
+_CPU = "cpu"
+_LOANS = "borrowed memory"
+
+
+class WorkerLending:
+    """Opens the store's lending to the workers of a cluster, and says when the worker lends.
+
+    Parameters
+    ----------
+    memory
+        Raises the worker's memory limits by what it borrows.
+    """
+
+    def __init__(
+        self, worker: Worker, config: Config, store: Store, memory: MemoryAllowance
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._memory = memory
+        self._informer = Informer()
+        self._is_over = threading.Event()
+        self._lending = store.lend(
+            self._device,
+            self._devices,
+            self._is_free,
+            lambda n_bytes: memory.set_taken(_LOANS, n_bytes),
+        )
+        self._lending.open(worker.scheduler.address, worker.address)
+        threading.Thread(target=self._look, name="pcm-informer", daemon=True).start()
+
+    def close(self) -> None:
+        """Lend nothing more; the store closes the rest."""
+        self._is_over.set()
+
+    def _look(self) -> None:
+        """Decide now and then whether to offer memory."""
+        leases = self._lending.leases
+        while not self._is_over.wait(_LOOK_S):
+            was_offering = leases.is_offering
+            is_offering = self._informer.decide(self._store.n_waiting(), time.monotonic())
+            if not self._is_over.is_set():
+                leases.is_offering = is_offering
+            if was_offering and not is_offering:
+                leases.reclaim()
+
+    def _device(self) -> str | None:
+        """The device of this worker that can be lent."""
+        return next(iter(self._devices()), None) if self._config.n_devices == 1 else None
+
+    def _devices(self) -> Mapping[str, str]:
+        """Devices on which this process can take memory, its own first."""
+        torch = sys.modules.get("torch")
+        if torch is None:
+            return {}
+        if self._config.is_cpu_only or not torch.cuda.is_available():
+            # With a budget, the host's memory plays the device's part.
+            return {} if self._config.device_budget_bytes is None else {_CPU: _CPU}
+        if not torch.cuda.is_initialized():
+            return {}
+        own = torch.cuda.current_device()
+        numbers = sorted(range(torch.cuda.device_count()), key=lambda k: k != own)
+        return {_uuid(k): f"cuda:{k}" for k in numbers}
+
+    def _is_free(self, n_bytes: int) -> bool:
+        """Whether this worker's device has memory that is not even cached."""
+        if self._device() == _CPU:
+            return True
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        return bool(free - n_bytes > _LEFT_SHARE * total)
+
+
+def _uuid(device: int) -> str:
+    import torch
+
+    return f"cuda:{torch.cuda.get_device_properties(device).uuid}"

@@ -1,0 +1,210 @@
+"""What a worker can spare, its neighbours have, until it is wanted back or an end dies."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import psutil
+import pytest
+import torch
+
+from dask_pcm.ladder.budget import Request
+from dask_pcm.ladder.lending import wire
+from dask_pcm.tiers import Tier
+from tests.ladder.lending.conftest import MIB, wait_for
+from tests.ladder.test_budget import context, used
+
+
+def returns_when_asked(loan):
+    """A borrower that needs no time."""
+    loan.on_wanted(loan.close)
+    return loan
+
+
+@pytest.mark.parametrize("rung", ["neighbour", "host"])
+def test_parts_of_what_is_spare_are_lent_and_no_more(host, rung):
+    lender = host.worker(10, 10)
+    borrowers = [host.worker(), host.worker()]
+    loans = [
+        borrowers[0].lending.borrow(rung, 4 * MIB),
+        borrowers[1].lending.borrow(rung, 4 * MIB),
+    ]
+    assert [loan.memory().numel() for loan in loans] == [4 * MIB, 4 * MIB]
+    assert borrowers[0].lending.borrow(rung, 4 * MIB) is None  # 2 MiB are left
+    assert lender.lending.leases.lent_bytes() == 8 * MIB
+    for loan in loans:
+        loan.close()
+    wait_for(lambda: not lender.lending.leases.lent_bytes())
+
+
+def test_memory_of_the_host_is_taken_by_the_lender_and_shared(host):
+    host.worker(0, 10)
+    borrower = host.worker()
+    before = psutil.Process().memory_info().rss
+    loan = borrower.lending.borrow("host", 8 * MIB)
+    assert os.fstat(loan.fd).st_blocks * 512 >= 8 * MIB  # there before the borrower writes it
+    assert psutil.Process().memory_info().rss - before < 8 * MIB  # and not mapped by the lender
+    with pytest.raises(PermissionError):  # sealed: it does not vanish under who has mapped it
+        os.ftruncate(loan.fd, MIB)
+    loan.memory().fill_(7)
+    assert loan.memory().sum().item() == 7 * 8 * MIB
+    loan.close()
+
+
+def test_what_a_lender_needs_itself_it_gets_back(host):
+    lender, borrower = host.worker(10), host.worker()
+    loans = [returns_when_asked(borrower.lending.borrow("neighbour", 2 * MIB)) for _ in range(4)]
+    lender.device.reserve(Request("mine", 5 * MIB), lambda: None)
+    # 2 MiB were free; the last two had to come back for the other 3.
+    assert [loan.is_closed for loan in loans] == [False, False, True, True]
+    assert lender.lending.leases.lent_bytes() == 4 * MIB
+
+
+def test_nothing_is_lent_while_it_is_asked_back_or_not_offered(host):
+    lender, borrower, third = host.worker(10), host.worker(), host.worker()
+    loan = borrower.lending.borrow("neighbour", 4 * MIB)
+    asked = threading.Event()
+    loan.on_wanted(asked.set)
+    reclaiming = threading.Thread(target=lender.lending.leases.reclaim)
+    reclaiming.start()
+    assert asked.wait(10)
+    assert third.lending.borrow("neighbour", MIB) is None
+    loan.close()
+    reclaiming.join(10)
+    assert not reclaiming.is_alive()
+    lender.lending.leases.is_offering = False
+    fourth = host.worker()
+    assert fourth.lending.borrow("neighbour", MIB) is None
+    # What it does not offer to others, its own engines may have.
+    loan = lender.lending.borrow("device", MIB)
+    assert loan is not None
+    loan.close()
+
+
+def test_a_borrower_that_hangs_delays_its_lender_and_no_one_dies(host, monkeypatch, caplog):
+    monkeypatch.setattr("dask_pcm.ladder.lending.leases._WAIT_S", 0.2)
+    lender, borrower = host.worker(10, name="tcp://lender"), host.worker(name="tcp://borrower")
+    loan = borrower.lending.borrow("neighbour", 8 * MIB)
+    done = threading.Event()
+
+    def load():
+        lender.device.reserve(Request("mine", 5 * MIB), done.set)
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    wait_for(lambda: "tcp://borrower has not returned 8,388,608 bytes" in caplog.text)
+    assert not done.is_set() and loan.is_wanted_back
+    loan.memory().fill_(1)  # it is there all the same
+    loan.close()
+    assert done.wait(10)
+    loading.join()
+
+
+def test_an_end_that_dies_ends_its_leases(host):
+    lender, borrower = host.worker(10, 10), host.worker()
+    loans = [borrower.lending.borrow(rung, 2 * MIB) for rung in ("neighbour", "host")]
+    loans[1].memory().fill_(3)
+    lender.lending._server.close()  # as the kernel does for a process that was killed
+    wait_for(lambda: all(loan.is_wanted_back for loan in loans))
+    assert loans[1].memory().sum().item() == 3 * 2 * MIB  # never unmapped under its user
+    for loan in loans:
+        loan.close()
+    lender, borrower = host.worker(10, 10), host.worker()
+    loans = [borrower.lending.borrow(rung, 2 * MIB) for rung in ("neighbour", "host")]
+    assert lender.lending.leases.lent_bytes() == 4 * MIB
+    borrower.lending._server.close()
+    wait_for(lambda: not lender.lending.leases.lent_bytes())
+    for loan in loans:
+        loan.close()
+
+
+def test_lenders_that_have_nothing_are_not_asked_all_the_time(host, monkeypatch):
+    host.worker()
+    borrower = host.worker()
+    asked = []
+    monkeypatch.setattr(wire, "connect", lambda address: asked.append(address))
+    assert [borrower.lending.borrow("host", MIB) for _ in range(5)] == [None] * 5
+    assert len(asked) == 1
+
+
+def test_workers_of_another_cluster_and_nonsense_are_refused(host):
+    lender = host.worker(10)
+    address = lender.lending._server.address
+    assert wire.lenders("another") == [] and wire.lenders(host.cluster) == [address]
+    for message in (
+        {"medium": "cpu"},
+        {"medium": "cpu", "n_bytes": "many", "name": "x"},
+        {"medium": "cuda:1", "n_bytes": 1, "name": "x"},
+        {"medium": "cpu", "n_bytes": 11 * MIB, "name": "x"},
+        {"medium": "cpu", "n_bytes": -5, "name": "x"},
+        {"medium": "host", "n_bytes": 0, "name": "x"},
+    ):
+        connection = wire.connect(address)
+        wire.send(connection, message)
+        assert wire.receive(connection) in [({"epoch": None}, None), None], message
+        connection.close()
+    connection = wire.connect(address)
+    connection.send(b"not json")
+    assert wire.receive(connection) is None
+    connection.close()
+    assert lender.lending.leases.lent_bytes() == 0
+
+
+def test_a_context_goes_to_a_neighbours_device_and_comes_back(host):
+    lender, borrower = host.worker(10, name="rich"), host.worker(5, 100)
+    one, two = context(1), context(2)
+    assert [used(borrower, ref) for ref in (one, two)] == [1, 2]  # 4 MiB each: one makes room
+    assert borrower.tier(one.digest) is Tier.HOST
+    assert lender.lending.leases.lent_bytes() == 4 * MIB
+    assert used(borrower, one) == 1 and borrower.n_loads(one.digest) == 1
+    # Two made room, in turn: memory of the first loan is back.
+    wait_for(lambda: lender.lending.leases.lent_bytes() == 4 * MIB)
+
+
+@pytest.mark.parametrize("host_mib", [100, 0])
+def test_a_context_moves_on_if_the_memory_is_wanted_back(host, host_mib):
+    lender, borrower = host.worker(10), host.worker(5, host_mib)
+    one, two = context(1), context(2)
+    assert [used(borrower, ref) for ref in (one, two)] == [1, 2]
+    lender.device.reserve(Request("mine", 8 * MIB), lambda: None)
+    assert not lender.lending.leases.lent_bytes()
+    wait_for(lambda: borrower.tier(one.digest) in (Tier.HOST, Tier.ABSENT))
+    assert borrower.tier(one.digest) is (Tier.HOST if host_mib else Tier.ABSENT)
+    assert used(borrower, one) == 1
+    assert borrower.n_loads(one.digest) == 1  # loaded once, or once since it was dropped
+
+
+def test_without_room_on_its_host_tier_a_context_goes_to_that_of_a_neighbour(host):
+    lender, borrower = host.worker(0, 10), host.worker(5, 0)
+    one, two = context(1), context(2)
+    assert [used(borrower, ref) for ref in (one, two)] == [1, 2]
+    assert borrower.tier(one.digest) is Tier.HOST
+    assert lender.lending.leases.lent_bytes("host") == 4 * MIB
+    value = torch.tensor(used(borrower, one))
+    assert value == 1 and borrower.n_loads(one.digest) == 1
+    # The lender needs its host tier: for another context of its own.
+    assert lender.lending.leases.reclaim()
+    wait_for(lambda: borrower.tier(two.digest) is Tier.ABSENT)  # no other room
+
+
+def test_a_lenders_own_contexts_get_its_host_tier_back(host):
+    lender, borrower = host.worker(5, 10), host.worker(5, 0)
+    one, two, three, four = (context(number) for number in (1, 2, 3, 4))
+    assert used(lender, three) == 3  # with a copy on the host tier
+    assert [used(borrower, ref) for ref in (one, two)] == [1, 2]
+    assert lender.lending.leases.lent_bytes("host") == 4 * MIB
+    assert used(lender, four) == 4
+    assert lender.tier(three.digest) is Tier.HOST
+    assert not lender.lending.leases.lent_bytes("host")  # there was room for two
+    assert used(lender, three) == 3 and lender.n_loads(three.digest) == 1
+
+
+def test_what_is_borrowed_is_told_before_it_is_used(host):
+    told = []
+    host.worker(10)
+    borrower = host.worker(on_borrowed=told.append)
+    first, second = (borrower.lending.borrow("neighbour", n * MIB) for n in (1, 2))
+    first.close()
+    second.close()
+    assert told == [MIB, 3 * MIB, 2 * MIB, 0]
