@@ -140,3 +140,36 @@ def test_a_request_waits_for_what_is_in_use_and_gets_what_is_given_back():
         changed.notify_all()
     assert granted.wait(30)
     waiting.join(30)
+
+
+class Borrower(Pool):
+    """An attendant that needs memory beside its own."""
+
+    def lend(self, borrow):
+        SEEN.append(("lend", self.model.number))
+        self.borrow = borrow
+
+    def n_waiting(self):
+        return self.model.number
+
+
+class Borrowing(Served):
+    def attend(self):
+        return Borrower(self)
+
+
+def test_one_that_borrows_is_told_where_before_it_starts(store):
+    store.lend(lambda: "cpu", lambda: {"cpu": "cpu"})
+    one, two = context(3, 2, load=Borrowing), context(4, 2, load=Served)
+    with store.acquire([one, two]):
+        assert SEEN[:2] == [("lend", 3), ("start", 3)] and ("lend", 4) not in SEEN
+        assert store.n_waiting() == 3
+        attendant = store.attendant(one.digest)
+        # 2 MiB of 10 are left: its own device's go to no other than its own engine.
+        assert attendant.borrow("device", 3 * MIB) is None
+        loan = attendant.borrow("device", 2 * MIB)
+        assert loan is not None
+        loan.on_wanted(loan.close)
+    with store.acquire([context(5, 2)]):
+        assert loan.is_closed  # rather than that a context goes
+        assert store.tier(two.digest) is Tier.DEVICE

@@ -261,6 +261,8 @@ class _Server:
 
     def forget(self, connection: socket.socket) -> None:
         """Close a connection: its loan was closed."""
+        with suppress(OSError):  # so that its lender hears it before the next request
+            connection.shutdown(socket.SHUT_RDWR)
         with self._changing:
             self._to_forget.append(connection)
             if self._is_over:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from distributed import Worker
 
 from dask_pcm.config import Config
+from dask_pcm.ladder.device import declared_device
 from dask_pcm.ladder.lending import Informer
 from dask_pcm.ladder.store import Store
 from dask_pcm.plugins.worker.memory import MemoryAllowance
@@ -72,13 +73,11 @@ class WorkerLending:
 
     def _devices(self) -> Mapping[str, str]:
         """Devices on which this process can take memory, its own first."""
-        torch = sys.modules.get("torch")
-        if torch is None:
-            return {}
-        if self._config.is_cpu_only or not torch.cuda.is_available():
+        if self._config.is_cpu_only or declared_device() is None:
             # With a budget, the host's memory plays the device's part.
             return {} if self._config.device_budget_bytes is None else {_CPU: _CPU}
-        if not torch.cuda.is_initialized():
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_initialized():
             return {}
         own = torch.cuda.current_device()
         numbers = sorted(range(torch.cuda.device_count()), key=lambda k: k != own)

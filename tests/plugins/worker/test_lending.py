@@ -1,0 +1,91 @@
+"""Workers of a host lend each other what their devices have to spare: real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import dask
+import pytest
+from dask.distributed import Client
+
+import dask_pcm as pcm
+from dask_pcm.plugins.scheduler.plugin import GATE
+from tests.conftest import validated_cluster
+from tests.plugins.worker.test_sharing import MIB, ask, load
+from tests.support.patience import until
+
+
+@pytest.fixture
+def lending():
+    """What ``pcm.ladder.lending`` is."""
+    return "auto"
+
+
+@pytest.fixture
+def client(lending):
+    """Two workers, whose devices have 10 MiB each."""
+    with (
+        dask.config.set({"pcm.ladder.device.budget": "10 MiB", "pcm.ladder.lending": lending}),
+        validated_cluster(n_workers=2) as cluster,
+        Client(cluster) as client,
+    ):
+        pcm.install(client)
+        yield client
+        cluster.scheduler.plugins[GATE].state.validate()
+        client.run(validate)
+
+
+def validate(dask_worker):
+    dask_worker.plugins["pcm-contexts"].contexts.store.validate()
+
+
+def lent_bytes(dask_worker):
+    lending = dask_worker.plugins["pcm-contexts"].contexts.store.lending
+    return (lending.leases.lent_bytes(), lending.borrowed_bytes) if lending else None
+
+
+def used(client, worker, *contexts):
+    futures = [client.submit(ask, 0, one, workers=[worker], pure=False) for one in contexts]
+    return [values[0] for _, values in client.gather(futures)]
+
+
+def contexts(log, n, size_mib=4):
+    return [pcm.Context(load, log, k, size_mib, name=f"c{k}") for k in range(n)]
+
+
+def test_a_context_that_makes_room_goes_to_a_neighbours_device(client, tmp_path):
+    log = str(tmp_path / "loads")
+    first, second = sorted(client.scheduler_info()["workers"])
+    made = contexts(log, 6)
+    assert used(client, first, *made[:3]) == [0, 1, 2]
+    lent = client.run(lent_bytes)
+    assert lent == {first: (0, 4 * MIB), second: (4 * MIB, 0)}
+    # The neighbour needs it itself.
+    assert used(client, second, *made[3:5]) == [3, 4]
+    assert until(lambda: client.run(lent_bytes) == {first: (0, 0), second: (0, 0)})
+    assert used(client, first, *made[:3]) == [0, 1, 2]
+    assert sorted((tmp_path / "loads").read_text().split()) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("who", ["lender", "borrower"])
+def test_a_worker_that_is_killed_takes_nothing_along(client, tmp_path, who):
+    first, second = sorted(client.scheduler_info()["workers"])
+    made = contexts(str(tmp_path / "loads"), 3)
+    assert used(client, first, *made) == [0, 1, 2]
+    assert client.run(lent_bytes)[second] == (4 * MIB, 0)
+    killed = first if who == "borrower" else second
+    (pid,) = client.run(os.getpid, workers=[killed]).values()
+    os.kill(pid, signal.SIGKILL)
+    left = second if who == "borrower" else first
+    until(lambda: client.run(lent_bytes, workers=[left]) == {left: (0, 0)})
+    client.wait_for_workers(2)
+    assert used(client, left, *made) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("lending", ["never"])
+def test_it_can_be_switched_off(client, tmp_path):
+    first, second = sorted(client.scheduler_info()["workers"])
+    made = contexts(str(tmp_path / "loads"), 3)
+    assert used(client, first, *made) == [0, 1, 2]
+    assert client.run(lent_bytes) == {first: None, second: None}
