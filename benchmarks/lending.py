@@ -8,6 +8,7 @@ with two linked devices the same between them, and a context that is restored fr
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
@@ -33,6 +34,7 @@ from benchmarks.responsive import (
 from benchmarks.table import Rows, parser
 from dask_pcm.inference.engine.rows import Generated
 from dask_pcm.inference.engine.serving import Serving
+from dask_pcm.inference.engine.slabs import Slab
 from dask_pcm.inference.engine.timeslice import SLICE_TOKENS
 from dask_pcm.ladder.lending import wire
 from dask_pcm.ladder.objects.host import Host, LocalKeeper
@@ -161,7 +163,11 @@ def lent_first(borrower: Borrower) -> None:
     """Have pages go to memory of neighbours, of any rung, before that of the host."""
     slabs = borrower.engine.paging.slabs
     made = slabs._made
-    slabs._made = lambda n: slabs._borrow("device", max(n, 64)) or made(n)  # type: ignore
+
+    def made_or_borrowed(n_pages: int) -> Slab | None:
+        return slabs._borrow("device", max(n_pages, 64)) or made(n_pages)
+
+    slabs._made = made_or_borrowed  # type: ignore[method-assign]
 
 
 # -- kills ---------------------------------------------------------------------------------------
@@ -285,7 +291,7 @@ def copies(table: Rows, device: str) -> None:
         engine = engine_of(one, 512, may_recompute=False, most_bytes=0 if where != "host" else None)
         there = device if where == "same" else "cuda:1"
         if where != "host":
-            engine.paging.lend(lambda _, n, there=there: _Allocated(n, there), lambda: None)
+            engine.paging.lend(functools.partial(_allocated, there), lambda: None)
         (prompt,) = prompts(1, (2000, 2001), 0)
         row = Generated(prompt, lambda _: None, n_prompt=len(prompt), n_max=10, owner=QUESTION)
         engine.add([row])
@@ -307,6 +313,10 @@ def copies(table: Rows, device: str) -> None:
     table.add("another allocation on this device over the host", seconds["same"] / seconds["host"])
     if n_devices > 1:
         table.add("another device over the host", seconds["next"] / seconds["host"], "<= 0.5")
+
+
+def _allocated(device: str, _: str, n_bytes: int) -> _Allocated:
+    return _Allocated(n_bytes, device)
 
 
 class _Allocated:

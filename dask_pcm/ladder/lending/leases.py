@@ -73,7 +73,7 @@ class Leases:
     host
         The host tier.
     is_free
-        Whether a device has as many bytes to spare, whatever its budget says.
+        Whether a device has as many bytes to spare, beside what its budget says.
 
     Attributes
     ----------

@@ -67,11 +67,13 @@ class Lending:
         Parameters
         ----------
         cluster
-            A text that all workers of the cluster know.
+            A text that all workers of the cluster know, and no others.
         name
             Of this worker, for messages.
         """
         self._name = name
+        if self._server is not None:  # of a cluster that was
+            self._server.close()
         try:
             self._server = _Server(wire.listen(cluster), name, self.leases)
         except OSError as error:  # not Linux

@@ -113,6 +113,11 @@ class WorkerContexts:
         self._mover.shutdown(wait=False)
         return closing
 
+    def lend(self, token: bytes) -> None:
+        """Lend memory to workers that know the cluster's token, and borrow theirs."""
+        if self._lending is not None:
+            self._lending.open(token.hex())
+
     def on_load(
         self, ref: bytes, n_threads: int, imports: Sequence[str] = (), **kwargs: Any
     ) -> None:

@@ -49,8 +49,12 @@ class WorkerLending:
             self._is_free,
             lambda n_bytes: memory.set_taken(_LOANS, n_bytes),
         )
-        self._lending.open(worker.scheduler.address, worker.address)
+        self._name = worker.address
         threading.Thread(target=self._look, name="pcm-informer", daemon=True).start()
+
+    def open(self, cluster: str) -> None:
+        """Lend to the workers of a cluster on this host, and borrow from them; see ``Lending``."""
+        self._lending.open(cluster, self._name)
 
     def close(self) -> None:
         """Lend nothing more; the store closes the rest."""

@@ -107,7 +107,7 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
             "pcm-return": self.on_return,
             "pcm-ask": self.questions.on_ask,
             "pcm-unask": self.questions.on_cancel,
-            "pcm-welcome": self.fetcher.on_welcome,
+            "pcm-welcome": self.on_welcome,
             "pcm-copy": self.fetcher.on_copy,
         }
 
@@ -183,6 +183,11 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
                 handle(**says)
 
         return handle_now
+
+    def on_welcome(self, token: bytes) -> None:
+        """The gate, perhaps a new one, has sent the cluster's token."""
+        self.fetcher.on_welcome(token)
+        self.contexts.lend(token)
 
     def on_return(self, keys: Sequence[Any], **kwargs: Any) -> None:
         """The gate asks for tasks back: free those that have not begun, and name them in the reply.

@@ -119,6 +119,19 @@ def test_an_end_that_dies_ends_its_leases(host):
         loan.close()
 
 
+def test_a_worker_whose_gate_is_a_new_one_lends_to_that_cluster(host):
+    lender, borrower = host.worker(10), host.worker()
+    loan = borrower.lending.borrow("neighbour", MIB)
+    lender.lending.open("another" + host.cluster, "lender")
+    wait_for(lambda: loan.is_wanted_back and not lender.lending.leases.lent_bytes())
+    loan.close()
+    assert wire.lenders(host.cluster) == [borrower.lending._server.address]
+    borrower.lending.open("another" + host.cluster, "borrower")
+    loan = borrower.lending.borrow("neighbour", MIB)
+    assert loan is not None
+    loan.close()
+
+
 def test_lenders_that_have_nothing_are_not_asked_all_the_time(host, monkeypatch):
     host.worker()
     borrower = host.worker()

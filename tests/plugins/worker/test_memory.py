@@ -68,6 +68,15 @@ def test_what_an_attendant_may_take_later_counts_from_the_beginning(worker):
     assert told.n_bytes[-1] == 0
 
 
+def test_what_is_borrowed_raises_the_limits_as_long_as_it_is(worker):
+    told = Told()
+    memory = MemoryAllowance(worker, told)
+    for n_bytes in (1 << 20, 3 << 20, 0):
+        memory.set_taken("borrowed memory", n_bytes)
+        assert worker.memory_manager.memory_limit == LIMIT + n_bytes
+    assert told.n_bytes == [1 << 20, 3 << 20, 0]
+
+
 def test_whoever_tells_last_knows_most(worker):
     """A load has ended and its nanny is slow to hear of it; in that moment another begins."""
     told = Told()
