@@ -14,9 +14,11 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from dask_pcm.scheduling.events import (
     Assign,
     Event,
     Group,
+    HostPlan,
+    HostsPlanned,
     Load,
     ResidencyReported,
     RunClosed,
@@ -47,6 +51,7 @@ from dask_pcm.scheduling.feed.demand import device_demand
 from dask_pcm.scheduling.feed.feed import Feed, UnitSizing
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.rules.drain_time import DrainTime
+from dask_pcm.scheduling.rules.placer import Placeable, place
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.simulation import Result, Scenario, read_scenario, simulate, variants
 from dask_pcm.tiers import Tier
@@ -381,7 +386,52 @@ class Played:
             self._at(ends, "end", action.key)
 
 
+# -- contexts that lend beside contexts that borrow ------------------------------------------------
+
+#: Of the paper on lending: what each context has to lend, or needs, in gibibytes.
+LENDS_GIB, N_ON_SERVER = (30, 20, 40, 35, 15, 45, 40, -20, -10, -30), 8
+
+
+def placer(rows: Rows) -> None:
+    """The paper's contexts, repeated until each device of 2 to 32 servers has one."""
+    for n_servers in (2, 4, 8, 16, 32):
+        each = Counter(islice(cycle(LENDS_GIB), n_servers * N_ON_SERVER))
+        contexts = [Placeable(f"{gib} GiB", gib << 30, n) for gib, n in each.items()]
+        start = time.perf_counter()
+        plan = place(contexts, {f"s{k}": N_ON_SERVER for k in range(n_servers)})
+        seconds = time.perf_counter() - start
+        assert plan is not None
+        # No plan evens out more than all memory and all lenders, shared among the servers.
+        even = sum(gib * n for gib, n in each.items()) / n_servers
+        rows.add(f"placer, {n_servers} servers: gap to the best plan", plan.gap, "== 0")
+        rows.add(
+            "… GiB to lend on the server with most, over an even share",
+            (plan.most_bytes >> 30) / even,
+        )
+        rows.add("… borrowers without a lender on their server", plan.n_alone, "== 0")
+        rows.add("… seconds", seconds, "<= 10")
+    decisions(rows, n_workers=1_000)
+
+
+def decisions(rows: Rows, n_workers: int) -> None:
+    """What a decision costs with a plan of hosts, over without one; in turn."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(3):
+        for has_plan in (False, True):
+            played = Played(n_workers, 20_000)
+            if has_plan:
+                hosts = {f"w{k}": Counter(llm=1) for k in range(n_workers)}
+                played._tell(HostsPlanned(HostPlan(hosts, 0, 0, 0, 0.0)))
+            played.run()
+            seconds[has_plan].append(played.decide_s)
+    rows.add(
+        "a decision with a plan of hosts, over without one",
+        min(seconds[True]) / min(seconds[False]),
+    )
+
+
 PARTS = {
+    "placer": placer,
     "calibration": calibration,
     "papers": papers,
     "scale-out": scale_out,

@@ -148,6 +148,9 @@ class Borrowing(Protocol):
     def n_waiting(self) -> int:
         """How many rows wait since they have no memory."""
 
+    def needed_bytes(self) -> int:
+        """What rows take beside the memory that it has on the device."""
+
 
 @dataclass(slots=True)
 class Residency:

@@ -133,9 +133,19 @@ class Store:
 
     def n_waiting(self) -> int:
         """Rows of attendants that wait since they have no memory."""
+        return sum(one.n_waiting() for one in self._borrowing().values())
+
+    def needed_bytes(self) -> dict[str, int]:
+        """By context, what rows of its attendant take beside its memory on the device."""
+        return {digest: one.needed_bytes() for digest, one in self._borrowing().items()}
+
+    def _borrowing(self) -> dict[str, Borrowing]:
+        """Attendants that borrow, by context."""
         with self._residencies.changed:
-            found = [residency.attendant for residency in self._residencies.by_digest.values()]
-        return sum(map(_n_waiting, found))
+            found: dict[str, Any] = {
+                digest: r.attendant for digest, r in self._residencies.by_digest.items()
+            }
+        return {digest: one for digest, one in found.items() if isinstance(one, Borrowing)}
 
     def is_backing_off(self, digest: str) -> bool:
         """Whether the context failed to load and its back-off has not ended.
@@ -304,10 +314,6 @@ class Store:
 def of_process() -> Store:
     """The store of this process for tasks outside a worker that has the plugin."""
     return Store(is_cpu_only=Config.read().is_cpu_only)
-
-
-def _n_waiting(attendant: Attendant | None) -> int:
-    return attendant.n_waiting() if isinstance(attendant, Borrowing) else 0
 
 
 def _is_settled(residency: Residency) -> bool:

@@ -7,6 +7,7 @@ out the actions that ``policy.decide`` returns. Sizes are in bytes, durations in
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import TypeAlias
@@ -291,6 +292,57 @@ class ContextAsked:
     context: str
 
 
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """Copies of contexts on hosts.
+
+    Attributes
+    ----------
+    hosts
+        By host, how many copies of each context.
+    most_bytes
+        The largest balance of a host.
+    most_surplus
+        The largest number of lenders without a borrower on a host.
+    n_alone
+        Borrowers for which their host has no lender.
+    gap
+        How far the plan may be from the best one, as a share of its cost; 0 for the best one.
+    """
+
+    hosts: Mapping[str, Counter[str]]
+    most_bytes: int
+    most_surplus: int
+    n_alone: int
+    gap: float
+
+    def n_on(self, host: str, name: str) -> int:
+        """Copies of a context that should be on a host."""
+        planned = self.hosts.get(host)
+        return 0 if planned is None else planned[name]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeeded:
+    """A context needs more memory than its device has: rows of its engine have made room.
+
+    Attributes
+    ----------
+    n_bytes
+        What they take elsewhere, on one worker.
+    """
+
+    context: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostsPlanned:
+    """The placer has made a plan of which contexts go on which hosts; None if none is needed."""
+
+    plan: HostPlan | None
+
+
 Event: TypeAlias = (
     WorkerJoined
     | WorkerLeft
@@ -309,6 +361,8 @@ Event: TypeAlias = (
     | RunClosed
     | PoolsDeclared
     | ContextAsked
+    | MemoryNeeded
+    | HostsPlanned
 )
 
 

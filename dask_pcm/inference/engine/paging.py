@@ -84,6 +84,11 @@ class Paging:
         """Rows that are off the device; read on any thread."""
         return len(self._parked)
 
+    @property
+    def n_bytes(self) -> int:
+        """What rows take off the device; read on any thread."""
+        return self.slabs.n_used * int(self._pool.kv[0].nbytes)
+
     def observe(self, n_tokens: int, seconds: float) -> None:
         """A full step has taken so long."""
         self._token_s += _NEWS * (seconds / n_tokens - self._token_s)

@@ -103,6 +103,11 @@ class Serving:
         engine = self._engine
         return 0 if engine is None else engine.n_waiting
 
+    def needed_bytes(self) -> int:
+        """See ``Borrowing``."""
+        engine = self._engine
+        return 0 if engine is None else engine.paging.n_bytes
+
     def _call(self) -> None:
         """A lender wants memory back; on any thread."""
         with self._changed:

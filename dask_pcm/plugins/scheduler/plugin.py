@@ -18,6 +18,7 @@ from dask_pcm.config import Config
 from dask_pcm.plugins.scheduler.contexts import ContextService
 from dask_pcm.plugins.scheduler.first_batches import FailingFrames
 from dask_pcm.plugins.scheduler.hub import Hub
+from dask_pcm.plugins.scheduler.placing import Placing
 from dask_pcm.plugins.scheduler.questions import QuestionService
 from dask_pcm.plugins.scheduler.runs import RunService
 from dask_pcm.plugins.scheduler.scaling import Scaling
@@ -81,6 +82,7 @@ class GatePlugin(SchedulerPlugin):
             self.questions,
             self.staging,
             self.scaling,
+            Placing(hub),
             frames,
         )
         hub.carry_out = self.dispatch.carry_out

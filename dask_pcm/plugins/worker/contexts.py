@@ -91,7 +91,7 @@ class WorkerContexts:
             is_cpu_only=config.is_cpu_only,
         )
         self._lending = (
-            WorkerLending(worker, config, self.store, memory) if config.is_lending else None
+            WorkerLending(worker, config, self.store, memory, tell) if config.is_lending else None
         )
         # Dask's executor has daemon threads: a worker that ends does not wait for a load.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="pcm-load")

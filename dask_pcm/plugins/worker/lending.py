@@ -6,7 +6,8 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from distributed import Worker
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 0.25
 #: What is left of a device's memory beside what is lent, as a share of all.
 _LEFT_SHARE = 1 / 16
+#: A need is told once it is as much larger than what was told, and than nothing.
+_MORE, _LEAST_BYTES = 1.25, 1 << 20
 _CPU = "cpu"
 _LOANS = "borrowed memory"
 
@@ -33,15 +36,25 @@ class WorkerLending:
     ----------
     memory
         Raises the worker's memory limits by what it borrows.
+    tell
+        Sends a message to the scheduler; may be called from any thread.
     """
 
     def __init__(
-        self, worker: Worker, config: Config, store: Store, memory: MemoryAllowance
+        self,
+        worker: Worker,
+        config: Config,
+        store: Store,
+        memory: MemoryAllowance,
+        tell: Callable[[dict[str, Any]], None],
     ) -> None:
         self._config = config
         self._store = store
         self._memory = memory
         self._informer = Informer()
+        self._tell = tell
+        #: By context, what the gate knows of its needs, in bytes.
+        self._told: dict[str, int] = {}
         self._is_over = threading.Event()
         self._lending = store.lend(
             self._device,
@@ -70,6 +83,14 @@ class WorkerLending:
                 leases.is_offering = is_offering
             if was_offering and not is_offering:
                 leases.reclaim()
+            self._tell_needs()
+
+    def _tell_needs(self) -> None:
+        """Tell the gate which contexts need more memory than their device has."""
+        for digest, n_bytes in self._store.needed_bytes().items():
+            if n_bytes > _MORE * self._told.get(digest, 0) + _LEAST_BYTES:
+                self._told[digest] = n_bytes
+                self._tell({"op": "pcm-needs", "digest": digest, "n_bytes": n_bytes})
 
     def _device(self) -> str | None:
         """The device of this worker that can be lent."""

@@ -2,18 +2,22 @@
 
 An integer program after the placer of Vijaya Kumar, Antichi and Singh, "Aqua: Network-Accelerated
 Memory Offloading for LLMs in Scale-Up GPU Domains" (ASPLOS 2025): minimise the largest balance of
-memory of a host plus its largest surplus of lenders over borrowers, with a lender for each of these.
-What is even among hosts is enough for the borrowers of each. Equal copies and equal hosts
-are counted instead of told apart, so that HiGHS (of SciPy) solves hundreds of devices in a second.
+memory of a host plus its largest surplus of lenders over borrowers, with a lender for each
+borrower. What is even among hosts is enough for the borrowers of each. Equal copies are counted
+instead of told apart, so that HiGHS (of SciPy) solves hundreds of devices in a second.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from dask_pcm.scheduling.events import HostPlan
+from dask_pcm.scheduling.state.state import GateState
+from dask_pcm.tiers import ON_DEVICE
 
 _GIB = 1 << 30
 #: What a borrower without a lender costs, as bytes: more than any balance that it would even out.
@@ -35,38 +39,9 @@ class Placeable:
     n_copies: int
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Copies of contexts on hosts.
-
-    Attributes
-    ----------
-    hosts
-        By host, how many copies of each context.
-    most_bytes
-        The largest balance of a host.
-    most_surplus
-        The largest number of lenders without a borrower on a host.
-    n_alone
-        Borrowers for which their host has no lender.
-    gap
-        How far the plan may be from the best one, as a share of its cost; 0 for the best one.
-    """
-
-    hosts: Mapping[str, Counter[str]]
-    most_bytes: int
-    most_surplus: int
-    n_alone: int
-    gap: float
-
-    def n_on(self, host: str, name: str) -> int:
-        """Copies of a context that should be on a host."""
-        return self.hosts.get(host, Counter())[name]
-
-
 def place(
     contexts: Sequence[Placeable], n_devices: Mapping[str, int], limit_s: float = 10.0
-) -> Plan | None:
+) -> HostPlan | None:
     """Place all copies; None if there are more than devices, or no plan is found in time.
 
     Parameters
@@ -89,6 +64,57 @@ def place(
     return _Program(kinds, n_devices).solved(limit_s)
 
 
+def to_place(state: GateState) -> tuple[list[Placeable], dict[str, int]] | None:
+    """The contexts of a cluster and its hosts; None if none needs a neighbour's memory.
+
+    Each context has as many copies as it has now, or more, so that together they fill the devices:
+    the plan is the pattern that new copies follow. What a context has to lend is what the smallest
+    device beside it has left; what it needs, workers have said.
+    """
+    needs = state.contexts.needs
+    if not needs:  # as almost always
+        return None
+    held, room = Counter[str](), dict[str, int]()
+    hosts = Counter[str]()
+    for view in state.workers.values():
+        hosts[view.host] += 1
+        for context, tier in view.tiers.items():
+            if tier in ON_DEVICE and view.device_bytes is not None:
+                held[context] += 1
+                left = max(0, view.device_bytes - view.taken_bytes)
+                room[context] = min(room.get(context, left), left)
+    if len(hosts) < 2 or len(held) < 2 or not needs.keys() & held.keys():
+        return None
+    n_devices, n_held = hosts.total(), held.total()
+    contexts = [
+        Placeable(
+            context,
+            -needs[context] if context in needs else room[context],
+            max(1, n * n_devices // n_held),
+        )
+        for context, n in sorted(held.items())
+    ]
+    return contexts, dict(hosts)
+
+
+def planned_hosts(state: GateState, contexts: Sequence[str]) -> Callable[[str], bool]:
+    """Says of a host whether the plan has more copies of contexts there than there are.
+
+    Without a plan, of every host.
+    """
+    plan = state.placement
+    if plan is None:
+        return lambda host: True
+    there: dict[tuple[str, str], int] = {}
+    for view in state.workers.values():
+        for context in contexts:
+            if view.tiers.get(context) in ON_DEVICE:
+                there[view.host, context] = there.get((view.host, context), 0) + 1
+    return lambda host: all(
+        there.get((host, context), 0) < plan.n_on(host, context) for context in contexts
+    )
+
+
 class _Program:
     """Integers x[kind, host], then for each host its borrowers alone, then the two largest values.
 
@@ -106,7 +132,7 @@ class _Program:
         self._n_placed = len(kinds) * n_hosts
         self._n_numbers = self._n_placed + n_hosts + 2
 
-    def solved(self, limit_s: float) -> Plan | None:
+    def solved(self, limit_s: float) -> HostPlan | None:
         import numpy as np
         from scipy.optimize import milp
 
@@ -126,7 +152,7 @@ class _Program:
             host: Counter({one.name: int(n) for one, n in zip(self._kinds, column, strict=True)})
             for host, column in zip(self._hosts, placed.T, strict=True)
         }
-        return Plan(
+        return HostPlan(
             hosts,
             int((placed.T @ np.array(self._spare)).max()) * self._unit,
             int((placed.T @ np.array(self._is_lender)).max()),

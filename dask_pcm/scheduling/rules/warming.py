@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dask_pcm.scheduling.events import Group, Load
 from dask_pcm.scheduling.rules.drain_time import DrainTime, capacities, drain_s
 from dask_pcm.scheduling.rules.eviction import Demand, find_victims, make_room
+from dask_pcm.scheduling.rules.placer import planned_hosts
 from dask_pcm.scheduling.rules.quarantine import device_error, is_hopeful, n_failures
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
@@ -16,6 +17,8 @@ from dask_pcm.scheduling.state.worker import WorkerView
 #: A worker that serves others changes over only if all work then drains within this share of the
 #: time that it would take otherwise.
 _GAIN = 0.8
+#: A worker where the plan of hosts does not have a context counts as if it took longer to warm.
+_OFF_PLAN = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class _Cold:
         Whether one of these has waiting work.
     n_failures
         Failed loads of the group's contexts on its node.
+    is_planned
+        Whether it is where the plan of hosts has the group's contexts.
     """
 
     view: WorkerView
@@ -39,6 +44,12 @@ class _Cold:
     evicting: list[str]
     is_contested: bool
     n_failures: int
+    is_planned: bool
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """The lowest is warmed first."""
+        return self.n_failures, self.ready_s * (1.0 if self.is_planned else _OFF_PLAN)
 
 
 def warm(
@@ -86,6 +97,7 @@ def warm(
 def _cold(
     state: GateState, group: Group, workers: Sequence[WorkerView], demand: Demand, now: float
 ) -> Iterator[_Cold]:
+    has_more = planned_hosts(state, group.contexts)
     for view in workers:
         evicting = find_victims(state, view, group, demand, now)
         if view.is_draining or evicting is None:
@@ -98,7 +110,9 @@ def _cold(
         )
         urgencies = (demand.urgency(context, view.address) for context in evicting)
         is_contested = any(urgency is not None for urgency in urgencies)
-        yield _Cold(view, ready_s, evicting, is_contested, n_failures(state, view, group))
+        is_planned = has_more(view.host)
+        failed = n_failures(state, view, group)
+        yield _Cold(view, ready_s, evicting, is_contested, failed, is_planned)
 
 
 def _mean_row_s(
@@ -124,8 +138,9 @@ def _for_each_piece(
     if free and all(one.view.failed(group.contexts) is not None for one in free):
         n_wanted = min(n_wanted, 1)  # retry on one worker only
 
-    def ease(one: _Cold) -> tuple[int, int, int]:
-        return one.n_failures, len(one.view.running), len(one.view.tiers)
+    def ease(one: _Cold) -> tuple[int, bool, int, int]:
+        is_off = not one.is_planned
+        return one.n_failures, is_off, len(one.view.running), len(one.view.tiers)
 
     return sorted(free, key=ease)[:n_wanted]
 
@@ -147,7 +162,7 @@ def _that_pay(
     work = state.ahead.peek(group)
     unit_rows = work.n_rows if work else 1.0
     chosen = []
-    for one in sorted(free, key=lambda one: (one.n_failures, one.ready_s)):
+    for one in sorted(free, key=lambda one: one.rank):
         row_s = state.estimates.row_s(group, one.view, now) or mean_s
         if now + one.ready_s + row_s * unit_rows > one.view.ends_at:
             continue

@@ -26,6 +26,8 @@ class ContextTable:
         Bytes of the files that a worker stages before it builds the context.
     staged_on
         Hosts that hold the files.
+    needs
+        Bytes that a context has needed beside its device, on one worker at most.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class ContextTable:
     measured: set[str] = field(default_factory=set)
     file_bytes: dict[str, int] = field(default_factory=dict)
     staged_on: dict[str, set[str]] = field(default_factory=dict)
+    needs: dict[str, int] = field(default_factory=dict)
 
     def size(self, context: str) -> int:
         """Bytes of a context on a device; 0 while unknown."""

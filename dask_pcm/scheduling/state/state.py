@@ -13,8 +13,11 @@ from dask_pcm.scheduling.events import (
     Event,
     Fail,
     Group,
+    HostPlan,
+    HostsPlanned,
     Load,
     LoadsGivenUp,
+    MemoryNeeded,
     Offload,
     PoolsDeclared,
     ProcessEnded,
@@ -63,6 +66,8 @@ class GateState:
     #: What contexts may take on the devices of a worker of each pool, or None, by pool; empty where
     #: the cluster has no pools, or has not announced them.
     pools: Mapping[str, int | None] = field(default_factory=dict)
+    #: Which contexts should go on which hosts; None where no context needs a neighbour's memory.
+    placement: HostPlan | None = None
 
     def __post_init__(self) -> None:
         self.estimates = Estimates(contexts=self.contexts)
@@ -111,6 +116,11 @@ class GateState:
                 self.workers[worker].used_at[context] = now
             case PoolsDeclared(device_bytes):
                 self.pools = device_bytes
+            case MemoryNeeded(context, n_bytes):
+                needs = self.contexts.needs
+                needs[context] = max(needs.get(context, 0), n_bytes)
+            case HostsPlanned(plan):
+                self.placement = plan
             case Restarted():
                 self.failures.clear()
                 for view in self.workers.values():

@@ -8,7 +8,16 @@ from collections import Counter
 
 import pytest
 
-from dask_pcm.scheduling.rules.placer import Placeable, place
+from dask_pcm.scheduling.events import (
+    HostsPlanned,
+    Load,
+    MemoryNeeded,
+    ResidencyReported,
+    WorkerJoined,
+)
+from dask_pcm.scheduling.rules.placer import Placeable, place, planned_hosts, to_place
+from dask_pcm.tiers import Tier
+from tests.support.gate_world import A, World, warmed
 
 GIB = 1 << 30
 #: Of the paper, in gibibytes.
@@ -18,12 +27,8 @@ PRODUCERS, CONSUMERS = (30, 20, 40, 35, 15, 45, 40), (-20, -10, -30)
 def repeated(n_devices):
     """The paper's contexts, repeated until each device has one."""
     values = itertools.islice(itertools.cycle([*PRODUCERS, *CONSUMERS]), n_devices)
-    counted = Counter(enumerate_equal(values))
+    counted = Counter(values)
     return [Placeable(f"{value}", value * GIB, n) for value, n in counted.items()]
-
-
-def enumerate_equal(values):
-    return list(values)
 
 
 def balances(plan, contexts):
@@ -111,3 +116,69 @@ def test_what_cannot_be_placed():
     assert place([Placeable("x", 1, 3)], {"a": 1, "b": 1}) is None
     plan = place([Placeable("x", 0, 1)], {"a": 1})  # nothing to lend and nothing needed
     assert plan.n_on("a", "x") == 1 and plan.n_on("b", "x") == 0
+
+
+# -- in the gate -----------------------------------------------------------------------------------
+
+
+class Hosts(World):
+    """Two hosts of four devices, of 80 GiB each."""
+
+    def __init__(self):
+        super().__init__()
+        for host in "xy":
+            for k in range(4):
+                self.tell(WorkerJoined(f"{host}{k}", 2, device_bytes=80 * GIB, host=host))
+
+    def hold(self, context, n_gib, *workers):
+        for worker in workers:
+            self.tell(
+                ResidencyReported(worker, context, Tier.DEVICE, seconds=1.0, n_bytes=n_gib * GIB)
+            )
+
+    def plan(self):
+        wanted = to_place(self.state)
+        plan = None if wanted is None else place(*wanted)
+        self.tell(HostsPlanned(plan))
+        return plan
+
+
+def test_without_a_need_there_is_no_plan():
+    world = Hosts()
+    world.hold("a", 70, "x0")
+    world.hold("b", 10, "x1", "y0")
+    assert to_place(world.state) is None
+    world.tell(MemoryNeeded("c", GIB))  # it is on no device
+    assert to_place(world.state) is None
+    world.tell(MemoryNeeded("a", 40 * GIB), MemoryNeeded("a", 20 * GIB))
+    contexts, hosts = to_place(world.state)
+    # A third of the devices each holds a copy of "a", which needs 40 GiB; "b" has 70 to lend.
+    assert contexts == [Placeable("a", -40 * GIB, 2), Placeable("b", 70 * GIB, 5)]
+    assert hosts == {"x": 4, "y": 4}
+
+
+def test_a_new_copy_goes_to_a_host_where_it_finds_a_lender():
+    world = Hosts()
+    world.hold("a", 70, "x0")
+    world.hold("b", 10, "x1", "x2", "y0")
+    world.tell(MemoryNeeded("a", 40 * GIB))
+    plan = world.plan()
+    assert plan.n_on("x", "a") == plan.n_on("y", "a") == 1
+    has_more = planned_hosts(world.state, ["a"])
+    assert has_more("y") and not has_more("x") and not has_more("unknown")
+    world.learn(A, "x0", 1.0)
+    world.park(40)
+    (first, *_) = [one for one in world.decide() if isinstance(one, Load)]
+    assert first.worker.startswith("y")
+
+
+def test_a_plan_delays_no_work():
+    """A host off the plan is used all the same, if all workers are worth it."""
+    world = Hosts()
+    world.hold("a", 70, "x0")
+    world.hold("b", 10, "y0")
+    world.tell(MemoryNeeded("a", 40 * GIB))
+    world.plan()
+    world.learn(A, "x0", 1.0)
+    world.park(4000)
+    assert {"x1", "x2", "x3", "y1", "y2", "y3"} <= warmed(world.decide())
