@@ -5,6 +5,7 @@ A load has begun when this is called: the context's tier is ``LOADING``, and oth
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from typing import Any
@@ -16,7 +17,7 @@ from dask_pcm.ladder.lending import Lending
 from dask_pcm.ladder.objects.live import Live
 from dask_pcm.ladder.objects.tensors import is_out_of_memory, is_sticky
 from dask_pcm.ladder.residencies import Residencies
-from dask_pcm.ladder.residency import Attendant, Borrowing, Change, Residency
+from dask_pcm.ladder.residency import Attendant, Borrowing, Change, Residency, Stopping
 from dask_pcm.tiers import Tier
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ class Loads:
         residency.attendant_size = attendant.n_bytes
         # Before it starts: what it takes then must not come on top of a full device.
         self._reserve(residency, residency.n_bytes, attendant.n_bytes)
+        if isinstance(attendant, Stopping):
+            attendant.on_stopped(functools.partial(self._residencies.stopped, residency, attendant))
         residency.attendant = attendant  # closed with the residency, also if it does not start
         attendant.start()
 

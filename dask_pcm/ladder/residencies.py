@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from dask_pcm.ladder.build import close
 from dask_pcm.ladder.objects.host import Host
-from dask_pcm.ladder.residency import Change, Residency
+from dask_pcm.ladder.residency import Attendant, Change, Residency
 from dask_pcm.tiers import Tier
 
 logger = logging.getLogger(__name__)
@@ -200,6 +200,16 @@ class Residencies:
         with self.changed:
             residency.attendant_bytes = 0
             self.changed.notify_all()
+
+    def stopped(self, residency: Residency, attendant: Attendant) -> None:
+        """An attendant has stopped by an error: its context is dropped once no task holds it."""
+        with self.changed:
+            if residency.attendant is not attendant:
+                return
+            residency.is_released = True
+        # On another thread: this one is the attendant's own, perhaps.
+        digest = residency.ref.digest
+        threading.Thread(target=self.evict, args=(digest,), name="pcm-evict", daemon=True).start()
 
     # -- as a tenant of the device --------------------------------------------------------------
 

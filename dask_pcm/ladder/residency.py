@@ -152,6 +152,14 @@ class Borrowing(Protocol):
         """What rows take beside the memory that it has on the device."""
 
 
+@runtime_checkable
+class Stopping(Protocol):
+    """An attendant that may stop by an error, and serves nothing from then on."""
+
+    def on_stopped(self, call: Callable[[], None]) -> None:
+        """Have something called then, on any thread."""
+
+
 @dataclass(slots=True)
 class Residency:
     """A context in this process; the store's lock guards every field."""

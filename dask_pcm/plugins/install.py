@@ -8,7 +8,7 @@ from typing import Any
 
 import dask
 import distributed
-from distributed import Client, SpecCluster, default_client
+from distributed import Client, SpecCluster, default_client, get_worker
 from distributed.protocol.pickle import dumps
 
 from dask_pcm.config import Config
@@ -169,9 +169,7 @@ def current_client(client: Client | None = None, instead: str | None = None) -> 
         try:
             client = default_client()
         except ValueError:
-            raise InstallError(
-                "There is no Dask client yet. Make one first: client = Client(cluster)."
-            ) from None
+            raise InstallError(_no_client()) from None
     if not isinstance(client, Client):
         what = f"client=Client({'address' if isinstance(client, str) else 'cluster'})"
         raise InstallError(
@@ -196,6 +194,15 @@ def _greet(dask_worker: Any = None) -> None:
     plugin = dask_worker.plugins.get(CONTEXTS)
     if isinstance(plugin, ContextPlugin):
         plugin.greet()
+
+
+def _no_client() -> str:
+    """Why there is no client, and what to do."""
+    try:
+        get_worker()
+    except ValueError:
+        return "There is no Dask client yet. Make one first: client = Client(cluster)."
+    return "A task has no Dask client of its own. Pass client=dask.distributed.get_client()."
 
 
 def is_installed(client: Client) -> bool:

@@ -6,8 +6,9 @@ from __future__ import annotations
 DONE, MOVED, REFUSED, FAILED = "done", "moved", "refused", "failed"
 #: How the gate ends a question: its worker was lost, its context cannot be loaded, fits nowhere.
 LOST, NOT_LOADED, TOO_LARGE = "lost", "not loaded", "too large"
-#: Why the gate refuses a request: another client's question, one that is open, no toolkit.
-FOREIGN, DUPLICATE, NOT_INSTALLED = "foreign", "duplicate", "not installed"
+#: Why the gate refuses a request: another client's question, one that is open, no toolkit, a client
+#: that is not connected.
+FOREIGN, DUPLICATE, NOT_INSTALLED, UNKNOWN = "foreign", "duplicate", "not installed", "unknown"
 
 
 def topic_of(client: str) -> str:

@@ -118,6 +118,11 @@ def connect(file: str | os.PathLike[str], **options: Any) -> Client:
     path = Path(file).expanduser()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if "address" in found and "tls" not in found:
+            raise PoolError(
+                f"{str(path)!r} is a scheduler file of Dask's, not a connection file of a"
+                f" PoolCluster. Use the address that it has: {found['address']!r}."
+            )
         address, tls = str(found["address"]), dict(found["tls"])
     except FileNotFoundError as error:
         raise PoolError(

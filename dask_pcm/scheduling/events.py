@@ -285,8 +285,16 @@ class PoolsDeclared:
 
 
 @dataclass(frozen=True, slots=True)
-class ContextAsked:
-    """A question to a context was begun on a worker, or has ended there."""
+class QuestionPlaced:
+    """A question to a context was sent to a worker, which answers it beside its work."""
+
+    worker: str
+    context: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionEnded:
+    """A worker answers a question no longer."""
 
     worker: str
     context: str
@@ -360,7 +368,8 @@ Event: TypeAlias = (
     | RunReported
     | RunClosed
     | PoolsDeclared
-    | ContextAsked
+    | QuestionPlaced
+    | QuestionEnded
     | MemoryNeeded
     | HostsPlanned
 )

@@ -11,6 +11,7 @@ from dask_pcm.ladder.budget import DeviceBudget, Request
 from dask_pcm.ladder.turns import Turns
 from dask_pcm.tiers import Tier
 from tests.ladder.test_budget import MIB, Weights, context
+from tests.support.patience import until
 
 #: What happened to attendants, in order; loaders are pickled, so this is the module's own.
 SEEN: list[tuple[str, int]] = []
@@ -176,3 +177,31 @@ def test_one_that_borrows_is_told_where_before_it_starts(store):
     with store.acquire([context(5, 2)]):
         assert loan.is_closed  # rather than that a context goes
         assert store.tier(two.digest) is Tier.DEVICE
+
+
+class Broken(Pool):
+    """An attendant that stops by an error when the test says so."""
+
+    def on_stopped(self, call):
+        self.stop = call
+
+
+class Stopping(Served):
+    def attend(self):
+        return Broken(self)
+
+
+def test_one_that_has_stopped_takes_its_context_along_once_no_task_holds_it(store):
+    one = context(1, load=Stopping)
+    with store.acquire([one]) as (live,):
+        before = store.attendant(one.digest)
+        before.stop()
+        assert store.tier(one.digest) is Tier.DEVICE
+        del live
+    until(lambda: store.tier(one.digest) is Tier.ABSENT)
+    with store.acquire([one]):
+        assert store.attendant(one.digest) is not before and store.n_loads(one.digest) == 1
+        before.stop()  # of a life that is over
+    assert store.tier(one.digest) is Tier.DEVICE
+    store.attendant(one.digest).stop()  # nothing holds it
+    until(lambda: store.tier(one.digest) is Tier.ABSENT)

@@ -209,6 +209,9 @@ def test_a_file_that_is_no_connection_file_is_refused(tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(PoolError, match="is no connection file"):
         pcm.connect(tmp_path / "other.json")
+    (tmp_path / "dask.json").write_text('{"type": "Scheduler", "address": "tcp://10.0.0.1:8786"}')
+    with pytest.raises(PoolError, match="scheduler file of Dask's.*'tcp://10.0.0.1:8786'"):
+        pcm.connect(tmp_path / "dask.json")
 
 
 def test_each_worker_of_a_job_sees_its_own_device_and_is_started_again(cluster):

@@ -45,6 +45,9 @@ class Script:
         self._text = ""
         self._is_last = False
         self.error: Exception | None = None
+        #: Whether it cannot be interrupted: a test calls `then` once it has ended.
+        self.is_slow = False
+        self.then: Any = None
 
     def say(self, text: str, is_last: bool = False) -> None:
         with self._lock:
@@ -64,5 +67,9 @@ class Script:
             end = {"end": DONE, "n_tokens": 1, "finish_reason": "stop"} if self._is_last else None
         return News([*map(ord, text)], text, end)
 
-    def cancel(self) -> None:
+    def cancel(self, then: Any) -> None:
         self._live.n_cancelled += 1
+        if self.is_slow:
+            self.then = then
+        else:
+            then()

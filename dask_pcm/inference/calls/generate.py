@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +113,20 @@ class Generate(Prompted):
         failed = next((one for one in found if isinstance(one, RowError)), None)
         return failed or [self._continuation(model, plan, tokens) for tokens in found]
 
-    def padded(self, model: PaddedModel, plans: Sequence[Tokens]) -> list[Any]:
-        """See ``Prompted``."""
+    def padded(
+        self,
+        model: PaddedModel,
+        plans: Sequence[Tokens],
+        is_enough: Callable[[Sequence[int]], bool] | None = None,
+    ) -> list[Any]:
+        """See ``Prompted``.
+
+        Parameters
+        ----------
+        is_enough
+            Called with the new tokens of a row after each; ends it if true.
+        """
+        is_over = self._is_over(model) if self.stop else None
         wanted = [(plan, number) for plan in plans for number in self._numbers(plan)]
         each = iter(
             continue_rows(
@@ -123,7 +135,7 @@ class Generate(Prompted):
                 [number for _, number in wanted],
                 [self._n_max(model, plan) for plan, _ in wanted],
                 self.sampling,
-                self._is_over(model) if self.stop else None,
+                _either(is_over, is_enough),
                 self.batch_tokens,
                 model.stops_of(self.stop),
             )
@@ -200,3 +212,12 @@ class Generate(Prompted):
         is_full = len(tokens) >= self._n_max(model, plan) and not ends
         text = text[: min(ends)] if ends else text
         return Continuation(text, len(tokens), "length" if is_full else "stop")
+
+
+def _either(
+    one: Callable[[Sequence[int]], bool] | None, other: Callable[[Sequence[int]], bool] | None
+) -> Callable[[Sequence[int]], bool] | None:
+    """Whether one of two says so."""
+    if one is None or other is None:
+        return one or other
+    return lambda tokens: other(tokens) or one(tokens)

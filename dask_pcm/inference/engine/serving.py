@@ -29,7 +29,7 @@ class EngineClosedError(LoadError):
 class Serving:
     """Serves requests of several rows with an engine.
 
-    An ``Attendant``, ``Drafting`` and ``Borrowing``: see ``ladder/residency.py``.
+    An ``Attendant``, ``Drafting``, ``Borrowing`` and ``Stopping``: see ``ladder/residency.py``.
 
     Methods may be called from any thread.
 
@@ -70,6 +70,7 @@ class Serving:
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
         self._borrow: Borrow | None = None
+        self._on_stopped: Callable[[], None] = lambda: None
         #: Whether a lender wants memory back.
         self._is_called = False
         #: CPU threads that torch uses; its number belongs to each thread that calls it.
@@ -93,6 +94,10 @@ class Serving:
             target=self._serve, args=(engine,), name="pcm-engine", daemon=True
         )
         self._thread.start()
+
+    def on_stopped(self, call: Callable[[], None]) -> None:
+        """See ``Stopping``."""
+        self._on_stopped = call
 
     def lend(self, borrow: Borrow) -> None:
         """See ``Borrowing``."""
@@ -267,6 +272,7 @@ class Serving:
         import torch
 
         error: BaseException = EngineClosedError("The engine was closed; its rows run again")
+        has_failed = False
         try:
             while True:
                 with self._changed:
@@ -299,6 +305,7 @@ class Serving:
             # As a text, and without the traceback: that refers to the engine.
             logger.warning("The engine has stopped:\n%s", traceback.format_exc())
             error = raised.with_traceback(None)
+            has_failed = True
         engine.close()
         self._engine = None
         with self._changed:
@@ -308,6 +315,8 @@ class Serving:
         for future in left:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
+        if has_failed:
+            self._on_stopped()
 
 
 def _closed() -> Engine:

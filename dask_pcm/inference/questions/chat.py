@@ -19,8 +19,8 @@ def checked_prompt(prompt: Any) -> str | tuple[Message, ...]:
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError("The question is empty.")
-        return prompt
-    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+        return _checked_text(prompt, "The question")
+    if isinstance(prompt, (Mapping, bytes, bytearray)) or not isinstance(prompt, Sequence):
         raise PromptError(f"A question is a text or a list of messages; found {prompt!r:.80}.")
     if not prompt:
         raise PromptError("The chat has no message.")
@@ -37,7 +37,19 @@ def _checked(message: Any, number: int) -> dict[str, str]:
             raise PromptError(f"Message {number} {what}; expected texts: {example}.")
     if unknown := [key for key in message if key not in _KEYS]:
         raise PromptError(f"Message {number} has {unknown[0]!r:.80}; expected {example}.")
-    return {key: str(message[key]) for key in _KEYS}
+    return {key: _checked_text(str(message[key]), f"Message {number}") for key in _KEYS}
+
+
+def _checked_text(text: str, what: str) -> str:
+    """A text that can be encoded; PromptError otherwise."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{what} has half of a character ({text[error.start]!r}) at {error.start}: it was"
+            " decoded with another encoding, or cut within a character."
+        ) from None
+    return text
 
 
 def has_chat_template(folder: str | Path) -> bool:

@@ -39,6 +39,7 @@ from dask_pcm.plugins.questions import (
     NOT_LOADED,
     REFUSED,
     TOO_LARGE,
+    UNKNOWN,
 )
 from dask_pcm.runs.gate_link import lack_of_workers
 from dask_pcm.runs.progress.progress import span
@@ -95,6 +96,8 @@ class Exchange:
         self._is_closed = False
         self._attempt = self._number = 0
         self._n_lost = self._n_moved = self._n_unknown = 0
+        #: Workers that could not go on with it since its last token.
+        self._avoided: set[str] = set()
         self._begun_at = self._looked_at = self._had_workers_at = time.monotonic()
         self._again_at: float | None = None
         self._n_most = 0
@@ -131,7 +134,7 @@ class Exchange:
             self._look()
             return ""
         if message["attempt"] != self._attempt:
-            return ""  # of a worker that was given up
+            return ""  # of a worker that was given up, or of ``close``
         if "standing" in message:
             self._take_standing(message["standing"])
             return ""
@@ -143,6 +146,7 @@ class Exchange:
             return
         self._is_closed = True
         self._mailbox.close(self.id)
+        self.inbox.put({"attempt": 0})  # what waits for a message waits no more
         if self.reply is None:
             with suppress(RuntimeError):  # the client's loop has ended, and with it the question
                 self._call("pcm_unask", lambda answer: None, id=self.id, client=self.client.id)
@@ -151,22 +155,33 @@ class Exchange:
 
     def _take_news(self, message: Message) -> str:
         end = message.get("end")
+        if message.get("number", self._number) != self._number:
+            # Some of the answer was lost: this client was not connected for a moment.
+            self._take_end(MOVED, "a part of the answer was lost on the way")
+            return ""
+        self._number += 1
         if message["tokens"] or message["text"]:
             self._n_moved = self._n_unknown = 0
+            self._avoided.clear()
             self.note = ""
-            self._first_at = self._first_at or time.monotonic()
+            self._first_at = self._first_at or message.get("at")
         self.tokens += message["tokens"]
         self.text += message["text"]
         self._looked_at = time.monotonic()
         if end is not None:
-            self._take_end(**end)
+            self._take_end(**end, worker=message.get("worker", ""), at=message.get("at"))
         return str(message["text"])
 
-    def _take_end(self, end: str, why: str = "", **about: Any) -> None:
+    def _take_end(
+        self, end: str, why: str = "", worker: str = "", at: float | None = None, **about: Any
+    ) -> None:
+        if worker:
+            self._avoided.add(worker)
         if end == DONE:
-            now = time.monotonic()
-            first_s = (self._first_at or now) - self._begun_at
-            self.reply = Reply(self.text, **about, first_s=first_s, total_s=now - self._begun_at)
+            ended_at = time.monotonic() if at is None else at
+            first_s = (self._first_at or ended_at) - self._begun_at
+            total_s = ended_at - self._begun_at
+            self.reply = Reply(self.text, **about, first_s=first_s, total_s=total_s)
             return
         if end == LOST:
             self._n_lost += 1
@@ -195,6 +210,10 @@ class Exchange:
             return
         if standing is None:  # what Dask answers where it has no such handler
             raise InstallError(NOT_INSTALLED_TEXT)
+        if standing.get("refused") == UNKNOWN:  # until this client is connected again
+            self._raise_if_disconnected()
+            self._again_at = time.monotonic() + _AGAIN_S
+            return
         if "refused" in standing:
             raise self._error(standing["refused"], standing.get("why", ""))
         if standing.get("is_open"):
@@ -291,11 +310,13 @@ class Exchange:
         if self._again_at is None:
             self._attempt += 1
         self._again_at = None
+        self._number = 0
         self._looked_at = time.monotonic()
         asked = replace(self._question, draft=tuple(self.tokens), n_chars=len(self.text))
         about = {"id": self.id, "attempt": self._attempt, "client": self.client.id}
+        avoided = sorted(self._avoided)
         packed = {"ref": pickle.dumps(self._ref), "question": pickle.dumps(asked)}
-        self._call("pcm_ask", self._putting(), **about, **packed)
+        self._call("pcm_ask", self._putting(), **about, **packed, avoided=avoided)
 
     def _call(self, op: str, put: Callable[[Any], None], **says: Any) -> None:
         """Call a handler of the scheduler; its answer, or what it raised, is put."""

@@ -26,7 +26,8 @@ class Inbox:
         self._wake: Callable[[], object] | None = None
 
     def put(self, message: Message) -> None:
-        """Add a message."""
+        """Add a message; it is told when it came."""
+        message["at"] = time.monotonic()
         with self._changed:
             self._messages.append(message)
             self._changed.notify()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,9 +68,10 @@ class Question:
         if isinstance(plan, str):
             raise PromptError(plan.replace("The row", "The prompt"))
         if not isinstance(served, Serving):
-            padded = apart(lambda: self.call.padded(model, [plan])[0])
+            so_far = _SoFar(wake, model.stops_of(self.call.stop))
+            padded = apart(lambda: self.call.padded(model, [plan], so_far.take)[0])
             padded.add_done_callback(lambda _: wake())
-            return Streamed(self, model, None, padded)
+            return Streamed(self, model, so_far, padded)
         (row,) = self.call.rows(model, plan)
         assert isinstance(row, Generated)
         row.owner = Owner(Kind.QUESTION, self.client)
@@ -88,7 +89,7 @@ class Streamed:
     Parameters
     ----------
     row
-        What an engine computes; None in padded batches, which answer in one piece.
+        What has the new tokens, as an engine or padded batches compute them.
     future
         The result: the new tokens of the row, in a list, or what padded batches have found.
     result
@@ -99,7 +100,7 @@ class Streamed:
         self,
         question: Question,
         model: PaddedModel,
-        row: Generated | None,
+        row: Generated | _SoFar,
         future: Future[Any],
         result: Callable[[Any], Any] = lambda found: found,
     ) -> None:
@@ -115,8 +116,6 @@ class Streamed:
         """See ``Answer``."""
         if self._future.done():
             return self._last(self._result(self._future.result()))
-        if self._row is None:
-            return News([], "")
         new = self._row.new
         text = settled(self._model.decode(new), self._stop)
         return self._news(new, text)
@@ -126,8 +125,7 @@ class Streamed:
             return News([], "", {"end": FAILED, "why": str(found)})
         (whole,) = found
         end = {"end": DONE, "n_tokens": whole.n_tokens, "finish_reason": whole.finish_reason}
-        new = [] if self._row is None else self._row.new
-        return self._news(new, whole.text or "", end)
+        return self._news(self._row.new, whole.text or "", end)
 
     def _news(self, tokens: list[int], text: str, end: dict[str, Any] | None = None) -> News:
         news = News(tokens[self._n_tokens :], text[self._n_chars :], end)
@@ -135,9 +133,29 @@ class Streamed:
         self._n_chars = max(self._n_chars, len(text))
         return news
 
-    def cancel(self) -> None:
+    def cancel(self, then: Callable[[], None]) -> None:
         """See ``Answer``."""
         self._future.cancel()
+        if isinstance(self._row, _SoFar):  # one that computes goes on to its next token
+            self._row.is_cancelled = True
+        self._future.add_done_callback(lambda _: then())
+
+
+class _SoFar:
+    """The new tokens of a row that padded batches continue, which end with it once cancelled."""
+
+    def __init__(self, wake: Callable[[], None], stops: Collection[int]) -> None:
+        self.new: list[int] = []
+        self.is_cancelled = False
+        self._wake = wake
+        self._stops = stops
+
+    def take(self, tokens: Sequence[int]) -> bool:
+        """Take the tokens so far; return whether they are enough."""
+        if len(tokens) > len(self.new) and tokens[-1] not in self._stops:
+            self.new = list(tokens)
+            self._wake()
+        return self.is_cancelled
 
 
 def settled(text: str, stops: Sequence[str]) -> str:

@@ -112,7 +112,7 @@ def open_stream(
         The model's folder; None if it is not here, so that its workers tell what is wrong.
     """
     asked = checked_prompt(prompt)
-    if chat not in (True, False, None):
+    if not (chat is None or isinstance(chat, bool)):
         raise PromptError(f"chat must be True, False or None; found {chat!r}.")
     if chat is False and not isinstance(asked, str):
         raise PromptError("Messages are a chat: leave chat=False out, or give a text.")
@@ -137,7 +137,7 @@ def _seconds(timeout: float | str | None) -> float | None:
         return None
     try:
         seconds = float(parse_timedelta(timeout))
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise PromptError(
             f"timeout must be seconds, such as 60, or a text, such as '1m'; found {timeout!r}."
         ) from error

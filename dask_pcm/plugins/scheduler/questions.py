@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from dask_pcm.plugins.questions import (
     NOT_INSTALLED,
     NOT_LOADED,
     TOO_LARGE,
+    UNKNOWN,
     topic_of,
 )
 from dask_pcm.plugins.scheduler.contexts import ContextService
@@ -34,9 +34,10 @@ from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.plugins.scheduler.workers import Workers
 from dask_pcm.scheduling.events import (
     Action,
-    ContextAsked,
     Event,
     Group,
+    QuestionEnded,
+    QuestionPlaced,
     ResidencyReported,
     RunClosed,
     RunReported,
@@ -61,6 +62,8 @@ class _Question:
         The context that answers it.
     payload
         The question, which only workers unpickle; empty once one has it.
+    avoided
+        Workers that could not go on with it.
     worker
         The worker that answers it; empty while it waits for one.
     """
@@ -70,6 +73,7 @@ class _Question:
     client: str
     ref: ContextRef
     payload: bytes
+    avoided: Sequence[str] = ()
     worker: str = ""
 
 
@@ -112,7 +116,13 @@ class QuestionService(Service):
     # -- clients --------------------------------------------------------------------------------
 
     async def on_ask(
-        self, id: str, attempt: int, client: str, ref: bytes, question: bytes
+        self,
+        id: str,
+        attempt: int,
+        client: str,
+        ref: bytes,
+        question: bytes,
+        avoided: Sequence[str] = (),
     ) -> dict[str, Any]:
         """A client asks a question; return how it stands, see ``_standing``.
 
@@ -120,12 +130,15 @@ class QuestionService(Service):
         """
         if self._is_over:
             return {"refused": NOT_INSTALLED}
+        if client not in self._hub.scheduler.clients:
+            # It is gone, or connects again at this moment: what it is sent now would be lost.
+            return {"refused": UNKNOWN}
         if (known := self.open.get(id)) is not None:
             if (known.client, known.attempt < attempt) != (client, True):
                 return {"refused": DUPLICATE}
             self._cancel(known)
         asked: ContextRef = pickle.loads(ref)  # its recipe is sealed
-        one = _Question(id, attempt, client, asked, question)
+        one = _Question(id, attempt, client, asked, question, avoided)
         if why := self._why_too_large(asked):
             return {"refused": TOO_LARGE, "why": why}
         self.open[id] = one
@@ -161,9 +174,9 @@ class QuestionService(Service):
             return None
         known = dict(self._contexts.models)
         if run:
-            if run not in self._runs.runs:
+            wanted = self._runs.contexts_of.get(run)
+            if wanted is None:
                 return {"models": None}
-            wanted = self._runs.runs[run].contexts
             known = {digest: known[digest] for digest in wanted if digest in known}
         return {"models": [pickle.dumps(ref) for ref in known.values()]}
 
@@ -187,7 +200,6 @@ class QuestionService(Service):
             return
         if "end" in news:
             self._forget(one)
-            self._hub.apply(ContextAsked(worker, one.ref.digest))
         self._tell(one, **news)
 
     def worker_left(self, worker: str, member: Member, is_lost: bool) -> None:
@@ -234,14 +246,13 @@ class QuestionService(Service):
 
     def _place(self, one: _Question) -> None:
         """Send a question to a worker; if none is warm, announce its context to the policy."""
-        n_open = Counter(other.worker for other in self.open.values())
         digest = one.ref.digest
-        worker = choose_worker(self._hub.state, digest, n_open, monotonic())
+        worker = choose_worker(self._hub.state, digest, monotonic(), one.avoided)
         if worker is None:
             self._announce(one)
             return
         one.worker, payload, one.payload = worker, one.payload, b""
-        self._hub.apply(ContextAsked(worker, digest))
+        self._hub.apply(QuestionPlaced(worker, digest))
         about = {"id": one.id, "attempt": one.attempt, "digest": digest}
         self._workers.tell(worker, {"op": "pcm-ask", **about, "question": payload})
 
@@ -289,6 +300,8 @@ class QuestionService(Service):
 
     def _forget(self, one: _Question) -> None:
         self.open.pop(one.id, None)
+        if one.worker:
+            self._hub.apply(QuestionEnded(one.worker, one.ref.digest))
         self._withdraw(one.ref.digest)
 
     def _end_waiting(self, digest: str, end: str, why: str) -> None:
@@ -305,7 +318,8 @@ class QuestionService(Service):
 
         Past Dask's broker, which would keep every answer, readable by every client.
         """
-        event = time.time(), {"id": one.id, "attempt": one.attempt, **news}
+        about = {"id": one.id, "attempt": one.attempt, "worker": one.worker}
+        event = time.time(), {**about, **news}
         topic = topic_of(one.client)
         self._hub.scheduler.client_send(one.client, {"op": "event", "topic": topic, "event": event})
 

@@ -15,6 +15,9 @@ from dask_pcm.scheduling.events import Group, RunClosed, RunReported
 from dask_pcm.scheduling.feed.demand import device_demand
 from dask_pcm.scheduling.rules.device_fit import why_too_large
 
+#: Runs whose contexts are known, at most.
+_MOST_KNOWN = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
@@ -33,12 +36,21 @@ class RunInfo:
 
 
 class RunService(Service):
-    """Open runs, by id."""
+    """Open runs, by id.
+
+    Attributes
+    ----------
+    runs
+        Those that are open.
+    contexts_of
+        Digests of the contexts of a run, also of the latest that are paused or over.
+    """
 
     def __init__(self, hub: Hub, contexts: ContextService) -> None:
         self._hub = hub
         self._contexts = contexts
         self.runs: dict[str, RunInfo] = {}
+        self.contexts_of: dict[str, tuple[str, ...]] = {}
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
         """See ``Service``."""
@@ -72,6 +84,9 @@ class RunService(Service):
         else:
             if run not in self.runs:
                 self.runs[run] = RunInfo(client, self._contexts.declare(asked))
+                self.contexts_of[run] = contexts
+                if len(self.contexts_of) > _MOST_KNOWN:
+                    del self.contexts_of[next(iter(self.contexts_of))]
             # After `declare`: the policy must know the contexts of the work that it plans.
             self._hub.apply(RunReported(run, group, n_rows, n_units))
         loads = [self._contexts.loads.get(context, LoadReports()) for context in contexts]

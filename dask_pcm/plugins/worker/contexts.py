@@ -135,11 +135,16 @@ class WorkerContexts:
 
     def on_offload(self, digest: str) -> None:
         """The gate needs room for another context, or this one's idle time is over."""
-        self._mover.submit(self.store.offload, digest)
+        self._mover.submit(self._offload, digest)
 
     def on_release(self, digest: str) -> None:
         """A client has released a context."""
         self._mover.submit(self.store.release, digest)
+
+    def _offload(self, digest: str) -> None:
+        """Offload a context; the gate is told if it stays, since something holds it."""
+        if not self.store.offload(digest) and self.store.tier(digest) is Tier.DEVICE:
+            self._report(Change(digest, Tier.DEVICE))
 
     def _load(self, ref: ContextRef) -> None:
         """Load a context for the gate; on the loader's thread."""

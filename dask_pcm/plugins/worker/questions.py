@@ -1,7 +1,8 @@
 """Questions to the contexts of a worker, answered beside its tasks: no lane and no task is needed.
 
-One thread of its own serves all of them: it holds the context, begins the question, and sends what
-is new of its answer. So neither the event loop nor the thread of an engine waits for it.
+One thread of its own serves all of them: it holds the context and sends what is new of an answer.
+So neither the event loop nor the thread of an engine waits for it. A second one begins questions,
+one at a time: tokenising a long prompt takes seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Least time between two messages of an answer, in seconds.
 EVERY_S = 0.05
+#: How long the end of a worker waits for answers that cannot be interrupted.
+_CLOSING_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,8 @@ class Answer(Protocol):
     def take(self) -> News:
         """What is new since the last call; raises what the answer has failed with."""
 
-    def cancel(self) -> None:
-        """Compute it no further."""
+    def cancel(self, then: Callable[[], None]) -> None:
+        """Compute it no further, and call `then` once that is so: at once, or on any thread."""
 
 
 class Question(Protocol):
@@ -86,8 +88,9 @@ class _Open:
 
     id: str
     attempt: int
-    answer: Answer
     let_go: Callable[[], None]
+    #: None while it is begun.
+    answer: Answer | None = None
     #: Whether there is something to take; set by any thread.
     has_news: threading.Event = field(default_factory=threading.Event)
     number: int = 0
@@ -118,8 +121,11 @@ class Questions:
         self._calls: deque[Callable[[], None]] = deque()
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._beginner: ThreadPoolExecutor | None = None
         self._apart: ThreadPoolExecutor | None = None
         self._is_closed = False
+        #: Contexts that are held, a time for each question.
+        self._n_held = 0
 
     @property
     def is_busy(self) -> bool:
@@ -150,6 +156,10 @@ class Questions:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="pcm-questions", daemon=True)
             self._thread.start()
+        self._call_soon(call)
+
+    def _call_soon(self, call: Callable[[], None]) -> None:
+        """Call something on the thread, which runs; from any thread."""
         self._calls.append(call)
         self._changed.set()
 
@@ -168,8 +178,16 @@ class Questions:
                     self._tried(functools.partial(self._send, one))
         for one in list(self._open.values()):
             self._tried(functools.partial(self._end, one))
-        if self._apart is not None:
-            self._apart.shutdown(wait=False)
+        for executor in (self._beginner, self._apart):
+            if executor is not None:
+                executor.shutdown(wait=False)
+        # Contexts are let go of all the same: their store closes them once nothing holds them.
+        while self._calls or self._n_held:
+            while self._calls:
+                self._tried(self._calls.popleft())
+            if self._n_held and not self._changed.wait(_CLOSING_S):
+                break
+            self._changed.clear()
 
     def _tried(self, call: Callable[[], None]) -> None:
         """Call something; what it raises, such as a close hook, ends no other question."""
@@ -190,25 +208,45 @@ class Questions:
             self._say(id, attempt, 0, News([], "", {"end": MOVED, "why": "it is not warm here"}))
             return
         live, attendant, let_go = held
-        has_news = threading.Event()
+        self._n_held += 1
+        one = self._open[id] = _Open(id, attempt, let_go)
 
         def wake() -> None:
-            if not has_news.is_set():  # one call for all tokens of a message
-                has_news.set()
+            if not one.has_news.is_set():  # one call for all tokens of a message
+                one.has_news.set()
                 self._changed.set()
 
-        try:
+        def begin() -> Answer:
             self._contexts.set_threads()
             asked: Question = pickle.loads(question)
-            answer = asked.begin(live if attendant is None else attendant, wake, self._run_apart)
-        except BaseException as error:
-            let_go()
-            self._say(id, attempt, 0, News([], "", self._failure(error)))
+            return asked.begin(live if attendant is None else attendant, wake, self._run_apart)
+
+        if self._beginner is None:
+            self._beginner = ThreadPoolExecutor(1, thread_name_prefix="pcm-question")
+        began: Future[Answer] = self._beginner.submit(begin)
+        began.add_done_callback(
+            lambda began: self._call_soon(functools.partial(self._begun, one, began))
+        )
+
+    def _begun(self, one: _Open, began: Future[Answer]) -> None:
+        """A question was begun, or cannot be; or it has ended meanwhile."""
+        is_open = self._open.get(one.id) is one
+        if (error := began.exception()) is not None:
+            self._let_go(one)
+            if is_open:
+                del self._open[one.id]
+                self._say(one.id, one.attempt, 0, News([], "", self._failure(error)))
             return
-        self._open[id] = _Open(id, attempt, answer, let_go, has_news)
+        one.answer = began.result()
+        if is_open:
+            one.has_news.set()
+        else:
+            self._cancel_answer(one)
 
     def _send(self, one: _Open) -> None:
         one.has_news.clear()  # first: what comes from now on is new again
+        if one.answer is None:  # its first token came before it was begun
+            return
         try:
             news = one.answer.take()
         except BaseException as error:
@@ -229,10 +267,25 @@ class Questions:
         )
 
     def _end(self, one: _Open) -> None:
-        """Forget a question, and let go of its context."""
+        """Forget a question; its context is let go of once nothing computes with it."""
         self._open.pop(one.id, None)
-        with suppress(Exception):
-            one.answer.cancel()
+        if one.answer is not None:  # else once it is begun
+            self._cancel_answer(one)
+
+    def _cancel_answer(self, one: _Open) -> None:
+        assert one.answer is not None
+
+        def let_go() -> None:
+            if threading.current_thread() is self._thread:
+                self._let_go(one)
+            else:
+                self._call_soon(functools.partial(self._let_go, one))
+
+        one.answer.cancel(let_go)
+
+    def _let_go(self, one: _Open) -> None:
+        """Let go of the context of a question, on the thread that holds it."""
+        self._n_held -= 1
         one.let_go()
 
     def _cancel(self, id: str) -> None:
@@ -260,7 +313,7 @@ class Questions:
     def _run_apart(self, call: Callable[[], Any]) -> Future[Any]:
         """Compute something that takes long; one such call at a time, as padded batches are."""
         if self._apart is None:
-            self._apart = ThreadPoolExecutor(1, thread_name_prefix="pcm-question")
+            self._apart = ThreadPoolExecutor(1, thread_name_prefix="pcm-answer")
 
         def compute() -> Any:
             self._contexts.set_threads()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 
 from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.state.state import GateState
@@ -14,7 +14,7 @@ _LEAST_S = 2.0
 
 
 def choose_worker(
-    state: GateState, context: str, n_open: Mapping[str, int], now: float
+    state: GateState, context: str, now: float, avoided: Collection[str] = ()
 ) -> str | None:
     """Choose the worker that answers a question; None if none can now.
 
@@ -23,14 +23,15 @@ def choose_worker(
 
     Parameters
     ----------
-    n_open
-        Open questions by worker.
+    avoided
+        Workers that could not go on with the question; chosen if there are no others.
     """
     could = [view for view in state.workers.values() if _can_answer(state, view, context, now)]
 
-    def ease(view: WorkerView) -> tuple[bool, int, float]:
+    def ease(view: WorkerView) -> tuple[bool, bool, int, float]:
         is_leaving = view.is_draining or context in view.evicting
-        return is_leaving, n_open.get(view.address, 0), sum(view.n_rows.values())
+        n_rows = sum(view.n_rows.values())
+        return view.address in avoided, is_leaving, view.n_asked.total(), n_rows
 
     return min(could, key=ease).address if could else None
 

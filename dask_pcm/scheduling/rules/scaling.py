@@ -22,11 +22,12 @@ def n_workers_wanted(state: GateState, target_s: float) -> int:
 
     If a load takes longer than `target_s`, its duration is the target: a worker that becomes ready
     after the work has drained is useless. While the cost of a row is unknown, each piece of work
-    counts as one worker, as in ``warming``.
+    counts as one worker, as in ``warming``. Workers that answer questions stay.
     """
     working = (group for view in state.workers.values() for group in view.n_works)
     groups = dict.fromkeys([*state.ahead.groups(), *working])
-    return math.ceil(sum(_share(state, group, target_s) for group in groups))
+    n_asked = sum(bool(view.n_asked) for view in state.workers.values())
+    return max(n_asked, math.ceil(sum(_share(state, group, target_s) for group in groups)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +139,9 @@ def needed_workers(state: GateState, workers: Iterable[str]) -> set[str]:
 
 
 def is_needed(state: GateState, view: WorkerView) -> bool:
-    """Whether a worker is loading, running work, or warm for waiting or expected work."""
-    if view.running or view.waiting or Tier.LOADING in view.tiers.values():
+    """Whether it loads, runs work, answers questions, or is warm for waiting or expected work."""
+    is_busy = view.running or view.waiting or view.n_asked
+    if is_busy or Tier.LOADING in view.tiers.values():
         return True
     wanted = {context for group in state.ahead.groups() for context in group.contexts}
     return any(tier is Tier.DEVICE and context in wanted for context, tier in view.tiers.items())

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from dask_pcm.scheduling.events import (
     Action,
     Assign,
-    ContextAsked,
     ContextDeclared,
     Event,
     Fail,
@@ -22,6 +21,8 @@ from dask_pcm.scheduling.events import (
     PoolsDeclared,
     ProcessEnded,
     Quarantine,
+    QuestionEnded,
+    QuestionPlaced,
     ResidencyReported,
     Restarted,
     RunClosed,
@@ -112,8 +113,11 @@ class GateState:
                 n_bytes = self.contexts.declare(happening)
                 if n_bytes is not None:
                     self._resize(context, n_bytes)
-            case ContextAsked(worker, context) if worker in self.workers:
-                self.workers[worker].used_at[context] = now
+            case QuestionPlaced(worker, context) if worker in self.workers:
+                self.workers[worker].begin_question(context, now)
+            case QuestionEnded(worker, context) if worker in self.workers:
+                self.workers[worker].end_question(context, now)
+                self.plans.changed[worker] = None
             case PoolsDeclared(device_bytes):
                 self.pools = device_bytes
             case MemoryNeeded(context, n_bytes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -77,6 +78,8 @@ class WorkerView:
     warm_since: dict[str, float] = field(default_factory=dict)
     #: Contexts to be evicted once the work that needs them has ended, and for which group.
     evicting: dict[str, Group] = field(default_factory=dict)
+    #: Open questions that are answered here, by context.
+    n_asked: Counter[str] = field(default_factory=Counter)
     #: Group of isolated work that waits for this worker to be empty.
     reserved_for: Group | None = None
 
@@ -145,10 +148,20 @@ class WorkerView:
             return False
         return not self.evicting or not any(context in self.evicting for context in contexts)
 
+    def begin_question(self, context: str, now: float) -> None:
+        """Record that a question to a context is answered here."""
+        self.n_asked[context] += 1
+        self.used_at[context] = now
+
+    def end_question(self, context: str, now: float) -> None:
+        """Record that one is not any more; none if it was of an earlier life of the worker."""
+        self.n_asked -= Counter([context])
+        self.used_at[context] = now
+
     def in_use(self) -> set[str]:
-        """Contexts that the assigned work needs; work that has seceded still holds its own."""
+        """Contexts that assigned work and questions need; seceded work still holds its own."""
         groups = [*self.n_rows, *(work.group for work in self.waiting.values())]
-        return {context for group in groups for context in group.contexts}
+        return {*self.n_asked, *(context for group in groups for context in group.contexts)}
 
     def holds(self, contexts: tuple[str, ...]) -> bool:
         """Whether all of `contexts` are warm."""

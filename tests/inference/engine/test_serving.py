@@ -424,3 +424,25 @@ def test_memory_that_is_lent_changes_no_token_and_is_back_within_a_step(model):
 def asked(prompt):
     owner = Owner(Kind.QUESTION, "me")
     return Generated(list(prompt), lambda _: None, n_prompt=len(prompt), n_max=40, owner=owner)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of luck"), ValueError("a fault")])
+def test_an_engine_that_stops_by_an_error_says_so_and_one_that_is_closed_does_not(
+    serving, monkeypatch, error
+):
+    stopped = threading.Event()
+    serving.on_stopped(stopped.set)
+
+    def step():
+        raise error
+
+    monkeypatch.setattr(serving.made[0], "step", step)
+    future = serving.ask(asked([1, 2, 3]))
+    with pytest.raises(type(error), match=str(error)):
+        future.result(20)
+    assert stopped.wait(20)
+    with pytest.raises(EngineClosedError):
+        serving.ask(asked([1, 2, 3]))
+    stopped.clear()
+    serving.close()
+    assert not stopped.is_set()

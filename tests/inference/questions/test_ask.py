@@ -9,7 +9,7 @@ import time
 import uuid
 
 import pytest
-from distributed import Client, Event, wait
+from distributed import Client, Event, get_client, wait
 
 import dask_pcm as pcm
 from dask_pcm.errors import (
@@ -109,6 +109,11 @@ def test_a_template_that_refuses_messages_says_why(client, chat):
         ("x", {"chat": "yes"}, "chat must be True, False or None"),
         ("x", {"timeout": "soon"}, "timeout must be seconds"),
         ("x", {"timeout": 0}, "expected more than 0"),
+        ("x", {"timeout": [1]}, "timeout must be seconds"),
+        ("x", {"chat": 0}, "chat must be True, False or None; found 0"),
+        (b"x", {}, "a text or a list of messages; found b'x'"),
+        ("x\ud800y", {}, "The question has half of a character .* at 1"),
+        ([{"role": "user", "content": "\udfff"}], {}, "Message 0 has half of a character"),
     ],
 )
 def test_wrong_questions_are_refused_before_anything_is_sent(
@@ -182,6 +187,16 @@ def test_a_question_is_answered_while_every_lane_and_thread_is_busy(client, plai
     assert not any(future.done() for future in [*held, *busy])
     may_end.set()
     wait([*held, *busy], timeout=patient(30))
+
+
+def test_a_task_asks_with_the_client_of_its_worker(client, plain):
+    def ask(llm, has_client):
+        given = {"client": get_client()} if has_client else {}
+        return llm.ask(PROMPT, max_tokens=3, **given).n_tokens
+
+    assert client.submit(ask, plain, True, pure=False).result(60) == 3
+    with pytest.raises(InstallError, match=r"Pass client=dask\.distributed\.get_client"):
+        client.submit(ask, plain, False, pure=False).result(60)
 
 
 def _occupy(number, may_end, model=None):
@@ -286,10 +301,20 @@ def test_fifty_questions_at_a_time_and_two_clients(client, plain, local, shared_
     check_nothing_left(client, shared_cluster)
 
 
-def test_without_an_engine_the_answer_is_one_piece(client, folders, local, plain):
+def test_without_an_engine_it_streams_as_well(client, folders, local, plain):
     llm = pcm.LLM(folders[0], deterministic=True)
-    stream = llm.stream(PROMPT, max_tokens=12)
-    pieces = list(stream)
-    assert len(pieces) == 1
-    _, found = expected(local, plain, PROMPT, max_tokens=12)
-    assert stream.text == found.text and stream.reply.n_tokens == 12
+    stream = llm.stream(PROMPT, max_tokens=60)
+    assert len(list(stream)) > 1
+    _, found = expected(local, plain, PROMPT, max_tokens=60)
+    assert stream.text == found.text and stream.reply.n_tokens == found.n_tokens
+
+
+def test_without_an_engine_an_answer_that_is_left_makes_room_for_the_next(
+    client, folders, shared_cluster
+):
+    llm = pcm.LLM(folders[0], deterministic=True)
+    endless = llm.stream(PROMPT, max_tokens=4000)
+    next(iter(endless))
+    endless.close()
+    assert llm.ask(PROMPT, max_tokens=2, timeout=60).n_tokens <= 2
+    check_nothing_left(client, shared_cluster)

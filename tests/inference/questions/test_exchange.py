@@ -20,7 +20,7 @@ from dask_pcm.inference.options import checked_generation
 from dask_pcm.inference.questions.exchange import MAX_LOST, Exchange
 from dask_pcm.inference.questions.models import named
 from dask_pcm.inference.questions.question import Question
-from dask_pcm.plugins.questions import DONE, LOST, MOVED
+from dask_pcm.plugins.questions import DONE, LOST, MOVED, UNKNOWN
 
 
 class Told(Exchange):
@@ -35,9 +35,12 @@ class Told(Exchange):
     def _call(self, op, put, **says):
         self.calls.append((op, says))
 
-    def say(self, tokens=(), text="", **end):
+    def message(self, tokens=(), text="", **about):
         told = {"id": self.id, "attempt": self._attempt, "tokens": [*tokens], "text": text}
-        return self.take(told | ({"end": end} if end else {}))
+        return told | about
+
+    def say(self, tokens=(), text="", **end):
+        return self.take(self.message(tokens, text) | ({"end": end} if end else {}))
 
     def wait(self):
         """Until it asks again, without a wait."""
@@ -80,6 +83,58 @@ def test_it_is_moved_as_often_as_needed_while_tokens_come(plain):
         for _ in range(30):
             told.say(end=MOVED, why="not warm")
             told.wait()
+
+
+def test_what_is_lost_on_the_way_is_asked_again(plain):
+    """The scheduler drops messages to a client that is not connected at that moment."""
+    told = Told(plain)
+    told.take(told.message([1, 2], "ab", number=0))
+    assert told.take(told.message([5], "e", number=2)) == ""  # the second one is lost
+    assert told.text == "ab" and told.tokens == [1, 2]
+    ((op, says),) = told.wait()
+    assert op == "pcm_ask" and pickle.loads(says["question"]).draft == (1, 2)
+    told.take(told.message([3, 4, 5], "cde", number=0))
+    end = {"end": DONE, "n_tokens": 5, "finish_reason": "stop"}
+    told.take(told.message([], "", number=1) | {"end": end})
+    assert told.reply.text == "abcde"
+
+
+def test_workers_that_could_not_go_on_are_avoided_until_a_token_comes(plain):
+    told = Told(plain)
+    for worker in ("a", "b"):
+        told.take(told.message() | {"worker": worker, "end": {"end": MOVED, "why": "it is broken"}})
+        ((_, says),) = told.wait()
+    assert says["avoided"] == ["a", "b"]
+    told.take(told.message([1], "x", number=0))
+    told.take(told.message(number=1) | {"worker": "c", "end": {"end": LOST, "why": "gone"}})
+    ((_, says),) = told.wait()
+    assert says["avoided"] == ["c"]
+
+
+def test_a_client_that_connects_again_asks_again(plain):
+    told = Told(plain)
+    attempt = told._attempt
+    for _ in range(30):
+        told.take({"attempt": attempt, "standing": {"refused": UNKNOWN}})
+        ((op, says),) = told.wait()
+        assert op == "pcm_ask" and says["attempt"] == attempt
+    told.client.status = "closed"
+    with pytest.raises(AskError, match="is closed"):
+        told.take({"attempt": attempt, "standing": {"refused": UNKNOWN}})
+
+
+def test_times_are_those_of_arrival_and_closing_wakes_who_waits(plain):
+    told = Told(plain)
+    told._begun_at = time.monotonic() - 5.0
+    told.take(told.message([1], "a") | {"at": told._begun_at + 1.0})
+    end = {"end": DONE, "n_tokens": 1, "finish_reason": "stop"}
+    told.take(told.message() | {"end": end, "at": told._begun_at + 2.0})
+    assert (told.reply.first_s, told.reply.total_s) == pytest.approx((1.0, 2.0))
+    other = Told(plain)
+    other.close()
+    begun = time.monotonic()
+    assert other.take(other.inbox.get(20.0)) == "" and not other.is_open
+    assert time.monotonic() - begun < 10
 
 
 def test_a_question_that_the_gate_has_forgotten_is_asked_again(plain):

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 
 from distributed import Client, Worker
+from distributed.metrics import monotonic
 from distributed.utils_test import gen_cluster
 
 import dask_pcm as pcm
@@ -21,12 +22,15 @@ from dask_pcm.plugins.questions import (
     NOT_INSTALLED,
     NOT_LOADED,
     TOO_LARGE,
+    UNKNOWN,
     topic_of,
 )
 from dask_pcm.plugins.scheduler.plugin import GATE
 from dask_pcm.plugins.worker.plugin import CONTEXTS
-from dask_pcm.scheduling.events import Group, Work
+from dask_pcm.scheduling.events import Group, Offload, Work
 from dask_pcm.scheduling.rules.questions import choose_worker
+from dask_pcm.scheduling.rules.scaling import n_workers_wanted, needed_workers
+from dask_pcm.tiers import Tier
 from tests.support.gated import gated, install, poll
 from tests.support.questions import Asked, Live
 
@@ -272,17 +276,64 @@ async def test_a_worker_that_drains_or_is_paused_is_the_last_choice_or_none(c, s
     await warm(gate, c, a, b)
     first, second = (gate.state.workers[w.address] for w in (a, b))
 
-    def choice(n_open=(), now=0.0):
-        return choose_worker(gate.state, CONTEXT.digest, Counter(n_open), now)
+    def choice(n_open=(), avoided=()):
+        for view in (first, second):
+            view.n_asked = Counter({CONTEXT.digest: dict(n_open).get(view.address, 0)})
+        return choose_worker(gate.state, CONTEXT.digest, 0.0, avoided)
 
     first.is_draining = True
     assert choice({b.address: 5}) == b.address
+    assert choice({b.address: 5}, [b.address]) == a.address
     second.is_paused = True
     assert choice() == a.address
     first.ends_at = 1.0
     assert choice() is None
     first.is_draining, first.ends_at, second.is_paused = False, float("inf"), False
     assert choice({a.address: 1}) == b.address
+    assert choice({a.address: 1}, [b.address]) == a.address
+    assert choice((), [a.address, b.address]) in (a.address, b.address)  # there are no others
+    first.n_asked, second.n_asked = Counter(), Counter()
+
+
+@gated(config={"pcm.context.idle-timeout": "100ms", "pcm.gate.tick": "20ms"})
+async def test_a_worker_that_answers_is_needed_and_its_context_is_in_use(c, s, gate, a, b):
+    await warm(gate, c, a)
+    asking = Asking(c)
+    id, _ = await asking.ask(Asked())
+    await poll(lambda: live_of(a).answers, 10)
+    view = gate.state.workers[a.address]
+    assert needed_workers(gate.state, [a.address, b.address]) == {a.address}
+    assert n_workers_wanted(gate.state, 5.0) == 1
+    used_at = view.used_at[CONTEXT.digest]
+    await poll(lambda: monotonic() > used_at + 0.3, 10)  # longer than the idle time
+    assert view.tiers[CONTEXT.digest] is Tier.DEVICE
+    assert a.plugins[CONTEXTS].contexts.store.tier(CONTEXT.digest) is Tier.DEVICE
+    live_of(a).answers[0].say("so", is_last=True)
+    await asking.end(id)
+    assert not view.n_asked and not needed_workers(gate.state, [a.address])
+    assert n_workers_wanted(gate.state, 5.0) == 0
+    await poll(lambda: CONTEXT.digest not in view.tiers, 10)  # it cannot be offloaded
+
+
+@gated(nthreads=1)
+async def test_an_offload_that_a_worker_refuses_is_known_to_the_gate(c, s, gate, a):
+    await warm(gate, c, a)
+    store = a.plugins[CONTEXTS].contexts.store
+    view = gate.state.workers[a.address]
+    _, _, let_go = store.hold_warm(CONTEXT.digest)
+    gate.hub.carry_out([Offload(a.address, CONTEXT.digest)])
+    gate.state.apply(Offload(a.address, CONTEXT.digest), 0.0)
+    assert view.tiers[CONTEXT.digest] is Tier.HOST
+    await poll(lambda: view.tiers[CONTEXT.digest] is Tier.DEVICE, 10)
+    let_go()
+
+
+@gated(nthreads=1)
+async def test_a_client_that_is_not_connected_is_not_answered(c, s, gate, a):
+    await warm(gate, c, a)
+    packed = {"ref": pickle.dumps(CONTEXT.ref), "question": pickle.dumps(Asked())}
+    said = await c.scheduler.pcm_ask(id="x", attempt=1, client="gone", **packed)
+    assert said == {"refused": UNKNOWN} and not gate.questions.open
 
 
 @gated()

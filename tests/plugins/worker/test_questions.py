@@ -155,6 +155,42 @@ def test_questions_move_when_the_worker_leaves(desk):
     assert desk.n_holders() == 0 and not desk.service.is_busy
 
 
+def test_what_cannot_be_interrupted_keeps_its_context_until_it_ends(desk):
+    id = desk.ask()
+    (answer,) = until(lambda: desk.live.answers, 10)
+    answer.is_slow = True
+    desk.service.on_cancel(id)
+    until(lambda: answer.then, 10)
+    assert desk.n_holders() == 1 and not desk.store.offload(CONTEXT.digest)
+    other = desk.ask(Asked(text="so"))  # and keeps no other waiting
+    assert desk.end(other)["end"] == DONE
+    answer.then()
+    until(lambda: desk.n_holders() == 0, 10)
+
+
+def test_one_that_takes_long_to_begin_keeps_no_other_answer_waiting(desk, monkeypatch):
+    begins, goes_on = threading.Event(), threading.Event()
+    first = desk.ask()
+    (answer,) = until(lambda: desk.live.answers, 10)
+
+    def slow(self, served, wake, apart):
+        begins.set()
+        assert goes_on.wait(20)
+        return begin(self, served, wake, apart)
+
+    begin = Asked.begin
+    monkeypatch.setattr(Asked, "begin", slow)
+    kept, gone = desk.ask(Asked(text="kept")), desk.ask(Asked(text="gone"))
+    assert begins.wait(10)
+    answer.say("so", is_last=True)
+    assert desk.end(first)["end"] == DONE
+    desk.service.on_cancel(gone)
+    goes_on.set()
+    assert desk.end(kept)["end"] == DONE
+    until(lambda: desk.n_holders() == 0 and not desk.service.is_busy, 10)
+    assert desk.of(gone) == []
+
+
 def test_nothing_is_held_or_begun_once_it_is_closed(desk):
     desk.ask()
     until(lambda: desk.live.answers, 10)
