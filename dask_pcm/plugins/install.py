@@ -8,7 +8,7 @@ from typing import Any
 
 import dask
 import distributed
-from distributed import Client, SpecCluster, default_client, get_worker
+from distributed import Client, SpecCluster, default_client, get_client, get_worker
 from distributed.protocol.pickle import dumps
 
 from dask_pcm.config import Config
@@ -153,7 +153,9 @@ def uninstall(client: Client | None = None) -> None:
 
 
 def current_client(client: Client | None = None, instead: str | None = None) -> Client:
-    """Return `client`, or the most recent one if left out; it is synchronous and open.
+    """Return `client`, or the most recent one if left out, in a task that of its worker.
+
+    It is synchronous and open.
 
     Parameters
     ----------
@@ -169,7 +171,7 @@ def current_client(client: Client | None = None, instead: str | None = None) -> 
         try:
             client = default_client()
         except ValueError:
-            raise InstallError(_no_client()) from None
+            client = _client_of_worker()
     if not isinstance(client, Client):
         what = f"client=Client({'address' if isinstance(client, str) else 'cluster'})"
         raise InstallError(
@@ -196,13 +198,15 @@ def _greet(dask_worker: Any = None) -> None:
         plugin.greet()
 
 
-def _no_client() -> str:
-    """Why there is no client, and what to do."""
+def _client_of_worker() -> Client:
+    """The client of this task's worker; InstallError outside a task."""
     try:
         get_worker()
     except ValueError:
-        return "There is no Dask client yet. Make one first: client = Client(cluster)."
-    return "A task has no Dask client of its own. Pass client=dask.distributed.get_client()."
+        raise InstallError(
+            "There is no Dask client yet. Make one first: client = Client(cluster)."
+        ) from None
+    return get_client()
 
 
 def is_installed(client: Client) -> bool:

@@ -210,7 +210,7 @@ def test_a_file_that_is_no_connection_file_is_refused(tmp_path):
     with pytest.raises(PoolError, match="is no connection file"):
         pcm.connect(tmp_path / "other.json")
     (tmp_path / "dask.json").write_text('{"type": "Scheduler", "address": "tcp://10.0.0.1:8786"}')
-    with pytest.raises(PoolError, match="scheduler file of Dask's.*'tcp://10.0.0.1:8786'"):
+    with pytest.raises(PoolError, match="is a scheduler file of Dask's"):
         pcm.connect(tmp_path / "dask.json")
 
 
