@@ -6,6 +6,7 @@ import click
 
 from dask_pcm.cli import outputs
 from dask_pcm.cli.ask import ask
+from dask_pcm.cli.profile import profile_context
 from dask_pcm.cli.run import demo, run
 from dask_pcm.cli.simulate import simulate_scenario
 from dask_pcm.version import __version__
@@ -25,6 +26,7 @@ _COMMANDS = (
     outputs.cancel,
     ask,
     demo,
+    profile_context,
     simulate_scenario,
 )
 for _command in _COMMANDS:

@@ -179,7 +179,7 @@ def _mapped(
     )
 
 
-def function_of(given: str) -> Callable[..., Any]:
+def function_of(given: str, option: str = "--function") -> Callable[..., Any]:
     """The function MODULE:NAME, found as ``python`` finds modules from here, or in FILE.py.
 
     Workers need not have its module: the function is sent by its code.
@@ -190,7 +190,7 @@ def function_of(given: str) -> Callable[..., Any]:
     if not where or not name:
         raise click.BadParameter(
             f"{given!r} names no function; expected MODULE:NAME or FILE.py:NAME.",
-            param_hint="--function",
+            param_hint=option,
         )
     file = Path(where)
     folder, module_name = Path(os.getcwd()), where
@@ -202,9 +202,9 @@ def function_of(given: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
         found = getattr(module, name)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise click.BadParameter(f"{given!r}: {error}.", param_hint="--function") from error
-    if not callable(found):
-        raise click.BadParameter(f"{given!r} is no function.", param_hint="--function")
+        raise click.BadParameter(f"{given!r}: {error}.", param_hint=option) from error
+    if option == "--function" and not callable(found):
+        raise click.BadParameter(f"{given!r} is no function.", param_hint=option)
     cloudpickle.register_pickle_by_value(module)
     function: Callable[..., Any] = found
     return function

@@ -120,6 +120,12 @@ class Store:
             residency = self._residencies.by_digest.get(digest)
             return residency.n_loads if residency else 0
 
+    def size_bytes(self, digest: str) -> int:
+        """What the context and its attendant take on the device, in bytes; 0 while unknown."""
+        with self._residencies.changed:
+            residency = self._residencies.by_digest.get(digest)
+            return residency.full_bytes if residency else 0
+
     def mapped_bytes(self, digest: str) -> int:
         """Host-tier memory that the context maps into this process, in bytes."""
         with self._residencies.changed:

@@ -13,6 +13,7 @@ import dask_pcm as pcm
 from dask_pcm.plugins.scheduler.plugin import GATE
 from tests.conftest import validated_cluster
 from tests.plugins.worker.test_sharing import MIB, ask, load
+from tests.support.images import images, labels, load_vit
 from tests.support.patience import until
 
 
@@ -89,3 +90,24 @@ def test_it_can_be_switched_off(client, tmp_path):
     made = contexts(str(tmp_path / "loads"), 3)
     assert used(client, first, *made) == [0, 1, 2]
     assert client.run(lent_bytes) == {first: None, second: None}
+
+
+def label(n, model):
+    with pcm.acquire(model) as module:
+        return labels(images(n), module)["label"].tolist()
+
+
+def test_an_image_model_makes_room_at_a_neighbour_and_comes_back(client):
+    first, second = sorted(client.scheduler_info()["workers"])
+    made = [pcm.Context(load_vit, width, 6, name=f"vit {width}") for width in (128, 136, 144)]
+
+    def labelled():
+        futures = [client.submit(label, 5, one, workers=[first], pure=False) for one in made]
+        return client.gather(futures)
+
+    expected = [
+        labels(images(5), load_vit(width, 6))["label"].tolist() for width in (128, 136, 144)
+    ]
+    assert labelled() == expected
+    assert client.run(lent_bytes)[second][0] > 3 * MIB
+    assert labelled() == expected
