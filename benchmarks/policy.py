@@ -53,7 +53,9 @@ from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.rules.drain_time import DrainTime
 from dask_pcm.scheduling.rules.placer import Placeable, place
 from dask_pcm.scheduling.state.state import GateState
-from dask_pcm.simulation import Result, Scenario, read_scenario, simulate, variants
+from dask_pcm.simulation import Result, Scenario, read_any, read_scenario, simulate, variants
+from dask_pcm.simulation.serving import POLICIES as SERVING_POLICIES
+from dask_pcm.simulation.serving import Serving, long_prompt_rate, play
 from dask_pcm.tiers import Tier
 
 #: The papers', in seconds.
@@ -61,6 +63,8 @@ ONE_GPU_S, NAIVE_S, PERVASIVE_S, SCALE_OUT_S = 11.4 * 3600, 3 * 3600, 48 * 60, 1
 #: Of the log: p10, p50, p90 of join to first call, seconds; and who had begun to infer by its end.
 WAITS_S, N_PRODUCTIVE, LOG_S = (77, 99, 130), 66, 302
 N_SEEDS = 6
+#: Of the scenario "burst": where its first figure was calibrated.
+CALIBRATED_RATE = 1.6
 
 
 def mean(values: list[float]) -> float:
@@ -430,8 +434,38 @@ def decisions(rows: Rows, n_workers: int) -> None:
     )
 
 
+# -- requests to one device, simulated -------------------------------------------------------------
+
+
+def serving(rows: Rows) -> None:
+    """The paper on lending: 20 times as soon under bursts, 4 times as many tokens of a long prompt.
+
+    Both are calibrations: links, memory and the rate of requests were chosen for them.
+    """
+    spec = read_any("burst")
+    assert isinstance(spec, Serving)
+    for rate in spec.rates:
+        played = {
+            policy: [play(spec, policy, rate, seed) for seed in range(3)]
+            for policy in SERVING_POLICIES
+        }
+        order, host, lent = played.values()
+        soon = sum(one.first_s(0.5, True) for one in order) / sum(
+            one.first_s(0.5, True) for one in lent
+        )
+        rows.add(f"{rate:g} requests/s: first token of a burst, in order over slices, p50", soon)
+        for name, mine in (("host", host), ("lent", lent)):
+            ratio = sum(one.tokens_s for one in mine) / sum(one.tokens_s for one in order)
+            rows.add(f"… tokens a second, slices ({name}) over in order", ratio)
+        if rate == CALIBRATED_RATE:
+            within(rows, "… calibrated: sooner", soon, 20)
+    of_links = [long_prompt_rate(spec, link) for link in (spec.lent, spec.host)]
+    within(rows, "long prompt, calibrated: lent over host", of_links[0] / of_links[1], 4)
+
+
 PARTS = {
     "placer": placer,
+    "serving": serving,
     "calibration": calibration,
     "papers": papers,
     "scale-out": scale_out,

@@ -8,6 +8,7 @@ import click
 
 from dask_pcm import simulation
 from dask_pcm.cli.errors import reported_errors, say
+from dask_pcm.simulation import serving
 
 _MIN_WIDTH = 110
 
@@ -31,9 +32,12 @@ _MIN_WIDTH = 110
 def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None) -> None:
     """Simulate SCENARIO, a YAML file or a scenario of the package, with a scheduling policy."""
     with reported_errors(scenario):
-        played = simulation.read_scenario(scenario)
+        played = simulation.read_any(scenario)
         if report:
             simulation.require_bokeh()
+        if isinstance(played, serving.Serving):
+            _simulate_serving(played, seed, report)
+            return
         policies = simulation.POLICIES if policy == "all" else [policy]
         results = [
             (variant, simulation.simulate(world, name, seed))
@@ -47,3 +51,16 @@ def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None)
         if report:
             simulation.write_report(Path(report), results)
             say(f"The report is in {Path(report, 'report.html')}")
+
+
+def _simulate_serving(spec: serving.Serving, seed: int, report: str | None) -> None:
+    """Requests to a device: all policies, at each rate."""
+    from rich.console import Console
+
+    results = [
+        serving.play(spec, policy, rate, seed) for rate in spec.rates for policy in serving.POLICIES
+    ]
+    Console(width=max(_MIN_WIDTH, Console().width)).print(serving.serving_table(spec, results))
+    if report:
+        serving.write_serving_report(Path(report), spec, results)
+        say(f"The report is in {Path(report, 'report.html')}")

@@ -40,6 +40,7 @@ from dask_pcm.simulation.scenario.scenario import (
     RunSpec,
     Scenario,
 )
+from dask_pcm.simulation.serving.spec import Serving, is_serving, read_serving
 
 _SHIPPED = Path(__file__).parents[1] / "scenarios"
 _SECONDS = number()
@@ -81,13 +82,21 @@ def shipped() -> list[str]:
 
 
 def read_scenario(name: str) -> Scenario:
-    """Read a scenario by the path of a YAML file, or by the name of a shipped one.
+    """Read a scenario of a cluster by the path of a YAML file, or by the name of a shipped one.
 
     Raises
     ------
     ScenarioError
         With the line and the reason of every mistake in the file.
     """
+    found = read_any(name)
+    if not isinstance(found, Scenario):
+        raise ScenarioError(f"Scenario {name!r} is of a serving device, not of a cluster.")
+    return found
+
+
+def read_any(name: str) -> Scenario | Serving:
+    """As ``read_scenario``, or of a device that answers requests: one with ``serving``."""
     path = Path(name)
     if name in shipped():
         path = _SHIPPED / f"{name}.yaml"
@@ -106,7 +115,7 @@ def read_scenario(name: str) -> Scenario:
     try:
         if root is None:
             raise Problems([(1, "nothing is in it")])
-        return _scenario(root, path.stem)
+        return read_serving(root, path.stem) if is_serving(root) else _scenario(root, path.stem)
     except Problems as problems:
         lines = (f"{name}, line {line}: {reason}." for line, reason in sorted(problems.found))
         raise ScenarioError("\n".join(lines)) from None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dask_pcm.errors import PCMError, ScenarioError
-from dask_pcm.simulation import read_scenario, shipped
+from dask_pcm.simulation import read_any, read_scenario, shipped
+from dask_pcm.simulation.serving import Serving
 
 GOOD = """\
 title: A small one
@@ -42,13 +43,14 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("name", shipped())
 def test_what_is_shipped_can_be_read(name):
-    scenario = read_scenario(name)
-    assert scenario.name == name and scenario.n_rows > 0
+    scenario = read_any(name)
+    assert scenario.name == name and scenario.title
+    assert isinstance(scenario, Serving) or scenario.n_rows > 0
 
 
 def test_shipped_are_those_that_are_documented():
-    expected = "batch-size-sweep drain one-gpu scale-out-186 short-lives ten-thousand twenty-gpus"
-    expected += " two-speeds"
+    expected = "batch-size-sweep burst drain one-gpu scale-out-186 short-lives ten-thousand"
+    expected += " twenty-gpus two-speeds"
     assert shipped() == expected.split()
 
 
