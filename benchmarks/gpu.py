@@ -30,6 +30,7 @@ PARTS = {
     "main job": 210,
     "inference": 240,
     "generation": 420,
+    "lending": 60,
 }
 #: Rows of the main job; layers of the larger model (25 MiB each).
 N_ROWS, N_LAYERS = 20_000, 40
@@ -70,6 +71,7 @@ def commands(device: str, gib: int) -> dict[str, list[str]]:
         "main job": ["-m", "benchmarks.gpu", "--device", device, "--main-job"],
         "inference": [*inference, "scoring", "prefix", "choices", "embedding"],
         "generation": [*inference, "generation"],
+        "lending": ["-m", "benchmarks.lending", "--device", device, "--only", "copies"],
     }
 
 

@@ -281,38 +281,38 @@ def _shared_bytes() -> int:
 
 def copies(table: Rows, device: str) -> None:
     """Pages that leave the device and come back, by where they go."""
-    if device == "cpu":
-        print("Copies are measured on a device: --device cuda")
-        return
     one = small().to(device)
-    seconds: dict[str, float] = {}
+    wait: Callable[[], None] = torch.cuda.synchronize if device != "cpu" else lambda: None
     n_devices = torch.cuda.device_count()
-    for where in ("host", "same", "next")[: 2 + (n_devices > 1)]:
-        engine = engine_of(one, 512, may_recompute=False, most_bytes=0 if where != "host" else None)
-        there = device if where == "same" else "cuda:1"
-        if where != "host":
+    places = {"the host": None, "another allocation on this device": device}
+    if device != "cpu" and n_devices > 1:
+        places["another device"] = "cuda:1"
+    seconds: dict[str, float] = {}
+    for where, there in places.items():
+        engine = engine_of(one, 512, may_recompute=False, most_bytes=None if there is None else 0)
+        if there is not None:
             engine.paging.lend(functools.partial(_allocated, there), lambda: None)
         (prompt,) = prompts(1, (2000, 2001), 0)
-        row = Generated(prompt, lambda _: None, n_prompt=len(prompt), n_max=10, owner=QUESTION)
+        row = Generated(prompt, lambda _: None, n_prompt=len(prompt), n_max=20, owner=QUESTION)
         engine.add([row])
-        for _ in range(9):
+        while len(row.tokens) == row.n_prompt:
             engine.step()
         taken: list[float] = []
         for _ in range(20):
             engine.paging.forget(row)
-            row.n_clean = 0
-            torch.cuda.synchronize()
+            wait()
             begun = time.perf_counter()
             assert engine.paging.out(row, is_wanted=True)
-            pages = engine._pool.take(len(row.copies))
-            engine.paging.back(row, [], pages)
-            torch.cuda.synchronize()
+            engine.paging.back(row, [], engine._pool.take(len(row.copies)))
+            wait()
             taken.append(time.perf_counter() - begun)
         seconds[where] = statistics.median(taken)
-        table.add(f"a row's pages to memory ({where}) and back, ms", 1e3 * seconds[where])
-    table.add("another allocation on this device over the host", seconds["same"] / seconds["host"])
-    if n_devices > 1:
-        table.add("another device over the host", seconds["next"] / seconds["host"], "<= 0.5")
+        n_mib = len(row.pages) * engine._pool.kv[0].nbytes / MIB
+        table.add(f"{n_mib:.1f} MiB of pages to {where} and back, ms", 1e3 * seconds[where])
+    names = list(seconds)
+    for where in names[1:]:
+        bar = "<= 0.5" if where == "another device" else ""
+        table.add(f"… {where} over {names[0]}", seconds[where] / seconds[names[0]], bar)
 
 
 def _allocated(device: str, _: str, n_bytes: int) -> _Allocated:

@@ -6,8 +6,11 @@ import random
 
 import pytest
 
+from dask_pcm.inference.engine.pages import PagePool
+from dask_pcm.inference.engine.paging import Paging
 from tests.inference.engine.conftest import FAMILIES, Alone
 from tests.inference.engine.test_engine import ENDINGS, prompts_of
+from tests.inference.engine.test_paging import SHAPE, SLAB_BYTES, Lender, back, made, stored
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
@@ -86,3 +89,36 @@ def test_texts_in_bfloat16_go_on_from_their_drafts():
         logits = one.logits([*row, *found[k]])[len(row) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(found[k])[:, None])[:, 0]
         assert (logits.max(1).values - chosen).max() < 0.3
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_pages_in_memory_that_is_lent_come_back_and_move_on_to_the_bit(where):
+    """Another allocation on the same device stands for a neighbour's."""
+    pool = PagePool(40, SHAPE, torch.bfloat16, "cuda")
+    paging = Paging(pool, may_recompute=False)
+    lender = Lender(**{where: SLAB_BYTES})
+    if where == "device":
+        borrow = lender.borrow
+
+        def on_device(rung, n_bytes):
+            loan = borrow(rung, n_bytes)
+            if loan is not None:
+                loan._memory = loan._memory.to("cuda")
+            return loan
+
+        lender.borrow = on_device
+    else:
+        paging.slabs._most_pages = 0
+    paging.lend(lender.borrow, lender.wake)
+    row, other = made(pool, 70), made(pool, 50)
+    before, kept = stored(pool, row), stored(pool, other)
+    assert paging.out(row) and paging.out(other) and len(lender.loans) == 1
+    back(pool, paging, row)
+    assert torch.equal(stored(pool, row), before)
+    lender.loans[0].want_back()
+    paging.slabs._most_pages = 100
+    paging.evacuate(lambda row: pytest.fail("there is room on the host"))
+    assert lender.loans[0].is_closed and paging.n_moved == 4
+    back(pool, paging, other)
+    torch.cuda.synchronize()
+    assert torch.equal(stored(pool, other), kept)
