@@ -164,8 +164,8 @@ def lent_first(borrower: Borrower) -> None:
     slabs = borrower.engine.paging.slabs
     made = slabs._made
 
-    def made_or_borrowed(n_pages: int) -> Slab | None:
-        return slabs._borrow("device", max(n_pages, 64)) or made(n_pages)
+    def made_or_borrowed() -> Slab | None:
+        return slabs._borrow("device", 64) or made()
 
     slabs._made = made_or_borrowed  # type: ignore[method-assign]
 

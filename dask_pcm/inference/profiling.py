@@ -24,7 +24,7 @@ import psutil
 from dask_pcm.config import Config
 from dask_pcm.context.context import Context
 from dask_pcm.errors import PromptError
-from dask_pcm.inference.engine.rows import Generated
+from dask_pcm.inference.engine.rows import Generated, RowError
 from dask_pcm.inference.engine.serving import Serving
 from dask_pcm.inference.engine.timeslice import Kind, Owner
 from dask_pcm.inference.language_model import LanguageModel
@@ -169,20 +169,25 @@ def profile(
     ('requests', 1, True)
     """
     config = Config.read()
-    budget_bytes = config.device_budget_bytes
-    store = Store(budget=lambda: budget_bytes or device_bytes(config.n_devices), is_mapped=False)
+
+    def limit_bytes() -> int | None:
+        own_bytes = None if config.is_cpu_only else device_bytes(config.n_devices)
+        return config.device_budget_bytes or own_bytes
+
+    store = Store(budget=limit_bytes, is_mapped=False, is_cpu_only=config.is_cpu_only)
     try:
         with store.acquire([context.ref]) as (value,):
             attendant = store.attendant(context.ref.digest)
-            residency = store.size_bytes(context.ref.digest)
+            size_bytes = store.size_bytes(context.ref.digest)
             if func is not None:
                 served = value if attendant is None else getattr(attendant, "live", value)
                 sweep, unit = _batches(func, frame, served), "rows"
             else:
                 sweep, unit = _requests(value, attendant, prompt_tokens, new_tokens), "requests"
             points = tuple(_until_flat(sweep, on_point))
-            limit = budget_bytes or device_bytes(config.n_devices)
-            return Profile(context.ref.name, unit, _device_of(value), points, residency, limit)
+            return Profile(
+                context.ref.name, unit, _device_of(value), points, size_bytes, limit_bytes()
+            )
     finally:
         store.close()
 
@@ -282,7 +287,9 @@ def _play(
         futures.append(serving.ask(row))
         futures[-1].add_done_callback(lambda _: places.release())
     for future in futures:
-        future.result()
+        (answer,) = future.result()
+        if isinstance(answer, RowError):
+            raise PromptError(f"A request could not be answered: {answer}")
     return found, max(needed)
 
 

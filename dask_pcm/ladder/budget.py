@@ -87,6 +87,8 @@ class DeviceBudget:
         self._tenants: list[Tenant] = []
         #: Threads that wait for room on the device.
         self._waiting: set[int] = set()
+        #: Requests that are not granted yet.
+        self._n_wanting = 0
 
     def add(self, tenant: Tenant, is_first: bool = False) -> None:
         """Add a tenant; it is asked for what it can spare after the others, or before them."""
@@ -118,6 +120,16 @@ class DeviceBudget:
                 f" has {limit:,} for contexts (pcm.ladder.device.budget). Use a smaller model or"
                 " data type, or workers with larger devices."
             )
+        with self._changed:
+            self._n_wanting += 1
+        try:
+            self._reserve(request, grant, limit)
+        finally:
+            with self._changed:
+                self._n_wanting -= 1
+
+    def _reserve(self, request: Request, grant: Callable[[], object], limit: int | None) -> None:
+        """Make room until a request fits."""
         while True:
             with self._changed:
                 wanted = request.n_bytes - request.counted_bytes
@@ -132,17 +144,17 @@ class DeviceBudget:
                 # Without the lock, so tasks go on meanwhile. Another request may take the gap.
                 give_back()
 
-    def reserve_spare(self, n_bytes: int, grant: Callable[[], object]) -> bool:
-        """As ``reserve``, but of what is free and not waited for; False if that is too little.
+    def reserve_spare(self, n_bytes: int, grant: Callable[[], bool]) -> bool:
+        """As ``reserve``, but of what is free; False if that is too little, or `grant` says so.
 
-        Also without a limit: then it is not known what is free.
+        Also while another request makes room, and without a limit: then it is not known what is
+        free.
         """
         limit = self._limit_bytes()
         with self._changed:
-            if limit is None or self._waiting or self._taken_bytes() + n_bytes > limit:
+            if limit is None or self._n_wanting or self._taken_bytes() + n_bytes > limit:
                 return False
-            grant()
-            return True
+            return grant()
 
     def reclaim(self) -> bool:
         """Have every tenant give back what it can spare; False if there was nothing."""

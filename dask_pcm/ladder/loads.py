@@ -84,7 +84,15 @@ class Loads:
 
         Budgets are declared or measured, so what torch's allocator finds may be less.
         """
-        self._reserve(residency, residency.n_bytes)
+        with self._residencies.changed:
+            residency.waits_for_room = residency.live is not None
+            self._residencies.changed.notify_all()
+        try:
+            self._reserve(residency, residency.n_bytes)
+        finally:
+            with self._residencies.changed:
+                residency.waits_for_room = False
+                self._residencies.changed.wait_for(lambda: not residency.is_relocated)
         tried = self._try(residency)
         # Outside the except clause, whose traceback would keep the half-built object and its
         # memory alive.
@@ -128,6 +136,8 @@ class Loads:
         """Start the attendant of an object that has one, within the budget."""
         if getattr(residency.value, "is_attended", False) is not True:
             return
+        if self.lending is not None:  # its size depends on what is free
+            self.lending.leases.reclaim_device()
         attendant: Attendant = residency.value.attend()
         if self.lending is not None and isinstance(attendant, Borrowing):
             attendant.lend(self.lending.borrow)

@@ -124,9 +124,15 @@ class Residencies:
         with self.changed:
             self.changed.wait_for(lambda: not self._is_moving(digest))
             residency = self.by_digest.get(digest)
-            if residency is None or residency.tier is not Tier.HOST:
+            if residency is not None and residency.waits_for_room:
+                residency.is_relocated = True
+            elif residency is None or residency.tier is not Tier.HOST:
                 return  # it is on the device, or gone: then the memory is returned as well
-            self.begin_move(residency)
+            else:
+                self.begin_move(residency)
+        if residency.is_relocated:
+            self._move_waiting(residency)
+            return
         try:
             assert residency.live is not None
             residency.live.move()
@@ -136,6 +142,23 @@ class Residencies:
         else:
             self._settle(residency)
 
+    def _move_waiting(self, residency: Residency) -> None:
+        """Have a context that waits for room on the device leave memory that was lent for it."""
+        live = residency.live
+        try:
+            assert live is not None
+            live.move()
+        except Exception as error:  # its load builds it anew
+            logger.info("Context %r is given up: %s", residency.ref.name, error)
+            residency.live = None
+            if live is not None:
+                live.leave()
+                close(residency.ref, live.value)
+        finally:
+            with self.changed:
+                residency.is_relocated = False
+                self.changed.notify_all()
+
     def _settle(self, residency: Residency) -> None:
         """End a move to the host tier; if the context was given up meanwhile, it is dropped."""
         self.end_move(residency, Tier.HOST)
@@ -144,7 +167,9 @@ class Residencies:
 
     def _is_moving(self, digest: str) -> bool:
         residency = self.by_digest.get(digest)
-        return residency is not None and residency.tier is Tier.LOADING
+        if residency is None or residency.tier is not Tier.LOADING:
+            return False
+        return residency.is_relocated or not residency.waits_for_room
 
     def is_lowered(self, residency: Residency) -> bool:
         """Move the object of a context to the host tier; False if that is impossible."""

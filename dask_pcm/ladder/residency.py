@@ -178,6 +178,10 @@ class Residency:
     attendant_size: int = 0
     #: Whether room on the device is reserved for it while it moves.
     has_room: bool = False
+    #: Whether it is on its way to the device and waits for room there; and whether it leaves memory
+    #: that was lent for it meanwhile.
+    waits_for_room: bool = False
+    is_relocated: bool = False
     #: When it was last held, by the monotonic clock.
     used_at: float = 0.0
     n_holders: int = 0

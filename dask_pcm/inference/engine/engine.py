@@ -111,8 +111,8 @@ class Engine:
 
     @property
     def n_waiting(self) -> int:
-        """Rows that have made room and wait for memory; read on any thread."""
-        return self.paging.n_parked
+        """Rows that the last step had no memory for; read on any thread."""
+        return self.schedule.n_refused
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows; each is told its result by ``Row.done`` within a ``step``."""

@@ -72,17 +72,14 @@ class Paging:
         )
         #: Rows with copies, by identity.
         self._rows: dict[int, Row] = {}
+        #: Rungs whose memory is none for this engine.
+        self._unfit: set[str] = set()
         #: Those that are off the device, by identity.
         self._parked: set[int] = set()
         self._call_s, self._page_s, self._token_s = _CALL_S, _PAGE_S, _TOKEN_S
         self._n_to_measure = _N_MEASURED
         self.n_out = self.n_sent = self.n_unchanged = self.n_back = self.n_recomputed = 0
         self.n_moved = 0
-
-    @property
-    def n_parked(self) -> int:
-        """Rows that are off the device; read on any thread."""
-        return len(self._parked)
 
     @property
     def n_bytes(self) -> int:
@@ -147,11 +144,14 @@ class Paging:
         page_bytes = self._pool.kv[0].nbytes
 
         def borrowed(rung: str, n_pages: int) -> Slab | None:
-            loan = borrow(rung, n_pages * page_bytes)
+            loan = borrow(rung, n_pages * page_bytes) if rung not in self._unfit else None
             if loan is None:
                 return None
             try:
                 numbers = loan.memory()[: n_pages * page_bytes].view(dtype)
+                if numbers.is_cuda and not self._pool.kv.is_cuda:
+                    self._unfit.add(rung)
+                    raise RuntimeError("it is on a GPU, and the engine is not")
                 slab = Slab(numbers.view(n_pages, *shape), loan)
             except (OSError, MemoryError, RuntimeError) as error:
                 logger.info("Memory that is lent cannot be used: %s", error)
@@ -191,8 +191,8 @@ class Paging:
                 row.copies[k] = place
             self.slabs.release(before)
             self.n_moved += len(theirs)
-        if self._pool.kv.is_cuda:
-            self._wait()
+        # On the streams of the devices that pages have come from.
+        self._wait(*{slab.memory.device for slab in wanted if slab.memory.is_cuda})
         self.slabs.return_lent()
 
     def close(self) -> None:
@@ -247,10 +247,13 @@ class Paging:
         else:
             self._call_s += _NEWS * (max(0.0, seconds - n_pages * self._page_s) - self._call_s)
 
-    def _wait(self) -> None:
+    def _wait(self, *others: Any) -> None:
+        """Wait for what the device does, and others."""
         import torch
 
-        torch.cuda.synchronize(self._pool.kv.device)
+        for device in {self._pool.kv.device, *others}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
     def validate(self) -> None:
         """Raise AssertionError if the books contradict each other."""

@@ -94,6 +94,8 @@ class Schedule:
 
     Attributes
     ----------
+    n_refused
+        Rows for which the last step had no memory: questions, and what has made room for others.
     least_admitted
         Rows of batches that are continued join others once there is room for as many.
     """
@@ -104,6 +106,7 @@ class Schedule:
         self.prefixes = self._held.prefixes
         self._most_kept = most_kept
         self.least_admitted = 1
+        self.n_refused = 0
         self._is_admitting = True
         self._new: list[Row] = []
         self._waiting: dict[Owner, list[Row]] = {}
@@ -135,6 +138,7 @@ class Schedule:
     def choose(self, budget_tokens: int) -> list[Part]:
         """What the next step computes, of as many tokens at most unless a row alone has more."""
         self._n_steps += 1
+        self.n_refused = 0
         self._admit()
         self._held.begin_step(self._n_steps)
         n_free = self._held.n_free_places
@@ -272,6 +276,7 @@ class Schedule:
             part = self._part(row, step, is_running)
             if part is None:
                 mine.n_misses += not is_running
+                self.n_refused += not is_running and _is_urgent(row)
             else:
                 if not is_running and part.row is row and (part.kept or isinstance(row, Generated)):
                     taken.add(id(row))
@@ -367,6 +372,11 @@ class Schedule:
                 self._held.let_go(waits)
         for prefix in self.prefixes.on_device():
             self._held.park_prefix(prefix, waiting)
+
+
+def _is_urgent(row: Row) -> bool:
+    """Whether a row is a question, or has begun; the others of batches may wait."""
+    return isinstance(row, Generated) and (row.owner.kind is Kind.QUESTION or row.n_charged > 0)
 
 
 def _outward(prefix: Prefix) -> Iterator[Prefix]:

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 #: Pages of a slab: few calls for memory, and little that is not used.
 _SLAB_PAGES = 64
+#: Pages that are borrowed where a slab is too much.
+_LEAST_PAGES = 16
 
 
 class Lent(Protocol):
@@ -54,12 +56,13 @@ class Slab:
     def __init__(self, memory: Any, loan: Lent | None = None) -> None:
         self.memory = memory
         self.loan = loan
-        self.free = list(range(len(memory)))[::-1]
+        self.n_pages = len(memory)
+        self.free = list(range(self.n_pages))[::-1]
 
     @property
     def n_used(self) -> int:
         """Places that a page has."""
-        return len(self.memory) - len(self.free)
+        return self.n_pages - len(self.free)
 
     @property
     def is_wanted_back(self) -> bool:
@@ -104,7 +107,7 @@ class Slabs:
         self.n_lent = 0
 
     def lend(self, borrow: Callable[[str, int], Slab | None]) -> None:
-        """Where to borrow slabs: of a rung, for as many pages at least."""
+        """Where to borrow slabs: of a rung, for as many pages."""
         self._borrow = borrow
 
     @property
@@ -125,14 +128,14 @@ class Slabs:
     def take(self, n_pages: int) -> list[Place] | None:
         """Places for pages; None if there is no room for all of them."""
         found: list[Place] = []
-        rungs: list[tuple[list[Slab], Callable[[int], Slab | None]]] = [
-            (self._near, lambda n: self._borrow("device", max(n, _SLAB_PAGES))),
+        rungs: list[tuple[list[Slab], Callable[[], Slab | None]]] = [
+            (self._near, lambda: self._borrowed("device")),
             (self._own, self._made),
-            (self._far, lambda n: self._borrow("host", max(n, _SLAB_PAGES))),
+            (self._far, lambda: self._borrowed("host")),
         ]
         for slabs, add in rungs:
             _take_from(slabs, n_pages, found)
-            while len(found) < n_pages and (slab := add(n_pages - len(found))) is not None:
+            while len(found) < n_pages and (slab := add()) is not None:
                 slabs.append(slab)
                 _take_from([slab], n_pages, found)
         if len(found) < n_pages:
@@ -160,13 +163,18 @@ class Slabs:
 
     def close(self) -> None:
         """Let go of all memory."""
-        for slab in self._all:
-            slab.close()
+        slabs = list(self._all)
         self._near, self._own, self._far = [], [], []
+        for slab in slabs:
+            slab.close()
         self._n_made, self._most_pages = 0, 0
         self._borrow = lambda rung, n_pages: None
 
-    def _made(self, n_pages: int) -> Slab | None:
+    def _borrowed(self, rung: str) -> Slab | None:
+        """A slab of a rung, or a smaller one; None if nothing is to be had."""
+        return self._borrow(rung, _SLAB_PAGES) or self._borrow(rung, _LEAST_PAGES)
+
+    def _made(self) -> Slab | None:
         """A slab of the host's memory; None if no more of it may be taken."""
         n_pages = min(_SLAB_PAGES, self._most_pages - self._n_made)
         if n_pages <= 0:
@@ -182,8 +190,8 @@ class Slabs:
     def validate(self) -> None:
         """Raise AssertionError if the books contradict each other."""
         for slab in self._all:
-            assert len(set(slab.free)) == len(slab.free) <= len(slab.memory)
-        assert self._n_made == sum(len(slab.memory) for slab in self._own)
+            assert len(set(slab.free)) == len(slab.free) <= slab.n_pages
+        assert self._n_made == sum(slab.n_pages for slab in self._own)
         assert self._n_made <= self._most_pages
 
 

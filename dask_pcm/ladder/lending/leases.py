@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,10 @@ class Lease:
     ask_back
         Asks the borrower to return it. Called on any thread, without locks.
     is_fixed
-        Whether it lasts as long as the borrower.
+        Whether it lasts as long as the borrower. It counts for what is lent, and takes no room
+        from the lender's own contexts: their budget leaves some of the device.
+    is_own
+        Whether the borrower is the lender itself.
     asked_at
         When it was asked back, by the monotonic clock.
     """
@@ -51,6 +55,7 @@ class Lease:
     borrower: str
     ask_back: Callable[[], None]
     is_fixed: bool = False
+    is_own: bool = False
     asked_at: float | None = None
 
     @property
@@ -97,6 +102,7 @@ class Leases:
         self._leases: list[Lease] = []
         self._epochs = itertools.count(1)
         self.is_offering = True
+        self._is_closed = False
         budget.add(self, is_first=True)
         host.make_room = lambda n_bytes: self.reclaim(HOST, n_bytes)
 
@@ -126,37 +132,55 @@ class Leases:
         """
         if n_bytes <= 0:
             return None
-        lease = Lease(next(self._epochs), medium, n_bytes, borrower, ask_back, is_fixed)
-        if medium == HOST:
-            fd = None if self._is_refused(lease, is_own) else self._host.lend(lease.epoch, n_bytes)
-            if fd is None:
+        lease = Lease(next(self._epochs), medium, n_bytes, borrower, ask_back, is_fixed, is_own)
+        if medium != HOST:
+            if medium != self._device() or not self._is_free(n_bytes):
                 return None
-            with self._changed:
-                self._leases.append(lease)
-            return lease, fd
-        if medium != self._device() or not self._is_free(n_bytes):
+            n_fixed = 0 if is_own else self._fixed_bytes()
+            is_granted = self._budget.reserve_spare(n_bytes + n_fixed, lambda: self._added(lease))
+            return (lease, None) if is_granted else None
+        fd = None if self._is_refused(lease) else self._host.lend(lease.epoch, n_bytes)
+        if fd is None:
             return None
-        if self._is_refused(lease, is_own):
-            return None
-        is_granted = self._budget.reserve_spare(n_bytes, lambda: self._leases.append(lease))
-        return (lease, None) if is_granted else None
+        with self._changed:
+            if self._added(lease):
+                return lease, fd
+        os.close(fd)
+        self._host.end_loan(lease.epoch)
+        return None
 
-    def _is_refused(self, lease: Lease, is_own: bool) -> bool:
+    def _added(self, lease: Lease) -> bool:
+        """Add a lease unless it is refused by now; with the lock held."""
+        if self._is_refused(lease):
+            return False
+        self._leases.append(lease)
+        return True
+
+    def _fixed_bytes(self) -> int:
+        with self._changed:
+            return sum(one.n_bytes for one in self._leases if one.is_fixed)
+
+    def _is_refused(self, lease: Lease) -> bool:
         with self._changed:
             is_asked = any(one.medium == lease.medium and one.asked_at for one in self._leases)
-            return is_asked or not (self.is_offering or is_own)
+            is_offered = self.is_offering or lease.is_own
+            return is_asked or self._is_closed or not is_offered
 
     def end(self, lease: Lease) -> None:
         """A borrower has returned its memory, or is dead."""
         with self._changed:
             if lease not in self._leases:
                 return
-            self._leases.remove(lease)
-            self._changed.notify_all()
-        if lease.medium == HOST:
+        if lease.medium == HOST:  # first: who waits for the memory takes it at once
             self._host.end_loan(lease.epoch)
+        with self._changed:
+            if lease in self._leases:
+                self._leases.remove(lease)
+            self._changed.notify_all()
 
-    def reclaim(self, medium: str | None = None, n_bytes: int | None = None) -> bool:
+    def reclaim(
+        self, medium: str | None = None, n_bytes: int | None = None, with_own: bool = True
+    ) -> bool:
         """Ask borrowers for memory and wait until it is back; False if none came back in time.
 
         Parameters
@@ -165,17 +189,22 @@ class Leases:
             By default, all.
         n_bytes
             What is needed; the latest leases go first. By default, all.
+        with_own
+            Whether this worker's own engines are asked, too.
         """
         with self._changed:
             wanted = [one for one in self._leases[::-1] if medium in (None, one.medium)]
-            wanted = list(_enough([one for one in wanted if not one.is_fixed], n_bytes))
+            mine = [one for one in wanted if not one.is_fixed and (with_own or not one.is_own)]
+            wanted = list(_enough(mine, n_bytes))
             new = [one for one in wanted if one.asked_at is None]
             for lease in new:
                 lease.asked_at = time.monotonic()
+            # Those that hang are not waited for once more.
+            awaited = [one for one in wanted if not one.is_overdue]
         for lease in new:
             lease.ask_back()
         with self._changed:
-            self._changed.wait_for(lambda: not self._left(wanted), _WAIT_S)
+            self._changed.wait_for(lambda: not self._left(awaited), _WAIT_S)
             left = self._left(wanted)
         for lease in left if new else ():
             logger.warning(
@@ -185,6 +214,12 @@ class Leases:
             )
         return len(left) < len(wanted)
 
+    def reclaim_device(self) -> None:
+        """Have all memory of a GPU back that was lent: what is free there is measured next."""
+        medium = self._device()
+        if medium not in (None, "cpu") and self.lent_bytes(medium):
+            self.reclaim(medium)
+
     def lent_bytes(self, medium: str | None = None) -> int:
         """What is lent now; by default, of all media."""
         with self._changed:
@@ -193,11 +228,14 @@ class Leases:
 
     def close(self) -> None:
         """Lend nothing more; the device's budget forgets what is lent."""
-        self.is_offering = False
-        self._host.make_room = None
-        self._budget.remove(self)
+        with self._changed:
+            is_new, self._is_closed = not self._is_closed, True
+        if is_new:
+            self._host.make_room = None
+            self._budget.remove(self)
         with self._changed:
             left, self._leases = self._leases, []
+            self._changed.notify_all()
         for lease in left:
             if lease.medium == HOST:
                 self._host.end_loan(lease.epoch)
@@ -210,7 +248,7 @@ class Leases:
     def taken(self) -> Iterator[tuple[str, int]]:
         """See ``Tenant``."""
         for lease in self._leases:
-            if lease.medium != HOST:
+            if lease.medium != HOST and not lease.is_fixed:
                 yield f"lent to {lease.borrower}", lease.n_bytes
 
     def holders(self) -> set[int]:

@@ -29,6 +29,8 @@ class Loan:
         Memory of the host as a file; the loan closes it.
     device
         Of memory of a device, its name for torch in this process.
+    is_mapped
+        Whether a file is mapped by this process, instead of read and written.
 
     Attributes
     ----------
@@ -45,6 +47,7 @@ class Loan:
         *,
         fd: int | None = None,
         device: str | None = None,
+        is_mapped: bool = True,
     ) -> None:
         self.epoch = epoch
         self.medium = medium
@@ -54,6 +57,8 @@ class Loan:
         self.device = device
         self.is_wanted_back = False
         self.is_closed = False
+        #: What it takes of this process's memory, as the system counts it.
+        self.resident_bytes = n_bytes if device == "cpu" or (fd is not None and is_mapped) else 0
         self._memory: Any = None
         self._end: Callable[[], None] = lambda: None
         self._on_wanted: Callable[[], None] | None = None

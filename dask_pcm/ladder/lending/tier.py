@@ -119,8 +119,8 @@ class LentTier:
         lent = self._lent
         if lent is None or not lent.loan.is_wanted_back:
             return None
-        # Parts of a device's memory that is lent belong to one storage: copied apart.
-        parts = [part if part.device.type == "cpu" else part.clone() for part in lent.parts()]
+        # Over the host: the lender's device has no room for a copy.
+        parts = [part.cpu() for part in lent.parts()]
         found = self._on_host([tensors.storage_of(part) for part in parts])
         del parts
         lent.loan.close()
@@ -140,7 +140,7 @@ class LentTier:
 
     def _borrowed(self, rung: str, storages: Sequence[Any]) -> Storages | None:
         n_bytes = sum(_aligned(storage.nbytes()) for storage in storages)
-        loan = self._lending.borrow(rung, n_bytes) if n_bytes else None
+        loan = self._lending.borrow(rung, n_bytes, is_mapped=False) if n_bytes else None
         if loan is None:
             return None
         try:

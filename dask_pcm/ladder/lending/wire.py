@@ -25,9 +25,6 @@ _N_WAITING = 64
 _MOST_LENDERS = 64
 _PEER = struct.Struct("3i")  # of process, user and group
 
-#: Seconds that a lender has to answer. It takes the memory of the host first.
-ANSWER_S = 5.0
-
 
 def _begin(cluster: str) -> str:
     name = hashlib.blake2b(cluster.encode(), digest_size=8).hexdigest()
@@ -66,11 +63,17 @@ def lenders(cluster: str) -> list[str]:
     return []
 
 
-def connect(address: str) -> socket.socket | None:
-    """A connection to a lender; None if it is gone, or belongs to another user."""
+def connect(address: str, timeout_s: float = 5.0) -> socket.socket | None:
+    """A connection to a lender; None if it is gone, or belongs to another user.
+
+    Parameters
+    ----------
+    timeout_s
+        How long it may take to connect, and each message from then on.
+    """
     found = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        found.settimeout(ANSWER_S)
+        found.settimeout(timeout_s)
         found.connect(address)
         if is_of_this_user(found):
             return found

@@ -215,10 +215,13 @@ class Host:
         try:
             os.ftruncate(fd, n_bytes)
             is_there = psutil.virtual_memory().available > (1 + _LEFT) * n_bytes
-            if is_there and self._keeper.keep_loan(name, _path_of(fd), n_bytes):
+            is_kept = is_there and self._keeper.keep_loan(name, _path_of(fd), n_bytes)
+            if is_kept:
                 os.posix_fallocate(fd, 0, n_bytes)
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
                 return fd
+            if is_kept is None:  # it does not answer, and may keep it all the same
+                self._keeper.drop(name)
         except OSError as error:
             logger.info("Memory of the host cannot be lent: %s", error)
             self._keeper.drop(name)
@@ -236,7 +239,9 @@ class Host:
             is_shared = not is_on_device and not is_pinned
             says = digest, _path_of(fd), n_bytes, is_shared, is_pinned
             is_kept = self._keeper.keep(*says)
-            if is_kept is False and self.make_room is not None and self.make_room(n_bytes):
+            # Not for a copy, which is of use only once a worker dies.
+            may_ask = is_kept is False and is_pinned and self.make_room is not None
+            if may_ask and self.make_room is not None and self.make_room(n_bytes):
                 is_kept = self._keeper.keep(*says)
             if not is_kept:
                 raise NoRoomError(is_refused=is_kept is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ class Placing(Service):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pcm-placer")
         #: What was to be placed by the last plan.
         self._planned: tuple[Sequence[Placeable], Mapping[str, int]] | None = None
+        self._number = 0
         self._next_at = 0.0
         self._is_over = False
 
@@ -49,25 +51,27 @@ class Placing(Service):
         if wanted == self._planned:
             return
         self._planned, self._next_at = wanted, monotonic() + _INTERVAL_S
+        self._number += 1
         if wanted is None:
             self._hub.apply(HostsPlanned(None))
             return
-        self._thread.submit(place, *wanted, _INTERVAL_S).add_done_callback(self._on_plan)
+        planning = self._thread.submit(place, *wanted, _INTERVAL_S)
+        planning.add_done_callback(functools.partial(self._on_plan, self._number))
 
     def close(self) -> None:
         """See ``Service``."""
         self._is_over = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _on_plan(self, planned: Future[HostPlan | None]) -> None:
+    def _on_plan(self, number: int, planned: Future[HostPlan | None]) -> None:
         """A plan was made; on its thread."""
         if planned.cancelled() or self._is_over:
             return
         if (error := planned.exception()) is not None:
             logger.warning("No plan of which contexts go on which hosts: %r", error)
             return
-        self._loop.call_soon_threadsafe(self._take, planned.result())
+        self._loop.call_soon_threadsafe(self._take, number, planned.result())
 
-    def _take(self, plan: HostPlan | None) -> None:
-        if not self._is_over:
+    def _take(self, number: int, plan: HostPlan | None) -> None:
+        if not self._is_over and number == self._number:  # else there is a later one
             self._hub.apply(HostsPlanned(plan))

@@ -66,8 +66,14 @@ class WorkerLending:
         threading.Thread(target=self._look, name="pcm-informer", daemon=True).start()
 
     def open(self, cluster: str) -> None:
-        """Lend to the workers of a cluster on this host, and borrow from them; see ``Lending``."""
-        self._lending.open(cluster, self._name)
+        """Lend to the workers of a cluster on this host, and borrow from them; on the event loop.
+
+        The gate may be a new one, which knows of no needs.
+        """
+        self._told.clear()
+        # Another thread: an earlier server ends first, which asks the nanny.
+        open_ = threading.Thread(target=self._lending.open, args=(cluster, self._name), daemon=True)
+        open_.start()
 
     def close(self) -> None:
         """Lend nothing more; the store closes the rest."""
@@ -75,15 +81,19 @@ class WorkerLending:
 
     def _look(self) -> None:
         """Decide now and then whether to offer memory."""
-        leases = self._lending.leases
         while not self._is_over.wait(_LOOK_S):
-            was_offering = leases.is_offering
-            is_offering = self._informer.decide(self._store.n_waiting(), time.monotonic())
-            if not self._is_over.is_set():
-                leases.is_offering = is_offering
-            if was_offering and not is_offering:
-                leases.reclaim()
-            self._tell_needs()
+            try:
+                self._look_once()
+            except Exception:
+                logger.exception("It was not decided whether memory is lent")
+
+    def _look_once(self) -> None:
+        leases = self._lending.leases
+        was_offering = leases.is_offering
+        leases.is_offering = self._informer.decide(self._store.n_waiting(), time.monotonic())
+        if was_offering and not leases.is_offering:
+            leases.reclaim(with_own=False)
+        self._tell_needs()
 
     def _tell_needs(self) -> None:
         """Tell the gate which contexts need more memory than their device has."""

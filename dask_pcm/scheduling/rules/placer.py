@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dask_pcm.scheduling.events import HostPlan
@@ -94,6 +94,8 @@ def to_place(state: GateState) -> tuple[list[Placeable], dict[str, int]] | None:
         )
         for context, n in sorted(held.items())
     ]
+    if sum(one.n_copies for one in contexts) > n_devices:  # as each has one at least
+        contexts = [replace(one, n_copies=held[one.name]) for one in contexts]
     return contexts, dict(hosts)
 
 

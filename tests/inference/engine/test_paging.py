@@ -310,7 +310,7 @@ def test_what_has_no_other_room_is_computed_again(pool):
     assert paging.out(row)
     lender.loans[0].want_back()
     paging.evacuate(let_go_of(pool, paging))
-    assert lender.loans[0].is_closed and not row.n_done and not paging.n_parked
+    assert lender.loans[0].is_closed and not row.n_done and not paging._parked
     paging.validate()
     assert not paging.out(made(pool, 20))  # a lender that wants memory back gets no more pages
 
@@ -353,3 +353,13 @@ def test_random_moves_with_lenders_that_come_and_go_lose_nothing(pool):
     assert paging.n_moved
     for row in rows:
         pool.release(row.pages)
+
+
+def test_a_lender_with_little_lends_less(pool):
+    paging = Paging(pool, most_bytes=0, may_recompute=False)
+    lender = Lender(device=40 * SHAPE.page_bytes(4))
+    paging.lend(lender.borrow, lender.wake)
+    rows = [made(pool, 16 * 10) for _ in range(3)]
+    assert all(paging.out(row) for row in rows)
+    assert [len(loan.memory()) // SHAPE.page_bytes(4) for loan in lender.loans] == [16, 16]
+    assert not paging.out(made(pool, 16 * 4)) and paging.slabs.n_used == 30

@@ -21,7 +21,7 @@ class Neighbours:
         self.cluster = uuid.uuid4().hex
         self.stores = []
 
-    def worker(self, device_mib=0, host_mib=0, name="", **options):
+    def worker(self, device_mib=0, host_mib=0, name="", sees_devices=True, **options):
         """A worker with a device of its own, whose part CPU memory plays, and a host tier."""
         shelf = Shelf(host_mib * MIB)
         store = Store(
@@ -30,7 +30,8 @@ class Neighbours:
             is_mapped=False,
         )
         store.shelf = shelf
-        store.lend(lambda: "cpu", lambda: {"cpu": "cpu"}, **options).open(self.cluster, name or "w")
+        devices = {"cpu": "cpu"} if sees_devices else {}
+        store.lend(lambda: "cpu", lambda: devices, **options).open(self.cluster, name or "w")
         self.stores.append(store)
         return store
 

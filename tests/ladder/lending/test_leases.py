@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 
@@ -54,21 +55,45 @@ def test_the_latest_leases_come_back_first_and_no_more_than_is_needed(lender, me
     assert not lender.leases.reclaim("another")
 
 
-def test_a_device_that_another_thread_waits_for_is_not_lent(lender):
-    holder = lender.lend("gpu", 8, is_fixed=True)  # as one that does not come back
+def test_a_device_that_another_thread_waits_for_is_not_lent(lender, monkeypatch):
+    monkeypatch.setattr("dask_pcm.ladder.lending.leases._WAIT_S", 0.1)
+    asked = threading.Event()
+    held, _ = lender.leases.grant("gpu", 8 * MIB, "one that hangs", asked.set)
     waiting = threading.Thread(
         target=lender.budget.reserve, args=(Request("load", 4 * MIB), lambda: None)
     )
-    begun = threading.Event()
-    lender.leases.holders = lambda: begun.set() or {0}
     waiting.start()
-    assert begun.wait(10)
-    with lender.leases._changed:
-        assert lender.budget._waiting
-    assert lender.lend("gpu", 1) is None
-    lender.leases.end(holder)
+    assert asked.wait(10)
+    assert lender.lend("gpu", 1) is None and lender.lend("gpu", 1, is_own=True) is None
+    lender.leases.end(held)
     waiting.join(10)
     assert not waiting.is_alive()
+
+
+def test_one_that_hangs_is_waited_for_once(lender, monkeypatch):
+    monkeypatch.setattr("dask_pcm.ladder.lending.leases._WAIT_S", 0.3)
+    lender.leases.grant("gpu", 4 * MIB, "one that hangs", lambda: None)
+    begun = time.monotonic()
+    assert not lender.leases.reclaim("gpu", 2 * MIB)
+    first_s = time.monotonic() - begun
+    assert first_s >= 0.3
+    time.sleep(0.05)
+    begun = time.monotonic()
+    assert not lender.leases.reclaim("gpu", 2 * MIB)
+    assert time.monotonic() - begun < first_s
+
+
+def test_what_a_load_frees_is_not_lent_meanwhile(lender):
+    found = []
+
+    def ask_back():
+        lender.leases.end(lease)
+        found.append(lender.lend("gpu", 1))
+
+    lease, _ = lender.leases.grant("gpu", 6 * MIB, "one", ask_back)
+    lender.budget.reserve(Request("load", 5 * MIB), lambda: None)
+    assert found == [None]
+    assert lender.lend("gpu", 1) is not None
 
 
 def test_what_a_device_does_not_have_is_not_lent():
@@ -76,11 +101,14 @@ def test_what_a_device_does_not_have_is_not_lent():
     assert lender.lend("gpu", 3) is None and lender.lend("gpu", 2) is not None
 
 
-def test_what_is_fixed_stays_as_long_as_its_borrower(lender):
+def test_what_is_fixed_counts_for_others_and_not_for_the_lender(lender):
     fixed = lender.lend("gpu", 2, is_fixed=True)
-    lender.lend("gpu", 2)
+    assert lender.lend("gpu", 9) is None and lender.lend("gpu", 8) is not None
     assert lender.leases.reclaim()
     assert lender.leases.lent_bytes("gpu") == 2 * MIB
+    granted = []
+    lender.budget.reserve(Request("all", 10 * MIB), lambda: granted.append(1))
+    assert granted
     lender.leases.end(fixed)
     lender.leases.end(fixed)  # once more changes nothing
     assert lender.leases.lent_bytes() == 0
@@ -90,7 +118,9 @@ def test_a_closed_lender_holds_nothing(lender):
     lender.lend("gpu", 2)
     lender.lend(HOST, 2)
     lender.leases.close()
-    assert lender.leases.lent_bytes() == 0 and lender.lend(HOST, 1) is None
+    lender.leases.close()  # once more changes nothing
+    assert lender.leases.lent_bytes() == 0
+    assert lender.lend(HOST, 1) is None and lender.lend("gpu", 1, is_own=True) is None
     granted = []
     lender.budget.reserve(Request("all", 10 * MIB), lambda: granted.append(1))
     assert granted

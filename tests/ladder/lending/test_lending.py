@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import psutil
 import pytest
 import torch
 
 from dask_pcm.ladder.budget import Request
-from dask_pcm.ladder.lending import wire
+from dask_pcm.ladder.lending import Loan, wire
 from dask_pcm.tiers import Tier
 from tests.ladder.lending.conftest import MIB, wait_for
 from tests.ladder.test_budget import context, used
@@ -136,9 +137,106 @@ def test_lenders_that_have_nothing_are_not_asked_all_the_time(host, monkeypatch)
     host.worker()
     borrower = host.worker()
     asked = []
-    monkeypatch.setattr(wire, "connect", lambda address: asked.append(address))
+    monkeypatch.setattr(wire, "connect", lambda address, timeout_s: asked.append(address))
     assert [borrower.lending.borrow("host", MIB) for _ in range(5)] == [None] * 5
     assert len(asked) == 1
+    assert borrower.lending.borrow("host", MIB // 2) is None and len(asked) == 2  # less may do
+
+
+def test_a_lender_that_does_not_answer_is_left_alone(host):
+    """Its process is stopped: the kernel accepts connections all the same."""
+    borrower = host.worker()
+    silent = wire.listen(host.cluster)
+    begun = time.monotonic()
+    assert borrower.lending.borrow("neighbour", MIB) is None
+    waited_s = time.monotonic() - begun
+    assert waited_s > 0.4
+    lender = host.worker(10)
+    begun = time.monotonic()
+    loan = borrower.lending.borrow("neighbour", MIB // 2)
+    assert loan is not None and time.monotonic() - begun < waited_s / 2
+    loan.close()
+    silent.close()
+    wait_for(lambda: not lender.lending.leases.lent_bytes())
+
+
+@pytest.mark.parametrize("n_bytes", [None, 10**400, "x", [1]])
+def test_a_request_that_makes_no_sense_ends_no_lender(host, n_bytes):
+    lender, borrower = host.worker(10, 10), host.worker()
+    for medium in ("cpu", "host"):
+        connection = wire.connect(lender.lending._server.address)
+        wire.send(connection, {"medium": medium, "n_bytes": n_bytes, "name": "x"})
+        assert wire.receive(connection) in [({"epoch": None}, None), None]
+        connection.close()
+    loan = borrower.lending.borrow("neighbour", MIB)
+    assert loan is not None
+    loan.close()
+
+
+def test_a_worker_whose_server_has_ended_borrows_nothing_and_keeps_nothing(host):
+    host.worker(10)
+    borrower = host.worker()
+    loan = borrower.lending.borrow("neighbour", MIB)
+    server = borrower.lending._server
+    server.close()
+    assert loan.is_wanted_back and borrower.lending.borrow("neighbour", MIB) is None
+    late = Loan(1, "cpu", MIB, "x", device="cpu")
+    server.watch(wire.listen(host.cluster), late)  # as one that was granted at that moment
+    assert late.is_wanted_back
+    loan.close()
+
+
+def test_opening_again_with_the_same_token_ends_no_lease(host):
+    lender, borrower = host.worker(10), host.worker()
+    loan = borrower.lending.borrow("neighbour", MIB)
+    for store in (lender, borrower):
+        store.lending.open(host.cluster, "again")
+    assert not loan.is_wanted_back and lender.lending.leases.lent_bytes() == MIB
+    loan.close()
+
+
+def test_a_context_that_waits_for_room_gives_its_lender_the_memory_back(host):
+    """Its own device is held by a task; and its lender needs what it has lent."""
+    lender, borrower = host.worker(10), host.worker(5, 100)
+    one, two = context(1), context(2)
+    assert used(borrower, one) == 1
+    with borrower.acquire([two]):
+        assert lender.lending.leases.lent_bytes() == 4 * MIB
+        found = []
+        loading = threading.Thread(target=lambda: found.append(used(borrower, one)))
+        loading.start()
+        wait_for(lambda: borrower._residencies.by_digest[one.digest].waits_for_room)
+        lender.device.reserve(Request("mine", 8 * MIB), lambda: None)
+        assert not lender.lending.leases.lent_bytes() and loading.is_alive()
+    loading.join(20)
+    assert found == [1] and borrower.n_loads(one.digest) == 1
+    # The reservation stands for a context that has loaded since.
+
+
+def test_one_that_waits_for_room_and_finds_none_elsewhere_is_loaded_anew(host):
+    lender, borrower = host.worker(10), host.worker(5, 0)
+    one, two = context(1), context(2)
+    assert used(borrower, one) == 1
+    with borrower.acquire([two]):
+        found = []
+        loading = threading.Thread(target=lambda: found.append(used(borrower, one)))
+        loading.start()
+        wait_for(lambda: borrower._residencies.by_digest[one.digest].waits_for_room)
+        lender.device.reserve(Request("mine", 8 * MIB), lambda: None)
+        assert not lender.lending.leases.lent_bytes()
+    loading.join(20)
+    assert found == [1] and borrower.n_loads(one.digest) == 2
+
+
+def test_an_informer_takes_nothing_from_its_own_engines(host):
+    worker, other = host.worker(10), host.worker()
+    own, lent = worker.lending.borrow("device", MIB), other.lending.borrow("neighbour", MIB)
+    returns_when_asked(lent)
+    assert worker.lending.leases.reclaim(with_own=False)
+    assert lent.is_closed and not own.is_wanted_back
+    returns_when_asked(own)
+    worker.device.reserve(Request("mine", 10 * MIB), lambda: None)
+    assert own.is_closed
 
 
 def test_workers_of_another_cluster_and_nonsense_are_refused(host):
@@ -202,14 +300,15 @@ def test_without_room_on_its_host_tier_a_context_goes_to_that_of_a_neighbour(hos
 
 
 def test_a_lenders_own_contexts_get_its_host_tier_back(host):
-    lender, borrower = host.worker(5, 10), host.worker(5, 0)
+    lender, borrower = host.worker(5, 5), host.worker(5, 0, sees_devices=False)
     one, two, three, four = (context(number) for number in (1, 2, 3, 4))
-    assert used(lender, three) == 3  # with a copy on the host tier
     assert [used(borrower, ref) for ref in (one, two)] == [1, 2]
+    assert lender.lending.leases.lent_bytes("host") == 4 * MIB
+    assert used(lender, three) == 3  # without a copy on the host tier, which has no room for it
     assert lender.lending.leases.lent_bytes("host") == 4 * MIB
     assert used(lender, four) == 4
     assert lender.tier(three.digest) is Tier.HOST
-    assert not lender.lending.leases.lent_bytes("host")  # there was room for two
+    assert not lender.lending.leases.lent_bytes("host")
     assert used(lender, three) == 3 and lender.n_loads(three.digest) == 1
 
 
