@@ -54,8 +54,9 @@ from dask_pcm.scheduling.rules.drain_time import DrainTime
 from dask_pcm.scheduling.rules.placer import Placeable, place
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.simulation import Result, Scenario, read_any, read_scenario, simulate, variants
-from dask_pcm.simulation.serving import POLICIES as SERVING_POLICIES
-from dask_pcm.simulation.serving import Serving, long_prompt_rate, play
+from dask_pcm.simulation.serving import Serving
+from dask_pcm.simulation.serving.device import POLICIES as SERVING_POLICIES
+from dask_pcm.simulation.serving.device import long_prompt_rate, play
 from dask_pcm.tiers import Tier
 
 #: The papers', in seconds.

@@ -8,7 +8,7 @@ import click
 
 from dask_pcm import simulation
 from dask_pcm.cli.errors import reported_errors, say
-from dask_pcm.simulation import serving
+from dask_pcm.simulation.serving import Serving
 
 _MIN_WIDTH = 110
 
@@ -35,7 +35,7 @@ def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None)
         played = simulation.read_any(scenario)
         if report:
             simulation.require_bokeh()
-        if isinstance(played, serving.Serving):
+        if isinstance(played, Serving):
             _simulate_serving(played, seed, report)
             return
         policies = simulation.POLICIES if policy == "all" else [policy]
@@ -53,14 +53,16 @@ def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None)
             say(f"The report is in {Path(report, 'report.html')}")
 
 
-def _simulate_serving(spec: serving.Serving, seed: int, report: str | None) -> None:
+def _simulate_serving(spec: Serving, seed: int, report: str | None) -> None:
     """Requests to a device: all policies, at each rate."""
+    # Not above: the engine's slices are those of ``inference``, which imports pandas.
     from rich.console import Console
 
-    results = [
-        serving.play(spec, policy, rate, seed) for rate in spec.rates for policy in serving.POLICIES
-    ]
-    Console(width=max(_MIN_WIDTH, Console().width)).print(serving.serving_table(spec, results))
+    from dask_pcm.simulation.serving.device import POLICIES, play
+    from dask_pcm.simulation.serving.results import serving_table, write_serving_report
+
+    results = [play(spec, policy, rate, seed) for rate in spec.rates for policy in POLICIES]
+    Console(width=max(_MIN_WIDTH, Console().width)).print(serving_table(spec, results))
     if report:
-        serving.write_serving_report(Path(report), spec, results)
+        write_serving_report(Path(report), spec, results)
         say(f"The report is in {Path(report, 'report.html')}")

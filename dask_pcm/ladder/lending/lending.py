@@ -69,6 +69,8 @@ class Lending:
         #: Until when lenders that did not answer are left alone.
         self._silent: dict[str, float] = {}
         self._server: _Server | None = None
+        self._opening = threading.Lock()
+        self._is_closed = False
         self._told_bytes = 0
 
     def open(self, cluster: str, name: str) -> None:
@@ -81,18 +83,20 @@ class Lending:
         name
             Of this worker, for messages.
         """
-        if self._server is not None and not self._server.is_over and cluster == self._cluster:
-            return
-        self._name, self._cluster = name, ""
-        before, self._server = self._server, None
-        if before is not None:  # of a cluster that was
-            before.close()
-        try:
-            self._server = _Server(wire.listen(cluster), name, self.leases)
-        except OSError as error:  # not Linux
-            logger.info("Memory is not lent: %s", error)
-            return
-        self._cluster = cluster
+        with self._opening:
+            is_open = self._server is not None and not self._server.is_over
+            if self._is_closed or (is_open and cluster == self._cluster):
+                return
+            self._name, self._cluster = name, ""
+            before, self._server = self._server, None
+            if before is not None:  # of a cluster that was
+                before.close()
+            try:
+                self._server = _Server(wire.listen(cluster), name, self.leases)
+            except OSError as error:  # not Linux
+                logger.info("Memory is not lent: %s", error)
+                return
+            self._cluster = cluster
 
     @property
     def borrowed_bytes(self) -> int:
@@ -124,9 +128,10 @@ class Lending:
 
     def close(self) -> None:
         """Lend and borrow nothing more; what is borrowed is wanted back at once."""
-        self._cluster = ""
-        if self._server is not None:
-            self._server.close()
+        with self._opening:  # it may be opened at this moment
+            self._is_closed, self._cluster = True, ""
+            if self._server is not None:
+                self._server.close()
         with self._changing:
             loans, contexts = list(self._loans), list(self._contexts.values())
             self._contexts.clear()

@@ -186,6 +186,14 @@ def test_a_worker_whose_server_has_ended_borrows_nothing_and_keeps_nothing(host)
     loan.close()
 
 
+def test_one_that_is_closed_is_not_opened_any_more(host):
+    """A worker's plugin opens it on another thread, and may be gone by then."""
+    store = host.worker(10)
+    store.close()
+    store.lending.open(host.cluster, "late")
+    assert wire.lenders(host.cluster) == []
+
+
 def test_opening_again_with_the_same_token_ends_no_lease(host):
     lender, borrower = host.worker(10), host.worker()
     loan = borrower.lending.borrow("neighbour", MIB)

@@ -8,8 +8,18 @@ import pytest
 
 from dask_pcm.errors import ScenarioError
 from dask_pcm.simulation import read_any, read_scenario
-from dask_pcm.simulation.serving import POLICIES, Burst, Link, long_prompt_rate, play
-from dask_pcm.simulation.serving.device import FIRST_COME, HOST, LENT, Request, _Device, arrivals
+from dask_pcm.simulation.serving import Burst, Link
+from dask_pcm.simulation.serving.device import (
+    FIRST_COME,
+    HOST,
+    LENT,
+    POLICIES,
+    Request,
+    _Device,
+    arrivals,
+    long_prompt_rate,
+    play,
+)
 
 BURST = read_any("burst")
 SMALL = replace(

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from dask_pcm.cli import main
-from dask_pcm.simulation.serving import POLICIES, play, serving_table, write_serving_report
+from dask_pcm.simulation.serving.device import POLICIES, play
+from dask_pcm.simulation.serving.results import serving_table, write_serving_report
 from tests.simulation.serving.test_device import SMALL
 
 
