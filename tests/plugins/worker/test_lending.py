@@ -32,6 +32,8 @@ def client(lending):
         Client(cluster) as client,
     ):
         pcm.install(client)
+        # Workers open it once the gate has welcomed them.
+        until(lambda: lending == "never" or all(client.run(is_open).values()))
         yield client
         cluster.scheduler.plugins[GATE].state.validate()
         client.run(validate)
@@ -39,6 +41,11 @@ def client(lending):
 
 def validate(dask_worker):
     dask_worker.plugins["pcm-contexts"].contexts.store.validate()
+
+
+def is_open(dask_worker):
+    lending = dask_worker.plugins["pcm-contexts"].contexts.store.lending
+    return lending._server is not None
 
 
 def lent_bytes(dask_worker):
