@@ -220,7 +220,7 @@ class Loan:
         self.call()
 
     def close(self):
-        self._memory.fill_(0xEE)  # whoever has it next writes there
+        self._memory.fill_(0xEE)  # as what has it next does
         self.is_closed = True
 
 

@@ -13,7 +13,7 @@ from dask_pcm.ladder.lending import HOST, Leases
 from dask_pcm.ladder.objects.host import Host, LocalKeeper
 from dask_pcm.ladder.objects.shelf import Shelf
 from dask_pcm.ladder.turns import Turns
-from tests.ladder.lending.conftest import MIB
+from tests.ladder.lending.conftest import MIB, wait_for
 
 
 class Lender:
@@ -71,13 +71,13 @@ def test_a_device_that_another_thread_waits_for_is_not_lent(lender, monkeypatch)
 
 
 def test_one_that_hangs_is_waited_for_once(lender, monkeypatch):
-    monkeypatch.setattr("dask_pcm.ladder.lending.leases._WAIT_S", 0.3)
-    lender.leases.grant("gpu", 4 * MIB, "one that hangs", lambda: None)
+    monkeypatch.setattr("dask_pcm.ladder.lending.leases._WAIT_S", 2.0)
+    held, _ = lender.leases.grant("gpu", 4 * MIB, "one that hangs", lambda: None)
     begun = time.monotonic()
     assert not lender.leases.reclaim("gpu", 2 * MIB)
     first_s = time.monotonic() - begun
-    assert first_s >= 0.3
-    time.sleep(0.05)
+    assert first_s >= 2.0
+    wait_for(lambda: held.is_overdue)
     begun = time.monotonic()
     assert not lender.leases.reclaim("gpu", 2 * MIB)
     assert time.monotonic() - begun < first_s
