@@ -6,14 +6,16 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from distributed import Client, LocalCluster, Worker
 from distributed.diagnostics.plugin import WorkerPlugin
 
+from dask_pcm.cli.errors import say
 from dask_pcm.errors import InstallError
 from dask_pcm.pools.cluster import PoolCluster
 from dask_pcm.pools.connection import connect
+from dask_pcm.runs.progress.interrupt import deferred
 
 
 @contextmanager
@@ -38,11 +40,6 @@ def client_of(
     PoolError
         If a file cannot be used, or a batch system refuses its jobs.
     """
-    if cluster:
-        with PoolCluster(cluster) as pools, Client(pools) as client:
-            pools.adapt()
-            yield client
-        return
     if scheduler:
         try:
             is_file = "://" not in scheduler and (os.sep in scheduler or os.path.exists(scheduler))
@@ -52,17 +49,28 @@ def client_of(
         with client:
             yield client
         return
-    with (
-        LocalCluster(
-            n_workers=workers or 2,
-            threads_per_worker=1,
-            dashboard_address=":0",
-            preload_nanny=["dask_pcm.preload"],
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        client.register_plugin(_EndsWithDriver())
+    with ExitStack() as stack:
+        # Only a cluster that has started can be closed: Ctrl-C waits for that.
+        with deferred(lambda: say("Interrupted: ending as soon as it has started.", err=True)):
+            client = _started(stack, workers, cluster)
         yield client
+
+
+def _started(stack: ExitStack, workers: int | None, pools: str | None) -> Client:
+    """The client of a new cluster; `stack` ends both."""
+    if pools:
+        pooled = stack.enter_context(PoolCluster(pools))
+        pooled.adapt()
+        return stack.enter_context(Client(pooled))
+    local = LocalCluster(
+        n_workers=workers or 2,
+        threads_per_worker=1,
+        dashboard_address=":0",
+        preload_nanny=["dask_pcm.preload"],
+    )
+    client = stack.enter_context(Client(stack.enter_context(local)))
+    client.register_plugin(_EndsWithDriver())
+    return client
 
 
 class _EndsWithDriver(WorkerPlugin):  # type: ignore[misc] # its types are not shipped

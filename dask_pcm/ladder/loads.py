@@ -48,7 +48,9 @@ class Loads:
             raise LoadError(failure_text(residency.ref, cause)) from cause
         except BaseException as cause:  # SystemExit too: a library that exits is a failed load
             error, wrong = failure_text(residency.ref, cause), cause
-            logger.warning("%s", error)
+            # What it needs goes away as the process ends; that is nothing to worry about.
+            is_ending = self._residencies.is_ending
+            logger.log(logging.DEBUG if is_ending else logging.WARNING, "%s", error)
             self._residencies.give_up(residency)
         seconds = time.monotonic() - start
         with self._residencies.changed:

@@ -38,12 +38,14 @@ class Residencies:
         Guards every field of every residency; notified when a load, a move or a turn ends.
     is_closed
         Whether every context is evicted as soon as no task holds it.
+    is_ending
+        Whether the process ends: nothing is loaded, and a load that fails fails because of it.
     """
 
     def __init__(self, on_change: Callable[[Change], None], host: Host) -> None:
         self.by_digest: dict[str, Residency] = {}
         self.changed = threading.Condition()
-        self.is_closed = False
+        self.is_closed = self.is_ending = False
         self.report = on_change
         self._host = host
         #: Contexts that could not be offloaded, which is said once.

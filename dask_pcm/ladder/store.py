@@ -64,7 +64,6 @@ class Store:
     ) -> None:
         host = host or Host()
         self._residencies = Residencies(on_change or (lambda change: None), host)
-        self._is_over = False
         self.turns = Turns(self._residencies.changed)
         self.device = DeviceBudget(budget, self._residencies.changed, self.turns)
         self.device.add(self._residencies)
@@ -187,7 +186,7 @@ class Store:
                 return residency.value
             if residency.tier is Tier.FAILED and (waited or not again):
                 raise LoadError(residency.error)
-            if self._is_over:
+            if self._residencies.is_ending:
                 raise LoadError(f"Context {ref.name!r} is not loaded: this process is ending.")
             self._residencies.begin_move(residency)
             # An equal recipe may be pickled in another way: the earlier one may not open here.
@@ -305,7 +304,7 @@ class Store:
 
     def end(self) -> None:
         """Refuse further loads: this process is ending and its tasks run again elsewhere."""
-        self._is_over = True
+        self._residencies.is_ending = True
 
     def validate(self) -> None:
         """Raise AssertionError if the state contradicts itself."""

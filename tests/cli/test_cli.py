@@ -14,6 +14,7 @@ from pathlib import Path
 
 import dask
 import pandas as pd
+import psutil
 import pytest
 from click.testing import CliRunner
 from distributed import rpc
@@ -131,7 +132,8 @@ def test_the_demo_overwrites_no_other_job(invoke, source, tmp_path):
 def test_a_terminal_shows_a_bar(tmp_path):
     """On a pseudo-terminal: rows, rate, ETA, warm workers and loads in one line."""
     master, slave = pty.openpty()
-    args = command("demo", "--rows", 600, "--workers", 1)
+    # So many that some are done before the others: only then is there an ETA.
+    args = command("demo", "--rows", 4_000, "--workers", 1)
     environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
     with subprocess.Popen(args, stderr=slave, stdout=subprocess.DEVNULL, env=environment) as demo:
         os.close(slave)
@@ -142,7 +144,7 @@ def test_a_terminal_shows_a_bar(tmp_path):
     os.close(master)
     assert demo.returncode == 0
     text = shown.decode()
-    for part in ("600/600 rows", "100%", "/s", "ETA", "1/1 warm", "1 loads", "━"):
+    for part in ("4,000/4,000 rows", "100%", "/s", "ETA", "1/1 warm", "1 loads", "━"):
         assert part in text
 
 
@@ -351,6 +353,23 @@ def test_ctrl_c_leaves_a_resumable_output_and_says_so(tmp_path):
     assert subprocess.run(args, capture_output=True, timeout=patient(110)).returncode == 0
     assert pd.read_parquet(out).id.tolist() == list(range(4_000))
     assert json.loads(report.read_text())["rows_resumed"] > 0
+
+
+def test_ctrl_c_while_its_cluster_starts(tmp_path):
+    """Dask can close only a cluster that has started."""
+    generate(100, seed=3).to_parquet(tmp_path / "claims.parquet", index=False)
+    out = tmp_path / "out"
+    args = command(*run_args(tmp_path / "claims.parquet", out))
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(args, preexec_fn=heed_interrupts, **options) as driver:
+        until(lambda: psutil.Process(driver.pid).children(), 60)
+        started = psutil.Process(driver.pid).children(recursive=True)
+        os.killpg(driver.pid, signal.SIGINT)
+        _, said = driver.communicate(timeout=patient(60))
+    assert driver.returncode == 130
+    assert "ending as soon as it has started" in said
+    assert "Traceback" not in said, said
+    until(lambda: not any(process.is_running() for process in started))
 
 
 def test_help_names_the_commands():

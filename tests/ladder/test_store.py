@@ -63,6 +63,13 @@ def failing_load(message):
     raise RuntimeError(message)
 
 
+def ended_load(message):
+    import tests.ladder.test_store as shared
+
+    shared.STORES.pop().end()
+    return shared.failing_load(message)
+
+
 def close(value):
     import tests.ladder.test_store as shared
 
@@ -309,6 +316,18 @@ def test_closed_it_drops_what_is_held_as_soon_as_it_is_not(store):
     with store.acquire([other]):  # a task that was still on its way
         assert CLOSED == ["b", "a"]
     assert CLOSED == ["b", "a", "b"]
+
+
+def test_a_load_that_the_end_of_the_process_stops_does_not_warn(store, caplog):
+    """What it needs, for instance the worker's plugin, may be gone by then."""
+    with pytest.raises(LoadError, match="gone"):
+        store.load(Context(failing_load, "gone").ref)
+    assert "gone" in caplog.text
+    caplog.clear()
+    STORES.append(store)
+    with pytest.raises(LoadError, match="lost"):
+        store.load(Context(ended_load, "lost").ref)
+    assert caplog.text == ""
 
 
 def test_a_users_exception_never_costs_the_context(store):

@@ -10,12 +10,12 @@ from typing import Any
 
 
 @contextmanager
-def deferred() -> Iterator[Callable[[], None]]:
+def deferred(on_asked: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
     """Yield a function that raises KeyboardInterrupt if SIGINT has arrived.
 
-    An interrupt in the middle of a call to the cluster would leave the call half done. A second
-    SIGINT raises at once. Outside the main thread, or with a SIGINT handler of the user's, nothing
-    is changed.
+    An interrupt in the middle of a call to the cluster would leave the call half done. The end of
+    the block raises too, and a second SIGINT at once. `on_asked` is called when the first arrives.
+    Outside the main thread, or with a SIGINT handler of the user's, nothing is changed.
     """
     is_ours = (
         threading.current_thread() is threading.main_thread()
@@ -33,6 +33,7 @@ def deferred() -> Iterator[Callable[[], None]]:
     def note(number: int, frame: Any) -> None:
         raise_if_asked()
         asked.set()
+        on_asked()
 
     signal.signal(signal.SIGINT, note)
     try:

@@ -50,8 +50,12 @@ class Job:
 
     def worker(self, client):
         """Address and process of its worker."""
-        found = client.scheduler_info(n_workers=-1)["workers"]
-        (address,) = [address for address, about in found.items() if about["name"] == self.name]
+
+        def found():
+            workers = client.scheduler_info(n_workers=-1)["workers"].items()
+            return [address for address, about in workers if about["name"] == self.name]
+
+        (address,) = until(found)  # on a busy machine a nanny may have had to start it again
         return address, client.run(os.getpid, workers=[address])[address]
 
     def signal(self, number, to, client):

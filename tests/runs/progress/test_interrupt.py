@@ -35,8 +35,10 @@ def test_it_is_raised_where_it_suits():
 
 
 def test_asked_at_the_very_end_it_is_not_forgotten():
-    with pytest.raises(KeyboardInterrupt), deferred():
+    said = []
+    with pytest.raises(KeyboardInterrupt), deferred(lambda: said.append("later")):
         ask()
+        assert said == ["later"]
 
 
 def test_a_second_one_is_raised_where_it_comes():
