@@ -108,7 +108,7 @@ def test_pages_in_memory_that_is_lent_come_back_and_move_on_to_the_bit(where):
 
         lender.borrow = on_device
     else:
-        paging.slabs._most_pages = 0
+        paging.slabs.most_pages = 0
     paging.lend(lender.borrow, lender.wake)
     row, other = made(pool, 70), made(pool, 50)
     before, kept = stored(pool, row), stored(pool, other)
@@ -116,7 +116,7 @@ def test_pages_in_memory_that_is_lent_come_back_and_move_on_to_the_bit(where):
     back(pool, paging, row)
     assert torch.equal(stored(pool, row), before)
     lender.loans[0].want_back()
-    paging.slabs._most_pages = 100
+    paging.slabs.most_pages = 100
     paging.evacuate(lambda row: pytest.fail("there is room on the host"))
     assert lender.loans[0].is_closed and paging.n_moved == 4
     back(pool, paging, other)

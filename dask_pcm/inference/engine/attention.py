@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dask_pcm.inference.engine import varlen
+from dask_pcm.inference.engine import long_context, varlen
 from dask_pcm.inference.engine.packs import Group, Pack
 from dask_pcm.inference.engine.pages import KVShape
 
@@ -182,6 +182,31 @@ def _attend(pack: Pack, layer: int, q: Any, k: Any, v: Any, how: _How) -> Any:
     if pack.stored is not None and pages is not None:
         places, page, slot = pack.stored
         pages[page, slot] = torch.cat([k[places], v[places]], -1)
+    n_plain = pack.n_plain
+    if n_plain == len(q):
+        return _attend_plain(pack, layer, q, k, v, pages, how)
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    if n_plain:
+        plain = (one[:n_plain] for one in (q, k, v))
+        out[:n_plain] = _attend_plain(pack, layer, *plain, pages, how)
+    for one in pack.streamed:
+        keys, values = _keys_of(one.group, pages, k, v)
+        out[one.span] = long_context.attend(
+            one,
+            layer,
+            q[one.span].transpose(0, 1),
+            keys[0],
+            values[0],
+            scale=how.scale,
+            window=how.window,
+            softcap=how.softcap,
+            sink=how.sink,
+        )
+    return out
+
+
+def _attend_plain(pack: Pack, layer: int, q: Any, k: Any, v: Any, pages: Any, how: _How) -> Any:
+    """Attention of one layer, for tokens of rows of which nothing is streamed."""
     if how.softcap is None and how.sink is None and varlen.is_taken(q, v):
         return varlen.attend(
             pack.sequences,

@@ -141,7 +141,8 @@ class Engine:
         for tell, _ in before:
             tell()
         n_tokens = sum(part.n_tokens for part in parts)
-        if n_tokens >= _FULL * tokens:
+        # What is read from off the device says nothing about the size of steps.
+        if n_tokens >= _FULL * tokens and not any(part.segment.streamed for part in parts):
             seconds = time.perf_counter() - begun
             self.capacity.observe(n_tokens, seconds)
             self.paging.observe(n_tokens, seconds)
@@ -284,7 +285,10 @@ class Engine:
 
 def _is_single(parts: Sequence[Part]) -> bool:
     """Whether a step computes one token of each row, and wants its logits."""
-    return all(part.n_tokens == 1 and part.kept and part.segment.is_stored for part in parts)
+    return all(
+        part.n_tokens == 1 and part.kept and part.segment.is_stored and not part.segment.streamed
+        for part in parts
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -33,6 +33,10 @@ class _Pack:
     pool: PagePool
     is_causal: bool = True
 
+    @property
+    def n_plain(self) -> int:
+        return int(self.ids.shape[1])
+
 
 class Graphs:
     """Graphs of a model on a GPU; for one thread.

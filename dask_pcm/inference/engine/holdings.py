@@ -49,6 +49,8 @@ class Holdings:
         self._running: dict[int, Generated] = {}
         self._n_running: Counter[Owner] = Counter()
         self._now = 0
+        #: What a row may have at the same time of which not all can be there.
+        self._most_pages = max(1, pool.n_pages // 2)
         #: Rows that the step computes, which keep their pages; and running rows that it does not.
         self._chosen: set[int] = set()
         self.n_unchosen = 0
@@ -110,26 +112,69 @@ class Holdings:
         Others make room for `asking`: of a prefix, the row that needs it.
         """
         asking = asking or row
+        if self.is_long(row):
+            n_tokens = min(n_tokens, self._most_pages * PAGE_TOKENS - row.n_done % PAGE_TOKENS)
         if row.pages:
-            stop = min(row.n_done + n_tokens, len(row.tokens))
-            if not self._grow(row, n_pages_for(stop) - len(row.pages), asking):
+            n_tokens = self._go_on(row, min(n_tokens, len(row.tokens) - row.n_done), asking)
+            if not n_tokens:
                 return None
         elif not self._begin(row, n_tokens, asking):
             return None
-        first = row.n_done
+        first, streamed = row.n_done, row.copies[: row.n_out]
         stop = min(first + n_tokens, len(row.tokens))
-        segment = Segment(row.tokens[first:stop], range(first, stop), list(row.pages), first, True)
+        n_cached = first - row.n_out * PAGE_TOKENS
+        segment = Segment(
+            row.tokens[first:stop],
+            range(first, stop),
+            list(row.pages),
+            n_cached,
+            True,
+            streamed=streamed,
+        )
         is_last = stop == len(row.tokens) and isinstance(row, Generated)
         return Part(row, segment, [stop - first - 1] if is_last else [])
 
-    def _grow(self, row: Row, n_pages: int, asking: Row) -> bool:
-        """Give a row more pages; False if there is no room."""
-        if n_pages > 0:
-            try:
-                row.pages += self._take(n_pages, asking)
-            except PoolFullError:
-                return False
-        return True
+    def is_long(self, row: Row) -> bool:
+        """Whether all pages are too few for a row, whose first ones leave the device then."""
+        n_pages = n_pages_for(len(row.tokens))
+        return n_pages > self.pool.n_pages and not isinstance(row, Prefix)
+
+    def too_small_for(self, row: Row) -> str:
+        """What to say of a row for which there is no room at all."""
+        n_pages, n_off = self.pool.n_pages, self.paging.slabs.most_pages
+        return (
+            f"The row needs room for more than {len(row.tokens):,} tokens. There is room for"
+            f" {n_pages * PAGE_TOKENS:,} on the device, and for {n_off * PAGE_TOKENS:,} in the"
+            " host's memory, which pcm.inference.host-pages sets."
+        )
+
+    def _go_on(self, row: Row, n_tokens: int, asking: Row) -> int:
+        """Give a row that has pages those for its next tokens; of how many, 0 for none."""
+        n_all = n_pages_for(row.n_done + n_tokens)
+        if self.is_long(row):
+            self._shrink(row, n_all - row.n_out - self._most_pages)
+        n_pages = n_all - row.n_out - len(row.pages)
+        if n_pages <= 0:
+            return n_tokens
+        try:
+            row.pages += self._take(n_pages, asking)
+            return n_tokens
+        except PoolFullError:
+            if not self.is_long(row):
+                return 0
+        # It goes on within its own pages, and those that are free.
+        if not self._shrink(row, n_pages - self.pool.n_free):
+            self._shrink(row, 1)
+        room = (row.n_out + len(row.pages) + self.pool.n_free) * PAGE_TOKENS - row.n_done
+        n_tokens = min(n_tokens, room)
+        n_pages = n_pages_for(row.n_done + n_tokens) - row.n_out - len(row.pages)
+        row.pages += self.pool.take(max(0, n_pages))
+        return n_tokens
+
+    def _shrink(self, row: Row, n_pages: int) -> bool:
+        """Have full pages of a row, its first ones, leave the device; False if they cannot."""
+        n_pages = min(n_pages, row.n_done // PAGE_TOKENS - row.n_out)
+        return n_pages <= 0 or self.paging.out_first(row, n_pages)
 
     def _begin(self, row: Row, n_tokens: int, asking: Row) -> bool:
         """Give pages to a row that has none, for what it has stored and its next tokens."""
@@ -139,10 +184,16 @@ class Holdings:
         n_begun = row.n_done or (len(prefix.tokens) if prefix is not None else 0)
         n_shared = n_begun // PAGE_TOKENS if prefix is not None and not row.n_done else row.n_shared
         stop = min(n_begun + n_tokens, len(row.tokens))
+        n_out = 0
+        if row.is_parked and self.is_long(row):
+            n_full = row.n_done // PAGE_TOKENS
+            room = min(self._most_pages, self.pool.n_free)
+            n_out = max(0, n_full - max(0, room - (n_pages_for(stop) - n_full)))
         try:
-            pages = self._take(n_pages_for(stop) - n_shared, asking)
+            pages = self._take(n_pages_for(stop) - n_shared - n_out, asking)
         except PoolFullError:
             return False
+        row.n_out = n_out
         if row.is_parked:
             self._bring_back(row, pages)
         elif prefix is not None:
@@ -174,7 +225,7 @@ class Holdings:
         self.paging.n_recomputed += row.n_done
         self.pool.release(row.pages)
         self.paging.forget(row)
-        row.pages, row.n_done, row.n_shared = [], 0, 0
+        row.pages, row.n_done, row.n_shared, row.n_out = [], 0, 0, 0
 
     def do_without_prefix(self, row: Row) -> None:
         """Have a row do without its prefix: there is no room for both."""
@@ -185,12 +236,15 @@ class Holdings:
 
     def preempt(self, row: Generated) -> None:
         """Take the pages of a row that runs; see `preempted`."""
+        self._stop(row)
+        if not self.paging.out(row):
+            self.let_go(row)
+
+    def _stop(self, row: Generated) -> None:
         del self._running[id(row)]
         self._n_running[row.owner] -= 1
         self.n_unchosen -= not self.is_chosen(row)
         self.preempted.append(row)
-        if not self.paging.out(row):
-            self.let_go(row)
 
     def park_prefix(self, prefix: Prefix, users: Iterable[Row]) -> None:
         """Take the pages of a prefix; if it is computed again, so are its rows, which wait."""
@@ -203,6 +257,16 @@ class Holdings:
                 self.let_go(row)
         self.let_go(prefix)
 
+    def let_go_parked(self, row: Row, waiting: Callable[[], Iterable[Row]]) -> bool:
+        """Let go of what other rows have off the device; False if there is nothing."""
+        parked = [one for one in self.paging.parked if one is not row]
+        for one in parked:
+            if isinstance(one, Prefix):
+                self._let_go_prefix(one, waiting())
+            else:
+                self.let_go(one)
+        return bool(parked)
+
     def evacuate(self, waiting: Callable[[], Iterable[Row]]) -> None:
         """Have rows leave memory that lenders want back; those that wait are asked for if needed.
 
@@ -213,6 +277,8 @@ class Holdings:
             if isinstance(row, Prefix):
                 self._let_go_prefix(row, waiting())
             else:
+                if isinstance(row, Generated) and self.is_running(row):
+                    self._stop(row)
                 self.let_go(row)
 
         self.paging.evacuate(let_go)
@@ -229,7 +295,7 @@ class Holdings:
 
     def _bring_back(self, row: Row, pages: list[int]) -> None:
         """Bring back what a row has off the device, to the first ones of `pages`."""
-        n_own = n_pages_for(row.n_done) - row.n_shared
+        n_own = n_pages_for(row.n_done) - row.n_shared - row.n_out
         shared = row.prefix.pages[: row.n_shared] if row.prefix is not None else []
         self.pool.share(shared)
         self.paging.back(row, shared, pages[:n_own])

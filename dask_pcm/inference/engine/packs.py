@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from dask_pcm.inference.engine.long_context import Streamed
 from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool, moved, on_device
+from dask_pcm.inference.engine.slabs import Place
 from dask_pcm.inference.engine.varlen import Sequences, sequences_of
 
 #: Rows share a group if they are at least this share of its longest; or if all are as short. On a
@@ -40,6 +42,8 @@ class Segment:
     parents
         For each token, the index of the token before it, -1 for those in pages; None where it is
         always the previous one. Endings that begin alike share tokens, as in a trie.
+    streamed
+        Where the row's first pages, before `cached`, are off the device (``long_context.py``).
     """
 
     tokens: Sequence[int]
@@ -48,6 +52,7 @@ class Segment:
     n_cached: int = 0
     is_stored: bool = False
     parents: Sequence[int] | None = None
+    streamed: Sequence[Place] = ()
 
 
 @dataclass(slots=True)
@@ -110,7 +115,7 @@ class Pack:
     Parameters
     ----------
     segments
-        Of rows; each has a token at least.
+        Of rows; each has a token at least. Those of which pages are streamed come last.
     pool
         Where cached tokens are; None if there are none.
     device
@@ -126,6 +131,8 @@ class Pack:
         What the model is given, shape (1, tokens).
     starts
         Where each segment begins.
+    n_plain
+        Tokens, the first ones, of rows of which nothing is streamed.
     stored
         Of tokens that are stored: their places in the pack, their pages and slots; or None.
     """
@@ -153,19 +160,36 @@ class Pack:
         for segment in segments:
             self.starts.append(at)
             at += len(segment.tokens)
+        self._plain = [one for one in segments if not one.streamed]
+        self.n_plain = sum(len(one.tokens) for one in self._plain)
+        assert not any(one.streamed for one in segments[: len(self._plain)])
         self.stored = self._plan_stores(segments)
 
     @cached_property
     def groups(self) -> list[Group]:
         """Rows whose attention is computed together, padded to the longest of them."""
         is_cpu = self.ids.device.type == "cpu"
-        found = _alike(self._segments, is_cpu)
+        found = _alike(self._plain, is_cpu)
         return [self._group(self._segments, one, self._positions) for one in found]
 
     @cached_property
     def sequences(self) -> Sequences:
         """The rows as they are, for a kernel that takes sequences of different lengths."""
-        return sequences_of(self._segments, self.starts, self.pool, self._device)
+        starts = self.starts[: len(self._plain)]
+        return sequences_of(self._plain, starts, self.pool, self._device)
+
+    @cached_property
+    def streamed(self) -> list[Streamed]:
+        """Tokens of rows of which some pages are off the device."""
+        found = []
+        for k in range(len(self._plain), len(self._segments)):
+            one = self._segments[k]
+            span = slice(self.starts[k], self.starts[k] + len(one.tokens))
+            positions = self._positions[span]
+            group = self._group(self._segments, [k], self._positions)
+            where = moved(positions, self._device)
+            found.append(Streamed(span, group, one.streamed, where, int(positions[0])))
+        return found
 
     def _plan_stores(self, segments: Sequence[Segment]) -> Any:
         found = [
@@ -237,7 +261,8 @@ def _with_cached(
 
     cached = torch.arange(n_pages * PAGE_TOKENS)
     n_cached = torch.tensor([row.n_cached for row in rows])[:, None, None]
-    at = cached[None].expand(len(rows), -1)
+    n_before = torch.tensor([len(row.streamed) * PAGE_TOKENS for row in rows])
+    at = n_before[:, None] + cached
     if rows[0].is_stored:
         return (cached <= n_cached + torch.arange(n_tokens)[:, None])[:, None], at
     if sees is None:

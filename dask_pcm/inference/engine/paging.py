@@ -86,6 +86,11 @@ class Paging:
         """What rows take off the device; read on any thread."""
         return self.slabs.n_used * int(self._pool.kv[0].nbytes)
 
+    @property
+    def parked(self) -> list[Row]:
+        """Rows that are off the device."""
+        return [row for row in self._rows.values() if not row.pages]
+
     def observe(self, n_tokens: int, seconds: float) -> None:
         """A full step has taken so long."""
         self._token_s += _NEWS * (seconds / n_tokens - self._token_s)
@@ -96,7 +101,9 @@ class Paging:
         Then there is no room, or it is cheaper to compute the row again, unless `is_wanted`.
         """
         n_own = n_pages_for(row.n_done) - row.n_shared
-        dirty = row.pages[row.n_shared + row.n_clean : row.n_shared + n_own]
+        first = row.n_shared - row.n_out
+        dirty = row.pages[first + row.n_clean : first + n_own]
+        is_wanted = is_wanted or row.n_out > 0
         if n_own <= 0 or (not is_wanted and self._is_cheaper_again(row, n_own, len(dirty))):
             return False
         spare = row.copies[row.n_clean :]
@@ -108,16 +115,44 @@ class Paging:
         self._copy(dirty, places, is_out=True)
         row.copies = [*row.copies[: row.n_clean], *places]
         self._pool.release(row.pages)
-        row.pages = []
+        row.pages, row.n_out = [], 0
         self._rows[id(row)] = row
         self._parked.add(id(row))
         self.n_out, self.n_sent = self.n_out + 1, self.n_sent + len(dirty)
         self.n_unchanged += n_own - len(dirty)
         return True
 
+    def out_first(self, row: Row, n_pages: int) -> bool:
+        """Send the first pages of a row off the device, which stay there while it runs.
+
+        They are full, and its own. False if there is no room.
+        """
+        stop = row.n_out + n_pages
+        dirty = row.pages[row.n_clean - row.n_out : n_pages]
+        spare = row.copies[row.n_clean : stop]
+        more = self._places(len(dirty) - len(spare), row)
+        if more is None:
+            return False
+        places = [*spare, *more]
+        self._copy(dirty, places, is_out=True)
+        if dirty:  # the host reads them next
+            self._wait(*{slab.memory.device for slab, _ in places})
+        row.copies = [*row.copies[: row.n_clean], *places, *row.copies[row.n_clean + len(spare) :]]
+        self._pool.release(row.pages[:n_pages])
+        row.pages, row.n_out, row.n_clean = row.pages[n_pages:], stop, max(row.n_clean, stop)
+        self._rows[id(row)] = row
+        self.n_sent, self.n_unchanged = (
+            self.n_sent + len(dirty),
+            self.n_unchanged + n_pages - len(dirty),
+        )
+        return True
+
     def back(self, row: Row, shared: Sequence[int], pages: list[int]) -> None:
-        """Bring a row back to pages that were taken, after those that it shares."""
-        self._copy(pages, row.copies, is_out=False)
+        """Bring a row back to pages that were taken, after those that it shares.
+
+        Its first ones, `Row.n_out`, stay where they are.
+        """
+        self._copy(pages, row.copies[row.n_out :], is_out=False)
         self._pool.fill(pages)
         self._parked.discard(id(row))
         row.pages, row.n_shared = [*shared, *pages], len(shared)
@@ -130,7 +165,7 @@ class Paging:
         if self._rows.pop(id(row), None) is not None:
             self.slabs.release(row.copies)
         self._parked.discard(id(row))
-        row.copies, row.n_clean = [], 0
+        row.copies, row.n_clean, row.n_out = [], 0, 0
 
     def lend(self, borrow: Borrow, wake: Callable[[], None]) -> None:
         """Where memory can be borrowed.
@@ -177,7 +212,7 @@ class Paging:
             theirs = [k for k, (slab, _) in enumerate(row.copies) if slab in wanted]
             if not theirs:
                 continue
-            if row.pages:  # all of it is on the device
+            if row.pages and not row.n_out:  # all of it is on the device
                 self.forget(row)
                 continue
             places = self._places(len(theirs), row)
@@ -198,7 +233,7 @@ class Paging:
     def close(self) -> None:
         """Let go of all memory."""
         for row in self._rows.values():
-            row.copies, row.n_clean = [], 0
+            row.copies, row.n_clean, row.n_out = [], 0, 0
         self._rows.clear()
         self._parked.clear()
         self.slabs.close()
@@ -212,7 +247,7 @@ class Paging:
         """Room for pages; copies of rows that are on the device make some if there is none."""
         found = self.slabs.take(n_pages)
         for other in list(self._rows.values()) if found is None else ():
-            if other is not row and other.pages:
+            if other is not row and other.pages and not other.n_out:
                 self.forget(other)
                 found = self.slabs.take(n_pages) if self.slabs.n_free >= n_pages else None
                 if found is not None:
@@ -262,7 +297,7 @@ class Paging:
         assert len(set(places)) == len(places) == self.slabs.n_used
         assert self._parked == {key for key, row in self._rows.items() if not row.pages}
         for row in self._rows.values():
-            assert 0 <= row.n_clean <= len(row.copies)
+            assert 0 <= row.n_out <= row.n_clean <= len(row.copies)
 
 
 def _memory(shape: Sequence[int], dtype: Any, is_pinned: bool, n_pages: int) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dask_pcm.inference.engine.packs import Segment
+from dask_pcm.inference.engine.pages import PAGE_TOKENS
 from dask_pcm.inference.engine.rows import Embedded, Row, Scored
 
 
@@ -31,12 +32,12 @@ class Part:
 
 def at_once(row: Row) -> Part:
     """All that is left of a row, without storing keys and values."""
-    cached, n_cached = row.pages, row.n_done
-    if row.prefix is not None and not n_cached:
-        cached, n_cached = row.prefix.pages, len(row.prefix.tokens)
-    own = row.tokens[n_cached:]
+    cached, n_done = row.pages, row.n_done
+    if row.prefix is not None and not n_done:
+        cached, n_done = row.prefix.pages, len(row.prefix.tokens)
+    own = row.tokens[n_done:]
     n_own, n_tokens = len(own), len(row.tokens)
-    positions: list[int] = list(range(n_cached, n_tokens))
+    positions: list[int] = list(range(n_done, n_tokens))
     if isinstance(row, Embedded):
         return Part(row, Segment(own, positions), row.pooling.kept(n_own))
     assert isinstance(row, Scored)
@@ -46,4 +47,5 @@ def at_once(row: Row) -> Part:
         own = [*own, *trie.tokens]
         positions += [n_tokens + depth for depth in trie.depths]
     kept = range(n_own - 1, len(own))
-    return Part(row, Segment(own, positions, cached, n_cached, False, parents), kept)
+    n_cached, streamed = n_done - row.n_out * PAGE_TOKENS, row.copies[: row.n_out]
+    return Part(row, Segment(own, positions, cached, n_cached, False, parents, streamed), kept)

@@ -44,6 +44,9 @@ class Row:
     copies, n_clean
         Where its other pages are off the device; and how many of these copies still hold what the
         pages do. Without `pages`, all that it has stored is there.
+    n_out
+        How many pages, the first ones, have only a copy, while `pages` are those after them: the
+        device has no room for all (``long_context.py``).
     """
 
     tokens: list[int]
@@ -55,6 +58,7 @@ class Row:
     n_shared: int = 0
     copies: list[Place] = field(default_factory=list)
     n_clean: int = 0
+    n_out: int = 0
 
     @property
     def n_left(self) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dask_pcm.inference.engine.holdings import Holdings
-from dask_pcm.inference.engine.pages import PAGE_TOKENS, PagePool
+from dask_pcm.inference.engine.pages import PagePool
 from dask_pcm.inference.engine.paging import Paging
 from dask_pcm.inference.engine.parts import Part, at_once
 from dask_pcm.inference.engine.rows import Embedded, Generated, Prefix, Row, RowError, Scored
@@ -148,7 +148,7 @@ class Schedule:
         self._requeue()
         if not step.parts and self.n_rows:
             self._make_progress()
-        return step.parts
+        return sorted(step.parts, key=lambda part: bool(part.segment.streamed))
 
     def end(self, row: Row, result: Any) -> None:
         """A row has ended: it lets go of what it holds, and is told its result."""
@@ -167,6 +167,7 @@ class Schedule:
     def evacuate(self) -> None:
         """Have rows leave memory that lenders want back."""
         self._held.evacuate(self._all_waiting)
+        self._requeue()
 
     def fail(self, row: Row, error: RowError) -> None:
         """A row cannot be computed; if it is a prefix, its rows do without it."""
@@ -312,6 +313,10 @@ class Schedule:
 
     def _part(self, row: Row, step: _Step, is_running: bool) -> Part | None:
         """What a step computes of a row; None for nothing."""
+        if row.prefix is not None and self._held.is_long(row):
+            self._held.do_without_prefix(row)
+            if is_running:  # it begins again in the next step
+                return None
         if is_running:
             n_left = row.n_left
             return self._held.extend(row, n_left if n_left == 1 else self._share(step, row))
@@ -356,9 +361,8 @@ class Schedule:
         """
         row = self._stuck
         if row is not None and row.prefix is None:
-            n_tokens = self._held.pool.n_pages * PAGE_TOKENS
-            text = f"The row needs room for more than {n_tokens} tokens, which the device has."
-            self.fail(row, RowError(text))
+            if not self._held.is_long(row) or not self._held.let_go_parked(row, self._all_waiting):
+                self.fail(row, RowError(self._held.too_small_for(row)))
             return
         if row is not None:
             self._held.do_without_prefix(row)

@@ -92,13 +92,15 @@ class Slabs:
 
     Attributes
     ----------
+    most_pages
+        As given, or less once the host had no memory left.
     n_lent
         Pages that were sent to memory that is lent.
     """
 
     def __init__(self, make: Callable[[int], Any], most_pages: int) -> None:
         self._make = make
-        self._most_pages = most_pages
+        self.most_pages = most_pages
         self._n_made = 0
         self._near: list[Slab] = []
         self._own: list[Slab] = []
@@ -123,7 +125,7 @@ class Slabs:
     def n_free(self) -> int:
         """Pages for which there is room, or memory of the host that may be taken."""
         free = sum(len(slab.free) for slab in self._all if not slab.is_wanted_back)
-        return free + self._most_pages - self._n_made
+        return free + self.most_pages - self._n_made
 
     def take(self, n_pages: int) -> list[Place] | None:
         """Places for pages; None if there is no room for all of them."""
@@ -167,7 +169,7 @@ class Slabs:
         self._near, self._own, self._far = [], [], []
         for slab in slabs:
             slab.close()
-        self._n_made, self._most_pages = 0, 0
+        self._n_made, self.most_pages = 0, 0
         self._borrow = lambda rung, n_pages: None
 
     def _borrowed(self, rung: str) -> Slab | None:
@@ -176,13 +178,13 @@ class Slabs:
 
     def _made(self) -> Slab | None:
         """A slab of the host's memory; None if no more of it may be taken."""
-        n_pages = min(_SLAB_PAGES, self._most_pages - self._n_made)
+        n_pages = min(_SLAB_PAGES, self.most_pages - self._n_made)
         if n_pages <= 0:
             return None
         try:
             slab = Slab(self._make(n_pages))
         except (MemoryError, RuntimeError):  # of torch: the host has no memory left
-            self._most_pages = self._n_made
+            self.most_pages = self._n_made
             return None
         self._n_made += n_pages
         return slab
@@ -192,7 +194,7 @@ class Slabs:
         for slab in self._all:
             assert len(set(slab.free)) == len(slab.free) <= slab.n_pages
         assert self._n_made == sum(slab.n_pages for slab in self._own)
-        assert self._n_made <= self._most_pages
+        assert self._n_made <= self.most_pages
 
 
 def _take_from(slabs: Sequence[Slab], n_pages: int, found: list[Place]) -> None:

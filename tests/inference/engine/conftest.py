@@ -10,6 +10,7 @@ from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.engine import Engine
 from dask_pcm.inference.engine.packs import Pack, Segment
 from dask_pcm.inference.engine.pages import PagePool
+from dask_pcm.inference.engine.paging import Paging
 from dask_pcm.inference.engine.rows import Generated, Scored, trie_of
 from tests.support import models as tiny
 
@@ -71,14 +72,17 @@ class Alone:
             found.append(int(self.logits(found)[-1].argmax()))
         return found[len(tokens) :]
 
-    def engine(self, n_pages=200, budget_tokens=64):
+    def engine(self, n_pages=200, budget_tokens=64, **off_device):
+        """`off_device`: options of ``Paging``."""
         device = self.model.device
         switch(self.model)
         pack = Pack([Segment([1, 2], [0, 1])], device=device)
         with torch.inference_mode(), packed(pack):
             self.model(input_ids=pack.ids, position_ids=pack.positions, use_cache=False)
         pool = PagePool(n_pages, last_shape(), self.model.dtype, device)
-        return Driven(Engine(self.model, pool, fixed(budget_tokens), tiny.N_TOKENS), pool)
+        paging = Paging(pool, **off_device)
+        engine = Engine(self.model, pool, fixed(budget_tokens), tiny.N_TOKENS, paging=paging)
+        return Driven(engine, pool)
 
 
 class Driven:

@@ -11,6 +11,7 @@ from dask_pcm.inference.engine.pages import PAGE_TOKENS, KVShape, PagePool, n_pa
 from dask_pcm.inference.engine.paging import Paging
 from dask_pcm.inference.engine.rows import Generated
 from dask_pcm.inference.engine.slabs import Slabs
+from tests.support.lenders import Lender
 
 SHAPE = KVShape(n_layers=2, n_heads=2, key_dim=4, value_dim=4)
 
@@ -200,47 +201,6 @@ def test_slabs_take_memory_as_it_is_needed():
     assert len(slabs.take(100)) == 100 and sizes == [64, 36]
     slabs.close()
     assert slabs.n_free == 0
-
-
-class Loan:
-    """Memory of a neighbour."""
-
-    def __init__(self, n_bytes):
-        self._memory = torch.zeros(n_bytes, dtype=torch.uint8)
-        self.is_wanted_back = self.is_closed = False
-
-    def memory(self):
-        return self._memory
-
-    def on_wanted(self, call):
-        self.call = call
-
-    def want_back(self):
-        self.is_wanted_back = True
-        self.call()
-
-    def close(self):
-        self._memory.fill_(0xEE)  # as what has it next does
-        self.is_closed = True
-
-
-class Lender:
-    """Lends as many bytes of each rung, a loan at a time."""
-
-    def __init__(self, **most_bytes):
-        self.left = most_bytes
-        self.loans = []
-        self.n_wakes = 0
-
-    def borrow(self, rung, n_bytes):
-        if self.left.get(rung, 0) < n_bytes:
-            return None
-        self.left[rung] -= n_bytes
-        self.loans.append(Loan(n_bytes))
-        return self.loans[-1]
-
-    def wake(self):
-        self.n_wakes += 1
 
 
 SLAB_BYTES = 64 * SHAPE.page_bytes(4)

@@ -195,13 +195,13 @@ def test_a_row_that_is_dropped_while_it_is_away_leaves_nothing(model):
 
 
 def test_a_question_larger_than_the_device_fails_and_the_rest_goes_on(model):
-    driven, rng = model.engine(n_pages=6, budget_tokens=64), random.Random(0)
+    driven, rng = model.engine(n_pages=6, budget_tokens=64, most_bytes=0), random.Random(0)
     prompts = {k: text(rng, 20) for k in range(5)}
     for key, prompt in prompts.items():
         driven.generate(key, prompt, 40, owner=BATCH)
     driven.generate("question", text(rng, 120), 10, owner=QUESTION)
     found = checked(driven)
-    assert "more than 96 tokens" in str(found.pop("question"))
+    assert "more than 120 tokens" in str(found.pop("question"))
     assert found == expected(model, prompts, 40)
 
 
@@ -255,11 +255,11 @@ def test_a_row_is_forgotten_once(model):
 
 
 def test_a_row_that_fails_leaves_an_engine_that_goes_on(model):
-    driven, rng = model.engine(n_pages=4), random.Random(0)
+    driven, rng = model.engine(n_pages=4, most_bytes=0), random.Random(0)
     driven.generate("question", text(rng, 80), 3, owner=QUESTION)
     while "question" not in driven.found:
         driven.engine.step()
-    assert "more than 64 tokens" in str(driven.found.pop("question"))
+    assert "more than 80 tokens" in str(driven.found.pop("question"))
     prompt = text(rng, 9)
     driven.generate("batch", prompt, 4, owner=BATCH)
     assert checked(driven) == expected(model, {"batch": prompt}, 4)

@@ -397,7 +397,7 @@ def test_memory_that_is_lent_changes_no_token_and_is_back_within_a_step(model):
         engine = model.engine(n_pages=12).engine
         engine.paging._may_recompute = False
         # All that is sent goes to what is lent.
-        engine.paging.slabs._most_pages = 0
+        engine.paging.slabs.most_pages = 0
         made.append(engine)
         return engine
 

@@ -1,0 +1,191 @@
+"""Rows whose keys and values take more than the device has say what they say with room for all."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from dask_pcm.inference.engine.long_context import Merged
+from dask_pcm.inference.engine.rows import RowError
+from dask_pcm.inference.engine.timeslice import Kind, Owner, TimeSlices
+from tests.inference.engine.conftest import FAMILIES
+from tests.inference.engine.test_engine import ENDINGS, text
+from tests.inference.engine.test_schedule import checked, expected, first_step
+from tests.support.lenders import Lender
+
+QUESTION, BATCH = Owner(Kind.QUESTION, "me"), Owner(Kind.BATCH, "job")
+
+
+@pytest.fixture
+def model(alone):
+    return alone("llama")
+
+
+def noted_logits(driven):
+    """Logits of single rows, step by step."""
+    found, compute = [], driven.engine._forward.logits
+
+    def logits(pack, kept=None):
+        found.append(compute(pack, kept))
+        return found[-1]
+
+    driven.engine._forward.logits = logits
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_tokens_are_those_of_a_row_that_fits(alone, family):
+    """Attention in groups, with windows, caps and sinks; positions that are learned."""
+    one, prompt = alone(family), text(random.Random(1), 100)
+    driven = one.engine(n_pages=4, budget_tokens=32)
+    logits = noted_logits(driven)
+    driven.generate("row", prompt, 12)
+    found = checked(driven)["row"]
+    assert found == one.continued(prompt, 12)
+    undivided = one.logits([*prompt, *found[:-1]])[len(prompt) - 1 :]
+    told = torch.stack([one[-1] for one in logits if one.shape[-1] == undivided.shape[-1]])
+    assert (told - undivided).abs().max() < 1e-4
+    assert driven.engine.paging.n_sent >= 5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_endings_that_share_tokens_are_scored(alone, family):
+    one, prompt = alone(family), text(random.Random(2), 130)
+    driven = one.engine(n_pages=4, budget_tokens=32)
+    driven.score("row", prompt, ENDINGS)
+    assert checked(driven)["row"] == pytest.approx(one.scores(prompt, ENDINGS), abs=1e-4)
+    assert driven.engine.paging.n_sent
+
+
+def test_a_row_that_grows_beyond_the_device_goes_on(model):
+    driven, prompt = model.engine(n_pages=4), text(random.Random(3), 20)
+    driven.generate("row", prompt, 80)
+    assert checked(driven)["row"] == model.continued(prompt, 80)
+    assert driven.engine.paging.n_recomputed == 0
+
+
+def test_each_page_is_sent_once(model):
+    driven, prompt = model.engine(n_pages=4), text(random.Random(4), 200)
+    driven.generate("row", prompt, 20)
+    checked(driven)
+    assert driven.engine.paging.n_sent <= 220 // 16
+
+
+def test_a_question_begins_at_once_beside_a_long_row(model):
+    driven, rng = model.engine(n_pages=8, budget_tokens=64), random.Random(5)
+    prompts = {"long": text(rng, 200), "question": text(rng, 20)}
+    driven.generate("long", prompts["long"], 40, owner=BATCH)
+    for _ in range(8):
+        driven.engine.step()
+    driven.generate("question", prompts["question"], 6, owner=QUESTION, number="question")
+    assert first_step(driven, "question") == 1
+    assert checked(driven) == expected(model, prompts, {"long": 40, "question": 6})
+
+
+def test_rows_that_share_a_prefix_too_long_for_the_device_do_without_it(model):
+    driven, rng = model.engine(n_pages=6, budget_tokens=64), random.Random(6)
+    shared = text(rng, 150)
+    prompts = {k: [*shared, 5 + k] for k in range(3)}
+    for key, prompt in prompts.items():
+        driven.generate(key, prompt, 5, owner=BATCH)
+    assert checked(driven) == expected(model, prompts, 5)
+
+
+def test_one_that_outgrows_the_device_with_its_prefix_leaves_it(model):
+    driven, rng = model.engine(n_pages=6, budget_tokens=64), random.Random(6)
+    shared = text(rng, 40)
+    prompts = {k: [*shared, 5 + k] for k in range(3)}
+    for key, prompt in prompts.items():
+        driven.generate(key, prompt, 70, owner=BATCH)
+    assert checked(driven) == expected(model, prompts, 70)
+
+
+def test_without_memory_off_the_device_it_fails_and_says_so(model):
+    page_bytes = model.engine().pool.kv[0].nbytes
+    driven, rng = model.engine(n_pages=4, most_bytes=3 * page_bytes), random.Random(7)
+    prompts = {"short": text(rng, 20), "fits": text(rng, 90), "too long": text(rng, 200)}
+    for key, prompt in prompts.items():
+        driven.generate(key, prompt, 5, owner=BATCH)
+    found = checked(driven)
+    failed = found.pop("too long")
+    assert isinstance(failed, RowError)
+    for part in ("more than 200", "64 on the device", "48 in the host's", "host-pages"):
+        assert part in str(failed)
+    del prompts["too long"]
+    assert found == expected(model, prompts, 5)
+
+
+def test_one_that_is_dropped_leaves_nothing(model):
+    driven = model.engine(n_pages=4)
+    driven.generate("row", text(random.Random(8), 200), 30)
+    (row,) = driven.engine.schedule._new
+    while not row.n_out:
+        driven.engine.step()
+    driven.engine.drop([row])
+    assert checked(driven) == {}
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_no_schedule_changes_a_token(model, seed):
+    """Rows of all lengths, those who ask and those who lend come and go."""
+    rng = random.Random(seed)
+    prompts = {k: text(rng, rng.choice([5, 20, 60, 150])) for k in range(rng.randint(4, 9))}
+    lengths = {key: rng.randint(1, 40) for key in prompts}
+    n_pages = rng.randint(4, 9)
+    driven = model.engine(n_pages, rng.choice([16, 48]))
+    page_bytes = driven.pool.kv[0].nbytes
+    driven = model.engine(
+        n_pages,
+        rng.choice([16, 48]),
+        most_bytes=rng.choice([80, 200]) * page_bytes,
+        may_recompute=rng.choice([True, False]),
+    )
+    engine = driven.engine
+    engine.schedule._slices = engine.schedule._held.slices = TimeSlices(rng.choice([1, 4, 16]))
+    lender = Lender(device=64 * page_bytes, host=64 * page_bytes)
+    engine.paging.lend(lender.borrow, lender.wake)
+    todo = list(prompts)
+    while todo or engine.n_rows:
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            if todo:
+                key = todo.pop()
+                owner = Owner(rng.choice([*Kind]), rng.choice("ab"))
+                driven.generate(key, prompts[key], lengths[key], owner=owner)
+        if rng.random() < 0.1 and (loans := [one for one in lender.loans if not one.is_closed]):
+            loans[0].want_back()
+            engine.evacuate()
+            assert loans[0].is_closed
+            lender.left = dict.fromkeys(lender.left, 64 * page_bytes)
+        engine.step()
+        engine.schedule._held.validate()
+    assert checked(driven) == expected(model, prompts, lengths)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_of_attention_are_the_whole(seed):
+    """Against a softmax of all scores; some pieces have no key that a token sees."""
+    generator = torch.Generator().manual_seed(seed)
+    n_tokens, n_keys = 5, 40
+
+    def random_of(*sizes):
+        return torch.randn(*sizes, generator=generator)
+
+    q, k, v = random_of(4, n_tokens, 8), random_of(2, n_keys, 8), random_of(2, n_keys, 6)
+    seen = torch.rand(n_tokens, n_keys, generator=generator) < 0.3
+    seen[:, -1] = True
+    cap, sink = (3.0 if seed % 2 else None), (random_of(4) if seed % 3 else None)
+    total = Merged(q, 2, 6, 0.5, cap)
+    for begin in range(0, n_keys, 7):
+        some = slice(begin, begin + 7)
+        total.add(k[:, some], v[:, some], seen[:, some])
+    scores = (q @ k.repeat_interleave(2, 0).transpose(1, 2)) * 0.5
+    scores = scores if cap is None else cap * (scores / cap).tanh()
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sink is not None:
+        total.add_sink(sink)
+        scores = torch.cat([scores, sink.view(4, 1, 1).expand(-1, n_tokens, 1)], -1)
+    weights = scores.softmax(-1)[..., :n_keys]
+    whole = (weights @ v.repeat_interleave(2, 0)).transpose(0, 1)
+    assert torch.allclose(total.result(), whole, atol=1e-6)
