@@ -31,6 +31,7 @@ PARTS = {
     "inference": 240,
     "generation": 420,
     "lending": 60,
+    "long context": 60,
 }
 #: Rows of the main job; layers of the larger model (25 MiB each).
 N_ROWS, N_LAYERS = 20_000, 40
@@ -72,6 +73,7 @@ def commands(device: str, gib: int) -> dict[str, list[str]]:
         "inference": [*inference, "scoring", "prefix", "choices", "embedding"],
         "generation": [*inference, "generation"],
         "lending": ["-m", "benchmarks.lending", "--device", device, "--only", "copies"],
+        "long context": ["-m", "benchmarks.long_context", "--device", device],
     }
 
 

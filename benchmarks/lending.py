@@ -121,7 +121,7 @@ def reclaim(table: Rows) -> None:
     for rung, what in (("neighbour", "another device"), ("host", "the host")):
         cluster = uuid.uuid4().hex
         lender, borrower = Lender(cluster), Borrower(cluster, one, rung)
-        borrower.engine.paging.slabs._most_pages = 10_000  # where pages go that have to move
+        borrower.engine.paging.slabs.most_pages = 10_000  # where pages go that have to move
         lent_first(borrower)
         waited: list[float] = []
         longest: list[float] = []
@@ -193,7 +193,7 @@ def borrow(cluster: str, talk: Connection, one: Any, seed: int, rung: str) -> No
     """A process that computes rows with memory that it borrows."""
     borrower = Borrower(cluster, one, rung)
     if rung == "neighbour":
-        borrower.engine.paging.slabs._most_pages = 10_000
+        borrower.engine.paging.slabs.most_pages = 10_000
         lent_first(borrower)
     futures = borrower.compute(rows_of(seed))
     while not borrower.lending.borrowed_bytes and not all(future.done() for future in futures):

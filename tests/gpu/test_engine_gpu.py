@@ -10,7 +10,8 @@ from dask_pcm.inference.engine.pages import PagePool
 from dask_pcm.inference.engine.paging import Paging
 from tests.inference.engine.conftest import FAMILIES, Alone
 from tests.inference.engine.test_engine import ENDINGS, prompts_of
-from tests.inference.engine.test_paging import SHAPE, SLAB_BYTES, Lender, back, made, stored
+from tests.inference.engine.test_paging import SHAPE, SLAB_BYTES, back, made, stored
+from tests.support.lenders import Lender
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
@@ -89,6 +90,20 @@ def test_texts_in_bfloat16_go_on_from_their_drafts():
         logits = one.logits([*row, *found[k]])[len(row) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(found[k])[:, None])[:, 0]
         assert (logits.max(1).values - chosen).max() < 0.3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_the_device_has_no_room_for_are_streamed(family):
+    one, prompt = Alone(family), prompts_of(random.Random(5))[0][:1] * 100
+    expected = one.scores(prompt, ENDINGS), one.continued(prompt, 12)
+    one.model.to("cuda")
+    driven = one.engine(n_pages=4, budget_tokens=32)
+    driven.score("score", prompt, ENDINGS)
+    driven.generate("new", prompt, 12)
+    found = driven.run()
+    assert driven.engine.paging.n_sent and not driven.engine.n_failed
+    assert found["score"] == pytest.approx(expected[0], abs=1e-3)
+    assert found["new"] == expected[1]
 
 
 @pytest.mark.parametrize("where", ["host", "device"])

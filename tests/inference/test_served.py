@@ -14,7 +14,7 @@ import dask_pcm as pcm
 from dask_pcm.errors import LoadError
 from dask_pcm.factcheck import LABELS, PROMPT, generate
 from dask_pcm.factcheck.demo import MODEL_PATH
-from dask_pcm.inference.calls import Classify, prompted
+from dask_pcm.inference.calls import Classify, Generate, prompted
 from dask_pcm.inference.engine import attention
 from dask_pcm.inference.engine.probe import narrowed
 from dask_pcm.inference.engine.timeslice import Kind, Owner
@@ -231,6 +231,30 @@ def test_its_slices_and_memory_are_as_they_are_set(demo):
     slices = engine.schedule._slices
     assert slices.slice_tokens == 4 and slices._weights[Kind.QUESTION] == 3
     engine.close()
+
+
+def test_texts_that_the_device_has_no_room_for_are_generated_all_the_same(demo, monkeypatch):
+    claims = generate(12, seed=8)
+    call = Generate(
+        template=Template(PROMPT),
+        truncate_column=None,
+        kept=("id",),
+        batch_tokens=8_192,
+        max_tokens=20,
+    )
+    expected = call(claims, demo)
+    monkeypatch.setattr("dask_pcm.inference.served._POOL_BYTES", 1)
+    serving = attendant_of(demo)
+    engine = serving._make()
+    assert engine._pool.n_pages == 1
+    monkeypatch.setattr(serving, "_make", lambda: engine)
+    serving.start()
+    # The host's memory is a multiple of the device's, which is next to none here.
+    engine.paging.slabs.most_pages = 1_000
+    found = call.submit(claims, serving).result(patient(60))
+    assert engine.paging.n_sent
+    serving.close()
+    pd.testing.assert_frame_equal(found, expected)
 
 
 def test_rows_of_a_batch_have_the_client_of_their_task(demo, served, monkeypatch):

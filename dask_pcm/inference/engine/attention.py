@@ -187,8 +187,8 @@ def _attend(pack: Pack, layer: int, q: Any, k: Any, v: Any, how: _How) -> Any:
         return _attend_plain(pack, layer, q, k, v, pages, how)
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     if n_plain:
-        plain = (one[:n_plain] for one in (q, k, v))
-        out[:n_plain] = _attend_plain(pack, layer, *plain, pages, how)
+        plain = slice(n_plain)
+        out[plain] = _attend_plain(pack, layer, q[plain], k[plain], v[plain], pages, how)
     for one in pack.streamed:
         keys, values = _keys_of(one.group, pages, k, v)
         out[one.span] = long_context.attend(

@@ -57,12 +57,19 @@ class Streamed:
             begin = max(0, self.first_position - window + 1) // PAGE_TOKENS
         for at in range(begin, len(self.places), _PIECE_PAGES):
             found = _read(self.places[at : at + _PIECE_PAGES], layer, self.positions.device)
-            seen = None
-            if window is not None:
-                first = at * PAGE_TOKENS
-                keys = torch.arange(first, first + len(found), device=found.device)
-                seen = self.positions[:, None] - keys < window
-            yield found, seen
+            first = at * PAGE_TOKENS
+            keys = torch.arange(first, first + len(found), device=found.device)
+            yield found, None if window is None else self._sees(keys, window)
+
+    def sees(self, some: slice, window: int | None) -> Any:
+        """Which of some keys on the device each token sees, shape (tokens, keys)."""
+        if self.group.is_stored:  # no mask of all is written: it may be large
+            return self._sees(self.group.key_positions[0, some], window)
+        return self.group.mask(window)[0, 0, :, some]
+
+    def _sees(self, keys: Any, window: int | None) -> Any:
+        distance = self.positions[:, None] - keys
+        return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 class Merged:
@@ -158,14 +165,13 @@ def attend(
     """
     n_heads, n_keys, key_dim = keys.shape
     total = Merged(queries, n_heads, values.shape[-1], scale, softcap)
-    seen = one.group.mask(window)[0, 0]
     size = _PIECE_PAGES * PAGE_TOKENS
     for begin in range(0, n_keys, size):
         some = slice(begin, begin + size)
-        total.add(keys[:, some], values[:, some], seen[:, some])
-    for piece, seen_piece in one.pieces(layer, window):
+        total.add(keys[:, some], values[:, some], one.sees(some, window))
+    for piece, seen in one.pieces(layer, window):
         piece = piece.transpose(0, 1)
-        total.add(piece[..., :key_dim], piece[..., key_dim:], seen_piece)
+        total.add(piece[..., :key_dim], piece[..., key_dim:], seen)
     if sink is not None:
         total.add_sink(sink)
     return total.result().to(queries.dtype)

@@ -263,6 +263,8 @@ def _with_cached(
     n_cached = torch.tensor([row.n_cached for row in rows])[:, None, None]
     n_before = torch.tensor([len(row.streamed) * PAGE_TOKENS for row in rows])
     at = n_before[:, None] + cached
+    if rows[0].streamed and rows[0].is_stored:  # by position, piece by piece
+        return None, at
     if rows[0].is_stored:
         return (cached <= n_cached + torch.arange(n_tokens)[:, None])[:, None], at
     if sees is None:
