@@ -31,14 +31,12 @@ import dask_pcm as pcm
 from benchmarks.main_job import kill_tree, kill_worker
 from benchmarks.table import Rows, parser
 from benchmarks.work import BATCH_ROWS, BATCH_S, META, load_wait, note, write_input
+from dask_pcm.scheduling.actions import Action, Assign, Load
 from dask_pcm.scheduling.events import (
-    Action,
-    Assign,
     Event,
     Group,
     HostPlan,
     HostsPlanned,
-    Load,
     ResidencyReported,
     RunClosed,
     RunReported,

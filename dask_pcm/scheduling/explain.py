@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from dask_pcm.scheduling.events import Assign, Fail, Group, Load, Quarantine, Vacate
+from dask_pcm.scheduling.actions import (
+    Assign,
+    Fail,
+    Load,
+    Quarantine,
+    Vacate,
+)
+from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.rules.device_fit import fits, needed_bytes
 from dask_pcm.scheduling.rules.drain_time import capacities, drain_s
 from dask_pcm.scheduling.state.decisions import Decision

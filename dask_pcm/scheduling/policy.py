@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dask_pcm.scheduling.events import Action
+from dask_pcm.scheduling.actions import Action
 from dask_pcm.scheduling.rules.device_fit import fail_too_large
 from dask_pcm.scheduling.rules.eviction import Demand, cancel_evictions, offload_idle
 from dask_pcm.scheduling.rules.placement import Placement, reserve_workers

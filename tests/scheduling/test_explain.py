@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from dask_pcm.scheduling.actions import Assign, Load, Quarantine
 from dask_pcm.scheduling.events import (
-    Assign,
     ContextDeclared,
     Group,
-    Load,
-    Quarantine,
     ResidencyReported,
     Work,
     WorkEnded,

@@ -8,15 +8,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dask_pcm.scheduling.events import (
+from dask_pcm.scheduling.actions import (
     Assign,
-    ContextDeclared,
     Fail,
-    Group,
     Load,
     Offload,
-    ProcessEnded,
     Quarantine,
+)
+from dask_pcm.scheduling.events import (
+    ContextDeclared,
+    Group,
+    ProcessEnded,
     ResidencyReported,
     Restarted,
     RunClosed,

@@ -7,12 +7,10 @@ from collections import Counter
 
 import pytest
 
+from dask_pcm.scheduling.actions import Fail, Load, LoadsGivenUp
 from dask_pcm.scheduling.events import (
     ContextDeclared,
-    Fail,
     Group,
-    Load,
-    LoadsGivenUp,
     ProcessEnded,
     ResidencyReported,
     Restarted,

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from dask_pcm.scheduling.events import (
-    Assign,
-    Group,
-    Load,
-    ResidencyReported,
-    Work,
-    WorkerJoined,
-    WorkParked,
-)
+from dask_pcm.scheduling.actions import Assign, Load
+from dask_pcm.scheduling.events import Group, ResidencyReported, Work, WorkerJoined, WorkParked
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.rules.rules import Rules
 from dask_pcm.scheduling.state.state import GateState

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -95,6 +95,20 @@ class Prefix(Row):
     def is_ready(self) -> bool:
         """Whether its keys and values are there, on the device or off it."""
         return self.n_done == len(self.tokens)
+
+    def outward(self) -> Iterator[Prefix]:
+        """It, and those within which it lies."""
+        found: Prefix | None = self
+        while found is not None:
+            yield found
+            found = found.prefix
+
+    def first_lacking(self) -> Prefix:
+        """The outermost of those within which it lies that is not there yet."""
+        found = self
+        while found.prefix is not None and not found.n_done and not found.prefix.is_ready:
+            found = found.prefix
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,7 +173,7 @@ class Schedule:
         """A row cannot be computed; if it is a prefix, its rows do without it."""
         if isinstance(row, Prefix):
             for user in [*self._all_waiting(), *self._new]:
-                if user.prefix is not None and _is_within(user.prefix, row):
+                if user.prefix is not None and any(one is row for one in user.prefix.outward()):
                     assert not user.is_parked  # else its prefix was computed
                     self.prefixes.leave(user)
             self._held.let_go(row)
@@ -322,10 +322,10 @@ class Schedule:
             return self._held.extend(row, n_left if n_left == 1 else self._share(step, row))
         prefix = row.prefix
         if prefix is not None and not row.pages:
-            for one in _outward(prefix):
+            for one in prefix.outward():
                 one.used_at = self._n_steps
             if not prefix.is_ready or not self._held.restore(prefix, row):
-                lacking = None if prefix.is_ready else _first_lacking(prefix)
+                lacking = None if prefix.is_ready else prefix.first_lacking()
                 found = None if lacking is None else self._held.extend(lacking, step.left, row)
                 if found is not None or row.n_done or self._held.n_running or step.parts:
                     return found
@@ -381,22 +381,3 @@ class Schedule:
 def _is_urgent(row: Row) -> bool:
     """Whether a row is a question, or has begun; the others of batches may wait."""
     return isinstance(row, Generated) and (row.owner.kind is Kind.QUESTION or row.n_charged > 0)
-
-
-def _outward(prefix: Prefix) -> Iterator[Prefix]:
-    """A prefix, and those within which it lies."""
-    found: Prefix | None = prefix
-    while found is not None:
-        yield found
-        found = found.prefix
-
-
-def _is_within(prefix: Prefix, outer: Prefix) -> bool:
-    return any(one is outer for one in _outward(prefix))
-
-
-def _first_lacking(prefix: Prefix) -> Prefix:
-    """The outermost of the prefixes within which `prefix` lies that is not there yet."""
-    while prefix.prefix is not None and not prefix.n_done and not prefix.prefix.is_ready:
-        prefix = prefix.prefix
-    return prefix

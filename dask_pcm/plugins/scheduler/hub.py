@@ -17,7 +17,8 @@ from distributed.metrics import monotonic
 from dask_pcm.config import Config
 from dask_pcm.plugins.scheduler.service import Observer, Service
 from dask_pcm.plugins.scheduler.watchdog import Watchdog
-from dask_pcm.scheduling.events import Action, Event
+from dask_pcm.scheduling.actions import Action
+from dask_pcm.scheduling.events import Event
 from dask_pcm.scheduling.rules.rules import Rules
 from dask_pcm.scheduling.state.state import GateState
 

@@ -32,8 +32,8 @@ from dask_pcm.plugins.scheduler.members import Member
 from dask_pcm.plugins.scheduler.runs import RunService
 from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.plugins.scheduler.workers import Workers
+from dask_pcm.scheduling.actions import Action
 from dask_pcm.scheduling.events import (
-    Action,
     Event,
     Group,
     QuestionEnded,

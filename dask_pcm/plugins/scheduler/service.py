@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from dask_pcm.plugins.scheduler.members import Member
-from dask_pcm.scheduling.events import Action, Event
+from dask_pcm.scheduling.actions import Action
+from dask_pcm.scheduling.events import Event
 
 
 class Observer(Protocol):

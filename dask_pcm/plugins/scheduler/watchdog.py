@@ -9,7 +9,7 @@ from typing import Any
 
 from distributed.metrics import monotonic
 
-from dask_pcm.scheduling.events import Action
+from dask_pcm.scheduling.actions import Action
 from dask_pcm.scheduling.explain import decisions, explain
 from dask_pcm.scheduling.policy import decide
 from dask_pcm.scheduling.rules.fallback import assign_as_dask, stalled

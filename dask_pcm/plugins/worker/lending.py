@@ -50,7 +50,6 @@ class WorkerLending:
     ) -> None:
         self._config = config
         self._store = store
-        self._memory = memory
         self._informer = Informer()
         self._tell = tell
         #: By context, what the gate knows of its needs, in bytes.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from dask_pcm.scheduling.events import Fail, Group
+from dask_pcm.scheduling.actions import Fail
+from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 

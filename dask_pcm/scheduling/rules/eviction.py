@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dask_pcm.scheduling.events import Action, Group, Offload, Vacate
+from dask_pcm.scheduling.actions import Action, Offload, Vacate
+from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView
 from dask_pcm.tiers import Tier

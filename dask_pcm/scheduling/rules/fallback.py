@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from dask_pcm.scheduling.events import Assign, Group, Load
+from dask_pcm.scheduling.actions import Assign, Load
+from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.rules.device_fit import fits
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from dask_pcm.scheduling.events import Assign, Group, Work
+from dask_pcm.scheduling.actions import Assign
+from dask_pcm.scheduling.events import Group, Work
 from dask_pcm.scheduling.rules.drain_time import DrainTime, capacities
 from dask_pcm.scheduling.state.decisions import Forecast
 from dask_pcm.scheduling.state.state import GateState

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dask_pcm.scheduling.events import Action, Fail, Group, LoadsGivenUp, Quarantine
+from dask_pcm.scheduling.actions import (
+    Action,
+    Fail,
+    LoadsGivenUp,
+    Quarantine,
+)
+from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.learned.failures import DEVICE, END_OF_PROCESS
 from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.scheduling.state.worker import WorkerView

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dask_pcm.scheduling.events import Group, Load
+from dask_pcm.scheduling.actions import Load
+from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.rules.drain_time import DrainTime, capacities, drain_s
 from dask_pcm.scheduling.rules.eviction import Demand, find_victims, make_room
 from dask_pcm.scheduling.rules.placer import planned_hosts

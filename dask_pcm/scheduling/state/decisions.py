@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dask_pcm.scheduling.events import Action
+from dask_pcm.scheduling.actions import Action
 
 #: Decisions kept for ``explain``; older ones are dropped.
 N_DECISIONS = 2_000

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
-from dask_pcm.scheduling.events import Action, Group
+from dask_pcm.scheduling.actions import Action
+from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.state.decisions import N_DECISIONS, Decision, Forecast
 
 #: Up to `_FEW` pairs of a group and a worker, every decision plans anew. Each further pair adds

@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dask_pcm.scheduling.events import (
+from dask_pcm.scheduling.actions import (
     Action,
     Assign,
+    Fail,
+    Load,
+    LoadsGivenUp,
+    Offload,
+    Quarantine,
+    Vacate,
+)
+from dask_pcm.scheduling.events import (
     ContextDeclared,
     Event,
-    Fail,
     Group,
     HostPlan,
     HostsPlanned,
-    Load,
-    LoadsGivenUp,
     MemoryNeeded,
-    Offload,
     PoolsDeclared,
     ProcessEnded,
-    Quarantine,
     QuestionEnded,
     QuestionPlaced,
     ResidencyReported,
     Restarted,
     RunClosed,
     RunReported,
-    Vacate,
     Work,
     WorkEnded,
     WorkerDraining,

@@ -10,13 +10,15 @@ import functools
 from collections.abc import Callable
 
 from dask_pcm.config import Config
-from dask_pcm.scheduling.events import (
+from dask_pcm.scheduling.actions import (
     Assign,
-    ContextDeclared,
-    Event,
     Fail,
     Load,
     Offload,
+)
+from dask_pcm.scheduling.events import (
+    ContextDeclared,
+    Event,
     ResidencyReported,
     WorkEnded,
     WorkerDraining,

@@ -40,21 +40,24 @@ def write(pool, pages):
 
 def grown(pool, row, n_tokens):
     """The row goes on: it writes its last page and those after it."""
-    first = row.n_done // PAGE_TOKENS
-    row.pages += pool.take(n_pages_for(n_tokens) - len(row.pages))
+    first = row.n_done // PAGE_TOKENS - row.n_out
+    row.pages += pool.take(n_pages_for(n_tokens) - row.n_out - len(row.pages))
     pool.clean()
     write(pool, row.pages[first:])
     row.n_done = n_tokens
 
 
-def back(pool, paging, row, shared=()):
+def back(pool, paging, row, shared=(), n_out=0):
     pool.share(shared)
-    paging.back(row, shared, pool.take(n_pages_for(row.n_done) - len(shared)))
+    row.n_out = n_out
+    paging.back(row, shared, pool.take(n_pages_for(row.n_done) - len(shared) - n_out))
     pool.clean()
 
 
 def stored(pool, row):
-    return pool.kv[row.pages].clone()
+    """What a row that is on the device has stored, also in its first pages if they are off it."""
+    off = [slab.memory[index] for slab, index in row.copies[: row.n_out]]
+    return torch.stack([*off, *pool.kv[row.pages]])
 
 
 def test_a_row_comes_back_to_the_bit(pool):
@@ -151,42 +154,82 @@ def test_in_half_precision_nothing_is_computed_again_for_its_price():
     assert torch.equal(stored(pool, row), before)
 
 
-def test_random_moves_lose_nothing(pool):
-    paging = Paging(pool, most_bytes=30 * SHAPE.page_bytes(4), may_recompute=False)
-    rng = random.Random(0)
-    rows, expected = [], {}
-    for _ in range(400):
-        here = [row for row in rows if row.pages]
-        away = [row for row in rows if not row.pages]
-        move = rng.choice(["add", "out", "back", "grow", "end"])
-        if move == "add" and pool.n_free > 8 and len(rows) < 12:
-            rows.append(made(pool, rng.randint(1, 60)))
-            expected[id(rows[-1])] = stored(pool, rows[-1])
-        elif move == "out" and here:
-            paging.out(rng.choice(here))
-        elif move == "back" and away:
-            row = rng.choice(away)
-            if n_pages_for(row.n_done) <= pool.n_free:
-                back(pool, paging, row)
-        elif move == "grow" and here:
-            row = rng.choice(here)
-            n_tokens = row.n_done + rng.randint(1, 20)
-            if n_pages_for(n_tokens) - len(row.pages) <= pool.n_free:
-                grown(pool, row, n_tokens)
-                expected[id(row)] = stored(pool, row)
-        elif move == "end" and rows:
-            row = rows.pop(rng.randrange(len(rows)))
-            pool.release(row.pages)
+class Walk:
+    """Rows that move at random; what each has stored is the same after every move."""
+
+    def __init__(self, pool, paging, seed, lender=None):
+        self.pool, self.paging, self.lender = pool, paging, lender
+        self.rng = random.Random(seed)
+        self.rows, self.expected = [], {}
+
+    def go(self, n_moves, *moves):
+        for _ in range(n_moves):
+            getattr(self, self.rng.choice(moves))()
+            for row in self.rows:
+                if row.pages:
+                    assert torch.equal(stored(self.pool, row), self.expected[id(row)])
+            self.paging.validate()
+            self.pool.validate()
+        for row in self.rows:
+            self.pool.release(row.pages)
+
+    def one(self, condition):
+        found = [row for row in self.rows if condition(row)]
+        return self.rng.choice(found) if found else None
+
+    def add(self):
+        if self.pool.n_free > 8 and len(self.rows) < 14:
+            self.note(made(self.pool, self.rng.randint(1, 60)))
+            self.rows.append(self.latest)
+
+    def note(self, row):
+        self.latest = row
+        self.expected[id(row)] = stored(self.pool, row)
+
+    def out(self):
+        if row := self.one(lambda row: row.pages):
+            self.paging.out(row)
+
+    def out_first(self):
+        """A row goes on with its last pages only."""
+        if row := self.one(lambda row: len(row.pages) > 1):
+            self.paging.out_first(row, self.rng.randint(1, len(row.pages) - 1))
+
+    def back(self):
+        """All of a row, or what comes after its first pages."""
+        row = self.one(lambda row: row.is_parked)
+        if row and n_pages_for(row.n_done) <= self.pool.n_free:
+            n_out = self.rng.choice([0, 0, (row.n_done - 1) // PAGE_TOKENS])
+            back(self.pool, self.paging, row, n_out=n_out)
+
+    def grow(self):
+        if row := self.one(lambda row: row.pages):
+            n_tokens = row.n_done + self.rng.randint(1, 20)
+            if n_pages_for(n_tokens) - row.n_out - len(row.pages) <= self.pool.n_free:
+                grown(self.pool, row, n_tokens)
+                self.note(row)
+
+    def end(self):
+        if row := self.one(lambda row: True):
+            self.rows.remove(row)
+            self.pool.release(row.pages)
             row.pages = []
-            paging.forget(row)
-        for row in rows:
-            if row.pages:
-                assert torch.equal(stored(pool, row), expected[id(row)])
-        paging.validate()
-        pool.validate()
+            self.paging.forget(row)
+
+    def want(self):
+        loans = [loan for loan in self.lender.loans if not loan.is_closed]
+        if loans and self.rng.random() < 0.3:
+            self.rng.choice(loans).want_back()
+
+    def evacuate(self):
+        self.paging.evacuate(let_go_of(self.pool, self.paging))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_moves_lose_nothing(pool, seed):
+    paging = Paging(pool, most_bytes=30 * SHAPE.page_bytes(4), may_recompute=False)
+    Walk(pool, paging, seed).go(400, "add", "out", "out_first", "back", "grow", "end")
     assert paging.n_sent and paging.n_unchanged
-    for row in rows:
-        pool.release(row.pages)
 
 
 def test_slabs_take_memory_as_it_is_needed():
@@ -210,8 +253,9 @@ def let_go_of(pool, paging):
     """As ``Holdings.let_go``."""
 
     def let_go(row):
+        pool.release(row.pages)
         paging.forget(row)
-        row.n_done = row.n_shared = 0
+        row.pages, row.n_done, row.n_shared = [], 0, 0
 
     return let_go
 
@@ -275,44 +319,14 @@ def test_what_has_no_other_room_is_computed_again(pool):
     assert not paging.out(made(pool, 20))  # a lender that wants memory back gets no more pages
 
 
-def test_random_moves_with_lenders_that_come_and_go_lose_nothing(pool):
+@pytest.mark.parametrize("seed", range(3))
+def test_random_moves_with_lenders_that_come_and_go_lose_nothing(pool, seed):
     paging = Paging(pool, most_bytes=10 * SHAPE.page_bytes(4), may_recompute=False)
     lender = Lender(device=30 * SLAB_BYTES, host=30 * SLAB_BYTES)
     paging.lend(lender.borrow, lender.wake)
-    rng = random.Random(1)
-    rows, expected = [], {}
-    for _ in range(600):
-        here = [row for row in rows if row.pages]
-        away = [row for row in rows if row.is_parked]
-        move = rng.choice(["add", "out", "back", "want", "evacuate", "end"])
-        if move == "add" and pool.n_free > 8 and len(rows) < 14:
-            rows.append(made(pool, rng.randint(1, 60)))
-            expected[id(rows[-1])] = stored(pool, rows[-1])
-        elif move == "out" and here:
-            paging.out(rng.choice(here))
-        elif move == "back" and away:
-            row = rng.choice(away)
-            if n_pages_for(row.n_done) <= pool.n_free:
-                back(pool, paging, row)
-        elif move == "want" and rng.random() < 0.3:
-            loans = [loan for loan in lender.loans if not loan.is_closed]
-            if loans:
-                rng.choice(loans).want_back()
-        elif move == "evacuate":
-            paging.evacuate(let_go_of(pool, paging))
-        elif move == "end" and rows:
-            row = rows.pop(rng.randrange(len(rows)))
-            pool.release(row.pages)
-            row.pages = []
-            paging.forget(row)
-        for row in rows:
-            if row.pages:
-                assert torch.equal(stored(pool, row), expected[id(row)])
-        paging.validate()
-        pool.validate()
+    walk = Walk(pool, paging, seed, lender)
+    walk.go(600, "add", "out", "out_first", "back", "grow", "want", "evacuate", "end")
     assert paging.n_moved
-    for row in rows:
-        pool.release(row.pages)
 
 
 def test_a_lender_with_little_lends_less(pool):

@@ -6,7 +6,8 @@ import logging
 
 import dask_pcm as pcm
 from dask_pcm.plugins.worker.task import hold
-from dask_pcm.scheduling.events import Assign, WorkEnded, WorkParked
+from dask_pcm.scheduling.actions import Assign
+from dask_pcm.scheduling.events import WorkEnded, WorkParked
 from tests.support.gated import gated
 
 LLM = pcm.Context(lambda: "llm", name="llm")

@@ -27,7 +27,8 @@ from dask_pcm.plugins.questions import (
 )
 from dask_pcm.plugins.scheduler.plugin import GATE
 from dask_pcm.plugins.worker.plugin import CONTEXTS
-from dask_pcm.scheduling.events import Group, Offload, Work
+from dask_pcm.scheduling.actions import Offload
+from dask_pcm.scheduling.events import Group, Work
 from dask_pcm.scheduling.rules.questions import choose_worker
 from dask_pcm.scheduling.rules.scaling import n_workers_wanted, needed_workers
 from dask_pcm.tiers import Tier

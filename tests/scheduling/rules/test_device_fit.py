@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from dask_pcm.scheduling.actions import Fail, Load
 from dask_pcm.scheduling.events import (
     ContextDeclared,
-    Fail,
     Group,
-    Load,
     PoolsDeclared,
     ResidencyReported,
     RunReported,

@@ -7,15 +7,17 @@ import random
 
 import pytest
 
-from dask_pcm.scheduling.events import (
+from dask_pcm.scheduling.actions import (
     Assign,
-    ContextDeclared,
     Fail,
-    Group,
     Load,
     Offload,
-    ResidencyReported,
     Vacate,
+)
+from dask_pcm.scheduling.events import (
+    ContextDeclared,
+    Group,
+    ResidencyReported,
     Work,
     WorkEnded,
     WorkerJoined,

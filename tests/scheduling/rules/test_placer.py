@@ -8,13 +8,8 @@ from collections import Counter
 
 import pytest
 
-from dask_pcm.scheduling.events import (
-    HostsPlanned,
-    Load,
-    MemoryNeeded,
-    ResidencyReported,
-    WorkerJoined,
-)
+from dask_pcm.scheduling.actions import Load
+from dask_pcm.scheduling.events import HostsPlanned, MemoryNeeded, ResidencyReported, WorkerJoined
 from dask_pcm.scheduling.rules.placer import Placeable, place, planned_hosts, to_place
 from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, World, warmed

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from dask_pcm.scheduling.events import (
-    Fail,
-    Group,
-    Quarantine,
-    ResidencyReported,
-    RunReported,
-    WorkerJoined,
-)
+from dask_pcm.scheduling.actions import Fail, Quarantine
+from dask_pcm.scheduling.events import Group, ResidencyReported, RunReported, WorkerJoined
 from dask_pcm.scheduling.learned.failures import DEVICE
 from dask_pcm.tiers import Tier
 from tests.support.gate_world import A, World, warmed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from dask_pcm.scheduling.actions import Fail
 from dask_pcm.scheduling.events import (
-    Fail,
     PoolsDeclared,
     ResidencyReported,
     RunClosed,

@@ -17,16 +17,15 @@ from dask_pcm.plugins.scheduler.service import Service
 from dask_pcm.plugins.scheduler.tasks import parking
 from dask_pcm.plugins.scheduler.tasks.parked import ParkedTasks
 from dask_pcm.plugins.scheduler.workers import Workers
-from dask_pcm.scheduling.events import (
+from dask_pcm.scheduling.actions import (
     Action,
     Assign,
     Fail,
     Load,
     Offload,
     Quarantine,
-    WorkHandedOver,
-    WorkRejoined,
 )
+from dask_pcm.scheduling.events import WorkHandedOver, WorkRejoined
 
 logger = logging.getLogger(__name__)
 
