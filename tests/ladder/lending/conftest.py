@@ -38,6 +38,11 @@ class Neighbours:
 
 @pytest.fixture
 def host():
+    yield from neighbours()
+
+
+def neighbours():
+    """Workers that hold nothing in the end."""
     found = Neighbours()
     yield found
     for store in found.stores:

@@ -163,6 +163,48 @@ def test_a_lender_that_does_not_answer_is_left_alone(host, monkeypatch):
     wait_for(lambda: not lender.lending.leases.lent_bytes())
 
 
+def test_memory_of_the_host_may_take_as_long_as_it_is_large(host, monkeypatch):
+    """It is filled before it is lent, and the nanny is asked."""
+    monkeypatch.setattr("dask_pcm.ladder.lending.lending._ANSWER_S", 0.2)
+    monkeypatch.setattr("dask_pcm.ladder.lending.lending._FILL_S", 10.0 / MIB)
+    lender, borrower = host.worker(0, 10), host.worker()
+    leases, may_answer = lender.lending.leases, threading.Event()
+    grant = leases.grant
+
+    def slow(*args, **options):
+        assert may_answer.wait(20)
+        return grant(*args, **options)
+
+    monkeypatch.setattr(leases, "grant", slow)
+    threading.Timer(1.0, may_answer.set).start()
+    loan = borrower.lending.borrow("host", MIB)
+    assert loan is not None
+    loan.close()
+    wait_for(lambda: not leases.lent_bytes())
+    may_answer.clear()  # and not longer: what is granted then belongs to no one, and is ended
+    assert borrower.lending.borrow("host", MIB // 8) is None
+    may_answer.set()
+    wait_for(lambda: not leases.lent_bytes() and not lender.lending._server._leased)
+
+
+def test_what_a_process_takes_on_a_neighbours_gpu_counts_once_and_until_it_ends(host, monkeypatch):
+    """The context of CUDA. Torch's device without memory plays the part of the GPU."""
+    monkeypatch.setattr("dask_pcm.ladder.lending.lending._CUDA_CONTEXT_BYTES", 4 * MIB)
+    small, lender, borrower = host.worker(3), host.worker(10), host.worker()
+    borrower.lending._devices = lambda: {"cpu": "meta"}
+    loans = [borrower.lending.borrow("neighbour", MIB) for _ in range(2)]
+    assert all(loan.memory().is_meta for loan in loans)
+    assert lender.lending.leases.lent_bytes() == 6 * MIB
+    assert not small.lending.leases.lent_bytes()  # it has no room for that
+    for loan in loans:
+        loan.close()
+    wait_for(lambda: lender.lending.leases.lent_bytes() == 4 * MIB)
+    lender.lending.leases.reclaim()  # the process is there: only its end gives it back
+    assert lender.lending.leases.lent_bytes() == 4 * MIB
+    borrower.close()
+    wait_for(lambda: not lender.lending.leases.lent_bytes())
+
+
 @pytest.mark.parametrize("n_bytes", [None, 10**400, "x", [1]])
 def test_a_request_that_makes_no_sense_ends_no_lender(host, n_bytes):
     lender, borrower = host.worker(10, 10), host.worker()

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import dask
 import pytest
+import torch
 from dask.distributed import Client
 
 import dask_pcm as pcm
+from dask_pcm.config import Config
+from dask_pcm.inference.engine.rows import Generated
+from dask_pcm.inference.engine.serving import Serving
+from dask_pcm.inference.engine.timeslice import Kind, Owner
+from dask_pcm.ladder.store import Store
 from dask_pcm.plugins.scheduler.plugin import GATE
+from dask_pcm.plugins.worker.lending import WorkerLending
 from tests.conftest import validated_cluster
+from tests.inference.engine.conftest import Alone
+from tests.ladder.lending.conftest import neighbours
 from tests.plugins.worker.test_sharing import MIB, ask, load
 from tests.support.images import images, labels, load_vit
 from tests.support.patience import until
@@ -51,6 +62,86 @@ def is_open(dask_worker):
 def lent_bytes(dask_worker):
     lending = dask_worker.plugins["pcm-contexts"].contexts.store.lending
     return (lending.leases.lent_bytes(), lending.borrowed_bytes) if lending else None
+
+
+@pytest.fixture
+def host():
+    yield from neighbours()
+
+
+@pytest.fixture
+def informed(host):
+    """A worker's part in lending, without the worker; it has 10 MiB on its device."""
+    found = []
+
+    def made(**options):
+        with dask.config.set({"pcm.ladder.device.budget": "10 MiB", **options}):
+            config = Config.read()
+        store = Store(budget=lambda: 10 * MIB, is_mapped=False)
+        worker, memory = SimpleNamespace(address="tcp://lender"), Mock()
+        one = WorkerLending(worker, config, store, memory, lambda message: None)
+        found.append((one, store))
+        return one, store
+
+    yield made
+    for one, store in found:
+        one.close()
+        store.validate()
+        store.close()
+
+
+class Busy:
+    """A live object with an engine whose pages suffice for two questions."""
+
+    is_attended = True
+
+    def attend(self):
+        make = lambda: Alone("llama").engine(n_pages=8, most_bytes=0).engine  # noqa: E731
+        return Serving(make, n_bytes=0, n_rows=30)
+
+
+def load_busy():
+    return Busy()
+
+
+def test_a_worker_whose_requests_lack_memory_takes_back_what_it_lends(host, informed):
+    lending, store = informed()
+    lending.open(host.cluster)
+    borrower = host.worker()
+    until(lambda: store.lending._server is not None)
+    loan = borrower.lending.borrow("neighbour", MIB)
+    loan.on_wanted(loan.close)
+    ref = pcm.Context(load_busy).ref
+    store.load(ref)
+    row = {"n_prompt": 50, "n_max": 150, "owner": Owner(Kind.QUESTION, "me")}
+    serving = store.attendant(ref.digest)
+    asked = [serving.ask(Generated([7 + k] * 50, **row)) for k in range(30)]
+    until(lambda: loan.is_closed)
+    leases = store.lending.leases
+    assert not leases.is_offering
+    assert borrower.lending.borrow("neighbour", MIB // 2) is None
+    for future in asked:
+        future.cancel()
+    until(lambda: leases.is_offering)  # quiet for a while
+    until(lambda: (found := borrower.lending.borrow("neighbour", MIB // 4)) and not found.close())
+
+
+def test_gpus_are_named_for_all_processes_and_its_own_comes_first(informed, monkeypatch):
+    """As far as that can be tried without a GPU."""
+    monkeypatch.setattr("dask_pcm.plugins.worker.lending.declared_device", lambda: "cuda")
+    lending, _ = informed()
+    assert lending._devices() == {} and lending._device() is None  # torch has not used any yet
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda k: SimpleNamespace(uuid=f"GPU-{k}")
+    )
+    expected = {"cuda:GPU-1": "cuda:1", "cuda:GPU-0": "cuda:0", "cuda:GPU-2": "cuda:2"}
+    assert list(lending._devices().items()) == list(expected.items())
+    assert lending._device() == "cuda:GPU-1"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 << 30, 80 << 30))
+    assert lending._is_free(14 << 30) and not lending._is_free(16 << 30)
 
 
 def used(client, worker, *contexts):
