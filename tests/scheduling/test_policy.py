@@ -141,6 +141,23 @@ def test_a_first_unit_that_takes_long_is_not_waited_for_for_ever():
     assert warmed(world.decide()) == {"w1"}
 
 
+@pytest.mark.parametrize("is_known", [False, True])
+def test_work_does_not_wait_for_a_warm_worker_that_is_busy_with_work_of_unknown_cost(is_known):
+    """For instance with the first units of a run, which may take minutes."""
+    world = World("busy", "idle")
+    for context in "ab":
+        world.warm("busy", context, seconds=0.1)
+    world.park(2, B)
+    assert {worker for _, worker in assigned(world.decide())} == {"busy"}
+    if is_known:
+        world.learn(A, "busy", 0.05)
+    world.park(1, A)
+    assert not warmed(world.decide())  # they may end at once
+    world.now = 3.0
+    assert warmed(world.decide()) == {"idle"}
+    assert world.state.estimates.backlog_s(world.state.workers["busy"], 3.0) == 3.0
+
+
 def test_a_slow_worker_leaves_the_last_piece_to_a_fast_one():
     world = World("fast", "slow", n_lanes=1)
     for worker, row_s in (("fast", 1.0), ("slow", 10.0)):

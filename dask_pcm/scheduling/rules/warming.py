@@ -75,7 +75,7 @@ def warm(
     free = [one for one in cold if not one.is_contested]
     if _mean_row_s(state, group, workers, now) is None:
         lasting = [one for one in free if now + one.ready_s < one.view.ends_at]
-        chosen = _for_each_piece(state, group, workers, lasting or free, len(serving))
+        chosen = _for_each_piece(state, group, workers, lasting or free, now)
     else:
         chosen = _that_pay(state, group, workers, free, drain, now)
     if not chosen:
@@ -128,14 +128,21 @@ def _for_each_piece(
     group: Group,
     workers: Sequence[WorkerView],
     free: Sequence[_Cold],
-    n_serving: int,
+    now: float,
 ) -> list[_Cold]:
     """Choose one worker per piece of work, while the cost of a row is unknown.
 
-    None if some worker is warm already: it will soon measure the cost.
+    None if some worker is warm already: it will soon measure the cost. A warm one that is busy with
+    other work will not; a cold one that is ready before it is chosen all the same.
     """
-    is_warm = any(view.serves(group.contexts) for view in workers)
-    n_wanted = 0 if is_warm else max(0, state.ahead.n_works(group) - n_serving)
+    warm = [view for view in workers if view.serves(group.contexts)]
+    busy = [view for view in warm if _is_busy_with_others(view, group)]
+    if busy:
+        soonest_s = min(state.estimates.backlog_s(view, now) for view in busy)
+        free = [one for one in free if one.ready_s < soonest_s]
+    able = [view for view in workers if view not in busy] if busy else workers
+    n_serving = len(capacities(state, group, able, now))
+    n_wanted = max(0, state.ahead.n_works(group) - n_serving) if len(busy) == len(warm) else 0
     if free and all(one.view.failed(group.contexts) is not None for one in free):
         n_wanted = min(n_wanted, 1)  # retry on one worker only
 
@@ -144,6 +151,11 @@ def _for_each_piece(
         return one.n_failures, is_off, len(one.view.running), len(one.view.tiers)
 
     return sorted(free, key=ease)[:n_wanted]
+
+
+def _is_busy_with_others(view: WorkerView, group: Group) -> bool:
+    """Whether a worker has no room for a group's work, and runs none of it."""
+    return view.n_on_lanes >= view.n_lanes and not view.n_rows.get(group)
 
 
 def _that_pay(

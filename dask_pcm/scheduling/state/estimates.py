@@ -65,13 +65,20 @@ class Estimates:
         return total
 
     def backlog_s(self, view: WorkerView, now: float) -> float:
-        """Estimated seconds until `view` has finished its assigned work."""
+        """Estimated seconds until `view` has finished its assigned work.
+
+        Work of unknown cost is expected to take as long again as it has taken so far.
+        """
         if not view.running:
             return 0.0
-        seconds = sum(
-            n_rows * (self.row_s(group, view, now) or 0.0) for group, n_rows in view.n_rows.items()
-        )
-        return remaining_s(max(0.0, seconds - view.ahead_s), now - view.busy_since)
+        seconds, unknown_s, elapsed_s = 0.0, 0.0, now - view.busy_since
+        for group, n_rows in view.n_rows.items():
+            row_s = self.cost.row_s(group.costs, view.address, view.device)
+            if row_s is None and n_rows:
+                unknown_s = elapsed_s
+            else:
+                seconds += n_rows * (row_s or 0.0)
+        return remaining_s(max(0.0, seconds + unknown_s - view.ahead_s), elapsed_s) + unknown_s
 
     def row_s(self, group: Group, view: WorkerView, now: float) -> float | None:
         """Seconds per row on a worker: learned, or a lower bound while the first rows run."""
