@@ -48,10 +48,12 @@ def ask(
         what = "QUESTION alone" if scheduler else "OUTPUT and QUESTION, or --scheduler"
         raise click.UsageError(f"Give {what}; found {len(words)} arguments.")
     question = text_of(words[-1])
-    from dask_pcm.cli.cluster import client_of
-
     try:
-        with reported_errors("the output"):
+        with reported_errors():
+            from dask_pcm.cli.cluster import client_of
+            from dask_pcm.inference.questions.chat import checked_prompt
+
+            checked_prompt(question)  # before anything is connected to
             run, where = ("", scheduler) if scheduler else _run_of(words[0])
             with client_of(None, where) as client:
                 options |= {"chat": False if raw else None, "timeout": timeout}
@@ -78,9 +80,15 @@ def _asked(
     from dask_pcm.inference.questions.models import models_of, named
     from dask_pcm.inference.questions.stream import open_stream
 
-    ref = named(models_of(client, run), model)
+    known = models_of(client, run)
+    ref = named(known, model)
     if ref is None:  # none that is known has the name
-        return LLM(str(model)).stream(question, client=client, **options)
+        try:
+            return LLM(str(model)).stream(question, client=client, **options)
+        except PCMError as error:
+            names = ", ".join(sorted(repr(one.name) for one in known))
+            error.add_note(f"The cluster knows these models: {names or 'none'}.")
+            raise
     about = {"client": client, "folder": None, "shows_text": False, "progress": True}
     return open_stream(ref, question, **about, **options)
 

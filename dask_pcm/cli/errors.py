@@ -30,8 +30,10 @@ def say(text: str, err: bool = False) -> None:
 
 
 @contextmanager
-def reported_errors(output: str) -> Iterator[None]:
+def reported_errors(output: str | None = None) -> Iterator[None]:
     """Print errors of dask_pcm as one message and exit; on Ctrl-C, print how to resume.
+
+    Without an `output` there is nothing to resume.
 
     The end of a session (SIGTERM, SIGHUP) is as good as Ctrl-C: a cluster of the command's own ends
     its jobs, also those that have not begun.
@@ -52,10 +54,8 @@ def reported_errors(output: str) -> Iterator[None]:
         say(f"Error: {error}{notes}", err=True)
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
-        say(
-            f"Interrupted. Committed rows are kept in {output}; rerun the same command to resume.",
-            err=True,
-        )
+        kept = f" Committed rows are kept in {output}; rerun the same command to resume."
+        say(f"Interrupted.{kept if output else ''}", err=True)
         sys.exit(EXIT_INTERRUPTED)
     finally:
         for number in ends:

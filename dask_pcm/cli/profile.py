@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +44,11 @@ def profile_context(
     """
     if (function is None) != (rows is None):
         raise click.UsageError("--function and --input belong together.")
-    from dask_pcm.inference.profiling import profile
+    if file is not None and not os.access(Path(file).absolute().parent, os.W_OK):
+        raise click.BadParameter(f"The profile cannot be written to {file!r}.")
+    with reported_errors():
+        from dask_pcm.inference.profiling import profile
 
-    with reported_errors("the profile"):
         found = profile(
             _context_of(context),
             None if function is None else function_of(function),

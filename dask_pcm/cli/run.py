@@ -170,7 +170,7 @@ def demo(model: str, rows: int | None, output: str | None, workers: int, overwri
     with tempfile.TemporaryDirectory(prefix="dask-pcm-demo-") as scratch:
         target = Path(output) if output else Path(scratch, "verdicts")
         claims = Path(scratch, "claims")
-        with reported_errors(str(target)):
+        with reported_errors(output):
             llm = smollm2() if model == "smollm2" else factcheck.demo_model()
             factcheck.write_claims(claims, rows)
             with client_of(workers, None) as client:

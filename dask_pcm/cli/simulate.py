@@ -18,9 +18,7 @@ _MIN_WIDTH = 110
 @click.option(
     "--policy",
     type=click.Choice([*simulation.POLICIES, "all"]),
-    default=simulation.OURS,
-    show_default=True,
-    help="Ours, one from the literature, or all of them in turn.",
+    help=f"Ours ({simulation.OURS}, the default), one from the literature, or all in turn.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N")
 @click.option(
@@ -29,16 +27,21 @@ _MIN_WIDTH = 110
     type=click.Path(file_okay=False, writable=True),
     help="Folder for CSV files and plots.",
 )
-def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None) -> None:
+def simulate_scenario(scenario: str, policy: str | None, seed: int, report: str | None) -> None:
     """Simulate SCENARIO, a YAML file or a scenario of the package, with a scheduling policy."""
-    with reported_errors(scenario):
+    with reported_errors():
         played = simulation.read_any(scenario)
         if report:
             simulation.require_bokeh()
+            _make_folder(report)
         if isinstance(played, Serving):
+            if policy is not None:
+                raise click.UsageError(
+                    f"--policy: the scenario {scenario!r} has its own, all in turn."
+                )
             _simulate_serving(played, seed, report)
             return
-        policies = simulation.POLICIES if policy == "all" else [policy]
+        policies = simulation.POLICIES if policy == "all" else [policy or simulation.OURS]
         results = [
             (variant, simulation.simulate(world, name, seed))
             for variant, world in simulation.variants(played)
@@ -51,6 +54,14 @@ def simulate_scenario(scenario: str, policy: str, seed: int, report: str | None)
         if report:
             simulation.write_report(Path(report), results)
             say(f"The report is in {Path(report, 'report.html')}")
+
+
+def _make_folder(report: str) -> None:
+    """Before anything is simulated."""
+    try:
+        Path(report).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.BadParameter(f"The report cannot be written to {report!r}: {error}.") from error
 
 
 def _simulate_serving(spec: Serving, seed: int, report: str | None) -> None:

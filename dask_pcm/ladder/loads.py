@@ -49,7 +49,7 @@ class Loads:
         except BaseException as cause:  # SystemExit too: a library that exits is a failed load
             error, wrong = failure_text(residency.ref, cause), cause
             # What it needs goes away as the process ends; that is nothing to worry about.
-            is_ending = self._residencies.is_ending
+            is_ending = self._residencies.is_ending or isinstance(cause, KeyboardInterrupt)
             logger.log(logging.DEBUG if is_ending else logging.WARNING, "%s", error)
             self._residencies.give_up(residency)
         seconds = time.monotonic() - start
@@ -70,6 +70,8 @@ class Loads:
                 residency.attendant.n_rows if residency.attendant is not None else 0,
             )
         )
+        if isinstance(wrong, KeyboardInterrupt):  # the user's, not of a loader
+            raise wrong
         if error:
             raise LoadError(error)
         live = residency.live

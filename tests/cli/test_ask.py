@@ -50,6 +50,7 @@ def test_the_only_model_that_the_cluster_knows_answers(invoke, client, tmp_path)
     ("options", "text"),
     [
         (["--model", "/no/such/folder"], "There is no model folder"),
+        (["--model", "/no/such/folder"], "The cluster knows these models: 'demo'"),
         (["--model", "demo", "--temperature", "-1"], "temperature"),
         (["--model", "demo", "--timeout", "soon"], "timeout must be seconds"),
     ],
@@ -62,6 +63,8 @@ def test_mistakes_are_said_in_one_message(invoke, client, options, text):
 
 def test_arguments_that_do_not_fit_are_refused(invoke, tmp_path):
     assert invoke("one", "two").exit_code == 2
+    found = CliRunner().invoke(main, ["ask", "--scheduler", "tcp://127.0.0.1:9", ""])
+    assert found.exit_code == 1 and "The question is empty" in found.stderr
     assert CliRunner().invoke(main, ["ask", "one"]).exit_code == 2
     found = CliRunner().invoke(main, ["ask", str(tmp_path), QUESTION])
     assert found.exit_code == 1 and "There is no output of dask_pcm" in found.stderr

@@ -372,6 +372,20 @@ def test_ctrl_c_while_its_cluster_starts(tmp_path):
     until(lambda: not any(process.is_running() for process in started))
 
 
+@pytest.mark.parametrize("where", ["dask_pcm.cli.cluster.client_of", "dask_pcm.cli.run.inferred"])
+def test_ctrl_c_at_any_time_has_its_exit_code(source, tmp_path, monkeypatch, where):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    done = CliRunner().invoke(main, run_args(source, tmp_path / "out"))
+    assert done.exit_code == 130 and "Interrupted." in done.output
+    monkeypatch.setattr("tempfile.TemporaryDirectory", interrupt)  # before anything is reported
+    done = CliRunner().invoke(main, ["demo"])
+    assert done.exit_code == 130
+    assert done.output.endswith("Interrupted.\n")  # nothing is kept
+
+
 def test_help_names_the_commands():
     shown = CliRunner().invoke(main, ["--help"]).output
     assert "run" in shown and "demo" in shown

@@ -61,6 +61,7 @@ def test_a_function_of_another_context(module, tmp_path):
         (["{module}:gone"], "gone"),
         (["{module}:vit"], "pass func and a frame"),
         (["/nowhere/model"], "nowhere"),
+        (["{module}:vit", "--json", "/nowhere/x.json"], "cannot be written to '/nowhere/x.json'"),
     ],
 )
 def test_what_cannot_be_measured_is_said(module, args, text):

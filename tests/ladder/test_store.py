@@ -351,6 +351,20 @@ def test_what_is_held_is_not_evicted(store, changes):
     assert LOADED == ["a", "a"]
 
 
+def interrupt():
+    raise KeyboardInterrupt
+    return 0
+
+
+def test_an_interrupt_of_the_user_is_no_failed_load(store, changes, caplog):
+    ref = Context(interrupt).ref
+    with pytest.raises(KeyboardInterrupt):
+        store.load(ref)
+    assert caplog.text == "" and store.tier(ref.digest) is not Tier.LOADING
+    with pytest.raises(KeyboardInterrupt):  # and may be tried again
+        store.load(ref)
+
+
 def test_a_loader_that_exits_is_a_failed_load(store):
     with pytest.raises(LoadError, match="SystemExit"):
         store.load(Context(exit, 3, name="exits").ref)

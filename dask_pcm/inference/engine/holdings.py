@@ -37,6 +37,10 @@ class Holdings:
     ----------
     preempted
         Rows that had to let go of their pages, the last ones first.
+    kept
+        A row that makes room for no other.
+    giving
+        A row that does not run, and whose first pages leave the device if questions need room.
     """
 
     def __init__(self, pool: PagePool, paging: Paging, slices: TimeSlices) -> None:
@@ -45,6 +49,8 @@ class Holdings:
         self.slices = slices
         self.prefixes = PrefixCache(pool, paging.forget)
         self.preempted: list[Generated] = []
+        self.kept: Row | None = None
+        self.giving: Row | None = None
         #: By identity, in the order in which they got their pages; and how many each client has.
         self._running: dict[int, Generated] = {}
         self._n_running: Counter[Owner] = Counter()
@@ -141,12 +147,22 @@ class Holdings:
 
     def too_small_for(self, row: Row) -> str:
         """What to say of a row for which there is no room at all."""
-        n_pages, n_off = self.pool.n_pages, self.paging.slabs.most_pages
-        return (
-            f"The row needs room for more than {len(row.tokens):,} tokens. There is room for"
-            f" {n_pages * PAGE_TOKENS:,} on the device, and for {n_off * PAGE_TOKENS:,} in the"
-            " host's memory, which pcm.inference.host-pages sets."
+        slabs = self.paging.slabs
+        here, off, lent = (
+            f"{n_pages * PAGE_TOKENS:,}"
+            for n_pages in (self.pool.n_pages, slabs.most_pages, slabs.n_borrowed)
         )
+        return (
+            f"The row needs room for more than {len(row.tokens):,} tokens. There is room for {here}"
+            f" on the device, for {off} in the host's memory, which pcm.inference.host-pages sets,"
+            f" and for {lent} in memory that is lent."
+        )
+
+    def is_hopeless(self, row: Row) -> bool:
+        """Whether there can be no room for what a row has, on the device and off it."""
+        slabs = self.paging.slabs
+        n_pages = self.pool.n_pages + slabs.most_pages
+        return n_pages_for(len(row.tokens)) > n_pages and not slabs.may_borrow
 
     def _go_on(self, row: Row, n_tokens: int, asking: Row) -> int:
         """Give a row that has pages those for its next tokens; of how many, 0 for none."""
@@ -312,6 +328,11 @@ class Holdings:
         while self.pool.n_free < n_pages and self.prefixes.drop_one():
             pass
         lacking = n_pages - self.pool.n_free
+        giving = self.giving
+        if lacking > 0 and giving is not None and giving is not row and not self.is_chosen(giving):
+            if self.is_long(giving) and row.owner.kind is Kind.QUESTION:
+                self._shrink(giving, min(lacking, len(giving.pages) - 1))
+            lacking = n_pages - self.pool.n_free
         if lacking > 0:
             enough: list[Generated | Prefix] = []
             found: list[Generated | Prefix] = [*self._victims(row), *self._idle_prefixes(row)]
@@ -343,7 +364,9 @@ class Holdings:
     def _victims(self, row: Row) -> list[Generated]:
         """Rows whose pages `row` may have, the last one first."""
         others: Iterable[Generated] = (
-            one for one in self._running.values() if one is not row and not self.is_chosen(one)
+            one
+            for one in self._running.values()
+            if one is not row and one is not self.kept and not self.is_chosen(one)
         )
         if not isinstance(row, Generated):
             return []

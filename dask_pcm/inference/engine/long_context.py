@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dask_pcm.inference.engine.slabs import Place
 
 #: Pages that are read at once, of one layer; and scores that are computed at once.
-_PIECE_PAGES, _MOST_SCORES = 64, 1 << 24
+_PIECE_PAGES, _MOST_SCORES = 64, 1 << 22
 
 
 @dataclass(slots=True)
@@ -165,8 +165,10 @@ def attend(
     """
     n_heads, n_keys, key_dim = keys.shape
     total = Merged(queries, n_heads, values.shape[-1], scale, softcap)
-    size = _PIECE_PAGES * PAGE_TOKENS
-    for begin in range(0, n_keys, size):
+    size, seen_from = _PIECE_PAGES * PAGE_TOKENS, 0
+    if window is not None:
+        seen_from = one.first_position - window + 1 - len(one.places) * PAGE_TOKENS
+    for begin in range(min(max(0, seen_from), n_keys - 1), n_keys, size):
         some = slice(begin, begin + size)
         total.add(keys[:, some], values[:, some], one.sees(some, window))
     for piece, seen in one.pieces(layer, window):

@@ -78,6 +78,8 @@ class Paging:
         self._parked: set[int] = set()
         self._call_s, self._page_s, self._token_s = _CALL_S, _PAGE_S, _TOKEN_S
         self._n_to_measure = _N_MEASURED
+        #: Whether pages may be on their way to memory of the host, which must not be read yet.
+        self._is_sending = False
         self.n_out = self.n_sent = self.n_unchanged = self.n_back = self.n_recomputed = 0
         self.n_moved = 0
 
@@ -135,8 +137,7 @@ class Paging:
             return False
         places = [*spare, *more]
         self._copy(dirty, places, is_out=True)
-        if dirty:  # the host reads them next
-            self._wait(*{slab.memory.device for slab, _ in places})
+        self._arrive()
         row.copies = [*row.copies[: row.n_clean], *places, *row.copies[row.n_clean + len(spare) :]]
         self._pool.release(row.pages[:n_pages])
         row.pages, row.n_out, row.n_clean = row.pages[n_pages:], stop, max(row.n_clean, stop)
@@ -152,6 +153,8 @@ class Paging:
 
         Its first ones, `Row.n_out`, stay where they are.
         """
+        if row.n_out:
+            self._arrive()
         self._copy(pages, row.copies[row.n_out :], is_out=False)
         self._pool.fill(pages)
         self._parked.discard(id(row))
@@ -208,6 +211,8 @@ class Paging:
         wanted = self.slabs.wanted_back()
         if not wanted:
             return
+        if self._pool.kv.is_cuda:
+            self._wait()  # for copies to and from places that others get here
         for row in list(self._rows.values()):
             theirs = [k for k, (slab, _) in enumerate(row.copies) if slab in wanted]
             if not theirs:
@@ -267,6 +272,7 @@ class Paging:
             for page, (slab, index) in zip(pages, places, strict=True):
                 here, there = kv[page], slab.memory[index]
                 (there if is_out else here).copy_(here if is_out else there, non_blocking=True)
+            self._is_sending = self._is_sending or is_out
             if is_measured:  # others overlap with what the host does
                 self._n_to_measure -= 1
                 self._wait()
@@ -282,10 +288,16 @@ class Paging:
         else:
             self._call_s += _NEWS * (max(0.0, seconds - n_pages * self._page_s) - self._call_s)
 
+    def _arrive(self) -> None:
+        """Have all pages that were sent off the device there, since the host reads them next."""
+        if self._is_sending:
+            self._wait()
+
     def _wait(self, *others: Any) -> None:
         """Wait for what the device does, and others."""
         import torch
 
+        self._is_sending = False
         for device in {self._pool.kv.device, *others}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

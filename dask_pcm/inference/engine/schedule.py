@@ -118,6 +118,8 @@ class Schedule:
         self._open: set[int] = set()
         self._n_steps = 0
         self._n_added = 0
+        #: Whether a row has left the step to begin again without its prefix.
+        self._has_restarted = False
 
     @property
     def n_rows(self) -> int:
@@ -139,6 +141,8 @@ class Schedule:
         """What the next step computes, of as many tokens at most unless a row alone has more."""
         self._n_steps += 1
         self.n_refused = 0
+        self._has_restarted = False
+        self._held.kept, self._held.giving = self._stuck, self._long
         self._admit()
         self._held.begin_step(self._n_steps)
         n_free = self._held.n_free_places
@@ -146,7 +150,7 @@ class Schedule:
         step = _Step(budget_tokens, budget_tokens)
         self._fill(step, self._kinds())
         self._requeue()
-        if not step.parts and self.n_rows:
+        if not step.parts and self.n_rows and not self._has_restarted:
             self._make_progress()
         return sorted(step.parts, key=lambda part: bool(part.segment.streamed))
 
@@ -231,17 +235,16 @@ class Schedule:
         waiting = [owner for owner, rows in self._waiting.items() if rows]
         owners = [*running, *(owner for owner in waiting if owner not in running)]
         left = {who: self._candidates(who, running.get(who, []), kinds) for who in owners}
-        if (stuck := self._stuck) is not None:
-            owners = [stuck.owner]
-            left = {stuck.owner: _Candidates([[stuck]], self._held.is_running)}
         taken: set[int] = set()
+        if (stuck := self._stuck) is not None:
+            alone = _Candidates([[stuck]], self._held.is_running)
+            self._serve(step, stuck.owner, alone, taken, is_alone=True)
+            left = self._beside(stuck, left, running)
         while left and step.left > 0 and step.n_kept < self._most_kept:
             owner = self._slices.next_of(left)
             mine = left.pop(owner)
-            if self._choose_some(step, mine, taken, is_alone=not left):
+            if self._serve(step, owner, mine, taken, is_alone=not left):
                 left[owner] = mine
-            self._slices.charge(owner, mine.n_prompt, mine.n_output)
-            mine.n_prompt = mine.n_output = 0
         for owner in owners if taken else ():
             rows = self._waiting.get(owner, [])
             self._waiting[owner] = [row for row in rows if id(row) not in taken]
@@ -251,6 +254,30 @@ class Schedule:
         if stuck is not None and id(stuck) in taken and not self._held.is_running(stuck):
             self._stuck = None
         self._waiting = {owner: rows for owner, rows in self._waiting.items() if rows}
+
+    def _serve(
+        self, step: _Step, owner: Owner, mine: _Candidates, taken: set[int], is_alone: bool
+    ) -> bool:
+        """See `_choose_some`; what is computed is charged."""
+        has_more = self._choose_some(step, mine, taken, is_alone)
+        self._slices.charge(owner, mine.n_prompt, mine.n_output)
+        mine.n_prompt = mine.n_output = 0
+        return has_more
+
+    def _beside(
+        self, stuck: Row, left: dict[Owner, _Candidates], running: dict[Owner, list[Row]]
+    ) -> dict[Owner, _Candidates]:
+        """Who is served beside a row for which all others have made room.
+
+        Questions, if that row may run for long; and only those that run while it has no room.
+        """
+        if not self._held.is_long(stuck):
+            return {}
+        others = [one for one in left if one.kind is Kind.QUESTION and one != stuck.owner]
+        if self._held.is_chosen(stuck):
+            return {one: left[one] for one in others}
+        ours = self._held.is_running
+        return {one: _Candidates([running.get(one, [])], ours) for one in others}
 
     def _candidates(
         self, owner: Owner, running: list[Row], kinds: tuple[type[Row], ...]
@@ -316,7 +343,11 @@ class Schedule:
         if row.prefix is not None and self._held.is_long(row):
             self._held.do_without_prefix(row)
             if is_running:  # it begins again in the next step
+                self._has_restarted = True
                 return None
+        if isinstance(row, Generated) and not row.n_done and self._held.is_hopeless(row):
+            self.fail(row, RowError(self._held.too_small_for(row)))
+            return None
         if is_running:
             n_left = row.n_left
             return self._held.extend(row, n_left if n_left == 1 else self._share(step, row))

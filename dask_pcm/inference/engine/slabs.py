@@ -96,6 +96,8 @@ class Slabs:
         As given, or less once the host had no memory left.
     n_lent
         Pages that were sent to memory that is lent.
+    may_borrow
+        Whether there may be memory to borrow.
     """
 
     def __init__(self, make: Callable[[int], Any], most_pages: int) -> None:
@@ -107,10 +109,16 @@ class Slabs:
         self._far: list[Slab] = []
         self._borrow: Callable[[str, int], Slab | None] = lambda rung, n_pages: None
         self.n_lent = 0
+        self.may_borrow = False
 
     def lend(self, borrow: Callable[[str, int], Slab | None]) -> None:
         """Where to borrow slabs: of a rung, for as many pages."""
-        self._borrow = borrow
+        self._borrow, self.may_borrow = borrow, True
+
+    @property
+    def n_borrowed(self) -> int:
+        """Pages for which there is memory that is lent now."""
+        return sum(slab.n_pages for slab in (*self._near, *self._far))
 
     @property
     def _all(self) -> Iterator[Slab]:
@@ -169,7 +177,7 @@ class Slabs:
         self._near, self._own, self._far = [], [], []
         for slab in slabs:
             slab.close()
-        self._n_made, self.most_pages = 0, 0
+        self._n_made, self.most_pages, self.may_borrow = 0, 0, False
         self._borrow = lambda rung, n_pages: None
 
     def _borrowed(self, rung: str) -> Slab | None:

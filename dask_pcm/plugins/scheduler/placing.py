@@ -70,6 +70,8 @@ class Placing(Service):
         if (error := planned.exception()) is not None:
             logger.warning("No plan of which contexts go on which hosts: %r", error)
             return
+        if planned.result() is None:
+            logger.info("No plan of which contexts go on which hosts was found in time")
         self._loop.call_soon_threadsafe(self._take, number, planned.result())
 
     def _take(self, number: int, plan: HostPlan | None) -> None:

@@ -20,6 +20,8 @@ from dask_pcm.scheduling.state.state import GateState
 from dask_pcm.tiers import ON_DEVICE
 
 _GIB = 1 << 30
+#: Units in the largest amount of memory.
+_MOST_UNITS = 24
 #: What a borrower without a lender costs, as bytes: more than any balance that it would even out.
 _ALONE = 1 << 40
 
@@ -120,14 +122,19 @@ def planned_hosts(state: GateState, contexts: Sequence[str]) -> Callable[[str], 
 class _Program:
     """Integers x[kind, host], then for each host its borrowers alone, then the two largest values.
 
-    Memory is counted in the largest unit that divides all of it, so that bounds are whole numbers.
+    Memory is counted in units, so that HiGHS, which computes in floating point, sees small whole
+    numbers: of hundreds of gibibytes in bytes it says that they fit nowhere. What is lent is
+    rounded down, what is needed up.
     """
 
     def __init__(self, kinds: Sequence[Placeable], n_devices: Mapping[str, int]) -> None:
         self._kinds = kinds
         self._hosts = list(n_devices)
         self._sizes = list(n_devices.values())
+        most = max(abs(one.spare_bytes) for one in kinds)
         self._unit = math.gcd(*(one.spare_bytes for one in kinds)) or 1
+        if most > _MOST_UNITS * self._unit:
+            self._unit = -(-most // _MOST_UNITS)
         self._spare = [one.spare_bytes // self._unit for one in kinds]
         self._is_lender = [1 if one.spare_bytes >= 0 else -1 for one in kinds]
         n_hosts = len(self._hosts)
@@ -156,7 +163,7 @@ class _Program:
         }
         return HostPlan(
             hosts,
-            int((placed.T @ np.array(self._spare)).max()) * self._unit,
+            int((placed.T @ np.array([one.spare_bytes for one in self._kinds])).max()),
             int((placed.T @ np.array(self._is_lender)).max()),
             int(numbers[n_placed : n_placed + n_hosts].sum()),
             max(0.0, float(found.mip_gap)),

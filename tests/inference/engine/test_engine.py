@@ -102,7 +102,7 @@ def test_a_row_that_no_pool_can_hold_fails_and_the_others_go_on(alone):
     assert found["short"] == expected
     for key in ("long", "grows"):
         assert isinstance(found[key], RowError)
-        assert "There is room for 64 on the device, and for 0 in the host's" in str(found[key])
+        assert "There is room for 64 on the device, for 0 in the host's" in str(found[key])
 
 
 def test_a_row_ends_at_a_stop_token_at_its_limit_or_where_it_is_told(alone):

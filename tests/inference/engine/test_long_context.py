@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dask_pcm.inference.engine.long_context import Merged
+from dask_pcm.inference.engine.pages import PAGE_TOKENS
 from dask_pcm.inference.engine.rows import RowError
 from dask_pcm.inference.engine.timeslice import Kind, Owner, TimeSlices
 from tests.inference.engine.conftest import FAMILIES
@@ -108,13 +109,84 @@ def test_without_memory_off_the_device_it_fails_and_says_so(model):
     prompts = {"short": text(rng, 20), "fits": text(rng, 90), "too long": text(rng, 200)}
     for key, prompt in prompts.items():
         driven.generate(key, prompt, 5, owner=BATCH)
+    driven.generate("grows", text(rng, 100), 30, owner=BATCH)
+    driven.engine.step()
+    assert set(driven.found) == {"too long"}  # before it takes the room of others
     found = checked(driven)
-    failed = found.pop("too long")
-    assert isinstance(failed, RowError)
+    failed, grown = found.pop("too long"), found.pop("grows")
+    assert isinstance(failed, RowError) and isinstance(grown, RowError)
+    assert "more than 113 tokens" in str(grown)
     for part in ("more than 200", "64 on the device", "48 in the host's", "host-pages"):
         assert part in str(failed)
     del prompts["too long"]
     assert found == expected(model, prompts, 5)
+
+
+def first_of_a_question(model, driven, prompt):
+    driven.generate("question", prompt, 4, owner=QUESTION, number="question")
+    steps = first_step(driven, "question")
+    assert checked(driven)["question"] == expected(model, {"question": prompt}, 4)["question"]
+    return steps
+
+
+@pytest.mark.parametrize("n_prefix", [70, 80])
+def test_questions_do_not_wait_for_one_that_has_outgrown_the_device_with_its_prefix(
+    model, n_prefix
+):
+    driven, rng = model.engine(n_pages=12, budget_tokens=64), random.Random(9)
+    shared = text(rng, n_prefix)
+    for k in range(2):
+        driven.generate(k, [*shared, 5 + k], 600 * k + 1, owner=BATCH)
+    (_, row) = driven.engine.schedule._new
+    while not row.n_out:
+        driven.engine.step()
+    assert first_of_a_question(model, driven, text(rng, 20)) <= 3
+
+
+@pytest.mark.parametrize("n_host", [4, 8, 12, 16, 20])
+def test_questions_do_not_wait_where_host_memory_is_short(model, n_host):
+    page_bytes = model.engine().pool.kv[0].nbytes
+    driven = model.engine(
+        n_pages=10, budget_tokens=64, most_bytes=n_host * page_bytes, may_recompute=False
+    )
+    rng = random.Random(10)
+    prompts = {k: text(rng, 30) for k in range(5)}
+    lengths = {k: 100 if k else 180 for k in prompts}
+    for key, prompt in prompts.items():
+        driven.generate(key, prompt, lengths[key], owner=BATCH)
+    row = driven.engine.schedule._new[0]
+    while len(row.tokens) < 180:
+        driven.engine.step()
+    prompt = text(rng, 20)
+    assert first_of_a_question(model, driven, prompt) <= 6
+    del driven.found["question"]
+    assert driven.found == expected(model, prompts, lengths)
+
+
+def test_a_long_row_that_is_scored_gives_way_to_questions(model):
+    driven, rng = model.engine(n_pages=10, budget_tokens=32), random.Random(11)
+    driven.score("scored", text(rng, 230), ENDINGS)
+    for _ in range(5):
+        driven.engine.step()
+    assert first_of_a_question(model, driven, text(rng, 120)) <= 6
+
+
+def test_what_is_on_its_way_off_the_device_is_not_read_by_the_host(model):
+    """On a GPU copies are not waited for, except where the host reads them next."""
+    driven = model.engine(n_pages=8)
+    paging, waited = driven.engine.paging, []
+    paging._wait = lambda: (waited.append(driven.engine.n_steps), setattr(paging, "_is_sending", 0))
+    driven.generate("row", text(random.Random(12), 200), 20)
+    (row,) = driven.engine.schedule._new
+    while not row.n_out:
+        driven.engine.step()
+    assert not waited  # on the host nothing is on its way
+    paging._is_sending = True
+    driven.engine.schedule._held.preempt(row)
+    driven.engine.schedule._requeue()
+    driven.engine.step()
+    assert row.n_out and waited == [driven.engine.n_steps - 1]
+    checked(driven)
 
 
 def test_one_that_is_dropped_leaves_nothing(model):
@@ -129,23 +201,25 @@ def test_one_that_is_dropped_leaves_nothing(model):
 
 @pytest.mark.parametrize("seed", range(16))
 def test_no_schedule_changes_a_token(model, seed):
-    """Rows of all lengths, those who ask and those who lend come and go."""
+    """Rows of all lengths, those who ask and those who lend come and go; some rows are dropped."""
     rng = random.Random(seed)
     prompts = {k: text(rng, rng.choice([5, 20, 60, 150])) for k in range(rng.randint(4, 9))}
     lengths = {key: rng.randint(1, 40) for key in prompts}
-    n_pages = rng.randint(4, 9)
+    n_pages = rng.choice([1, 2, 3, 5, 7, 9])
     driven = model.engine(n_pages, rng.choice([16, 48]))
     page_bytes = driven.pool.kv[0].nbytes
     driven = model.engine(
         n_pages,
         rng.choice([16, 48]),
-        most_bytes=rng.choice([80, 200]) * page_bytes,
+        most_bytes=rng.choice([0, 10, 20, 200]) * page_bytes,
         may_recompute=rng.choice([True, False]),
     )
     engine = driven.engine
     engine.schedule._slices = engine.schedule._held.slices = TimeSlices(rng.choice([1, 4, 16]))
-    lender = Lender(device=64 * page_bytes, host=64 * page_bytes)
-    engine.paging.lend(lender.borrow, lender.wake)
+    lent_bytes = rng.choice([0, 16, 64]) * page_bytes
+    lender = Lender(device=lent_bytes, host=lent_bytes)
+    if lent_bytes:
+        engine.paging.lend(lender.borrow, lender.wake)
     todo = list(prompts)
     while todo or engine.n_rows:
         for _ in range(rng.choice([0, 0, 1, 3])):
@@ -157,10 +231,16 @@ def test_no_schedule_changes_a_token(model, seed):
             loans[0].want_back()
             engine.evacuate()
             assert loans[0].is_closed
-            lender.left = dict.fromkeys(lender.left, 64 * page_bytes)
+            lender.left = dict.fromkeys(lender.left, lent_bytes)
+        if rng.random() < 0.01 and (rows := engine.schedule._all_waiting()):
+            engine.drop([rng.choice(rows)])
         engine.step()
         engine.schedule._held.validate()
-    assert checked(driven) == expected(model, prompts, lengths)
+    right = expected(model, prompts, lengths)
+    for key, found in checked(driven).items():
+        n_pages_all = n_pages + engine.paging.slabs.most_pages + 2 * lent_bytes // page_bytes
+        has_room = len(prompts[key]) + lengths[key] <= (n_pages_all - 1) * PAGE_TOKENS
+        assert found == right[key] or (isinstance(found, RowError) and not has_room)
 
 
 @pytest.mark.parametrize("seed", range(6))

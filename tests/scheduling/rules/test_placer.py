@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,24 @@ def test_the_papers_contexts_are_placed_best(n_hosts, expected):
     assert all(copies.total() == 8 for copies in plan.hosts.values())
     # Each borrower has a lender, and the host what its borrowers need.
     assert all(balance >= 0 for balance in balances(plan, contexts).values())
+
+
+@pytest.mark.parametrize("n_hosts", [2, 4, 8])
+def test_amounts_that_are_no_whole_gibibytes_are_placed_as_well(n_hosts):
+    """As those of real devices: each kind has an odd number of bytes more."""
+    rng = random.Random(n_hosts)
+    contexts = [
+        replace(one, spare_bytes=one.spare_bytes + rng.randrange(1, GIB // 2, 2))
+        for one in repeated(8 * n_hosts)
+    ]
+    plan = place(contexts, {f"h{k}": 8 for k in range(n_hosts)})
+    assert plan.n_alone == 0 and plan.gap < 0.01
+    assert all(balance >= 0 for balance in balances(plan, contexts).values())
+    even = sum(one.spare_bytes * one.n_copies for one in contexts) / n_hosts
+    whole = place(repeated(8 * n_hosts), {f"h{k}": 8 for k in range(n_hosts)})
+    even_whole = sum(int(name) * n for c in whole.hosts.values() for name, n in c.items()) / n_hosts
+    cost_of(plan, contexts)
+    assert (plan.most_bytes - even) / GIB < whole.most_bytes / GIB - even_whole + 8
 
 
 def best_by_trying(contexts, sizes):

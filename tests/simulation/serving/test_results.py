@@ -41,3 +41,6 @@ def test_the_command(tmp_path):
     found = CliRunner().invoke(main, args)
     assert found.exit_code == 0 and "first-come" in found.output, found.output
     assert (tmp_path / "report/report.html").exists()
+    for more, text in ((["--policy", "all"], "has its own"), (["--report", "/proc/x"], "/proc/x")):
+        refused = CliRunner().invoke(main, [*args[:2], *more])
+        assert refused.exit_code == 2 and text in refused.output
