@@ -25,7 +25,7 @@ import torch
 from distributed import Client, LocalCluster, WorkerPlugin
 
 from benchmarks.table import Rows, parser
-from dask_pcm.inference.engine import schedule
+from dask_pcm.inference.engine import step
 from dask_pcm.inference.engine.attention import switch
 from dask_pcm.inference.engine.capacity import Capacity
 from dask_pcm.inference.engine.engine import Engine
@@ -193,11 +193,11 @@ def longs(owner: Owner = QUESTION, n_out: int = LONG_OUT) -> list[Asked]:
 
 
 def in_order_of_arrival(one: Any, rows: Sequence[Asked]) -> Played:
-    most, schedule._MOST_MISSES = schedule._MOST_MISSES, 1
+    most, step._MOST_MISSES = step._MOST_MISSES, 1
     try:
         return play(engine_of(one, slices=Arrival()), rows)
     finally:
-        schedule._MOST_MISSES = most
+        step._MOST_MISSES = most
 
 
 def burst(table: Rows) -> None:

@@ -11,8 +11,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from dask_pcm.inference.engine.holdings import Holdings
@@ -20,62 +19,8 @@ from dask_pcm.inference.engine.pages import PagePool
 from dask_pcm.inference.engine.paging import Paging
 from dask_pcm.inference.engine.parts import Part, at_once
 from dask_pcm.inference.engine.rows import Embedded, Generated, Prefix, Row, RowError, Scored
+from dask_pcm.inference.engine.step import Candidates, Step
 from dask_pcm.inference.engine.timeslice import Kind, Owner, TimeSlices
-
-#: A step has no more of a client's rows of a kind once as many have not fitted.
-_MOST_MISSES = 64
-
-
-@dataclass(slots=True)
-class _Step:
-    """What a step computes, as far as it is chosen.
-
-    Attributes
-    ----------
-    left
-        Tokens for which there is room.
-    n_kept
-        Logits that are kept.
-    """
-
-    budget_tokens: int
-    left: int
-    parts: list[Part] = field(default_factory=list)
-    n_kept: int = 0
-
-    def add(self, part: Part, n_tokens: int) -> None:
-        """Compute a part of as many tokens, too."""
-        self.parts.append(part)
-        self.left -= n_tokens
-        if part.kept and not isinstance(part.row, Embedded):  # what is limited are logits
-            self.n_kept += len(part.kept)
-
-
-class _Candidates:
-    """A client's rows in a step, the most urgent first: a list of each kind.
-
-    Attributes
-    ----------
-    n_misses
-        Rows of this kind for which there was no room.
-    n_prompt, n_output
-        Tokens that the step computes of them and that are not charged yet.
-    """
-
-    def __init__(self, lists: Iterable[Iterable[Row]], is_running: Callable[[Row], bool]) -> None:
-        self._lists = [iter(one) for one in lists]
-        self._is_running = is_running
-        self.n_misses = self.n_prompt = self.n_output = 0
-
-    def next(self) -> Row | None:
-        """The next row; None if there is none. After too many misses, only rows that run."""
-        while self._lists:
-            for row in self._lists[0]:
-                if self.n_misses < _MOST_MISSES or self._is_running(row):
-                    return row
-            del self._lists[0]
-            self.n_misses = 0
-        return None
 
 
 class Schedule:
@@ -147,7 +92,7 @@ class Schedule:
         self._held.begin_step(self._n_steps)
         n_free = self._held.n_free_places
         self._is_admitting = n_free >= self.least_admitted or not self._held.n_running
-        step = _Step(budget_tokens, budget_tokens)
+        step = Step(budget_tokens, budget_tokens)
         self._fill(step, self._kinds())
         self._requeue()
         if not step.parts and self.n_rows and not self._has_restarted:
@@ -226,7 +171,7 @@ class Schedule:
             return (Embedded,)
         return (Scored, Generated) if is_even else (Generated, Scored)
 
-    def _fill(self, step: _Step, kinds: tuple[type[Row], ...]) -> None:
+    def _fill(self, step: Step, kinds: tuple[type[Row], ...]) -> None:
         """Fill a step, with rows of the client that was served least at any moment."""
         running: dict[Owner, list[Row]] = {}
         for one in self._held.running if Generated in kinds else ():
@@ -237,7 +182,7 @@ class Schedule:
         left = {who: self._candidates(who, running.get(who, []), kinds) for who in owners}
         taken: set[int] = set()
         if (stuck := self._stuck) is not None:
-            alone = _Candidates([[stuck]], self._held.is_running)
+            alone = Candidates([[stuck]], self._held.is_running)
             self._serve(step, stuck.owner, alone, taken, is_alone=True)
             left = self._beside(stuck, left, running)
         while left and step.left > 0 and step.n_kept < self._most_kept:
@@ -256,7 +201,7 @@ class Schedule:
         self._waiting = {owner: rows for owner, rows in self._waiting.items() if rows}
 
     def _serve(
-        self, step: _Step, owner: Owner, mine: _Candidates, taken: set[int], is_alone: bool
+        self, step: Step, owner: Owner, mine: Candidates, taken: set[int], is_alone: bool
     ) -> bool:
         """See `_choose_some`; what is computed is charged."""
         has_more = self._choose_some(step, mine, taken, is_alone)
@@ -265,8 +210,8 @@ class Schedule:
         return has_more
 
     def _beside(
-        self, stuck: Row, left: dict[Owner, _Candidates], running: dict[Owner, list[Row]]
-    ) -> dict[Owner, _Candidates]:
+        self, stuck: Row, left: dict[Owner, Candidates], running: dict[Owner, list[Row]]
+    ) -> dict[Owner, Candidates]:
         """Who is served beside a row for which all others have made room.
 
         Questions, if that row may run for long; and only those that run while it has no room.
@@ -277,21 +222,21 @@ class Schedule:
         if self._held.is_chosen(stuck):
             return {one: left[one] for one in others}
         ours = self._held.is_running
-        return {one: _Candidates([running.get(one, [])], ours) for one in others}
+        return {one: Candidates([running.get(one, [])], ours) for one in others}
 
     def _candidates(
         self, owner: Owner, running: list[Row], kinds: tuple[type[Row], ...]
-    ) -> _Candidates:
+    ) -> Candidates:
         waiting = self._waiting.get(owner, [])
         lists = [[row for row in waiting if isinstance(row, kind)] for kind in kinds]
         if owner.kind is Kind.BATCH or Generated not in kinds:
-            return _Candidates([running, *lists], self._held.is_running)
+            return Candidates([running, *lists], self._held.is_running)
         mine = [row for row in (*running, *waiting) if isinstance(row, Generated)]
         mine.sort(key=lambda row: self._slices.turn(row, self._n_steps))
         lists[kinds.index(Generated)] = list[Row](mine)
-        return _Candidates(lists, self._held.is_running)
+        return Candidates(lists, self._held.is_running)
 
-    def _choose_some(self, step: _Step, mine: _Candidates, taken: set[int], is_alone: bool) -> bool:
+    def _choose_some(self, step: Step, mine: Candidates, taken: set[int], is_alone: bool) -> bool:
         """Choose what the step computes of a client's next row, or of all if it is alone.
 
         False if there is no other row.
@@ -315,7 +260,7 @@ class Schedule:
                 return True
         return False
 
-    def _add(self, step: _Step, mine: _Candidates, part: Part) -> None:
+    def _add(self, step: Step, mine: Candidates, part: Part) -> None:
         """Compute a part, and count it; what is computed again was counted before."""
         row, n_tokens = part.row, part.n_tokens
         step.add(part, n_tokens)
@@ -338,7 +283,7 @@ class Schedule:
             self._waiting.setdefault(row.owner, []).insert(0, row)
         self._held.preempted.clear()
 
-    def _part(self, row: Row, step: _Step, is_running: bool) -> Part | None:
+    def _part(self, row: Row, step: Step, is_running: bool) -> Part | None:
         """What a step computes of a row; None for nothing."""
         if row.prefix is not None and self._held.is_long(row):
             self._held.do_without_prefix(row)
@@ -380,7 +325,7 @@ class Schedule:
                 return found
         return None if step.parts else at_once(row)
 
-    def _share(self, step: _Step, row: Row) -> int:
+    def _share(self, step: Step, row: Row) -> int:
         """Tokens that a row may have of a step: the others that run have one each."""
         n_others = self._held.n_unchosen - self._held.is_running(row)
         return max(1, min(row.n_left, step.left - n_others))
