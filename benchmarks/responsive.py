@@ -295,12 +295,12 @@ def clients(table: Rows) -> None:
             Busy(Owner(kind, "b"), 60, SHORT_PROMPT, 40),
         )
         most = 0.0
-        for step in range(2000):
+        for n_steps in range(2000):
             for client in both:
                 client.come(engine)
             engine.step()
             served = [engine.schedule._slices.served(client.owner) for client in both]
-            if step > 50:
+            if n_steps > 50:
                 most = max(most, abs(served[0] - served[1]))
         longest = LONG_PROMPT[1] + SLICE_TOKENS
         name = f"two clients ({kind.value}): tokens served apart at most, over prompt + slice"
