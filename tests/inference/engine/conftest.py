@@ -14,6 +14,10 @@ from dask_pcm.inference.engine.paging import Paging
 from dask_pcm.inference.engine.rows import Generated, Scored, trie_of
 from tests.support import models as tiny
 
+# As many processes run tests as there are cores: with a thread for each core in all of them, steps
+# of small models take five times as long.
+torch.set_num_threads(1)
+
 WINDOW = {**tiny.ATTENTION, "sliding_window": 8, "num_key_value_heads": 2}
 #: Models whose attention differs: heads in groups, windows, caps, sinks, learned positions.
 FAMILIES = {
