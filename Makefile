@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Processes that share the test files; many tests wait for processes of their own.
 TEST_PROCESSES ?= 2
-BENCHMARKS := main_job batches doors ladder policy drills engine responsive lending long_context families
+BENCHMARKS := main_job batches doors ladder policy drills engine responsive lending long_context neighbours families
 
 # What needs a device runs on the torch that is there, which need not be that of .venv.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))

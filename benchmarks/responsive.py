@@ -493,6 +493,7 @@ def ask(table: Rows) -> None:
     longest = max(n_steps - -(-n_prompt // BUDGET) for n_steps, n_prompt in questions)
     table.add("steps to the first token beside the prompt's own, most", longest, "<= 3")
     table.add("questions", len(questions))
+    heard = [one for one in heard if one.at]  # a random model may say control tokens alone
     firsts = [one.at[0] - one.begun for one in heard]
     table.add("seconds from asking to the first piece, p50", statistics.median(firsts))
     table.add("… most, that of the first question among them", max(firsts))
