@@ -16,7 +16,7 @@ def show_status(output: str, as_json: bool) -> None:
     """Show the progress of the run of OUTPUT, from any machine that sees it."""
     from dask_pcm.runs.handle import attach
 
-    with reported_errors(output):
+    with reported_errors():
         run = attach(output)
         progress, report, driver = run.progress, run.report, run.driver
     if as_json:
@@ -40,7 +40,7 @@ def _request(name: str, what: str) -> click.Command:
     def ask(output: str) -> None:
         from dask_pcm.runs.handle import attach
 
-        with reported_errors(output):
+        with reported_errors():
             getattr(attach(output), name)()
 
     return ask

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dask_pcm.scheduling.actions import (
-    Action,
-    Fail,
-    LoadsGivenUp,
-    Quarantine,
-)
+from dask_pcm.scheduling.actions import Action, Fail, LoadsGivenUp, Quarantine
 from dask_pcm.scheduling.events import Group
 from dask_pcm.scheduling.learned.failures import DEVICE, END_OF_PROCESS
 from dask_pcm.scheduling.state.state import GateState

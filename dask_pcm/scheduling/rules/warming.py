@@ -75,7 +75,7 @@ def warm(
     free = [one for one in cold if not one.is_contested]
     if _mean_row_s(state, group, workers, now) is None:
         lasting = [one for one in free if now + one.ready_s < one.view.ends_at]
-        chosen = _for_each_piece(state, group, workers, lasting or free, now)
+        chosen = _for_each_piece(state, group, workers, lasting or free, len(serving), now)
     else:
         chosen = _that_pay(state, group, workers, free, drain, now)
     if not chosen:
@@ -128,6 +128,7 @@ def _for_each_piece(
     group: Group,
     workers: Sequence[WorkerView],
     free: Sequence[_Cold],
+    n_serving: int,
     now: float,
 ) -> list[_Cold]:
     """Choose one worker per piece of work, while the cost of a row is unknown.
@@ -140,8 +141,7 @@ def _for_each_piece(
     if busy:
         soonest_s = min(state.estimates.backlog_s(view, now) for view in busy)
         free = [one for one in free if one.ready_s < soonest_s]
-    able = [view for view in workers if view not in busy] if busy else workers
-    n_serving = len(capacities(state, group, able, now))
+        n_serving -= len(capacities(state, group, busy, now))
     n_wanted = max(0, state.ahead.n_works(group) - n_serving) if len(busy) == len(warm) else 0
     if free and all(one.view.failed(group.contexts) is not None for one in free):
         n_wanted = min(n_wanted, 1)  # retry on one worker only

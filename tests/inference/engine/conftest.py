@@ -106,6 +106,12 @@ class Driven:
         row.resume(draft)
         self.engine.add([row])
 
+    def generate_all(self, prompts, n_max, **options):
+        """`n_max` is one for all, or by key."""
+        for key, prompt in prompts.items():
+            n = n_max[key] if isinstance(n_max, dict) else n_max
+            self.generate(key, prompt, n, **options)
+
     def run(self, most_steps=5000):
         for _ in range(most_steps):
             if not self.engine.n_rows:

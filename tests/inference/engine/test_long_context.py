@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from dask_pcm.inference.engine import long_context
 from dask_pcm.inference.engine.long_context import Merged
 from dask_pcm.inference.engine.pages import PAGE_TOKENS
 from dask_pcm.inference.engine.rows import RowError
@@ -89,8 +90,7 @@ def test_rows_that_share_a_prefix_too_long_for_the_device_do_without_it(model):
     driven, rng = model.engine(n_pages=6, budget_tokens=64), random.Random(6)
     shared = text(rng, 150)
     prompts = {k: [*shared, 5 + k] for k in range(3)}
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, 5, owner=BATCH)
+    driven.generate_all(prompts, 5, owner=BATCH)
     assert checked(driven) == expected(model, prompts, 5)
 
 
@@ -98,8 +98,7 @@ def test_one_that_outgrows_the_device_with_its_prefix_leaves_it(model):
     driven, rng = model.engine(n_pages=6, budget_tokens=64), random.Random(6)
     shared = text(rng, 40)
     prompts = {k: [*shared, 5 + k] for k in range(3)}
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, 70, owner=BATCH)
+    driven.generate_all(prompts, 70, owner=BATCH)
     assert checked(driven) == expected(model, prompts, 70)
 
 
@@ -107,8 +106,7 @@ def test_without_memory_off_the_device_it_fails_and_says_so(model):
     page_bytes = model.engine().pool.kv[0].nbytes
     driven, rng = model.engine(n_pages=4, most_bytes=3 * page_bytes), random.Random(7)
     prompts = {"short": text(rng, 20), "fits": text(rng, 90), "too long": text(rng, 200)}
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, 5, owner=BATCH)
+    driven.generate_all(prompts, 5, owner=BATCH)
     driven.generate("grows", text(rng, 100), 30, owner=BATCH)
     driven.engine.step()
     assert set(driven.found) == {"too long"}  # before it takes the room of others
@@ -152,8 +150,7 @@ def test_questions_do_not_wait_where_host_memory_is_short(model, n_host):
     rng = random.Random(10)
     prompts = {k: text(rng, 30) for k in range(5)}
     lengths = {k: 100 if k else 180 for k in prompts}
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, lengths[key], owner=BATCH)
+    driven.generate_all(prompts, lengths, owner=BATCH)
     row = driven.engine.schedule._new[0]
     while len(row.tokens) < 180:
         driven.engine.step()
@@ -197,6 +194,75 @@ def test_one_that_is_dropped_leaves_nothing(model):
         driven.engine.step()
     driven.engine.drop([row])
     assert checked(driven) == {}
+
+
+@pytest.mark.parametrize("budget", [16, 64])
+@pytest.mark.parametrize(("n_pages", "n_host"), [(1, 3), (2, 1), (3, 0), (4, 3), (5, 6)])
+def test_a_row_may_fill_all_room_and_not_more(model, n_pages, n_host, budget):
+    page_bytes = model.engine().pool.kv[0].nbytes
+    prompt, most = text(random.Random(13), 30), (n_pages + n_host) * PAGE_TOKENS
+    for n_stored in (most, most + 1):
+        driven = model.engine(n_pages, budget, most_bytes=n_host * page_bytes)
+        n_new = n_stored + 1 - len(prompt)  # the last one is not stored
+        driven.generate("row", prompt, n_new)
+        found = checked(driven)["row"]
+        if n_stored == most:
+            assert found == expected(model, {"row": prompt}, n_new)["row"]
+        else:
+            assert isinstance(found, RowError)
+
+
+def streaming(model, n_pages=8, **off_device):
+    """An engine, and a row of it that runs while its first pages are off the device."""
+    driven = model.engine(n_pages, **off_device)
+    driven.generate("row", text(random.Random(14), 100 + 16 * n_pages), 20)
+    (row,) = driven.engine.schedule._new
+    while len(row.tokens) == row.n_prompt:
+        driven.engine.step()
+    assert row.n_out
+    return driven, row
+
+
+def test_a_row_that_runs_leaves_memory_that_is_wanted_back_though_there_is_no_other(model):
+    page_bytes = model.engine().pool.kv[0].nbytes
+    prompt = text(random.Random(15), 180)
+    driven = model.engine(8, most_bytes=0)
+    lender = Lender(host=64 * page_bytes)
+    driven.engine.paging.lend(lender.borrow, lender.wake)
+    driven.generate("row", prompt, 20)
+    (row,) = driven.engine.schedule._new
+    while len(row.tokens) == row.n_prompt:
+        driven.engine.step()
+    lender.loans[0].want_back()
+    driven.engine.evacuate()
+    driven.engine.schedule._held.validate()
+    assert lender.loans[0].is_closed and not row.n_done
+    assert driven.engine.n_rows == 1  # it waits, and is not forgotten
+    lender.left = {"host": 64 * page_bytes}
+    assert checked(driven) == expected(model, {"row": prompt}, 20)
+
+
+def test_one_that_comes_back_has_as_many_pages_on_the_device_as_before(model):
+    driven, row = streaming(model)
+    before = row.n_out
+    driven.engine.schedule._held.preempt(row)
+    driven.engine.schedule._requeue()
+    driven.engine.step()
+    assert before - 1 <= row.n_out <= before + 1
+
+
+def test_what_is_outside_of_a_window_is_not_read(alone, monkeypatch):
+    n_read = []
+
+    def read(places, layer, device, real=long_context._read):
+        n_read.append(len(places))
+        return real(places, layer, device)
+
+    monkeypatch.setattr(long_context, "_read", read)
+    driven, row = streaming(alone("mistral"), n_pages=4)
+    n_read.clear()
+    driven.engine.step()
+    assert row.n_out > 4 and sum(n_read) == 0  # a window of 8 tokens: all of it is on the device
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -40,8 +40,7 @@ def checked(driven, most_steps=5000):
 def expected(model, prompts, n):
     """Tokens of rows that an engine computes undisturbed (``test_engine``: those of each alone)."""
     driven = model.engine(n_pages=400, budget_tokens=256)
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, n[key] if isinstance(n, dict) else n)
+    driven.generate_all(prompts, n)
     return driven.run()
 
 
@@ -58,8 +57,7 @@ def first_step(driven, key):
 def test_a_question_begins_at_once_though_a_batch_has_all_memory(model):
     driven, rng = model.engine(n_pages=12, budget_tokens=64), random.Random(0)
     prompts = {k: text(rng, 20) for k in range(12)}
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, 60, owner=BATCH)
+    driven.generate_all(prompts, 60, owner=BATCH)
     for _ in range(30):
         driven.engine.step()
     assert driven.pool.n_free < 2
@@ -104,8 +102,7 @@ def test_a_burst_of_questions_delays_a_batch_and_does_not_stop_it(model):
 def test_batches_of_two_clients_share_the_memory(model):
     driven, rng = model.engine(n_pages=20, budget_tokens=64), random.Random(0)
     prompts = {k: text(rng, 20) for k in range(16)}
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, 50, owner=BATCH)
+    driven.generate_all(prompts, 50, owner=BATCH)
     for _ in range(20):
         driven.engine.step()
     late = {f"late {k}": text(rng, 20) for k in range(16)}
@@ -124,8 +121,7 @@ def test_rows_of_a_prefix_go_and_come_back_and_it_is_computed_once(model):
     driven.engine.paging._may_recompute = False
     shared = text(rng, 40)
     prompts = {k: [*shared, *text(rng, 9)] for k in range(6)}
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, 40, owner=BATCH)
+    driven.generate_all(prompts, 40, owner=BATCH)
     for _ in range(12):
         driven.engine.step()
     question = text(rng, 150)
@@ -141,8 +137,7 @@ def test_rows_of_a_prefix_go_and_come_back_and_it_is_computed_once(model):
 def test_questions_that_share_a_prefix_begin_at_once_too(model):
     driven, rng = model.engine(n_pages=14, budget_tokens=64), random.Random(0)
     prompts = {k: text(rng, 20) for k in range(12)}
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, 60, owner=BATCH)
+    driven.generate_all(prompts, 60, owner=BATCH)
     for _ in range(30):
         driven.engine.step()
     assert driven.pool.n_free < 2
@@ -197,8 +192,7 @@ def test_a_row_that_is_dropped_while_it_is_away_leaves_nothing(model):
 def test_a_question_larger_than_the_device_fails_and_the_rest_goes_on(model):
     driven, rng = model.engine(n_pages=6, budget_tokens=64, most_bytes=0), random.Random(0)
     prompts = {k: text(rng, 20) for k in range(5)}
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, 40, owner=BATCH)
+    driven.generate_all(prompts, 40, owner=BATCH)
     driven.generate("question", text(rng, 120), 10, owner=QUESTION)
     found = checked(driven)
     assert "more than 120 tokens" in str(found.pop("question"))
@@ -269,8 +263,7 @@ def test_rows_that_fit_alone_do_without_a_prefix_that_leaves_no_room(model):
     driven, rng = model.engine(n_pages=4, budget_tokens=64), random.Random(0)
     shared = text(rng, 40)
     prompts = {k: [*shared, 5 + k] for k in range(3)}
-    for key, prompt in prompts.items():
-        driven.generate(key, prompt, 23, owner=BATCH)
+    driven.generate_all(prompts, 23, owner=BATCH)
     assert checked(driven) == expected(model, prompts, 23)
 
 
