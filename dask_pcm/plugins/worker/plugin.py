@@ -7,6 +7,8 @@ Hooks and message handlers run on the worker's event loop.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import gc
 import logging
 import os
 import uuid
@@ -168,6 +170,9 @@ class ContextPlugin(ShippedPlugin, WorkerPlugin):
             self.memory.forget()
         else:
             self.contexts.store.end()
+            if worker.nanny or is_command():  # the process is the worker's own
+                # Python would look for cycles among all objects of torch and others: seconds.
+                atexit.register(gc.freeze)
         self.nanny.close()
         # Even if the process ends: close hooks may have to end processes of an engine.
         closing = self.contexts.close()

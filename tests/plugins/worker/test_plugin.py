@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client, LocalCluster, wait
 
@@ -222,3 +223,21 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
     code = "import sys, dask_pcm; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def tells_at_exit(path):
+    import atexit
+    import gc
+
+    atexit.register(lambda: Path(path).write_text(str(gc.get_freeze_count() > 0)))
+
+
+def test_the_end_of_a_worker_does_not_wait_for_a_search_of_cycles(tmp_path):
+    """Among the objects of torch and transformers it takes seconds."""
+    told = tmp_path / "told"
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+    spawns = dask.config.set({"distributed.worker.multiprocessing-method": "spawn"})
+    with spawns, LocalCluster(**options) as cluster, Client(cluster) as client:
+        pcm.install(client)
+        client.run(tells_at_exit, str(told))
+    assert told.read_text() == "True"
