@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+from dask_pcm.ladder.objects.mapping import mapped
 from dask_pcm.ladder.objects.tensors import is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+
+#: The loans of this process. A forked child keeps none of their memory.
+_loans: weakref.WeakSet[Loan] = weakref.WeakSet()
 
 
 class Loan:
@@ -63,6 +68,7 @@ class Loan:
         self._end: Callable[[], None] = lambda: None
         self._on_wanted: Callable[[], None] | None = None
         self._changing = threading.Lock()
+        _loans.add(self)
 
     def memory(self) -> Any:
         """Its bytes as a tensor, shape (n_bytes,), uint8; the first call maps or takes them.
@@ -76,7 +82,8 @@ class Loan:
             import torch
 
             if self.fd is not None:
-                self._memory = torch.frombuffer(mmap.mmap(self.fd, self.n_bytes), dtype=torch.uint8)
+                shared = mapped(self.fd, self.n_bytes, is_shared=True)
+                self._memory = torch.frombuffer(shared, dtype=torch.uint8)
             else:
                 self._memory = torch.empty(self.n_bytes, dtype=torch.uint8, device=self.device)
         return self._memory
@@ -129,3 +136,14 @@ def _free_cached() -> None:
     except RuntimeError as error:  # of a device that is lost
         if not is_out_of_memory(error):
             logger.info("Memory of a device was not given back: %s", error)
+
+
+def _close_in_child() -> None:
+    for loan in _loans:
+        if loan.fd is not None:
+            os.close(loan.fd)
+            loan.fd = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)

@@ -109,14 +109,9 @@ class Server:
             self._hear_borrower(source)
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:  # the borrower is gone, or this process has too many files open
+        connection = wire.accept(self._listener)
+        if connection is None:
             return
-        if not wire.is_of_this_user(connection):
-            connection.close()
-            return
-        connection.setblocking(False)
         self._leased[connection] = None
         self._selector.register(connection, selectors.EVENT_READ)
 

@@ -14,6 +14,7 @@ import os
 import random
 import socket
 import struct
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _N_WAITING = 64
 #: Lenders that are asked, at most.
 _MOST_LENDERS = 64
 _PEER = struct.Struct("3i")  # of process, user and group
+#: The sockets of this process. A forked child closes its copies: a lease ends with the process that
+#: has it, whatever children that leaves.
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def _begin(cluster: str) -> str:
@@ -40,7 +44,7 @@ def listen(cluster: str) -> socket.socket:
         If the system has no such sockets.
     """
     name = f"{_begin(cluster)}{random.SystemRandom().getrandbits(64):016x}"
-    found = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    found = _socket()
     try:
         found.bind(f"\0{name}")
         found.listen(_N_WAITING)
@@ -71,7 +75,7 @@ def connect(address: str, timeout_s: float = 5.0) -> socket.socket | None:
     timeout_s
         How long it may take to connect, and each message from then on.
     """
-    found = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    found = _socket()
     try:
         found.settimeout(timeout_s)
         found.connect(address)
@@ -79,6 +83,20 @@ def connect(address: str, timeout_s: float = 5.0) -> socket.socket | None:
             return found
     except OSError:  # it has ended, or has too many connections
         pass
+    found.close()
+    return None
+
+
+def accept(listener: socket.socket) -> socket.socket | None:
+    """The next connection of a borrower; None if it is gone, or belongs to another user."""
+    try:
+        found, _ = listener.accept()
+    except OSError:  # or this process has too many files open
+        return None
+    _sockets.add(found)
+    if is_of_this_user(found):
+        found.setblocking(False)
+        return found
     found.close()
     return None
 
@@ -122,3 +140,18 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], int | None] | No
     for fd in fds:
         os.close(fd)
     return None
+
+
+def _socket() -> socket.socket:
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    _sockets.add(found)
+    return found
+
+
+def _close_in_child() -> None:
+    for one in _sockets:
+        one.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)

@@ -14,10 +14,7 @@ for each. A worker closes its own once it has read the image.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import functools
-import mmap
 import os
 import pickle
 import struct
@@ -28,6 +25,7 @@ from typing import Any
 
 from dask_pcm.ladder.objects import tensors
 from dask_pcm.ladder.objects.freeze import Frozen, thaw
+from dask_pcm.ladder.objects.mapping import mapped
 
 _ALIGN = 64
 _FOOTER = struct.Struct("<Q")
@@ -146,7 +144,7 @@ class Image:
         tuple
             The object and its storages. Mapped storages cannot be resized.
         """
-        memory = _mapped(self.fd, self.n_bytes)
+        memory = mapped(self.fd, self.n_bytes)
         maps = is_mapped and not self.is_on_device
         storages = [
             tensors.mapped_storage(memory[p.start : p.start + p.n_bytes])
@@ -215,27 +213,3 @@ def _write(fd: int, memory: memoryview, at: int) -> None:
     while memory:
         n_done = os.pwrite(fd, memory, at)
         memory, at = memory[n_done:], at + n_done
-
-
-def _mapped(fd: int, n_bytes: int) -> memoryview:
-    """Map a file copy-on-write; it is unmapped with the last view of it.
-
-    Not with Python's ``mmap``, which keeps a descriptor as long as the mapping.
-    """
-    start = _libc().mmap(None, n_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, fd, 0)
-    if start == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    memory = (ctypes.c_char * n_bytes).from_address(start)
-    unmaps = weakref.finalize(memory, _libc().munmap, start, n_bytes)
-    unmaps.atexit = False  # daemon threads may use the memory until the process ends
-    return memoryview(memory).cast("B")
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    """The C library with the signatures of mmap and munmap."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    return libc

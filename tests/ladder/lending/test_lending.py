@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -117,6 +118,40 @@ def test_an_end_that_dies_ends_its_leases(host):
     wait_for(lambda: not lender.lending.leases.lent_bytes())
     for loan in loans:
         loan.close()
+
+
+@pytest.mark.parametrize("dies", ["lender", "borrower"])
+def test_children_that_a_process_leaves_keep_no_lease(host, dies):
+    """A user's function may fork: to read data in parallel, for instance."""
+    lender, borrower = host.worker(10, 10), host.worker()
+    loans = [borrower.lending.borrow(rung, 2 * MIB) for rung in ("neighbour", "host")]
+    loans[1].memory().fill_(3)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(write)
+        os.read(read, 1)  # until the parent closes its end
+        os._exit(0)
+    try:
+        # The one is the lender's keeper's, which is a nanny's process elsewhere.
+        wait_for(lambda: _files(child).count("dask_pcm lent") == 1)
+        {"lender": lender, "borrower": borrower}[dies].lending._server.close()  # as by SIGKILL
+        wait_for(lambda: all(loan.is_wanted_back for loan in loans))
+        for loan in loans:
+            loan.close()
+        wait_for(lambda: not lender.lending.leases.lent_bytes())
+        assert len(wire.lenders(host.cluster)) == 1
+    finally:
+        os.close(write)
+        os.close(read)
+        os.waitpid(child, 0)
+
+
+def _files(pid):
+    """Names of what a process has open and mapped."""
+    folder = Path("/proc", str(pid))
+    links = [os.readlink(link) for link in (folder / "fd").iterdir()]
+    return " ".join([*links, (folder / "maps").read_text()])
 
 
 def test_a_worker_whose_gate_is_a_new_one_lends_to_that_cluster(host):
