@@ -14,7 +14,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from dask_pcm.cli.errors import say
 from dask_pcm.errors import InstallError
 from dask_pcm.pools.cluster import PoolCluster
-from dask_pcm.pools.connection import connect
+from dask_pcm.pools.connection import connect, raise_if_refused
 from dask_pcm.runs.progress.interrupt import deferred
 
 
@@ -43,6 +43,8 @@ def client_of(
     if scheduler:
         try:
             is_file = "://" not in scheduler and (os.sep in scheduler or os.path.exists(scheduler))
+            if not is_file and not scheduler.startswith("tls://"):  # whose certificates Dask has
+                raise_if_refused(scheduler)
             client = connect(scheduler) if is_file else Client(scheduler)
         except (OSError, ValueError) as error:
             raise InstallError(f"No scheduler answers at {scheduler!r}: {error}.") from error

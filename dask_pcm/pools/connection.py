@@ -145,7 +145,7 @@ def connect(file: str | os.PathLike[str], **options: Any) -> Client:
 def _client(path: Path, address: str, **options: Any) -> Client:
     try:
         if not options.get("asynchronous"):  # then it is connected later
-            _raise_if_refused(address, options.get("security"))
+            raise_if_refused(address, options.get("security"))
         client = Client(address, **options)
     except OSError as error:
         raise PoolError(
@@ -156,7 +156,7 @@ def _client(path: Path, address: str, **options: Any) -> Client:
     return client
 
 
-def _raise_if_refused(address: str, security: Any) -> None:
+def raise_if_refused(address: str, security: Any = None) -> None:
     """Raise ConnectionRefusedError if nothing listens at an address: Dask tries for half a minute.
 
     Other failures may pass.

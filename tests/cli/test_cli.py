@@ -319,7 +319,7 @@ def test_prompt_choices_and_columns_from_files_and_repeated(invoke, source, tmp_
     ],
 )
 def test_bad_input_is_one_message_and_no_output(source, tmp_path, change, message, monkeypatch):
-    monkeypatch.setitem(dask.config.config["distributed"]["comm"]["timeouts"], "connect", "1s")
+    monkeypatch.setitem(dask.config.config["distributed"]["comm"]["timeouts"], "connect", "1h")
     out = tmp_path / "out"
     args = run_args(source, out)
     for where, value in change.items():
