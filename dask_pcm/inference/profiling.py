@@ -8,6 +8,7 @@ the best number has the highest rate with 99 % of first tokens within 1 s, and o
 
 from __future__ import annotations
 
+import logging
 import random
 import statistics
 import sys
@@ -28,8 +29,10 @@ from dask_pcm.inference.engine.rows import Generated, RowError
 from dask_pcm.inference.engine.serving import Serving
 from dask_pcm.inference.engine.timeslice import Kind, Owner
 from dask_pcm.inference.language_model import LanguageModel
-from dask_pcm.ladder.objects.tensors import device_bytes
+from dask_pcm.ladder.objects.tensors import device_bytes, is_out_of_memory
 from dask_pcm.ladder.store import Store
+
+logger = logging.getLogger(__name__)
 
 #: Limits of the best number of requests, in seconds.
 FIRST_S, BETWEEN_S = 1.0, 0.1
@@ -145,7 +148,8 @@ def profile(
     context
         An ``LLM``, or any other context with `func` and `frame`.
     func
-        What computes a batch: ``func(frame, value)``, as for ``map_partitions``.
+        What computes a batch: ``func(frame, value)``, as for ``map_partitions``. The first batch
+        for which it has no memory is the last.
     frame
         Rows for it; the largest batch has all of them.
     prompt_tokens, new_tokens
@@ -212,11 +216,17 @@ def _batches(func: Callable[..., Any], frame: pd.DataFrame | None, value: Any) -
     func(frame.iloc[:1], value)  # what is made at the first call
     for n in (*sizes, len(frame)):
         batch, seconds = frame.iloc[:n], []
-        with _peak() as peak:
-            for _ in range(_N_REPEATS):
-                begun = time.perf_counter()
-                func(batch, value)
-                seconds.append(time.perf_counter() - begun)
+        try:
+            with _peak() as peak:
+                for _ in range(_N_REPEATS):
+                    begun = time.perf_counter()
+                    func(batch, value)
+                    seconds.append(time.perf_counter() - begun)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("There is no memory for %s rows at a time: %s", n, error)
+            return
         yield Point(n, n / max(statistics.median(seconds), 1e-9), peak())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pandas as pd
 import pytest
 
@@ -54,6 +56,17 @@ def test_a_function_is_measured_by_rows_of_a_batch():
     assert found.unit == "rows" and all(point.rate > 0 for point in found.points)
     assert set(sizes) == {point.n for point in found.points}
     assert found.size_bytes > 100_000 and found.best in found.points
+
+
+def test_it_ends_where_a_function_has_no_memory(caplog):
+    def up_to_four(frame, model):
+        if len(frame) > 4:
+            raise MemoryError("too large")
+        time.sleep(0.01)  # so that the rate grows with the rows
+
+    found = profile(pcm.Context(dict), up_to_four, images(11))
+    assert [point.n for point in found.points] == [1, 2, 4]
+    assert "no memory for 8 rows at a time: too large" in caplog.text
 
 
 def test_it_ends_once_the_rate_grows_no_more():
