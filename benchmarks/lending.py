@@ -322,7 +322,7 @@ def _allocated(device: str, _: str, n_bytes: int) -> _Allocated:
 class _Allocated:
     """Memory of a device, as a lender gives it."""
 
-    is_wanted_back = False
+    is_own = is_wanted_back = False
 
     def __init__(self, n_bytes: int, device: str) -> None:
         self._memory = torch.empty(n_bytes, dtype=torch.uint8, device=device)

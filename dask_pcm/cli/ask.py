@@ -79,8 +79,13 @@ def _asked(
     from dask_pcm.inference import LLM
     from dask_pcm.inference.questions.models import models_of, named
     from dask_pcm.inference.questions.stream import open_stream
+    from dask_pcm.plugins.install import install
 
-    known = models_of(client, run)
+    try:
+        known = models_of(client, run)
+    except InstallError:  # not installed yet
+        install(client)
+        known = models_of(client, run)
     ref = named(known, model)
     if ref is None:  # none that is known has the name
         try:

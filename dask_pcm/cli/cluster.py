@@ -42,7 +42,9 @@ def client_of(
     """
     if scheduler:
         try:
-            is_file = "://" not in scheduler and (os.sep in scheduler or os.path.exists(scheduler))
+            is_file = "://" not in scheduler and (
+                os.sep in scheduler or ":" not in scheduler or os.path.exists(scheduler)
+            )
             if not is_file and not scheduler.startswith("tls://"):  # whose certificates Dask has
                 raise_if_refused(scheduler)
             client = connect(scheduler) if is_file else Client(scheduler)

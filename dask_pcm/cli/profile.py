@@ -114,7 +114,7 @@ def _show(found: Profile) -> None:
         best = found.best
         limits = "99 % of first tokens within 1 s, of the others within 100 ms"
         say(
-            f"Most requests with {limits}: {best.rate:.3g} a second, {best.n} at a time."
+            f"Best with {limits}: {best.rate:.3g} a second, {best.n} at a time."
             if best is not None
             else f"Even one at a time exceeds the limits ({limits})."
         )

@@ -2,8 +2,9 @@
 
 For language models, requests that are answered at the same time, as in Vijaya Kumar, Antichi and
 Singh, "Aqua: Network-Accelerated Memory Offloading for LLMs in Scale-Up GPU Domains" (ASPLOS 2025):
-the best number has the highest rate with 99 % of first tokens within 1 s, and of the others within
-100 ms of the one before. For a function of other contexts, rows of a batch.
+99 % of first tokens come within 1 s, and of the others within 100 ms of the one before. The best
+number is the smallest with 95 % of the highest rate at which that is so; the rest is noise. For a
+function of other contexts, rows of a batch.
 """
 
 from __future__ import annotations
@@ -110,13 +111,13 @@ class Profile:
     @property
     def knee(self) -> Point:
         """The smallest number that has 95 % of the highest rate."""
-        most = max(point.rate for point in self.points)
-        return next(point for point in self.points if point.rate >= _KNEE * most)
+        return _knee(self.points)
 
     @property
     def best(self) -> Point | None:
-        """The highest rate within the limits of requests; None if even one exceeds them."""
-        return max((p for p in self.points if p.is_prompt), key=lambda p: p.rate, default=None)
+        """The knee of those within the limits of requests; None if even one exceeds them."""
+        prompt = [point for point in self.points if point.is_prompt]
+        return _knee(prompt) if prompt else None
 
     @property
     def spare_bytes(self) -> int | None:
@@ -127,9 +128,12 @@ class Profile:
         point = self.best or self.points[0]
         if self.budget_bytes is None:
             return None
-        if point.needed_bytes:
-            return -point.needed_bytes
-        return self.budget_bytes - max(self.size_bytes, point.n_bytes)
+        return self.budget_bytes - max(self.size_bytes, point.n_bytes) - point.needed_bytes
+
+
+def _knee(points: Sequence[Point]) -> Point:
+    most = max(point.rate for point in points)
+    return next(point for point in points if point.rate >= _KNEE * most)
 
 
 def profile(

@@ -30,6 +30,9 @@ class Tenant(Protocol):
     def holders(self) -> set[int]:
         """Threads without which it could give back more; called with the budget's lock held."""
 
+    def late(self) -> str:
+        """Who was asked for memory in vain, in a sentence; "" for nobody. With the lock held."""
+
     def spare(self, n_bytes: int) -> Callable[[], bool] | None:
         """What gives back some memory; None if there is nothing to spare now.
 
@@ -191,10 +194,15 @@ class DeviceBudget:
             self._waiting.discard(me)
 
     def _text(self, request: Request, limit: int) -> str:
+        lacks = (
+            f"Context {request.name!r} takes {request.n_bytes:,} bytes; the device has {limit:,}"
+            " for contexts"
+        )
+        if late := " ".join(text for tenant in self._tenants if (text := tenant.late())):
+            return f"{lacks}. {late}"
         taken: Sequence[tuple[str, int]] = [one for t in self._tenants for one in t.taken()]
         names = ", ".join(f"{name!r} ({n_bytes:,})" for name, n_bytes in taken)
         return (
-            f"Context {request.name!r} takes {request.n_bytes:,} bytes; the device has {limit:,}"
-            f" for contexts, and the tasks that hold {names} wait for room as well. Acquire"
-            " contexts that are used together in one call, so that the gate sees both."
+            f"{lacks}, and the tasks that hold {names} wait for room as well. Acquire contexts that"
+            " are used together in one call, so that the gate sees both."
         )

@@ -246,6 +246,10 @@ class Residencies:
             if residency.is_there:
                 yield residency.ref.name, residency.taken_bytes
 
+    def late(self) -> str:
+        """See ``Tenant``: what its holders have is taken from nobody."""
+        return ""
+
     def holders(self) -> set[int]:
         """See ``Tenant``: threads that hold contexts on the device."""
         there = (residency for residency in self.by_digest.values() if residency.is_there)

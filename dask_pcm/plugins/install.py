@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +27,17 @@ from dask_pcm.version import __version__
 NOT_INSTALLED_TEXT = (
     "The toolkit is not installed on this cluster: call dask_pcm.install(client) first."
 )
+
+#: Clients of the process from which this one was forked. They look alive, and nothing runs them.
+_left_behind: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+def _leave_clients() -> None:
+    _left_behind.update(getattr(Client, "_instances", ()))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_clients)
 
 
 def install(client: Client | None = None) -> None:
@@ -165,7 +178,7 @@ def current_client(client: Client | None = None, instead: str | None = None) -> 
     Raises
     ------
     InstallError
-        If there is no client, or it is asynchronous or closed.
+        If there is no client, or it is asynchronous, closed, or of a process that forked this one.
     """
     if client is None:
         try:
@@ -182,6 +195,11 @@ def current_client(client: Client | None = None, instead: str | None = None) -> 
             instead
             or "This client is asynchronous. Installing and running need a synchronous client: make"
             " one with Client(address), in another thread if an event loop runs in this one."
+        )
+    if client in _left_behind:
+        raise InstallError(
+            f"This process was forked from the one in which the client {client.id} was made, which"
+            " has its connection. Make a client here: Client(address)."
         )
     if client.status in ("closed", "closing"):
         raise InstallError(

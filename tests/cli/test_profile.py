@@ -37,7 +37,7 @@ def test_a_model(tmp_path, monkeypatch):
     file = tmp_path / "found.json"
     found = run(folder, "--prompt-tokens", 8, "--new-tokens", 4, "--json", file)
     assert found.exit_code == 0, found.output
-    for text in ("Knee:", "Most requests with", "has no budget"):
+    for text in ("Knee:", "Best with", "has no budget"):
         assert text in found.stdout
     assert "1 at a time:" in found.stderr
     told = json.loads(file.read_text())

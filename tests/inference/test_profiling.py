@@ -82,6 +82,7 @@ def test_the_knee_and_the_most_within_the_limits():
     found = profile_of(points)
     assert found.knee.n == 4 and found.best.n == 4
     assert profile_of(points_of(1, **slow)).best is None
+    assert profile_of(points_of(10, 40, 41, **fast)).best.n == 2  # what the last one has is noise
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,8 @@ def test_the_knee_and_the_most_within_the_limits():
         (None, Point(1, 1.0, 100), None),
         (500, Point(1, 1.0, 100), 400),
         (500, Point(1, 1.0, 10), 420),  # its weights are there all the same
-        (500, Point(1, 1.0, 100, needed_bytes=70), -70),
+        (500, Point(1, 1.0, 100, needed_bytes=70), 330),  # a device has room for them, too
+        (150, Point(1, 1.0, 100, needed_bytes=70), -20),
     ],
 )
 def test_what_is_spare(budget, point, expected):

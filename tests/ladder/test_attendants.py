@@ -102,6 +102,9 @@ class Pages:
     def taken(self):
         yield "pages", self.n_bytes
 
+    def late(self):
+        return ""
+
     def holders(self):
         return self.user
 

@@ -8,9 +8,10 @@ import torch
 class Loan:
     """Memory of a neighbour."""
 
-    def __init__(self, n_bytes):
+    def __init__(self, n_bytes, is_own=False):
         self._memory = torch.zeros(n_bytes, dtype=torch.uint8)
         self.is_wanted_back = self.is_closed = False
+        self.is_own = is_own
 
     def memory(self):
         return self._memory
@@ -30,7 +31,8 @@ class Loan:
 class Lender:
     """Lends as many bytes of each rung, a loan at a time."""
 
-    def __init__(self, **most_bytes):
+    def __init__(self, is_own=False, **most_bytes):
+        self.is_own = is_own
         self.left = most_bytes
         self.loans = []
         self.n_wakes = 0
@@ -39,7 +41,7 @@ class Lender:
         if self.left.get(rung, 0) < n_bytes:
             return None
         self.left[rung] -= n_bytes
-        self.loans.append(Loan(n_bytes))
+        self.loans.append(Loan(n_bytes, self.is_own))
         return self.loans[-1]
 
     def wake(self):

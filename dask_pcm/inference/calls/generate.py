@@ -90,6 +90,11 @@ class Generate(Prompted):
         """Those of the prompt, and one that is new."""
         return len(plan) + 1
 
+    def too_long(self, plan: Tokens, limit: int) -> str:
+        """See ``Prompted``."""
+        needs = ", and its answer needs one more" if len(plan) == limit else ""
+        return f"The row has {len(plan)} tokens{needs}; the model takes {limit}."
+
     def rows(self, model: PaddedModel, plan: Tokens) -> list[Row]:
         """See ``Prompted``."""
         is_over = self._is_over(model) if self.stop else None

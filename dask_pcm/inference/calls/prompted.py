@@ -113,6 +113,10 @@ class Prompted(ABC):
     def n_tokens(self, plan: Any) -> int:
         """Tokens that a row takes of the model's context length."""
 
+    def too_long(self, plan: Any, limit: int) -> str:
+        """That a row takes more of the context length than there is."""
+        return f"The row has {self.n_tokens(plan)} tokens; the model takes {limit}."
+
     @abstractmethod
     def rows(self, model: PaddedModel, plan: Any) -> list[Row]:
         """What an engine computes of a row."""
@@ -196,7 +200,7 @@ class Prompted(ABC):
             cut = cut_to_fit(row, self.truncate_column, limit, count)
             if cut is not None:
                 return self.plans(model, [cut])[0]
-        return f"The row has {self.n_tokens(plan)} tokens; the model takes {limit}."
+        return self.too_long(plan, limit)
 
     def _prompts(self, rows: Sequence[Fields]) -> list[Text]:
         return [self.template.text_of(row, self.special_tokens_in_fields) for row in rows]

@@ -85,8 +85,8 @@ class Paging:
 
     @property
     def n_bytes(self) -> int:
-        """What rows take off the device; read on any thread."""
-        return self.slabs.n_used * int(self._pool.kv[0].nbytes)
+        """What rows take off the engine's device; read on any thread."""
+        return self.slabs.n_elsewhere * int(self._pool.kv[0].nbytes)
 
     @property
     def parked(self) -> list[Row]:

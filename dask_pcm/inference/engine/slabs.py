@@ -19,8 +19,15 @@ _LEAST_PAGES = 16
 
 
 class Lent(Protocol):
-    """Memory that is lent, until its lender wants it back."""
+    """Memory that is lent, until its lender wants it back.
 
+    Attributes
+    ----------
+    is_own
+        Whether it is of the engine's own device, which has it to spare.
+    """
+
+    is_own: bool
     is_wanted_back: bool
 
     def memory(self) -> Any:
@@ -128,6 +135,11 @@ class Slabs:
     def n_used(self) -> int:
         """Pages that are there."""
         return sum(slab.n_used for slab in self._all)
+
+    @property
+    def n_elsewhere(self) -> int:
+        """Pages that are there and not on the engine's own device."""
+        return sum(s.n_used for s in self._all if s.loan is None or not s.loan.is_own)
 
     @property
     def n_free(self) -> int:

@@ -46,8 +46,9 @@ from dask_pcm.runs.progress.progress import span
 
 logger = logging.getLogger(__name__)
 
-#: Lost workers that a question may cost.
-MAX_LOST = 3
+#: Lost workers that a question may cost, unless an answer has grown by some tokens meanwhile: then
+#: it is not what ends them.
+MAX_LOST, _GROWN = 3, 16
 #: Times that a question may be moved without a new token between.
 _MAX_MOVED = 10
 #: Waits before it is asked again: the first, each twice as long, and the longest.
@@ -56,6 +57,8 @@ _AGAIN_S, _LONGEST_S = 0.05, 2.0
 _LOOK_S = 1.0
 #: The user is told of what has been missing for this long.
 _LACK_S = 10.0
+#: Requests in succession that may break while the client is connected.
+_MAX_BROKEN = 10
 #: Looks at which the gate does not know a question: then its end was lost on the way.
 _MAX_UNKNOWN = 2
 
@@ -95,7 +98,9 @@ class Exchange:
         self._timeout_s = timeout_s
         self._is_closed = False
         self._attempt = self._number = 0
-        self._n_lost = self._n_moved = self._n_unknown = 0
+        self._n_lost = self._n_moved = self._n_unknown = self._n_broken = 0
+        self._n_tokens_at_loss = 0
+        self._address = client.scheduler.address if client.scheduler else "its address"
         #: Workers that could not go on with it since its last token.
         self._avoided: set[str] = set()
         self._begun_at = self._looked_at = self._had_workers_at = time.monotonic()
@@ -181,14 +186,18 @@ class Exchange:
             ended_at = time.monotonic() if at is None else at
             first_s = (self._first_at or ended_at) - self._begun_at
             total_s = ended_at - self._begun_at
+            # Bytes that no character begins with may have changed what was before them.
+            self.text = about.pop("text", self.text)
             self.reply = Reply(self.text, **about, first_s=first_s, total_s=total_s)
             return
         if end == LOST:
-            self._n_lost += 1
+            if len(self.tokens) >= self._n_tokens_at_loss + _GROWN:
+                self._n_lost = 0
+            self._n_lost, self._n_tokens_at_loss = self._n_lost + 1, len(self.tokens)
             if self._n_lost > MAX_LOST:
                 raise AskError(
-                    f"The question was given up: {self._n_lost} workers were lost while they"
-                    f" answered it ({why}). It may be what ends them; see their logs."
+                    f"The question was given up: {self._n_lost} workers in succession were lost"
+                    f" while they answered it ({why}). It may be what ends them; see their logs."
                 )
             self._ask_again()
             return
@@ -208,6 +217,7 @@ class Exchange:
         if isinstance(standing, BaseException):
             self._take_broken(standing)
             return
+        self._n_broken = 0
         if standing is None:  # what Dask answers where it has no such handler
             raise InstallError(NOT_INSTALLED_TEXT)
         if standing.get("refused") == UNKNOWN:  # until this client is connected again
@@ -230,7 +240,9 @@ class Exchange:
         """A request has failed, mostly for lack of a connection."""
         if isinstance(error, (OSError, CancelledError, asyncio.CancelledError)):
             self._raise_if_disconnected()
-            return  # later looks tell
+            self._n_broken += 1
+            if self._n_broken <= _MAX_BROKEN or self.client.status != "running":
+                return  # later looks tell
         raise AskError(f"The question could not be asked: {error!r:.200}") from error
 
     def _error(self, end: str, why: str) -> PCMError:
@@ -241,7 +253,7 @@ class Exchange:
             case "too large" if end == TOO_LARGE:
                 return DeviceMemoryError(why)
             case "not loaded" if end == NOT_LOADED:
-                return LoadError(why or f"Context {name!r} cannot be loaded.")
+                return _load_error(why or f"Context {name!r} cannot be loaded.")
             case "not installed" if end == NOT_INSTALLED:
                 return InstallError(NOT_INSTALLED_TEXT)
             case "duplicate" if end == DUPLICATE:
@@ -296,8 +308,11 @@ class Exchange:
         if self.client.status in ("closed", "closing"):  # else it connects again
             raise AskError(
                 f"The client {self.client.id} is {self.client.status}: the question is lost with"
-                " its connection to the scheduler."
+                f" its connection to the scheduler at {self._address}. Make another client and ask"
+                " again."
             )
+        if self.client.status == "connecting":
+            self.note = f"waiting for the scheduler at {self._address}: the connection is lost"
 
     def _ask_again(self) -> None:
         """Ask again in a moment; messages of the attempt that has ended are dropped."""
@@ -334,6 +349,16 @@ class Exchange:
         """Puts the gate's answer to a request of the current attempt."""
         inbox, attempt = self.inbox, self._attempt
         return lambda standing: inbox.put({"attempt": attempt, "standing": standing})
+
+
+def _load_error(why: str) -> LoadError:
+    """What went wrong on a worker, without its traceback, which is the cause of the error."""
+    first, *rest = why.strip().splitlines()
+    if not rest:
+        return LoadError(first)
+    error = LoadError(f"{first} {rest[-1].strip()}")
+    error.__cause__ = LoadError(why)
+    return error
 
 
 def send_soon(client: Client, call: Coroutine[Any, Any, Any], put: Callable[[Any], None]) -> None:

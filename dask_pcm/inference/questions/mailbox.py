@@ -8,6 +8,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 from distributed import Client
@@ -33,7 +34,8 @@ class Inbox:
             self._changed.notify()
             wake, self._wake = self._wake, None
         if wake is not None:
-            wake()
+            with suppress(RuntimeError):  # the loop that waited for it is closed
+                wake()
 
     def get(self, timeout_s: float) -> Message | None:
         """The next message; None if there is none in time."""

@@ -111,6 +111,8 @@ class Streamed:
         self._stop = question.call.stop
         self._n_tokens = len(question.draft)
         self._n_chars = question.n_chars
+        #: The text so far, as it was sent.
+        self._text = settled(model.decode([*question.draft]), self._stop)[: question.n_chars]
 
     def take(self) -> News:
         """See ``Answer``."""
@@ -125,12 +127,16 @@ class Streamed:
             return News([], "", {"end": FAILED, "why": str(found)})
         (whole,) = found
         end = {"end": DONE, "n_tokens": whole.n_tokens, "finish_reason": whole.finish_reason}
-        return self._news(self._row.new, whole.text or "", end)
+        text = whole.text or ""
+        if not text.startswith(self._text):
+            end["text"] = text
+        return self._news(self._row.new, text, end)
 
     def _news(self, tokens: list[int], text: str, end: dict[str, Any] | None = None) -> News:
         news = News(tokens[self._n_tokens :], text[self._n_chars :], end)
         self._n_tokens = max(self._n_tokens, len(tokens))
         self._n_chars = max(self._n_chars, len(text))
+        self._text += news.text
         return news
 
     def cancel(self, then: Callable[[], None]) -> None:

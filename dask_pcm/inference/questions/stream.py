@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dask.utils import parse_timedelta
 from distributed import Client
 
 from dask_pcm.config import Config
 from dask_pcm.context.context import ContextRef
-from dask_pcm.errors import InstallError, PromptError
+from dask_pcm.errors import AskError, InstallError, PromptError
 from dask_pcm.inference.calls.generate import Generate
 from dask_pcm.inference.options import checked_generation
 from dask_pcm.inference.questions.chat import checked_prompt, has_chat_template, no_template
@@ -49,6 +49,7 @@ class Stream:
         exchange = self._exchange
         if exchange.client.asynchronous:  # which waits for the loop that this would block
             raise InstallError(IN_LOOP)
+        self._raise_if_closed()
         try:
             with self._shown:
                 while exchange.is_open:
@@ -61,6 +62,7 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         exchange = self._exchange
+        self._raise_if_closed()
         try:
             with self._shown:
                 while exchange.is_open:
@@ -75,6 +77,13 @@ class Stream:
     def close(self) -> None:
         """End the answer, unless it is there."""
         self._exchange.close()
+
+    def _raise_if_closed(self) -> None:
+        if not self._exchange.is_open and self._exchange.reply is None:
+            raise AskError("The stream is closed, and its answer is not complete: ask again.")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A stream cannot be copied or sent elsewhere: ask again there.")
 
     def __enter__(self) -> Stream:
         return self

@@ -162,7 +162,10 @@ class Leases:
 
     def _is_refused(self, lease: Lease) -> bool:
         with self._changed:
-            is_asked = any(one.medium == lease.medium and one.asked_at for one in self._leases)
+            # What hangs for so long is not waited for any more, either.
+            since = time.monotonic() - _OVERDUE_S
+            same = [one for one in self._leases if one.medium == lease.medium]
+            is_asked = any(one.asked_at is not None and one.asked_at > since for one in same)
             is_offered = self.is_offering or lease.is_own
             return is_asked or self._is_closed or not is_offered
 
@@ -255,6 +258,16 @@ class Leases:
         """See ``Tenant``: no thread's number, while memory may still come back."""
         asked = [one.asked_at for one in self._leases if one.medium != HOST and one.asked_at]
         return {0} if any(time.monotonic() < at + _OVERDUE_S for at in asked) else set()
+
+    def late(self) -> str:
+        """See ``Tenant``."""
+        now = time.monotonic()
+        return " ".join(
+            f"{lease.borrower} was lent {lease.n_bytes:,} of them, and has not returned them"
+            f" {now - lease.asked_at:.0f} s after it was asked to: end its process if it hangs."
+            for lease in self._leases
+            if lease.medium != HOST and lease.asked_at is not None and lease.is_overdue
+        )
 
     def spare(self, n_bytes: int) -> Callable[[], bool] | None:
         """See ``Tenant``: asks borrowers for memory and waits for it."""

@@ -16,9 +16,11 @@ from dask_pcm.ladder.lending.server import Server
 
 logger = logging.getLogger(__name__)
 
-#: After lenders had nothing, none is asked for as much for this long; and one that did not answer,
-#: perhaps since its process is stopped, for nothing for longer.
-_REST_S, _SILENT_S = 1.0, 60.0
+#: After lenders had nothing, none is asked for as much for this long.
+_REST_S = 1.0
+#: One that did not answer, perhaps since its process is stopped, is asked for nothing for a while:
+#: the first time, each twice as long, and the longest.
+_SILENT_S, _LONGEST_SILENT_S = 2.0, 60.0
 #: How long an answer is waited for, and longer for each byte of the host, which is filled first.
 _ANSWER_S, _FILL_S = 0.5, 1.0 / (1 << 30)
 #: What a process takes on a device beside what it allocates there, once it has used it.
@@ -60,8 +62,8 @@ class Lending:
         self._contexts: dict[tuple[str, str], socket.socket] = {}
         #: Until when no lender is asked for as many bytes of a medium, by the monotonic clock.
         self._rests: dict[str, tuple[float, int]] = {}
-        #: Until when lenders that did not answer are left alone.
-        self._silent: dict[str, float] = {}
+        #: Until when lenders that did not answer are left alone, and how long that is.
+        self._silent: dict[str, tuple[float, float]] = {}
         self._server: Server | None = None
         self._opening = threading.Lock()
         self._is_closed = False
@@ -165,7 +167,8 @@ class Lending:
         if granted is None:
             return None
         lease, _ = granted
-        loan = Loan(lease.epoch, medium, n_bytes, self._name or "itself", device=device)
+        about: dict[str, Any] = {"device": device, "is_own": True}
+        loan = Loan(lease.epoch, medium, n_bytes, self._name or "itself", **about)
         loan.ends_with(lambda: self._ended(loan, lambda: self.leases.end(lease)))
         found.append(loan)
         if asks_back.is_set():  # in between
@@ -183,7 +186,7 @@ class Lending:
         if now < until and n_bytes >= refused_bytes:
             return None
         for address in wire.lenders(self._cluster):
-            if address == server.address or now < self._silent.get(address, 0.0):
+            if address == server.address or now < self._silent.get(address, (0.0, 0.0))[0]:
                 continue
             loan = self._asked(server, address, medium, n_bytes, device, is_mapped)
             if loan is None:
@@ -221,8 +224,13 @@ class Lending:
         begun = time.monotonic()
         is_told = wire.send(connection, {**says, "name": self._name})
         answer = wire.receive(connection) if is_told else None
-        if answer is None and time.monotonic() - begun >= timeout_s:
-            self._silent[address] = time.monotonic() + _SILENT_S
+        now = time.monotonic()
+        if answer is None and now - begun >= timeout_s:
+            _, last_s = self._silent.get(address, (0.0, 0.0))
+            rest_s = min(_LONGEST_SILENT_S, max(_SILENT_S, 2.0 * last_s))
+            self._silent[address] = now + rest_s, rest_s
+        elif answer is not None:
+            self._silent.pop(address, None)
         if answer is None or answer[0].get("epoch") is None:
             connection.close()
             return None

@@ -36,6 +36,8 @@ class Loan:
         Of memory of a device, its name for torch in this process.
     is_mapped
         Whether a file is mapped by this process, instead of read and written.
+    is_own
+        Whether it is of what this worker's own device has to spare.
 
     Attributes
     ----------
@@ -53,6 +55,7 @@ class Loan:
         fd: int | None = None,
         device: str | None = None,
         is_mapped: bool = True,
+        is_own: bool = False,
     ) -> None:
         self.epoch = epoch
         self.medium = medium
@@ -60,6 +63,7 @@ class Loan:
         self.lender = lender
         self.fd = fd
         self.device = device
+        self.is_own = is_own
         self.is_wanted_back = False
         self.is_closed = False
         #: What it takes of this process's memory, as the system counts it.

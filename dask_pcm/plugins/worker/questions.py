@@ -27,8 +27,9 @@ from dask_pcm.plugins.worker.contexts import WorkerContexts
 
 logger = logging.getLogger(__name__)
 
-#: Least time between two messages of an answer, in seconds.
-EVERY_S = 0.05
+#: Least time between two messages of an answer, in seconds; and how many times as long as the
+#: messages of all that are open take: their thread takes time from that of the engine.
+EVERY_S, _RATIO = 0.05, 20.0
 #: How long the end of a worker waits for answers that cannot be interrupted.
 _CLOSING_S = 5.0
 
@@ -203,9 +204,13 @@ class Questions:
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _begin(self, id: str, attempt: int, digest: str, question: bytes) -> None:
-        held = self._contexts.store.hold_warm(digest)
+        try:
+            held, why = self._contexts.store.hold_warm(digest), "it is not warm here"
+        except Exception as error:
+            logger.exception("A question could not be begun")
+            held, why = None, redacted(str(error))
         if held is None:
-            self._say(id, attempt, 0, News([], "", {"end": MOVED, "why": "it is not warm here"}))
+            self._say(id, attempt, 0, News([], "", {"end": MOVED, "why": why}))
             return
         live, attendant, let_go = held
         self._n_held += 1
@@ -244,6 +249,7 @@ class Questions:
             self._cancel_answer(one)
 
     def _send(self, one: _Open) -> None:
+        begun = time.monotonic()
         one.has_news.clear()  # first: what comes from now on is new again
         if one.answer is None:  # its first token came before it was begun
             return
@@ -257,7 +263,8 @@ class Questions:
             self._end(one)  # first: once the client has the answer, nothing of it is left here
         self._say(one.id, one.attempt, one.number, news)
         one.number += 1
-        one.next_at = time.monotonic() + EVERY_S
+        now = time.monotonic()
+        one.next_at = now + max(EVERY_S, _RATIO * (now - begun) * len(self._open))
 
     def _say(self, id: str, attempt: int, number: int, news: News) -> None:
         about = {"id": id, "attempt": attempt, "number": number}

@@ -7,7 +7,9 @@ What a step moves between the device and other memory is added to it, as if noth
 
 from __future__ import annotations
 
+import math
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -83,18 +85,18 @@ class Played:
     moved_s: float
 
     def first_s(self, share: float, of_burst: bool = False) -> float:
-        """Seconds to the first token within which a share of requests had it."""
+        """Seconds to the first token within which a share of requests had it; nan for none."""
         waits = sorted(
             one.first_s - one.at_s
             for one in self.requests
             if one.first_s is not None and (one.is_of_burst or not of_burst)
         )
-        return waits[min(len(waits) - 1, int(share * len(waits)))]
+        return waits[min(len(waits) - 1, int(share * len(waits)))] if waits else math.nan
 
     @property
     def tokens_s(self) -> float:
         """Tokens that were generated per second."""
-        return sum(one.n_output for one in self.requests) / self.end_s
+        return sum(one.n_output for one in self.requests) / self.end_s if self.end_s else 0.0
 
 
 def arrivals(spec: Serving, rate: float, seed: int = 0) -> list[Request]:
@@ -123,12 +125,12 @@ def play(spec: Serving, policy: str, rate: float, seed: int = 0) -> Played:
     requests = arrivals(spec, rate, seed)
     link = spec.lent if policy == LENT else spec.host
     device = _Device(spec, link, policy == FIRST_COME)
-    coming = list(requests)
+    coming = deque(requests)
     while coming or device.open:
         if not device.open:
             device.now = max(device.now, coming[0].at_s)
         while coming and coming[0].at_s <= device.now:
-            device.add(coming.pop(0))
+            device.add(coming.popleft())
         device.step()
     return Played(policy, rate, tuple(requests), device.now, device.moved_s)
 
@@ -169,7 +171,7 @@ class _Device:
         """Compute a step, and tell requests of their tokens."""
         self.n_steps += 1
         chosen = list(self._in_order() if self.is_in_order else self._in_turn())
-        moved_s = 0.0 if self.is_in_order else self._move([one for one, _ in chosen])
+        moved_s = 0.0 if self.is_in_order else self._move(chosen)
         n_tokens = sum(n for _, n in chosen)
         self.now += self.spec.step_s + self.spec.token_s * n_tokens + moved_s
         self.moved_s += moved_s
@@ -210,13 +212,13 @@ class _Device:
                 room, left = room - one.n_done - n, left - n
                 yield one, n
 
-    def _move(self, chosen: Sequence[Request]) -> float:
+    def _move(self, chosen: Sequence[tuple[Request, int]]) -> float:
         """Bring those that are chosen to the device, and others away as far as needed; seconds.
 
         What has a copy already is not copied again.
         """
-        chosen_ids = {id(one) for one in chosen}
-        room = self.room - sum(one.n_done + one.n_next(self.spec.step_tokens) for one in chosen)
+        chosen_ids = {id(one) for one, _ in chosen}
+        room = self.room - sum(one.n_done + n for one, n in chosen)
         others = [one for one in self.open if one.is_here and id(one) not in chosen_ids]
         n_tokens = n_calls = 0
         for one in sorted(others, key=lambda one: self.slices.turn(one, self.n_steps)):
@@ -225,7 +227,7 @@ class _Device:
                 continue
             n_tokens, n_calls = n_tokens + one.n_done - one.n_copied, n_calls + 1
             one.is_here, one.n_copied = False, one.n_done
-        for one in chosen:
+        for one, _ in chosen:
             if not one.is_here and one.n_done:
                 n_tokens, n_calls = n_tokens + one.n_done, n_calls + 1
             one.is_here = True

@@ -37,7 +37,7 @@ def figures(played: Played) -> dict[str, float | str]:
         "burst_p50_s": played.first_s(0.5, of_burst=True) if has_burst else 0.0,
         "burst_p99_s": played.first_s(0.99, of_burst=True) if has_burst else 0.0,
         "tokens_s": played.tokens_s,
-        "moved_share": played.moved_s / played.end_s,
+        "moved_share": played.moved_s / played.end_s if played.end_s else 0.0,
     }
 
 

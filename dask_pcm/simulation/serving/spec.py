@@ -23,6 +23,8 @@ from dask_pcm.simulation.scenario.nodes import (
 )
 
 _POSITIVE = number(is_open=True)
+#: Requests of a rate that are simulated in seconds.
+_MOST_REQUESTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,13 @@ def _burst(node: yaml.Node) -> Burst:
     return Burst(found["at_s"], found["requests"], found["prompt"], found["output"])
 
 
+def _rates(node: yaml.Node) -> tuple[float, ...]:
+    found = listed(_POSITIVE)(node)
+    if not found:
+        raise problem(node, "at least one rate is expected")
+    return found
+
+
 def read_serving(root: yaml.Node, name: str) -> Serving:
     """Read the scenario of a serving device; raises ``Problems``."""
     links: Reader[Any] = record({"host": needed(_link), "lent": needed(_link)}, "links")
@@ -150,7 +159,7 @@ def read_serving(root: yaml.Node, name: str) -> Serving:
             "prompt": needed(_range),
             "output": needed(_range),
             "seconds": needed(_POSITIVE),
-            "rates": needed(listed(_POSITIVE)),
+            "rates": needed(_rates),
             "burst": Field(optional(_burst), None),
             "long_tokens": needed(count()),
         },
@@ -164,9 +173,19 @@ def read_serving(root: yaml.Node, name: str) -> Serving:
     }
     found = record(fields, "a scenario of serving")(root)
     one, asked = found["serving"], found["requests"]
+    burst = asked["burst"]
     longest = asked["prompt"][1] + asked["output"][1]
+    if burst is not None:
+        longest = max(longest, burst.prompt[1] + burst.output[1])
     if longest * one["token_bytes"] > one["memory"]:
         raise problem(root, f"a request of {longest} tokens exceeds the memory of the device")
+    n_requests = max(asked["rates"]) * asked["seconds"] + (0 if burst is None else burst.n_requests)
+    if n_requests > _MOST_REQUESTS:
+        raise problem(
+            root,
+            f"{n_requests:,.0f} requests at the highest rate; no more than {_MOST_REQUESTS:,} are"
+            " simulated",
+        )
     return Serving(
         name,
         found["title"],

@@ -337,3 +337,16 @@ def test_a_lender_with_little_lends_less(pool):
     assert all(paging.out(row) for row in rows)
     assert [len(loan.memory()) // SHAPE.page_bytes(4) for loan in lender.loans] == [16, 16]
     assert not paging.out(made(pool, 16 * 4)) and paging.slabs.n_used == 30
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_the_own_device_has_to_spare_is_no_need(pool, is_own):
+    """The gate places contexts that need memory beside those that lend it."""
+    page_bytes = pool.kv[0].nbytes
+    paging = Paging(pool, most_bytes=0, may_recompute=False)
+    lender = Lender(is_own=is_own, device=100 * page_bytes)
+    paging.lend(lender.borrow, lender.wake)
+    row = made(pool, 5 * PAGE_TOKENS)
+    assert paging.out(row)
+    assert paging.n_bytes == (0 if is_own else 5 * page_bytes)
+    paging.forget(row)

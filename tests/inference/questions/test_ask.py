@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import itertools
+import os
 import time
 import uuid
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 from distributed import Client, Event, get_client, wait
 
 import dask_pcm as pcm
 from dask_pcm.errors import (
+    AskError,
     InstallError,
     PromptError,
 )
 from dask_pcm.inference.calls import Generate
+from dask_pcm.inference.calls.generate import Continuation
 from dask_pcm.inference.language_model import _options
 from dask_pcm.inference.options import checked_generation
 from dask_pcm.inference.questions.chat import checked_prompt, has_chat_template
 from dask_pcm.inference.questions.exchange import Exchange
 from dask_pcm.inference.questions.mailbox import Mailbox
-from dask_pcm.inference.questions.question import settled
+from dask_pcm.inference.questions.question import Question, Streamed, settled
 from tests.inference.questions.conftest import MESSAGES, PROMPT, check, check_nothing_left, expected
 from tests.support.patience import patient, until
 
@@ -55,6 +61,46 @@ def test_a_stop_string_never_shows_not_even_its_beginning(client, plain, local):
     )
     assert stream.reply.finish_reason == "stop" and stream.text == whole[:at]
     assert all(whole[:at].startswith(one) for one in shown)
+
+
+def test_bytes_that_no_character_begins_with_change_what_was_settled(plain):
+    """A tokenizer that decodes runs of bytes as a whole."""
+    texts = {(): "", (1,): "\u00e9", (1, 2): "\ufffd\ufffd", (1, 2, 3): "\ufffd\ufffd abc"}
+    model = SimpleNamespace(decode=lambda tokens: texts[tuple(tokens)])
+    row, future = SimpleNamespace(new=[1]), Future()
+    call = Generate(**_options(False, True), **checked_generation(9, 0.0, None, 1.0, 0, (), 1))
+    question = Question(call=call, prompt="x", is_chat=None, client="me")
+    answer = Streamed(question, model, row, future)
+    assert answer.take().text == "\u00e9"
+    row.new = [1, 2, 3]
+    future.set_result([Continuation("\ufffd\ufffd abc", 3, "stop")])
+    last = answer.take()
+    assert last.end["text"] == "\ufffd\ufffd abc" and last.tokens == [2, 3]
+
+
+def test_a_stream_that_was_closed_has_no_empty_answer(client, plain):
+    stream = plain.stream(PROMPT, max_tokens=100)
+    with stream, pytest.raises(TypeError, match="cannot be copied"):
+        copy.copy(stream)
+    with pytest.raises(AskError, match="closed, and its answer is not complete"):
+        list(stream)
+
+
+def test_a_forked_process_is_told_to_make_its_own_client(client, plain):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            plain.ask(PROMPT, max_tokens=2)
+        except BaseException as error:
+            os.write(write, repr(error).encode())
+        os._exit(0)
+    os.close(write)
+    said = os.read(read, 4096).decode()
+    os.close(read)
+    os.waitpid(child, 0)
+    assert said.startswith("InstallError") and "Make a client here" in said
+    assert plain.ask(PROMPT, max_tokens=2).n_tokens == 2
 
 
 def test_text_is_settled_before_it_is_shown():

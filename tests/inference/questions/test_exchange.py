@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +53,7 @@ class Told(Exchange):
 
 class FakeClient:
     id, status, asynchronous, cluster = "me", "running", False, None
+    scheduler = SimpleNamespace(address="tcp://there:1")
 
     def subscribe_topic(self, topic, handler):
         self.handler = handler
@@ -69,8 +71,58 @@ def test_a_draft_goes_along_and_three_lost_workers_are_forgiven(plain):
         assert op == "pcm_ask" and says["attempt"] == old + 1 and says["id"] == told.id
         assert asked.draft == tuple(range(number + 1))
         assert asked.n_chars == len(told.text) == 2 * (number + 1)
-    with pytest.raises(AskError, match="4 workers were lost while they answered it"):
+    with pytest.raises(AskError, match="4 workers in succession were lost while"):
         told.say(end=LOST, why="gone")
+
+
+def test_lost_workers_are_forgiven_while_the_answer_grows(plain):
+    """Workers that come and go are not ended by the question."""
+    told = Told(plain)
+    for _ in range(5 * MAX_LOST):
+        told.say(range(20), "twenty")
+        told.say(end=LOST, why="gone")
+        told.wait()
+    for _ in range(MAX_LOST - 1):
+        told.say([1], "one")  # what ends its workers may have a token before
+        told.say(end=LOST, why="gone")
+        told.wait()
+    with pytest.raises(AskError, match="4 workers in succession"):
+        told.say([1], "one")
+        told.say(end=LOST, why="gone")
+
+
+def test_a_text_that_was_settled_too_soon_is_put_right_in_the_end(plain):
+    told = Told(plain)
+    told.say([1], "\u00e9")
+    end = {"text": "\ufffd\ufffd abc", "n_tokens": 2, "finish_reason": "stop"}
+    told.take(told.message([2], "\ufffd abc", end={"end": DONE, **end}))
+    assert told.text == told.reply.text == "\ufffd\ufffd abc"
+
+
+def test_a_scheduler_that_is_gone_is_named(plain):
+    told = Told(plain)
+    told.client.status = "connecting"
+    told.take(None)
+    assert told.note == "waiting for the scheduler at tcp://there:1: the connection is lost"
+    told.client.status = "closed"
+    with pytest.raises(AskError, match="scheduler at tcp://there:1"):
+        told.take(None)
+
+
+def test_requests_that_break_for_ever_end_the_wait(plain):
+    told = Told(plain)
+    with pytest.raises(AskError, match="could not be asked: OSError"):
+        for _ in range(20):
+            told.take({"attempt": told._attempt, "standing": OSError("no")})
+
+
+def test_what_a_loader_raised_is_said_without_its_traceback(plain):
+    told = Told(plain)
+    why = "Context 'm' could not be loaded:\n\nTraceback:\n  line 3\nOSError: no such file\n"
+    with pytest.raises(LoadError) as raised:
+        told.take({"attempt": told._attempt, "standing": {"refused": "not loaded", "why": why}})
+    assert str(raised.value) == "Context 'm' could not be loaded: OSError: no such file"
+    assert "line 3" in str(raised.value.__cause__)
 
 
 def test_it_is_moved_as_often_as_needed_while_tokens_come(plain):

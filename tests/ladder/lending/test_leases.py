@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from dask_pcm.errors import DeviceBusyError
 from dask_pcm.ladder.budget import DeviceBudget, Request
 from dask_pcm.ladder.lending import HOST, Leases
 from dask_pcm.ladder.objects.host import Host, LocalKeeper
@@ -81,6 +82,15 @@ def test_one_that_hangs_is_waited_for_once(lender, monkeypatch):
     begun = time.monotonic()
     assert not lender.leases.reclaim("gpu", 2 * MIB)
     assert time.monotonic() - begun < first_s
+
+
+def test_a_load_that_is_refused_names_who_hangs(lender, monkeypatch):
+    monkeypatch.setattr("dask_pcm.ladder.lending.leases._WAIT_S", 0.2)
+    monkeypatch.setattr("dask_pcm.ladder.lending.leases._OVERDUE_S", 0.5)
+    lender.leases.grant("gpu", 4 * MIB, "tcp://hangs", lambda: None)
+    with pytest.raises(DeviceBusyError, match="tcp://hangs was lent 4,194,304 of them, and has"):
+        lender.budget.reserve(Request("load", 8 * MIB), lambda: None)
+    wait_for(lambda: lender.lend("gpu", 1) is not None)  # nothing waits for it any more
 
 
 def test_what_a_load_frees_is_not_lent_meanwhile(lender):

@@ -179,11 +179,17 @@ def test_lenders_that_have_nothing_are_not_asked_all_the_time(host, monkeypatch)
 
 def test_a_lender_that_does_not_answer_is_left_alone(host, monkeypatch):
     """Its process is stopped: the kernel accepts connections all the same."""
+    monkeypatch.setattr("dask_pcm.ladder.lending.lending._SILENT_S", 30.0)
     borrower = host.worker()
     silent = wire.listen(host.cluster)
     assert borrower.lending.borrow("neighbour", MIB) is None
     address = os.fsdecode(silent.getsockname())
-    assert list(borrower.lending._silent) == [address]
+    assert borrower.lending._silent[address][1] == 30.0
+    borrower.lending._silent[address] = (0.0, 30.0)  # asked again after that
+    borrower.lending._rests.clear()
+    assert borrower.lending.borrow("neighbour", MIB) is None
+    assert borrower.lending._silent[address][1] == 60.0
+    borrower.lending._rests.clear()
     lender, connect, asked = host.worker(10), wire.connect, []
 
     def connected(address, timeout_s):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -129,6 +130,11 @@ def test_the_papers_two_figures_are_calibrated():
     assert lent / host == pytest.approx(4, rel=0.15)
 
 
+def test_a_rate_at_which_none_comes_has_no_times():
+    played = play(replace(SMALL, rates=(1e-9,), burst=None), LENT, 1e-9)
+    assert played.requests == () and played.tokens_s == 0 and math.isnan(played.first_s(0.5))
+
+
 def test_a_prompt_that_fits_needs_no_link():
     fits = replace(SMALL, long_tokens=1_000)
     assert long_prompt_rate(fits, fits.host) == pytest.approx(1 / 1.01)
@@ -139,6 +145,9 @@ def test_a_prompt_that_fits_needs_no_link():
     ("old", "new", "reason"),
     [
         ("memory: 8 GB", "memory: 100 MB", "a request of 3000 tokens exceeds the memory"),
+        ("prompt: [50, 300]", "prompt: [50, 300000]", "a request of 300200 tokens exceeds"),
+        ("seconds: 120", "seconds: 120000", "simulated"),
+        ("rates: [", "rates: []  #", "at least one"),
         ("[200, 2000]", "[2000, 200]", "two numbers of tokens are expected"),
         ("[200, 2000]", "[200]", "two numbers of tokens are expected"),
         ("step_s: 0.025", "step_s: 0", "must be above 0"),
