@@ -71,7 +71,9 @@ def _context_of(given: str) -> Context:
         return LLM(given)
     found: Any = function_of(given, "CONTEXT")
     if not isinstance(found, Context):
-        raise click.BadParameter(f"{given!r} is a {type(found).__name__}, not a pcm.Context.")
+        raise click.BadParameter(
+            f"{given!r} has type {type(found).__name__}; expected a pcm.Context."
+        )
     return found
 
 
@@ -109,7 +111,7 @@ def _show(found: Profile) -> None:
             ]
         table.add_row(*cells)
     Console().print(table)
-    say(f"Knee: {found.knee.n} {found.unit} at a time.")
+    say(f"Knee at {found.unit} at a time: {found.knee.n}.")
     if is_model:
         best = found.best
         limits = "99 % of first tokens within 1 s, of the others within 100 ms"

@@ -42,8 +42,9 @@ _GAIN, _N_FLAT = 1.05, 2
 #: Of the highest rate, the share that the knee has.
 _KNEE = 0.95
 _MOST = 256
-#: Batches of each size, of which the median counts, and requests for each place.
-_N_REPEATS, _N_ROUNDS = 3, 2
+#: Batches of each size, at least, of which the median counts, and seconds of them in all; and
+#: requests for each place.
+_N_REPEATS, _LEAST_S, _N_ROUNDS = 3, 0.02, 2
 _LOOK_S = 0.002
 
 
@@ -217,17 +218,24 @@ def _batches(func: Callable[..., Any], frame: pd.DataFrame | None, value: Any) -
     if frame is None or not len(frame):
         raise PromptError("A function is measured on rows: pass a frame that has some.")
     sizes = [1 << k for k in range(len(frame).bit_length()) if 1 << k < len(frame)]
-    func(frame.iloc[:1], value)  # what is made at the first call
+    found = func(frame.iloc[:1], value)  # what is made at the first call
+    if not isinstance(found, pd.DataFrame):
+        raise PromptError(
+            f"The function returned {type(found).__name__} for the first row; expected a DataFrame"
+            " of results, as from a function for map_partitions."
+        )
     for n in (*sizes, len(frame)):
-        batch, seconds = frame.iloc[:n], []
+        batch = frame.iloc[:n]
+        seconds: list[float] = []
         try:
             with _peak() as peak:
-                for _ in range(_N_REPEATS):
+                while len(seconds) < _N_REPEATS or sum(seconds) < _LEAST_S:
                     begun = time.perf_counter()
                     func(batch, value)
                     seconds.append(time.perf_counter() - begun)
         except Exception as error:
             if not is_out_of_memory(error):
+                error.add_note(f"This was a batch of {n} rows.")
                 raise
             logger.warning("There is no memory for %s rows at a time: %s", n, error)
             return
@@ -238,10 +246,14 @@ def _requests(live: Any, attendant: Any, n_prompt: int, n_new: int) -> Iterator[
     """1, 2, 4 … requests at a time; as soon as one is answered, the next one comes."""
     if not isinstance(live, LanguageModel) or not isinstance(attendant, Serving):
         raise PromptError(
-            f"A {type(live).__name__} is measured by a function of it: pass func and a frame."
+            f"A {type(live).__name__} is measured by a function of it: pass func and a frame"
+            " (--function and --input)."
         )
     if not live.padded.is_causal:
-        raise PromptError("An encoder is measured by a function of it: pass func and a frame.")
+        raise PromptError(
+            "An encoder is measured by a function of it: pass func and a frame (--function and"
+            " --input)."
+        )
     if live.max_tokens is not None and n_prompt + n_new > live.max_tokens:
         raise PromptError(
             f"{n_prompt} + {n_new} tokens are more than the model takes, {live.max_tokens}."

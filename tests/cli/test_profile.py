@@ -37,7 +37,7 @@ def test_a_model(tmp_path, monkeypatch):
     file = tmp_path / "found.json"
     found = run(folder, "--prompt-tokens", 8, "--new-tokens", 4, "--json", file)
     assert found.exit_code == 0, found.output
-    for text in ("Knee:", "Best with", "has no budget"):
+    for text in ("Knee at", "Best with", "has no budget"):
         assert text in found.stdout
     assert "1 at a time:" in found.stderr
     told = json.loads(file.read_text())
@@ -57,7 +57,7 @@ def test_a_function_of_another_context(module, tmp_path):
     ("args", "text"),
     [
         (["{module}:vit", "--function", "{module}:labels"], "belong together"),
-        (["{module}:number"], "is a int, not a pcm.Context"),
+        (["{module}:number"], "has type int; expected a pcm.Context"),
         (["{module}:gone"], "gone"),
         (["{module}:vit"], "pass func and a frame"),
         (["/nowhere/model"], "nowhere"),

@@ -63,10 +63,23 @@ def test_it_ends_where_a_function_has_no_memory(caplog):
         if len(frame) > 4:
             raise MemoryError("too large")
         time.sleep(0.01)  # so that the rate grows with the rows
+        return frame
 
     found = profile(pcm.Context(dict), up_to_four, images(11))
     assert [point.n for point in found.points] == [1, 2, 4]
     assert "no memory for 8 rows at a time: too large" in caplog.text
+
+
+def test_a_function_without_results_and_one_that_fails_say_so():
+    with pytest.raises(PromptError, match="returned NoneType for the first row"):
+        profile(pcm.Context(dict), lambda frame, model: None, images(3))
+
+    def up_to_one(frame, model):
+        return frame if len(frame) == 1 else 1 / 0
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        profile(pcm.Context(dict), up_to_one, images(3))
+    assert raised.value.__notes__ == ["This was a batch of 2 rows."]
 
 
 def test_it_ends_once_the_rate_grows_no_more():
