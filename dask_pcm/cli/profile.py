@@ -59,7 +59,13 @@ def profile_context(
         )
     _show(found)
     if file is not None:
-        Path(file).write_text(json.dumps(_as_dict(found), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(_as_dict(found), indent=1) + "\n"
+        try:
+            Path(file).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise click.BadParameter(
+                f"The profile cannot be written to {file!r}: {error}."
+            ) from error
 
 
 def _context_of(given: str) -> Context:

@@ -160,9 +160,8 @@ class Holdings:
 
     def is_hopeless(self, row: Row) -> bool:
         """Whether there can be no room for what a row has, on the device and off it."""
-        slabs = self.paging.slabs
-        n_pages = self.pool.n_pages + slabs.most_pages
-        return n_pages_for(len(row.tokens)) > n_pages and not slabs.may_borrow
+        n_off = n_pages_for(len(row.tokens)) - self.pool.n_pages
+        return not self.paging.slabs.could_hold(n_off)
 
     def _go_on(self, row: Row, n_tokens: int, asking: Row) -> int:
         """Give a row that has pages those for its next tokens; of how many, 0 for none."""

@@ -103,8 +103,6 @@ class Slabs:
         As given, or less once the host had no memory left.
     n_lent
         Pages that were sent to memory that is lent.
-    may_borrow
-        Whether there may be memory to borrow.
     """
 
     def __init__(self, make: Callable[[int], Any], most_pages: int) -> None:
@@ -116,16 +114,16 @@ class Slabs:
         self._far: list[Slab] = []
         self._borrow: Callable[[str, int], Slab | None] = lambda rung, n_pages: None
         self.n_lent = 0
-        self.may_borrow = False
 
     def lend(self, borrow: Callable[[str, int], Slab | None]) -> None:
         """Where to borrow slabs: of a rung, for as many pages."""
-        self._borrow, self.may_borrow = borrow, True
+        self._borrow = borrow
 
     @property
     def n_borrowed(self) -> int:
-        """Pages for which there is memory that is lent now."""
-        return sum(slab.n_pages for slab in (*self._near, *self._far))
+        """Pages for which there is memory that is lent now, and not wanted back."""
+        lent = (*self._near, *self._far)
+        return sum(slab.n_pages for slab in lent if not slab.is_wanted_back)
 
     @property
     def _all(self) -> Iterator[Slab]:
@@ -166,6 +164,17 @@ class Slabs:
         self.n_lent += sum(slab.loan is not None for slab, _ in found)
         return found
 
+    def could_hold(self, n_pages: int) -> bool:
+        """Whether there is room for as many pages without others; borrows for it."""
+        while self.most_pages + self.n_borrowed < n_pages:
+            for slabs, rung in ((self._near, "device"), (self._far, "host")):
+                if (slab := self._borrowed(rung)) is not None:
+                    slabs.append(slab)
+                    break
+            else:
+                return False
+        return True
+
     def release(self, places: Sequence[Place]) -> None:
         """Let go of places."""
         for slab, index in places:
@@ -189,7 +198,7 @@ class Slabs:
         self._near, self._own, self._far = [], [], []
         for slab in slabs:
             slab.close()
-        self._n_made, self.most_pages, self.may_borrow = 0, 0, False
+        self._n_made, self.most_pages = 0, 0
         self._borrow = lambda rung, n_pages: None
 
     def _borrowed(self, rung: str) -> Slab | None:

@@ -127,6 +127,27 @@ def first_of_a_question(model, driven, prompt):
     return steps
 
 
+@pytest.mark.parametrize("n_lent", [0, 16, 64])
+def test_one_for_which_lenders_have_too_little_takes_nothing_from_others(model, n_lent):
+    page_bytes = model.engine(n_pages=1).pool.kv[0].nbytes
+    driven = model.engine(n_pages=20, budget_tokens=64, most_bytes=20 * page_bytes)
+    lender = Lender(host=n_lent * page_bytes)
+    driven.engine.paging.lend(lender.borrow, lender.wake)
+    rng = random.Random(1)
+    for key in range(6):
+        driven.generate(key, text(rng, 30), 30, owner=BATCH)
+    driven.generate("long", text(rng, 80 * PAGE_TOKENS), 3, owner=QUESTION)
+    driven.engine.step()
+    has_failed = isinstance(driven.found.get("long"), RowError)
+    assert has_failed is (n_lent < 64)
+    found = checked(driven)
+    if has_failed:
+        assert driven.engine.paging.n_recomputed == 0
+        assert f"for {n_lent * PAGE_TOKENS:,} in memory that is lent" in str(found["long"])
+    else:
+        assert len(found["long"]) == 3
+
+
 @pytest.mark.parametrize("n_prefix", [70, 80])
 def test_questions_do_not_wait_for_one_that_has_outgrown_the_device_with_its_prefix(
     model, n_prefix
