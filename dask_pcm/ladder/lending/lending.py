@@ -21,8 +21,8 @@ _REST_S = 1.0
 #: One that did not answer, perhaps since its process is stopped, is asked for nothing for a while:
 #: the first time, each twice as long, and the longest.
 _SILENT_S, _LONGEST_SILENT_S = 2.0, 60.0
-#: How long an answer is waited for, and longer for each byte of the host, which is filled first, and
-#: how much longer at most.
+#: How long an answer is waited for, and longer for each byte of the host, which is filled first,
+#: and how much longer at most.
 _ANSWER_S, _FILL_S, _LONGEST_FILL_S = 0.5, 1.0 / (1 << 30), 60.0
 #: What a process takes on a device beside what it allocates there, once it has used it.
 _CUDA_CONTEXT_BYTES = 512 << 20
