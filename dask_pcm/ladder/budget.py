@@ -31,7 +31,7 @@ class Tenant(Protocol):
         """Threads without which it could give back more; called with the budget's lock held."""
 
     def late(self) -> str:
-        """Who was asked for memory in vain, in a sentence; "" for nobody. With the lock held."""
+        """Who was asked for memory in vain, in a sentence, or "". With the lock held."""
 
     def spare(self, n_bytes: int) -> Callable[[], bool] | None:
         """What gives back some memory; None if there is nothing to spare now.

@@ -247,7 +247,7 @@ class Residencies:
                 yield residency.ref.name, residency.taken_bytes
 
     def late(self) -> str:
-        """See ``Tenant``: what its holders have is taken from nobody."""
+        """See ``Tenant``: tasks that hold contexts are asked for nothing."""
         return ""
 
     def holders(self) -> set[int]:

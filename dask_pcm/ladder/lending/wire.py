@@ -26,7 +26,7 @@ _N_WAITING = 64
 _MOST_LENDERS = 64
 _PEER = struct.Struct("3i")  # of process, user and group
 #: The sockets of this process. A forked child closes its copies: a lease ends with the process that
-#: has it, whatever children that leaves.
+#: has it, though its children live.
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 

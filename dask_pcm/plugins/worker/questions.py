@@ -27,9 +27,9 @@ from dask_pcm.plugins.worker.contexts import WorkerContexts
 
 logger = logging.getLogger(__name__)
 
-#: Least time between two messages of an answer, in seconds; and how many times as long as the
-#: messages of all that are open take: their thread takes time from that of the engine.
-EVERY_S, _RATIO = 0.05, 20.0
+#: Least time between two messages of an answer, in seconds. Messages take time from the engine: where
+#: that is long, 20 times as long, up to the last one.
+EVERY_S, _RATIO, _LONGEST_S = 0.05, 20.0, 0.5
 #: How long the end of a worker waits for answers that cannot be interrupted.
 _CLOSING_S = 5.0
 
@@ -249,7 +249,7 @@ class Questions:
             self._cancel_answer(one)
 
     def _send(self, one: _Open) -> None:
-        begun = time.monotonic()
+        begun = time.thread_time()
         one.has_news.clear()  # first: what comes from now on is new again
         if one.answer is None:  # its first token came before it was begun
             return
@@ -263,8 +263,8 @@ class Questions:
             self._end(one)  # first: once the client has the answer, nothing of it is left here
         self._say(one.id, one.attempt, one.number, news)
         one.number += 1
-        now = time.monotonic()
-        one.next_at = now + max(EVERY_S, _RATIO * (now - begun) * len(self._open))
+        wait_s = _RATIO * (time.thread_time() - begun) * len(self._open)
+        one.next_at = time.monotonic() + min(max(EVERY_S, wait_s), _LONGEST_S)
 
     def _say(self, id: str, attempt: int, number: int, news: News) -> None:
         about = {"id": id, "attempt": attempt, "number": number}
