@@ -27,8 +27,8 @@ from dask_pcm.plugins.worker.contexts import WorkerContexts
 
 logger = logging.getLogger(__name__)
 
-#: Least time between two messages of an answer, in seconds. Messages take time from the engine: where
-#: that is long, 20 times as long, up to the last one.
+#: Least time between two messages of an answer, in seconds. Messages take time from the engine:
+#: where that is long, 20 times as long, up to the last one.
 EVERY_S, _RATIO, _LONGEST_S = 0.05, 20.0, 0.5
 #: How long the end of a worker waits for answers that cannot be interrupted.
 _CLOSING_S = 5.0
