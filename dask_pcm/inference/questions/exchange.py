@@ -275,9 +275,10 @@ class Exchange:
             self._had_workers_at = now
             seconds = standing["warm_in_s"]
             about = f": about {span(seconds)}" if seconds and seconds >= 0.5 else ""
-            self.note = f"loading {self._ref.name!r} on a worker{about}"
+            does = "loading" if standing["is_loading"] else "waiting for room to load"
+            self.note = f"{does} {self._ref.name!r} on a worker{about}"
             if seconds == 0:
-                self.note = "waiting for a worker that is busy, paused or about to end"
+                self.note = "waiting for a worker that is busy, paused, about to end or makes room"
             return
         lack = lack_of_workers(self.client, standing["n_on_cluster"], self._n_most)
         self.note = lack

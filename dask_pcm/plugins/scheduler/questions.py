@@ -46,6 +46,8 @@ from dask_pcm.scheduling.rules.device_fit import why_too_large
 from dask_pcm.scheduling.rules.questions import choose_worker, warm_in_s
 from dask_pcm.tiers import Tier
 
+#: Clients that have sent Dask no heartbeat for so long wait for no answer.
+_SILENT_S = 60.0
 #: The kind of work that questions are announced as.
 _KIND = "ask"
 
@@ -183,11 +185,13 @@ class QuestionService(Service):
     def _standing(self, one: _Question) -> dict[str, Any]:
         """How an open question stands, for its client."""
         state, digest = self._hub.state, one.ref.digest
+        tiers = [view.tiers.get(digest) for view in state.workers.values()]
         return {
             "is_open": True,
             "worker": one.worker,
             "n_workers": len(state.workers),
             "n_on_cluster": len(self._hub.scheduler.workers),
+            "is_loading": Tier.LOADING in tiers,
             "warm_in_s": None if one.worker else warm_in_s(state, digest, monotonic()),
         }
 
@@ -231,6 +235,8 @@ class QuestionService(Service):
 
     def tick(self) -> None:
         """See ``Service``; workers are paused and drained without a word to this service."""
+        for one in self._of_silent_clients():
+            self._cancel(one)
         failures = self._hub.state.failures
         for digest in list(self._announced):
             if digest in failures.given_up:
@@ -241,6 +247,15 @@ class QuestionService(Service):
                 if why := self._why_too_large(waiting[0].ref):
                     self._end_waiting(digest, TOO_LARGE, why)
                 self._hub.wake()
+
+    def _of_silent_clients(self) -> list[_Question]:
+        """Questions of clients whose processes are stopped; they ask again if they go on."""
+        since, known = time.time() - _SILENT_S, self._hub.scheduler.clients
+        return [
+            one
+            for one in self.open.values()
+            if one.client in known and known[one.client].last_seen < since
+        ]
 
     # -- placing --------------------------------------------------------------------------------
 

@@ -42,8 +42,9 @@ def stalled(state: GateState, now: float, stall_s: float) -> object | None:
 
 
 def _is_idle(view: WorkerView) -> bool:
-    """Whether a worker neither runs nor loads anything."""
-    return not view.running and Tier.LOADING not in view.tiers.values()
+    """Whether a worker neither runs nor loads anything, nor makes room once answers have ended."""
+    makes_room = bool(view.evicting) and view.n_asked.total() > 0
+    return not (view.running or makes_room or Tier.LOADING in view.tiers.values())
 
 
 def _is_serving(view: WorkerView, group: Group) -> bool:

@@ -18,8 +18,8 @@ def choose_worker(
 ) -> str | None:
     """Choose the worker that answers a question; None if none can now.
 
-    A worker that drains, or that is to evict the context, is the last choice. One that computes a
-    suspect alone is none.
+    A worker that drains is the last choice. One that computes a suspect alone is none, nor is one
+    that is to evict the context: what it makes room for has waited for its turn.
 
     Parameters
     ----------
@@ -29,9 +29,8 @@ def choose_worker(
     could = [view for view in state.workers.values() if _can_answer(state, view, context, now)]
 
     def ease(view: WorkerView) -> tuple[bool, bool, int, float]:
-        is_leaving = view.is_draining or context in view.evicting
         n_rows = sum(view.n_rows.values())
-        return view.address in avoided, is_leaving, view.n_asked.total(), n_rows
+        return view.address in avoided, view.is_draining, view.n_asked.total(), n_rows
 
     return min(could, key=ease).address if could else None
 
@@ -39,6 +38,7 @@ def choose_worker(
 def _can_answer(state: GateState, view: WorkerView, context: str, now: float) -> bool:
     return (
         view.holds((context,))
+        and context not in view.evicting
         and not view.is_paused
         and not view.has_isolated_work
         and view.host not in state.failures.quarantined

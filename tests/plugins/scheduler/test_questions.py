@@ -290,6 +290,11 @@ async def test_a_worker_that_drains_or_is_paused_is_the_last_choice_or_none(c, s
     first.ends_at = 1.0
     assert choice() is None
     first.is_draining, first.ends_at, second.is_paused = False, float("inf"), False
+    first.evicting[CONTEXT.digest] = second.evicting[CONTEXT.digest] = Group(("other",), "work")
+    assert choice() is None  # what others wait for has its turn
+    del second.evicting[CONTEXT.digest]
+    assert choice({b.address: 5}) == b.address
+    first.evicting.clear()
     assert choice({a.address: 1}) == b.address
     assert choice({a.address: 1}, [b.address]) == a.address
     assert choice((), [a.address, b.address]) in (a.address, b.address)  # there are no others
@@ -314,6 +319,19 @@ async def test_a_worker_that_answers_is_needed_and_its_context_is_in_use(c, s, g
     assert not view.n_asked and not needed_workers(gate.state, [a.address])
     assert n_workers_wanted(gate.state, 5.0) == 0
     await poll(lambda: CONTEXT.digest not in view.tiers, 10)  # it cannot be offloaded
+
+
+@gated(config={"pcm.gate.tick": "20ms"})
+async def test_a_client_whose_process_is_stopped_is_not_waited_for(c, s, gate, a, b):
+    await warm(gate, c, a)
+    asking = Asking(c)
+    await asking.ask(Asked())
+    await poll(lambda: holders(a) == 1, 10)
+    s.clients[c.id].last_seen -= 120
+    await poll(lambda: not gate.questions.open and holders(a) == 0, 4)
+    s.clients[c.id].last_seen += 120
+    id, _ = await asking.ask(attempt=2)  # it goes on
+    assert (await asking.end(id))["end"] == DONE
 
 
 @gated(nthreads=1)

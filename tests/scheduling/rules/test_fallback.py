@@ -34,6 +34,17 @@ def test_a_worker_that_runs_or_loads_is_not_stalled():
     assert idle(world, 31.0) == "a2"
 
 
+def test_a_worker_that_makes_room_once_answers_have_ended_is_not_stalled():
+    world = World("w0")
+    world.park(3)
+    view = world.state.workers["w0"]
+    view.evicting["answering"] = A
+    view.n_asked["answering"] = 1
+    assert idle(world, 1000.0) is None
+    del view.n_asked["answering"]
+    assert idle(world, 0.0) == "a0"
+
+
 def test_without_usable_workers_nothing_has_stalled():
     world = World("w0", "w1")
     world.tell(WorkerPaused("w0", True), WorkerDraining("w1", 5.0))
