@@ -83,7 +83,10 @@ def _asked(
 
     try:
         known = models_of(client, run)
-    except InstallError:  # not installed yet
+    except InstallError:
+        if run:
+            raise
+        say(f"Installing the toolkit on {client.scheduler.address}.", err=True)
         install(client)
         known = models_of(client, run)
     ref = named(known, model)

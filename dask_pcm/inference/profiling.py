@@ -218,7 +218,12 @@ def _batches(func: Callable[..., Any], frame: pd.DataFrame | None, value: Any) -
     if frame is None or not len(frame):
         raise PromptError("A function is measured on rows: pass a frame that has some.")
     sizes = [1 << k for k in range(len(frame).bit_length()) if 1 << k < len(frame)]
-    found = func(frame.iloc[:1], value)  # what is made at the first call
+    try:
+        found = func(frame.iloc[:1], value)  # what is made at the first call
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise PromptError(f"There is no memory for one row: {error}") from error
+        raise
     if not isinstance(found, pd.DataFrame):
         raise PromptError(
             f"The function returned {type(found).__name__} for the first row; expected a DataFrame"
@@ -229,12 +234,13 @@ def _batches(func: Callable[..., Any], frame: pd.DataFrame | None, value: Any) -
         seconds: list[float] = []
         try:
             with _peak() as peak:
-                while len(seconds) < _N_REPEATS or sum(seconds) < _LEAST_S:
+                until = time.perf_counter() + _LEAST_S
+                while len(seconds) < _N_REPEATS or time.perf_counter() < until:
                     begun = time.perf_counter()
                     func(batch, value)
                     seconds.append(time.perf_counter() - begun)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if n == 1 or not is_out_of_memory(error):
                 error.add_note(f"This was a batch of {n} rows.")
                 raise
             logger.warning("There is no memory for %s rows at a time: %s", n, error)

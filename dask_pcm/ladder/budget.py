@@ -198,10 +198,10 @@ class DeviceBudget:
             f"Context {request.name!r} takes {request.n_bytes:,} bytes; the device has {limit:,}"
             " for contexts"
         )
-        if late := " ".join(text for tenant in self._tenants if (text := tenant.late())):
-            return f"{lacks}. {late}"
         taken: Sequence[tuple[str, int]] = [one for t in self._tenants for one in t.taken()]
         names = ", ".join(f"{name!r} ({n_bytes:,})" for name, n_bytes in taken)
+        if late := " ".join(text for tenant in self._tenants if (text := tenant.late())):
+            return f"{lacks}, of which {names} are in use. {late}"
         return (
             f"{lacks}, and the tasks that hold {names} wait for room as well. Acquire contexts that"
             " are used together in one call, so that the gate sees both."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,6 +17,8 @@ from dask_pcm.inference.engine.timeslice import Kind, Owner, TimeSlices
 
 #: Rows that are continued at the same time.
 _MOST_RUNNING = 256
+#: How long lenders are asked for what a new row lacks, in seconds.
+_PATIENCE_S = 5.0
 
 
 class Holdings:
@@ -158,10 +161,19 @@ class Holdings:
             f" and for {lent} in memory that is lent."
         )
 
-    def is_hopeless(self, row: Row) -> bool:
-        """Whether there can be no room for what a row has, on the device and off it."""
+    def find_memory(self, row: Row) -> bool:
+        """Whether there is memory for what a row has, on the device and off it; may borrow some."""
         n_off = n_pages_for(len(row.tokens)) - self.pool.n_pages
-        return not self.paging.slabs.could_hold(n_off)
+        n_lacking = self.paging.slabs.borrow_for(n_off)
+        if n_lacking and (not row.n_lacking or n_lacking < row.n_lacking):
+            row.lacks_since = time.monotonic()
+        row.n_lacking = n_lacking
+        return not n_lacking
+
+    def is_hopeless(self, row: Row) -> bool:
+        """Whether the memory that a row lacks will not come: lenders are asked for some seconds."""
+        is_late = time.monotonic() >= row.lacks_since + _PATIENCE_S
+        return bool(row.n_lacking) and (is_late or not self.paging.slabs.may_borrow)
 
     def _go_on(self, row: Row, n_tokens: int, asking: Row) -> int:
         """Give a row that has pages those for its next tokens; of how many, 0 for none."""

@@ -235,6 +235,12 @@ class Paging:
         self._wait(*{slab.memory.device for slab in wanted if slab.memory.is_cuda})
         self.slabs.return_lent()
 
+    def return_unused(self) -> None:
+        """Return memory that is lent and has no pages."""
+        if self._pool.kv.is_cuda:
+            self._wait()  # for copies of pages that were there
+        self.slabs.return_lent(is_all=True)
+
     def close(self) -> None:
         """Let go of all memory."""
         for row in self._rows.values():

@@ -47,6 +47,9 @@ class Row:
     n_out
         How many pages, the first ones, have only a copy, while `pages` are those after them: the
         device has no room for all (``long_context.py``).
+    n_lacking, lacks_since
+        For how many pages of it there is no memory at all, and since when no more has come, by the
+        monotonic clock.
     """
 
     tokens: list[int]
@@ -59,6 +62,8 @@ class Row:
     copies: list[Place] = field(default_factory=list)
     n_clean: int = 0
     n_out: int = 0
+    n_lacking: int = 0
+    lacks_since: float = 0.0
 
     @property
     def n_left(self) -> int:

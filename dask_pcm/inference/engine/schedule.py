@@ -290,8 +290,11 @@ class Schedule:
             if is_running:  # it begins again in the next step
                 self._has_restarted = True
                 return None
-        if isinstance(row, Generated) and not row.n_done and self._held.is_hopeless(row):
-            self.fail(row, RowError(self._held.too_small_for(row)))
+        is_new = isinstance(row, Generated) and not row.n_charged
+        if is_new and not row.n_done and not self._held.find_memory(row):
+            if self._held.is_hopeless(row):
+                self.fail(row, RowError(self._held.too_small_for(row)))
+                self._held.paging.return_unused()
             return None
         if is_running:
             n_left = row.n_left

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 _SLAB_PAGES = 64
 #: Pages that are borrowed where a slab is too much.
 _LEAST_PAGES = 16
+#: Slabs that are borrowed between two steps for a row that has no room.
+_SLABS_AT_ONCE = 4
 
 
 class Lent(Protocol):
@@ -103,6 +105,8 @@ class Slabs:
         As given, or less once the host had no memory left.
     n_lent
         Pages that were sent to memory that is lent.
+    may_borrow
+        Whether there may be memory to borrow.
     """
 
     def __init__(self, make: Callable[[int], Any], most_pages: int) -> None:
@@ -114,10 +118,11 @@ class Slabs:
         self._far: list[Slab] = []
         self._borrow: Callable[[str, int], Slab | None] = lambda rung, n_pages: None
         self.n_lent = 0
+        self.may_borrow = False
 
     def lend(self, borrow: Callable[[str, int], Slab | None]) -> None:
         """Where to borrow slabs: of a rung, for as many pages."""
-        self._borrow = borrow
+        self._borrow, self.may_borrow = borrow, True
 
     @property
     def n_borrowed(self) -> int:
@@ -164,16 +169,21 @@ class Slabs:
         self.n_lent += sum(slab.loan is not None for slab, _ in found)
         return found
 
-    def could_hold(self, n_pages: int) -> bool:
-        """Whether there is room for as many pages without others; borrows for it."""
-        while self.most_pages + self.n_borrowed < n_pages:
+    def borrow_for(self, n_pages: int) -> int:
+        """Borrow for a row of `n_pages`, a few slabs a call; return for how many there are none.
+
+        As if no other row had any.
+        """
+        for _ in range(_SLABS_AT_ONCE):
+            if self.most_pages + self.n_borrowed >= n_pages:
+                break
             for slabs, rung in ((self._near, "device"), (self._far, "host")):
                 if (slab := self._borrowed(rung)) is not None:
                     slabs.append(slab)
                     break
             else:
-                return False
-        return True
+                break
+        return max(0, n_pages - self.most_pages - self.n_borrowed)
 
     def release(self, places: Sequence[Place]) -> None:
         """Let go of places."""
@@ -198,7 +208,7 @@ class Slabs:
         self._near, self._own, self._far = [], [], []
         for slab in slabs:
             slab.close()
-        self._n_made, self.most_pages = 0, 0
+        self._n_made, self.most_pages, self.may_borrow = 0, 0, False
         self._borrow = lambda rung, n_pages: None
 
     def _borrowed(self, rung: str) -> Slab | None:

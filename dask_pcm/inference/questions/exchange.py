@@ -46,8 +46,7 @@ from dask_pcm.runs.progress.progress import span
 
 logger = logging.getLogger(__name__)
 
-#: Lost workers that a question may cost, unless an answer has grown by some tokens meanwhile: then
-#: it is not what ends them.
+#: Lost workers in succession, each with fewer new tokens, after which a question is given up.
 MAX_LOST, _GROWN = 3, 16
 #: Times that a question may be moved without a new token between.
 _MAX_MOVED = 10
@@ -240,8 +239,9 @@ class Exchange:
         """A request has failed, mostly for lack of a connection."""
         if isinstance(error, (OSError, CancelledError, asyncio.CancelledError)):
             self._raise_if_disconnected()
-            self._n_broken += 1
-            if self._n_broken <= _MAX_BROKEN or self.client.status != "running":
+            is_connected = self.client.status == "running"
+            self._n_broken = self._n_broken + 1 if is_connected else 0
+            if self._n_broken <= _MAX_BROKEN:
                 return  # later looks tell
         raise AskError(f"The question could not be asked: {error!r:.200}") from error
 
@@ -357,7 +357,11 @@ def _load_error(why: str) -> LoadError:
     first, *rest = why.strip().splitlines()
     if not rest:
         return LoadError(first)
-    error = LoadError(f"{first} {rest[-1].strip()}")
+    # What follows the last line of a traceback; messages may have several lines, also indented.
+    is_frame = [line.startswith("  ") for line in rest]
+    begin = len(rest) - is_frame[::-1].index(True) if True in is_frame else len(rest) - 1
+    said = " ".join(line.strip() for line in rest[begin:] if line.strip())
+    error = LoadError(f"{first} {said}")
     error.__cause__ = LoadError(why)
     return error
 

@@ -54,7 +54,7 @@ class Question:
     def begin(
         self,
         served: Any,
-        wake: Callable[[], None],
+        wake: Callable[..., None],
         apart: Callable[[Callable[[], Any]], Future[Any]],
     ) -> Streamed:
         """See ``plugins.worker.questions.Question``."""
@@ -70,7 +70,7 @@ class Question:
         if not isinstance(served, Serving):
             so_far = _SoFar(wake, model.stops_of(self.call.stop))
             padded = apart(lambda: self.call.padded(model, [plan], so_far.take)[0])
-            padded.add_done_callback(lambda _: wake())
+            padded.add_done_callback(lambda _: wake(True))
             return Streamed(self, model, so_far, padded)
         (row,) = self.call.rows(model, plan)
         assert isinstance(row, Generated)
@@ -78,7 +78,7 @@ class Question:
         row.resume(self.draft)
         row.on_token = lambda token: wake()
         future = served.ask(row)
-        future.add_done_callback(lambda _: wake())
+        future.add_done_callback(lambda _: wake(True))
         call = self.call
         return Streamed(self, model, row, future, lambda new: call.result(model, plan, new))
 
@@ -111,8 +111,8 @@ class Streamed:
         self._stop = question.call.stop
         self._n_tokens = len(question.draft)
         self._n_chars = question.n_chars
-        #: The text so far, as it was sent.
-        self._text = settled(model.decode([*question.draft]), self._stop)[: question.n_chars]
+        #: Whether an earlier attempt has sent some; and what this one has.
+        self._is_resumed, self._text = bool(question.draft), ""
 
     def take(self) -> News:
         """See ``Answer``."""
@@ -128,8 +128,8 @@ class Streamed:
         (whole,) = found
         end = {"end": DONE, "n_tokens": whole.n_tokens, "finish_reason": whole.finish_reason}
         text = whole.text or ""
-        if not text.startswith(self._text):
-            end["text"] = text
+        if self._is_resumed or not text.startswith(self._text):
+            end["text"] = text  # else it is what was sent
         return self._news(self._row.new, text, end)
 
     def _news(self, tokens: list[int], text: str, end: dict[str, Any] | None = None) -> News:

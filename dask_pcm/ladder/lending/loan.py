@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from dask_pcm.ladder.objects.mapping import mapped
@@ -15,7 +16,7 @@ from dask_pcm.ladder.objects.tensors import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 
-#: The loans of this process. A forked child keeps none of their memory.
+#: The loans of this process. A forked child keeps none of their files.
 _loans: weakref.WeakSet[Loan] = weakref.WeakSet()
 
 
@@ -123,9 +124,9 @@ class Loan:
                 return
             self.is_closed, self._on_wanted = True, None
         self._memory = None
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+        fd, self.fd = self.fd, None  # first: another thread may fork meanwhile
+        if fd is not None:
+            os.close(fd)
         elif self.device is not None and self.device.startswith("cuda"):
             _free_cached()
         self._end()
@@ -144,9 +145,10 @@ def _free_cached() -> None:
 
 def _close_in_child() -> None:
     for loan in _loans:
-        if loan.fd is not None:
-            os.close(loan.fd)
-            loan.fd = None
+        fd, loan.fd = loan.fd, None
+        if fd is not None:
+            with suppress(OSError):
+                os.close(fd)
 
 
 if hasattr(os, "register_at_fork"):

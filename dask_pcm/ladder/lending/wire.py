@@ -150,7 +150,8 @@ def _socket() -> socket.socket:
 
 def _close_in_child() -> None:
     for one in _sockets:
-        one.close()
+        with suppress(OSError):
+            one.close()
 
 
 if hasattr(os, "register_at_fork"):

@@ -28,9 +28,14 @@ def mapped(fd: int, n_bytes: int, is_shared: bool = False) -> memoryview:
     if is_shared and hasattr(mmap, "MADV_DONTFORK"):
         _libc().madvise(start, n_bytes, mmap.MADV_DONTFORK)
     memory = (ctypes.c_char * n_bytes).from_address(start)
-    unmaps = weakref.finalize(memory, _libc().munmap, start, n_bytes)
+    unmaps = weakref.finalize(memory, _unmap, os.getpid(), start, n_bytes)
     unmaps.atexit = False  # daemon threads may use the memory until the process ends
     return memoryview(memory).cast("B")
+
+
+def _unmap(pid: int, start: int, n_bytes: int) -> None:
+    if os.getpid() == pid:  # in a forked child, something else may be there
+        _libc().munmap(start, n_bytes)
 
 
 @functools.cache

@@ -27,8 +27,8 @@ from dask_pcm.plugins.worker.contexts import WorkerContexts
 
 logger = logging.getLogger(__name__)
 
-#: Least time between two messages of an answer, in seconds. Messages take time from the engine:
-#: where that is long, 20 times as long, up to the last one.
+#: Between two messages of an answer, in seconds: at least the first, and as many times what sending
+#: takes, since that is taken from the engine; at most the last. Its end waits for the first alone.
 EVERY_S, _RATIO, _LONGEST_S = 0.05, 20.0, 0.5
 #: How long the end of a worker waits for answers that cannot be interrupted.
 _CLOSING_S = 5.0
@@ -67,7 +67,7 @@ class Question(Protocol):
     def begin(
         self,
         served: Any,
-        wake: Callable[[], None],
+        wake: Callable[..., None],
         apart: Callable[[Callable[[], Any]], Future[Any]],
     ) -> Answer:
         """Begin the answer.
@@ -77,7 +77,7 @@ class Question(Protocol):
         served
             The attendant of the context, or the live object if it has none.
         wake
-            Called, from any thread, when there is something to take.
+            Called, from any thread, when there is something to take; with True if that is the end.
         apart
             Computes something that takes long on another thread.
         """
@@ -95,7 +95,15 @@ class _Open:
     #: Whether there is something to take; set by any thread.
     has_news: threading.Event = field(default_factory=threading.Event)
     number: int = 0
-    next_at: float = 0.0
+    sent_at: float = 0.0
+    wait_s: float = 0.0
+    #: Whether nothing follows what there is to take; set by any thread.
+    is_last: bool = False
+
+    @property
+    def next_at(self) -> float:
+        """When its next message may be sent."""
+        return self.sent_at + (EVERY_S if self.is_last else self.wait_s)
 
 
 class Questions:
@@ -216,8 +224,9 @@ class Questions:
         self._n_held += 1
         one = self._open[id] = _Open(id, attempt, let_go)
 
-        def wake() -> None:
-            if not one.has_news.is_set():  # one call for all tokens of a message
+        def wake(is_last: bool = False) -> None:
+            one.is_last = one.is_last or is_last
+            if is_last or not one.has_news.is_set():  # one call for all tokens of a message
                 one.has_news.set()
                 self._changed.set()
 
@@ -264,7 +273,7 @@ class Questions:
         self._say(one.id, one.attempt, one.number, news)
         one.number += 1
         wait_s = _RATIO * (time.thread_time() - begun) * len(self._open)
-        one.next_at = time.monotonic() + min(max(EVERY_S, wait_s), _LONGEST_S)
+        one.sent_at, one.wait_s = time.monotonic(), min(max(EVERY_S, wait_s), _LONGEST_S)
 
     def _say(self, id: str, attempt: int, number: int, news: News) -> None:
         about = {"id": id, "attempt": attempt, "number": number}

@@ -128,7 +128,10 @@ def first_of_a_question(model, driven, prompt):
 
 
 @pytest.mark.parametrize("n_lent", [0, 16, 64])
-def test_one_for_which_lenders_have_too_little_takes_nothing_from_others(model, n_lent):
+def test_one_for_which_lenders_have_too_little_takes_nothing_from_others(
+    model, n_lent, monkeypatch
+):
+    monkeypatch.setattr("dask_pcm.inference.engine.holdings._PATIENCE_S", 0.0)
     page_bytes = model.engine(n_pages=1).pool.kv[0].nbytes
     driven = model.engine(n_pages=20, budget_tokens=64, most_bytes=20 * page_bytes)
     lender = Lender(host=n_lent * page_bytes)
@@ -144,8 +147,23 @@ def test_one_for_which_lenders_have_too_little_takes_nothing_from_others(model, 
     if has_failed:
         assert driven.engine.paging.n_recomputed == 0
         assert f"for {n_lent * PAGE_TOKENS:,} in memory that is lent" in str(found["long"])
+        assert all(loan.is_closed for loan in lender.loans)
     else:
         assert len(found["long"]) == 3
+
+
+def test_a_new_row_waits_for_lenders_for_a_moment(model):
+    page_bytes = model.engine(n_pages=1).pool.kv[0].nbytes
+    driven = model.engine(n_pages=20, budget_tokens=64, most_bytes=20 * page_bytes)
+    lender, rng = Lender(), random.Random(1)
+    driven.engine.paging.lend(lender.borrow, lender.wake)
+    driven.generate("beside", text(rng, 30), 60, owner=BATCH)
+    driven.generate("long", text(rng, 80 * PAGE_TOKENS), 3, owner=QUESTION)
+    for _ in range(5):
+        driven.engine.step()
+    assert not driven.found  # it does not fail because lenders had nothing at one moment
+    lender.left["host"] = 64 * page_bytes
+    assert len(checked(driven)["long"]) == 3
 
 
 @pytest.mark.parametrize("n_prefix", [70, 80])

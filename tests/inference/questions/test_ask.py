@@ -10,6 +10,7 @@ import os
 import time
 import uuid
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,9 @@ def test_bytes_that_no_character_begins_with_change_what_was_settled(plain):
     future.set_result([Continuation("\ufffd\ufffd abc", 3, "stop")])
     last = answer.take()
     assert last.end["text"] == "\ufffd\ufffd abc" and last.tokens == [2, 3]
+    # Another worker has sent the first character, which its second token changed.
+    resumed = replace(question, draft=(1, 2), n_chars=1)
+    assert Streamed(resumed, model, row, future).take().end["text"] == "\ufffd\ufffd abc"
 
 
 def test_a_stream_that_was_closed_has_no_empty_answer(client, plain):

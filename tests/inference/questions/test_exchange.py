@@ -114,6 +114,12 @@ def test_requests_that_break_for_ever_end_the_wait(plain):
     with pytest.raises(AskError, match="could not be asked: OSError"):
         for _ in range(20):
             told.take({"attempt": told._attempt, "standing": OSError("no")})
+    told = Told(plain)
+    told.client.status = "connecting"
+    for _ in range(20):
+        told.take({"attempt": told._attempt, "standing": OSError("no")})
+    told.client.status = "running"  # connected again: what failed before does not count
+    told.take({"attempt": told._attempt, "standing": OSError("no")})
 
 
 def test_what_a_loader_raised_is_said_without_its_traceback(plain):
@@ -123,6 +129,9 @@ def test_what_a_loader_raised_is_said_without_its_traceback(plain):
         told.take({"attempt": told._attempt, "standing": {"refused": "not loaded", "why": why}})
     assert str(raised.value) == "Context 'm' could not be loaded: OSError: no such file"
     assert "line 3" in str(raised.value.__cause__)
+    why = "Context 'm' could not be loaded:\n\nTraceback:\n  line 3\nE: sizes:\n\tone\n\ttwo\n"
+    with pytest.raises(LoadError, match=r"^Context 'm' could not be loaded: E: sizes: one two$"):
+        told.take({"attempt": told._attempt, "standing": {"refused": "not loaded", "why": why}})
 
 
 def test_it_is_moved_as_often_as_needed_while_tokens_come(plain):
